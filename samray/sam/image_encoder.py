@@ -1,0 +1,156 @@
+"""SAM's ViT image encoder: windowed attention with decomposed relative positions, four global blocks, a neck.
+
+Source: SAM paper, appendix A; `segment_anything.modeling.image_encoder` (parameter names are the same).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from samray.sam.spec import VitSpec
+
+# A global block's bias is (heads, 4096, 4096) float32 an image: 0.8 GB for ViT-B. Queries go through in slices so that
+# a slice's bias stays below this many elements.
+_MAX_BIAS_ELEMENTS = 32 * 1024 * 1024
+
+
+class LayerNorm2d(nn.Module):
+    """LayerNorm over the channels of (B, C, H, W)."""
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), self.weight, self.bias, self.eps)
+        return normed.permute(0, 3, 1, 2)
+
+
+def make_neck(in_channels: int, out_channels: int) -> nn.Sequential:
+    """The 1x1 and 3x3 convolutions, each with a norm, that take any encoder's features to C channels."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False),
+        LayerNorm2d(out_channels),
+        nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False),
+        LayerNorm2d(out_channels),
+    )
+
+
+def partition_windows(x: Tensor, window: int) -> tuple[Tensor, tuple[int, int]]:
+    """(B, H, W, C) -> (B * windows, window, window, C), zero-padded at the bottom and right; and the padded (H, W)."""
+    b, h, w, c = x.shape
+    x = F.pad(x, (0, 0, 0, -w % window, 0, -h % window))
+    padded_h, padded_w = x.shape[1:3]
+    x = x.view(b, padded_h // window, window, padded_w // window, window, c)
+    return x.transpose(2, 3).reshape(-1, window, window, c), (padded_h, padded_w)
+
+
+def merge_windows(windows: Tensor, padded_hw: tuple[int, int], hw: tuple[int, int]) -> Tensor:
+    """The inverse of `partition_windows`: (B * windows, window, window, C) -> (B, H, W, C), padding cut off."""
+    window, c = windows.shape[1], windows.shape[-1]
+    (padded_h, padded_w), (h, w) = padded_hw, hw
+    x = windows.view(-1, padded_h // window, padded_w // window, window, window, c)
+    return x.transpose(2, 3).reshape(-1, padded_h, padded_w, c)[:, :h, :w]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over an (H, W) grid with decomposed relative position biases."""
+
+    def __init__(self, dim: int, num_heads: int, size: int) -> None:
+        super().__init__()
+        head_dim = dim // num_heads
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, dim * 3)
+        self.proj = nn.Linear(dim, dim)
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * size - 1, head_dim))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * size - 1, head_dim))
+        offsets = torch.arange(size)[:, None] - torch.arange(size)[None, :] + size - 1
+        self.register_buffer("offsets", offsets, persistent=False)  # (size, size): query row x key row -> table row
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        b, h, w, dim = x.shape
+        heads = self.num_heads
+        q, k, v = self.qkv(x).view(b, h * w, 3, heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, H * W, head_dim)
+        assert isinstance(self.offsets, Tensor)
+        rel_h = self.rel_pos_h[self.offsets]  # (H, H, head_dim)
+        rel_w = self.rel_pos_w[self.offsets]
+        rows = max(1, min(h, _MAX_BIAS_ELEMENTS // (b * heads * w * h * w)))
+        out = []
+        for top in range(0, h, rows):
+            bottom = min(h, top + rows)
+            q_rows = q[:, :, top * w : bottom * w]
+            grid = q_rows.view(b, heads, bottom - top, w, -1)
+            bias_h = torch.einsum("bnhwc,hkc->bnhwk", grid, rel_h[top:bottom])
+            bias_w = torch.einsum("bnhwc,wkc->bnhwk", grid, rel_w)
+            bias = (bias_h[..., :, None] + bias_w[..., None, :]).reshape(b, heads, -1, h * w)
+            out.append(F.scaled_dot_product_attention(q_rows, k, v, attn_mask=bias))
+        return self.proj(torch.cat(out, dim=2).transpose(1, 2).reshape(b, h, w, dim))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.lin1 = nn.Linear(dim, hidden_dim)
+        self.lin2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin2(F.gelu(self.lin1(x)))
+
+
+class Block(nn.Module):
+    """A transformer block; `window` 0 attends over the whole grid."""
+
+    def __init__(self, dim: int, num_heads: int, window: int, grid: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads, window or grid)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, dim * 4)
+        self.window = window
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        if self.window:
+            windows, padded_hw = partition_windows(y, self.window)
+            y = merge_windows(self.attn(windows), padded_hw, (x.shape[1], x.shape[2]))
+        else:
+            y = self.attn(y)
+        x = x + y
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.proj(x)
+        return out.permute(0, 2, 3, 1)
+
+
+class ImageEncoderViT(nn.Module):
+    """(B, 3, S, S) normalised pixels -> (B, C, S / patch, S / patch)."""
+
+    def __init__(self, spec: VitSpec, image_size: int, out_channels: int) -> None:
+        super().__init__()
+        grid = image_size // spec.patch
+        self.patch_embed = PatchEmbed(spec.patch, spec.dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, spec.dim))
+        self.blocks = nn.ModuleList(
+            Block(spec.dim, spec.num_heads, 0 if i in spec.global_blocks else spec.window, grid)
+            for i in range(spec.depth)
+        )
+        self.neck = make_neck(spec.dim, out_channels)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.patch_embed(pixels) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.neck(x.permute(0, 3, 1, 2))
+        return out

@@ -1,0 +1,98 @@
+"""The mask decoder: tokens and image tokens to mask logits and predicted IoUs.
+
+Source: SAM paper, appendix A, "Mask decoder"; `segment_anything.modeling.mask_decoder` (same parameter names and
+numbers). Predicted IoUs depend on the tokens alone, so the decoder comes in two halves: `run` gives the IoUs, and
+`upscale` makes the logits of only those masks that are wanted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from samray.sam.image_encoder import LayerNorm2d
+from samray.sam.spec import ModelSpec
+from samray.sam.transformer import ImageTokens, TwoWayTransformer
+
+NUM_MASK_TOKENS = 4
+"""Token 0 is the single mask for unambiguous prompts; 1 to 3 are whole, part and subpart of an ambiguous one."""
+
+
+class MlpHead(nn.Module):
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, depth: int) -> None:
+        super().__init__()
+        dims = [in_dim, *[hidden_dim] * (depth - 1), out_dim]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:], strict=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = F.relu(layer(x))
+        out: Tensor = last(x)
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderState:
+    """Between the halves: mask_tokens (N, 4, C), keys (N, L, C) image tokens of every prompt, iou (N, 4)."""
+
+    mask_tokens: Tensor
+    keys: Tensor
+    iou: Tensor
+
+
+class MaskDecoder(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        dim = spec.embed_dim
+        self.grid = spec.grid
+        self.transformer = TwoWayTransformer(dim, spec.decoder_heads, spec.decoder_mlp_dim)
+        self.iou_token = nn.Embedding(1, dim)
+        self.mask_tokens = nn.Embedding(NUM_MASK_TOKENS, dim)
+        self.output_upscaling = nn.Sequential(
+            nn.ConvTranspose2d(dim, dim // 4, kernel_size=2, stride=2),
+            LayerNorm2d(dim // 4),
+            nn.GELU(),
+            nn.ConvTranspose2d(dim // 4, dim // 8, kernel_size=2, stride=2),
+            nn.GELU(),
+        )
+        self.output_hypernetworks_mlps = nn.ModuleList(
+            MlpHead(dim, dim, dim // 8, 3) for _ in range(NUM_MASK_TOKENS)
+        )
+        self.iou_prediction_head = MlpHead(dim, spec.iou_hidden_dim, NUM_MASK_TOKENS, 3)
+
+    def run(self, image: ImageTokens, sparse: Tensor) -> DecoderState:
+        """sparse: (B, N, P, C) prompt tokens of N prompts of each of the B images. The state's N is B * N."""
+        b, n = sparse.shape[:2]
+        output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).to(sparse.dtype)
+        tokens = torch.cat([output_tokens.expand(b, n, -1, -1), sparse], dim=2)
+        x, keys = self.transformer(image, tokens)
+        return DecoderState(x[:, 1 : 1 + NUM_MASK_TOKENS], keys, self.iou_prediction_head(x[:, 0]))
+
+    def hyper(self, mask_tokens: Tensor, masks: slice) -> Tensor:
+        """The weights that turn upscaled features into masks: (N, 4, C) -> (N, M, C / 8) for the given mask tokens."""
+        numbers = range(*masks.indices(NUM_MASK_TOKENS))
+        return torch.stack([self.output_hypernetworks_mlps[i](mask_tokens[:, i]) for i in numbers], dim=1)
+
+    def upscale(self, keys: Tensor, hyper: Tensor) -> Tensor:
+        """Mask logits at four times the embedding grid.
+
+        keys: (N, L, C); hyper: (N, M, C / 8). Returns (N, M, 4h, 4w). The 2x2 transposed convolutions have stride 2, so
+        each is a product cell by cell. Cells are brought into image order last, when M channels are left of C / 8.
+        """
+        conv1, norm, _, conv2, _ = self.output_upscaling
+        assert isinstance(conv1, nn.ConvTranspose2d) and isinstance(conv2, nn.ConvTranspose2d)
+        assert isinstance(norm, LayerNorm2d) and conv1.bias is not None and conv2.bias is not None
+        n, cells, _ = keys.shape
+        weight1 = conv1.weight.permute(0, 2, 3, 1).flatten(1)  # (C, 2 * 2 * C / 4)
+        x = F.linear(keys, weight1.T, conv1.bias.repeat(4)).view(n, cells * 4, -1)
+        x = F.gelu(F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps))
+        weight2 = conv2.weight.permute(0, 2, 3, 1).flatten(1)
+        x = F.gelu(F.linear(x, weight2.T, conv2.bias.repeat(4))).view(n, cells * 16, -1)
+        masks = torch.bmm(hyper, x.transpose(1, 2))  # (N, M, h * w * 2 * 2 * 2 * 2)
+        g, m = self.grid, masks.shape[1]
+        masks = masks.view(n, m, g, g, 2, 2, 2, 2)  # h, w, then (y, x) of the first and of the second doubling
+        return masks.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(n, m, 4 * g, 4 * g)

@@ -1,0 +1,88 @@
+"""Prompts to tokens: points and boxes by random Fourier positions, masks by a small convolution.
+
+Source: SAM paper, appendix A, "Prompt encoder"; `segment_anything.modeling.prompt_encoder` (same parameter names).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from samray.sam.image_encoder import LayerNorm2d
+
+PAD_LABEL = -1
+"""Label of a point that is not there (the reference pads with one where no box is given)."""
+
+
+class PositionEncoding(nn.Module):
+    """Random Fourier features of positions in the unit square."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, num_features))
+
+    def forward(self, xy: Tensor) -> Tensor:
+        """xy: (..., 2) in [0, 1]. Returns (..., 2 * num_features), sines then cosines."""
+        matrix = self.positional_encoding_gaussian_matrix
+        assert isinstance(matrix, Tensor)
+        # In float32 whatever the model's dtype: bfloat16 positions would be off by several pixels.
+        angles = 2 * math.pi * ((2 * xy.float() - 1) @ matrix.float())
+        return torch.cat([angles.sin(), angles.cos()], dim=-1).to(matrix.dtype)
+
+
+class PromptEncoder(nn.Module):
+    def __init__(self, embed_dim: int, grid: int, image_size: int, mask_in_chans: int) -> None:
+        super().__init__()
+        self.grid, self.image_size = grid, image_size
+        self.pe_layer = PositionEncoding(embed_dim // 2)
+        # Rows: background click, foreground click, a box's top-left corner, its bottom-right corner.
+        self.point_embeddings = nn.ModuleList(nn.Embedding(1, embed_dim) for _ in range(4))
+        self.not_a_point_embed = nn.Embedding(1, embed_dim)
+        self.mask_downscaling = nn.Sequential(
+            nn.Conv2d(1, mask_in_chans // 4, kernel_size=2, stride=2),
+            LayerNorm2d(mask_in_chans // 4),
+            nn.GELU(),
+            nn.Conv2d(mask_in_chans // 4, mask_in_chans, kernel_size=2, stride=2),
+            LayerNorm2d(mask_in_chans),
+            nn.GELU(),
+            nn.Conv2d(mask_in_chans, embed_dim, kernel_size=1),
+        )
+        self.no_mask_embed = nn.Embedding(1, embed_dim)
+
+    def dense_positions(self) -> Tensor:
+        """(L, C): the position code of every cell of the embedding grid, row by row."""
+        device = self.no_mask_embed.weight.device
+        centres = (torch.arange(self.grid, device=device, dtype=torch.float32) + 0.5) / self.grid
+        y, x = torch.meshgrid(centres, centres, indexing="ij")
+        encoded: Tensor = self.pe_layer(torch.stack([x, y], dim=-1))
+        return encoded.flatten(0, 1)
+
+    def encode_points(self, points: Tensor, labels: Tensor, *, pad: bool = True) -> Tensor:
+        """Tokens of clicks.
+
+        points: (..., P, 2) float xy, pixels of the padded square input. labels: (..., P), 1 foreground, 0 background,
+        -1 no point. pad: append the reference's "not a point" (it does where no box is given).
+        Returns (..., P or P + 1, C).
+        """
+        if pad:
+            points = torch.cat([points, points.new_zeros(*points.shape[:-2], 1, 2)], dim=-2)
+            labels = torch.cat([labels, labels.new_full((*labels.shape[:-1], 1), PAD_LABEL)], dim=-1)
+        encoded: Tensor = self.pe_layer((points.float() + 0.5) / self.image_size)
+        # One table look-up instead of three masked writes: rows are (not a point, background, foreground).
+        table = torch.stack([e.weight[0] for e in (self.not_a_point_embed, *list(self.point_embeddings)[:2])])  # type: ignore[union-attr]
+        is_point = (labels != PAD_LABEL).unsqueeze(-1)
+        return torch.where(is_point, encoded, torch.zeros_like(encoded)) + table[labels.long() + 1]
+
+    def encode_boxes(self, boxes_xyxy: Tensor) -> Tensor:
+        """boxes_xyxy: (..., 4), pixels of the padded square input. Returns (..., 2, C): the two corners."""
+        corners = boxes_xyxy.float().unflatten(-1, (2, 2)) + 0.5
+        table = torch.stack([e.weight[0] for e in list(self.point_embeddings)[2:]])  # type: ignore[union-attr]
+        encoded: Tensor = self.pe_layer(corners / self.image_size)
+        return encoded + table
+
+    def encode_masks(self, mask_logits: Tensor) -> Tensor:
+        """mask_logits: (N, 1, 4h, 4w), unthresholded. Returns (N, C, h, w)."""
+        out: Tensor = self.mask_downscaling(mask_logits)
+        return out

@@ -1,0 +1,229 @@
+"""Segment Anything: image encoder, prompt encoder and mask decoder behind state-free methods.
+
+Frames: *original* (the image as given, H x W), *input* (scaled so that the longest side is S, (h, w) = `input_hw`, then
+padded at the bottom and right to S x S) and *low-res* (the decoder's logits, a quarter of the embedding's stride).
+Source: `segment_anything.modeling.sam` and `predictor`, without the predictor's state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from samray.sam.image_encoder import ImageEncoderViT
+from samray.sam.mask_decoder import DecoderState, MaskDecoder
+from samray.sam.prompt_encoder import PromptEncoder
+from samray.sam.spec import ModelSpec, VitSpec
+from samray.sam.tiny_vit import TinyViT
+from samray.sam.transformer import ImageTokens
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+# Prompts that go through the decoder together on a CPU: their image tokens, (prompts, L, C) float32, should stay in cache.
+_CPU_CHUNK_BYTES = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """Masks of N prompts.
+
+    logits: (K, 4h, 4w) float32, low-res frame, unthresholded; iou: (K,) float32 predicted; prompt_index, mask_index: (K,)
+    int64, which prompt and which of its masks. all_iou: (N, M) float32, of every mask, also of those not kept.
+    """
+
+    logits: Tensor
+    iou: Tensor
+    prompt_index: Tensor
+    mask_index: Tensor
+    all_iou: Tensor
+
+
+def input_size(height: int, width: int, image_size: int) -> tuple[int, int]:
+    """(h, w) after scaling the longest side to `image_size`, rounded half up as the reference, at least one pixel."""
+    scale = image_size / max(height, width)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+class Sam(nn.Module):
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.image_encoder: nn.Module = (
+            ImageEncoderViT(spec.encoder, spec.image_size, spec.embed_dim)
+            if isinstance(spec.encoder, VitSpec)
+            else TinyViT(spec.encoder, spec.embed_dim)
+        )
+        self.prompt_encoder = PromptEncoder(spec.embed_dim, spec.grid, spec.image_size, spec.mask_in_chans)
+        self.mask_decoder = MaskDecoder(spec)
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.mask_decoder.iou_token.weight.dtype
+
+    @property
+    def image_size(self) -> int:
+        return self.spec.image_size
+
+    # --- image side ----------------------------------------------------------------------------------------------------
+
+    def resize(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """image: (H, W, 3) uint8 RGB. Returns it with its longest side at S, by Pillow's bilinear filter (as published)."""
+        height, width = image.shape[:2]
+        h, w = input_size(height, width, self.image_size)
+        return np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))
+
+    def preprocess(self, images: list[NDArray[np.uint8]]) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Images of any sizes to one batch.
+
+        images: (H, W, 3) uint8 RGB each. Returns pixels (B, 3, S, S) on the model's device, normalised, zero where padded,
+        and every image's (h, w) within the square.
+        """
+        size = self.image_size
+        resized = [self.resize(image) for image in images]
+        pixels = torch.zeros(len(images), 3, size, size, device=self.device, dtype=self.dtype)
+        for i, image in enumerate(resized):
+            h, w = image.shape[:2]
+            raw = torch.from_numpy(np.ascontiguousarray(image)).to(self.device).permute(2, 0, 1).float()
+            pixels[i, :, :h, :w] = ((raw - self.pixel_mean.float()) / self.pixel_std.float()).to(self.dtype)
+        return pixels, [(image.shape[0], image.shape[1]) for image in resized]
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """pixels: (B, 3, S, S) as `preprocess` gives them. Returns the embeddings (B, C, h, w)."""
+        out: Tensor = self.image_encoder(pixels)
+        return out
+
+    def prepare_decoder(self, embeddings: Tensor, mask_input: Tensor | None = None) -> ImageTokens:
+        """What all prompts of these images share, computed once.
+
+        embeddings: (B, C, h, w). mask_input: (B, 1, 4h, 4w) logits, or None for no mask prompt.
+        """
+        encoder = self.prompt_encoder
+        dense = encoder.no_mask_embed.weight if mask_input is None else _tokens(encoder.encode_masks(mask_input))
+        return self.mask_decoder.transformer.prepare(_tokens(embeddings) + dense, encoder.dense_positions())
+
+    # --- prompts to masks ----------------------------------------------------------------------------------------------
+
+    def decode_points(
+        self,
+        context: ImageTokens,
+        points: Tensor,
+        labels: Tensor,
+        *,
+        multimask: bool = True,
+        min_iou: float | None = None,
+    ) -> Decoded:
+        """Masks for N point prompts on one image; only those with predicted IoU > min_iou are upscaled at all.
+
+        context: one image (`prepare_decoder(embeddings)[i]`). points: (N, P, 2) float xy, input frame. labels: (N, P).
+        Kept masks come prompt by prompt. min_iou None keeps all N * M of them; M is 3, or 1 without `multimask`.
+        """
+        assert len(context) == 1, "decode_points takes one image's context"
+        masks = slice(1, None) if multimask else slice(0, 1)
+        chunk = self._prompts_per_chunk(context)
+        parts = []
+        for start in range(0, max(1, len(points)), chunk):
+            rows = slice(start, start + chunk)
+            sparse = self.prompt_encoder.encode_points(points[None, rows], labels[None, rows])
+            parts.append(self._decode_chunk(self.mask_decoder.run(context, sparse), masks, min_iou, start))
+        if len(parts) == 1:
+            return parts[0]
+        fields = ("logits", "iou", "prompt_index", "mask_index", "all_iou")
+        return Decoded(*(torch.cat([getattr(part, field) for part in parts]) for field in fields))
+
+    def _decode_chunk(self, state: DecoderState, masks: slice, min_iou: float | None, first_prompt: int) -> Decoded:
+        all_iou = state.iou[:, masks].float()
+        keep = torch.ones_like(all_iou, dtype=torch.bool) if min_iou is None else all_iou > min_iou
+        prompt, mask = keep.nonzero(as_tuple=True)
+        if min_iou is None:
+            logits = self.mask_decoder.upscale(state.keys, self.mask_decoder.hyper(state.mask_tokens, masks)).flatten(0, 1)
+        else:
+            # A prompt with any survivor is upscaled once; of its masks only the survivors leave.
+            alive = keep.any(dim=1).nonzero()[:, 0]
+            hyper = self.mask_decoder.hyper(state.mask_tokens[alive], masks)
+            upscaled = self.mask_decoder.upscale(state.keys[alive], hyper)
+            logits = upscaled[keep[alive]]
+        return Decoded(logits.float(), all_iou[prompt, mask], prompt + first_prompt, mask, all_iou)
+
+    def _prompts_per_chunk(self, context: ImageTokens) -> int:
+        if self.device.type != "cpu":
+            return 1 << 30  # the caller's points_per_batch is the chunk
+        return max(1, _CPU_CHUNK_BYTES // (context.src[0].numel() * context.src.element_size()))
+
+    def predict(
+        self,
+        embedding: Tensor,
+        points: Tensor | None = None,
+        labels: Tensor | None = None,
+        boxes_xyxy: Tensor | None = None,
+        mask_input: Tensor | None = None,
+        *,
+        multimask: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Masks for any prompts on one image.
+
+        embedding: (1, C, h, w). points: (N, P, 2) and labels: (N, P); boxes_xyxy: (N, 4); all in the input frame.
+        mask_input: (N, 1, 4h, 4w) low-res logits. Returns logits (N, M, 4h, 4w) and predicted IoU (N, M); M is 3 or 1.
+        """
+        given = [p for p in (points, boxes_xyxy, mask_input) if p is not None]
+        if not given:
+            raise ValueError("predict needs points, boxes or a mask_input")
+        n, encoder = len(given[0]), self.prompt_encoder
+        sparse = []
+        if points is not None:
+            if labels is None:
+                raise ValueError("points come with labels: 1 foreground, 0 background")
+            sparse.append(encoder.encode_points(points, labels, pad=boxes_xyxy is None))
+        if boxes_xyxy is not None:
+            sparse.append(encoder.encode_boxes(boxes_xyxy))
+        tokens = torch.cat(sparse, dim=1) if sparse else embedding.new_zeros(n, 0, self.spec.embed_dim)
+        if mask_input is None:
+            context, tokens = self.prepare_decoder(embedding), tokens[None]
+        else:  # every prompt has image tokens of its own: N "images" with one prompt each
+            context, tokens = self.prepare_decoder(embedding.expand(n, -1, -1, -1), mask_input), tokens[:, None]
+        masks = slice(1, None) if multimask else slice(0, 1)
+        state = self.mask_decoder.run(context, tokens)
+        logits = self.mask_decoder.upscale(state.keys, self.mask_decoder.hyper(state.mask_tokens, masks))
+        return logits.float(), state.iou[:, masks].float()
+
+    def decode_batch(self, embeddings: Tensor, sparse: Tensor, mask_input: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """All four masks of N prompts on each of B images, with gradients: the trainer's form.
+
+        embeddings: (B, C, h, w). sparse: (B, N, P, C) prompt tokens (`prompt_encoder.encode_points`, `encode_boxes`).
+        mask_input: (B * N, 1, 4h, 4w) or None. Returns logits (B, N, 4, 4h, 4w) and IoU (B, N, 4).
+        """
+        b, n = sparse.shape[:2]
+        if mask_input is not None:
+            embeddings, sparse = embeddings.repeat_interleave(n, dim=0), sparse.flatten(0, 1)[:, None]
+        state = self.mask_decoder.run(self.prepare_decoder(embeddings, mask_input), sparse)
+        logits = self.mask_decoder.upscale(state.keys, self.mask_decoder.hyper(state.mask_tokens, slice(None)))
+        return logits.unflatten(0, (b, n)), state.iou.unflatten(0, (b, n))
+
+    def postprocess(self, logits: Tensor, input_hw: tuple[int, int], original_hw: tuple[int, int]) -> Tensor:
+        """Low-res logits to the original frame, by the reference's two bilinear steps.
+
+        logits: (K, 4h, 4w). Returns (K, H, W) of the same dtype, unthresholded.
+        """
+        square = F.interpolate(logits[None], (self.image_size, self.image_size), mode="bilinear", align_corners=False)
+        cut = square[..., : input_hw[0], : input_hw[1]]
+        return F.interpolate(cut, original_hw, mode="bilinear", align_corners=False)[0]
+
+
+def _tokens(maps: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, L, C)."""
+    return maps.flatten(2).transpose(1, 2)

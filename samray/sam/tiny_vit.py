@@ -1,0 +1,151 @@
+"""TinyViT: MobileSAM's image encoder, and with smaller numbers the embedded model's.
+
+Source: TinyViT (Wu et al., ECCV 2022) as changed by MobileSAM (Zhang et al., 2023); parameter names are MobileSAM's.
+The classification head that MobileSAM's file also carries is not part of it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from samray.sam.image_encoder import make_neck, merge_windows, partition_windows
+from samray.sam.spec import TinyVitSpec
+
+
+class ConvNorm(nn.Sequential):
+    """A convolution without bias and a batch norm, named `c` and `bn`."""
+
+    def __init__(self, in_dim: int, out_dim: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.add_module("c", nn.Conv2d(in_dim, out_dim, kernel, stride, kernel // 2, groups=groups, bias=False))
+        self.add_module("bn", nn.BatchNorm2d(out_dim))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.seq = nn.Sequential(ConvNorm(3, dim // 2, 3, 2), nn.GELU(), ConvNorm(dim // 2, dim, 3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.seq(x)
+        return out
+
+
+class MBConv(nn.Module):
+    """Inverted bottleneck with a residual."""
+
+    def __init__(self, dim: int, expansion: int = 4) -> None:
+        super().__init__()
+        hidden = dim * expansion
+        self.conv1 = ConvNorm(dim, hidden)
+        self.conv2 = ConvNorm(hidden, hidden, 3, groups=hidden)
+        self.conv3 = ConvNorm(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x + self.conv3(F.gelu(self.conv2(F.gelu(self.conv1(x))))))
+
+
+class PatchMerging(nn.Module):
+    def __init__(self, in_dim: int, out_dim: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = ConvNorm(in_dim, out_dim)
+        self.conv2 = ConvNorm(out_dim, out_dim, 3, stride, groups=out_dim)
+        self.conv3 = ConvNorm(out_dim, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv3(F.gelu(self.conv2(F.gelu(self.conv1(x)))))
+        return out
+
+
+class Attention(nn.Module):
+    """Self-attention within a window, with one learned bias per head and absolute offset."""
+
+    def __init__(self, dim: int, num_heads: int, window: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, dim * 3)
+        self.proj = nn.Linear(dim, dim)
+        self.attention_biases = nn.Parameter(torch.zeros(num_heads, window * window))
+        rows, cols = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
+        rows, cols = rows.flatten(), cols.flatten()
+        index = (rows[:, None] - rows[None, :]).abs() * window + (cols[:, None] - cols[None, :]).abs()
+        self.register_buffer("attention_bias_idxs", index, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(windows, window * window, dim) -> the same shape."""
+        n, tokens, dim = x.shape
+        qkv = self.qkv(self.norm(x)).view(n, tokens, self.num_heads, 3, dim // self.num_heads)
+        q, k, v = qkv.permute(3, 0, 2, 1, 4)
+        assert isinstance(self.attention_bias_idxs, Tensor)
+        bias = self.attention_biases[:, self.attention_bias_idxs].to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
+        return self.proj(out.transpose(1, 2).reshape(n, tokens, dim))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, dim * 4)
+        self.fc2 = nn.Linear(dim * 4, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(self.norm(x))))
+
+
+class TinyVitBlock(nn.Module):
+    """Windowed attention, a depthwise 3x3 that lets windows talk, and an MLP."""
+
+    def __init__(self, dim: int, num_heads: int, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.attn = Attention(dim, num_heads, window)
+        self.local_conv = ConvNorm(dim, dim, 3, groups=dim)
+        self.mlp = Mlp(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        windows, padded_hw = partition_windows(x, self.window)
+        attended = self.attn(windows.flatten(1, 2)).view(windows.shape)
+        x = x + merge_windows(attended, padded_hw, (x.shape[1], x.shape[2]))
+        x = self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return (x + self.mlp(x)).permute(0, 3, 1, 2)
+
+
+class Stage(nn.Module):
+    def __init__(self, blocks: list[nn.Module], downsample: PatchMerging | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        if downsample is not None:
+            self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.downsample(x) if hasattr(self, "downsample") else x
+
+
+class TinyViT(nn.Module):
+    """(B, 3, S, S) normalised pixels -> (B, C, S / stride, S / stride)."""
+
+    def __init__(self, spec: TinyVitSpec, out_channels: int) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(spec.dims[0])
+        self.layers = nn.ModuleList()
+        for i, (dim, depth, heads, window) in enumerate(
+            zip(spec.dims, spec.depths, spec.num_heads, spec.windows, strict=True)
+        ):
+            blocks: list[nn.Module] = [MBConv(dim) if i == 0 else TinyVitBlock(dim, heads, window) for _ in range(depth)]
+            last = i == len(spec.dims) - 1
+            self.layers.append(Stage(blocks, None if last else PatchMerging(dim, spec.dims[i + 1], spec.strides[i])))
+        self.neck = make_neck(spec.dims[-1], out_channels)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.patch_embed(pixels.contiguous(memory_format=torch.channels_last))
+        for stage in self.layers:
+            x = stage(x)
+        out: Tensor = self.neck(x)
+        return out

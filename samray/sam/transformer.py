@@ -1,0 +1,211 @@
+"""The two-way transformer between prompt tokens and image tokens, with the image side's work done once or not at all.
+
+Source: SAM paper, appendix A, "Mask decoder"; `segment_anything.modeling.transformer` (same parameter names, same
+numbers). The published form projects all L image tokens to queries, keys and values for every prompt. Here:
+
+1. In the first layer the image tokens are the same for every prompt of an image, so their three projections are made
+   once an image (`ImageTokens`).
+2. Later, T tokens x H heads (about 56) rows face L = 4,096 image tokens, so the image side's projection is absorbed into
+   the token side. Token to image, head j:  scores = (W_k,j^T q_j) . keys + q_j . (W_k,j pe),  out = W_v,j (P . keys) + b_v
+   since rows of P sum to one; the key's bias adds the same to a whole row and drops out of the softmax.
+   Image to token:  scores = keys . (W_q,j^T k_j) + (W_q,j pe + b_q,j) . k_j,  out = P (V_j W_o,j) + b_o.
+
+`tests/parity` holds both against the textbook form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """The projections of multi-head attention with a reduced inner width. What is done with them depends on the side."""
+
+    def __init__(self, dim: int, num_heads: int, downsample: int = 1) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        inner = dim // downsample
+        self.q_proj = nn.Linear(dim, inner)
+        self.k_proj = nn.Linear(dim, inner)
+        self.v_proj = nn.Linear(dim, inner)
+        self.out_proj = nn.Linear(inner, dim)
+
+    @property
+    def scale(self) -> float:
+        return float((self.q_proj.out_features // self.num_heads) ** -0.5)
+
+    def split(self, x: Tensor) -> Tensor:
+        """(..., n, inner) -> (..., heads, n, head_dim)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
+
+    def per_head(self, weight: Tensor) -> Tensor:
+        """(inner, dim) -> (heads, head_dim, dim)."""
+        return weight.unflatten(0, (self.num_heads, -1))
+
+    def merge(self, x: Tensor) -> Tensor:
+        """(..., heads, n, head_dim) -> out_proj of the joined heads, (..., n, dim)."""
+        out: Tensor = self.out_proj(x.transpose(-3, -2).flatten(-2))
+        return out
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Plain attention, used among the few prompt tokens."""
+        q, k, v = self.split(self.q_proj(q)), self.split(self.k_proj(k)), self.split(self.v_proj(v))
+        return self.merge(F.scaled_dot_product_attention(q, k, v))
+
+    # --- the absorbed forms --------------------------------------------------------------------------------------------
+
+    def tokens_to_image(self, tokens: Tensor, keys: Tensor, pe_keys: Tensor) -> Tensor:
+        """Tokens read from image tokens.
+
+        tokens: (N, T, C) with their positions added. keys: (N, L, C) without. pe_keys: (heads, head_dim, L), W_k pe.
+        Returns (N, T, C).
+        """
+        n, t, _ = tokens.shape
+        q = self.split(self.q_proj(tokens)) * self.scale  # (N, H, T, d)
+        absorbed = q @ self.per_head(self.k_proj.weight)  # (N, H, T, C)
+        pe_scores = (q @ pe_keys).flatten(1, 2)  # (N, H * T, L)
+        scores = torch.baddbmm(pe_scores, absorbed.flatten(1, 2), keys.transpose(1, 2))
+        read = torch.bmm(scores.softmax(dim=-1), keys).view(n, self.num_heads, t, -1)  # (N, H, T, C)
+        out = read @ self.per_head(self.v_proj.weight).transpose(1, 2)
+        return self.merge(out + self.v_proj.bias.view(self.num_heads, 1, -1))
+
+    def image_to_tokens(self, keys: Tensor, pe_queries: Tensor, tokens: Tensor, values: Tensor) -> Tensor:
+        """Image tokens read from tokens: what is to be added to `keys`.
+
+        keys: (N, L, C). pe_queries: (heads, head_dim, L), W_q pe + b_q. tokens: (N, T, C) with positions; values without.
+        Returns (N, L, C).
+        """
+        k = self.split(self.k_proj(tokens)) * self.scale
+        absorbed = k @ self.per_head(self.q_proj.weight)
+        scores = torch.baddbmm((k @ pe_queries).flatten(1, 2), absorbed.flatten(1, 2), keys.transpose(1, 2))
+        return self.spread(scores, values)
+
+    def spread(self, scores: Tensor, values: Tensor) -> Tensor:
+        """Softmax over the T tokens of each head, then V W_o by one product. scores: (N, H * T, L). Returns (N, L, C)."""
+        n, t, _ = values.shape
+        weights = scores.view(n, self.num_heads, t, -1).softmax(dim=2).flatten(1, 2)
+        out_weight = self.out_proj.weight.T.unflatten(0, (self.num_heads, -1))  # (H, d, C)
+        folded = (self.split(self.v_proj(values)) @ out_weight).flatten(1, 2)  # (N, H * T, C)
+        return torch.baddbmm(self.out_proj.bias, weights.transpose(1, 2), folded)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTokens:
+    """What the decoder needs of B images, made once for all of their prompts.
+
+    src: (B, L, C) image tokens (embedding plus dense prompt). The first layer's projections: read_keys and read_values,
+    (B, heads, L, head_dim), for tokens -> image, write_queries for image -> tokens. Of the later attentions only what
+    depends on positions: pe_keys[i] and pe_queries[i], (heads, head_dim, L); the last of pe_keys is the final attention's.
+    """
+
+    src: Tensor
+    read_keys: Tensor
+    read_values: Tensor
+    write_queries: Tensor
+    pe_keys: list[Tensor]
+    pe_queries: list[Tensor]
+
+    def __len__(self) -> int:
+        return self.src.shape[0]
+
+    def __getitem__(self, i: int) -> ImageTokens:
+        """Image i alone, as a batch of one."""
+        one = slice(i, i + 1)
+        return ImageTokens(
+            self.src[one],
+            self.read_keys[one],
+            self.read_values[one],
+            self.write_queries[one],
+            self.pe_keys,
+            self.pe_queries,
+        )
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.lin1 = nn.Linear(dim, hidden_dim)
+        self.lin2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin2(F.relu(self.lin1(x)))
+
+
+class TwoWayBlock(nn.Module):
+    def __init__(self, dim: int, num_heads: int, mlp_dim: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(dim, num_heads)
+        self.norm1 = nn.LayerNorm(dim)
+        self.cross_attn_token_to_image = Attention(dim, num_heads, downsample=2)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, mlp_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.norm4 = nn.LayerNorm(dim)
+        self.cross_attn_image_to_token = Attention(dim, num_heads, downsample=2)
+
+
+class TwoWayTransformer(nn.Module):
+    def __init__(self, dim: int, num_heads: int, mlp_dim: int, depth: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(TwoWayBlock(dim, num_heads, mlp_dim) for _ in range(depth))
+        self.final_attn_token_to_image = Attention(dim, num_heads, downsample=2)
+        self.norm_final_attn = nn.LayerNorm(dim)
+
+    def blocks(self) -> list[TwoWayBlock]:
+        return [b for b in self.layers if isinstance(b, TwoWayBlock)]
+
+    def prepare(self, src: Tensor, pe: Tensor) -> ImageTokens:
+        """src: (B, L, C) image tokens; pe: (L, C) their positions."""
+        first, *later = self.blocks()
+        read, write = first.cross_attn_token_to_image, first.cross_attn_image_to_token
+        placed = src + pe
+        pe_keys = [a.split(F.linear(pe, a.k_proj.weight)).transpose(1, 2) for a in (
+            *(b.cross_attn_token_to_image for b in later), self.final_attn_token_to_image
+        )]
+        pe_queries = [
+            a.split(a.q_proj(pe)).transpose(1, 2) for a in (b.cross_attn_image_to_token for b in later)
+        ]
+        return ImageTokens(
+            src=src,
+            read_keys=read.split(read.k_proj(placed)),
+            read_values=read.split(read.v_proj(src)),
+            write_queries=write.split(write.q_proj(placed)),
+            pe_keys=pe_keys,
+            pe_queries=pe_queries,
+        )
+
+    def forward(self, image: ImageTokens, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens: (B, N, T, C), N prompts of each of B images. Returns tokens (B * N, T, C), image tokens (B * N, L, C)."""
+        b, n, t, c = tokens.shape
+        positions = tokens.flatten(0, 1)
+        first, *later = self.blocks()
+
+        # Layer 1: every prompt of an image faces the same image tokens; its prompts are just more rows of one product.
+        x = first.norm1(first.self_attn(positions, positions, positions))
+        read = first.cross_attn_token_to_image
+        q = read.split(read.q_proj(x + positions).view(b, n * t, -1))  # (B, H, N * T, d)
+        out = F.scaled_dot_product_attention(q, image.read_keys, image.read_values)
+        x = first.norm2(x + read.merge(out).view(b * n, t, c))
+        x = first.norm3(x + first.mlp(x))
+        write = first.cross_attn_image_to_token
+        k = write.split(write.k_proj(x + positions).view(b, n * t, -1)) * write.scale
+        scores = k @ image.write_queries.transpose(-2, -1)  # (B, H, N * T, L)
+        scores = scores.unflatten(2, (n, t)).transpose(1, 2).reshape(b * n, write.num_heads * t, -1)
+        added = write.spread(scores, x).view(b, n, -1, c)
+        keys = first.norm4(image.src[:, None] + added).flatten(0, 1)
+
+        for block, pe_keys, pe_queries in zip(later, image.pe_keys, image.pe_queries, strict=False):
+            q = x + positions
+            x = block.norm1(x + block.self_attn(q, q, x))
+            x = block.norm2(x + block.cross_attn_token_to_image.tokens_to_image(x + positions, keys, pe_keys))
+            x = block.norm3(x + block.mlp(x))
+            keys = block.norm4(
+                keys + block.cross_attn_image_to_token.image_to_tokens(keys, pe_queries, x + positions, x)
+            )
+
+        x = x + self.final_attn_token_to_image.tokens_to_image(x + positions, keys, image.pe_keys[-1])
+        return self.norm_final_attn(x), keys
