@@ -8,6 +8,7 @@ numbers). Predicted IoUs depend on the tokens alone, so the decoder comes in two
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ class MlpHead(nn.Module):
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, depth: int) -> None:
         super().__init__()
         dims = [in_dim, *[hidden_dim] * (depth - 1), out_dim]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
 
     def forward(self, x: Tensor) -> Tensor:
         *hidden, last = self.layers
@@ -59,9 +60,7 @@ class MaskDecoder(nn.Module):
             nn.ConvTranspose2d(dim // 4, dim // 8, kernel_size=2, stride=2),
             nn.GELU(),
         )
-        self.output_hypernetworks_mlps = nn.ModuleList(
-            MlpHead(dim, dim, dim // 8, 3) for _ in range(NUM_MASK_TOKENS)
-        )
+        self.output_hypernetworks_mlps = nn.ModuleList(MlpHead(dim, dim, dim // 8, 3) for _ in range(NUM_MASK_TOKENS))
         self.iou_prediction_head = MlpHead(dim, spec.iou_hidden_dim, NUM_MASK_TOKENS, 3)
 
     def run(self, image: ImageTokens, sparse: Tensor) -> DecoderState:
@@ -84,14 +83,17 @@ class MaskDecoder(nn.Module):
         each is a product cell by cell. Cells are brought into image order last, when M channels are left of C / 8.
         """
         conv1, norm, _, conv2, _ = self.output_upscaling
-        assert isinstance(conv1, nn.ConvTranspose2d) and isinstance(conv2, nn.ConvTranspose2d)
-        assert isinstance(norm, LayerNorm2d) and conv1.bias is not None and conv2.bias is not None
+        assert isinstance(norm, LayerNorm2d)
+        assert isinstance(conv1, nn.ConvTranspose2d)
+        assert isinstance(conv2, nn.ConvTranspose2d)
+        assert conv1.bias is not None
+        assert conv2.bias is not None
         n, cells, _ = keys.shape
         weight1 = conv1.weight.permute(0, 2, 3, 1).flatten(1)  # (C, 2 * 2 * C / 4)
-        x = F.linear(keys, weight1.T, conv1.bias.repeat(4)).view(n, cells * 4, -1)
+        x = F.linear(keys, weight1.T, conv1.bias.repeat(4)).view(n, cells * 4, len(norm.weight))
         x = F.gelu(F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps))
         weight2 = conv2.weight.permute(0, 2, 3, 1).flatten(1)
-        x = F.gelu(F.linear(x, weight2.T, conv2.bias.repeat(4))).view(n, cells * 16, -1)
+        x = F.gelu(F.linear(x, weight2.T, conv2.bias.repeat(4))).view(n, cells * 16, hyper.shape[-1])
         masks = torch.bmm(hyper, x.transpose(1, 2))  # (N, M, h * w * 2 * 2 * 2 * 2)
         g, m = self.grid, masks.shape[1]
         masks = masks.view(n, m, g, g, 2, 2, 2, 2)  # h, w, then (y, x) of the first and of the second doubling

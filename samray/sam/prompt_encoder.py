@@ -71,16 +71,19 @@ class PromptEncoder(nn.Module):
             labels = torch.cat([labels, labels.new_full((*labels.shape[:-1], 1), PAD_LABEL)], dim=-1)
         encoded: Tensor = self.pe_layer((points.float() + 0.5) / self.image_size)
         # One table look-up instead of three masked writes: rows are (not a point, background, foreground).
-        table = torch.stack([e.weight[0] for e in (self.not_a_point_embed, *list(self.point_embeddings)[:2])])  # type: ignore[union-attr]
+        table = torch.cat([self.not_a_point_embed.weight, *self._learned()[:2]])
         is_point = (labels != PAD_LABEL).unsqueeze(-1)
         return torch.where(is_point, encoded, torch.zeros_like(encoded)) + table[labels.long() + 1]
 
     def encode_boxes(self, boxes_xyxy: Tensor) -> Tensor:
         """boxes_xyxy: (..., 4), pixels of the padded square input. Returns (..., 2, C): the two corners."""
         corners = boxes_xyxy.float().unflatten(-1, (2, 2)) + 0.5
-        table = torch.stack([e.weight[0] for e in list(self.point_embeddings)[2:]])  # type: ignore[union-attr]
+        table = torch.cat(self._learned()[2:])
         encoded: Tensor = self.pe_layer(corners / self.image_size)
         return encoded + table
+
+    def _learned(self) -> list[Tensor]:
+        return [embedding.weight for embedding in self.point_embeddings if isinstance(embedding, nn.Embedding)]
 
     def encode_masks(self, mask_logits: Tensor) -> Tensor:
         """mask_logits: (N, 1, 4h, 4w), unthresholded. Returns (N, C, h, w)."""

@@ -26,7 +26,7 @@ from samray.sam.transformer import ImageTokens
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
-# Prompts that go through the decoder together on a CPU: their image tokens, (prompts, L, C) float32, should stay in cache.
+# Prompts that go through the decoder together on a CPU: their image tokens, (prompts, L, C), should stay in cache.
 _CPU_CHUNK_BYTES = 32 * 1024 * 1024
 
 
@@ -34,8 +34,8 @@ _CPU_CHUNK_BYTES = 32 * 1024 * 1024
 class Decoded:
     """Masks of N prompts.
 
-    logits: (K, 4h, 4w) float32, low-res frame, unthresholded; iou: (K,) float32 predicted; prompt_index, mask_index: (K,)
-    int64, which prompt and which of its masks. all_iou: (N, M) float32, of every mask, also of those not kept.
+    logits: (K, 4h, 4w) float32, low-res frame, unthresholded; iou: (K,) float32 predicted; prompt_index and mask_index:
+    (K,) int64, which prompt and which of its masks. all_iou: (N, M) float32, of every mask, also of those not kept.
     """
 
     logits: Tensor
@@ -80,19 +80,19 @@ class Sam(nn.Module):
     def image_size(self) -> int:
         return self.spec.image_size
 
-    # --- image side ----------------------------------------------------------------------------------------------------
+    # --- image side --------------------------------------------------------------------------------------------------
 
     def resize(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """image: (H, W, 3) uint8 RGB. Returns it with its longest side at S, by Pillow's bilinear filter (as published)."""
+        """image: (H, W, 3) uint8 RGB. Returns it with its longest side at S, by Pillow's bilinear filter."""
         height, width = image.shape[:2]
         h, w = input_size(height, width, self.image_size)
-        return np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))
+        return np.array(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))  # writable, for torch
 
     def preprocess(self, images: list[NDArray[np.uint8]]) -> tuple[Tensor, list[tuple[int, int]]]:
         """Images of any sizes to one batch.
 
-        images: (H, W, 3) uint8 RGB each. Returns pixels (B, 3, S, S) on the model's device, normalised, zero where padded,
-        and every image's (h, w) within the square.
+        images: (H, W, 3) uint8 RGB each. Returns pixels (B, 3, S, S) on the model's device, normalised, zero where
+        padded, and every image's (h, w) within the square.
         """
         size = self.image_size
         resized = [self.resize(image) for image in images]
@@ -117,7 +117,7 @@ class Sam(nn.Module):
         dense = encoder.no_mask_embed.weight if mask_input is None else _tokens(encoder.encode_masks(mask_input))
         return self.mask_decoder.transformer.prepare(_tokens(embeddings) + dense, encoder.dense_positions())
 
-    # --- prompts to masks ----------------------------------------------------------------------------------------------
+    # --- prompts to masks --------------------------------------------------------------------------------------------
 
     def decode_points(
         self,
@@ -137,21 +137,31 @@ class Sam(nn.Module):
         masks = slice(1, None) if multimask else slice(0, 1)
         chunk = self._prompts_per_chunk(context)
         parts = []
-        for start in range(0, max(1, len(points)), chunk):
+        for start in range(0, len(points), chunk):
             rows = slice(start, start + chunk)
             sparse = self.prompt_encoder.encode_points(points[None, rows], labels[None, rows])
             parts.append(self._decode_chunk(self.mask_decoder.run(context, sparse), masks, min_iou, start))
+        if not parts:
+            return self._nothing_decoded(3 if multimask else 1)
         if len(parts) == 1:
             return parts[0]
         fields = ("logits", "iou", "prompt_index", "mask_index", "all_iou")
         return Decoded(*(torch.cat([getattr(part, field) for part in parts]) for field in fields))
+
+    def _nothing_decoded(self, masks_per_prompt: int) -> Decoded:
+        """What no prompts at all give."""
+        side, none = 4 * self.spec.grid, torch.zeros(0, device=self.device)
+        index = none.long()
+        return Decoded(none.new_zeros(0, side, side), none, index, index, none.new_zeros(0, masks_per_prompt))
 
     def _decode_chunk(self, state: DecoderState, masks: slice, min_iou: float | None, first_prompt: int) -> Decoded:
         all_iou = state.iou[:, masks].float()
         keep = torch.ones_like(all_iou, dtype=torch.bool) if min_iou is None else all_iou > min_iou
         prompt, mask = keep.nonzero(as_tuple=True)
         if min_iou is None:
-            logits = self.mask_decoder.upscale(state.keys, self.mask_decoder.hyper(state.mask_tokens, masks)).flatten(0, 1)
+            logits = self.mask_decoder.upscale(state.keys, self.mask_decoder.hyper(state.mask_tokens, masks)).flatten(
+                0, 1
+            )
         else:
             # A prompt with any survivor is upscaled once; of its masks only the survivors leave.
             alive = keep.any(dim=1).nonzero()[:, 0]
@@ -201,7 +211,9 @@ class Sam(nn.Module):
         logits = self.mask_decoder.upscale(state.keys, self.mask_decoder.hyper(state.mask_tokens, masks))
         return logits.float(), state.iou[:, masks].float()
 
-    def decode_batch(self, embeddings: Tensor, sparse: Tensor, mask_input: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def decode_batch(
+        self, embeddings: Tensor, sparse: Tensor, mask_input: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """All four masks of N prompts on each of B images, with gradients: the trainer's form.
 
         embeddings: (B, C, h, w). sparse: (B, N, P, C) prompt tokens (`prompt_encoder.encode_points`, `encode_boxes`).

@@ -138,7 +138,9 @@ class TinyViT(nn.Module):
         for i, (dim, depth, heads, window) in enumerate(
             zip(spec.dims, spec.depths, spec.num_heads, spec.windows, strict=True)
         ):
-            blocks: list[nn.Module] = [MBConv(dim) if i == 0 else TinyVitBlock(dim, heads, window) for _ in range(depth)]
+            blocks: list[nn.Module] = [
+                MBConv(dim) if i == 0 else TinyVitBlock(dim, heads, window) for _ in range(depth)
+            ]
             last = i == len(spec.dims) - 1
             self.layers.append(Stage(blocks, None if last else PatchMerging(dim, spec.dims[i + 1], spec.strides[i])))
         self.neck = make_neck(spec.dims[-1], out_channels)

@@ -5,10 +5,11 @@ numbers). The published form projects all L image tokens to queries, keys and va
 
 1. In the first layer the image tokens are the same for every prompt of an image, so their three projections are made
    once an image (`ImageTokens`).
-2. Later, T tokens x H heads (about 56) rows face L = 4,096 image tokens, so the image side's projection is absorbed into
-   the token side. Token to image, head j:  scores = (W_k,j^T q_j) . keys + q_j . (W_k,j pe),  out = W_v,j (P . keys) + b_v
-   since rows of P sum to one; the key's bias adds the same to a whole row and drops out of the softmax.
-   Image to token:  scores = keys . (W_q,j^T k_j) + (W_q,j pe + b_q,j) . k_j,  out = P (V_j W_o,j) + b_o.
+2. Later, T tokens x H heads (about 56) rows face L = 4,096 image tokens, so the image side's projection is absorbed
+   into the token side. Token to image, head j:
+       scores = (W_k,j^T q_j) . keys + q_j . (W_k,j pe)        out = W_v,j (P . keys) + b_v
+   since rows of P sum to one; the key's bias adds the same to a whole row and drops out of the softmax. Image to token:
+       scores = keys . (W_q,j^T k_j) + (W_q,j pe + b_q,j) . k_j        out = P (V_j W_o,j) + b_o
 
 `tests/parity` holds both against the textbook form.
 """
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """The projections of multi-head attention with a reduced inner width. What is done with them depends on the side."""
+    """The projections of multi-head attention of reduced inner width. What is done with them depends on the side."""
 
     def __init__(self, dim: int, num_heads: int, downsample: int = 1) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class Attention(nn.Module):
         q, k, v = self.split(self.q_proj(q)), self.split(self.k_proj(k)), self.split(self.v_proj(v))
         return self.merge(F.scaled_dot_product_attention(q, k, v))
 
-    # --- the absorbed forms --------------------------------------------------------------------------------------------
+    # --- the absorbed forms ------------------------------------------------------------------------------------------
 
     def tokens_to_image(self, tokens: Tensor, keys: Tensor, pe_keys: Tensor) -> Tensor:
         """Tokens read from image tokens.
@@ -76,8 +77,8 @@ class Attention(nn.Module):
     def image_to_tokens(self, keys: Tensor, pe_queries: Tensor, tokens: Tensor, values: Tensor) -> Tensor:
         """Image tokens read from tokens: what is to be added to `keys`.
 
-        keys: (N, L, C). pe_queries: (heads, head_dim, L), W_q pe + b_q. tokens: (N, T, C) with positions; values without.
-        Returns (N, L, C).
+        keys: (N, L, C). pe_queries: (heads, head_dim, L), W_q pe + b_q. tokens: (N, T, C) with positions; values
+        without. Returns (N, L, C).
         """
         k = self.split(self.k_proj(tokens)) * self.scale
         absorbed = k @ self.per_head(self.q_proj.weight)
@@ -85,7 +86,7 @@ class Attention(nn.Module):
         return self.spread(scores, values)
 
     def spread(self, scores: Tensor, values: Tensor) -> Tensor:
-        """Softmax over the T tokens of each head, then V W_o by one product. scores: (N, H * T, L). Returns (N, L, C)."""
+        """Softmax over each head's T tokens, then V W_o by one product. scores: (N, H * T, L). Returns (N, L, C)."""
         n, t, _ = values.shape
         weights = scores.view(n, self.num_heads, t, -1).softmax(dim=2).flatten(1, 2)
         out_weight = self.out_proj.weight.T.unflatten(0, (self.num_heads, -1))  # (H, d, C)
@@ -99,7 +100,7 @@ class ImageTokens:
 
     src: (B, L, C) image tokens (embedding plus dense prompt). The first layer's projections: read_keys and read_values,
     (B, heads, L, head_dim), for tokens -> image, write_queries for image -> tokens. Of the later attentions only what
-    depends on positions: pe_keys[i] and pe_queries[i], (heads, head_dim, L); the last of pe_keys is the final attention's.
+    depends on positions: pe_keys[i] and pe_queries[i], (heads, head_dim, L); the last of pe_keys is for the final one.
     """
 
     src: Tensor
@@ -163,12 +164,11 @@ class TwoWayTransformer(nn.Module):
         first, *later = self.blocks()
         read, write = first.cross_attn_token_to_image, first.cross_attn_image_to_token
         placed = src + pe
-        pe_keys = [a.split(F.linear(pe, a.k_proj.weight)).transpose(1, 2) for a in (
-            *(b.cross_attn_token_to_image for b in later), self.final_attn_token_to_image
-        )]
-        pe_queries = [
-            a.split(a.q_proj(pe)).transpose(1, 2) for a in (b.cross_attn_image_to_token for b in later)
+        pe_keys = [
+            a.split(F.linear(pe, a.k_proj.weight)).transpose(1, 2)
+            for a in (*(b.cross_attn_token_to_image for b in later), self.final_attn_token_to_image)
         ]
+        pe_queries = [a.split(a.q_proj(pe)).transpose(1, 2) for a in (b.cross_attn_image_to_token for b in later)]
         return ImageTokens(
             src=src,
             read_keys=read.split(read.k_proj(placed)),
@@ -179,7 +179,7 @@ class TwoWayTransformer(nn.Module):
         )
 
     def forward(self, image: ImageTokens, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens: (B, N, T, C), N prompts of each of B images. Returns tokens (B * N, T, C), image tokens (B * N, L, C)."""
+        """tokens: (B, N, T, C), N prompts an image. Returns the tokens (B * N, T, C) and image tokens (B * N, L, C)."""
         b, n, t, c = tokens.shape
         positions = tokens.flatten(0, 1)
         first, *later = self.blocks()

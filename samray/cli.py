@@ -1,0 +1,243 @@
+"""The command line. Thin: it parses, explains, and turns errors into one sentence and an exit code.
+
+Heavy modules are imported inside the commands, so that `samray --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from samray import __version__
+from samray.cli_help import Command, CommandWithSettings, HelpfulGroup, count, two_columns
+from samray.config import SECTIONS, load_config
+from samray.errors import ConfigError, SamrayError, StorageError
+
+app = typer.Typer(
+    name="samray",
+    help="Label a bucket of images with Segment Anything: Ray in the middle, SA-1B Parquet out.\n\n"
+    "Start with [bold]samray demo[/bold]; it needs no download. Then [bold]samray label INPUT OUTPUT[/bold].",
+    cls=HelpfulGroup,
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+Input = Annotated[
+    str,
+    typer.Argument(
+        metavar="INPUT",
+        help="Images: a folder, prefix or glob (local, s3://, gs://, ...), a tar or a glob of tars, a manifest "
+        "(.parquet, .csv, .jsonl, .txt with a uri column), or Parquet with image bytes.",
+    ),
+]
+Output = Annotated[
+    str, typer.Argument(metavar="OUTPUT", help="A folder or prefix that holds, or is to hold, the labels.")
+]
+
+
+DEMO_FOLDER = "samray-demo"
+
+
+def _split_settings(words: list[str], needed: list[str]) -> tuple[list[str], list[str]]:
+    """Settings and other words, in whatever order they were typed. A path may hold a `=`, but no `section.` before it.
+
+    Raises ConfigError when fewer other words are left than are needed.
+    """
+    settings = [word for word in words if re.match(rf"({'|'.join(SECTIONS)})\.\w+=", word)]
+    others = [word for word in words if word not in settings]
+    if len(others) < len(needed):
+        raise ConfigError(f"Missing argument '{needed[len(others)]}' (see samray --help)")
+    return settings, others
+
+
+@app.command(cls=CommandWithSettings)
+def label(
+    input: Input,
+    output: Output,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings, listed below; they win over file and preset."),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Start from a preset. Without one: tiny for the embedded model, else default.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of settings, laid over the preset.")] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try the images again that failed earlier.")
+    ] = False,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join; short for cluster.address=...")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is written.")] = False,
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="No bar and no progress lines.")] = False,
+) -> int:
+    """Find the objects in every image of INPUT and write their masks to OUTPUT.
+
+    One row an image, in the SA-1B layout, in Parquet shards. The same command again finishes what is missing and
+    redoes nothing; other settings on the same OUTPUT are refused.
+
+    Examples:
+
+      samray label photos/ labels/
+
+      samray label s3://bucket/photos s3://bucket/labels --preset sa1b cluster.num_gpus_per_actor=1
+
+      samray label 'photos/*.tar' labels/ model.name=vit_b masks.points_per_side=16
+    """
+    overrides, (input, output, *extra) = _split_settings([input, output, *(settings or ())], ["INPUT", "OUTPUT"])
+    overrides += extra  # not settings, and refused as such
+    if address is not None:
+        overrides.append(f"cluster.address={address}")
+    resolved = load_config(preset, config, overrides)
+    if dry_run:
+        from samray.plan_view import print_dry_run
+
+        print_dry_run(input, output, resolved)
+        return 0
+    from samray.pipeline.report import print_report
+    from samray.pipeline.run import label_with
+    from samray.plan_view import print_plan
+
+    try:
+        report = label_with(
+            input,
+            output,
+            resolved,
+            retry_failed=retry_failed,
+            progress=not no_progress,
+            on_plan=lambda plan, done: print_plan(plan, done, resolved),
+        )
+    except KeyboardInterrupt:  # before the run listens for it, or the second one
+        return _fail("interrupted; the same command goes on from here", 130)
+    print_report(report)
+    return report.exit_code
+
+
+@app.command(cls=CommandWithSettings)
+def demo(
+    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where scenes, labels and report go.")] = Path(
+        DEMO_FOLDER
+    ),
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings as for `samray label`.")
+    ] = None,
+    num_scenes: Annotated[int, typer.Option("--scenes", min=1, max=1000, help="How many scenes to make.")] = 12,
+) -> int:
+    """Make sample scenes with known masks, label them with the embedded model, and say how well that went."""
+    overrides, places = _split_settings([str(directory), *(settings or ())], [])
+    directory = Path(places[0]) if places else Path(DEMO_FOLDER)
+    overrides += places[1:]
+    config = load_config(None, None, overrides)
+    from samray.demo import run_demo
+
+    return run_demo(directory, config, num_scenes)
+
+
+@app.command(cls=Command)
+def verify(
+    output: Output,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also decode every mask and recompute its area and box.")
+    ] = False,
+) -> int:
+    """Check that every planned image is in OUTPUT exactly once, and that its masks are sound."""
+    from samray.dataset.verify import verify as run_verify
+
+    found = run_verify(output, deep=deep)
+    table = two_columns()
+    table.add_row("images", f"{found.num_images:,}")
+    table.add_row("masks", f"{found.num_masks:,}")
+    table.add_row("failed images", f"{found.num_failed:,}")
+    table.add_row("checked", "rows, ids, and every mask decoded" if deep else "rows and ids (--deep decodes the masks)")
+    table.add_row(
+        "result", "[green]sound[/green]" if found.ok else f"[red]{count(len(found.problems), 'problem')}[/red]"
+    )
+    console = Console()
+    console.print(table)
+    for problem in found.problems[:20]:
+        console.print(f"  {problem}", markup=False, highlight=False, soft_wrap=True)
+    if len(found.problems) > 20:
+        console.print(f"  and {len(found.problems) - 20} more")
+    return 0 if found.ok else 1
+
+
+@app.command(cls=Command)
+def report(
+    output: Output,
+    out: Annotated[str | None, typer.Option(help="Where to write the page. [OUTPUT/_samray/report.html]")] = None,
+    images: Annotated[int, typer.Option(min=0, max=200, help="Images to show with their masks.")] = 24,
+) -> int:
+    """Write one self-contained HTML page about OUTPUT: overlays, histograms, times, failures, settings."""
+    from samray.report import write_report
+
+    Console().print(write_report(output, out, num_images=images), highlight=False, soft_wrap=True, markup=False)
+    return 0
+
+
+@app.command(cls=Command)
+def models() -> int:
+    """List the models: size, licence, where the weights come from, and which are on this machine."""
+    from samray.sam.checkpoints import list_models
+
+    rows = list_models()
+    table = Table(box=None, pad_edge=False)
+    for title in ("name", "parameters", "file", "licence", "here", "from"):
+        table.add_column(title, justify="right" if title in ("parameters", "file") else "left")
+    for row in rows:
+        here = "[green]yes[/green]" if row.present else "no" if row.url else "[red]missing[/red]"
+        size = f"{row.size_mb:,.1f} MB" if row.size_mb else ""
+        table.add_row(row.name, f"{row.parameters / 1e6:.1f} M", size, row.licence, here, row.source)
+    console = Console()
+    console.print(table)
+    console.print("\nweights", style="bold")
+    for row in rows:
+        if row.present or row.url:
+            console.print(f"  {row.name:6}  {row.present or row.url}", highlight=False, soft_wrap=True, markup=False)
+    return 0
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> int:
+    if version:
+        print(__version__)
+        raise typer.Exit
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code. `jobs/autolabel.py` comes through here too."""
+    try:
+        code = app(argv, prog_name="samray", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except typer.Abort:
+        return 130
+    except ConfigError as error:
+        return _fail(str(error), 2)
+    except StorageError as error:
+        return _fail(str(error), 3)
+    except SamrayError as error:
+        return _fail(str(error), 1)
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
+            usage = error.format_message()
+            return _fail(f"{usage.rstrip('.')} (see samray --help)", 2) if usage else 2
+        text = " ".join(str(error).split()) or "no message"
+        return _fail(f"unexpected {type(error).__name__}: {text} (SAMRAY_DEBUG=1 shows where)", 1)
+
+
+def _fail(message: str, exit_code: int) -> int:
+    if os.environ.get("SAMRAY_DEBUG", "") not in ("", "0") and sys.exc_info()[0] is not None:
+        traceback.print_exc()
+    console = Console(stderr=True)
+    console.print("samray: ", style="bold red", end="")
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
+    return exit_code

@@ -1,0 +1,83 @@
+"""What `--help` says beyond click's own: every setting with its default, and the exit codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperCommand, TyperGroup
+
+from samray.config import SECTIONS, preset_names, setting_rows
+from samray.settings import as_typed
+
+EXIT_CODES = {
+    0: "all went well",
+    1: "the run failed: a shard is missing, too many images failed, or `verify` found a fault",
+    2: "wrong usage or configuration; nothing was started",
+    3: "storage could not be read or written",
+    130: "interrupted by Ctrl-C; the same command goes on from there",
+    143: "ended by SIGTERM; the same command goes on from there",
+}
+
+
+class HelpfulGroup(TyperGroup):
+    """`samray --help` ends with the exit codes."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        _print_exit_codes(Console())
+
+
+class Command(TyperCommand):
+    """As HelpfulGroup, for a command."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        _print_exit_codes(Console())
+
+
+class CommandWithSettings(TyperCommand):
+    """A command whose --help goes on to list every setting, straight from the settings classes."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        console = Console()
+        for section, cls in SECTIONS.items():
+            console.print(f"[bold]{section}[/bold]: {escape((cls.__doc__ or '').strip())}")
+            table = two_columns()
+            for row in setting_rows(section):
+                default = escape(f"[{_default_in_words(row.default)}]")
+                table.add_row(f"[cyan]{row.name}[/cyan]", f"{escape(row.description)} [dim]{default}[/dim]")
+            console.print(table)
+        console.print(f"[bold]presets[/bold]: {', '.join(preset_names())}; each a YAML file such as --config takes\n")
+        _print_exit_codes(console)
+
+
+def _print_exit_codes(console: Console) -> None:
+    console.print("[bold]exit codes[/bold]")
+    table = two_columns()
+    for code, meaning in EXIT_CODES.items():
+        table.add_row(f"[cyan]{code}[/cyan]", meaning)
+    console.print(table)
+    console.print("SAMRAY_DEBUG=1 shows the traceback of an error.\n")
+
+
+def two_columns() -> Table:
+    """Two columns without lines, the second one folding."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def count(number: int, thing: str) -> str:
+    """`1 shard`, `2,000 shards`."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def _default_in_words(default: Any) -> str:
+    if isinstance(default, float):
+        return f"{default:.4g}"
+    return f"{default:_}" if isinstance(default, int) and not isinstance(default, bool) else as_typed(default)

@@ -1,0 +1,299 @@
+"""The settings of a run: frozen sections, each default written once, and the one way to load them.
+
+Presets, a YAML file and `section.key=value` overrides are laid over the defaults in that order. Nothing is guessed:
+an unknown key, a wrong type or a value out of range is a ConfigError before anything starts, and all of them are told
+at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from samray.errors import ConfigError
+from samray.settings import Settings, SettingsError, allowed_values, did_you_mean
+from samray.strict_yaml import load_yaml_file, parse_value
+
+ModelName = Literal["tiny", "vit_t", "vit_b", "vit_l", "vit_h"]
+PointGrid = tuple[tuple[float, float], ...]
+
+
+class InputConfig(Settings):
+    """What is read, and how large an image may be."""
+
+    section: ClassVar[str] = "input"
+    uri_column: str = "uri"
+    """Manifest column that holds each image's path or URI."""
+    image_column: str = "image"
+    """Parquet column that holds encoded images: binary, or Hugging Face struct<bytes, path>."""
+    max_pixels: int = Field(default=100_000_000, ge=1)
+    """Most pixels (width x height) an image may have; a larger one fails, undecoded, as `too_large`."""
+    max_bytes: int = Field(default=256 * 2**20, ge=1)
+    """Largest encoded image, bytes; a larger one fails, unread, as `too_large`."""
+    limit: int | None = Field(default=None, ge=1)
+    """Label only the first N images of the sorted input; null labels all."""
+
+
+class ModelConfig(Settings):
+    """Which Segment Anything model, and how it is run."""
+
+    section: ClassVar[str] = "model"
+    name: ModelName = "tiny"
+    """tiny (embedded in samray), vit_t (MobileSAM), vit_b, vit_l or vit_h (Meta)."""
+    checkpoint: str | None = None
+    """Weights as a path or URI (.pth, .pt, .safetensors); null takes the published file, downloaded and verified."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the networks; auto is bfloat16 on a GPU and float32 on a CPU."""
+    device: str | None = None
+    """Torch device such as cpu, cuda or cuda:1; null takes a GPU where the actor has one."""
+
+
+class MaskConfig(Settings):
+    """Automatic mask generation: the reference's names and defaults, then what its users asked for."""
+
+    section: ClassVar[str] = "masks"
+    points_per_side: int = Field(default=32, ge=1, le=256)
+    """Side of the square grid of point prompts: N x N points an image (or a crop)."""
+    points_per_batch: int | None = Field(default=None, ge=1)
+    """Point prompts decoded at once; only memory depends on it; null adapts it to the memory there is."""
+    pred_iou_thresh: float = Field(default=0.88, ge=0, le=1)
+    """Keep masks whose IoU, as predicted by the model, is above this."""
+    stability_score_thresh: float = Field(default=0.95, ge=0, le=1)
+    """Keep masks at least this stable when the cut through the logits moves."""
+    stability_score_offset: float = Field(default=1.0, ge=0)
+    """How far, in logits, the cut moves up and down for the stability score."""
+    box_nms_thresh: float = Field(default=0.7, ge=0, le=1)
+    """Of two masks of a crop whose boxes overlap by more than this IoU, drop the lower-scored."""
+    crop_n_layers: int = Field(default=0, ge=0, le=4)
+    """Layers of zoomed-in crops after the whole image; layer i has 2^i x 2^i crops."""
+    crop_nms_thresh: float = Field(default=0.7, ge=0, le=1)
+    """Box IoU above which masks of different crops are duplicates; the more zoomed-in one stays."""
+    crop_overlap_ratio: float = Field(default=512 / 1500, ge=0, lt=1)
+    """Overlap of neighbouring crops in layer 1, as a part of the image's shorter side; halves with each layer."""
+    crop_n_points_downscale_factor: int = Field(default=1, ge=1)
+    """points_per_side is divided by this to the power of the crop layer."""
+    point_grids: tuple[PointGrid, ...] | None = None
+    """Own points, one list of [x, y] in 0..1 a crop layer, instead of points_per_side."""
+    min_mask_region_area: int = Field(default=0, ge=0)
+    """Remove islands and fill holes smaller than this, pixels; 0 leaves masks as predicted."""
+    min_mask_area: int = Field(default=0, ge=0)
+    """Drop masks smaller than this, pixels."""
+    max_mask_area_fraction: float | None = Field(default=None, gt=0, le=1)
+    """Drop masks that cover at least this part of the image; null keeps them."""
+    mask_nms_thresh: float | None = Field(default=None, ge=0, le=1)
+    """Also drop near-duplicates by the IoU of the masks themselves; null leaves it at boxes."""
+    max_masks: int | None = Field(default=None, ge=1, le=65536)
+    """Keep at most this many masks an image, best predicted IoU first; null keeps all."""
+    non_overlapping: bool = False
+    """Give every pixel to at most one mask, the best-scored."""
+    bbox_convention: Literal["coco", "sam"] = "coco"
+    """coco: boxes as pycocotools' toBbox; sam: one pixel smaller in width and height, as the reference wrote them."""
+
+    @field_validator("point_grids", mode="before")
+    @classmethod
+    def _grids_to_tuples(cls, grids: Any) -> Any:
+        if hasattr(grids, "tolist"):  # arrays are how the reference takes them; no need to import numpy for that
+            grids = grids.tolist()
+        if not isinstance(grids, list | tuple):
+            return grids
+        grids = [g.tolist() if hasattr(g, "tolist") else g for g in grids]
+        if not all(isinstance(g, list | tuple) and all(isinstance(p, list | tuple) for p in g) for g in grids):
+            return grids
+        return tuple(tuple(tuple(point) for point in grid) for grid in grids)
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> MaskConfig:
+        layers = self.crop_n_layers
+        if self.point_grids is not None:
+            if (held := len(self.point_grids)) != layers + 1:
+                raise ValueError(
+                    f"masks.point_grids holds {held} grids, but masks.crop_n_layers={layers} needs {layers + 1}"
+                )
+            if any(not 0 <= c <= 1 for grid in self.point_grids for point in grid for c in point):
+                raise ValueError(
+                    "masks.point_grids holds a coordinate outside 0..1 (they are parts of the crop's width and height)"
+                )
+        elif self.points_per_side // self.crop_n_points_downscale_factor**layers < 1:
+            raise ValueError(
+                f"masks.crop_n_points_downscale_factor={self.crop_n_points_downscale_factor} leaves no point of"
+                f" masks.points_per_side={self.points_per_side} in crop layer {layers}"
+            )
+        return self
+
+
+class OutputConfig(Settings):
+    """How the Parquet shards are cut, and when a run counts as failed."""
+
+    section: ClassVar[str] = "output"
+    images_per_shard: int = Field(default=64, ge=1, le=10_000)
+    """Images a Parquet shard; a shard is the unit of work, of retry and of resume."""
+    compression_level: int = Field(default=3, ge=1, le=22)
+    """zstd level of the shards."""
+    max_failed_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Exit with an error when more than this part of the images could not be labelled."""
+
+
+class ClusterConfig(Settings):
+    """Where the work runs. Nothing here changes the masks, so a run may resume with other values."""
+
+    section: ClassVar[str] = "cluster"
+    address: str | None = None
+    """Ray cluster to join (auto, host:port or ray://...); null joins RAY_ADDRESS if set, else starts Ray here."""
+    min_actors: int = Field(default=1, ge=1)
+    """Labelling actors, each with its own model, that are kept at least."""
+    max_actors: int | None = Field(default=None, ge=1)
+    """Labelling actors at most; null takes as many as the cluster has room for."""
+    num_gpus_per_actor: float | None = Field(default=None, ge=0)
+    """GPUs reserved an actor, parts allowed; null is 1 where the cluster has GPUs, else 0."""
+    num_cpus_per_actor: float | None = Field(default=None, gt=0)
+    """CPU cores an actor reserves and uses; null shares out what the cluster has."""
+    num_fetch_tasks: int | None = Field(default=None, ge=1)
+    """Shards fetched from storage at once; null follows the number of actors."""
+    drain_timeout_s: float = Field(default=60.0, ge=0)
+    """Seconds to finish the shards in flight after SIGTERM or Ctrl-C."""
+    no_progress_timeout_s: float = Field(default=7200.0, gt=0)
+    """Seconds without one finished shard after which the run is given up."""
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> ClusterConfig:
+        if self.max_actors is not None and self.max_actors < self.min_actors:
+            raise ValueError(f"cluster.max_actors={self.max_actors} is below cluster.min_actors={self.min_actors}")
+        return self
+
+
+class Config(Settings):
+    """All settings of a run."""
+
+    model_config = ConfigDict(strict=False)  # a section may be given as a mapping
+
+    input: InputConfig = InputConfig()
+    model: ModelConfig = ModelConfig()
+    masks: MaskConfig = MaskConfig()
+    output: OutputConfig = OutputConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the output, as plain JSON values; a run resumes only onto an output with the same identity.
+
+        Left out: the cluster, the storage of the shards, and points_per_batch, none of which changes a mask. The
+        checkpoint is left out because its path may change while its content does not: the pipeline adds its SHA-256.
+        """
+        plain = self.model_dump(mode="json")
+        del plain["masks"]["points_per_batch"]
+        return {
+            "input": plain["input"],
+            "model": {key: plain["model"][key] for key in ("name", "dtype")},
+            "masks": plain["masks"],
+            "output": {"images_per_shard": plain["output"]["images_per_shard"]},
+        }
+
+
+SECTIONS: dict[str, type[Settings]] = {
+    cls.section: cls for cls in (InputConfig, ModelConfig, MaskConfig, OutputConfig, ClusterConfig)
+}
+
+
+class SettingRow(NamedTuple):
+    """One setting as `--help` and the README list it."""
+
+    name: str
+    """Dotted, as typed on the command line."""
+    default: Any
+    allowed: str
+    description: str
+
+
+def setting_rows(section: str) -> list[SettingRow]:
+    """The settings of one section, in the order they are declared."""
+    fields = SECTIONS[section].model_fields
+    return [
+        SettingRow(
+            f"{section}.{key}", f.default, allowed_values(f), " ".join((f.description or "").rstrip(".").split())
+        )
+        for key, f in fields.items()
+    ]
+
+
+def preset_names() -> list[str]:
+    """Names that `--preset` takes."""
+    return sorted(path.stem for path in _preset_dir().glob("*.yaml"))
+
+
+def preset_path(name: str) -> Path:
+    """The preset's YAML file. Raises ConfigError, naming the nearest preset, when there is none of that name."""
+    names = preset_names()
+    if name not in names:
+        near = did_you_mean(name, names)
+        raise ConfigError(f"there is no preset {name!r}{near}; presets are {', '.join(names)}")
+    return _preset_dir() / f"{name}.yaml"
+
+
+def _preset_dir() -> Path:
+    """Inside an installed wheel the presets lie in the package; in a checkout in configs/presets."""
+    here = Path(__file__).resolve().parent
+    packaged = here / "_presets"
+    return packaged if packaged.is_dir() else here.parent / "configs" / "presets"
+
+
+def load_config(preset: str | None = None, file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The settings of a run: defaults, then the preset, then the file, then the overrides.
+
+    preset None is `tiny` for the embedded model and `default` for every other. overrides are `section.key=value`.
+    Raises ConfigError that names every bad setting, its value, what is allowed and the nearest valid name.
+    """
+    own: dict[str, dict[str, Any]] = {}
+    problems: list[str] = []
+    if file is not None:
+        problems += _lay_over(own, load_yaml_file(Path(file)))
+    for override in overrides:
+        try:
+            problems += _lay_over(own, _parse_override(override))
+        except ConfigError as error:
+            problems.append(str(error))
+    if preset is None:
+        model = own.get("model", {}).get("name", ModelConfig.model_fields["name"].default)
+        preset = "tiny" if model == "tiny" else "default"
+    values: dict[str, dict[str, Any]] = {}
+    problems += _lay_over(values, load_yaml_file(preset_path(preset)))
+    problems += _lay_over(values, own)
+    sections: dict[str, Any] = {}
+    for section, cls in SECTIONS.items():
+        try:
+            sections[section] = cls(**values.get(section, {}))
+        except SettingsError as error:
+            problems += error.problems
+    if problems:
+        raise SettingsError(problems)
+    return Config(**sections)
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    """`masks.points_per_side=16` as {"masks": {"points_per_side": 16}}."""
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and key):
+        every = {row.name.partition(".")[2]: row.name for s in SECTIONS for row in setting_rows(s)}
+        bare = name.strip().rpartition(".")[2]  # a setting without its section is the likeliest slip
+        near = f"; did you mean {every[bare]}?" if bare in every else did_you_mean(bare, every.values())
+        raise ConfigError(f"{override!r} is not of the form section.key=value{near}")
+    try:
+        return {section: {key: parse_value(text)}}
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def _lay_over(values: dict[str, dict[str, Any]], more: dict[str, Any]) -> list[str]:
+    """Write `more` over `values`, section by section; what cannot be laid over is returned as problems."""
+    problems = []
+    for section, settings in more.items():
+        if section not in SECTIONS:
+            near = did_you_mean(section, SECTIONS)
+            problems.append(f"there is no section {section}{near}; sections are {', '.join(SECTIONS)}")
+        elif settings is not None and not isinstance(settings, dict):
+            problems.append(f"{section} = {settings!r} is not allowed; it takes settings, one a line below it")
+        else:
+            values.setdefault(section, {}).update(settings or {})
+    return problems

@@ -1,0 +1,231 @@
+"""Is an output whole and sound? Every planned image exactly once; deep: every mask decodes, and agrees with its row.
+
+Works through the output shard by shard, so its memory does not grow with the data set.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from pycocotools import mask as coco_mask
+
+from samray import storage
+from samray.dataset import shards
+from samray.dataset.manifest import Plan, load_plan
+from samray.dataset.schema import ANNOTATIONS_PER_IMAGE, SCHEMA, samray_metadata
+from samray.errors import NotFoundError, StorageError
+
+_PROBLEMS_PER_SHARD: Final = 20
+
+
+@dataclass
+class VerifyReport:
+    """What `verify` found. Problems are sentences that name the shard and the image."""
+
+    num_images: int = 0
+    """Rows in the shards."""
+    num_masks: int = 0
+    num_failed: int = 0
+    """Rows with status `failed`: these are no problem, they say why."""
+    num_shards: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(output: str, deep: bool = False) -> VerifyReport:
+    """Check an output against its plan; `deep` also decodes every mask and recomputes its area and box.
+
+    Raises: ConfigError where there is no plan, StorageError where storage cannot be read.
+    """
+    plan = load_plan(output)
+    report = VerifyReport()
+    names = storage.list_names(storage.join(plan.output, shards.FOLDER))
+    done = {number for name in names if (number := shards.shard_number(name)) is not None}
+    for name in sorted(names):
+        number = shards.shard_number(name)
+        if (number is None and not name.startswith(".")) or (number is not None and number >= plan.num_shards):
+            report.problems.append(f"{shards.FOLDER}/{name} is not in the plan")
+    for shard in range(plan.num_shards):
+        if shard not in done:
+            report.problems.append(f"{shards.FOLDER}/{shards.shard_name(shard)} is missing")
+            continue
+        report.num_shards += 1
+        found = list(_check_shard(plan, shard, deep, report))
+        more = len(found) - _PROBLEMS_PER_SHARD
+        report.problems += found[:_PROBLEMS_PER_SHARD]
+        if more > 0:
+            report.problems.append(f"{shards.shard_name(shard)}: {more} more problems")
+    report.problems += _check_success(plan, report.num_shards)
+    return report
+
+
+def _check_success(plan: Plan, num_done: int) -> Iterator[str]:
+    try:
+        text = storage.read_bytes(storage.join(plan.output, shards.SUCCESS))
+    except NotFoundError:
+        if num_done == plan.num_shards:
+            yield f"every shard is there, but {shards.SUCCESS} is missing: run the same command again"
+        return
+    try:
+        claimed = json.loads(text).get("num_shards") if text.strip() else None
+    except (ValueError, AttributeError):
+        claimed = None
+    if num_done != plan.num_shards:
+        yield f"{shards.SUCCESS} is there, but only {num_done} of {plan.num_shards} shards are"
+    elif claimed != plan.num_shards:
+        yield f"{shards.SUCCESS} speaks of {claimed} shards, the plan has {plan.num_shards}"
+
+
+def _check_shard(plan: Plan, shard: int, deep: bool, report: VerifyReport) -> Iterator[str]:
+    name = shards.shard_name(shard)
+    try:
+        table = shards.read_shard(plan.output, shard)
+    except NotFoundError:
+        yield f"{name} vanished while it was being checked"
+        return
+    except StorageError as error:
+        if not isinstance(error.__cause__, pa.ArrowException | OSError | ValueError):
+            raise
+        yield f"{name} is no Parquet file: {error.__cause__}"
+        return
+    report.num_images += table.num_rows
+    if not table.schema.equals(SCHEMA):
+        yield f"{name} has other columns or types than samray writes: {table.schema.names}"
+        return
+    metadata = samray_metadata(table.schema)
+    if metadata.get("identity") != plan.run["identity"]:
+        yield f"{name} was written by a run with other settings"
+    report.num_failed += pc.sum(pc.equal(table["status"], "failed")).as_py() or 0
+    report.num_masks += pc.sum(pc.list_value_length(table["annotations"])).as_py() or 0
+    yield from _check_rows(name, plan.read_shard(shard), table)
+    yield from _check_status(name, table)
+    for row in _rows_one_by_one(table):
+        yield from _check_image(name, row, metadata.get("bbox_convention", "coco"), deep)
+
+
+def _rows_one_by_one(table: pa.Table) -> Iterator[dict[str, Any]]:
+    for i in range(table.num_rows):
+        yield table.slice(i, 1).to_pylist()[0]
+
+
+def _check_rows(name: str, planned: pa.Table, table: pa.Table) -> Iterator[str]:
+    """The shard's images are those of the plan, each once, in order."""
+    image = table["image"].combine_chunks()
+    ids = image.field("image_id").to_pylist()
+    wanted = planned["image_id"].to_pylist()
+    if ids == wanted:
+        columns = (("uri", table["uri"].to_pylist()), ("file_name", image.field("file_name").to_pylist()))
+        for column, values in columns:
+            for image_id, have, want in zip(ids, values, planned[column].to_pylist(), strict=True):
+                if have != want:
+                    yield f"{name}: image {image_id} has {column} {have!r}, planned was {want!r}"
+        return
+    known = set(wanted)
+    seen: set[int] = set()
+    for image_id in ids:
+        if image_id in seen:
+            yield f"{name}: image {image_id} is there more than once"
+        elif image_id not in known:
+            yield f"{name}: image {image_id} is not in the plan of this shard"
+        seen.add(image_id)
+    for image_id in wanted:
+        if image_id not in seen:
+            yield f"{name}: image {image_id} is missing"
+    if seen == known and len(ids) == len(wanted):
+        yield f"{name}: the images are not in the order of the plan"
+
+
+def _check_status(name: str, table: pa.Table) -> Iterator[str]:
+    columns = (table["image"], table["status"], table["error"], pc.list_value_length(table["annotations"]))
+    for image, status, error, num_masks in zip(*(column.to_pylist() for column in columns), strict=True):
+        which = f"{name}: image {image['image_id']}"
+        if status == "ok":
+            if error is not None:
+                yield f"{which} is ok, but has an error: {error}"
+            if image["width"] < 1 or image["height"] < 1:
+                yield f"{which} is ok, but {image['width']}x{image['height']} pixels"
+        elif status != "failed":
+            yield f"{which} has the unknown status {status!r}"
+        elif not error:
+            yield f"{which} failed, but does not say why"
+        if num_masks is None or (status == "failed" and num_masks):
+            yield f"{which} has status {status!r} and {num_masks} masks"
+
+
+def _check_image(name: str, row: dict[str, Any], bbox_convention: str, deep: bool) -> Iterator[str]:
+    image = row["image"]
+    for i, mask in enumerate(row["annotations"] or []):
+        which = f"{name}: image {image['image_id']}, annotation {i}"
+        if mask is None or any(value is None for value in mask.values()):
+            yield f"{which} has an empty field"
+            continue
+        if mask["id"] != image["image_id"] * ANNOTATIONS_PER_IMAGE + i:
+            yield f"{which} has the id {mask['id']}, not image_id * {ANNOTATIONS_PER_IMAGE} + index"
+        if mask["segmentation"]["size"] != [image["height"], image["width"]]:
+            size = mask["segmentation"]["size"]
+            yield f"{which} is a mask of size {size}, the image is {[image['height'], image['width']]} high and wide"
+        if not (math.isfinite(mask["predicted_iou"]) and math.isfinite(mask["stability_score"])):
+            yield f"{which} has a score that is no number"
+        if deep:
+            problem = check_mask(mask, bbox_convention)
+            if problem:
+                yield f"{which} {problem}"
+
+
+def check_mask(mask: dict[str, Any], bbox_convention: str) -> str | None:
+    """What is wrong with one annotation's mask, area or box; None if nothing is."""
+    size, counts = mask["segmentation"]["size"], mask["segmentation"]["counts"]
+    if len(size) != 2 or min(size) < 1:
+        return f"has the impossible size {size}"
+    runs = run_lengths(counts)
+    if runs is None:
+        return "has a run-length string that cannot be decoded"
+    if runs.min() < 0 or runs.sum() != size[0] * size[1]:  # pycocotools may write past its memory for these
+        return f"has run lengths that sum to {runs.sum()}, not to {size[0]} * {size[1]}"
+    rle = {"size": size, "counts": counts.encode("ascii")}
+    area = int(coco_mask.decode(rle).sum())
+    if area != mask["area"]:
+        return f"has the area {mask['area']}, but {area} pixels"
+    if area == 0:
+        return "is empty"
+    x, y, w, h = (float(value) for value in coco_mask.toBbox(rle))
+    box = [x, y, w, h] if bbox_convention == "coco" else [x, y, w - 1, h - 1]
+    if mask["bbox"] != box:
+        return f"has the box {mask['bbox']}, but lies in {box}"
+    return None
+
+
+def run_lengths(counts: str) -> npt.NDArray[np.int64] | None:
+    """COCO's compressed run lengths as numbers; None where the string is not well-formed.
+
+    Groups of five bits, lowest first, as characters from "0" on; the sixth bit says that more follow; from the third
+    run on each is the difference to the run before the last. Source: pycocotools, rleFrString.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts.encode("utf-8", "replace"):
+        group = character - 48
+        if not 0 <= group < 64 or shift > 60:
+            return None
+        value |= (group & 31) << shift
+        shift += 5
+        if group & 32:
+            continue
+        if group & 16:
+            value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        value = shift = 0
+    if shift or not runs or max(map(abs, runs)) >= 2**32:
+        return None
+    return np.array(runs, dtype=np.int64)

@@ -1,0 +1,146 @@
+"""`samray demo`: scenes whose masks are known, labelled by the real pipeline, and how well and how fast that went."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from pycocotools import mask as coco_mask
+from rich.console import Console
+from rich.markup import escape
+
+from samray.cli_help import two_columns
+from samray.config import Config
+from samray.dataset.shards import done_shards, read_shard
+from samray.errors import ConfigError
+from samray.scenes import Scene, make_scene
+
+SIZES_HW = ((480, 640), (640, 480), (512, 512), (384, 768))
+"""Scenes take these in turn, because photographs are rarely square."""
+
+IOU_LEVELS = np.arange(0.5, 1.0, 0.05)
+"""COCO's thresholds for average recall."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProposalQuality:
+    """How well the masks found cover the known ones."""
+
+    num_objects: int
+    num_masks: int
+    """Found, whether they cover a known object or not."""
+    mean_best_iou: float
+    """Mean over known objects of the IoU with the mask that fits it best; 0 where none touches it."""
+    average_recall: float
+    """Mean over IoU_LEVELS of the part of the known objects that some mask fits at least that well."""
+
+
+def run_demo(directory: Path, config: Config, num_scenes: int = 12) -> int:
+    """Make, label, compare, report; returns the exit code. A second call on the same directory labels nothing anew."""
+    from samray.pipeline.report import print_report
+    from samray.pipeline.run import label
+    from samray.report import write_report
+    from samray.sam.checkpoints import load_model
+    from samray.train.evaluate import evaluate_clicks
+
+    model = load_model(config.model.name, config.model.checkpoint, config.model.device, config.model.dtype)
+    console = Console(stderr=True)
+    images, labels = directory / "images", directory / "labels"
+    scenes = make_scenes(num_scenes)
+    write_scenes(directory, scenes)
+    console.print(f"{num_scenes} sample scenes are in {images}", highlight=False, markup=False, soft_wrap=True)
+    report = label(str(images), str(labels), config)
+    if report.exit_code:
+        print_report(report)
+        return report.exit_code
+    found = compare(directory, str(labels))
+    clicks = evaluate_clicks(model, scenes)
+    page = write_report(str(labels))
+
+    table = two_columns()
+    table.add_row("scenes", f"{num_scenes}, of shapes and textures that the model was not trained on")
+    table.add_row("masks", f"{found.num_masks}, {found.num_masks / num_scenes:.1f} a scene")
+    covered = (
+        f"mean IoU {found.mean_best_iou:.2f} with the mask that fits best, average recall {found.average_recall:.2f}"
+    )
+    table.add_row("known objects", f"{found.num_objects}: {covered}")
+    table.add_row("one click", f"mean IoU {clicks['miou']:.2f} on {clicks['num_regions']} whole objects")
+    if report.num_labelled:
+        each = f"{report.device_seconds / report.num_labelled:.2f} s an image in the model"
+        table.add_row("speed", f"{each}; {report.wall_s:.0f} s in all, with the start of Ray")
+    else:
+        table.add_row("speed", "nothing was left to label: an earlier demo had done it")
+    table.add_row("labels", escape(str(labels)))
+    table.add_row("report", escape(page))
+    Console(highlight=False).print(table, soft_wrap=True)
+    return 0
+
+
+def make_scenes(number: int) -> list[Scene]:
+    """The demo's scenes: always the same, of the split that training never sees."""
+    return [make_scene(10_000 + i, SIZES_HW[i % len(SIZES_HW)], split="heldout") for i in range(number)]
+
+
+def write_scenes(directory: Path, scenes: Sequence[Scene]) -> None:
+    """directory/images/scene-*.jpg, and the known masks as COCO RLE in directory/known_masks.json.
+
+    Raises ConfigError when the directory holds another demo's scenes: its labels would not fit these.
+    """
+    known = {f"scene-{i:03d}.jpg": [_encode(mask) for mask in scene.masks] for i, scene in enumerate(scenes)}
+    text = json.dumps(known)
+    truth = directory / "known_masks.json"
+    if truth.exists():
+        if truth.read_text() != text:
+            raise ConfigError(f"{directory} holds the scenes of a different demo; name another directory or remove it")
+        return
+    if (directory / "images").exists():
+        raise ConfigError(f"{directory / 'images'} is there and not from a finished demo; name another directory")
+    (directory / "images").mkdir(parents=True)
+    for name, scene in zip(known, scenes, strict=True):
+        data = io.BytesIO()
+        Image.fromarray(scene.image).save(data, "JPEG", quality=92)
+        (directory / "images" / name).write_bytes(data.getvalue())
+    truth.write_text(text)  # last: it says that the scenes are all there
+
+
+def compare(directory: Path, labels: str) -> ProposalQuality:
+    """The masks in `labels` against the known ones of the scenes in directory."""
+    known = json.loads((directory / "known_masks.json").read_text())
+    best: list[float] = []
+    num_masks = 0
+    for shard in sorted(done_shards(labels)):
+        for row in read_shard(labels, shard).select(["image", "annotations"]).to_pylist():
+            truth = known.get(row["image"]["file_name"].rpartition("/")[2], [])
+            found = [annotation["segmentation"] for annotation in row["annotations"]]
+            num_masks += len(found)
+            best += best_ious(truth, found).tolist()
+    ious = np.array(best)
+    if len(ious) == 0:
+        return ProposalQuality(0, num_masks, 0.0, 0.0)
+    recall = (ious[:, None] >= IOU_LEVELS).mean()
+    return ProposalQuality(len(ious), num_masks, float(ious.mean()), float(recall))
+
+
+def best_ious(truth: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> npt.NDArray[np.float64]:
+    """For each known mask the IoU of the found mask that fits it best; both as COCO RLE. Returns (N,), 0 where none."""
+    if not truth or not found:
+        return np.zeros(len(truth))
+    iou = coco_mask.iou(list(map(_to_bytes, found)), list(map(_to_bytes, truth)), [0] * len(truth))
+    best: npt.NDArray[np.float64] = np.asarray(iou, np.float64).max(axis=0)
+    return best
+
+
+def _encode(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def _to_bytes(rle: dict[str, Any]) -> dict[str, Any]:
+    return {"size": list(rle["size"]), "counts": rle["counts"].encode("ascii")}

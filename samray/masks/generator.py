@@ -1,0 +1,277 @@
+"""Automatic mask generation: every object of an image, from a grid of point prompts.
+
+Reads as the paper's algorithm does (SAM paper, section 5 and appendix B): crops, encode, prompt, keep what the model
+believes in and what is stable, drop duplicates within a crop and then across crops. Masks exist at full resolution only
+a few at a time: to be measured, and, the few that are kept, to be run-length encoded; in between there are low-res
+logits. With the same weights the result is that of `segment_anything.SamAutomaticMaskGenerator`, in the same order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from samray.config import MaskConfig
+from samray.masks import rle
+from samray.masks.candidates import Candidates
+from samray.masks.crops import Crop, make_crops, touches_crop_edge
+from samray.masks.nms import box_nms
+from samray.masks.points import Float64, point_grids
+from samray.masks.records import Mask, choose, to_record, wanted_areas
+from samray.masks.regions import remove_small_regions
+from samray.masks.rle import Counts
+from samray.masks.scores import areas, mask_boxes, stability_scores
+from samray.sam.sam import Decoded, Sam, input_size
+from samray.sam.transformer import ImageTokens
+
+Image = npt.NDArray[np.uint8]
+
+MASK_THRESHOLD = 0.0
+"""Logit above which a pixel belongs to a mask."""
+STAGES = ("preprocess", "encode", "decode", "score", "nms", "rle")
+
+# Float masks at full resolution that are held together. On a CPU as good as one at a time: larger blocks are new pages
+# from the system every time, and faulting them in costs more than the arithmetic.
+_CPU_PIXEL_BYTES = 8 * 2**20
+_GPU_PIXEL_BYTES = 512 * 2**20
+# Input pixels that are encoded together.
+_CPU_ENCODE_PIXELS = 1024**2
+_GPU_ENCODE_PIXELS = 16 * 1024**2
+_MAX_ENCODE_BATCH = 16
+# The decoder's peak, upscaling included, is about this many copies of a prompt's image tokens.
+_DECODER_COPIES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """One crop of one image."""
+
+    image_index: int
+    image_hw: tuple[int, int]
+    crop_index: int
+    crop: Crop
+    is_last: bool
+
+
+class MaskGenerator:
+    """Generates all masks of images with a model. Settings: `samray.MaskConfig`, whose names are the reference's.
+
+    `stage_seconds` adds up where the time went: preprocess, encode, decode, score, nms, rle.
+    """
+
+    def __init__(self, model: Sam, config: MaskConfig | None = None) -> None:
+        self.model = model
+        self.config = config = config or MaskConfig()
+        if config.point_grids is None:
+            self._grids = point_grids(
+                config.points_per_side, config.crop_n_layers, config.crop_n_points_downscale_factor
+            )
+        else:
+            self._grids = [np.asarray(grid, dtype=np.float64).reshape(-1, 2) for grid in config.point_grids]
+        self.stage_seconds = dict.fromkeys(STAGES, 0.0)
+
+    @torch.inference_mode()
+    def generate(self, images: list[Image]) -> list[list[dict[str, Any]]]:
+        """All masks of each image, keys and meanings as in SA-1B.
+
+        images: RGB uint8 (H, W, 3), of any sizes. Returns a list an image, most zoomed-in crops first and within a crop
+        the highest predicted IoU, of dicts: segmentation {"size": [H, W], "counts": str}, bbox [x, y, w, h], area,
+        predicted_iou, stability_score, point_coords [[x, y]], crop_box [x, y, w, h]. An image without masks gives an
+        empty list. Raises ValueError for what is no such image.
+        """
+        results: list[list[dict[str, Any]]] = []
+        found: list[Candidates] = []
+        for batch in self._batches([view for i, image in enumerate(images) for view in self._views(i, image)]):
+            embeddings = self._encode([_cut(images[view.image_index], view.crop) for view in batch])
+            for view, embedding in zip(batch, torch.split(embeddings, 1), strict=True):
+                found.append(self._process_crop(embedding, view))
+                if view.is_last:  # an image is finished before the next is begun
+                    results.append(self._process_image(Candidates.cat(found), view.image_hw))
+                    found = []
+        return results
+
+    # --- crops and their embeddings -----------------------------------------------------------------------------------
+
+    def _crops(self, image_hw: tuple[int, int]) -> list[Crop]:
+        return make_crops(image_hw, self.config.crop_n_layers, self.config.crop_overlap_ratio)
+
+    def _views(self, image_index: int, image: Image) -> list[_View]:
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+            raise ValueError(f"an image is a uint8 array (H, W, 3); got {image.dtype} {image.shape}")
+        image_hw = _hw(image)
+        crops = self._crops(image_hw)
+        return [_View(image_index, image_hw, j, crop, j == len(crops) - 1) for j, crop in enumerate(crops)]
+
+    def _batches(self, views: list[_View]) -> Iterator[list[_View]]:
+        pixels = _CPU_ENCODE_PIXELS if self.model.device.type == "cpu" else _GPU_ENCODE_PIXELS
+        size = min(max(pixels // self.model.image_size**2, 1), _MAX_ENCODE_BATCH)
+        yield from (views[start : start + size] for start in range(0, len(views), size))
+
+    def _encode(self, images: list[Image]) -> Tensor:
+        with self._stage("preprocess"):
+            pixels, _ = self.model.preprocess(images)
+        with self._stage("encode"):
+            return self.model.encode_images(pixels)
+
+    # --- one crop: prompts, filters, no duplicates --------------------------------------------------------------------
+
+    def _process_crop(self, embedding: Tensor, view: _View) -> Candidates:
+        """The crop's grid of prompts in batches, the filters, and box NMS that prefers the higher predicted IoU."""
+        with self._stage("decode"):
+            context = self.model.prepare_decoder(embedding)
+        points = self._grids[view.crop.layer] * view.crop.hw[::-1]
+        batch_size = self.config.points_per_batch or self._points_per_batch()
+        found = []
+        for start in range(0, max(len(points), 1), batch_size):
+            batch = points[start : start + batch_size]
+            with self._stage("decode"):
+                decoded = self._decode(context, batch, view.crop)
+            with self._stage("score"):
+                found.append(self._score(decoded, batch, view))
+        candidates = Candidates.cat(found)
+        with self._stage("nms"):
+            return candidates[box_nms(candidates.boxes_xyxy, candidates.predicted_iou, self.config.box_nms_thresh)]
+
+    def _decode(self, context: ImageTokens, points: Float64, crop: Crop) -> Decoded:
+        """Masks of single foreground clicks at points (N, 2), crop frame, with predicted IoU above the threshold.
+
+        The others are never upscaled. A threshold of 0 lets all through, as in the reference.
+        """
+        to_input = np.array(self._input_hw(crop)[::-1]) / crop.hw[::-1]
+        clicks = torch.from_numpy(points * to_input).float().to(self.model.device)[:, None]
+        labels = torch.ones(clicks.shape[:2], dtype=torch.int64, device=clicks.device)
+        return self.model.decode_points(context, clicks, labels, min_iou=self.config.pred_iou_thresh or None)
+
+    def _score(self, decoded: Decoded, points: Float64, view: _View) -> Candidates:
+        """The masks that are stable, of the wanted size and not cut off by the crop's edge."""
+        config, crop = self.config, view.crop
+        measured = [_measure(x, config.stability_score_offset) for _, x in self._upscaled(decoded.logits, crop)]
+        numbers = torch.cat(measured).cpu().numpy() if measured else np.zeros((0, 6))
+        stability, area = numbers[:, 0].astype(np.float32), numbers[:, 1]
+        boxes = numbers[:, 2:].astype(np.int64) + np.array([crop.x0, crop.y0, crop.x0, crop.y0])
+        keep = stability >= np.float32(config.stability_score_thresh)
+        keep &= wanted_areas(area, view.image_hw, config)
+        keep &= ~touches_crop_edge(boxes, crop, view.image_hw)
+        candidates = Candidates(
+            logits=decoded.logits,
+            crop_index=np.full(len(boxes), view.crop_index),
+            boxes_xyxy=boxes,
+            predicted_iou=decoded.iou.cpu().numpy(),
+            stability_score=stability,
+            points_xy=(points + np.array([crop.x0, crop.y0]))[decoded.prompt_index.cpu().numpy()],
+        )
+        return candidates[keep]
+
+    # --- one image: no duplicates across crops, then pixels for the kept ----------------------------------------------
+
+    def _process_image(self, candidates: Candidates, image_hw: tuple[int, int]) -> list[dict[str, Any]]:
+        """Records of the masks that stay when those of all crops come together."""
+        config, crops = self.config, self._crops(image_hw)
+        if len(crops) > 1:
+            with self._stage("nms"):  # masks of smaller crops first: they saw the object at a higher resolution
+                zoom = 1 / np.array([crop.area for crop in crops], dtype=np.float32)
+                keep = box_nms(candidates.boxes_xyxy, zoom[candidates.crop_index], config.crop_nms_thresh)
+                candidates = candidates[keep]
+        with self._stage("rle"):
+            masks = self._finish(candidates, crops, image_hw)
+        with self._stage("nms"):
+            if (
+                config.min_mask_region_area > 0
+            ):  # cleaning may have made duplicates; untouched masks stay before cleaned ones
+                boxes = [rle.box_xyxy(mask.counts, image_hw) for mask in masks]
+                untouched = [not mask.was_cleaned for mask in masks]
+                keep = box_nms(boxes, untouched, max(config.box_nms_thresh, config.crop_nms_thresh))
+                masks = [masks[i] for i in keep]
+            masks = choose(masks, image_hw, config)
+        with self._stage("rle"):
+            return [to_record(mask, image_hw, config) for mask in masks]
+
+    def _finish(self, candidates: Candidates, crops: list[Crop], image_hw: tuple[int, int]) -> list[Mask]:
+        """The candidates as run lengths in the image frame, in their order, small regions removed if so configured."""
+        finished: dict[int, Mask] = {}
+        for crop_index in np.unique(candidates.crop_index):
+            crop, rows = crops[crop_index], np.flatnonzero(candidates.crop_index == crop_index)
+            for few, logits in self._upscaled(candidates[rows].logits, crop):
+                pixels = logits > MASK_THRESHOLD
+                encoded = rle.encode_masks(pixels, (crop.x0, crop.y0), image_hw)
+                for row, mask, counts in zip(rows[few].tolist(), pixels, encoded, strict=True):
+                    cleaned = self._cleaned(mask, candidates.boxes_xyxy[row], crop, image_hw)
+                    finished[row] = Mask(
+                        counts=counts if cleaned is None else cleaned,
+                        predicted_iou=float(candidates.predicted_iou[row]),
+                        stability_score=float(candidates.stability_score[row]),
+                        point_xy=candidates.points_xy[row],
+                        crop=crop,
+                        was_cleaned=cleaned is not None,
+                    )
+        return [finished[row] for row in range(len(candidates))]
+
+    def _cleaned(
+        self, mask: Tensor, box_xyxy: npt.NDArray[np.int64], crop: Crop, image_hw: tuple[int, int]
+    ) -> Counts | None:
+        """Runs of the mask (h, w), crop frame, without small regions; None where there are none."""
+        if self.config.min_mask_region_area == 0:
+            return None
+        x0, y0, x1, y1 = (box_xyxy - [crop.x0, crop.y0, crop.x0, crop.y0]).tolist()
+        within = mask[y0 : y1 + 1, x0 : x1 + 1].cpu().numpy()
+        cleaned = remove_small_regions(within, box_xyxy, image_hw, self.config.min_mask_region_area)
+        return None if cleaned is None else rle.encode_array(cleaned)
+
+    # --- sizes and times ----------------------------------------------------------------------------------------------
+
+    def _input_hw(self, crop: Crop) -> tuple[int, int]:
+        """The crop's (h, w) within the model's square input."""
+        return input_size(*crop.hw, self.model.image_size)
+
+    def _upscaled(self, logits: Tensor, crop: Crop) -> Iterator[tuple[slice, Tensor]]:
+        """logits (K, 4h, 4w) at the crop's own resolution, a few rows at a time, and which rows they are."""
+        height, width = crop.hw
+        bytes_each = 4 * max(height * width, self.model.image_size**2)
+        budget = _CPU_PIXEL_BYTES if logits.device.type == "cpu" else _GPU_PIXEL_BYTES
+        num = max(budget // bytes_each, 1)
+        for start in range(0, len(logits), num):
+            few = slice(start, start + num)
+            yield few, self.model.postprocess(logits[few], self._input_hw(crop), (height, width))
+
+    def _points_per_batch(self) -> int:
+        """As many prompts as fit into a part of the free memory; on a CPU the decoder splits them for its caches."""
+        device = self.model.device
+        if device.type != "cuda":
+            return 64
+        spec = self.model.spec
+        bytes_each = _DECODER_COPIES * spec.grid**2 * spec.embed_dim * self.model.dtype.itemsize
+        free, _ = torch.cuda.mem_get_info(device)
+        return min(max(free // 4 // bytes_each, 1), 256)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize(self.model.device)  # else the wait would be booked on a later stage
+            self.stage_seconds[name] += time.perf_counter() - start
+
+
+def _measure(logits: Tensor, stability_offset: float) -> Tensor:
+    """logits: (M, H, W). Returns (M, 6) float64: stability score, area, box xyxy (last pixel inclusive)."""
+    masks = logits > MASK_THRESHOLD
+    stability = stability_scores(logits, MASK_THRESHOLD, stability_offset)
+    return torch.cat([stability[:, None].double(), areas(masks)[:, None].double(), mask_boxes(masks).double()], dim=1)
+
+
+def _hw(image: Image) -> tuple[int, int]:
+    return image.shape[0], image.shape[1]
+
+
+def _cut(image: Image, crop: Crop) -> Image:
+    return image[crop.y0 : crop.y1, crop.x0 : crop.x1]

@@ -1,0 +1,54 @@
+"""Greedy non-maximum suppression on boxes and on masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pycocotools import mask as coco_mask
+
+Indices = npt.NDArray[np.int64]
+
+
+def box_nms(boxes_xyxy: npt.ArrayLike, scores: npt.ArrayLike, iou_thresh: float) -> Indices:
+    """Indices of the boxes that stay, best score first; of equal scores the earlier box comes first.
+
+    A box goes when its IoU with a better one that stays is above iou_thresh. boxes_xyxy: (M, 4), scores: (M,); computed
+    in float32. Boxes without area have no IoU and neither suppress nor go. Equal to `torchvision.ops.nms`.
+    On the host: a few thousand boxes are no work for an accelerator, and only kept ones cost a pass (O(kept * M)).
+    """
+    x0, y0, x1, y1 = np.asarray(boxes_xyxy, dtype=np.float32).reshape(-1, 4).T
+    areas = (x1 - x0) * (y1 - y0)
+    thresh = _float32_at_most(iou_thresh)
+    rest: Indices = np.argsort(-np.asarray(scores, dtype=np.float32), kind="stable")
+    keep = []
+    while len(rest):
+        best, rest = rest[0], rest[1:]
+        keep.append(best)
+        width = np.minimum(x1[best], x1[rest]) - np.maximum(x0[best], x0[rest])
+        height = np.minimum(y1[best], y1[rest]) - np.maximum(y0[best], y0[rest])
+        intersection = np.maximum(width, np.float32(0)) * np.maximum(height, np.float32(0))
+        with np.errstate(invalid="ignore"):
+            iou = intersection / (areas[best] + areas[rest] - intersection)
+        rest = rest[~(iou > thresh)]
+    return np.asarray(keep, dtype=np.int64)
+
+
+def mask_nms(rles: list[dict[str, Any]], iou_thresh: float) -> Indices:
+    """Indices of the masks that stay, in order: a mask goes when its IoU with an earlier kept one is above iou_thresh.
+
+    rles: COCO run-length encodings of one image, best first. No mask is decoded.
+    """
+    keep: list[int] = []
+    for index, rle in enumerate(rles):
+        kept = [rles[k] for k in keep]
+        if not kept or not (coco_mask.iou([rle], kept, [0] * len(kept)) > iou_thresh).any():
+            keep.append(index)
+    return np.asarray(keep, dtype=np.int64)
+
+
+def _float32_at_most(value: float) -> np.float32:
+    """The largest float32 <= value: float32 x > value, compared exactly, is x > this."""
+    rounded = np.float32(value)
+    return rounded if float(rounded) <= value else np.nextafter(rounded, np.float32(-np.inf))

@@ -1,0 +1,76 @@
+"""Finished masks: the choices that go beyond the reference, and the records users get."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from samray.config import MaskConfig
+from samray.masks import rle
+from samray.masks.crops import Crop
+from samray.masks.nms import mask_nms
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mask:
+    """One mask of an image, as runs."""
+
+    counts: rle.Counts
+    predicted_iou: float
+    stability_score: float
+    point_xy: npt.NDArray[np.float64]
+    """(2,) the prompt, in the image frame."""
+    crop: Crop
+    was_cleaned: bool = False
+    """Small regions were removed from it."""
+
+
+def choose(masks: list[Mask], image_hw: tuple[int, int], config: MaskConfig) -> list[Mask]:
+    """What the options added to the reference's leave of an image's masks, in the given order.
+
+    First near-duplicates go (the earlier mask stays), then all but the best `max_masks` by predicted IoU, then pixels
+    that better masks claim. Limits on the area hold for the masks as they come out.
+    """
+    masks = [mask for mask in masks if _has_wanted_area(mask, image_hw, config)]
+    if config.mask_nms_thresh is not None:
+        compressed = [rle.compress(mask.counts, image_hw) for mask in masks]
+        masks = [masks[i] for i in mask_nms(compressed, config.mask_nms_thresh)]
+    best_first = sorted(range(len(masks)), key=lambda i: -masks[i].predicted_iou)
+    if config.max_masks is not None:
+        best_first = best_first[: config.max_masks]
+    if config.non_overlapping:
+        disjoint = rle.make_disjoint([masks[i].counts for i in best_first], image_hw)
+        for i, counts in zip(best_first, disjoint, strict=True):
+            masks[i] = replace(masks[i], counts=counts)
+    return [masks[i] for i in sorted(best_first) if _has_wanted_area(masks[i], image_hw, config)]
+
+
+def _has_wanted_area(mask: Mask, image_hw: tuple[int, int], config: MaskConfig) -> bool:
+    return bool(wanted_areas(np.array(rle.area(mask.counts)), image_hw, config))
+
+
+def wanted_areas(areas: npt.NDArray[Any], image_hw: tuple[int, int], config: MaskConfig) -> npt.NDArray[np.bool_]:
+    """Which areas, in pixels, are neither zero nor outside the configured limits."""
+    wanted: npt.NDArray[np.bool_] = areas >= max(config.min_mask_area, 1)
+    if config.max_mask_area_fraction is not None:
+        wanted = wanted & (areas < config.max_mask_area_fraction * image_hw[0] * image_hw[1])
+    return wanted
+
+
+def to_record(mask: Mask, image_hw: tuple[int, int], config: MaskConfig) -> dict[str, Any]:
+    """The mask as SA-1B writes it. bbox: COCO's, or with bbox_convention "sam" one pixel narrower and lower."""
+    x0, y0, x1, y1 = rle.box_xyxy(mask.counts, image_hw).tolist()
+    inclusive = 1 if config.bbox_convention == "coco" else 0
+    crop = mask.crop
+    return {
+        "segmentation": rle.compress(mask.counts, image_hw),
+        "bbox": [float(x0), float(y0), float(x1 - x0 + inclusive), float(y1 - y0 + inclusive)],
+        "area": rle.area(mask.counts),
+        "predicted_iou": mask.predicted_iou,
+        "stability_score": mask.stability_score,
+        "point_coords": [mask.point_xy.tolist()],
+        "crop_box": [float(crop.x0), float(crop.y0), float(crop.x1 - crop.x0), float(crop.y1 - crop.y0)],
+    }

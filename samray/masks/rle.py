@@ -1,0 +1,104 @@
+"""COCO run-length encoding: runs of 0 and 1 in turn, column by column, starting with 0.
+
+`counts` is the run lengths as an int64 array, the uncompressed form; pycocotools makes the strings. Everything here
+works on runs, so masks of large images are never held more than a few at a time.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor
+
+Counts = npt.NDArray[np.int64]
+
+
+def encode_masks(masks: Tensor, origin_xy: tuple[int, int], image_hw: tuple[int, int]) -> list[Counts]:
+    """Run lengths of masks that cover a window of the image; outside of it they are 0.
+
+    masks: (M, h, w) bool, any device. origin_xy: the window's left top pixel. Returns M arrays, each summing to H * W.
+    """
+    num, h, w = masks.shape
+    height, width = image_hw
+    x0, y0 = origin_xy
+    # A 0 above and below every column: each column's changes then alternate between a start and an end of a run.
+    columns = torch.zeros((num, w, h + 2), dtype=torch.bool, device=masks.device)
+    columns[:, :, 1:-1] = masks.transpose(1, 2)
+    changed = (columns[:, :, 1:] != columns[:, :, :-1]).flatten()
+    on_cpu = changed.device.type == "cpu"  # there numpy is three times faster
+    flat = np.flatnonzero(changed.numpy()) if on_cpu else changed.nonzero()[:, 0].cpu().numpy()
+    index, column, row = flat // (w * (h + 1)), flat // (h + 1) % w, flat % (h + 1)
+    position = (column + x0) * height + row + y0
+    # A run that ends with its column where the next column starts one is the same run: both changes cancel.
+    cancel = np.zeros(len(position) + 1, dtype=bool)
+    cancel[1:-1] = (position[1:] == position[:-1]) & (index[1:] == index[:-1])
+    keep = ~(cancel[1:] | cancel[:-1])
+    index, position = index[keep], position[keep]
+    bounds = np.searchsorted(index, np.arange(num + 1))
+    return [_counts(position[a:b], height * width) for a, b in pairwise(bounds)]
+
+
+def encode_array(mask: npt.NDArray[np.bool_]) -> Counts:
+    """mask: (H, W) bool, the whole image."""
+    return encode_masks(torch.from_numpy(mask)[None], (0, 0), (mask.shape[0], mask.shape[1]))[0]
+
+
+def compress(counts: Counts, image_hw: tuple[int, int]) -> dict[str, Any]:
+    """COCO's compressed form, ready for JSON: {"size": [H, W], "counts": str}."""
+    size = [int(side) for side in image_hw]
+    rle = coco_mask.frPyObjects({"size": size, "counts": counts}, *size)
+    return {"size": size, "counts": rle["counts"].decode("ascii")}
+
+
+def area(counts: Counts) -> int:
+    return int(counts[1::2].sum())
+
+
+def runs(counts: Counts) -> tuple[Counts, Counts]:
+    """Starts and ends (exclusive) of the runs of 1, as column-major positions."""
+    ends = counts.cumsum()
+    num = len(counts) // 2
+    return ends[0::2][:num], ends[1::2]
+
+
+def box_xyxy(counts: Counts, image_hw: tuple[int, int]) -> npt.NDArray[np.int64]:
+    """(4,) first and last pixel of the mask (inclusive); zeros for an empty one."""
+    starts, ends = runs(counts)
+    starts, ends = starts[ends > starts], ends[ends > starts]
+    if not len(starts):
+        return np.zeros(4, dtype=np.int64)
+    height = image_hw[0]
+    last = ends - 1
+    one_column = starts // height == last // height
+    y0 = np.where(one_column, starts % height, 0).min()
+    y1 = np.where(one_column, last % height, height - 1).max()
+    return np.array([starts[0] // height, y0, last[-1] // height, y1])
+
+
+def make_disjoint(masks: list[Counts], image_hw: tuple[int, int]) -> list[Counts]:
+    """Give each pixel to the first mask that has it. masks: first wins. Returns as many masks, some perhaps empty."""
+    num_pixels = image_hw[0] * image_hw[1]
+    owner = np.full(num_pixels, -1, dtype=np.int32)
+    for index in reversed(range(len(masks))):
+        for start, end in zip(*runs(masks[index]), strict=True):
+            owner[start:end] = index
+    starts = np.flatnonzero(np.diff(owner, prepend=-2))
+    ends = np.append(starts[1:], num_pixels)
+    owners = owner[starts]
+    disjoint = []
+    for index in range(len(masks)):
+        mine = owners == index
+        disjoint.append(_counts(np.stack([starts[mine], ends[mine]], axis=1).ravel(), num_pixels))
+    return disjoint
+
+
+def _counts(changes: Counts, num_pixels: int) -> Counts:
+    """Run lengths from the positions at which the mask changes, 0 before the first."""
+    counts = np.diff(changes, prepend=0, append=num_pixels)
+    # The runs of a mask that ends in a 1 end with it: a last run of no pixels would be a different string.
+    return counts[:-1] if counts[-1] == 0 and len(counts) > 1 else counts

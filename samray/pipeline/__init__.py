@@ -1,0 +1,1 @@
+"""The part that imports ray: plan, fetch, label, write, and what a run tells about itself."""

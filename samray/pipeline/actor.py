@@ -1,0 +1,146 @@
+"""Stage 4: the labelling actor, a process that holds one model."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import ray
+
+from samray.dataset.inputs import fetch_images
+from samray.dataset.schema import records_to_table
+from samray.errors import ImageError
+from samray.pipeline.attempts import ShardAttempts
+from samray.pipeline.faults import DeviceFault
+from samray.pipeline.labeler import EncodedImage, ShardLabeler, build_labeler
+from samray.pipeline.report import ShardSummary
+
+if TYPE_CHECKING:
+    from samray.config import Config
+    from samray.dataset.manifest import Plan
+
+logger = logging.getLogger(__name__)
+
+LABELLED = pa.schema(
+    [
+        ("shard", pa.int64()),
+        ("retry", pa.bool_()),
+        ("attempt", pa.int32()),  # 0: the shard was left alone because the run is stopping
+        ("places", pa.list_(pa.int32())),
+        ("rows", pa.large_binary()),  # the records as an Arrow stream
+        ("summary", pa.string()),
+    ]
+)
+
+MAX_QUARANTINED = 8
+"""In one shard. When more kill the process than this, the process is sick, not the images."""
+
+
+class Abandoned(Exception):
+    """The run is stopping and has no time left for this shard."""
+
+
+class LabelActor:
+    """One row of FETCHED in, one row of LABELLED out."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        config: Config,
+        run_id: str,
+        state: Any,
+        num_threads: int,
+        make_labeler: Callable[[Config, int], ShardLabeler] = build_labeler,
+    ) -> None:
+        self.plan = plan
+        self.config = config
+        self.run_id = run_id
+        self.state = state
+        self.labeler = make_labeler(config, num_threads)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        (shard,), (retry,) = batch["shard"].to_pylist(), batch["retry"].to_pylist()
+        left_alone = {"shard": shard, "retry": retry, "attempt": 0}
+        if not self._may_begin(shard):
+            return self._row(left_alone)
+        attempts = ShardAttempts(self.plan.output, shard, self.run_id)
+        attempts.begin()
+        images, places = self._unpack(shard, batch)
+        try:
+            done = self.labeler.label(images, attempts, functools.partial(self._advance, shard))
+        except Abandoned:
+            attempts.forget()
+            return self._row(left_alone)
+        except DeviceFault:
+            # Raised on, it would end the job; a dead process is replaced by a fresh one and the shard is run again.
+            logger.exception("the device failed: this labelling process ends, Ray starts another")
+            logging.shutdown()
+            os._exit(1)
+        num_quarantined = sum(r.error is not None and r.error.startswith("quarantined") for r in done.records)
+        if num_quarantined > MAX_QUARANTINED:
+            raise RuntimeError(
+                f"{num_quarantined} images of shard {shard} ended the labelling process: look for what is wrong with"
+                f" the machine, then remove {attempts.dir} and run again"
+            )
+        done.stage_seconds["fetch"] = batch["fetch_s"].to_pylist()[0]
+        return self._row(
+            {
+                "shard": shard,
+                "retry": retry,
+                "attempt": attempts.number,
+                "places": places,
+                "rows": _to_stream(records_to_table(done.records, self.plan.run)),
+                "summary": ShardSummary.of(shard, done).to_json(),
+            }
+        )
+
+    def _may_begin(self, shard: int) -> bool:
+        try:
+            return bool(ray.get(self.state.begin.remote(shard)))
+        except ray.exceptions.RayError:
+            return True  # without the state actor there is no progress to show, but there is work to do
+
+    def _advance(self, shard: int, num_images: int) -> None:
+        try:
+            keep_on = ray.get(self.state.advance.remote(shard, num_images))
+        except ray.exceptions.RayError:
+            return
+        if not keep_on:
+            raise Abandoned
+
+    def _unpack(self, shard: int, batch: pa.Table) -> tuple[list[EncodedImage], list[int]]:
+        images = batch["images"].combine_chunks().values
+        data = images.field("data")
+        columns = ("place", "image_id", "file_name", "uri", "reason", "message")
+        encoded, places = [], []
+        for i, row in enumerate(zip(*(images.field(c).to_pylist() for c in columns), strict=True)):
+            place, image_id, file_name, uri, reason, message = row
+            source: bytes | ImageError | Callable[[], bytes | ImageError]
+            if reason is not None:
+                source = ImageError(reason, message)
+            elif data[i].is_valid:
+                source = data[i].as_buffer().to_pybytes()
+            else:
+                source = functools.partial(self._fetch_late, shard, place)
+            encoded.append(EncodedImage(image_id, file_name, uri, source))
+            places.append(place)
+        return encoded, places
+
+    def _fetch_late(self, shard: int, place: int) -> bytes | ImageError:
+        (data,) = fetch_images(self.plan.read_shard(shard).slice(place, 1), self.config.input)
+        return data
+
+    def _row(self, values: dict[str, Any]) -> pa.Table:
+        return pa.Table.from_pylist([values], schema=LABELLED)
+
+
+def _to_stream(table: pa.Table) -> bytes:
+    """The table as an Arrow stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())

@@ -1,0 +1,86 @@
+"""The poison guard: durable marks that let a shard outlive an image which kills every process that touches it.
+
+A process that dies takes its memory along, so what it was doing must lie in storage: OUTPUT/_samray/attempts/ holds
+one mark per attempt at a shard. From the third attempt on every image is marked before it is run and unmarked after;
+the one found marked is quarantined, that is, it becomes a failed row instead of being tried again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+from samray import storage
+
+CAREFUL_FROM_ATTEMPT = 3
+"""The first attempts run at full speed: most dead actors were pre-empted or killed, not poisoned."""
+
+STRIKES_OF_ANY_RUN = 3
+"""A mark left by an earlier run may be that driver's own death (kill -9, a lost machine), so one is no proof."""
+
+
+class ShardAttempts:
+    """The marks of one shard. run_id tells this driver's marks from those of drivers before it.
+
+    number: of the attempt under way, where `begin` was called elsewhere.
+    """
+
+    def __init__(self, output: str, shard: int, run_id: str, number: int = 0) -> None:
+        self.dir = storage.join(output, "_samray", "attempts")
+        self.prefix = f"shard-{shard:06d}."
+        self.run_id = run_id
+        self.number = number
+        self._strikes: Counter[int] = Counter()
+        self._strikes_here: Counter[int] = Counter()
+
+    @property
+    def careful(self) -> bool:
+        """Whether images have to be marked and run one at a time."""
+        return self.number >= CAREFUL_FROM_ATTEMPT
+
+    def begin(self) -> None:
+        """Count this attempt, durably, before any work is done."""
+        for number in itertools.count(1):
+            if storage.put_new(self._uri(f"attempt-{number:04d}"), self.run_id.encode()):
+                self.number = number
+                break
+        if self.careful:
+            for name in self._names():
+                kind, _, rest = name.removeprefix(self.prefix).partition("-")
+                if kind == "image":
+                    place, run_id = rest.split(".")[:2]
+                    self._strikes[int(place)] += 1
+                    self._strikes_here[int(place)] += run_id == self.run_id
+
+    def is_poison(self, place: int) -> bool:
+        """Whether the image at this place of the shard was being run when earlier attempts died."""
+        return self._strikes_here[place] >= 1 or self._strikes[place] >= STRIKES_OF_ANY_RUN
+
+    def mark(self, place: int) -> None:
+        """Say that the image at this place is about to be run."""
+        storage.put_new(self._image_uri(place), b"")
+
+    def unmark(self, place: int) -> None:
+        """Say that it did no harm."""
+        storage.delete(self._image_uri(place))
+
+    def forget(self) -> None:
+        """Uncount this attempt: it was called off, and says nothing about the images."""
+        storage.delete(self._uri(f"attempt-{self.number:04d}"))
+
+    def clear(self) -> None:
+        """Forget all attempts: the shard is committed. A listing is saved after a first attempt."""
+        if self.number == 1:
+            storage.delete(self._uri("attempt-0001"))
+        else:
+            for name in self._names():
+                storage.delete(storage.join(self.dir, name))
+
+    def _names(self) -> list[str]:
+        return [name for name in storage.list_names(self.dir) if name.startswith(self.prefix)]
+
+    def _image_uri(self, place: int) -> str:
+        return self._uri(f"image-{place:05d}.{self.run_id}.{self.number}")
+
+    def _uri(self, mark: str) -> str:
+        return storage.join(self.dir, self.prefix + mark)

@@ -1,0 +1,93 @@
+"""The little that driver and labelling actors tell each other while a run is under way: progress, and "stop"."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import ray
+
+
+class RunState:
+    """A Ray actor of the driver's. Nothing here is needed for correctness: an output is the same without it."""
+
+    def __init__(self) -> None:
+        self.images_under_way: dict[int, int] = {}
+        self.stopping = False
+        self.abandoning = False
+
+    def begin(self, shard: int) -> bool:
+        """A labeler is about to start on a shard; False: leave it, the run is stopping."""
+        self.images_under_way.pop(shard, None)  # an earlier try at it whose actor died
+        if not self.stopping:
+            self.images_under_way[shard] = 0
+        return not self.stopping
+
+    def advance(self, shard: int, num_images: int) -> bool:
+        """Some images of a shard are labelled; False: give the rest of it up."""
+        self.images_under_way[shard] = self.images_under_way.get(shard, 0) + num_images
+        return not self.abandoning
+
+    def end(self, shard: int) -> None:
+        """The shard is committed, or given up."""
+        self.images_under_way.pop(shard, None)
+
+    def stop(self, abandon: bool) -> None:
+        """Let no labeler start on another shard; abandon: nor finish the one it is at."""
+        self.stopping = True
+        self.abandoning = abandon
+
+    def snapshot(self) -> dict[int, int]:
+        """Images done so far in each shard that is begun and not committed."""
+        return self.images_under_way
+
+
+def start_run_state() -> Any:
+    """The actor, on the driver's own node, taking no CPU from the labelers. Returns its handle."""
+    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=True
+    )
+    actor: Any = ray.remote(RunState)
+    return actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
+
+
+@dataclass
+class StopRequest:
+    """What signals have asked of the driver."""
+
+    signum: int | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """As shells count a death by signal: 130 for Ctrl-C, 143 for SIGTERM."""
+        assert self.signum is not None
+        return 128 + self.signum
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """SIGINT and SIGTERM ask for a drain; the second one raises KeyboardInterrupt, which ends the run at once.
+
+    Outside the main thread Python allows no handlers: there, nothing is caught.
+    """
+    request = StopRequest()
+
+    def on_signal(signum: int, frame: FrameType | None) -> None:
+        if request.signum is not None:
+            raise KeyboardInterrupt
+        request.signum = signum
+
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    previous = {signum: signal.signal(signum, on_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,41 @@
+"""Whose fault an exception is: the image's, the device's, or ours."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from samray.errors import ImageError
+
+logger = logging.getLogger(__name__)
+
+
+class DeviceFault(RuntimeError):
+    """The accelerator is unusable from this process. Only a new process helps."""
+
+
+def raise_if_fatal(error: Exception) -> None:
+    """Raises DeviceFault where the error says that the device is lost to this process."""
+    if isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and not is_out_of_memory(error) and "CUDA error" in str(error)
+    ):
+        raise DeviceFault(one_line(error)) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the work was too large for the device or the host, which smaller batches may mend."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def internal_error(error: Exception) -> ImageError:
+    """A fault of ours, at one image: told in its row, with a traceback in the worker's log."""
+    logger.error("an image could not be labelled", exc_info=error)
+    return ImageError("internal", one_line(error))
+
+
+def one_line(error: BaseException) -> str:
+    """`Type: message` without line breaks."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"

@@ -1,0 +1,286 @@
+"""Encoded images in, one record each out: what a labelling actor does, without Ray.
+
+The one row boundary of the pipeline stands here: whatever one image does wrong becomes its row's error. A fault of the
+device is no image's fault; it is raised, and the actor ends with it.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from samray.dataset.schema import ANNOTATIONS_PER_IMAGE, ImageRecord
+from samray.errors import ImageError, StorageError
+from samray.images import decode_image
+from samray.pipeline.faults import DeviceFault, internal_error, is_out_of_memory, one_line, raise_if_fatal
+
+if TYPE_CHECKING:
+    from samray.config import Config, MaskConfig
+    from samray.sam.sam import Sam
+
+GPU_GROUP_IMAGES = 16
+"""Images given to the mask generator at once. On a CPU a batch gains nothing: there it is one, and as many threads."""
+
+GROUP_PIXELS = 100_000_000
+"""A group is closed at this many pixels: decoded images are three bytes a pixel."""
+
+MAX_CONSECUTIVE_OUT_OF_MEMORY = 3
+"""When more images in a row do not fit, it is the device that is short of memory, not the images that are large."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """One image of a shard as the fetch stage hands it over."""
+
+    image_id: int
+    file_name: str
+    uri: str
+    data: bytes | memoryview | np.ndarray | ImageError | Callable[[], bytes | ImageError]
+    """Encoded bytes, decoded pixels, why there are none, or where to get the bytes when their turn comes."""
+
+
+Decoded = tuple[EncodedImage, np.ndarray | ImageError]
+"""An image and its pixels (H, W, 3) uint8, or why there are none."""
+
+
+class Guard(Protocol):
+    """What the poison guard answers; see attempts.py."""
+
+    @property
+    def careful(self) -> bool: ...
+    def is_poison(self, place: int) -> bool: ...
+    def mark(self, place: int) -> None: ...
+    def unmark(self, place: int) -> None: ...
+
+
+class MaskSource(Protocol):
+    """What the labeler needs of samray.masks.MaskGenerator."""
+
+    stage_seconds: dict[str, float]
+
+    def generate(self, images: list[np.ndarray]) -> list[list[dict[str, Any]]]: ...
+
+
+@dataclass
+class Labelled:
+    """The records of one shard, in the order of its images, and what they cost."""
+
+    records: list[ImageRecord] = field(default_factory=list)
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    device_seconds: float = 0.0
+
+
+class ShardLabeler:
+    """Labels images with one model. Call it from one thread at a time; it has threads of its own.
+
+    On a CPU several images are labelled at once, each by one thread with a mask generator of its own: that scales
+    better than several threads on one image, and the numbers do not depend on how many there are. On a GPU one thread
+    labels groups of images, and the others decode.
+    """
+
+    def __init__(
+        self,
+        make_generator: Callable[[int | None], MaskSource],
+        *,
+        max_pixels: int,
+        num_threads: int = 1,
+        device_type: str = "cpu",
+    ) -> None:
+        """make_generator(points_per_batch) gives a mask generator; None leaves the batch to the generator."""
+        self.make_generator = make_generator
+        self.max_pixels = max_pixels
+        self.device_type = device_type
+        self.num_workers = num_threads if device_type == "cpu" else 1
+        self.group_images = 1 if device_type == "cpu" else GPU_GROUP_IMAGES
+        self.generators = [make_generator(None) for _ in range(self.num_workers)]
+        self.free: queue.SimpleQueue[MaskSource] = queue.SimpleQueue()
+        for generator in self.generators:
+            self.free.put(generator)
+        self.workers = ThreadPoolExecutor(self.num_workers, thread_name_prefix="label")
+        self.decoders = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        self.num_consecutive_out_of_memory = 0
+
+    def label(
+        self,
+        images: Sequence[EncodedImage],
+        guard: Guard | None = None,
+        on_progress: Callable[[int], None] = lambda num_images: None,
+    ) -> Labelled:
+        """One record for each image, in their order, whatever the images are like.
+
+        Raises DeviceFault, what on_progress raises, and what storage raises when the guard cannot write its marks.
+        """
+        before = self._stage_seconds()
+        done = Labelled()
+        careful = guard if guard is not None and guard.careful else None
+        # Enough that no worker waits for a slow image before its own; in careful mode none but the marked one runs.
+        num_ahead = 0 if careful else 2 * self.num_workers
+        pending: deque[Future[tuple[list[ImageRecord], float]]] = deque()
+
+        def collect(num_left: int) -> None:
+            while len(pending) > num_left:
+                records, seconds = pending.popleft().result()
+                done.records += records
+                done.device_seconds += seconds
+                on_progress(len(records))
+
+        try:
+            for group in self._one_by_one(images, careful) if careful else self._groups(images):
+                pending.append(self.workers.submit(self._label_group, group))
+                collect(num_ahead)
+            collect(0)
+        finally:
+            for future in pending:
+                future.cancel()
+            wait(pending)
+        assert len(done.records) == len(images), (len(done.records), len(images))  # rows out = images in
+        done.stage_seconds = {k: v - before.get(k, 0.0) for k, v in self._stage_seconds().items()}
+        return done
+
+    def _stage_seconds(self) -> dict[str, float]:
+        total: Counter[str] = Counter()
+        for generator in self.generators:
+            total.update(generator.stage_seconds)
+        return dict(total)
+
+    def _groups(self, images: Sequence[EncodedImage]) -> Iterator[list[Decoded]]:
+        """Decoded images, in order; the next ones are being decoded while the caller works on these."""
+        waiting = deque(images)
+        ahead: deque[tuple[EncodedImage, Future[np.ndarray | ImageError]]] = deque()
+        group: list[Decoded] = []
+        num_pixels = 0
+        while waiting or ahead:
+            while waiting and len(ahead) < self.group_images + 1:
+                image = waiting.popleft()
+                ahead.append((image, self.decoders.submit(self._decode, image)))
+            image, future = ahead.popleft()
+            decoded = future.result()
+            size = decoded.shape[0] * decoded.shape[1] if isinstance(decoded, np.ndarray) else 0
+            if group and (len(group) == self.group_images or num_pixels + size > GROUP_PIXELS):
+                yield group
+                group, num_pixels = [], 0
+            group.append((image, decoded))
+            num_pixels += size
+        if group:
+            yield group
+
+    def _one_by_one(self, images: Sequence[EncodedImage], guard: Guard) -> Iterator[list[Decoded]]:
+        """As _groups, with every image marked from before it is decoded until after it is labelled."""
+        for place, image in enumerate(images):
+            if guard.is_poison(place):
+                yield [(image, ImageError("quarantined", "the process died each time it came to this image"))]
+                continue
+            guard.mark(place)
+            yield [(image, self._decode(image))]
+            guard.unmark(place)
+
+    def _decode(self, image: EncodedImage) -> np.ndarray | ImageError:
+        """Pixels, or why there are none. Part of the row boundary: only storage that fails as a whole is raised."""
+        try:
+            data = image.data() if callable(image.data) else image.data
+            if isinstance(data, ImageError | np.ndarray):
+                return data
+            return decode_image(data, self.max_pixels)
+        except ImageError as error:
+            return error
+        except StorageError:
+            raise
+        except MemoryError:
+            return ImageError("out_of_memory", "the decoded image does not fit into memory")
+        except Exception as error:
+            return ImageError("unreadable", one_line(error))
+
+    def _label_group(self, group: list[Decoded]) -> tuple[list[ImageRecord], float]:
+        """Records, and the seconds spent on the masks."""
+        started = time.monotonic()
+        generator = self.free.get()
+        try:
+            masks = iter(self._generate(generator, [d for _, d in group if isinstance(d, np.ndarray)]))
+        finally:
+            self.free.put(generator)
+        seconds = time.monotonic() - started
+        records = [make_record(im, d, next(masks) if isinstance(d, np.ndarray) else d) for im, d in group]
+        return records, seconds
+
+    def _generate(self, generator: MaskSource, images: list[np.ndarray]) -> list[list[dict[str, Any]] | ImageError]:
+        """Masks or an error for each image. A failing group is run again image by image, to fail only the guilty."""
+        if not images:
+            return []
+        try:
+            masks: list[list[dict[str, Any]] | ImageError] = list(generator.generate(images))
+            self.num_consecutive_out_of_memory = 0
+            return masks
+        except Exception as error:
+            raise_if_fatal(error)
+            if len(images) > 1:
+                return [self._generate(generator, [image])[0] for image in images]
+            if not is_out_of_memory(error):
+                return [internal_error(error)]
+        return [self._generate_in_small_batches(images[0])]
+
+    def _generate_in_small_batches(self, image: np.ndarray) -> list[dict[str, Any]] | ImageError:
+        """The image alone did not fit with the usual number of points at once: try fewer, then give it up."""
+        for points_per_batch in (16, 4, 1):
+            if self.device_type == "cuda":
+                torch.cuda.empty_cache()
+            try:
+                masks = self.make_generator(points_per_batch).generate([image])[0]
+                self.num_consecutive_out_of_memory = 0
+                return masks
+            except Exception as error:
+                raise_if_fatal(error)
+                if not is_out_of_memory(error):
+                    return internal_error(error)
+        self.num_consecutive_out_of_memory += 1
+        if self.num_consecutive_out_of_memory > MAX_CONSECUTIVE_OUT_OF_MEMORY:
+            raise DeviceFault(f"{self.num_consecutive_out_of_memory} images in a row did not fit into memory")
+        height, width = image.shape[:2]
+        return ImageError("out_of_memory", f"{width}x{height} pixels do not fit, even with one point at a time")
+
+
+def make_record(
+    image: EncodedImage, decoded: np.ndarray | ImageError, masks: list[dict[str, Any]] | ImageError
+) -> ImageRecord:
+    """The row of one image."""
+    height, width = decoded.shape[:2] if isinstance(decoded, np.ndarray) else (0, 0)
+    error = str(masks) if isinstance(masks, ImageError) else None
+    found = [] if isinstance(masks, ImageError) else masks
+    return ImageRecord(
+        image_id=image.image_id,
+        width=width,
+        height=height,
+        file_name=image.file_name,
+        uri=image.uri,
+        annotations=[{"id": image.image_id * ANNOTATIONS_PER_IMAGE + i, **mask} for i, mask in enumerate(found)],
+        error=error,
+    )
+
+
+def build_labeler(config: Config, num_threads: int) -> ShardLabeler:
+    """The labeler of a run: loads the model, on this process's device."""
+    from samray.masks.generator import MaskGenerator
+    from samray.sam.checkpoints import load_model
+
+    torch.set_num_threads(1)  # threads each take an image of their own, see ShardLabeler
+    model: Sam = load_model(config.model.name, config.model.checkpoint, config.model.device, config.model.dtype)
+
+    def make_generator(points_per_batch: int | None) -> MaskSource:
+        masks: MaskConfig = config.masks
+        if points_per_batch is not None:
+            masks = masks.model_copy(update={"points_per_batch": points_per_batch})
+        return MaskGenerator(model, masks)
+
+    return ShardLabeler(
+        make_generator,
+        max_pixels=config.input.max_pixels,
+        num_threads=num_threads,
+        device_type=model.device.type,
+    )

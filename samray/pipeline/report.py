@@ -1,0 +1,160 @@
+"""What a run did: the summary of each shard, and of all of them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from samray.pipeline.labeler import Labelled
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSummary:
+    """Counts of one shard, small enough to send to the driver; the shard's Parquet metadata keeps them too."""
+
+    shard: int
+    num_images: int = 0
+    num_masks: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
+    """Reason -> number of images that failed for it."""
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    device_seconds: float = 0.0
+    """Time in the mask generator, on whatever device it ran."""
+
+    @classmethod
+    def of(cls, shard: int, done: Labelled) -> ShardSummary:
+        """The summary of a shard just labelled."""
+        return cls(
+            shard=shard,
+            num_images=len(done.records),
+            num_masks=sum(len(record.annotations) for record in done.records),
+            failures=dict(Counter(reason_of(record.error) for record in done.records if record.error is not None)),
+            stage_seconds=done.stage_seconds,
+            device_seconds=done.device_seconds,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """As one line."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> ShardSummary:
+        """The opposite of to_json."""
+        return cls(**json.loads(text))
+
+
+def reason_of(error: str) -> str:
+    """The slug at the start of an `error` column: `truncated` of `truncated: 12 bytes missing`."""
+    return error.partition(":")[0]
+
+
+@dataclass
+class LabelReport:
+    """What `samray.label` did, and how it ended."""
+
+    output: str
+    num_images: int
+    """In the plan."""
+    num_shards: int
+    num_shards_skipped: int = 0
+    """Of earlier runs, found done."""
+    num_labelled: int = 0
+    """Images labelled by this run."""
+    num_masks: int = 0
+    """Of this run."""
+    num_failed: int = 0
+    """Failed images in the whole output, earlier runs included."""
+    failures: dict[str, int] = field(default_factory=dict)
+    """Reason -> number of those."""
+    num_missing_shards: int = 0
+    wall_s: float = 0.0
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    """Summed over all workers of this run."""
+    device_seconds: float = 0.0
+    exit_code: int = 0
+    """0 all there; 1 shards missing or too many failed images; 130 or 143 interrupted, and resumable."""
+    problem: str | None = None
+    """Why exit_code is not 0, in a sentence."""
+
+    @property
+    def images_per_s(self) -> float:
+        """Of this run, start-up included."""
+        done = self.num_labelled
+        return done / self.wall_s if self.wall_s > 0 else 0.0
+
+    def add(self, summary: ShardSummary) -> None:
+        """Count a shard that this run committed."""
+        self.num_labelled += summary.num_images - sum(summary.failures.values())
+        self.num_masks += summary.num_masks
+        self.device_seconds += summary.device_seconds
+        self.add_failures(summary.failures)
+        for name, seconds in summary.stage_seconds.items():
+            self.stage_seconds[name] = self.stage_seconds.get(name, 0.0) + seconds
+
+    def add_failures(self, failures: dict[str, int]) -> None:
+        """Count failed images."""
+        self.num_failed += sum(failures.values())
+        self.failures = dict((Counter(self.failures) + Counter(failures)).most_common())
+
+
+def print_report(report: LabelReport, console: Console | None = None) -> None:
+    """The closing summary of a run, for people."""
+    console = console or Console(stderr=True)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    skipped = f" ({report.num_shards_skipped} of {report.num_shards} shards were done before)"
+    table.add_row("images", f"{report.num_images}" + skipped * bool(report.num_shards_skipped))
+    if report.num_labelled:
+        rate = f"{report.num_labelled} in {duration(report.wall_s)}, {report.images_per_s:.2f} images/s"
+        table.add_row("labelled now", rate)
+        table.add_row("masks", f"{report.num_masks}, {report.num_masks / report.num_labelled:.1f} an image")
+    if report.num_failed:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in report.failures.items())
+        table.add_row("failed images", f"{report.num_failed}: {reasons}")
+    if report.stage_seconds:
+        table.add_row("device time", f"{duration(report.device_seconds)}")
+        table.add_row("by stage", _stages(report.stage_seconds))
+    table.add_row("output", report.output)
+    if report.problem:
+        table.add_row("[red]problem[/red]", report.problem)
+    console.print(table)
+    for line in _next_commands(report):
+        console.print(f"  {line}", style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def _stages(stage_seconds: dict[str, float]) -> str:
+    total = sum(stage_seconds.values()) or 1.0
+    largest_first = sorted(stage_seconds.items(), key=lambda item: -item[1])
+    return ", ".join(
+        f"{name} {100 * seconds / total:.0f}%" for name, seconds in largest_first if seconds / total >= 0.005
+    )
+
+
+def _next_commands(report: LabelReport) -> list[str]:
+    if report.exit_code in (130, 143):
+        return ["the same command again goes on from here"]
+    if report.num_missing_shards:
+        return ["the same command again labels what is missing"]
+    retry = ["the same command with --retry-failed tries the failed images again"] * bool(report.num_failed)
+    return [*retry, f"samray verify {report.output}", f"samray report {report.output}"]
+
+
+def duration(seconds: float) -> str:
+    """`850 ms`, `12.3 s`, `4 min 5 s`, `3 h 2 min`."""
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,275 @@
+"""The main job, `samray.label`: plan, fetch, label, write, and count what is there at the end."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from samray.config import Config, load_config
+from samray.dataset.manifest import Plan, make_plan
+from samray.dataset.shards import done_shards, mark_success
+from samray.errors import SamrayError
+from samray.pipeline.history import failures_of_shards
+from samray.pipeline.progress import ProgressView
+from samray.pipeline.report import LabelReport, ShardSummary
+
+if TYPE_CHECKING:
+    import ray.data
+
+    from samray.pipeline.cluster import Sizes
+    from samray.pipeline.control import StopRequest
+    from samray.pipeline.labeler import ShardLabeler
+
+    MakeLabeler = Callable[[Config, int], ShardLabeler]
+
+POLL_S = 0.5
+
+GIVE_UP_S = 20.0
+"""How long a labeler may take, after the drain's time is up, to come to the end of a group of images and notice."""
+
+
+def label(
+    input: str | Path,
+    output: str | Path,
+    config: Config | None = None,
+    *,
+    retry_failed: bool = False,
+    progress: bool = True,
+) -> LabelReport:
+    """Label every image of input into Parquet shards under output, or finish what an earlier run left undone.
+
+    retry_failed: also label the failed images of finished shards again. progress: show it, on stderr.
+    Without config the settings are those of `samray label` without options.
+    Raises ConfigError before anything starts, StorageError when storage stays away. A report with exit_code 130 or
+    143 means that a signal ended the run early; calling again resumes.
+    """
+    return label_with(input, output, config or load_config(), retry_failed=retry_failed, progress=progress)
+
+
+def label_with(
+    input: str | Path,
+    output: str | Path,
+    config: Config,
+    *,
+    retry_failed: bool = False,
+    progress: bool = True,
+    make_labeler: MakeLabeler | None = None,
+    on_plan: Callable[[Plan, set[int]], None] = lambda plan, done: None,
+) -> LabelReport:
+    """`label`, with make_labeler(config, num_threads) making the labeler of each actor.
+
+    on_plan is called with the plan and the shards found done, before anything is started.
+    """
+    started = time.monotonic()
+    plan = make_plan(str(input), str(output), config, run_identity(config))
+    done = done_shards(plan.output)
+    on_plan(plan, done)
+    failures = failures_of_shards(plan.output, done)
+    retries = {shard for shard, reasons in failures.items() if reasons} if retry_failed else set()
+    todo = {shard: shard in retries for shard in range(plan.num_shards) if shard not in done or shard in retries}
+
+    report = LabelReport(plan.output, plan.num_images, plan.num_shards, num_shards_skipped=plan.num_shards - len(todo))
+    for shard in done - retries:
+        report.add_failures(failures[shard])
+    stopped_by = None
+    if todo:
+        num_done = sum(plan.num_images_of(shard) for shard in done)
+        with ProgressView(plan.num_images, num_done, enabled=progress) as view:
+            stopped_by = _run_on_ray(_Run(plan, config, todo, report, view, make_labeler))
+    report.wall_s = time.monotonic() - started
+    return _conclude(plan, config, report, stopped_by)
+
+
+def run_identity(config: Config) -> dict[str, Any]:
+    """What a run must share with the one whose output it resumes: settings, and the checkpoint by content."""
+    from samray.sam.checkpoints import checkpoint_sha256
+
+    identity = config.identity()
+    sha256 = checkpoint_sha256(config.model.name, config.model.checkpoint)
+    return {**identity, "model": {**identity["model"], "checkpoint_sha256": sha256}}
+
+
+@dataclass
+class _Run:
+    plan: Plan
+    config: Config
+    todo: Mapping[int, bool]
+    """Shard -> whether only its failed images are to be labelled again."""
+    report: LabelReport
+    view: ProgressView
+    make_labeler: MakeLabeler | None
+
+
+def _run_on_ray(run: _Run) -> StopRequest | None:
+    """Label the shards of run.todo; returns the signal that ended it early, if one did."""
+    from samray.pipeline.cluster import check_fits, choose_sizes, cluster_nodes, data_settings, running_ray
+    from samray.pipeline.control import start_run_state, stop_on_signals
+
+    config = run.config.cluster
+    run.view.update(note="starting Ray")
+    with running_ray(config) as own, stop_on_signals() as stop, data_settings(config):
+        sizes = choose_sizes(config, cluster_nodes(), len(run.todo))
+        if own:
+            check_fits(sizes, cluster_nodes())
+        state = start_run_state()
+        _drive(build_pipeline(run, sizes, state), run, state, stop)
+        return stop if stop.signum is not None else None
+
+
+def build_pipeline(run: _Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
+    """The five stages, of which the plan is the first: source, fetch, label, write. One row is one shard throughout."""
+    import ray.data
+
+    from samray.pipeline.actor import LabelActor
+    from samray.pipeline.cluster import IO_CPUS
+    from samray.pipeline.labeler import build_labeler
+    from samray.pipeline.read import fetch_shard, source_tables
+    from samray.pipeline.write import write_shard
+
+    run_id = uuid.uuid4().hex[:12]
+    one_shard: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "udf_modifying_row_count": False}
+    shards: Any = ray.data.from_arrow(source_tables(run.todo))
+    fetched = shards.map_batches(
+        fetch_shard,
+        fn_kwargs={"plan": run.plan, "config": run.config.input},
+        compute=ray.data.TaskPoolStrategy(size=sizes.num_fetch_tasks),
+        num_cpus=IO_CPUS,
+        **one_shard,
+    )
+    labelled = fetched.map_batches(
+        LabelActor,
+        fn_constructor_kwargs={
+            "plan": run.plan,
+            "config": run.config,
+            "run_id": run_id,
+            "state": state,
+            "num_threads": sizes.num_threads,
+            "make_labeler": run.make_labeler or build_labeler,
+        },
+        compute=ray.data.ActorPoolStrategy(min_size=sizes.min_actors, max_size=sizes.max_actors),
+        num_cpus=sizes.actor_cpus,
+        num_gpus=sizes.actor_gpus,
+        **one_shard,
+    )
+    written: ray.data.Dataset = labelled.map_batches(
+        write_shard,
+        fn_kwargs={
+            "plan": run.plan,
+            "compression_level": run.config.output.compression_level,
+            "run_id": run_id,
+        },
+        compute=ray.data.TaskPoolStrategy(size=sizes.num_write_tasks),
+        num_cpus=IO_CPUS,
+        **one_shard,
+    )
+    return written
+
+
+def _drive(dataset: ray.data.Dataset, run: _Run, state: Any, stop: StopRequest) -> None:
+    """Count what is committed until all is, or until a stop is asked for and what was in flight is committed.
+
+    The data set runs in a thread of its own, so that this one stays free for signals and the progress bar.
+    """
+    import ray
+
+    rows: queue.SimpleQueue[dict[str, Any] | BaseException | None] = queue.SimpleQueue()
+    halt = threading.Event()
+    stream = threading.Thread(target=_stream, args=(dataset, rows, halt), name="samray-stream", daemon=True)
+    stream.start()
+    num_before = num_committed = run.view.num_done
+    num_failed_before = run.report.num_failed
+    deadline = None
+    try:
+        while True:
+            for row in _waiting(rows):
+                if isinstance(row, BaseException):
+                    raise _plain(row)
+                if row is None:
+                    return
+                state.end.remote(row["shard"])
+                if row["summary"] is not None:
+                    run.report.add(ShardSummary.from_json(row["summary"]))
+                    num_committed += 0 if run.todo[row["shard"]] else run.plan.num_images_of(row["shard"])
+            if stop.signum is not None:
+                deadline = deadline or time.monotonic() + run.config.cluster.drain_timeout_s
+                # Said each time: a state actor that was restarted has forgotten it.
+                state.stop.remote(abandon=time.monotonic() > deadline)
+            try:
+                under_way: dict[int, int] = ray.get(state.snapshot.remote(), timeout=5.0)
+            except ray.exceptions.RayError:
+                under_way = {}
+            if deadline is not None:
+                if not under_way or time.monotonic() > deadline + GIVE_UP_S:
+                    break
+                run.view.update(note=f"stopping, {len(under_way)} shards in flight")
+            elif under_way or num_committed > num_before:
+                run.view.update(note="labelling")
+            else:
+                run.view.update(note="loading the model")
+            num_shown = num_committed + sum(n for shard, n in under_way.items() if not run.todo.get(shard))
+            run.view.update(num_done=num_shown, num_failed=run.report.num_failed - num_failed_before)
+        halt.set()
+        stream.join(timeout=GIVE_UP_S)  # it must not find Ray gone: it would start another
+    finally:
+        halt.set()
+
+
+def _stream(dataset: ray.data.Dataset, rows: queue.SimpleQueue[Any], halt: threading.Event) -> None:
+    """Run the data set, putting its rows, and at the end None or the error, where the driver's main thread waits."""
+    try:
+        batch: Any
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for row in batch.to_pylist():
+                rows.put(row)
+            if halt.is_set():
+                return
+        rows.put(None)
+    except BaseException as error:  # whatever it is, the main thread is the one to raise it
+        rows.put(error)
+
+
+def _waiting(rows: queue.SimpleQueue[Any]) -> Iterator[Any]:
+    """What is in the queue now; waits a moment for the first."""
+    try:
+        yield rows.get(timeout=POLL_S)
+        while True:
+            yield rows.get_nowait()
+    except queue.Empty:
+        return
+
+
+def _plain(error: BaseException) -> BaseException:
+    """Our own error out of Ray's wrapping, so that callers can tell a StorageError from a bug."""
+    inner: BaseException | None = error
+    while inner is not None:
+        cause = getattr(inner, "cause", None)
+        inner = cause if isinstance(cause, BaseException) else inner.__cause__
+        if isinstance(inner, SamrayError) and not hasattr(inner, "cause"):
+            return inner
+    return error
+
+
+def _conclude(plan: Plan, config: Config, report: LabelReport, stopped_by: StopRequest | None) -> LabelReport:
+    """Look again at what is there; that, and nothing counted on the way, decides how the run ended."""
+    report.num_missing_shards = plan.num_shards - len(done_shards(plan.output))
+    allowed = config.output.max_failed_fraction
+    if report.num_missing_shards == 0:
+        mark_success(plan.output, num_images=plan.num_images, num_failed=report.num_failed)
+    if stopped_by is not None and report.num_missing_shards:
+        report.exit_code = stopped_by.exit_code
+        report.problem = f"interrupted with {report.num_missing_shards} of {plan.num_shards} shards to do"
+    elif report.num_missing_shards:
+        report.exit_code = 1
+        report.problem = f"{report.num_missing_shards} of {plan.num_shards} shards are missing"
+    elif report.num_failed > allowed * plan.num_images:
+        report.exit_code = 1
+        report.problem = (
+            f"{report.num_failed} of {plan.num_images} images failed, more than output.max_failed_fraction={allowed:g}"
+        )
+    return report

@@ -1,0 +1,111 @@
+"""`samray.label_dataset`: the same labelling as a stage of somebody's own Ray Data pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+
+from samray.config import Config, load_config
+from samray.dataset.schema import ANNOTATION
+from samray.errors import ConfigError, ImageError
+from samray.pipeline.cluster import choose_sizes, cluster_nodes
+from samray.pipeline.labeler import EncodedImage, ShardLabeler, build_labeler
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+IMAGES_PER_BATCH = 16
+ADDED_COLUMNS = ("annotations", "status", "error")
+
+
+def label_dataset(
+    ds: Dataset,
+    config: Config | None = None,
+    *,
+    make_labeler: Callable[[Config, int], ShardLabeler] = build_labeler,
+) -> Dataset:
+    """ds with the columns `annotations`, `status` and `error` added; lazy, as every stage of Ray Data.
+
+    The images are in the column config.input.image_column, else in `bytes` or `image`: encoded bytes, Hugging Face's
+    struct<bytes, path>, or RGB or grey uint8 arrays. An image that cannot be labelled has status `failed` and a reason.
+    Annotation ids are image_id * 65536 + index where ds has an integer column `image_id`, else just the index.
+    make_labeler is called once in each actor with config and its number of threads.
+    """
+    config = config or load_config()
+    if not ray.is_initialized():
+        ray.init()
+    sizes = choose_sizes(config.cluster, cluster_nodes(), num_shards=1_000_000)
+    return ds.map_batches(
+        DatasetLabeler,
+        fn_constructor_kwargs={"config": config, "num_threads": sizes.num_threads, "make_labeler": make_labeler},
+        batch_size=IMAGES_PER_BATCH,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(min_size=sizes.min_actors, max_size=sizes.max_actors),
+        num_cpus=sizes.actor_cpus,
+        num_gpus=sizes.actor_gpus,
+        udf_modifying_row_count=False,
+    )
+
+
+class DatasetLabeler:
+    """Ray Data's callable for label_dataset: a table of images in, the same table with the labels out."""
+
+    def __init__(
+        self, config: Config, num_threads: int, make_labeler: Callable[[Config, int], ShardLabeler] = build_labeler
+    ) -> None:
+        self.image_column = config.input.image_column
+        self.labeler = make_labeler(config, num_threads)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        taken = [name for name in ADDED_COLUMNS if name in batch.column_names]
+        if taken:
+            raise ConfigError(f"the data set already has columns named {', '.join(taken)}: rename or drop them")
+        numbers = batch["image_id"].to_pylist() if "image_id" in batch.column_names else [0] * batch.num_rows
+        images = [
+            EncodedImage(image_id=number if isinstance(number, int) else 0, file_name="", uri="", data=data)
+            for number, data in zip(numbers, images_of(batch[self._column(batch)]), strict=True)
+        ]
+        records = self.labeler.label(images).records
+        errors = [record.error for record in records]
+        batch = batch.append_column("annotations", pa.array([r.annotations for r in records], pa.list_(ANNOTATION)))
+        batch = batch.append_column("status", pa.array(["failed" if e else "ok" for e in errors], pa.string()))
+        return batch.append_column("error", pa.array(errors, pa.string()))
+
+    def _column(self, batch: pa.Table) -> str:
+        for name in (self.image_column, "bytes", "image"):
+            if name in batch.column_names:
+                return name
+        raise ConfigError(
+            f"the data set has no column {self.image_column!r} (input.image_column), nor `bytes` or `image`;"
+            f" it has {', '.join(batch.column_names)}"
+        )
+
+
+def images_of(column: pa.ChunkedArray) -> Iterator[bytes | np.ndarray | ImageError]:
+    """What the column holds, image by image: encoded bytes, pixels (H, W, 3) uint8, or why neither."""
+    for chunk in column.chunks:
+        if isinstance(chunk, pa.ExtensionArray):  # Ray's tensor columns, of one shape or of many
+            values: list[Any] = list(chunk.to_numpy(zero_copy_only=False))
+        else:
+            values = chunk.to_pylist()
+        yield from map(_image_of, values)
+
+
+def _image_of(value: Any) -> bytes | np.ndarray | ImageError:
+    if isinstance(value, dict):  # Hugging Face's Image feature
+        value = value.get("bytes")
+    if value is None:
+        return ImageError("missing", "the row holds no image")
+    if isinstance(value, bytes):
+        return value
+    pixels = np.asarray(value)
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] in (1, 3) and pixels.size:
+        return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+    shape = "x".join(map(str, pixels.shape))
+    return ImageError("unsupported", f"expected uint8 (H, W, 3) or (H, W), got {pixels.dtype} {shape}")

@@ -1,0 +1,70 @@
+"""Stage 5: finished Parquet bytes, one conditional PUT. That the file exists is the only mark that a shard is done."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from samray.dataset.schema import samray_metadata
+from samray.dataset.shards import commit_shard, read_shard, replace_shard
+from samray.pipeline.attempts import ShardAttempts
+from samray.pipeline.report import ShardSummary, reason_of
+
+if TYPE_CHECKING:
+    from samray.dataset.manifest import Plan
+
+WRITTEN = pa.schema([("shard", pa.int64()), ("summary", pa.string())])
+
+
+def write_shard(batch: pa.Table, *, plan: Plan, compression_level: int, run_id: str) -> pa.Table:
+    """One row of LABELLED in; commits the shard; one of WRITTEN out, its summary null where the shard was left alone.
+
+    A shard that is already there was committed by another try at the same images: that is success.
+    """
+    (labelled,) = batch.to_pylist()
+    shard: int = labelled["shard"]
+    if labelled["attempt"] == 0:
+        return pa.table({"shard": [shard], "summary": pa.array([None], pa.string())}, schema=WRITTEN)
+    started = time.monotonic()
+    summary = ShardSummary.from_json(labelled["summary"])
+    table = pa.ipc.open_stream(labelled["rows"]).read_all()
+    if labelled["retry"]:
+        old = read_shard(plan.output, shard)
+        table = put_rows(old, labelled["places"], table)
+        stats = merged_stats(samray_metadata(old.schema).get("stats", {}), summary, table)
+        replace_shard(plan.output, shard, table, stats, compression_level=compression_level)
+    else:
+        assert table.num_rows == plan.num_images_of(shard), (shard, table.num_rows)  # rows out = images in
+        commit_shard(plan.output, shard, table, summary.to_dict(), compression_level=compression_level)
+    ShardAttempts(plan.output, shard, run_id, number=labelled["attempt"]).clear()
+    seconds = {**summary.stage_seconds, "write": time.monotonic() - started}
+    return pa.table({"shard": [shard], "summary": [replace(summary, stage_seconds=seconds).to_json()]}, schema=WRITTEN)
+
+
+def put_rows(old: pa.Table, places: list[int], new: pa.Table) -> pa.Table:
+    """old with the rows at places replaced by those of new, in order; the metadata of new."""
+    assert new.num_rows == len(places), (new.num_rows, places)
+    order = list(range(old.num_rows))
+    for i, place in enumerate(places):
+        order[place] = old.num_rows + i
+    both = pa.concat_tables([old.replace_schema_metadata(new.schema.metadata), new])
+    return both.take(pa.array(order, pa.int64()))
+
+
+def merged_stats(old: dict[str, Any], new: ShardSummary, table: pa.Table) -> dict[str, Any]:
+    """Counts of the table as it now is; the times of both runs together."""
+    errors = table["error"].drop_null().to_pylist()
+    merged = replace(
+        new,
+        num_images=table.num_rows,
+        num_masks=pc.sum(pc.list_value_length(table["annotations"])).as_py() or 0,
+        failures=dict(Counter(reason_of(error) for error in errors)),
+        stage_seconds=dict(Counter(old.get("stage_seconds", {})) + Counter(new.stage_seconds)),
+        device_seconds=old.get("device_seconds", 0.0) + new.device_seconds,
+    )
+    return merged.to_dict()

@@ -1,0 +1,77 @@
+"""What a run is about to do, printed before it starts, or instead of it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+
+from samray import storage
+from samray.cli_help import count, two_columns
+from samray.config import Config
+
+if TYPE_CHECKING:
+    from samray.dataset.manifest import Plan
+
+
+def print_plan(plan: Plan, done: set[int], config: Config) -> None:
+    """The plan that is about to be worked on, on stderr. done: shards that an earlier run finished."""
+    num_done = sum(plan.num_images_of(shard) for shard in done)
+    images = f"{plan.num_images:,} in {count(plan.num_shards, 'shard')} of up to {config.output.images_per_shard}"
+    before = f"{count(num_done, 'image')} in {count(len(done), 'shard')}" if done else "none"
+    rows = [("input", plan.run["input"]), ("images", images), ("done before", before)]
+    _print(rows, plan.output, config, plan.run["identity"]["model"]["checkpoint_sha256"])
+
+
+def print_dry_run(input: str, output: str, config: Config) -> None:
+    """The plan of a run that is not to be made, on stderr. Nothing is written, and no weights are downloaded.
+
+    Raises ConfigError and StorageError as the run itself would on this input and output.
+    """
+    from samray.dataset.inputs import list_images
+    from samray.dataset.manifest import load_plan, make_plan
+    from samray.dataset.shards import done_shards
+
+    if storage.exists(storage.join(output, "_samray", "run.json")):
+        plan = load_plan(output)
+        identity = config.identity()
+        identity["model"]["checkpoint_sha256"] = plan.run["identity"]["model"]["checkpoint_sha256"]
+        print_plan(make_plan(input, output, config, identity), done_shards(plan.output), config)  # only compares
+        return
+    num_images = sum(table.num_rows for table in list_images(input, config.input))
+    num_shards = -(-num_images // config.output.images_per_shard)
+    images = f"{num_images:,}, to be cut into {count(num_shards, 'shard')} of up to {config.output.images_per_shard}"
+    _print([("input", input), ("images", images), ("done before", "none")], output, config, None)
+
+
+def _print(rows: list[tuple[str, str]], output: str, config: Config, checkpoint_sha256: str | None) -> None:
+    model = f"{config.model.name}, {config.model.checkpoint or 'its own weights'}"
+    if checkpoint_sha256:
+        model += f" (SHA-256 {checkpoint_sha256[:12]}...)"
+    rows += [("model", model), ("masks", _masks(config)), ("runs on", _where(config)), ("output", output)]
+    table = two_columns()
+    for name, value in rows:
+        table.add_row(f"[bold]{name}[/bold]", escape(storage.redact(value)))
+    Console(stderr=True, highlight=False).print(table, soft_wrap=True)
+
+
+def _masks(config: Config) -> str:
+    masks = config.masks
+    points = "points of your own" if masks.point_grids else f"{masks.points_per_side} x {masks.points_per_side} points"
+    crops = f", {count(masks.crop_n_layers, 'layer')} of crops" if masks.crop_n_layers else ""
+    return f"{points}{crops}, predicted IoU > {masks.pred_iou_thresh:g}, stability >= {masks.stability_score_thresh:g}"
+
+
+def _where(config: Config) -> str:
+    cluster = config.cluster
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        most = f"at most {cluster.max_actors}" if cluster.max_actors else "as many as fit"
+        return f"the Ray cluster at {address}: {count(cluster.min_actors, 'actor')} at least, {most}"
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    gpus = f", {count(num_gpus, 'GPU')}" if num_gpus else ", no GPU"
+    return f"this machine: {count(len(os.sched_getaffinity(0)), 'CPU core')}{gpus}"

@@ -1,0 +1,226 @@
+"""From a model's name or a checkpoint to a Sam that is ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from samray import storage
+from samray.errors import ConfigError, NotFoundError, StorageError
+from samray.sam import fetch
+from samray.sam.formats import read_state_dict
+from samray.sam.sam import Sam
+from samray.sam.spec import MODELS, ModelSpec
+from samray.settings import did_you_mean
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HF_FILES = ("model.safetensors", "pytorch_model.bin")
+_NOT_NEEDED = ".num_batches_tracked"  # a counter of training; files without it are complete
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRow:
+    """A line of `samray models`."""
+
+    name: str
+    parameters: int
+    size_mb: float
+    licence: str
+    source: str
+    url: str | None
+    present: Path | None
+    """Where its weights are on this machine (not yet verified), or None."""
+
+
+def load_model(
+    name: str = "tiny",
+    checkpoint: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Sam:
+    """A Sam in evaluation mode whose parameters take no gradients.
+
+    name: a row of MODELS. checkpoint: a file, a Hugging Face folder or any fsspec URI; None means the published
+    weights, downloaded once per node, or for `tiny` the embedded ones. device: None is the GPU where there is one.
+    dtype: float32 (the default), bfloat16, float16, or `auto`, which is bfloat16 on a GPU and float32 elsewhere.
+
+    Raises ConfigError when the model, the file or its keys are not what they should be, StorageError when the storage
+    behind a URI fails.
+    """
+    spec = find_spec(name)
+    chosen_device = _device(device)
+    chosen_dtype = _dtype(dtype, chosen_device)
+    path = resolve_checkpoint(name, checkpoint)
+    return build(spec, read_state_dict(path), str(path)).to(chosen_device, chosen_dtype)
+
+
+def build(spec: ModelSpec, state: Mapping[str, Tensor], origin: str) -> Sam:
+    """A float32 Sam on the CPU with these weights (Meta's names, any float dtype), as `load_model` returns it.
+
+    Raises ConfigError naming the keys that are missing, unexpected or misshapen; origin is what it calls the file.
+    """
+    problems = _problems(_shapes(spec), state)
+    if problems:
+        fits = [other.name for other in MODELS.values() if other is not spec and not _problems(_shapes(other), state)]
+        hint = f" It fits {' and '.join(fits)}: set model.name={fits[0]}." if fits else ""
+        raise ConfigError(f"{origin} does not fit {spec.name}: {'; '.join(problems)}.{hint}")
+    with _NoInit():
+        model = Sam(spec)
+    # Copied, not assigned: half-precision files become float32 on the way, and nothing keeps the file mapped.
+    model.load_state_dict(dict(state), strict=False)
+    return model.eval().requires_grad_(False)
+
+
+def find_spec(name: str) -> ModelSpec:
+    if name not in MODELS:
+        raise ConfigError(f"model.name: {name!r} is not one of {', '.join(MODELS)}{did_you_mean(name, MODELS)}")
+    return MODELS[name]
+
+
+def resolve_checkpoint(name: str = "tiny", checkpoint: str | Path | None = None) -> Path:
+    """The local file with this model's weights, downloaded and verified if need be.
+
+    Raises ConfigError when there is none and none can be had, StorageError when the storage behind a URI fails.
+    """
+    spec = find_spec(name)
+    if checkpoint is not None:
+        return _resolve_given(str(checkpoint))
+    if spec.url is None or spec.sha256 is None:
+        path = _embedded_path(spec)
+        if not path.is_file():
+            raise ConfigError(
+                f"the embedded weights {path} are missing: this installation of samray is incomplete, reinstall it or "
+                "set model.checkpoint"
+            )
+        return path
+    try:
+        return fetch.fetch_published(spec.file_name, spec.url, spec.sha256)
+    except StorageError as error:
+        raise ConfigError(
+            f"the weights of {name} are not on this machine and downloading them failed: {error}. Get {spec.url} "
+            f"({spec.size_mb:,.0f} MB) elsewhere and put it at {fetch.published_path(spec.file_name)}, or set "
+            "model.checkpoint to a file or URI that this machine reaches"
+        ) from error
+
+
+def checkpoint_sha256(name: str = "tiny", checkpoint: str | Path | None = None) -> str:
+    """SHA-256 (hex) of the weights file: part of a run's identity. Remembered for large files that did not change."""
+    return fetch.file_sha256(resolve_checkpoint(name, checkpoint))
+
+
+def list_models() -> list[ModelRow]:
+    """Every known model and whether its weights are on this machine."""
+    rows = []
+    for spec in MODELS.values():
+        path = _embedded_path(spec) if spec.url is None else fetch.published_path(spec.file_name)
+        rows.append(
+            ModelRow(
+                name=spec.name,
+                parameters=_num_parameters(spec),
+                size_mb=path.stat().st_size / 1e6 if path.is_file() else spec.size_mb,
+                licence=spec.licence,
+                source=spec.source,
+                url=spec.url,
+                present=path if path.is_file() else None,
+            )
+        )
+    return rows
+
+
+def _embedded_path(spec: ModelSpec) -> Path:
+    return Path(__file__).resolve().parents[1] / "weights" / spec.file_name
+
+
+def _resolve_given(checkpoint: str) -> Path:
+    if not storage.is_local(checkpoint):
+        try:
+            return fetch.fetch_remote(checkpoint)
+        except NotFoundError as error:
+            raise ConfigError(f"model.checkpoint: {error}") from error
+    path = Path(storage.normalize(checkpoint))
+    if path.is_dir():
+        for file_name in _HF_FILES:
+            if (path / file_name).is_file():
+                return path / file_name
+        raise ConfigError(f"model.checkpoint: the folder {path} holds neither {' nor '.join(_HF_FILES)}")
+    if not path.is_file():
+        raise ConfigError(f"model.checkpoint: there is no file {path}")
+    return path
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"model.device: {device!r} is no device of PyTorch's, expected cpu, cuda or cuda:N"
+        ) from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"model.device: {device} was asked for, and PyTorch sees {torch.cuda.device_count()} GPUs")
+    return chosen
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype is None:
+        return torch.float32
+    chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in _DTYPES.values():
+        raise ConfigError(f"model.dtype: {dtype!r} is not one of auto, {', '.join(_DTYPES)}")
+    return chosen
+
+
+class _NoInit(TorchFunctionMode):
+    """Leaves new parameters as the allocator gave them: every one is about to be filled from the checkpoint."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def _shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """What a checkpoint of this model has to hold."""
+    with torch.device("meta"):
+        return {key: tuple(value.shape) for key, value in Sam(spec).state_dict().items()}
+
+
+@cache
+def _num_parameters(spec: ModelSpec) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Sam(spec).parameters())
+
+
+def _problems(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> list[str]:
+    missing = [key for key in expected if key not in state and not key.endswith(_NOT_NEEDED)]
+    unexpected = [key for key in state if key not in expected]
+    misshapen = [
+        f"{key} is {tuple(state[key].shape)} where {shape} is expected"
+        for key, shape in expected.items()
+        if key in state and tuple(state[key].shape) != shape
+    ]
+    return [
+        *_clause("missing key", missing),
+        *_clause("unexpected key", unexpected),
+        *_clause("misshapen key", misshapen),
+    ]
+
+
+def _clause(what: str, keys: Iterable[str], shown: int = 3) -> list[str]:
+    """`2 missing keys: a, b`, at most the first few by name; nothing when there are none."""
+    keys = list(keys)
+    if not keys:
+        return []
+    more = ", ..." if len(keys) > shown else ""
+    return [f"{len(keys)} {what}{'s' if len(keys) > 1 else ''}: {', '.join(keys[:shown])}{more}"]

@@ -1,0 +1,151 @@
+"""Weights from anywhere to a local file: downloaded once per node, under a lock, verified, then renamed into place.
+
+The cache is `$SAMRAY_CACHE`, else `~/.cache/samray`:
+
+    checkpoints/NAME                 the published files, under their published names; one may be put there by hand
+    checkpoints/<key>-NAME           copies of remote checkpoints, <key> from the URI and the object's size and version
+    sha256/<key>.json                known digests, so that 2.5 GB are hashed once and not at every start
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock
+
+from samray import storage
+from samray.errors import ConfigError, StorageError
+
+_log = logging.getLogger(__name__)
+
+_PIECE_BYTES = 32 * 1024 * 1024
+_SMALL_FILE_BYTES = 32 * 1024 * 1024  # hashed in a blink: not worth a cache entry
+
+
+def cache_dir() -> Path:
+    """Where downloaded weights are kept on this node."""
+    return Path(os.environ.get("SAMRAY_CACHE") or "~/.cache/samray").expanduser()
+
+
+def published_path(file_name: str) -> Path:
+    """Where a published file lies, or would lie, in the cache."""
+    return cache_dir() / "checkpoints" / file_name
+
+
+def fetch_published(file_name: str, url: str, sha256: str) -> Path:
+    """The published file in the cache, downloaded unless it is there, and verified either way.
+
+    Raises ConfigError when its digest is wrong, and StorageError when it cannot be had.
+    """
+    path = published_path(file_name)
+    _fetch(url, path, sha256)
+    found = file_sha256(path)
+    if found != sha256:
+        raise ConfigError(
+            f"{path} is not the published {file_name}: expected SHA-256 {sha256}, found {found}; "
+            "delete it and run again, or name it with model.checkpoint if it is meant to differ"
+        )
+    return path
+
+
+def fetch_remote(uri: str) -> Path:
+    """A remote checkpoint's copy in the cache. An object that was replaced under the same URI is fetched anew.
+
+    Raises NotFoundError when there is no such object, and StorageError when it cannot be had.
+    """
+    key = hashlib.sha256(f"{uri}\n{storage.file_version(uri)}".encode()).hexdigest()[:16]
+    path = published_path(f"{key}-{uri.partition('?')[0].rpartition('/')[2]}")
+    _fetch(uri, path)
+    return path
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a local file, remembered for large files by path, inode, size and modification time."""
+    stat = path.stat()
+    identity = [str(path.absolute()), stat.st_ino, stat.st_size, stat.st_mtime_ns]
+    key = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
+    entry = cache_dir() / "sha256" / f"{key}.json"
+    if stat.st_size > _SMALL_FILE_BYTES:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            known = json.loads(entry.read_text())
+            if known["identity"] == identity:
+                return str(known["sha256"])
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if stat.st_size > _SMALL_FILE_BYTES:
+        with contextlib.suppress(OSError):  # a read-only home costs time at the next start, nothing else
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            part = entry.with_suffix(f".{os.getpid()}.part")
+            part.write_text(json.dumps({"identity": identity, "sha256": digest}))
+            part.replace(entry)
+    return digest
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process of this node at a time; the kernel drops the lock of a process that dies."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_name(path.name + ".lock"))
+        lock.acquire()
+    except OSError as error:
+        raise ConfigError(
+            f"the cache of weights {path.parent} cannot be written ({error.strerror or error}); "
+            "set SAMRAY_CACHE to a folder that can"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _fetch(uri: str, path: Path, expected_sha256: str | None = None) -> None:
+    """Makes `path` be there. A file appears whole, so one that is there needs no lock and no writable folder."""
+    if path.exists():
+        return
+    with _locked(path):
+        if not path.exists():
+            _download(uri, path, expected_sha256)
+
+
+def _download(uri: str, path: Path, expected_sha256: str | None = None) -> None:
+    """Streams `uri` to disk beside `path` and renames it once it is whole; the caller holds the lock."""
+    part = path.with_name(path.name + ".part")
+    _log.info("downloading %s to %s", storage.redact(uri), path)
+    try:
+        _stream(uri, part)
+        if expected_sha256 is not None and (found := file_sha256(part)) != expected_sha256:
+            raise ConfigError(
+                f"{storage.redact(uri)} came damaged or was changed: expected SHA-256 {expected_sha256}, found {found}"
+            )
+        part.replace(path)
+    except OSError as error:  # of the local disk: `storage` raises its own kind
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror or error}; SAMRAY_CACHE names the folder"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _stream(uri: str, part: Path) -> None:
+    """Piece by piece: memory stays small, and `storage` retries a piece instead of the whole file."""
+    size = storage.file_size(uri)
+    with part.open("wb") as file:
+        if size is None:
+            file.write(storage.read_bytes(uri))
+            return
+        while file.tell() < size:
+            offset = file.tell()
+            data = storage.read_bytes(uri, offset, min(_PIECE_BYTES, size - offset))
+            file.write(data)
+            if not data or file.tell() > size:
+                raise StorageError(
+                    f"cannot read {storage.redact(uri)}: expected {size:,} bytes, got {file.tell():,}; it was replaced "
+                    "while it was read, or its server serves no ranges"
+                )

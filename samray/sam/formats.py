@@ -1,0 +1,139 @@
+"""Checkpoint files to state dicts under Meta's names, whatever project wrote them.
+
+Known are Meta's `.pth`, MobileSAM's `.pt`, Hugging Face's `facebook/sam-vit-*` (safetensors or `pytorch_model.bin`) and
+samray's own safetensors. What a file is, its first bytes and its keys say, never its extension. Nothing in a file is
+executed: safetensors hold only tensors, and `torch.load` runs with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from samray.errors import ConfigError
+
+_ZIP_MAGIC = b"PK\x03\x04"  # torch.save since PyTorch 1.6
+_PICKLE_MAGIC = b"\x80"  # torch.save before
+_LFS_MAGIC = b"version https://git-lfs"
+
+# In MobileSAM's file, but no part of segmentation: TinyViT's classifier, and tables that follow from the window size.
+_MOBILE_SAM_EXTRAS = re.compile(r"^image_encoder\.(norm_head|head)\.|\.attention_bias_idxs$")
+
+_HF_SHARED_POSITIONS = "shared_image_embedding.positional_embedding"
+_HF_TIED_POSITIONS = "prompt_encoder.shared_embedding.positional_embedding"  # the same tensor; some files hold it twice
+
+_GAUSSIAN = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+
+# Hugging Face's names to Meta's, applied in this order. An MLP's `layers.0` is its second layer, so it moves first.
+_HF_RENAMES = tuple(
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"^shared_image_embedding\.positional_embedding$", _GAUSSIAN),
+        (r"^vision_encoder\.patch_embed\.projection\.", "image_encoder.patch_embed.proj."),
+        (r"^vision_encoder\.neck\.conv1\.", "image_encoder.neck.0."),
+        (r"^vision_encoder\.neck\.layer_norm1\.", "image_encoder.neck.1."),
+        (r"^vision_encoder\.neck\.conv2\.", "image_encoder.neck.2."),
+        (r"^vision_encoder\.neck\.layer_norm2\.", "image_encoder.neck.3."),
+        (r"^vision_encoder\.layers\.", "image_encoder.blocks."),
+        (r"^vision_encoder\.", "image_encoder."),
+        (r"^prompt_encoder\.point_embed\.", "prompt_encoder.point_embeddings."),
+        (r"^prompt_encoder\.mask_embed\.conv1\.", "prompt_encoder.mask_downscaling.0."),
+        (r"^prompt_encoder\.mask_embed\.layer_norm1\.", "prompt_encoder.mask_downscaling.1."),
+        (r"^prompt_encoder\.mask_embed\.conv2\.", "prompt_encoder.mask_downscaling.3."),
+        (r"^prompt_encoder\.mask_embed\.layer_norm2\.", "prompt_encoder.mask_downscaling.4."),
+        (r"^prompt_encoder\.mask_embed\.conv3\.", "prompt_encoder.mask_downscaling.6."),
+        (r"^mask_decoder\.upscale_conv1\.", "mask_decoder.output_upscaling.0."),
+        (r"^mask_decoder\.upscale_layer_norm\.", "mask_decoder.output_upscaling.1."),
+        (r"^mask_decoder\.upscale_conv2\.", "mask_decoder.output_upscaling.3."),
+        (r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)\.)layers\.0\.", r"\1layers.1."),
+        (r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)\.)proj_in\.", r"\1layers.0."),
+        (r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)\.)proj_out\.", r"\1layers.2."),
+        (r"\.layer_norm_final_attn\.", ".norm_final_attn."),
+        (r"\.layer_norm(\d)\.", r".norm\1."),
+    )
+)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file under Meta's names, on the CPU, in the dtypes they are stored in.
+
+    Raises ConfigError where the file is no checkpoint, is cut short, or cannot be loaded without executing it.
+    """
+    return to_meta_names(_read_tensors(path), path)
+
+
+def to_meta_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Renames Hugging Face's keys and drops MobileSAM's classifier; what is already in Meta's names stays as it is."""
+    if _HF_SHARED_POSITIONS in state or any(key.startswith("vision_encoder.") for key in state):
+        tied = state.pop(_HF_TIED_POSITIONS, None)
+        if tied is not None and not torch.equal(state.setdefault(_HF_SHARED_POSITIONS, tied), tied):
+            raise ConfigError(
+                f"{path}: {_HF_SHARED_POSITIONS} and {_HF_TIED_POSITIONS} differ; SAM has one table of positions"
+            )
+        return {_rename_hf(key): value for key, value in state.items()}
+    return {key: value for key, value in state.items() if not _MOBILE_SAM_EXTRAS.search(key)}
+
+
+def _rename_hf(key: str) -> str:
+    for pattern, name in _HF_RENAMES:
+        key = pattern.sub(name, key)
+    return key
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise ConfigError(f"the checkpoint {path} cannot be read: {error.strerror or error}") from error
+    if head.startswith(_LFS_MAGIC):
+        raise ConfigError(f"{path} is a Git LFS pointer, not the weights themselves; fetch them with `git lfs pull`")
+    if _is_safetensors(head, size):
+        try:
+            return load_file(path, device="cpu")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ConfigError(f"{path} is a damaged safetensors file: {error}") from error
+    if head.startswith((_ZIP_MAGIC, _PICKLE_MAGIC)):
+        return _torch_load(path, is_zip=head.startswith(_ZIP_MAGIC))
+    raise ConfigError(
+        f"{path} ({size:,} bytes) is no checkpoint: expected a PyTorch state dict (.pth, .pt, .bin) or safetensors"
+    )
+
+
+def _is_safetensors(head: bytes, size: int) -> bool:
+    """A little-endian uint64 length of the JSON header, then that header."""
+    return len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8
+
+
+def _torch_load(path: Path, *, is_zip: bool) -> dict[str, Tensor]:
+    try:
+        # mmap: a file's pages are read as they are copied into the model, not into memory of their own first.
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except EOFError as error:
+        raise ConfigError(f"{path} is cut short") from error
+    except pickle.UnpicklingError as error:
+        if "truncated" in str(error):
+            raise ConfigError(f"{path} is cut short") from error
+        raise ConfigError(
+            f"{path} holds more than tensors, and samray does not execute what a checkpoint brings along; "
+            "save its state_dict() alone and give that file"
+        ) from error
+    except Exception as error:  # flipped bytes can make an unpickler raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{path} is a damaged PyTorch file: {reason}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path} is no state dict: expected a dict of tensors, found a {type(loaded).__name__}")
+    if others := [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]:
+        raise ConfigError(
+            f"{path} is no state dict: expected tensors alone, but {', '.join(others[:3])} "
+            f"({len(others)} of {len(loaded)} entries) hold something else"
+        )
+    return {str(key): value for key, value in loaded.items()}

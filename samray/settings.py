@@ -1,0 +1,107 @@
+"""The base of every settings section: frozen, strict, and with errors that say what to type instead."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import annotated_types
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+from samray.errors import ConfigError
+
+
+class SettingsError(ConfigError):
+    """One or several settings are wrong; `problems` holds one clause for each, the message holds all of them."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(dict.fromkeys(problems))
+        many = len(self.problems) > 1
+        text = "".join(f"\n  - {p}" for p in self.problems)
+        super().__init__(f"{len(self.problems)} settings are wrong:{text}" if many else self.problems[0])
+
+
+class Settings(BaseModel):
+    """One section. Keyword arguments only; a bad one raises SettingsError, not pydantic's ValidationError."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,  # the line below a field is its description, in --help and in the README
+    )
+    section: ClassVar[str] = ""
+
+    if not TYPE_CHECKING:  # for type checkers the signature stays the one made from the fields
+
+        def __init__(self, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise SettingsError([_sentence(type(self), problem) for problem in error.errors()]) from None
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """`; did you mean points_per_side?`, or nothing when no valid name is near."""
+    near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.7)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def allowed_values(field: FieldInfo) -> str:
+    """What a field takes, in words: `a number from 0 to 1`, `true or false`, `one of coco, sam`, `... or null`."""
+    kinds = typing.get_args(field.annotation) if _is_union(field.annotation) else (field.annotation,)
+    words = [_kind_in_words(kind) + _range_in_words(field) for kind in kinds if kind is not types.NoneType]
+    return " or ".join(words + ["null"] * (types.NoneType in kinds))
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def _kind_in_words(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return words.get(kind, "a list with one list of [x, y] points a crop layer")
+
+
+def _range_in_words(field: FieldInfo) -> str:
+    low = high = ""
+    for limit in field.metadata:
+        if isinstance(limit, annotated_types.Ge):
+            low = f"from {limit.ge:,}" if isinstance(limit.ge, int) else f"from {limit.ge}"
+        elif isinstance(limit, annotated_types.Gt):
+            low = f"above {limit.gt}"
+        elif isinstance(limit, annotated_types.Le):
+            high = f"to {limit.le}"
+        elif isinstance(limit, annotated_types.Lt):
+            high = f"to below {limit.lt}"
+    if low and not high:
+        low = low.replace("from", "of at least")
+    return "".join(f" {words}" for words in (low, high) if words)
+
+
+def _sentence(cls: type[Settings], problem: Any) -> str:
+    """One of pydantic's error entries as a clause in the words of the command line."""
+    if not problem["loc"]:  # two fields disagree: the validator's own words
+        return str(problem["ctx"]["error"])
+    key = str(problem["loc"][0])
+    name = f"{cls.section}.{key}" if cls.section else key
+    field = cls.model_fields.get(key)
+    if field is None:
+        prefix = name.removesuffix(key)
+        return f"there is no setting {name}{did_you_mean(name, [prefix + valid for valid in cls.model_fields])}"
+    value = problem["input"]
+    shown = repr(value) if isinstance(value, str) else as_typed(value)
+    return f"{name} = {shown} is not allowed; it takes {allowed_values(field)}"
+
+
+def as_typed(value: Any) -> str:
+    """A value as one types it after `section.key=`."""
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)

@@ -1,0 +1,45 @@
+"""Files on any fsspec filesystem: list, read, and writes that appear whole or not at all.
+
+This is the only package that talks to storage and the only one that retries. Names found by listing are taken
+literally: a `*`, `?`, `[`, `%` or `#` in a name is just a character. Local files are plain absolute paths, all others
+`scheme://...` URIs. Endpoint and credentials come from the usual environment variables (`AWS_ENDPOINT_URL`,
+`AWS_ACCESS_KEY_ID`, ...) and from fsspec's own configuration (`FSSPEC_S3_...`); none is ever put into a message.
+
+`put_new` is what makes a shard appear exactly once: on local disks a finished temporary file is hard-linked to its
+name, which fails if the name is taken; on object stores it is one conditional PUT of finished bytes.
+"""
+
+from __future__ import annotations
+
+from samray.storage.faults import MAX_ATTEMPTS
+from samray.storage.filesystems import reset
+from samray.storage.listing import FileEntry, list_files, list_names
+from samray.storage.reading import exists, file_size, file_version, is_dir_like, open_read, read_bytes
+from samray.storage.uris import glob_base, has_glob, is_local, join, normalize, parent, redact, resolve, scheme_of
+from samray.storage.writing import delete, put, put_new
+
+__all__ = [
+    "MAX_ATTEMPTS",
+    "FileEntry",
+    "delete",
+    "exists",
+    "file_size",
+    "file_version",
+    "glob_base",
+    "has_glob",
+    "is_dir_like",
+    "is_local",
+    "join",
+    "list_files",
+    "list_names",
+    "normalize",
+    "open_read",
+    "parent",
+    "put",
+    "put_new",
+    "read_bytes",
+    "redact",
+    "reset",
+    "resolve",
+    "scheme_of",
+]

@@ -1,0 +1,89 @@
+"""Names of files: one spelling for each place, joined and resolved without ever guessing at special characters."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from typing import Final
+
+_SCHEME: Final = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)://")
+_GLOB_CHARS: Final = re.compile(r"[*?\[]")
+_SECRET_QUERY: Final = re.compile(
+    r"(?i)([?&](?:x-amz-[a-z-]+|awsaccesskeyid|signature|sig|token|key|password)=)[^&#\s'\"]*"
+)
+_USERINFO: Final = re.compile(r"://[^/\s@'\"]+@")
+
+
+def scheme_of(uri: str) -> str:
+    """The URI's scheme in lower case; "file" for a plain path."""
+    match = _SCHEME.match(uri)
+    scheme = match.group(1).lower() if match else "file"
+    return "file" if scheme == "local" else scheme
+
+
+def is_local(uri: str) -> bool:
+    """Whether the URI names a file on this machine's own filesystem."""
+    return scheme_of(uri) == "file"
+
+
+def normalize(uri: str) -> str:
+    """One spelling for each place: an absolute plain path for local files, `scheme://...` without end slash else.
+
+    Percent signs and the like are taken literally, as fsspec does.
+    """
+    uri = os.fspath(uri)
+    if not is_local(uri):
+        scheme, rest = uri.split("://", 1)
+        return f"{scheme.lower()}://{rest.rstrip('/')}"
+    path = _SCHEME.sub("", uri)
+    if path == "~" or path.startswith("~/"):
+        path = os.path.expanduser(path)
+    return os.path.abspath(path)
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` with the relative `parts` below it; parts are taken literally."""
+    base = uri.rstrip("/") or "/"
+    return base + "".join(("" if base == "/" and i == 0 else "/") + part.strip("/") for i, part in enumerate(parts))
+
+
+def resolve(base: str, uri: str) -> str:
+    """`uri` as written in a file that lies in the folder `base`: relative ones start there."""
+    if _SCHEME.match(uri):
+        return normalize(uri)
+    if is_local(base):
+        return os.path.normpath(os.path.join(normalize(base), os.path.expanduser(uri) if uri[:2] == "~/" else uri))
+    scheme, rest = normalize(base).split("://", 1)
+    if uri.startswith("/"):  # such as a network mount, that every worker has
+        return normalize(uri)
+    path = f"{rest}/{uri}"
+    if any(part in (".", "..") for part in uri.split("/")):
+        path = posixpath.normpath(path)
+    return f"{scheme}://{path}"
+
+
+def parent(uri: str) -> str:
+    """The folder that holds `uri`."""
+    uri = normalize(uri)
+    if is_local(uri):
+        return os.path.dirname(uri)
+    scheme, rest = uri.split("://", 1)
+    return f"{scheme}://{rest.rpartition('/')[0] or rest}"
+
+
+def has_glob(uri: str) -> bool:
+    """Whether `uri` holds a character that a glob would give a meaning."""
+    return _GLOB_CHARS.search(uri) is not None
+
+
+def redact(text: object) -> str:
+    """`text` without user names, passwords and signatures that a URI in it may hold; for messages and run.json."""
+    return _SECRET_QUERY.sub(r"\1***", _USERINFO.sub("://***@", str(text)))
+
+
+def glob_base(uri: str) -> str:
+    """The folder above a glob's first wild segment: the root that listed names are relative to."""
+    segments = normalize(uri).split("/")
+    wild = next((i for i, segment in enumerate(segments) if has_glob(segment)), len(segments))
+    return "/".join(segments[:wild]) or "/"

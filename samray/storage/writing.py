@@ -1,0 +1,132 @@
+"""Writes that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+import threading
+from typing import Any, Final
+
+from samray.errors import NotFoundError, StorageError
+from samray.storage.filesystems import filesystem, retry
+from samray.storage.uris import is_local, normalize, redact, scheme_of
+
+# One PUT holds at most 5 GiB. s3fs would cut larger bodies than twice its chunk size into a multipart upload, whose
+# parts are no single conditional request; a shard is megabytes, so one PUT it is.
+_MAX_PUT_BYTES: Final = 5 * 2**30
+
+
+def put_new(uri: str, data: bytes) -> bool:
+    """Create the file with exactly `data`, whole or not at all; False if it is already there (left untouched).
+
+    A request that was carried out though its answer got lost finds its own object on the retry and returns False:
+    callers treat "already there" as success.
+
+    Raises: FileError, StorageError.
+    """
+    uri = normalize(uri)
+    try:
+        if is_local(uri):
+            retry("write", uri, lambda: _write_local(uri, data, replace=False))
+        else:
+            retry("write", uri, lambda: _pipe(uri, data, "create"))
+    except FileExistsError:
+        return False
+    return True
+
+
+def put(uri: str, data: bytes) -> None:
+    """Write the file with exactly `data`, replacing what is there in one step. Raises: FileError, StorageError."""
+    uri = normalize(uri)
+    if is_local(uri):
+        retry("write", uri, lambda: _write_local(uri, data, replace=True))
+    else:
+        retry("write", uri, lambda: _pipe(uri, data, "overwrite"))
+
+
+def _pipe(uri: str, data: bytes, mode: str) -> None:
+    fs = filesystem(uri)
+    options: dict[str, Any] = {"mode": mode}
+    if scheme_of(uri) in ("s3", "s3a"):
+        if len(data) >= _MAX_PUT_BYTES:
+            raise StorageError(f"cannot write {redact(uri)}: {len(data)} bytes are more than one PUT holds (5 GiB)")
+        options["chunksize"] = _MAX_PUT_BYTES
+    fs.pipe_file(uri, data, **options)
+
+
+def _write_local(path: str, data: bytes, *, replace: bool) -> None:
+    folder = os.path.dirname(path)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except FileExistsError as error:  # not to be mistaken for "the file is already there"
+        raise NotADirectoryError(errno.ENOTDIR, "a file of that name is in the way", folder) from error
+    # Hidden and with an ending of its own: a torso left by kill -9 is never taken for a shard.
+    handle, temporary = tempfile.mkstemp(prefix=".samray-", suffix=".tmp", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            os.fsync(file.fileno())
+        if replace:
+            os.replace(temporary, path)
+        else:
+            _link_new(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+    _sync_folder(folder)
+
+
+def _link_new(temporary: str, path: str) -> None:
+    """Give the finished file its name, unless the name is taken. Raises: FileExistsError."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        # No hard links here (FAT, some network mounts). A rename is still whole or nothing; of two writers at the
+        # same instant the second replaces the first with its own finished bytes of the same rows.
+        if os.path.exists(path):
+            raise FileExistsError(errno.EEXIST, "already there", path) from error
+        os.replace(temporary, path)
+
+
+def _sync_folder(folder: str) -> None:
+    """Make the new name itself durable; some filesystems cannot sync a folder, and then there is nothing to do."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    """The process's umask: files made by mkstemp are private, a dataset's are as any other file."""
+    global _cached_umask
+    if _cached_umask is None:
+        with _umask_lock:
+            _cached_umask = os.umask(0o077)
+            os.umask(_cached_umask)
+    return _cached_umask
+
+
+_umask_lock = threading.Lock()
+_cached_umask: int | None = None
+
+
+def delete(uri: str) -> None:
+    """Remove one file; nothing happens if it is not there. Raises: FileError, StorageError."""
+    uri = normalize(uri)
+    try:
+        if is_local(uri):
+            retry("delete", uri, lambda: os.unlink(uri))
+        else:
+            retry("delete", uri, lambda: filesystem(uri).rm_file(uri))
+    except NotFoundError:
+        return

@@ -1,0 +1,1 @@
+"""Training of the embedded model on synthetic scenes, and the figure that says how good it is."""

@@ -1,0 +1,60 @@
+"""The training loss of SAM: focal and dice on the best of three masks, squared error on the predicted IoUs.
+
+Source: SAM paper, section 3, "Efficiency and training", and appendix A, "Losses" (focal to dice 20 : 1).
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+FOCAL_WEIGHT = 20.0
+FOCAL_GAMMA = 2.0
+
+
+@dataclass(slots=True)
+class Losses:
+    """total: scalar with gradients. iou_scored, iou_oracle: mean actual IoU of the best-scored and of the best of the
+    three masks, detached."""
+
+    total: Tensor
+    mask: Tensor
+    score: Tensor
+    iou_scored: Tensor
+    iou_oracle: Tensor
+
+
+def mask_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """20 focal + dice. logits, targets: broadcastable to (..., R, R), targets in 0..1, float32. Returns (...)."""
+    probability = logits.sigmoid()
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets.expand_as(logits), reduction="none")
+    # Targets at a mask's edge are shares of covered area, so the focal weight is the distance to the target.
+    focal = ((probability - targets).abs() ** FOCAL_GAMMA * cross_entropy).mean(dim=(-2, -1))
+    overlap = (probability * targets).sum(dim=(-2, -1))
+    dice = 1 - (2 * overlap + 1) / (probability.sum(dim=(-2, -1)) + targets.sum(dim=(-2, -1)) + 1)
+    return FOCAL_WEIGHT * focal + dice
+
+
+def actual_iou(logits: Tensor, targets: Tensor) -> Tensor:
+    """IoU of the thresholded masks, (...), without gradient; 0 where both are empty. Shapes as in `mask_losses`."""
+    mask, wanted = logits.detach() > 0, targets > 0.5
+    union = (mask | wanted).sum(dim=(-2, -1))
+    return (mask & wanted).sum(dim=(-2, -1)) / union.clamp(min=1)
+
+
+def sam_loss(logits: Tensor, predicted_iou: Tensor, targets: Tensor, *, single_weight: float) -> Losses:
+    """The loss of K prompts.
+
+    logits: (K, 4, R, R), mask 0 the single mask and 1 to 3 those of an ambiguous prompt. predicted_iou: (K, 4).
+    targets: (K, R, R) in 0..1. single_weight: of mask 0's loss beside the best of the three. Only the best of the three
+    gets a gradient, so that they become different answers; all four scores learn their mask's actual IoU.
+    """
+    logits, predicted_iou, targets = logits.float(), predicted_iou.float(), targets.float().unsqueeze(1)
+    per_mask = mask_losses(logits, targets)
+    best = per_mask[:, 1:].min(dim=1).values.mean()
+    mask = best + single_weight * per_mask[:, 0].mean()
+    iou = actual_iou(logits, targets)
+    score = (predicted_iou - iou).square().sum(dim=1).mean()
+    multi = iou[:, 1:]
+    scored = multi.gather(1, predicted_iou[:, 1:].argmax(dim=1, keepdim=True))
+    return Losses(mask + score, mask.detach(), score.detach(), scored.mean(), multi.max(dim=1).values.mean())

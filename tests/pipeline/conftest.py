@@ -1,0 +1,60 @@
+"""One small Ray for all tests of the pipeline that run in this process."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import standin
+from s3_server import weed_binary
+
+from samray.config import Config, load_config
+from samray.pipeline.cluster import start_local_ray
+from samray.pipeline.report import LabelReport
+from samray.pipeline.run import label_with
+
+
+@pytest.fixture(scope="session")
+def local_ray(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A local Ray of two CPUs."""
+    if weed_binary() is not None:
+        request.getfixturevalue("s3_server")  # first: workers have the environment that Ray was started with
+    temp_dir = start_local_ray(num_cpus=2, object_store_memory=200 * 2**20)
+    yield
+    ray.shutdown()
+    shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that stands for a checkpoint where no model is loaded: only its hash matters."""
+    path = tmp_path_factory.mktemp("weights") / "none.safetensors"
+    path.write_bytes(b"no weights")
+    return path
+
+
+@pytest.fixture
+def config(weights: Path) -> Callable[..., Config]:
+    """Settings for small runs: config("output.images_per_shard=2")."""
+
+    def make(*overrides: str) -> Config:
+        base = [f"model.checkpoint={weights}", "output.images_per_shard=4", "output.max_failed_fraction=1.0"]
+        return load_config(None, None, [*base, "cluster.max_actors=1", *overrides])
+
+    return make
+
+
+@pytest.fixture
+def label(local_ray: None, config: Callable[..., Config]) -> Callable[..., LabelReport]:
+    """label(input, output, *overrides, retry_failed=, make_labeler=): the stand-in labeler on the session's Ray."""
+
+    def run(input: object, output: object, *overrides: str, **options: Any) -> LabelReport:
+        options.setdefault("make_labeler", functools.partial(standin.make_labeler))
+        return label_with(str(input), str(output), config(*overrides), progress=False, **options)
+
+    return run

@@ -1,0 +1,100 @@
+"""A labeler without a model, for tests of what is around the model: its masks are a function of the pixels alone."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from samray import storage
+from samray.config import Config
+from samray.pipeline.labeler import ShardLabeler
+
+POISON = (66, 6, 6)
+"""First pixel of an image at which `PoisonedGenerator` ends its process."""
+
+
+def make_image(seed: int, size: tuple[int, int] = (24, 16), first_pixel: tuple[int, int, int] | None = None) -> bytes:
+    """A small PNG, (width, height), of noise."""
+    width, height = size
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    if first_pixel is not None:
+        pixels[0, 0] = first_pixel
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write_images(root: str, count: int, name: str = "img_{:03d}.png") -> list[str]:
+    """`count` images under root, on any storage. Returns their URIs, in order."""
+    uris = [storage.join(root, name.format(i)) for i in range(count)]
+    for i, uri in enumerate(uris):
+        storage.put(uri, make_image(i))
+    return uris
+
+
+class StandIn:
+    """Three masks an image: where red, green and blue are bright."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.stage_seconds = {"decode": 0.0}
+
+    def generate(self, images: list[NDArray[np.uint8]]) -> list[list[dict[str, Any]]]:
+        time.sleep(self.seconds * len(images))
+        self.stage_seconds["decode"] += self.seconds * len(images)
+        return [masks_of(image) for image in images]
+
+
+class PoisonedGenerator(StandIn):
+    """Ends its process, as a fault in native code would, at an image that starts with POISON."""
+
+    def generate(self, images: list[NDArray[np.uint8]]) -> list[list[dict[str, Any]]]:
+        if any(tuple(image[0, 0]) == POISON for image in images):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().generate(images)
+
+
+def masks_of(image: NDArray[np.uint8]) -> list[dict[str, Any]]:
+    """The masks that StandIn finds, as MaskGenerator would write them."""
+    height, width = image.shape[:2]
+    found = []
+    for channel in range(3):
+        mask = np.asfortranarray(image[..., channel] > 127)
+        if not mask.any():
+            continue
+        rle = coco_mask.encode(mask.astype(np.uint8, order="F"))
+        found.append(
+            {
+                "segmentation": {"size": [height, width], "counts": rle["counts"].decode()},
+                "bbox": [float(v) for v in coco_mask.toBbox(rle)],
+                "area": int(mask.sum()),
+                "predicted_iou": 0.9,
+                "stability_score": 0.95,
+                "point_coords": [[width / 2, height / 2]],
+                "crop_box": [0.0, 0.0, float(width), float(height)],
+            }
+        )
+    return found
+
+
+def _labeler(config: Config, num_threads: int, generator: Callable[[], StandIn]) -> ShardLabeler:
+    return ShardLabeler(lambda _: generator(), max_pixels=config.input.max_pixels, num_threads=num_threads)
+
+
+def make_labeler(config: Config, num_threads: int, seconds: float = 0.0) -> ShardLabeler:
+    """For `label_with`; bind seconds (an image) with functools.partial."""
+    return _labeler(config, num_threads, lambda: StandIn(seconds))
+
+
+def make_poisoned_labeler(config: Config, num_threads: int) -> ShardLabeler:
+    """For `label_with`."""
+    return _labeler(config, num_threads, PoisonedGenerator)

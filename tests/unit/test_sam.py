@@ -1,0 +1,203 @@
+"""Sam's own contracts on a small random model; the numbers themselves are held by tests/parity."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from samray.sam.image_encoder import merge_windows, partition_windows
+from samray.sam.sam import Sam, input_size
+from samray.sam.spec import MODELS, ModelSpec, TinyVitSpec, VitSpec
+
+SPEC = ModelSpec(
+    name="small",
+    image_size=64,
+    encoder=TinyVitSpec(dims=(16, 32), depths=(1, 1), num_heads=(1, 2), windows=(4, 4), strides=(2,)),
+    embed_dim=32,
+    decoder_heads=2,
+    decoder_mlp_dim=32,
+    iou_hidden_dim=32,
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Sam:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Sam(SPEC).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def embedding() -> torch.Tensor:
+    return torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def clicks(num: int) -> tuple[torch.Tensor, torch.Tensor]:
+    points = torch.rand(num, 1, 2, generator=torch.Generator().manual_seed(2)) * SPEC.image_size
+    return points, torch.ones(num, 1, dtype=torch.int64)
+
+
+# --- images --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [
+        (480, 640, (768, 1024)),
+        (333, 500, (682, 1024)),
+        (1, 1, (1024, 1024)),
+        (1, 5000, (1, 1024)),
+        (3, 4096, (1, 1024)),
+    ],
+)
+def test_input_size(height: int, width: int, expected: tuple[int, int]) -> None:
+    """As published, except that nothing shrinks to zero pixels (there 1x5000 does, and resizing fails)."""
+    assert input_size(height, width, 1024) == expected
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (64, 40), (1, 1), (1, 500), (300, 2), (64, 64)])
+def test_preprocess_normalises_and_pads(model: Sam, shape: tuple[int, int]) -> None:
+    image = np.full((*shape, 3), (255, 0, 100), dtype=np.uint8)
+    pixels, [(h, w)] = model.preprocess([image])
+    assert pixels.shape == (1, 3, 64, 64)
+    assert max(h, w) == 64
+    expected = torch.tensor([(255 - 123.675) / 58.395, -116.28 / 57.12, (100 - 103.53) / 57.375])
+    torch.testing.assert_close(pixels[0, :, :h, :w], expected[:, None, None].expand(3, h, w))
+    assert not pixels[0, :, h:].any(), "zero after normalising, not the colour black"
+    assert not pixels[0, :, :, w:].any()
+
+
+def test_preprocess_takes_images_of_different_sizes_and_read_only_ones(model: Sam) -> None:
+    images = [np.random.default_rng(i).integers(0, 256, (20 + 9 * i, 33, 3), dtype=np.uint8) for i in range(3)]
+    images[1].flags.writeable = False
+    together, sizes = model.preprocess(images)
+    for i, image in enumerate(images):
+        alone, [size] = model.preprocess([image])
+        assert torch.equal(together[i], alone[0])
+        assert sizes[i] == size
+
+
+def test_an_image_s_embedding_does_not_depend_on_its_batch(model: Sam) -> None:
+    pixels = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    together = model.encode_images(pixels)
+    assert together.shape == (3, 32, 8, 8)
+    for i in range(3):
+        torch.testing.assert_close(together[i : i + 1], model.encode_images(pixels[i : i + 1]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [8, 14, 15, 1])
+def test_windows_merge_to_what_was_partitioned(side: int) -> None:
+    x = torch.randn(2, side, side + 3, 5)
+    windows, padded_hw = partition_windows(x, 7)
+    assert windows.shape[1:] == (7, 7, 5)
+    assert torch.equal(merge_windows(windows, padded_hw, (side, side + 3)), x)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_row_of_the_table_has_a_grid_that_fits(name: str) -> None:
+    spec = MODELS[name]
+    assert spec.grid * spec.stride == spec.image_size
+    assert isinstance(spec.encoder, VitSpec) or len(spec.encoder.strides) == len(spec.encoder.dims) - 1
+    assert spec.embed_dim % (2 * spec.decoder_heads) == 0
+
+
+# --- prompts -------------------------------------------------------------------------------------------------------
+
+
+def test_decode_points_orders_masks_prompt_by_prompt(model: Sam, embedding: torch.Tensor) -> None:
+    points, labels = clicks(4)
+    decoded = model.decode_points(model.prepare_decoder(embedding), points, labels)
+    assert decoded.logits.shape == (12, 32, 32)
+    assert decoded.prompt_index.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert decoded.mask_index.tolist() == [0, 1, 2] * 4
+    assert torch.equal(decoded.iou.view(4, 3), decoded.all_iou)
+    logits, iou = model.predict(embedding, points, labels)
+    torch.testing.assert_close(decoded.logits.view(4, 3, 32, 32), logits)
+    torch.testing.assert_close(decoded.all_iou, iou)
+
+
+def test_the_chunk_of_prompts_changes_nothing(
+    model: Sam, embedding: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = model.prepare_decoder(embedding)
+    whole = model.decode_points(context, *clicks(7), min_iou=-1e9)
+    monkeypatch.setattr(Sam, "_prompts_per_chunk", lambda self, context: 3)
+    chunked = model.decode_points(context, *clicks(7), min_iou=-1e9)
+    assert torch.equal(chunked.prompt_index, whole.prompt_index)
+    torch.testing.assert_close(chunked.logits, whole.logits)
+    torch.testing.assert_close(chunked.all_iou, whole.all_iou)
+
+
+def test_a_filter_that_nothing_passes_gives_no_mask(model: Sam, embedding: torch.Tensor) -> None:
+    decoded = model.decode_points(model.prepare_decoder(embedding), *clicks(5), min_iou=1e9)
+    assert decoded.logits.shape == (0, 32, 32)
+    assert decoded.iou.shape == decoded.prompt_index.shape == decoded.mask_index.shape == (0,)
+    assert decoded.all_iou.shape == (5, 3)
+
+
+@pytest.mark.parametrize("min_iou", [None, 0.5])
+def test_no_prompts_give_no_masks(model: Sam, embedding: torch.Tensor, min_iou: float | None) -> None:
+    decoded = model.decode_points(model.prepare_decoder(embedding), *clicks(0), min_iou=min_iou)
+    assert decoded.logits.shape == (0, 32, 32)
+    assert decoded.all_iou.shape == (0, 3)
+
+
+def test_predict_wants_a_prompt_and_labels(model: Sam, embedding: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="points, boxes or a mask_input"):
+        model.predict(embedding)
+    with pytest.raises(ValueError, match="labels"):
+        model.predict(embedding, points=clicks(1)[0])
+
+
+def test_an_absent_point_counts_for_nothing(model: Sam, embedding: torch.Tensor) -> None:
+    """Label -1: wherever the point lies, the masks are the same; a foreground point moves them."""
+    points, _ = clicks(1)
+    here, there = (torch.cat([points, torch.full((1, 1, 2), float(xy))], dim=1) for xy in (3, 50))
+    absent, present = torch.tensor([[1, -1]]), torch.tensor([[1, 1]])
+    assert torch.equal(model.predict(embedding, here, absent)[0], model.predict(embedding, there, absent)[0])
+    assert not torch.allclose(model.predict(embedding, here, present)[0], model.predict(embedding, there, present)[0])
+
+
+def test_postprocess_cuts_the_padding_off(model: Sam) -> None:
+    """Logits that are positive left of the middle of a 64 x 32 input stay so at any original size."""
+    logits = torch.full((1, 32, 32), -1.0)
+    logits[:, :, :8] = 1.0  # low-res columns 0 to 7 are input columns 0 to 15, half of the image's 32
+    masks = model.postprocess(logits, (64, 32), (200, 100)) > 0
+    assert masks.shape == (1, 200, 100)
+    assert masks[0, :, :48].all()
+    assert not masks[0, :, 52:].any()
+
+
+# --- precision, gradients ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_bfloat16_stays_near_float32(model: Sam) -> None:
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(4))
+    half = Sam(SPEC).eval()
+    half.load_state_dict(model.state_dict())
+    half.to(torch.bfloat16)
+    exact = model.predict(model.encode_images(pixels), *clicks(3))[0]
+    rough = half.predict(half.encode_images(pixels.bfloat16()), *clicks(3))[0]
+    assert rough.dtype == torch.float32
+    assert (rough - exact).abs().max() <= 0.1 * exact.abs().max()
+
+
+def test_decode_batch_passes_gradients_to_every_part() -> None:
+    model = Sam(SPEC).train()
+    embeddings = model.encode_images(torch.randn(2, 3, 64, 64))
+    points, labels = clicks(6)
+    sparse = model.prompt_encoder.encode_points(points.view(2, 3, 1, 2), labels.view(2, 3, 1))
+    logits, iou = model.decode_batch(embeddings, sparse, mask_input=torch.randn(6, 1, 32, 32))
+    assert logits.shape == (2, 3, 4, 32, 32)
+    (logits.square().sum() + iou.square().sum()).backward()
+    without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    # Boxes, background clicks and "no mask" are not among these prompts, and a key's bias drops out of the softmax.
+    assert without == {
+        "prompt_encoder.point_embeddings.2.weight",
+        "prompt_encoder.point_embeddings.3.weight",
+        "prompt_encoder.no_mask_embed.weight",
+        "mask_decoder.transformer.layers.1.cross_attn_token_to_image.k_proj.bias",
+        "mask_decoder.transformer.final_attn_token_to_image.k_proj.bias",
+    }

@@ -1,0 +1,453 @@
+"""Storage: the same promises on disk and on S3, and what becomes of each kind of error."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import multiprocessing
+import os
+import pickle
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from samray import storage
+from samray.errors import ConfigError, FileError, NotFoundError, StorageError
+from samray.storage import filesystems
+
+HOSTILE_NAMES = [
+    "a b.jpg",
+    "100%.jpg",
+    "%41.jpg",
+    "#1.jpg",
+    "what?.jpg",
+    "[0-9]*.jpg",
+    "ärger 图.jpg",
+    "a::b.jpg",
+    "~x.jpg",
+]
+
+
+# --- both kinds of storage -----------------------------------------------------------------------------------------
+
+
+def test_put_new_creates_once_and_put_replaces(storage_root: str) -> None:
+    uri = storage.join(storage_root, "deep", "er", "file")
+    assert not storage.exists(uri)
+    assert storage.put_new(uri, b"first")
+    assert not storage.put_new(uri, b"second")
+    assert storage.read_bytes(uri) == b"first"
+    storage.put(uri, b"third")
+    assert storage.read_bytes(uri) == b"third"
+    assert storage.list_names(storage.parent(uri)) == {"file": 5}
+    storage.delete(uri)
+    storage.delete(uri)
+    assert not storage.exists(uri)
+    assert storage.put_new(uri, b"")
+    assert storage.read_bytes(uri) == b""
+
+
+def test_of_many_writers_at_the_same_moment_one_wins(storage_root: str) -> None:
+    num_writers, num_rounds = (8, 20) if storage.is_local(storage_root) else (4, 2)  # SeaweedFS takes a second for each
+    for round_ in range(num_rounds):
+        uri = storage.join(storage_root, f"race-{round_}")
+        barrier = threading.Barrier(num_writers)
+        won: list[int] = []
+
+        def write(i: int, uri: str = uri, barrier: threading.Barrier = barrier, won: list[int] = won) -> None:
+            barrier.wait()
+            if storage.put_new(uri, bytes([i]) * 50_000):
+                won.append(i)
+
+        threads = [threading.Thread(target=write, args=(i,)) for i in range(num_writers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) == 1
+        assert storage.read_bytes(uri) == bytes(won) * 50_000
+    assert len(storage.list_names(storage_root)) == num_rounds
+
+
+def test_ranges(storage_root: str) -> None:
+    uri = storage.join(storage_root, "digits")
+    storage.put(uri, b"0123456789")
+    assert storage.read_bytes(uri, 3, 4) == b"3456"
+    assert storage.read_bytes(uri, 0, 1) == b"0"
+    assert storage.read_bytes(uri, 8, 100) == b"89"
+    assert storage.read_bytes(uri, 7) == b"789"
+    assert storage.read_bytes(uri, 10, 5) == b""
+    assert storage.read_bytes(uri, 99, 5) == b""
+    assert storage.read_bytes(uri, 2, 0) == b""
+    assert storage.file_size(uri) == 10
+
+
+def test_open_read_is_a_seekable_stream(storage_root: str) -> None:
+    uri = storage.join(storage_root, "big")
+    data = os.urandom(300_000)
+    storage.put(uri, data)
+    with storage.open_read(uri) as stream:
+        assert stream.read(10) == data[:10]
+        stream.seek(-5, os.SEEK_END)
+        assert stream.read(100) == data[-5:]
+        stream.seek(100_000)
+        assert stream.read(150_000) == data[100_000:250_000]
+        assert stream.tell() == 250_000
+    with storage.open_read(uri) as stream:
+        assert stream.read() == data
+
+
+def test_hostile_names_are_literal(storage_root: str) -> None:
+    uris = {storage.join(storage_root, "sub dir [x]", name) for name in HOSTILE_NAMES}
+    for uri in uris:
+        assert storage.put_new(uri, uri.encode())
+    assert {entry.uri for entry in storage.list_files(storage_root)} == uris
+    assert {entry.uri for entry in storage.list_files(storage.join(storage_root, "sub dir [x]"))} == uris
+    for entry in storage.list_files(storage_root):
+        assert storage.read_bytes(entry.uri) == entry.uri.encode()
+        assert entry.size == len(entry.uri.encode())
+        assert storage.exists(entry.uri)
+        assert [found.uri for found in storage.list_files(entry.uri)] == [entry.uri]
+    assert set(storage.list_names(storage.join(storage_root, "sub dir [x]"))) == set(HOSTILE_NAMES)
+    storage.delete(storage.join(storage_root, "sub dir [x]", "[0-9]*.jpg"))
+    assert len(list(storage.list_files(storage_root))) == len(uris) - 1
+
+
+def test_listing_shows_what_was_written_a_moment_ago(storage_root: str) -> None:
+    for i in range(4):
+        assert len(storage.list_names(storage_root)) == i
+        assert len(list(storage.list_files(storage_root))) == i if i or storage.is_dir_like(storage_root) else True
+        storage.put(storage.join(storage_root, f"{i}"), b"x")
+    assert storage.list_names(storage.join(storage_root, "nowhere")) == {}
+
+
+def test_globs(storage_root: str) -> None:
+    for name in ("a/1.jpg", "a/2.png", "a/deep/3.jpg", "b/4.jpg", "b/[5].jpg"):
+        storage.put(storage.join(storage_root, *name.split("/")), b"x")
+
+    def found(pattern: str) -> list[str]:
+        uris = (entry.uri for entry in storage.list_files(f"{storage_root}/{pattern}"))
+        return sorted(uri.removeprefix(f"{storage_root}/") for uri in uris)
+
+    assert found("*/*.jpg") == ["a/1.jpg", "b/4.jpg", "b/[5].jpg"]
+    assert found("**/*.jpg") == ["a/1.jpg", "a/deep/3.jpg", "b/4.jpg", "b/[5].jpg"]
+    assert found("a/?.*") == ["a/1.jpg", "a/2.png"]
+    assert found("[a]") == ["a/1.jpg", "a/2.png", "a/deep/3.jpg"]  # what lies below a matched folder
+    assert found("b/[5].jpg") == ["b/[5].jpg"]  # named as it stands
+    assert found("c*") == []
+    assert found("nowhere/*.jpg") == []
+
+
+def test_folders_are_no_files(storage_root: str) -> None:
+    storage.put(storage.join(storage_root, "x.jpg", "y"), b"")
+    folder = storage.join(storage_root, "x.jpg")
+    assert storage.exists(folder)
+    assert storage.is_dir_like(folder)
+    assert storage.list_names(storage_root) == {}
+    with pytest.raises(NotFoundError):
+        storage.file_size(folder)
+    with pytest.raises(FileError):
+        storage.read_bytes(folder)
+
+
+def test_missing_files_say_so(storage_root: str) -> None:
+    uri = storage.join(storage_root, "not there")
+    calls: list[Any] = [
+        lambda: storage.read_bytes(uri),
+        lambda: storage.read_bytes(uri, 0, 5),
+        lambda: storage.file_size(uri),
+        lambda: storage.open_read(uri),
+        lambda: list(storage.list_files(uri)),
+    ]
+    for call in calls:
+        with pytest.raises(NotFoundError, match="not there: it does not exist"):
+            call()
+
+
+def _child(uri: str, results: Any) -> None:
+    results.put(storage.read_bytes(uri))
+
+
+def test_a_forked_child_makes_its_own_connections(storage_root: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "samray.storage")
+    uri = storage.join(storage_root, "file")
+    storage.put(uri, b"hello")
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    child = context.Process(target=_child, args=(uri, results))
+    child.start()
+    try:
+        assert results.get(timeout=60) == b"hello"
+    finally:
+        child.join(10)
+        if child.is_alive():
+            child.kill()
+    assert storage.read_bytes(uri) == b"hello"
+    assert not caplog.records  # the parent's connections were left alone: nothing had to be tried again
+
+
+# --- names ---------------------------------------------------------------------------------------------------------
+
+
+def test_normalize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert storage.normalize("x/../y z%20") == f"{tmp_path}/y z%20"
+    assert storage.normalize("file:///a/b/") == "/a/b"
+    assert storage.normalize("~/a") == os.path.expanduser("~/a")
+    assert storage.normalize("S3://Bucket/Key//x/") == "s3://Bucket/Key//x"
+    assert storage.normalize("/") == "/"
+    assert storage.is_local("file:///x")
+    assert not storage.is_local("gs://x/y")
+
+
+def test_join_parent_resolve() -> None:
+    assert storage.join("s3://b", "k", "x y") == "s3://b/k/x y"
+    assert storage.join("/", "etc") == "/etc"
+    assert storage.join("/a/", "b") == "/a/b"
+    assert storage.parent("s3://b/k/x") == "s3://b/k"
+    assert storage.parent("s3://b/k") == "s3://b"
+    assert storage.parent("/a/b") == "/a"
+    assert storage.resolve("/data/lists", "../img/1.jpg") == "/data/img/1.jpg"
+    assert storage.resolve("/data", "/abs.jpg") == "/abs.jpg"
+    assert storage.resolve("/data", "s3://b/k") == "s3://b/k"
+    assert storage.resolve("s3://b/lists", "../img//1.jpg") == "s3://b/img/1.jpg"
+    assert storage.resolve("s3://b/lists", "img//1 [x].jpg") == "s3://b/lists/img//1 [x].jpg"
+    assert storage.resolve("s3://b/lists", "/mnt/abs.jpg") == "/mnt/abs.jpg"
+
+
+def test_redact_hides_credentials_and_nothing_else() -> None:
+    assert storage.redact("sftp://me:secret@host/x") == "sftp://***@host/x"
+    signed = "https://h/x.jpg?X-Amz-Credential=AKIA1%2F2&X-Amz-Signature=abc&v=7"
+    assert storage.redact(signed) == "https://h/x.jpg?X-Amz-Credential=***&X-Amz-Signature=***&v=7"
+    assert storage.redact("https://h/x?sig=abc%3D&se=2030") == "https://h/x?sig=***&se=2030"
+    assert storage.redact("s3://b/user@example/x.jpg") == "s3://b/user@example/x.jpg"
+    assert storage.redact("/home/a@b/c?d=e") == "/home/a@b/c?d=e"
+
+
+# --- local disks ---------------------------------------------------------------------------------------------------
+
+
+def test_a_write_that_breaks_off_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    for write in (storage.put_new, storage.put):
+        with pytest.raises(StorageError, match="make room"):
+            write(str(tmp_path / "shard"), b"x" * 1000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_hard_links_a_rename_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(source: str, target: str) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    uri = str(tmp_path / "shard")
+    assert storage.put_new(uri, b"first")
+    assert not storage.put_new(uri, b"second")
+    assert storage.read_bytes(uri) == b"first"
+    assert [path.name for path in tmp_path.iterdir()] == ["shard"]
+
+
+def test_a_file_in_the_way_of_a_folder_is_not_taken_for_done(tmp_path: Path) -> None:
+    (tmp_path / "annotations").write_bytes(b"")
+    for below in ("annotations/shard", "annotations/deep/shard"):
+        with pytest.raises(StorageError):
+            storage.put_new(str(tmp_path / below), b"x")
+
+
+def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "usual").write_bytes(b"")
+    storage.put_new(str(tmp_path / "ours"), b"")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "b.jpg").write_bytes(b"b")
+    (tmp_path / "in" / "sub" / "a.jpg").write_bytes(b"a")
+    (tmp_path / "in" / "sub" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "other")
+    (tmp_path / "in" / "dangling.jpg").symlink_to(tmp_path / "gone")
+    found = {entry.uri.removeprefix(f"{tmp_path}/in/") for entry in storage.list_files(str(tmp_path / "in"))}
+    assert found == {"sub/a.jpg", "linked/b.jpg", "dangling.jpg"}
+
+
+def test_names_that_are_no_utf8_are_listed_as_text(tmp_path: Path) -> None:
+    with open(os.fsencode(tmp_path) + b"/bad-\xff.jpg", "wb"):
+        pass
+    (entry,) = storage.list_files(str(tmp_path))
+    assert entry.uri == f"{tmp_path}/bad-\\udcff.jpg"
+    entry.uri.encode("utf-8")
+
+
+def test_impossible_names_are_one_files_fault(tmp_path: Path) -> None:
+    for name in ("x\0y", "x" * 300):
+        with pytest.raises(FileError):
+            storage.read_bytes(f"{tmp_path}/{name}")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything, so a refusal cannot be provoked")
+def test_no_permission(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"")
+    (tmp_path / "x").chmod(0)
+    with pytest.raises(FileError, match="permission"):
+        storage.read_bytes(str(tmp_path / "x"))
+
+
+# --- errors and retries --------------------------------------------------------------------------------------------
+
+
+class FlakyFilesystem:
+    """Raises the given errors, one a call, then works."""
+
+    def __init__(self, *failures: BaseException) -> None:
+        self.failures = list(failures)
+        self.num_calls = 0
+        self.stored: dict[str, bytes] = {}
+        self.stores_before_failing = False
+
+    def _maybe_fail(self) -> None:
+        self.num_calls += 1
+        if self.failures:
+            raise self.failures.pop(0)
+
+    def cat_file(self, uri: str, **options: Any) -> bytes:
+        self._maybe_fail()
+        return b"data"
+
+    def pipe_file(self, uri: str, data: bytes, mode: str) -> None:
+        if mode == "create" and uri in self.stored:
+            raise FileExistsError(uri)
+        if self.stores_before_failing:
+            self.stored[uri] = data
+        self._maybe_fail()
+        self.stored[uri] = data
+
+
+class ServerError(OSError):
+    """Carries the server's answer as botocore's errors do."""
+
+    def __init__(self, code: str, status: int) -> None:
+        super().__init__(errno.EIO, f"the server said {code}")
+        self.response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+
+
+@pytest.fixture
+def flaky(monkeypatch: pytest.MonkeyPatch) -> Any:
+    waits: list[float] = []
+    monkeypatch.setattr(filesystems.time, "sleep", waits.append)
+
+    def install(*failures: BaseException) -> FlakyFilesystem:
+        fs = FlakyFilesystem(*failures)
+        monkeypatch.setitem(filesystems._filesystems, "flaky", fs)
+        return fs
+
+    install.waits = waits  # type: ignore[attr-defined]
+    return install
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TimeoutError("read timed out"),
+        ConnectionResetError(errno.ECONNRESET, "reset by peer"),
+        ServerError("SlowDown", 503),
+        ServerError("InternalError", 500),
+        ServerError("RequestTimeout", 400),
+        ServerError("ConditionalRequestConflict", 409),
+        ServerError("", 502),
+    ],
+    ids=repr,
+)
+def test_transient_errors_are_retried_with_growing_bounded_waits(flaky: Any, error: BaseException) -> None:
+    fs = flaky(*[error] * (storage.MAX_ATTEMPTS - 1))
+    assert storage.read_bytes("flaky://x/y") == b"data"
+    assert fs.num_calls == storage.MAX_ATTEMPTS
+    assert len(flaky.waits) == storage.MAX_ATTEMPTS - 1
+    limits = [filesystems.FIRST_BACKOFF_S * 2**i for i in range(len(flaky.waits))]
+    assert all(0 <= wait <= limit for wait, limit in zip(flaky.waits, limits, strict=True))
+    assert len(set(flaky.waits)) > 1  # jitter
+
+
+def test_at_some_point_it_gives_up_with_a_sentence(flaky: Any) -> None:
+    fs = flaky(*[TimeoutError("read timed out")] * 99)
+    with pytest.raises(
+        StorageError, match=r"cannot read flaky://x/y after 6 attempts: read timed out; check"
+    ) as caught:
+        storage.read_bytes("flaky://x/y")
+    assert fs.num_calls == storage.MAX_ATTEMPTS
+    assert not isinstance(caught.value, FileError)  # the storage's fault, not the file's
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (FileNotFoundError("x"), NotFoundError),
+        (PermissionError("Access Denied"), FileError),
+        (ServerError("AccessDenied", 403), FileError),
+        (ServerError("NoSuchKey", 404), NotFoundError),
+        (ServerError("InvalidRequest", 400), FileError),
+        (ValueError("bad name"), FileError),
+        (ServerError("ExpiredToken", 400), StorageError),
+        (ServerError("SignatureDoesNotMatch", 403), StorageError),
+    ],
+    ids=repr,
+)
+def test_other_errors_are_not_retried(flaky: Any, error: BaseException, kind: type[StorageError]) -> None:
+    fs = flaky(error)
+    with pytest.raises(StorageError) as caught:
+        storage.read_bytes("flaky://x/y")
+    assert type(caught.value) is kind
+    assert fs.num_calls == 1
+
+
+def test_programming_errors_of_ours_are_not_dressed_up(flaky: Any) -> None:
+    flaky(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        storage.read_bytes("flaky://x/y")
+
+
+def test_a_lost_answer_to_put_new_counts_as_already_there(flaky: Any) -> None:
+    fs = flaky(ConnectionResetError(errno.ECONNRESET, "reset by peer"))
+    fs.stores_before_failing = True
+    assert storage.put_new("flaky://x/y", b"mine") is False
+    assert fs.stored == {"flaky://x/y": b"mine"}
+
+
+@pytest.mark.parametrize(
+    "error", [FileExistsError("x"), ServerError("PreconditionFailed", 412), ServerError("", 412)], ids=repr
+)
+def test_a_failed_precondition_means_already_there(flaky: Any, error: BaseException) -> None:
+    fs = flaky(error)
+    assert storage.put_new("flaky://x/y", b"mine") is False
+    assert fs.num_calls == 1
+
+
+def test_messages_hold_no_credentials(flaky: Any) -> None:
+    flaky(ValueError("cannot open flaky://me:secret@x/y?sig=secret"))
+    with pytest.raises(FileError) as caught:
+        storage.read_bytes("flaky://me:secret@x/y?sig=secret")
+    assert "secret" not in str(caught.value)
+
+
+def test_unknown_schemes_are_told() -> None:
+    with pytest.raises(ConfigError, match="nosuch:// is no filesystem"):
+        storage.read_bytes("nosuch://x/y")
+
+
+def test_other_fsspec_filesystems_work_too() -> None:
+    uri = "memory:///samray-test/a b/[x].bin"
+    with contextlib.suppress(StorageError):
+        storage.delete(uri)
+    assert storage.put_new(uri, b"first")
+    assert not storage.put_new(uri, b"second")
+    assert storage.read_bytes(uri, 1, 2) == b"ir"
+    assert [entry.uri for entry in storage.list_files("memory:///samray-test/a b")] == [uri]
+    storage.delete(uri)
