@@ -82,7 +82,7 @@ MODELS: dict[str, ModelSpec] = {
     for spec in (
         ModelSpec(
             name="tiny",
-            image_size=256,
+            image_size=384,
             encoder=TinyVitSpec(
                 dims=(32, 64, 160), depths=(2, 2, 6), num_heads=(1, 2, 5), windows=(8, 8, 16), strides=(2, 2)
             ),

@@ -5,6 +5,7 @@ that a run anneals in the time it is given, on whatever machine, and also when i
 """
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -24,7 +25,9 @@ from torch.utils.data import DataLoader
 from samray.errors import ConfigError
 from samray.sam.checkpoints import find_spec
 from samray.sam.sam import Sam
+from samray.sam.spec import TinyVitSpec
 from samray.scene_paint import Source
+from samray.scenes import Scene
 from samray.train.clicks import Collated, SceneExamples, corrective_clicks
 from samray.train.evaluate import evaluate_clicks, heldout_scenes
 from samray.train.losses import Losses, sam_loss
@@ -44,6 +47,10 @@ class TrainConfig:
     batch_size: int = 4
     """Scenes a step."""
     prompts_per_scene: int = 16
+    first_image_size: int = 256
+    """Input side in the first part of the budget, pixels: small scenes are cheap, and what is learnt carries over."""
+    first_fraction: float = 0.55
+    """How much of the budget that part is; the rest trains at the model's own input size."""
     learning_rate: float = 8e-4
     warmup_steps: int = 200
     weight_decay: float = 0.05
@@ -72,20 +79,35 @@ class Trainer:
     """
 
     def __init__(self, output: str | os.PathLike[str], config: TrainConfig, source: Source | None = None) -> None:
-        spec = find_spec(config.model)
+        self.spec = find_spec(config.model)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.config, self.source, self.output = config, source, Path(output)
         self.output.mkdir(parents=True, exist_ok=True)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(config.seed)
-        self.model = Sam(spec).to(self.device).train()
+        self._stop = False
+        self._build(self._read_state())
+
+    def _build(self, state: dict[str, Any] | None) -> None:
+        """The model, its average and the optimizer, at the input size that is due, from `state` or from nothing.
+
+        No weight depends on the input size of a TinyViT.
+        """
+        self.step, self.scenes, self.elapsed_s = 0, 0, 0.0
+        if state is not None:
+            self.step, self.scenes, self.elapsed_s = state["step"], state["scenes"], state["elapsed_s"]
+        early = self.progress < self.config.first_fraction and isinstance(self.spec.encoder, TinyVitSpec)
+        self.until = self.config.first_fraction if early else 1.0
+        image_size = self.config.first_image_size if early else self.spec.image_size
+        self.model = Sam(dataclasses.replace(self.spec, image_size=image_size)).to(self.device).train()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.low_res = 4 * self.model.spec.grid
-        self.optimizer = _make_optimizer(self.model, config)
-        self.step, self.scenes, self.elapsed_s = 0, 0, 0.0
-        self._stop = False
-        self._load_state()
+        self.optimizer = _make_optimizer(self.model, self.config)
+        if state is not None:
+            self.model.load_state_dict(state["model"])
+            self.ema.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
@@ -99,13 +121,22 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _fit(self) -> dict[str, Any]:
+        validation = list(heldout_scenes(self.config.validation_scenes, self.spec.image_size, self.source))
+        while self.progress < 1 and not self._stop:
+            self._fit_at_one_size(validation)
+            self.save()
+            self._build(self._read_state())
+        figures = evaluate_clicks(self.ema, validation)
+        self._record("validation", figures)
+        return figures
+
+    def _fit_at_one_size(self, validation: list[Scene]) -> None:
         config = self.config
-        validation = list(heldout_scenes(config.validation_scenes, self.model.image_size, self.source))
         started = saved = validated = time.monotonic()
         elapsed_before = self.elapsed_s
         log = _Average()
         for batch in self._loader():
-            if self.progress >= 1 or self._stop:
+            if self.progress >= self.until or self._stop:
                 break
             losses, grad_norm = self._train_step(batch)
             self.step += 1
@@ -121,10 +152,6 @@ class Trainer:
             if now - saved > 60 * config.save_every_minutes:
                 self.save()
                 saved = time.monotonic()
-        self.save()
-        figures = evaluate_clicks(self.ema, validation)
-        self._record("validation", figures)
-        return figures
 
     @property
     def progress(self) -> float:
@@ -236,19 +263,16 @@ class Trainer:
         write(temporary)
         os.replace(temporary, self.output / name)
 
-    def _load_state(self) -> None:
+    def _read_state(self) -> dict[str, Any] | None:
         path = self.output / STATE_FILE
         if not path.exists():
-            return
-        state = torch.load(path, map_location=self.device, weights_only=True)
+            return None
+        state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
         if state["name"] != self.config.model:
             raise ConfigError(
                 f"{path} is the state of {state['name']!r}, not of {self.config.model!r}; use another folder"
             )
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.scenes, self.elapsed_s = state["step"], state["scenes"], state["elapsed_s"]
+        return state
 
     def _record(self, kind: str, figures: dict[str, Any]) -> None:
         place = {"kind": kind, "step": self.step, "minutes": round(self.elapsed_s / 60, 2)}

@@ -6,7 +6,7 @@ Two comparisons, each with and without crops, on images that are not square:
   kept, their order, RLE, boxes (with `bbox_convention="sam"`), areas, scores, prompts, crop boxes.
 - *Each with its own networks*, which round differently: the same masks in the same order; predicted IoU within 1e-4;
   RLE, boxes and areas identical; stability within 1e-4. A pixel whose logit meets a threshold but for rounding may fall
-  on either side: one pixel a mask is allowed for, in the RLE and in the stability (1 / area; these masks are small), and
+  on either side: one pixel a mask is allowed for, in the RLE and in the stability (1 / area, the masks are small), and
   nine in ten RLEs must be identical all the same. (Where this was written all were.)
 
 `reference.py` says how the published package runs without torchvision, `weights.py` where masks come from.

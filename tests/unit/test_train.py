@@ -29,7 +29,14 @@ MICRO = replace(
     iou_hidden_dim=32,
 )
 CONFIG = TrainConfig(
-    model="micro", steps=4, batch_size=2, prompts_per_scene=4, num_workers=0, validation_scenes=2, bfloat16=False
+    model="micro",
+    steps=4,
+    batch_size=2,
+    prompts_per_scene=4,
+    first_image_size=64,
+    num_workers=0,
+    validation_scenes=2,
+    bfloat16=False,
 )
 
 
@@ -270,6 +277,19 @@ def test_a_stopped_run_goes_on_where_it_was_and_ends_as_an_undisturbed_one(tmp_p
     assert second.step == config.steps
     for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(second.model.state_dict()[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_small_scenes_come_first_and_what_they_taught_is_kept(tmp_path: Path):
+    config = replace(CONFIG, minutes=1e9, first_image_size=32, first_fraction=0.5, learning_rate=1e-9)
+    trainer = Trainer(tmp_path, config)
+    step, sizes = trainer._train_step, []
+    trainer._train_step = lambda batch: (sizes.append(batch["image"].shape[1]), step(batch))[1]  # type: ignore[method-assign]
+    before = trainer.model.mask_decoder.iou_token.weight.detach().clone()
+    trainer.fit()
+    assert sizes == [32, 32, 64, 64]
+    assert trainer.model.image_size == MICRO.image_size
+    # A learning rate of nearly nothing: had the second part begun anew, these would be other numbers altogether.
+    torch.testing.assert_close(trainer.model.mask_decoder.iou_token.weight.detach(), before, atol=1e-4, rtol=0)
 
 
 def test_progress_follows_whichever_budget_is_used_up_faster(tmp_path: Path):

@@ -1,0 +1,213 @@
+"""The labeler without Ray: the row boundary, memory that runs out, devices that fail, the poison guard."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import standin
+import torch
+from numpy.typing import NDArray
+
+from samray.errors import ImageError, StorageError
+from samray.pipeline.attempts import CAREFUL_FROM_ATTEMPT, STRIKES_OF_ANY_RUN, ShardAttempts
+from samray.pipeline.faults import DeviceFault
+from samray.pipeline.labeler import MAX_CONSECUTIVE_OUT_OF_MEMORY, EncodedImage, ShardLabeler
+
+Pixels = NDArray[np.uint8]
+Generate = Callable[[list[Pixels]], list[list[dict[str, Any]]]]
+
+
+class Fake:
+    """A mask generator that does as it is told."""
+
+    def __init__(self, generate: Generate) -> None:
+        self.generate = generate
+        self.stage_seconds = {"decode": 0.0}
+
+
+def _labeler(generate: Generate, **options: Any) -> ShardLabeler:
+    return ShardLabeler(lambda points_per_batch: Fake(generate), max_pixels=10_000, **options)
+
+
+def _image(seed: int, data: Any = None) -> EncodedImage:
+    data = standin.make_image(seed) if data is None else data
+    return EncodedImage(image_id=seed, file_name=f"{seed}.png", uri=f"/in/{seed}.png", data=data)
+
+
+def _masks(images: list[Pixels]) -> list[list[dict[str, Any]]]:
+    return [standin.masks_of(image) for image in images]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_threads": 3}, {"device_type": "cuda", "num_threads": 2}])
+def test_records_are_in_order_whoever_is_faster(options: dict[str, Any]) -> None:
+    def generate(images: list[Pixels]) -> list[list[dict[str, Any]]]:
+        time.sleep(0.01 * int(images[0][0, 0, 0] % 3))
+        return _masks(images)
+
+    seen: list[int] = []
+    images = [_image(i, b"junk" if i == 4 else None) for i in range(20)]
+    done = _labeler(generate, **options).label(images, on_progress=seen.append)
+
+    assert [record.image_id for record in done.records] == list(range(20))
+    assert [i for i, record in enumerate(done.records) if record.error] == [4]
+    assert sum(seen) == 20
+    assert done.records[7].annotations[1]["id"] == 7 * 65536 + 1
+
+
+def test_each_fault_of_an_image_is_its_own_row() -> None:
+    def generate(images: list[Pixels]) -> list[list[dict[str, Any]]]:
+        if any(image.shape == (5, 5, 3) for image in images):
+            raise ValueError("a bug that this image\nbrings to light")
+        return _masks(images)
+
+    images = [
+        _image(0),
+        _image(1, ImageError("missing", "no such file")),
+        _image(2, b""),
+        _image(3, standin.make_image(3, (5, 5))),
+        _image(4, standin.make_image(4, (200, 200))),
+        _image(5, lambda: ImageError("unreadable", "later")),
+        _image(6, lambda: standin.make_image(6)),
+        _image(7, np.zeros((8, 8, 3), np.uint8)),
+    ]
+    records = _labeler(generate, device_type="cuda").label(images).records
+
+    reasons = [record.error and record.error.partition(":")[0] for record in records]
+    assert reasons == [None, "missing", "empty", "internal", "too_large", "unreadable", None, None]
+    assert records[3].error == "internal: ValueError: a bug that this image brings to light"
+    assert (records[3].width, records[3].height) == (5, 5)
+    assert all(not record.annotations for record in records if record.error)
+
+
+def test_out_of_memory_of_a_group_is_cured_by_smaller_ones_and_then_fails_only_the_guilty() -> None:
+    sizes: list[int] = []
+
+    def generate(images: list[Pixels]) -> list[list[dict[str, Any]]]:
+        sizes.append(len(images))
+        if len(images) > 1 or images[0].shape[0] == 50:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return _masks(images)
+
+    images = [_image(0), _image(1, standin.make_image(1, (50, 50))), _image(2)]
+    labeler = _labeler(generate, device_type="cuda")
+    torch_empty_cache = torch.cuda.empty_cache  # harmless without a GPU
+    assert callable(torch_empty_cache)
+    records = labeler.label(images).records
+
+    assert [record.error is None for record in records] == [True, False, True]
+    assert records[1].error is not None
+    assert records[1].error.startswith("out_of_memory: ")
+    assert sizes[0] == 3
+
+
+def test_fewer_points_at_once_before_an_image_is_given_up() -> None:
+    def make(points_per_batch: int | None) -> Fake:
+        def generate(images: list[Pixels]) -> list[list[dict[str, Any]]]:
+            if points_per_batch is None or points_per_batch > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return _masks(images)
+
+        return Fake(generate)
+
+    (record,) = ShardLabeler(make, max_pixels=10_000).label([_image(0)]).records
+    assert record.error is None
+    assert record.annotations
+
+
+def test_out_of_memory_at_every_image_is_the_devices_fault() -> None:
+    def generate(images: list[Pixels]) -> list[list[dict[str, Any]]]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    labeler = _labeler(generate)
+    with pytest.raises(DeviceFault, match="in a row"):
+        labeler.label([_image(i) for i in range(MAX_CONSECUTIVE_OUT_OF_MEMORY + 1)])
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError("CUDA error: x"), RuntimeError("CUDA error: illegal access")])
+def test_a_fault_of_the_device_is_no_row(error: Exception) -> None:
+    def generate(images: list[Pixels]) -> list[list[dict[str, Any]]]:
+        raise error
+
+    with pytest.raises(DeviceFault, match="CUDA error"):
+        _labeler(generate).label([_image(0), _image(1)])
+
+
+def test_storage_that_fails_as_a_whole_is_no_row() -> None:
+    def fetch() -> bytes:
+        raise StorageError("the bucket is away")
+
+    with pytest.raises(StorageError):
+        _labeler(_masks).label([_image(0, fetch)])
+
+
+def test_the_first_attempts_run_at_full_speed_and_later_ones_mark_each_image(tmp_path: Path) -> None:
+    output = str(tmp_path)
+    marked_while_run: list[list[str]] = []
+
+    def generate(images: list[Pixels]) -> list[list[dict[str, Any]]]:
+        folder = tmp_path / "_samray" / "attempts"
+        marked_while_run.append(sorted(p.name for p in folder.iterdir() if "image" in p.name))
+        return _masks(images)
+
+    for number in range(1, CAREFUL_FROM_ATTEMPT + 1):
+        attempts = ShardAttempts(output, 12, "run")
+        attempts.begin()
+        assert attempts.number == number
+        assert attempts.careful == (number == CAREFUL_FROM_ATTEMPT)
+        marked_while_run.clear()
+        _labeler(generate).label([_image(0), _image(1)], attempts)
+    assert marked_while_run == [["shard-000012.image-00000.run.3"], ["shard-000012.image-00001.run.3"]]
+
+    other = ShardAttempts(output, 13, "run")
+    other.begin()
+    attempts.clear()
+    assert [p.name for p in (tmp_path / "_samray" / "attempts").iterdir()] == ["shard-000013.attempt-0001"]
+
+
+def _die_at(output: str, place: int, run_id: str) -> None:
+    """What is left of an attempt whose process dies at an image."""
+    attempts = ShardAttempts(output, 0, run_id)
+    attempts.begin()
+    if attempts.careful:
+        attempts.mark(place)
+
+
+def test_the_image_at_which_this_runs_actors_die_is_quarantined(tmp_path: Path) -> None:
+    for _ in range(CAREFUL_FROM_ATTEMPT):
+        _die_at(str(tmp_path), 1, "run")
+
+    attempts = ShardAttempts(str(tmp_path), 0, "run")
+    attempts.begin()
+    records = _labeler(_masks).label([_image(i) for i in range(3)], attempts).records
+
+    assert [record.error is None for record in records] == [True, False, True]
+    assert records[1].error is not None
+    assert records[1].error.startswith("quarantined: ")
+
+
+def test_drivers_that_were_killed_do_not_poison_an_image(tmp_path: Path) -> None:
+    """kill -9 of the driver leaves the same marks as a poisonous image, so it takes several of them."""
+    for i in range(CAREFUL_FROM_ATTEMPT + STRIKES_OF_ANY_RUN - 2):
+        _die_at(str(tmp_path), 1, f"run{i}")
+    attempts = ShardAttempts(str(tmp_path), 0, "run-now")
+    attempts.begin()
+    assert not attempts.is_poison(1)
+    _die_at(str(tmp_path), 1, "run-again")
+
+    attempts = ShardAttempts(str(tmp_path), 0, "run-now")
+    attempts.begin()
+    assert attempts.is_poison(1)
+    assert not attempts.is_poison(0)
+
+
+def test_an_attempt_that_was_called_off_does_not_count(tmp_path: Path) -> None:
+    for _ in range(5):
+        attempts = ShardAttempts(str(tmp_path), 0, "run")
+        attempts.begin()
+        attempts.forget()
+    assert attempts.number == 1

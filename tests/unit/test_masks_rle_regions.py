@@ -1,0 +1,148 @@
+"""Run lengths against pycocotools and plain pixels; cleaning of regions against OpenCV where it is installed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+from samray.masks import rle
+from samray.masks.regions import remove_small_regions
+
+Bool = NDArray[np.bool_]
+
+
+def some_masks(seed: int, num: int, hw: tuple[int, int]) -> Bool:
+    """Empty, full, sparse, dense, and masks that start or end with a 1."""
+    rng = np.random.default_rng(seed)
+    masks = rng.random((num, *hw)) < rng.random((num, 1, 1)) ** 2
+    masks[0], masks[1] = False, True
+    masks[2, 0, 0], masks[3, -1, -1] = True, True
+    masks[4], masks[4, :, hw[1] // 2 :] = False, True  # whole columns: runs that go on from one to the next
+    return masks
+
+
+@pytest.mark.parametrize("window", [(9, 7, 0, 0), (9, 3, 0, 2), (4, 7, 5, 0), (4, 3, 2, 1), (1, 1, 8, 6)])
+def test_encode_masks(window: tuple[int, int, int, int]) -> None:
+    """Windows as large as the image, as high, as wide, inside, and a single pixel in its corner."""
+    h, w, y0, x0 = window
+    image_hw = (9, 7)
+    masks = some_masks(1, 30, (h, w))
+    encoded = rle.encode_masks(torch.from_numpy(masks), (x0, y0), image_hw)
+    assert len(encoded) == len(masks)
+    for mask, counts in zip(masks, encoded, strict=True):
+        full = np.zeros(image_hw, dtype=bool)
+        full[y0 : y0 + h, x0 : x0 + w] = mask
+        expected = coco_mask.encode(np.asfortranarray(full, dtype=np.uint8))
+        assert rle.compress(counts, image_hw) == {"size": [9, 7], "counts": expected["counts"].decode()}
+        assert counts.sum() == 63
+        assert rle.area(counts) == full.sum()
+        y, x = np.nonzero(full)
+        box = [x.min(), y.min(), x.max(), y.max()] if len(x) else [0, 0, 0, 0]
+        assert rle.box_xyxy(counts, image_hw).tolist() == box
+
+
+def test_encode_no_masks() -> None:
+    assert rle.encode_masks(torch.zeros(0, 4, 5, dtype=torch.bool), (0, 0), (4, 5)) == []
+
+
+def test_make_disjoint() -> None:
+    masks = some_masks(2, 9, (11, 6))
+    masks[1] = False
+    counts = rle.make_disjoint(rle.encode_masks(torch.from_numpy(masks), (0, 0), (11, 6)), (11, 6))
+    taken = np.zeros((11, 6), dtype=bool)
+    for mask, ours in zip(masks, counts, strict=True):
+        expected = coco_mask.encode(np.asfortranarray(mask & ~taken, dtype=np.uint8))
+        assert rle.compress(ours, (11, 6))["counts"] == expected["counts"].decode()
+        taken |= mask
+    assert rle.make_disjoint([], (3, 3)) == []
+
+
+def plain_clean(mask: Bool, min_area: int) -> tuple[Bool, bool]:
+    """Holes, then islands, by flooding from pixel to pixel."""
+
+    def regions(of: Bool) -> list[list[tuple[int, int]]]:
+        left = {(int(y), int(x)) for y, x in zip(*np.nonzero(of), strict=True)}
+        found = []
+        while left:
+            stack = [min(left)]
+            left.remove(stack[0])
+            region = []
+            while stack:
+                y, x = stack.pop()
+                region.append((y, x))
+                near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
+                left -= near
+                stack += near
+            found.append(region)
+        return sorted(found, key=min)
+
+    mask, changed = mask.copy(), False
+    for hole in regions(~mask):
+        if len(hole) < min_area:
+            changed = True
+            for pixel in hole:
+                mask[pixel] = True
+    islands = regions(mask)
+    largest = max(islands, key=len) if islands else []
+    any_large = len(largest) >= min_area
+    for island in islands:
+        if len(island) < min_area and (any_large or island is not largest):
+            for pixel in island:
+                mask[pixel] = False
+        changed |= len(island) < min_area
+    return mask, changed
+
+
+def ours(mask: Bool, min_area: int) -> Bool | None:
+    y, x = np.nonzero(mask)
+    box = [x.min(), y.min(), x.max(), y.max()]
+    within = mask[box[1] : box[3] + 1, box[0] : box[2] + 1]
+    return remove_small_regions(within, box, (mask.shape[0], mask.shape[1]), min_area)
+
+
+def region_cases() -> list[tuple[Bool, int]]:
+    """Masks that lie inside, touch one border, or reach from border to border (background in several pieces)."""
+    rng = np.random.default_rng(4)
+    cases = []
+    for number in range(150):
+        mask = np.zeros((14, 11), dtype=bool)
+        y0, y1 = sorted(rng.choice(15, 2, replace=False))
+        x0, x1 = sorted(rng.choice(12, 2, replace=False))
+        if number % 3 == 0:
+            y0, y1 = 0, 14
+        mask[y0:y1, x0:x1] = rng.random((y1 - y0, x1 - x0)) < rng.choice([0.2, 0.5, 0.8, 1.0])
+        if mask.any():
+            cases.append((mask, int(rng.choice([1, 3, 8, 30, 200]))))
+    return cases
+
+
+def test_remove_small_regions() -> None:
+    num_changed = 0
+    for mask, min_area in region_cases():
+        expected, changed = plain_clean(mask, min_area)
+        cleaned = ours(mask, min_area)
+        assert (cleaned is not None) == changed
+        if cleaned is not None:
+            assert np.array_equal(cleaned, expected)
+            num_changed += 1
+    assert 30 < num_changed < 140
+
+
+def test_remove_small_regions_as_the_reference_does() -> None:
+    """With OpenCV, as the published code calls it; of equally large islands that are all small it may keep another."""
+    cv2 = pytest.importorskip("cv2", reason="the comparison with OpenCV needs opencv-python-headless")
+    for mask, min_area in region_cases():
+        num, labels, stats, _ = cv2.connectedComponentsWithStats((~mask).astype(np.uint8), connectivity=8)
+        small = [i for i in range(1, num) if stats[i, -1] < min_area]
+        filled = mask | np.isin(labels, small)
+        num, labels, stats, _ = cv2.connectedComponentsWithStats(filled.astype(np.uint8), connectivity=8)
+        sizes = stats[1:, -1]
+        large = [i for i in range(1, num) if sizes[i - 1] >= min_area]
+        if not large and np.count_nonzero(sizes == sizes.max()) > 1:
+            continue
+        expected = np.isin(labels, large or [1 + int(np.argmax(sizes))])
+        cleaned = ours(mask, min_area)
+        assert np.array_equal(mask if cleaned is None else cleaned, expected)
