@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,3 +56,16 @@ class Candidates:
             stability_score=np.concatenate([p.stability_score for p in parts]),
             points_xy=np.concatenate([p.points_xy for p in parts]),
         )
+
+    @classmethod
+    def pick(cls, parts: list[Candidates], index: npt.NDArray[np.int64]) -> Candidates:
+        """cat(parts)[index], without ever holding the logits twice: they can be hundreds of MB."""
+        ends = np.cumsum([len(part) for part in parts])
+        logits = parts[0].logits.new_empty((len(index), *parts[0].logits.shape[1:]))
+        for part, start, end in zip(parts, ends - [len(part) for part in parts], ends, strict=True):
+            rows = np.flatnonzero((index >= start) & (index < end))
+            logits[torch.from_numpy(rows).to(logits.device)] = part.logits[
+                torch.from_numpy(index[rows] - start).to(logits.device)
+            ]
+        bare = cls.cat([replace(part, logits=part.logits[:, :0, :0]) for part in parts])
+        return replace(bare[index], logits=logits)

@@ -29,6 +29,7 @@ from samray.masks.records import Mask, choose, to_record, wanted_areas
 from samray.masks.regions import remove_small_regions
 from samray.masks.rle import Counts
 from samray.masks.scores import areas, mask_boxes, stability_scores
+from samray.masks.windows import upsample_occupied
 from samray.sam.sam import Decoded, Sam, input_size
 from samray.sam.transformer import ImageTokens
 
@@ -136,9 +137,10 @@ class MaskGenerator:
                 decoded = self._decode(context, batch, view.crop)
             with self._stage("score"):
                 found.append(self._score(decoded, batch, view))
-        candidates = Candidates.cat(found)
         with self._stage("nms"):
-            return candidates[box_nms(candidates.boxes_xyxy, candidates.predicted_iou, self.config.box_nms_thresh)]
+            boxes = np.concatenate([part.boxes_xyxy for part in found])
+            scores = np.concatenate([part.predicted_iou for part in found])
+            return Candidates.pick(found, box_nms(boxes, scores, self.config.box_nms_thresh))
 
     def _decode(self, context: ImageTokens, points: Float64, crop: Crop) -> Decoded:
         """Masks of single foreground clicks at points (N, 2), crop frame, with predicted IoU above the threshold.
@@ -153,7 +155,7 @@ class MaskGenerator:
     def _score(self, decoded: Decoded, points: Float64, view: _View) -> Candidates:
         """The masks that are stable, of the wanted size and not cut off by the crop's edge."""
         config, crop = self.config, view.crop
-        measured = [_measure(x, config.stability_score_offset) for _, x in self._upscaled(decoded.logits, crop)]
+        measured = [self._measure(few, crop) for few in decoded.logits.split(self._masks_at_once(crop)) if len(few)]
         numbers = torch.cat(measured).cpu().numpy() if measured else np.zeros((0, 6))
         stability, area = numbers[:, 0].astype(np.float32), numbers[:, 1]
         boxes = numbers[:, 2:].astype(np.int64) + np.array([crop.x0, crop.y0, crop.x0, crop.y0])
@@ -170,6 +172,19 @@ class MaskGenerator:
         )
         return candidates[keep]
 
+    def _measure(self, logits: Tensor, crop: Crop) -> Tensor:
+        """Low-res logits (M, 4h, 4w) to (M, 6) float64: stability score, area, box xyxy in the crop (inclusive)."""
+        offset, input_hw = self.config.stability_score_offset, self._input_hw(crop)
+        if self._masks_at_once(crop) == 1:  # a large image: most of its pixels are far from any one mask
+            lowest = MASK_THRESHOLD - offset
+            (x0, y0), upscaled = upsample_occupied(logits, lowest, self.model.image_size, input_hw, crop.hw)
+        else:
+            (x0, y0), upscaled = (0, 0), self.model.postprocess(logits, input_hw, crop.hw)
+        masks = upscaled > MASK_THRESHOLD
+        boxes = mask_boxes(masks) + torch.tensor([x0, y0, x0, y0], device=masks.device)
+        columns = [stability_scores(upscaled, MASK_THRESHOLD, offset), areas(masks), *boxes.T]
+        return torch.stack([column.double() for column in columns], dim=1)
+
     # --- one image: no duplicates across crops, then pixels for the kept ----------------------------------------------
 
     def _process_image(self, candidates: Candidates, image_hw: tuple[int, int]) -> list[dict[str, Any]]:
@@ -183,9 +198,7 @@ class MaskGenerator:
         with self._stage("rle"):
             masks = self._finish(candidates, crops, image_hw)
         with self._stage("nms"):
-            if (
-                config.min_mask_region_area > 0
-            ):  # cleaning may have made duplicates; untouched masks stay before cleaned ones
+            if config.min_mask_region_area > 0:  # cleaning can make duplicates; of those the untouched mask stays
                 boxes = [rle.box_xyxy(mask.counts, image_hw) for mask in masks]
                 untouched = [not mask.was_cleaned for mask in masks]
                 keep = box_nms(boxes, untouched, max(config.box_nms_thresh, config.crop_nms_thresh))
@@ -199,31 +212,37 @@ class MaskGenerator:
         finished: dict[int, Mask] = {}
         for crop_index in np.unique(candidates.crop_index):
             crop, rows = crops[crop_index], np.flatnonzero(candidates.crop_index == crop_index)
-            for few, logits in self._upscaled(candidates[rows].logits, crop):
-                pixels = logits > MASK_THRESHOLD
-                encoded = rle.encode_masks(pixels, (crop.x0, crop.y0), image_hw)
-                for row, mask, counts in zip(rows[few].tolist(), pixels, encoded, strict=True):
-                    cleaned = self._cleaned(mask, candidates.boxes_xyxy[row], crop, image_hw)
+            logits, num = candidates[rows].logits, self._masks_at_once(crop)
+            for start in range(0, len(rows), num):
+                runs = self._runs(logits[start : start + num], crop, image_hw)
+                for row, (counts, was_cleaned) in zip(rows[start : start + num].tolist(), runs, strict=True):
                     finished[row] = Mask(
-                        counts=counts if cleaned is None else cleaned,
+                        counts=counts,
+                        was_cleaned=was_cleaned,
                         predicted_iou=float(candidates.predicted_iou[row]),
                         stability_score=float(candidates.stability_score[row]),
                         point_xy=candidates.points_xy[row],
                         crop=crop,
-                        was_cleaned=cleaned is not None,
                     )
         return [finished[row] for row in range(len(candidates))]
 
-    def _cleaned(
-        self, mask: Tensor, box_xyxy: npt.NDArray[np.int64], crop: Crop, image_hw: tuple[int, int]
-    ) -> Counts | None:
-        """Runs of the mask (h, w), crop frame, without small regions; None where there are none."""
-        if self.config.min_mask_region_area == 0:
-            return None
-        x0, y0, x1, y1 = (box_xyxy - [crop.x0, crop.y0, crop.x0, crop.y0]).tolist()
-        within = mask[y0 : y1 + 1, x0 : x1 + 1].cpu().numpy()
-        cleaned = remove_small_regions(within, box_xyxy, image_hw, self.config.min_mask_region_area)
-        return None if cleaned is None else rle.encode_array(cleaned)
+    def _runs(self, logits: Tensor, crop: Crop, image_hw: tuple[int, int]) -> list[tuple[Counts, bool]]:
+        """Run lengths in the image frame of a few masks, low-res logits (M, 4h, 4w), and whether they were cleaned."""
+        pixels = self.model.postprocess(logits, self._input_hw(crop), crop.hw) > MASK_THRESHOLD
+        boxes = mask_boxes(pixels).cpu().numpy()
+        (x0, y0), (x1, y1) = boxes[:, :2].min(axis=0).tolist(), boxes[:, 2:].max(axis=0).tolist()
+        pixels = pixels[:, y0 : y1 + 1, x0 : x1 + 1]  # what lies outside of all boxes need not be read again
+        origin_xy = (crop.x0 + x0, crop.y0 + y0)
+        runs = [(counts, False) for counts in rle.encode_masks(pixels, origin_xy, image_hw)]
+        if self.config.min_mask_region_area > 0:
+            for i, mask in enumerate(pixels.cpu().numpy()):
+                box_xyxy = boxes[i] + np.array([crop.x0, crop.y0, crop.x0, crop.y0])
+                left, top, right, bottom = (boxes[i] - np.array([x0, y0, x0, y0])).tolist()
+                within = mask[top : bottom + 1, left : right + 1]
+                cleaned = remove_small_regions(within, box_xyxy, image_hw, self.config.min_mask_region_area)
+                if cleaned is not None:
+                    runs[i] = rle.encode_array(cleaned), True
+        return runs
 
     # --- sizes and times ----------------------------------------------------------------------------------------------
 
@@ -231,15 +250,11 @@ class MaskGenerator:
         """The crop's (h, w) within the model's square input."""
         return input_size(*crop.hw, self.model.image_size)
 
-    def _upscaled(self, logits: Tensor, crop: Crop) -> Iterator[tuple[slice, Tensor]]:
-        """logits (K, 4h, 4w) at the crop's own resolution, a few rows at a time, and which rows they are."""
-        height, width = crop.hw
-        bytes_each = 4 * max(height * width, self.model.image_size**2)
-        budget = _CPU_PIXEL_BYTES if logits.device.type == "cpu" else _GPU_PIXEL_BYTES
-        num = max(budget // bytes_each, 1)
-        for start in range(0, len(logits), num):
-            few = slice(start, start + num)
-            yield few, self.model.postprocess(logits[few], self._input_hw(crop), (height, width))
+    def _masks_at_once(self, crop: Crop) -> int:
+        """How many masks may be held at the crop's resolution together."""
+        bytes_each = 4 * max(crop.area, self.model.image_size**2)
+        budget = _CPU_PIXEL_BYTES if self.model.device.type == "cpu" else _GPU_PIXEL_BYTES
+        return max(budget // bytes_each, 1)
 
     def _points_per_batch(self) -> int:
         """As many prompts as fit into a part of the free memory; on a CPU the decoder splits them for its caches."""
@@ -260,13 +275,6 @@ class MaskGenerator:
             if self.model.device.type == "cuda":
                 torch.cuda.synchronize(self.model.device)  # else the wait would be booked on a later stage
             self.stage_seconds[name] += time.perf_counter() - start
-
-
-def _measure(logits: Tensor, stability_offset: float) -> Tensor:
-    """logits: (M, H, W). Returns (M, 6) float64: stability score, area, box xyxy (last pixel inclusive)."""
-    masks = logits > MASK_THRESHOLD
-    stability = stability_scores(logits, MASK_THRESHOLD, stability_offset)
-    return torch.cat([stability[:, None].double(), areas(masks)[:, None].double(), mask_boxes(masks).double()], dim=1)
 
 
 def _hw(image: Image) -> tuple[int, int]:

@@ -56,7 +56,7 @@ def wanted_areas(areas: npt.NDArray[Any], image_hw: tuple[int, int], config: Mas
     """Which areas, in pixels, are neither zero nor outside the configured limits."""
     wanted: npt.NDArray[np.bool_] = areas >= max(config.min_mask_area, 1)
     if config.max_mask_area_fraction is not None:
-        wanted = wanted & (areas < config.max_mask_area_fraction * image_hw[0] * image_hw[1])
+        wanted = wanted & (areas / (image_hw[0] * image_hw[1]) < config.max_mask_area_fraction)
     return wanted
 
 

@@ -76,11 +76,12 @@ class MaskDecoder(nn.Module):
         numbers = range(*masks.indices(NUM_MASK_TOKENS))
         return torch.stack([self.output_hypernetworks_mlps[i](mask_tokens[:, i]) for i in numbers], dim=1)
 
-    def upscale(self, keys: Tensor, hyper: Tensor) -> Tensor:
+    def upscale(self, keys: Tensor, hyper: Tensor, fine: Tensor | None = None) -> Tensor:
         """Mask logits at four times the embedding grid.
 
-        keys: (N, L, C); hyper: (N, M, C / 8). Returns (N, M, 4h, 4w). The 2x2 transposed convolutions have stride 2, so
-        each is a product cell by cell. Cells are brought into image order last, when M channels are left of C / 8.
+        keys: (N, L, C); hyper: (N, M, C / 8); fine: (B, L, ...) as `ImageTokens.fine`, for N / B prompts each. Returns
+        (N, M, 4h, 4w). The 2x2 transposed convolutions have stride 2, so each is a product cell by cell. Cells are
+        brought into image order last, when M channels are left of C / 8.
         """
         conv1, norm, _, conv2, _ = self.output_upscaling
         assert isinstance(norm, LayerNorm2d)
@@ -91,10 +92,19 @@ class MaskDecoder(nn.Module):
         n, cells, _ = keys.shape
         weight1 = conv1.weight.permute(0, 2, 3, 1).flatten(1)  # (C, 2 * 2 * C / 4)
         x = F.linear(keys, weight1.T, conv1.bias.repeat(4)).view(n, cells * 4, len(norm.weight))
-        x = F.gelu(F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps))
+        x = F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps)
+        split = 4 * x.shape[-1]
+        x = F.gelu(x if fine is None else _add_per_image(x, fine[..., :split]))
         weight2 = conv2.weight.permute(0, 2, 3, 1).flatten(1)
-        x = F.gelu(F.linear(x, weight2.T, conv2.bias.repeat(4))).view(n, cells * 16, hyper.shape[-1])
+        x = F.linear(x, weight2.T, conv2.bias.repeat(4)).view(n, cells * 16, hyper.shape[-1])
+        x = F.gelu(x if fine is None else _add_per_image(x, fine[..., split:]))
         masks = torch.bmm(hyper, x.transpose(1, 2))  # (N, M, h * w * 2 * 2 * 2 * 2)
         g, m = self.grid, masks.shape[1]
         masks = masks.view(n, m, g, g, 2, 2, 2, 2)  # h, w, then (y, x) of the first and of the second doubling
         return masks.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(n, m, 4 * g, 4 * g)
+
+
+def _add_per_image(x: Tensor, fine: Tensor) -> Tensor:
+    """x: (N, n, c) plus what each of the B images has for all of its N / B prompts, (B, L, n / L * c)."""
+    per_image = fine.reshape(len(fine), 1, *x.shape[1:])
+    return (x.view(len(fine), len(x) // len(fine), *x.shape[1:]) + per_image).flatten(0, 1)

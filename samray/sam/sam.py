@@ -104,7 +104,10 @@ class Sam(nn.Module):
         return pixels, [(image.shape[0], image.shape[1]) for image in resized]
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """pixels: (B, 3, S, S) as `preprocess` gives them. Returns the embeddings (B, C, h, w)."""
+        """pixels: (B, 3, S, S) as `preprocess` gives them. Returns the embeddings (B, C, h, w).
+
+        Of a model with `fine_features` these follow as further channels; the decoder knows.
+        """
         out: Tensor = self.image_encoder(pixels)
         return out
 
@@ -113,9 +116,12 @@ class Sam(nn.Module):
 
         embeddings: (B, C, h, w). mask_input: (B, 1, 4h, 4w) logits, or None for no mask prompt.
         """
-        encoder = self.prompt_encoder
+        encoder, channels = self.prompt_encoder, self.spec.embed_dim
+        fine = _tokens(embeddings[:, channels:]) if embeddings.shape[1] > channels else None
         dense = encoder.no_mask_embed.weight if mask_input is None else _tokens(encoder.encode_masks(mask_input))
-        return self.mask_decoder.transformer.prepare(_tokens(embeddings) + dense, encoder.dense_positions())
+        return self.mask_decoder.transformer.prepare(
+            _tokens(embeddings[:, :channels]) + dense, encoder.dense_positions(), fine
+        )
 
     # --- prompts to masks --------------------------------------------------------------------------------------------
 
@@ -140,7 +146,7 @@ class Sam(nn.Module):
         for start in range(0, len(points), chunk):
             rows = slice(start, start + chunk)
             sparse = self.prompt_encoder.encode_points(points[None, rows], labels[None, rows])
-            parts.append(self._decode_chunk(self.mask_decoder.run(context, sparse), masks, min_iou, start))
+            parts.append(self._decode_chunk(context, self.mask_decoder.run(context, sparse), masks, min_iou, start))
         if not parts:
             return self._nothing_decoded(3 if multimask else 1)
         if len(parts) == 1:
@@ -154,21 +160,17 @@ class Sam(nn.Module):
         index = none.long()
         return Decoded(none.new_zeros(0, side, side), none, index, index, none.new_zeros(0, masks_per_prompt))
 
-    def _decode_chunk(self, state: DecoderState, masks: slice, min_iou: float | None, first_prompt: int) -> Decoded:
+    def _decode_chunk(
+        self, context: ImageTokens, state: DecoderState, masks: slice, min_iou: float | None, first_prompt: int
+    ) -> Decoded:
+        decoder = self.mask_decoder
         all_iou = state.iou[:, masks].float()
         keep = torch.ones_like(all_iou, dtype=torch.bool) if min_iou is None else all_iou > min_iou
         prompt, mask = keep.nonzero(as_tuple=True)
-        if min_iou is None:
-            logits = self.mask_decoder.upscale(state.keys, self.mask_decoder.hyper(state.mask_tokens, masks)).flatten(
-                0, 1
-            )
-        else:
-            # A prompt with any survivor is upscaled once; of its masks only the survivors leave.
-            alive = keep.any(dim=1).nonzero()[:, 0]
-            hyper = self.mask_decoder.hyper(state.mask_tokens[alive], masks)
-            upscaled = self.mask_decoder.upscale(state.keys[alive], hyper)
-            logits = upscaled[keep[alive]]
-        return Decoded(logits.float(), all_iou[prompt, mask], prompt + first_prompt, mask, all_iou)
+        # A prompt with any survivor is upscaled once; of its masks only the survivors leave.
+        alive = keep.any(dim=1).nonzero()[:, 0]
+        upscaled = decoder.upscale(state.keys[alive], decoder.hyper(state.mask_tokens[alive], masks), context.fine)
+        return Decoded(upscaled[keep[alive]].float(), all_iou[prompt, mask], prompt + first_prompt, mask, all_iou)
 
     def _prompts_per_chunk(self, context: ImageTokens) -> int:
         if self.device.type != "cpu":
@@ -208,7 +210,7 @@ class Sam(nn.Module):
             context, tokens = self.prepare_decoder(embedding.expand(n, -1, -1, -1), mask_input), tokens[:, None]
         masks = slice(1, None) if multimask else slice(0, 1)
         state = self.mask_decoder.run(context, tokens)
-        logits = self.mask_decoder.upscale(state.keys, self.mask_decoder.hyper(state.mask_tokens, masks))
+        logits = self.mask_decoder.upscale(state.keys, self.mask_decoder.hyper(state.mask_tokens, masks), context.fine)
         return logits.float(), state.iou[:, masks].float()
 
     def decode_batch(
@@ -222,8 +224,10 @@ class Sam(nn.Module):
         b, n = sparse.shape[:2]
         if mask_input is not None:
             embeddings, sparse = embeddings.repeat_interleave(n, dim=0), sparse.flatten(0, 1)[:, None]
-        state = self.mask_decoder.run(self.prepare_decoder(embeddings, mask_input), sparse)
-        logits = self.mask_decoder.upscale(state.keys, self.mask_decoder.hyper(state.mask_tokens, slice(None)))
+        context = self.prepare_decoder(embeddings, mask_input)
+        state = self.mask_decoder.run(context, sparse)
+        hyper = self.mask_decoder.hyper(state.mask_tokens, slice(None))
+        logits = self.mask_decoder.upscale(state.keys, hyper, context.fine)
         return logits.unflatten(0, (b, n)), state.iou.unflatten(0, (b, n))
 
     def postprocess(self, logits: Tensor, input_hw: tuple[int, int], original_hw: tuple[int, int]) -> Tensor:

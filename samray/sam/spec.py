@@ -34,6 +34,8 @@ class TinyVitSpec:
     windows: tuple[int, ...]
     strides: tuple[int, ...]
     """What the merging after stage i shrinks the grid by; one entry fewer than stages. The stem shrinks by 4."""
+    fine_features: bool = False
+    """Hand the first two stages' features to the decoder's upscaling, as SAM 2 does: sharp edges from a small model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +86,12 @@ MODELS: dict[str, ModelSpec] = {
             name="tiny",
             image_size=384,
             encoder=TinyVitSpec(
-                dims=(32, 64, 160), depths=(2, 2, 6), num_heads=(1, 2, 5), windows=(8, 8, 16), strides=(2, 2)
+                dims=(32, 64, 160),
+                depths=(2, 2, 6),
+                num_heads=(1, 2, 5),
+                windows=(8, 8, 16),
+                strides=(2, 2),
+                fine_features=True,
             ),
             embed_dim=128,
             decoder_heads=4,

@@ -122,14 +122,37 @@ class Stage(nn.Module):
         if downsample is not None:
             self.downsample = downsample
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.downsample(x) if hasattr(self, "downsample") else x
+
+class FineFeatures(nn.Module):
+    """What the decoder's upscaling adds at its first and second doubling, packed cell by cell of the embedding grid.
+
+    Source: SAM 2 (Ravi et al., 2024), the decoder's skip connections; the two projections begin at zero.
+    """
+
+    def __init__(self, dims: tuple[int, ...], embed_dim: int) -> None:
+        super().__init__()
+        self.conv_s0 = nn.Conv2d(dims[0], embed_dim // 8, kernel_size=1)
+        self.conv_s1 = nn.Conv2d(dims[1], embed_dim // 4, kernel_size=1)
+        for conv in (self.conv_s0, self.conv_s1):
+            nn.init.zeros_(conv.weight)
+            assert conv.bias is not None
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, stage0: Tensor, stage1: Tensor) -> Tensor:
+        """stage0: (B, dims[0], 4h, 4w), stage1: (B, dims[1], 2h, 2w). Returns (B, 4 * C / 4 + 16 * C / 8, h, w).
+
+        Channels: the C / 4 features of a cell's four quarters (y, x), then the C / 8 features of its sixteen sixteenths
+        (y, x of the quarter, y, x within it): the order in which `MaskDecoder.upscale` makes them.
+        """
+        s1, s0 = self.conv_s1(stage1), self.conv_s0(stage0)
+        b, _, h, w = s1.shape
+        halves = s1.view(b, -1, h // 2, 2, w // 2, 2).permute(0, 3, 5, 1, 2, 4)
+        quarters = s0.view(b, -1, h // 2, 2, 2, w // 2, 2, 2).permute(0, 3, 6, 4, 7, 1, 2, 5)
+        return torch.cat([halves.reshape(b, -1, h // 2, w // 2), quarters.reshape(b, -1, h // 2, w // 2)], dim=1)
 
 
 class TinyViT(nn.Module):
-    """(B, 3, S, S) normalised pixels -> (B, C, S / stride, S / stride)."""
+    """(B, 3, S, S) normalised pixels -> (B, C, S / stride, S / stride), more channels with `fine_features`."""
 
     def __init__(self, spec: TinyVitSpec, out_channels: int) -> None:
         super().__init__()
@@ -144,10 +167,17 @@ class TinyViT(nn.Module):
             last = i == len(spec.dims) - 1
             self.layers.append(Stage(blocks, None if last else PatchMerging(dim, spec.dims[i + 1], spec.strides[i])))
         self.neck = make_neck(spec.dims[-1], out_channels)
+        if spec.fine_features:
+            self.fine = FineFeatures(spec.dims, out_channels)
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.patch_embed(pixels.contiguous(memory_format=torch.channels_last))
+        features = []
         for stage in self.layers:
-            x = stage(x)
+            assert isinstance(stage, Stage)
+            for block in stage.blocks:
+                x = block(x)
+            features.append(x)
+            x = stage.downsample(x) if hasattr(stage, "downsample") else x
         out: Tensor = self.neck(x)
-        return out
+        return torch.cat([out, self.fine(*features[:2])], dim=1) if hasattr(self, "fine") else out

@@ -109,6 +109,8 @@ class ImageTokens:
     write_queries: Tensor
     pe_keys: list[Tensor]
     pe_queries: list[Tensor]
+    fine: Tensor | None = None
+    """(B, L, 4 * C / 4 + 16 * C / 8) features that join in the upscaling, of encoders that give them."""
 
     def __len__(self) -> int:
         return self.src.shape[0]
@@ -123,6 +125,7 @@ class ImageTokens:
             self.write_queries[one],
             self.pe_keys,
             self.pe_queries,
+            None if self.fine is None else self.fine[one],
         )
 
 
@@ -159,8 +162,8 @@ class TwoWayTransformer(nn.Module):
     def blocks(self) -> list[TwoWayBlock]:
         return [b for b in self.layers if isinstance(b, TwoWayBlock)]
 
-    def prepare(self, src: Tensor, pe: Tensor) -> ImageTokens:
-        """src: (B, L, C) image tokens; pe: (L, C) their positions."""
+    def prepare(self, src: Tensor, pe: Tensor, fine: Tensor | None = None) -> ImageTokens:
+        """src: (B, L, C) image tokens; pe: (L, C) their positions; fine: passed on."""
         first, *later = self.blocks()
         read, write = first.cross_attn_token_to_image, first.cross_attn_image_to_token
         placed = src + pe
@@ -176,6 +179,7 @@ class TwoWayTransformer(nn.Module):
             write_queries=write.split(write.q_proj(placed)),
             pe_keys=pe_keys,
             pe_queries=pe_queries,
+            fine=fine,
         )
 
     def forward(self, image: ImageTokens, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,3 +59,19 @@ def label(local_ray: None, config: Callable[..., Config]) -> Callable[..., Label
         return label_with(str(input), str(output), config(*overrides), progress=False, **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seeded random weights of the architecture `tiny`, under which it finds masks."""
+    from safetensors.torch import save_file
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "parity"))
+    from weights import random_sam
+
+    from samray.sam.spec import MODELS
+
+    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
+    state = random_sam(MODELS["tiny"]).state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    return path

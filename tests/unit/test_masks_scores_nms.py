@@ -71,7 +71,7 @@ def test_box_nms(seed: int) -> None:
     for thresh in (0.0, 0.3, 0.5, 0.6, 0.7, 1.0):
         keep = box_nms(boxes, scores, thresh).tolist()
         assert keep == plain_nms(boxes, scores, thresh)
-        assert 0 < len(keep) < 80
+        assert len(keep) < 80 or thresh == 1
 
 
 def test_box_nms_compares_exactly_at_the_threshold() -> None:

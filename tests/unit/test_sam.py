@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -141,6 +143,38 @@ def test_no_prompts_give_no_masks(model: Sam, embedding: torch.Tensor, min_iou: 
     decoded = model.decode_points(model.prepare_decoder(embedding), *clicks(0), min_iou=min_iou)
     assert decoded.logits.shape == (0, 32, 32)
     assert decoded.all_iou.shape == (0, 3)
+
+
+@torch.no_grad()
+def test_fine_features_join_the_upscaling_as_in_plain_convolutions() -> None:
+    """SAM 2's form: transposed convolutions over the whole map, the features added after each of them."""
+    encoder = TinyVitSpec(dims=(16, 32, 32), depths=(1, 1, 1), num_heads=(1, 2, 2), windows=(4, 4, 4), strides=(2, 2))
+    model = Sam(replace(SPEC, encoder=replace(encoder, fine_features=True))).eval()
+    fine = model.image_encoder.fine
+    torch.nn.init.normal_(fine.conv_s0.weight)
+    torch.nn.init.normal_(fine.conv_s1.weight)
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    stages, x = [], model.image_encoder.patch_embed(pixels)
+    for stage in model.image_encoder.layers[:2]:
+        for block in stage.blocks:
+            x = block(x)
+        stages.append(x)
+        x = stage.downsample(x)
+    points, labels = clicks(6)
+    sparse = model.prompt_encoder.encode_points(points, labels).unflatten(0, (2, 3))
+    context = model.prepare_decoder(model.encode_images(pixels))
+    state = model.mask_decoder.run(context, sparse)
+    hyper = model.mask_decoder.hyper(state.mask_tokens, slice(1, None))
+    conv1, norm, gelu, conv2, _ = model.mask_decoder.output_upscaling
+    maps = state.keys.transpose(1, 2).unflatten(2, (4, 4))
+    maps = gelu(norm(conv1(maps)) + fine.conv_s1(stages[1]).repeat_interleave(3, dim=0))
+    maps = gelu(conv2(maps) + fine.conv_s0(stages[0]).repeat_interleave(3, dim=0))
+    expected = (hyper @ maps.flatten(2)).unflatten(2, (16, 16))
+    torch.testing.assert_close(model.mask_decoder.upscale(state.keys, hyper, context.fine), expected)
+    second = model.decode_points(context[1], points[3:], labels[3:])
+    torch.testing.assert_close(second.logits, expected[3:].flatten(0, 1))
+    none = model.decode_points(context[1], points[3:], labels[3:], min_iou=float("inf"))
+    assert none.logits.shape == (0, 16, 16)
 
 
 def test_predict_wants_a_prompt_and_labels(model: Sam, embedding: torch.Tensor) -> None:

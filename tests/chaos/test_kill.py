@@ -1,0 +1,111 @@
+"""Things are killed in the middle; the finished output is that of a run in which nothing was."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import standin
+from drivers import driver, has_shards, wait_until
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "pipeline"))
+
+from outputs import check_every_image_once
+
+from samray import storage
+from samray.dataset.shards import done_shards
+
+NUM_IMAGES = 24
+NUM_SHARDS = NUM_IMAGES // 4
+ROUNDS = int(os.environ.get("SAMRAY_CHAOS_ROUNDS", "2"))
+SECONDS_PER_IMAGE = "0.15"
+
+
+def _source(root: str) -> tuple[str, str, dict[str, bytes]]:
+    source = storage.join(root, "in")
+    uris = standin.write_images(source, NUM_IMAGES)
+    return source, storage.join(root, "out"), {Path(uri).name: standin.make_image(i) for i, uri in enumerate(uris)}
+
+
+def test_kill_9_of_the_driver_again_and_again(storage_root: str, tmp_path: Path) -> None:
+    """SAMRAY_CHAOS_ROUNDS=10 for the figure in the README."""
+    source, output, images = _source(storage_root)
+    rng = random.Random(os.environ.get("SAMRAY_CHAOS_SEED", "7"))
+    num_done = []
+    for i in range(ROUNDS):
+        with driver(tmp_path / f"{i}.log", source, output, SECONDS_PER_IMAGE) as running:
+            # Planning takes a moment in which nothing interesting can die: from then on, at any time.
+            wait_until(lambda: storage.exists(storage.join(output, "_samray", "run.json")), running)
+            if i % 2 == 0:
+                wait_until(has_shards(output, min(len(done_shards(output)) + 1, NUM_SHARDS)), running)
+            deadline = time.monotonic() + rng.uniform(0.0, 3.0)
+            while time.monotonic() < deadline and running.process.poll() is None:
+                running.look_around()
+                time.sleep(0.05)
+            running.kill()
+            num_done.append(len(done_shards(output)))
+            # Ray's processes end with their driver, as a rule; one that was just starting may stay, and is ended here.
+            running.clean_up(patience_s=5)
+    with driver(tmp_path / "last.log", source, output, "0") as last:
+        assert last.wait() == 0, last.text()
+    check_every_image_once(output, images)
+    assert num_done == sorted(num_done)
+    print(f"shards done at each kill: {num_done}")
+
+
+def test_kill_9_of_an_actor(tmp_path: Path) -> None:
+    source, output, images = _source(str(tmp_path))
+    with driver(tmp_path / "log", source, output, SECONDS_PER_IMAGE) as running:
+        wait_until(has_shards(output, 1), running)
+        victims = running.workers("MapWorker")
+        assert victims, running.text()
+        for victim in victims:
+            victim.kill()
+        assert running.wait() == 0, running.text()
+    check_every_image_once(output, images)
+
+
+BREAK_WRITES = '''
+"""Loaded by every process of the run: the write of one shard fails, once or always."""
+import os, sys
+import importlib.abc, importlib.util
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name != "samray.dataset.shards":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+        def exec_module(module):
+            load(module)
+            commit = module.commit_shard
+            def commit_shard(output, shard, *args, **kwargs):
+                if shard == 2:
+                    raise RuntimeError("the disk is on fire")
+                return commit(output, shard, *args, **kwargs)
+            module.commit_shard = commit_shard
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, _Finder())
+'''
+
+
+def test_an_exception_inside_a_write(storage_root: str, tmp_path: Path) -> None:
+    source, output, images = _source(storage_root)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "sitecustomize.py").write_text(BREAK_WRITES)
+
+    with driver(tmp_path / "log", source, output, "0", environment={"PYTHONPATH": str(tmp_path / "broken")}) as first:
+        assert first.wait() == 1, first.text()
+        assert "the disk is on fire" in first.text()
+    assert 2 not in done_shards(output)
+    assert not storage.exists(storage.join(output, "_SUCCESS"))
+
+    with driver(tmp_path / "second.log", source, output, "0") as second:
+        assert second.wait() == 0, second.text()
+    check_every_image_once(output, images)

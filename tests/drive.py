@@ -1,0 +1,31 @@
+"""`samray.label` with the stand-in labeler as a process of its own, for tests that stop or kill it.
+
+python tests/drive.py INPUT OUTPUT SECONDS_PER_IMAGE [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
+
+import standin
+
+from samray.config import load_config
+from samray.pipeline.report import print_report
+from samray.pipeline.run import label_with
+
+
+def main(input: str, output: str, seconds: str, *overrides: str) -> int:
+    # Any file serves as checkpoint: the stand-in loads none, and the run only wants its hash.
+    config = load_config(None, None, [f"model.checkpoint={__file__}", "output.images_per_shard=4", *overrides])
+    make_labeler = functools.partial(standin.make_labeler, seconds=float(seconds))
+    report = label_with(input, output, config, make_labeler=make_labeler)
+    print_report(report)
+    return report.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

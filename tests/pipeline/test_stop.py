@@ -1,0 +1,60 @@
+"""Signals: what is in flight is committed, the rest is left for the next run."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import standin
+from drivers import driver, has_shards, send, wait_until
+from outputs import attempts_left, check_every_image_once
+
+from samray import storage
+from samray.dataset.shards import done_shards
+
+NUM_IMAGES = 24
+
+
+@pytest.mark.parametrize(
+    ("signum", "exit_code", "group"), [(signal.SIGTERM, 143, False), (signal.SIGINT, 130, True)], ids=["term", "int"]
+)
+def test_a_signal_drains_and_the_same_command_goes_on(
+    signum: signal.Signals, exit_code: int, group: bool, tmp_path: Path
+) -> None:
+    source, output = str(tmp_path / "in"), str(tmp_path / "out")
+    images = {Path(uri).name: standin.make_image(i) for i, uri in enumerate(standin.write_images(source, NUM_IMAGES))}
+
+    with driver(tmp_path / "first.log", source, output, "0.25") as first:
+        wait_until(has_shards(output, 1), first)
+        send(first, signum, group=group)
+        assert first.wait() == exit_code, first.text()
+        done = done_shards(output)
+        assert 1 <= len(done) < NUM_IMAGES // 4, first.text()
+        assert "goes on from here" in first.text()
+        assert not storage.exists(storage.join(output, "_SUCCESS"))
+        assert attempts_left(output) == {}  # nothing was left half done
+        assert not first.clean_up(patience_s=30)
+
+    kept = {
+        shard: (tmp_path / "out" / "annotations" / f"shard-{shard:06d}.parquet").stat().st_mtime_ns for shard in done
+    }
+    with driver(tmp_path / "second.log", source, output, "0") as second:
+        assert second.wait() == 0, second.text()
+    for shard, written_at in kept.items():
+        assert (tmp_path / "out" / "annotations" / f"shard-{shard:06d}.parquet").stat().st_mtime_ns == written_at
+    check_every_image_once(output, images)
+
+
+def test_a_shard_that_takes_longer_than_the_drain_is_given_up(tmp_path: Path) -> None:
+    source, output = str(tmp_path / "in"), str(tmp_path / "out")
+    standin.write_images(source, 40)
+    settings = ("output.images_per_shard=20", "cluster.drain_timeout_s=0.5", "cluster.num_cpus_per_actor=1")
+
+    with driver(tmp_path / "log", source, output, "1.0", *settings) as running:
+        wait_until(lambda: bool(attempts_left(output)), running)
+        send(running, signal.SIGTERM)
+        assert running.wait() == 143, running.text()
+
+    assert done_shards(output) == set()
+    assert attempts_left(output) == {}  # called off, so it does not count against the images
