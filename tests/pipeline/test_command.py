@@ -7,17 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import standin
 from outputs import rows_of
-
-from samray import storage
+from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_label_then_label_again(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    from weights import blobs  # beside the random weights: images on which they find masks
+
+    (tmp_path / "in").mkdir()
     for i in range(4):
-        storage.put(str(tmp_path / "in" / f"{i}.png"), standin.make_image(i, (96, 64)))
+        Image.fromarray(blobs(i, (96, 128))).save(tmp_path / "in" / f"{i}.png")
     (tmp_path / "in" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 and no more")
 
     def run() -> subprocess.CompletedProcess[str]:
