@@ -44,14 +44,8 @@ def machine() -> dict[str, Any]:
         cpu = next((line.split(":", 1)[1].strip() for line in info.open() if line.startswith("model name")), cpu)
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     packages = {name: version(name) for name in ("torch", "ray", "pyarrow")}
-    return {
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "python": platform.python_version(),
-        "samray": samray.__version__,
-        **packages,
-    }
+    versions = {"python": platform.python_version(), "samray": samray.__version__, **packages}
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, **versions}
 
 
 def timed(body: Callable[[], object]) -> float:

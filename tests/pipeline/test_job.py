@@ -103,7 +103,7 @@ def head(tmp_path: Path) -> Iterator[Head]:
         finally:
             family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
             process.terminate()
-            _, alive = psutil.wait_procs(family, timeout=20)
+            _, alive = psutil.wait_procs(family, timeout=5)
             for left in alive:
                 left.kill()
             psutil.wait_procs(alive, timeout=10)
