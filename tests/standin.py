@@ -16,6 +16,7 @@ from pycocotools import mask as coco_mask
 
 from samray import storage
 from samray.config import Config
+from samray.errors import ConfigError
 from samray.pipeline.labeler import ShardLabeler
 
 POISON = (66, 6, 6)
@@ -98,3 +99,20 @@ def make_labeler(config: Config, num_threads: int, seconds: float = 0.0) -> Shar
 def make_poisoned_labeler(config: Config, num_threads: int) -> ShardLabeler:
     """For `label_with`."""
     return _labeler(config, num_threads, PoisonedGenerator)
+
+
+def make_no_labeler(config: Config, num_threads: int) -> ShardLabeler:
+    """For `label_with`: a model that cannot be had."""
+    raise ConfigError("model.device: cuda was asked for")
+
+
+class FailingGenerator(StandIn):
+    """Fails as CUDA does when the device is lost."""
+
+    def generate(self, images: list[NDArray[np.uint8]]) -> list[list[dict[str, Any]]]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def make_failing_labeler(config: Config, num_threads: int) -> ShardLabeler:
+    """For `label_with`."""
+    return _labeler(config, num_threads, FailingGenerator)

@@ -13,7 +13,7 @@ import ray
 
 from samray.dataset.inputs import fetch_images
 from samray.dataset.schema import records_to_table
-from samray.errors import ImageError
+from samray.errors import ImageError, SamrayError
 from samray.pipeline.attempts import ShardAttempts
 from samray.pipeline.faults import DeviceFault
 from samray.pipeline.labeler import EncodedImage, ShardLabeler, build_labeler
@@ -60,9 +60,16 @@ class LabelActor:
         self.config = config
         self.run_id = run_id
         self.state = state
-        self.labeler = make_labeler(config, num_threads)
+        self.fault: SamrayError | None = None
+        try:
+            self.labeler = make_labeler(config, num_threads)
+        except SamrayError as error:
+            # Raised here, Ray would start one actor after another; raised with the first shard, it ends the run.
+            self.fault = error
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        if self.fault is not None:
+            raise self.fault
         (shard,), (retry,) = batch["shard"].to_pylist(), batch["retry"].to_pylist()
         left_alone = {"shard": shard, "retry": retry, "attempt": 0}
         if not self._may_begin(shard):

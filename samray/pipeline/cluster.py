@@ -139,6 +139,8 @@ def start_local_ray(**options: Any) -> str:
     import_path = os.pathsep.join(str(Path(entry or ".").absolute()) for entry in sys.path)
     # Ray's C++ side else warns on our stderr that every actor of Ray Data has an argument in the object store.
     level = os.environ.get("RAY_BACKEND_LOG_LEVEL", "fatal")
+    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < (os.cpu_count() or 1):
+        options.setdefault("num_cpus", len(os.sched_getaffinity(0)))  # of taskset and batch systems Ray knows nothing
     with _environment(PYTHONPATH=import_path, RAY_BACKEND_LOG_LEVEL=level), _no_log_level_notice():
         ray.init("local", include_dashboard=False, _temp_dir=temp_dir, **QUIET, **options)
     return temp_dir

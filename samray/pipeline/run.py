@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from samray import storage
 from samray.config import Config, load_config
 from samray.dataset.manifest import Plan, make_plan
 from samray.dataset.shards import done_shards, mark_success
@@ -32,6 +33,13 @@ POLL_S = 0.5
 
 GIVE_UP_S = 20.0
 """How long a labeler may take, after the drain's time is up, to come to the end of a group of images and notice."""
+
+LEAVE_S = 2.0
+"""How long what is left may take to run dry: that ends more quietly than being cut off, but may be a million shards."""
+
+
+RAY_DATAS_ADVICE = "\nFailed to apply UDF transform"
+"""Ray Data appends to the message of each error how to make it retry, which here storage alone does."""
 
 
 def label(
@@ -67,6 +75,11 @@ def label_with(
     on_plan is called with the plan and the shards found done, before anything is started.
     """
     started = time.monotonic()
+    if make_labeler is None and not storage.exists(storage.join(str(output), "_samray", "run.json")):
+        # Before the plan is made, for it would tie the output to weights that do not fit.
+        from samray.sam.checkpoints import check_checkpoint
+
+        check_checkpoint(config.model.name, config.model.checkpoint)
     plan = make_plan(str(input), str(output), config, run_identity(config))
     done = done_shards(plan.output)
     on_plan(plan, done)
@@ -184,7 +197,7 @@ def _drive(dataset: ray.data.Dataset, run: _Run, state: Any, stop: StopRequest) 
     stream.start()
     num_before = num_committed = run.view.num_done
     num_failed_before = run.report.num_failed
-    deadline = None
+    deadline = drained_at = None
     try:
         while True:
             for row in _waiting(rows):
@@ -206,7 +219,9 @@ def _drive(dataset: ray.data.Dataset, run: _Run, state: Any, stop: StopRequest) 
                 under_way = {}
             if deadline is not None:
                 if not under_way or time.monotonic() > deadline + GIVE_UP_S:
-                    break
+                    drained_at = drained_at or time.monotonic()
+                    if time.monotonic() > drained_at + LEAVE_S:
+                        break
                 run.view.update(note=f"stopping, {len(under_way)} shards in flight")
             elif under_way or num_committed > num_before:
                 run.view.update(note="labelling")
@@ -245,14 +260,19 @@ def _waiting(rows: queue.SimpleQueue[Any]) -> Iterator[Any]:
 
 
 def _plain(error: BaseException) -> BaseException:
-    """Our own error out of Ray's wrapping, so that callers can tell a StorageError from a bug."""
+    """Our own error out of Ray's wrapping, or one that says in a line what Ray's says in a hundred."""
     inner: BaseException | None = error
     while inner is not None:
         cause = getattr(inner, "cause", None)
         inner = cause if isinstance(cause, BaseException) else inner.__cause__
         if isinstance(inner, SamrayError) and not hasattr(inner, "cause"):
+            inner.args = (str(inner).partition(RAY_DATAS_ADVICE)[0],)
             return inner
-    return error
+    lines = [line.strip() for line in str(error).partition(RAY_DATAS_ADVICE)[0].splitlines() if line.strip()]
+    lines = lines or [type(error).__name__]
+    plain = SamrayError(f"the run ended early: {lines[-1]}; the same command again goes on from here")
+    plain.__cause__ = error
+    return plain
 
 
 def _conclude(plan: Plan, config: Config, report: LabelReport, stopped_by: StopRequest | None) -> LabelReport:

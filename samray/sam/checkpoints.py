@@ -66,16 +66,26 @@ def build(spec: ModelSpec, state: Mapping[str, Tensor], origin: str) -> Sam:
 
     Raises ConfigError naming the keys that are missing, unexpected or misshapen; origin is what it calls the file.
     """
-    problems = _problems(_shapes(spec), state)
-    if problems:
-        fits = [other.name for other in MODELS.values() if other is not spec and not _problems(_shapes(other), state)]
-        hint = f" It fits {' and '.join(fits)}: set model.name={fits[0]}." if fits else ""
-        raise ConfigError(f"{origin} does not fit {spec.name}: {'; '.join(problems)}.{hint}")
+    _refuse_misfit(spec, state, origin)
     with _NoInit():
         model = Sam(spec)
     # Copied, not assigned: half-precision files become float32 on the way, and nothing keeps the file mapped.
     model.load_state_dict(dict(state), strict=False)
     return model.eval().requires_grad_(False)
+
+
+def check_checkpoint(name: str = "tiny", checkpoint: str | Path | None = None) -> None:
+    """Look at a model's weights without building the model. Raises ConfigError where `load_model` would."""
+    path = resolve_checkpoint(name, checkpoint)
+    _refuse_misfit(find_spec(name), read_state_dict(path), str(path))
+
+
+def _refuse_misfit(spec: ModelSpec, state: Mapping[str, Tensor], origin: str) -> None:
+    problems = _problems(_shapes(spec), state)
+    if problems:
+        fits = [other.name for other in MODELS.values() if other is not spec and not _problems(_shapes(other), state)]
+        hint = f" It fits {' and '.join(fits)}: set model.name={fits[0]}." if fits else ""
+        raise ConfigError(f"{origin} does not fit {spec.name}: {'; '.join(problems)}.{hint}")
 
 
 def find_spec(name: str) -> ModelSpec:

@@ -15,8 +15,9 @@ from outputs import attempts_left, check_every_image_once, rows_of
 
 from samray import storage
 from samray.dataset.shards import done_shards, shard_uri
-from samray.errors import ConfigError
+from samray.errors import ConfigError, SamrayError
 from samray.pipeline import run as run_module
+from samray.pipeline.actor import MAX_QUARANTINED
 from samray.pipeline.report import LabelReport
 
 Label = Callable[..., LabelReport]
@@ -212,3 +213,18 @@ def test_an_image_that_kills_its_process_is_quarantined(tmp_path: Path, label: L
     assert report.failures == {"quarantined": 1}
     assert report.num_labelled == 5
     assert attempts_left(str(tmp_path / "out")) == {}
+
+
+def test_a_model_that_cannot_be_had_ends_the_run_with_its_own_sentence(tmp_path: Path, label: Label) -> None:
+    source = _put_folder(str(tmp_path), _images())
+    with pytest.raises(ConfigError) as caught:
+        label(source, tmp_path / "out", make_labeler=standin.make_no_labeler)
+    assert str(caught.value) == "model.device: cuda was asked for"
+
+
+def test_a_device_that_never_works_does_not_quarantine_a_whole_data_set(tmp_path: Path, label: Label) -> None:
+    images = {f"img_{i:03d}.png": standin.make_image(i) for i in range(MAX_QUARANTINED + 2)}
+    source = _put_folder(str(tmp_path), images)
+    with pytest.raises(SamrayError, match="ended the labelling process"):
+        label(source, tmp_path / "out", "output.images_per_shard=100", make_labeler=standin.make_failing_labeler)
+    assert done_shards(str(tmp_path / "out")) == set()
