@@ -28,6 +28,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sources", nargs="*", default=[], metavar="DIR", help="folders of cut-outs and photographs")
     parser.add_argument("--cache", default="~/.cache/samray", metavar="DIR", help="where the decoded sources are kept")
     parser.add_argument("--model", default=default.model, help="row of the model table (default: %(default)s)")
+    parser.add_argument("--init", metavar="WEIGHTS", help="begin with these weights instead of random ones")
     parser.add_argument("--minutes", type=float, default=default.minutes, help="time budget (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=default.steps, help="step budget (default: %(default)s)")
     parser.add_argument(
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         config = TrainConfig(
             model=args.model,
+            init=args.init,
             minutes=args.minutes,
             steps=args.steps,
             batch_size=args.batch_size,

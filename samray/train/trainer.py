@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from samray.errors import ConfigError
-from samray.sam.checkpoints import find_spec
+from samray.sam.checkpoints import find_spec, load_model
 from samray.sam.sam import Sam
 from samray.sam.spec import TinyVitSpec
 from samray.scene_paint import Source
@@ -41,6 +41,8 @@ class TrainConfig:
     """How to train. The defaults made the embedded model."""
 
     model: str = "tiny"
+    init: str | None = None
+    """Weights to begin with, any checkpoint of the model; None begins with random ones."""
     minutes: float = 90.0
     """Time budget, summed over resumed runs."""
     steps: int = 1_000_000
@@ -104,6 +106,10 @@ class Trainer:
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.low_res = 4 * self.model.spec.grid
         self.optimizer = _make_optimizer(self.model, self.config)
+        if state is None and self.config.init is not None:
+            begun = load_model(self.config.model, self.config.init, device="cpu").state_dict()
+            self.model.load_state_dict(begun)
+            self.ema.load_state_dict(begun)
         if state is not None:
             self.model.load_state_dict(state["model"])
             self.ema.load_state_dict(state["ema"])

@@ -292,6 +292,17 @@ def test_small_scenes_come_first_and_what_they_taught_is_kept(tmp_path: Path):
     torch.testing.assert_close(trainer.model.mask_decoder.iou_token.weight.detach(), before, atol=1e-4, rtol=0)
 
 
+def test_a_run_can_begin_with_weights(tmp_path: Path):
+    Trainer(tmp_path / "first", CONFIG).fit()
+    weights = tmp_path / "first" / WEIGHTS_FILE
+    second = Trainer(tmp_path / "second", replace(CONFIG, init=str(weights), seed=1))
+    begun = Trainer(tmp_path / "first", CONFIG).ema.state_dict()
+    for state in (second.model.state_dict(), second.ema.state_dict()):
+        for name, value in state.items():
+            torch.testing.assert_close(value, begun[name], rtol=1e-3, atol=1e-5, msg=name)  # stored in half precision
+    assert second.step == 0
+
+
 def test_progress_follows_whichever_budget_is_used_up_faster(tmp_path: Path):
     trainer = Trainer(tmp_path, replace(CONFIG, minutes=10.0, steps=100))
     trainer.step, trainer.elapsed_s = 20, 300.0
