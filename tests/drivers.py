@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,13 +25,14 @@ class Driver:
 
     def __init__(self, log: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
         self.log = log
+        self.temp_dir = tempfile.mkdtemp(prefix="drive-", dir="/tmp")  # short: Ray's sockets lie in it
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 [sys.executable, str(DRIVE), *arguments],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+                env={**os.environ, "TMPDIR": self.temp_dir, "OMP_NUM_THREADS": "1", **(environment or {})},
             )
         self.family: dict[int, psutil.Process] = {}
 
@@ -76,6 +79,7 @@ class Driver:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(alive, timeout=10)
+        shutil.rmtree(self.temp_dir, ignore_errors=True)
         return [process.pid for process in alive]
 
 

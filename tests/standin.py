@@ -104,15 +104,3 @@ def make_poisoned_labeler(config: Config, num_threads: int) -> ShardLabeler:
 def make_no_labeler(config: Config, num_threads: int) -> ShardLabeler:
     """For `label_with`: a model that cannot be had."""
     raise ConfigError("model.device: cuda was asked for")
-
-
-class FailingGenerator(StandIn):
-    """Fails as CUDA does when the device is lost."""
-
-    def generate(self, images: list[NDArray[np.uint8]]) -> list[list[dict[str, Any]]]:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-
-def make_failing_labeler(config: Config, num_threads: int) -> ShardLabeler:
-    """For `label_with`."""
-    return _labeler(config, num_threads, FailingGenerator)

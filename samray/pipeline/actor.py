@@ -36,7 +36,7 @@ LABELLED = pa.schema(
     ]
 )
 
-MAX_QUARANTINED = 8
+MAX_QUARANTINED = 4
 """In one shard. When more kill the process than this, the process is sick, not the images."""
 
 

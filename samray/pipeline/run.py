@@ -222,7 +222,7 @@ def _drive(dataset: ray.data.Dataset, run: _Run, state: Any, stop: StopRequest) 
                     drained_at = drained_at or time.monotonic()
                     if time.monotonic() > drained_at + LEAVE_S:
                         break
-                run.view.update(note=f"stopping, {len(under_way)} shards in flight")
+                run.view.update(note=f"stopping, {len(under_way)} shard{'s' * (len(under_way) != 1)} in flight")
             elif under_way or num_committed > num_before:
                 run.view.update(note="labelling")
             else:

@@ -18,6 +18,7 @@ from samray.dataset.shards import done_shards, shard_uri
 from samray.errors import ConfigError, SamrayError
 from samray.pipeline import run as run_module
 from samray.pipeline.actor import MAX_QUARANTINED
+from samray.pipeline.attempts import STRIKES_OF_ANY_RUN, ShardAttempts
 from samray.pipeline.report import LabelReport
 
 Label = Callable[..., LabelReport]
@@ -222,9 +223,16 @@ def test_a_model_that_cannot_be_had_ends_the_run_with_its_own_sentence(tmp_path:
     assert str(caught.value) == "model.device: cuda was asked for"
 
 
-def test_a_device_that_never_works_does_not_quarantine_a_whole_data_set(tmp_path: Path, label: Label) -> None:
+def test_a_sick_machine_does_not_quarantine_a_whole_data_set(tmp_path: Path, label: Label) -> None:
+    """Where every image seems to kill its process, it is not the images."""
     images = {f"img_{i:03d}.png": standin.make_image(i) for i in range(MAX_QUARANTINED + 2)}
-    source = _put_folder(str(tmp_path), images)
+    source, output = _put_folder(str(tmp_path), images), str(tmp_path / "out")
+    for run in range(STRIKES_OF_ANY_RUN):
+        attempts = ShardAttempts(output, 0, f"earlier{run}")
+        attempts.begin()
+        for place in range(MAX_QUARANTINED + 1):
+            attempts.mark(place)
+
     with pytest.raises(SamrayError, match="ended the labelling process"):
-        label(source, tmp_path / "out", "output.images_per_shard=100", make_labeler=standin.make_failing_labeler)
-    assert done_shards(str(tmp_path / "out")) == set()
+        label(source, output, "output.images_per_shard=100")
+    assert done_shards(output) == set()

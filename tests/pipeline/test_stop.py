@@ -13,7 +13,7 @@ from outputs import attempts_left, check_every_image_once
 from samray import storage
 from samray.dataset.shards import done_shards
 
-NUM_IMAGES = 24
+NUM_IMAGES = 120  # half a minute and more: much longer than the first shard takes to be committed
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_a_signal_drains_and_the_same_command_goes_on(
     source, output = str(tmp_path / "in"), str(tmp_path / "out")
     images = {Path(uri).name: standin.make_image(i) for i, uri in enumerate(standin.write_images(source, NUM_IMAGES))}
 
-    with driver(tmp_path / "first.log", source, output, "0.25") as first:
+    with driver(tmp_path / "first.log", source, output, "0.5", "cluster.num_cpus_per_actor=1") as first:
         wait_until(has_shards(output, 1), first)
         send(first, signum, group=group)
         assert first.wait() == exit_code, first.text()
