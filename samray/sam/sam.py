@@ -26,8 +26,9 @@ from samray.sam.transformer import ImageTokens
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
-# Prompts that go through the decoder together on a CPU: their image tokens, (prompts, L, C), should stay in cache.
-_CPU_CHUNK_BYTES = 32 * 1024 * 1024
+# Prompts that go through the decoder together on a CPU, by the size of their image tokens, (prompts, L, C). Upscaling
+# makes sixteen times that; from blocks beyond malloc's limit every page would be new from the system, time and again.
+_CPU_CHUNK_BYTES = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ class Attention(nn.Module):
         return self.merge(out + self.v_proj.bias.view(self.num_heads, 1, -1))
 
     def image_to_tokens(self, keys: Tensor, pe_queries: Tensor, tokens: Tensor, values: Tensor) -> Tensor:
-        """Image tokens read from tokens: what is to be added to `keys`.
+        """Image tokens read from tokens and are added to.
 
         keys: (N, L, C). pe_queries: (heads, head_dim, L), W_q pe + b_q. tokens: (N, T, C) with positions; values
         without. Returns (N, L, C).
@@ -83,15 +83,19 @@ class Attention(nn.Module):
         k = self.split(self.k_proj(tokens)) * self.scale
         absorbed = k @ self.per_head(self.q_proj.weight)
         scores = torch.baddbmm((k @ pe_queries).flatten(1, 2), absorbed.flatten(1, 2), keys.transpose(1, 2))
-        return self.spread(scores, values)
+        return self.spread(keys, scores, values)
 
-    def spread(self, scores: Tensor, values: Tensor) -> Tensor:
-        """Softmax over each head's T tokens, then V W_o by one product. scores: (N, H * T, L). Returns (N, L, C)."""
+    def spread(self, keys: Tensor, scores: Tensor, values: Tensor) -> Tensor:
+        """keys (N, L, C) plus what they read: softmax of scores (N, H * T, L) over each head's T, then V W_o at once.
+
+        Each head's weights sum to one, so a share of the bias in every row adds up to the bias; with the residual as
+        the product's addend nothing of (N, L, C) is touched twice.
+        """
         n, t, _ = values.shape
         weights = scores.view(n, self.num_heads, t, -1).softmax(dim=2).flatten(1, 2)
         out_weight = self.out_proj.weight.T.unflatten(0, (self.num_heads, -1))  # (H, d, C)
         folded = (self.split(self.v_proj(values)) @ out_weight).flatten(1, 2)  # (N, H * T, C)
-        return torch.baddbmm(self.out_proj.bias, weights.transpose(1, 2), folded)
+        return torch.baddbmm(keys, weights.transpose(1, 2), folded + self.out_proj.bias / self.num_heads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,17 +203,15 @@ class TwoWayTransformer(nn.Module):
         k = write.split(write.k_proj(x + positions).view(b, n * t, -1)) * write.scale
         scores = k @ image.write_queries.transpose(-2, -1)  # (B, H, N * T, L)
         scores = scores.unflatten(2, (n, t)).transpose(1, 2).reshape(b * n, write.num_heads * t, -1)
-        added = write.spread(scores, x).view(b, n, -1, c)
-        keys = first.norm4(image.src[:, None] + added).flatten(0, 1)
+        src = image.src[:, None].expand(b, n, -1, -1).flatten(0, 1)
+        keys = first.norm4(write.spread(src, scores, x))
 
         for block, pe_keys, pe_queries in zip(later, image.pe_keys, image.pe_queries, strict=False):
             q = x + positions
             x = block.norm1(x + block.self_attn(q, q, x))
             x = block.norm2(x + block.cross_attn_token_to_image.tokens_to_image(x + positions, keys, pe_keys))
             x = block.norm3(x + block.mlp(x))
-            keys = block.norm4(
-                keys + block.cross_attn_image_to_token.image_to_tokens(keys, pe_queries, x + positions, x)
-            )
+            keys = block.norm4(block.cross_attn_image_to_token.image_to_tokens(keys, pe_queries, x + positions, x))
 
         x = x + self.final_attn_token_to_image.tokens_to_image(x + positions, keys, image.pe_keys[-1])
         return self.norm_final_attn(x), keys
