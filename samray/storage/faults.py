@@ -128,7 +128,8 @@ def as_storage_error(error: Exception, doing: str, uri: str) -> StorageError:
     code, status = server_answer(error)
     said = redact(error).strip().rstrip(".") or type(error).__name__
     if isinstance(error, FileNotFoundError) or status == 404:
-        return NotFoundError(f"cannot {doing} {where}: it does not exist")
+        missing = "its bucket or folder is not there and cannot be made" if doing == "write" else "it does not exist"
+        return NotFoundError(f"cannot {doing} {where}: {missing}")
     if code in _BAD_CREDENTIALS or "Credential" in type(error).__name__:
         return StorageError(
             f"cannot {doing} {where}: the storage refused the credentials ({code or said}); "

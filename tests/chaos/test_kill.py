@@ -19,20 +19,20 @@ from samray import storage
 from samray.dataset.shards import done_shards
 
 NUM_IMAGES = 24
-NUM_SHARDS = NUM_IMAGES // 4
 ROUNDS = int(os.environ.get("SAMRAY_CHAOS_ROUNDS", "2"))
 SECONDS_PER_IMAGE = "0.15"
 
 
-def _source(root: str) -> tuple[str, str, dict[str, bytes]]:
+def _source(root: str, num_images: int = NUM_IMAGES) -> tuple[str, str, dict[str, bytes]]:
     source = storage.join(root, "in")
-    uris = standin.write_images(source, NUM_IMAGES)
+    uris = standin.write_images(source, num_images)
     return source, storage.join(root, "out"), {Path(uri).name: standin.make_image(i) for i, uri in enumerate(uris)}
 
 
 def test_kill_9_of_the_driver_again_and_again(storage_root: str, tmp_path: Path) -> None:
     """SAMRAY_CHAOS_ROUNDS=10 for the figure in the README."""
-    source, output, images = _source(storage_root)
+    num_shards = 4 * ROUNDS + 4  # at 0.15 s an image a round gets to two or three of them before it is killed
+    source, output, images = _source(storage_root, 4 * num_shards)
     rng = random.Random(os.environ.get("SAMRAY_CHAOS_SEED", "7"))
     num_done = []
     for i in range(ROUNDS):
@@ -40,8 +40,8 @@ def test_kill_9_of_the_driver_again_and_again(storage_root: str, tmp_path: Path)
             # Planning takes a moment in which nothing interesting can die: from then on, at any time.
             wait_until(lambda: storage.exists(storage.join(output, "_samray", "run.json")), running)
             if i % 2 == 0:
-                wait_until(has_shards(output, min(len(done_shards(output)) + 1, NUM_SHARDS)), running)
-            deadline = time.monotonic() + rng.uniform(0.0, 3.0)
+                wait_until(has_shards(output, min(len(done_shards(output)) + 1, num_shards)), running)
+            deadline = time.monotonic() + rng.uniform(0.0, 0.6)
             while time.monotonic() < deadline and running.process.poll() is None:
                 running.look_around()
                 time.sleep(0.05)
@@ -49,6 +49,8 @@ def test_kill_9_of_the_driver_again_and_again(storage_root: str, tmp_path: Path)
             num_done.append(len(done_shards(output)))
             # Ray's processes end with their driver, as a rule; one that was just starting may stay, and is ended here.
             running.clean_up(patience_s=5)
+    assert 0 < num_done[0] < num_shards, "the first kill was to leave a part done and a part not"
+    assert num_done[-1] < num_shards, "the last kill was to come in the middle too"
     with driver(tmp_path / "last.log", source, output, "0") as last:
         assert last.wait() == 0, last.text()
     check_every_image_once(output, images)
