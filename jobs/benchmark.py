@@ -107,9 +107,10 @@ def decoder(rounds: int, prompts: int) -> dict[str, Any]:
 
 
 def memory(model_name: str, megapixels: float) -> dict[str, Any]:
-    """Peak resident memory beyond the loaded model while masks of one large photograph are generated, default preset.
+    """Peak resident memory beyond the loaded model while masks of one large image are generated.
 
-    Random weights that let about 500 masks of the 32 x 32 grid through the filters stand in for the published ones.
+    Default options, but stability_score_thresh 0.5: random weights stand in for the published ones, and their masks are
+    less stable.
     """
     sys.path.insert(0, str(ROOT / "tests" / "parity"))
     from weights import blobs, random_sam
