@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 from samray.scene_paint import Source, Split
 from samray.scenes import Bool, Scene, make_scene
 
-KIND_WEIGHTS = {"object": 0.72, "part": 0.22, "region": 0.06}
+KIND_WEIGHTS = {"object": 0.8, "part": 0.14, "region": 0.06}
 """How often a click asks for each kind, where the scene has it. A click on a part is also one on its whole: with more
 parts than these the model would score a part above the whole that is mostly meant."""
-CENTRE_FRACTION = 0.35
+CENTRE_FRACTION = 0.5
 """How many clicks are at the target's centre; the rest are uniform over the target."""
 SHAPES = (1.0, 1.0, 3 / 4, 2 / 3, 9 / 16)
 """Short over long side of training scenes: photographs are rarely square, and padding must be met in training."""

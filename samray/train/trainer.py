@@ -51,7 +51,7 @@ class TrainConfig:
     prompts_per_scene: int = 16
     first_image_size: int = 256
     """Input side in the first part of the budget, pixels: small scenes are cheap, and what is learnt carries over."""
-    first_fraction: float = 0.6
+    first_fraction: float = 0.5
     """How much of the budget that part is; the rest trains at the model's own input size."""
     learning_rate: float = 8e-4
     warmup_steps: int = 200

@@ -24,6 +24,7 @@ LAYERS = [
     {"pipeline", "train"},
     {"plan_view", "report"},
     {"demo"},
+    {"cli_output"},
     {"cli"},
     {"__main__"},
 ]
