@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from samray.config import Config, MaskConfig, load_config
+    from samray.dataset.lookup import read_image
+    from samray.dataset.mask_dataset import MaskDataset
     from samray.errors import ConfigError, ImageError, SamrayError, StorageError
     from samray.masks.generator import MaskGenerator
+    from samray.pipeline.export import ExportReport, export
+    from samray.pipeline.import_ import ImportReport, import_
     from samray.pipeline.report import LabelReport
     from samray.pipeline.run import label
     from samray.pipeline.stage import label_dataset
@@ -23,12 +27,18 @@ _HOMES = {
     "Config": "samray.config",
     "MaskConfig": "samray.config",
     "load_config": "samray.config",
+    "read_image": "samray.dataset.lookup",
+    "MaskDataset": "samray.dataset.mask_dataset",
     "ConfigError": "samray.errors",
     "ImageError": "samray.errors",
     "SamrayError": "samray.errors",
     "StorageError": "samray.errors",
     "MaskGenerator": "samray.masks.generator",
+    "ExportReport": "samray.pipeline.export",
+    "ImportReport": "samray.pipeline.import_",
     "LabelReport": "samray.pipeline.report",
+    "export": "samray.pipeline.export",
+    "import_": "samray.pipeline.import_",
     "label": "samray.pipeline.run",
     "label_dataset": "samray.pipeline.stage",
     "load_model": "samray.sam.checkpoints",
@@ -39,6 +49,12 @@ __all__ = [  # noqa: RUF022  (in the order one meets them; a test holds it equal
     "label",
     "label_dataset",
     "LabelReport",
+    "export",
+    "ExportReport",
+    "import_",
+    "ImportReport",
+    "MaskDataset",
+    "read_image",
     "load_model",
     "MaskGenerator",
     "Config",

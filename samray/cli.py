@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from samray import __version__
+from samray.cli_export import COMMANDS as EXPORT_COMMANDS
 from samray.cli_help import Command, CommandWithSettings, HelpfulGroup
 from samray.cli_output import COMMANDS, Output
 from samray.config import SECTIONS, load_config
@@ -74,6 +75,12 @@ def label(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try the images again that failed earlier.")
     ] = False,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add the images of INPUT that OUTPUT does not have yet, in new shards.")
+    ] = False,
+    redo_changed: Annotated[
+        bool, typer.Option("--redo-changed", help="Label the images of INPUT again whose size or etag has changed.")
+    ] = False,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join; short for cluster.address=...")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is written.")] = False,
     no_progress: Annotated[bool, typer.Option("--no-progress", help="No bar and no progress lines.")] = False,
@@ -90,6 +97,8 @@ def label(
       samray label s3://bucket/photos s3://bucket/labels --preset sa1b cluster.num_gpus_per_actor=1
 
       samray label 'photos/*.tar' labels/ model.name=vit_b masks.points_per_side=16
+
+      samray label s3://bucket/photos s3://bucket/labels --preset sa1b --append
     """
     overrides, (input, output, *extra) = _split_settings([input, output, *(settings or ())], ["INPUT", "OUTPUT"])
     overrides += extra  # not settings, and refused as such
@@ -99,7 +108,7 @@ def label(
     if dry_run:
         from samray.plan_view import print_dry_run
 
-        print_dry_run(input, output, resolved)
+        print_dry_run(input, output, resolved, append=append, redo_changed=redo_changed)
         return 0
     from samray.pipeline.report import print_report
     from samray.pipeline.run import label_with
@@ -111,8 +120,10 @@ def label(
             output,
             resolved,
             retry_failed=retry_failed,
+            append=append,
+            redo_changed=redo_changed,
             progress=not no_progress,
-            on_plan=lambda plan, done: print_plan(plan, done, resolved),
+            on_plan=lambda plan, done, news: print_plan(plan, done, resolved, news),
         )
     except KeyboardInterrupt:  # before the run listens for it, or the second one
         return _fail("interrupted; the same command goes on from here", 130)
@@ -129,19 +140,23 @@ def demo(
         list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings as for `samray label`.")
     ] = None,
     num_scenes: Annotated[int, typer.Option("--scenes", min=1, max=1000, help="How many scenes to make.")] = 12,
+    show: Annotated[bool, typer.Option("--open", help="Open the report in the browser at the end.")] = False,
 ) -> int:
-    """Make sample scenes with known masks, label them with the embedded model, and say how well that went."""
+    """Make sample scenes with known masks, label them with the embedded model, and say how well that went.
+
+    It ends with a report: one HTML page to look at, to be opened in any browser.
+    """
     overrides, places = _split_settings([str(directory), *(settings or ())], [])
     directory = Path(places[0]) if places else Path(DEMO_FOLDER)
     overrides += places[1:]
     config = load_config(None, None, overrides)
     from samray.demo import run_demo
 
-    return run_demo(directory, config, num_scenes)
+    return run_demo(directory, config, num_scenes, show=show)
 
 
-for _command in COMMANDS:
-    app.command(cls=Command)(_command)
+for _command in [*COMMANDS, *EXPORT_COMMANDS]:
+    app.command(_command.__name__.strip("_").replace("_", "-"), cls=Command)(_command)
 
 
 @app.command(cls=Command)

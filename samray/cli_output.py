@@ -46,13 +46,91 @@ def report(
     output: Output,
     out: Annotated[str | None, typer.Option(help="Where to write the page. [OUTPUT/_samray/report.html]")] = None,
     images: Annotated[int, typer.Option(min=0, max=200, help="Images to show with their masks.")] = 24,
+    show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> int:
-    """Write one self-contained HTML page about OUTPUT: overlays, histograms, times, failures, settings."""
-    from samray.report import write_report
+    """Write one self-contained HTML page about OUTPUT, to be opened in any browser, also without a network.
 
-    Console().print(write_report(output, out, num_images=images), highlight=False, soft_wrap=True, markup=False)
+    Images with their masks to point at, isolate, filter and colour by score; masks an image, predicted IoU, stability,
+    area and click points as distributions; where the time went; failures by reason; settings. Of a large OUTPUT the
+    counts are exact and the distributions estimated from images drawn at random: it takes seconds.
+
+    Examples:
+
+      samray report labels/ --open
+
+      samray report s3://bucket/labels --out report.html --images 60
+    """
+    from samray.report import open_page, write_report
+
+    place = write_report(output, out, num_images=images)
+    Console().print(place, highlight=False, soft_wrap=True, markup=False)
+    if show and not open_page(place):
+        Console(stderr=True).print("there is no screen here to open it on, or it does not lie here", highlight=False)
     return 0
 
 
-COMMANDS: list[Callable[..., int]] = [verify, report]
+def status(
+    output: Output,
+    watch: Annotated[
+        float | None,
+        typer.Option(min=0.1, metavar="SECONDS", help="Look again every so often, until the run is finished."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a look, for machines.")] = False,
+    gpu_price: Annotated[
+        float | None,
+        typer.Option(min=0, help="Of one GPU for an hour, instead of the run's cluster.gpu_price_per_hour."),
+    ] = None,
+) -> int:
+    """Say how far the run that writes OUTPUT is: images done, rate, time left, masks, failures, cost.
+
+    From any machine that can read OUTPUT, while the run goes on or after. Reads what is listed and the ends of at most
+    200 shards. The exit code is 0 whatever the state; `state` in --json is one of not begun, running, stalled, unmarked
+    (every shard is there, but not _SUCCESS) and finished.
+
+    Examples:
+
+      samray status s3://bucket/labels --watch 30
+
+      samray status labels/ --json | jq .eta_s
+    """
+    from samray.status_view import show_status
+
+    show_status(output, watch_s=watch, as_json=json, gpu_price_per_hour=gpu_price)
+    return 0
+
+
+def compact(
+    output: Output,
+    dest: Annotated[str, typer.Argument(metavar="DEST", help="An empty folder or prefix (local, s3://, ...).")],
+    file_size: Annotated[int, typer.Option(min=1, metavar="MB", help="About how large the files are to be.")] = 128,
+) -> int:
+    """Write the rows of a finished OUTPUT into DEST, in a few large files in place of many small ones.
+
+    DEST is an output of its own: same plan, ids and rows, in larger shards. OUTPUT is not touched, since object stores
+    cannot swap a set of files in one step: readers have the old set until you give them the new one, and `_SUCCESS` in
+    DEST says when. The same command again finishes what is missing. Then OUTPUT may go: --append works on DEST.
+
+    Example:
+
+      samray compact s3://bucket/labels s3://bucket/labels-compact --file-size 256
+    """
+    from rich.progress import Progress
+
+    from samray.dataset.compact import compact as run_compact
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("images", total=None)
+        done = run_compact(
+            output, dest, file_size * 10**6, lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    table = two_columns()
+    table.add_row("images", f"{done.num_images:,}")
+    skipped = f" ({done.num_files_skipped} were there)" * bool(done.num_files_skipped)
+    table.add_row("files", f"{done.num_files:,}{skipped}, before {done.num_files_before:,}")
+    table.add_row("output", done.dest)
+    Console().print(table)
+    return 0
+
+
+COMMANDS: list[Callable[..., int]] = [status, verify, report, compact]
 """In the order in which `samray --help` lists them."""

@@ -156,6 +156,8 @@ class ClusterConfig(Settings):
     """Seconds to finish the shards in flight after SIGTERM or Ctrl-C."""
     no_progress_timeout_s: float = Field(default=7200.0, gt=0)
     """Seconds without one finished shard after which the run is given up."""
+    gpu_price_per_hour: float | None = Field(default=None, ge=0)
+    """What one GPU costs an hour, in any currency: the closing summary then tells the cost; null leaves it out."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ClusterConfig:

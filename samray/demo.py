@@ -42,11 +42,15 @@ class ProposalQuality:
     """Mean over IoU_LEVELS of the part of the known objects that some mask fits at least that well."""
 
 
-def run_demo(directory: Path, config: Config, num_scenes: int = 12) -> int:
-    """Make, label, compare, report; returns the exit code. A second call on the same directory labels nothing anew."""
+def run_demo(directory: Path, config: Config, num_scenes: int = 12, *, show: bool = False) -> int:
+    """Make, label, compare, report; returns the exit code. A second call on the same directory labels nothing anew.
+
+    show: open the report in the browser, where there is a screen.
+    """
     from samray.pipeline.report import print_report
     from samray.pipeline.run import label
-    from samray.report import write_report
+    from samray.report import open_page, write_report
+    from samray.report_page import Figure
     from samray.sam.checkpoints import load_model
     from samray.train.evaluate import evaluate_clicks
 
@@ -62,7 +66,12 @@ def run_demo(directory: Path, config: Config, num_scenes: int = 12) -> int:
         return report.exit_code
     found = compare(directory, str(labels))
     clicks = evaluate_clicks(model, scenes)
-    page = write_report(str(labels))
+    agreement = [
+        Figure(f"{found.mean_best_iou:.2f}", "mean IoU", f"with the mask that fits best, {found.num_objects} objects"),
+        Figure(f"{found.average_recall:.2f}", "average recall", "over IoU from 0.50 to 0.95"),
+        Figure(f"{clicks['miou']:.2f}", "mean IoU of one click", f"on {clicks['num_regions']} whole objects"),
+    ]
+    page = write_report(str(labels), agreement=agreement)
 
     table = two_columns()
     table.add_row("scenes", f"{num_scenes}, of shapes and textures that the model was not trained on")
@@ -80,6 +89,8 @@ def run_demo(directory: Path, config: Config, num_scenes: int = 12) -> int:
     table.add_row("labels", escape(str(labels)))
     table.add_row("report", escape(page))
     Console(highlight=False).print(table, soft_wrap=True)
+    if show and not open_page(page):
+        console.print("there is no screen here to open the report on", highlight=False)
     return 0
 
 

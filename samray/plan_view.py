@@ -13,24 +13,46 @@ from samray.cli_help import count, two_columns
 from samray.config import Config
 
 if TYPE_CHECKING:
+    from samray.dataset.joining import News
     from samray.dataset.manifest import Plan
 
 
-def print_plan(plan: Plan, done: set[int], config: Config) -> None:
+def print_plan(plan: Plan, done: set[int], config: Config, news: News | None = None) -> None:
     """The plan that is about to be worked on, on stderr. done: shards that an earlier run finished."""
-    num_done = sum(plan.num_images_of(shard) for shard in done)
-    images = f"{plan.num_images:,} in {count(plan.num_shards, 'shard')} of up to {config.output.images_per_shard}"
+    num_done = sum(plan.num_images_of(shard) for shard in done if shard < plan.num_shards)
+    most = max(generation.images_per_shard for generation in plan.generations)
+    images = f"{plan.num_images:,} in {count(plan.num_shards, 'shard')} of up to {most}"
     before = f"{count(num_done, 'image')} in {count(len(done), 'shard')}" if done else "none"
-    rows = [("input", plan.run["input"]), ("images", images), ("done before", before)]
+    inputs = dict.fromkeys(generation.identity["input_uri"] for generation in plan.generations)
+    rows = [("input", ", ".join(inputs)), ("images", images), ("done before", before), *_news(news)]
     _print(rows, plan.output, config, plan.run["identity"]["model"]["checkpoint_sha256"])
 
 
-def print_dry_run(input: str, output: str, config: Config) -> None:
+def _news(news: News | None) -> list[tuple[str, str]]:
+    """What the comparison of INPUT with the plan found, and what becomes of it."""
+    if news is None:
+        return []
+    rows = []
+    if news.num_new:
+        rows.append(
+            ("new images", f"{news.num_new:,}, {'added' if news.appended else 'left out (--append adds them)'}")
+        )
+    if news.num_changed:
+        what = "to be labelled again" if news.redone else "left as they are (--redo-changed labels them again)"
+        rows.append(("changed images", f"{news.num_changed:,}, {what}: {', '.join(news.examples)}"))
+    return rows
+
+
+def print_dry_run(
+    input: str, output: str, config: Config, *, append: bool = False, redo_changed: bool = False
+) -> None:
     """The plan of a run that is not to be made, on stderr. Nothing is written, and no weights are downloaded.
 
+    append, redo_changed: as for `samray.label`; INPUT is compared with the plan that lies there.
     Raises ConfigError and StorageError as the run itself would on this input and output.
     """
     from samray.dataset.inputs import list_images
+    from samray.dataset.joining import News, join_images
     from samray.dataset.manifest import load_plan, make_plan
     from samray.dataset.shards import done_shards
 
@@ -38,7 +60,13 @@ def print_dry_run(input: str, output: str, config: Config) -> None:
         plan = load_plan(output)
         identity = config.identity()
         identity["model"]["checkpoint_sha256"] = plan.run["identity"]["model"]["checkpoint_sha256"]
-        print_plan(make_plan(input, output, config, identity), done_shards(plan.output), config)  # only compares
+        joining = append or redo_changed
+        plan, news = make_plan(input, output, config, identity, joining=joining), News()  # only compares
+        if joining:
+            plan, news = join_images(
+                plan, input, config, identity, append=append, redo_changed=redo_changed, dry_run=True
+            )
+        print_plan(plan, done_shards(plan.output), config, news)
         return
     num_images = sum(table.num_rows for table in list_images(input, config.input))
     num_shards = -(-num_images // config.output.images_per_shard)

@@ -1,283 +1,193 @@
 """One self-contained HTML page about an output: what was found, how it looks, what failed, where the time went.
 
-Everything comes from the output itself, shard by shard, and only the photos shown are read again from where they lie.
-Of an output with very many shards an even sample is read, and the page says so.
+Everything comes from the output itself. Counts are exact, from the footers of the shards; distributions are estimated
+from a few thousand images drawn at random, and the page says which is which. Only the photos shown are read again from
+where they lie. So an output of 100,000 images takes seconds.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import Any
+import os
+import sys
+import threading
+import webbrowser
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
 
-import jinja2
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from samray import storage
-from samray.config import SECTIONS, InputConfig, setting_rows
+from samray.config import InputConfig
+from samray.dataset import sample
 from samray.dataset.inputs import fetch_images
 from samray.dataset.manifest import Plan, load_plan
-from samray.dataset.schema import samray_metadata
-from samray.dataset.shards import done_shards, read_shard
-from samray.errors import ConfigError, ImageError
-from samray.figures import Chart, Histogram, jpeg_uri, mask_overlay, overlay_uri, thumbnail
+from samray.dataset.shards import done_shards
+from samray.errors import ConfigError, ImageError, SamrayError, StorageError
 from samray.images import decode_image
-from samray.settings import as_typed
+from samray.overlays import Overlay, jpeg_uri, make_overlay
+from samray.report_page import Counts, Figure, Numbers, render
 
-MAX_SHARDS_READ = 200
-"""Of more shards than this an even sample is read."""
+MAX_GALLERY_BYTES: Final = 13_000_000
+"""The gallery ends early rather than make a page that is slow to open."""
 
-EXAMPLES_PER_REASON = 4
+EXAMPLES_PER_REASON: Final = 4
 
-STAGE_WORDS = {
-    "fetch": "fetching images",
-    "decode_wait": "waiting for pixels",
-    "preprocess": "resizing",
-    "encode": "image encoder",
-    "decode": "mask decoder",
-    "score": "scores and boxes",
-    "nms": "removing duplicates",
-    "regions": "cleaning regions",
-    "rle": "run-length coding",
-    "write": "writing shards",
-}
-"""What the stages are called on the page; others go by their own names."""
+_LARGE_SIDE: Final = 800
+_SMALL_SIDE: Final = 400
+"""Longest side of the photos, pixels: of up to 32 and of very many."""
+
+_PHOTO_THREADS: Final = 4
 
 
-@dataclass
-class Tile:
-    """One image of the gallery."""
-
-    file_name: str
-    uri: str
-    caption: str
-    photo: str | None = None
-    """A data: URI; None when the image cannot be read any more."""
-    masks: str | None = None
-    problem: str = ""
-
-
-@dataclass
-class Summary:
-    """What is counted while the shards stream by."""
-
-    num_images: int = 0
-    num_masks: int = 0
-    failures: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
-    stage_seconds: Counter[str] = field(default_factory=Counter)
-    device_seconds: float = 0.0
-    tiles: list[Tile] = field(default_factory=list)
-    masks_per_image: Histogram = field(default_factory=lambda: Histogram(0, 4096, 4096))
-    predicted_iou: Histogram = field(default_factory=lambda: Histogram(0, 1.1, 220))
-    stability_score: Histogram = field(default_factory=lambda: Histogram(0, 1, 200))
-    log_area: Histogram = field(default_factory=lambda: Histogram(-7, 0, 140))
-    """log10 of a mask's part of its image."""
-
-    @property
-    def num_failed(self) -> int:
-        """Images that could not be labelled."""
-        return sum(self.failures.values())
-
-    def add(self, table: pa.Table) -> None:
-        """Count the rows of one shard."""
-        self.num_images += table.num_rows
-        self._add_times(table.schema)
-        ok = table.filter(pc.equal(table["status"], "ok"))
-        masks = ok["annotations"].combine_chunks()
-        per_image = masks.value_lengths().to_numpy(zero_copy_only=False)
-        self.masks_per_image.add(per_image)
-        flat = masks.flatten()
-        self.num_masks += len(flat)
-        self.predicted_iou.add(flat.field("predicted_iou").to_numpy(zero_copy_only=False))
-        self.stability_score.add(flat.field("stability_score").to_numpy(zero_copy_only=False))
-        image = ok["image"].combine_chunks()
-        pixels = image.field("width").to_numpy().astype(np.float64) * image.field("height").to_numpy()
-        area = flat.field("area").to_numpy(zero_copy_only=False) / np.repeat(pixels, per_image)
-        self.log_area.add(np.log10(np.maximum(area, 1e-7)))
-        failed = table.filter(pc.not_equal(table["status"], "ok")).select(["uri", "error"])
-        for row in failed.to_pylist():
-            reason, _, message = (row["error"] or "unknown").partition(": ")
-            self.failures[reason] += 1
-            if len(self.examples[reason]) < EXAMPLES_PER_REASON:
-                self.examples[reason].append((storage.redact(row["uri"]), message))
-
-    def _add_times(self, schema: pa.Schema) -> None:
-        stats = samray_metadata(schema).get("stats", {})
-        self.device_seconds += stats.get("device_seconds", 0.0)
-        self.stage_seconds.update(stats.get("stage_seconds", {}))
-
-
-def write_report(output: str, out: str | None = None, *, num_images: int = 24) -> str:
+def write_report(output: str, out: str | None = None, *, num_images: int = 24, agreement: Sequence[Figure] = ()) -> str:
     """Write the page about output to `out` (a path or URI), by default into the output; returns where it lies.
 
-    Raises ConfigError when output holds no samray run, StorageError when it cannot be read.
+    num_images: how many the gallery shows. agreement: figures of how well the masks fit known ones, where there are.
+    Raises: ConfigError when output holds no samray run, StorageError when it cannot be read.
     """
     plan = load_plan(output)
     done = sorted(done_shards(plan.output))
     if not done:
         raise ConfigError(f"{storage.redact(output)} holds no finished shard yet; run samray label first")
-    summary = Summary()
-    sample = _evenly(done, MAX_SHARDS_READ)
-    shown = _rows_to_show(sample, plan, num_images)
-    for shard in sample:
-        table = read_shard(plan.output, shard)
-        summary.add(table)
-        if shown.get(shard):
-            summary.tiles += _tiles(plan, shard, table, shown[shard])
-    page = render(plan, done, len(sample), summary)
+    footers = sample.read_footers(plan.output, done)
+    counts = _count(plan, done, footers)
+    examples = sample.examples_by_reason(plan.output, footers, EXAMPLES_PER_REASON)
+    drawn = list(sample.read_groups(plan.output, sample.draw_groups(footers), sample.NUMBERS))
+    numbers = _numbers([table for _, table in drawn])
+    overlays = _overlays(plan, _choose(drawn, num_images), num_images)
+    page = render(plan, len(done), counts, numbers, overlays, examples, agreement)
     place = out or storage.join(plan.output, "_samray", "report.html")
     storage.put(place, page.encode("utf-8"))
     return place
 
 
-def _evenly(items: Sequence[int], number: int) -> list[int]:
-    """At most `number` of the items, spread evenly over them."""
-    if len(items) <= number:
-        return list(items)
-    return [items[(2 * i + 1) * len(items) // (2 * number)] for i in range(number)]
+def open_page(place: str) -> bool:
+    """Show a written page in the browser; False where there is no screen to show it on, or the page lies elsewhere."""
+    # Without a display Python would start a browser of the terminal, if there is one, and wait for it.
+    screens = sys.platform in ("darwin", "win32") or any(os.environ.get(d) for d in ("DISPLAY", "WAYLAND_DISPLAY"))
+    return screens and storage.is_local(place) and webbrowser.open(Path(storage.normalize(place)).as_uri())
 
 
-def _rows_to_show(sample: Sequence[int], plan: Plan, num_images: int) -> dict[int, int]:
-    """Shard -> how many of its images the gallery shows."""
-    if len(sample) >= num_images:
-        return dict.fromkeys(_evenly(sample, num_images), 1)
-    share, rest = divmod(num_images, len(sample))
-    return {shard: share + (i < rest) for i, shard in enumerate(sample)}
+# --- counting ------------------------------------------------------------------------------------------------------
 
 
-def _tiles(plan: Plan, shard: int, table: pa.Table, number: int) -> Iterator[Tile]:
-    """Gallery tiles for `number` labelled images of a shard, spread over it."""
-    places = np.flatnonzero(pc.equal(table["status"], "ok").to_numpy(zero_copy_only=False)).tolist()
-    planned = plan.read_shard(shard)
+def _count(plan: Plan, done: Sequence[int], footers: Sequence[sample.Footer]) -> Counts:
+    seen = sum(footer.num_images for footer in footers)
+    all_read = len(footers) == len(done)
+    num_images = seen if all_read else sum(plan.num_images_of(shard) for shard in done)
+    scale = num_images / max(seen, 1)
+    stage_seconds: Counter[str] = Counter()
+    failures: Counter[str] = Counter()
+    for footer in footers:
+        stage_seconds.update(footer.stats.get("stage_seconds", {}))
+        failures.update(footer.failures)
+    return Counts(
+        num_images=num_images,
+        num_masks=round(scale * sum(footer.num_masks for footer in footers)),
+        num_failed=round(scale * sum(footer.num_failed for footer in footers)),
+        failures=Counter({reason: round(scale * number) for reason, number in failures.items()}),
+        stage_seconds=Counter({stage: scale * seconds for stage, seconds in stage_seconds.items()}),
+        device_seconds=scale * sum(footer.stats.get("device_seconds", 0.0) for footer in footers),
+        share_read=len(footers) / len(done),
+    )
+
+
+def _numbers(tables: Iterable[pa.Table]) -> Numbers:
+    """tables: row groups with the columns `sample.NUMBERS`."""
+    table = pa.concat_tables(tables)
+    ok = table.filter(pc.equal(table["status"], "ok"))
+    masks, image = ok["annotations"].combine_chunks(), ok["image"].combine_chunks()
+    per_image = masks.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+    flat = masks.flatten()
+    width, height = (np.repeat(_floats(image.field(name)), per_image) for name in ("width", "height"))
+    area = _floats(flat.field("area")) / (width * height)
+    return Numbers(
+        num_images=table.num_rows,
+        masks_per_image=per_image,
+        predicted_iou=_finite(flat.field("predicted_iou")),
+        stability_score=_finite(flat.field("stability_score")),
+        log_area=np.log10(np.maximum(area, 1e-9)),
+        points=_points(flat.field("point_coords"), np.stack([width, height], 1)),
+    )
+
+
+def _points(coords: pa.ListArray, size_wh: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The first point of each mask that has one, as parts of its image's size. coords: lists of [x, y]."""
+    start, end = coords.offsets.to_numpy()[:-1], coords.offsets.to_numpy()[1:]
+    has = end > start
+    first = coords.values.take(pa.array(start[has])).flatten()
+    return np.asarray(_floats(first).reshape(-1, 2) / size_wh[has])
+
+
+def _finite(array: pa.Array) -> npt.NDArray[np.float64]:
+    values = _floats(array)  # null becomes NaN: imported masks may have no scores
+    return values[np.isfinite(values)]
+
+
+def _floats(array: pa.Array) -> npt.NDArray[np.float64]:
+    return np.asarray(array.to_numpy(zero_copy_only=False), np.float64)
+
+
+# --- the gallery ---------------------------------------------------------------------------------------------------
+
+
+def _choose(drawn: Sequence[tuple[sample.Draw, pa.Table]], number: int) -> dict[sample.Draw, list[int]]:
+    """Row group -> rows to show: labelled images, spread over how many masks they have."""
+    places: list[tuple[int, sample.Draw, int]] = []
+    for draw, table in drawn:
+        num_masks = table["annotations"].combine_chunks().value_lengths().to_pylist()
+        ok = pc.equal(table["status"], "ok").to_pylist()
+        places += [(num_masks[row] or 0, draw, row) for row in range(table.num_rows) if ok[row]]
+    chosen: dict[sample.Draw, list[int]] = {}
+    for _, draw, row in sample.spread(sorted(places), number):
+        chosen.setdefault(draw, []).append(row)
+    return chosen
+
+
+def _overlays(plan: Plan, chosen: Mapping[sample.Draw, Sequence[int]], number: int) -> list[Overlay]:
+    """What the gallery shows, in the order of the output."""
+    side = round(max(_SMALL_SIDE, min(1.0, (32 / max(number, 1)) ** 0.5) * _LARGE_SIDE))
     settings = InputConfig(**plan.run["identity"]["input"])
-    for place in _evenly(places, number):
-        row = table.slice(place, 1).to_pylist()[0]
-        image, masks = row["image"], row["annotations"]
-        caption = f"{image['width']} x {image['height']}, {len(masks)} masks"
-        tile = Tile(image["file_name"], storage.redact(row["uri"]), caption)
+    reading_plan = threading.Lock()  # it keeps the last part of the manifest that it read
+    unreachable: list[SamrayError] = []
+
+    def finish(shard: int, row: Mapping[str, Any]) -> Overlay:
+        overlay = make_overlay(row, side)
+        with reading_plan:
+            planned = plan.read_shard(shard)
         try:
-            (data,) = fetch_images(planned.slice(place, 1), settings)
-            if isinstance(data, ImageError):
-                raise data
-            pixels = decode_image(data, settings.max_pixels)
-            if pixels.shape[:2] != (image["height"], image["width"]):
-                raise ImageError("unreadable", f"it is {pixels.shape[1]} x {pixels.shape[0]} now")
-            photo = thumbnail(pixels)
-            tile.photo, tile.masks = jpeg_uri(photo), overlay_uri(mask_overlay(masks, photo.size))
-        except ImageError as error:
-            tile.problem = storage.redact(error)
-        yield tile
+            if unreachable:  # after all retries, which would cost minutes if each image went through them
+                raise unreachable[0]
+            planned = planned.filter(pc.equal(planned["image_id"], row["image"]["image_id"]))
+            overlay.photo = _photo(planned, overlay, settings)
+        except (ImageError, ConfigError, StorageError) as error:
+            if not isinstance(error, ImageError):
+                unreachable.append(error)
+            message = error.message if isinstance(error, ImageError) else str(error)
+            overlay.problem = overlay.problem or f"The image cannot be read now: {storage.redact(message)}"
+        return overlay
+
+    overlays: list[Overlay] = []
+    rows = [(draw, row) for draw, found in sample.read_rows(plan.output, dict(sorted(chosen.items()))) for row in found]
+    with ThreadPoolExecutor(_PHOTO_THREADS) as pool:
+        for overlay in pool.map(lambda item: finish(item[0][0], item[1]), rows):
+            if sum(other.num_bytes for other in overlays) + overlay.num_bytes <= MAX_GALLERY_BYTES:
+                overlays.append(overlay)
+    return overlays
 
 
-def render(plan: Plan, done: Sequence[int], num_read: int, summary: Summary) -> str:
-    """The page. num_read: shards that summary is made of."""
-    run = plan.run
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("samray"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    settings = run.get("config", {})
-    sampled = f"Figures are from {num_read:,} of {len(done):,} shards, spread evenly." if num_read < len(done) else ""
-    stages = summary.stage_seconds.most_common()
-    total, longest = sum(summary.stage_seconds.values()), max(summary.stage_seconds.values(), default=0.0)
-    return environment.get_template("report.html.j2").render(
-        output=storage.redact(plan.output),
-        output_name=plan.output.rstrip("/").rpartition("/")[2],
-        input=storage.redact(run.get("input", "")),
-        model=settings.get("model", {}).get("name", "an unknown model"),
-        made_at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        missing_shards=plan.num_shards - len(done),
-        num_shards=plan.num_shards,
-        headline=_headline(plan, summary),
-        sampled=sampled,
-        tiles=summary.tiles,
-        charts=_charts(summary, settings.get("masks", {})),
-        stages=[
-            (
-                STAGE_WORDS.get(name, name.replace("_", " ")),
-                seconds / longest,
-                f"{_seconds(seconds)}, {100 * seconds / total:.0f}%",
-            )
-            for name, seconds in stages
-            if longest > 0
-        ],
-        failures=[(reason, number, summary.examples[reason]) for reason, number in summary.failures.most_common()],
-        settings=_settings(run),
-    )
-
-
-def _headline(plan: Plan, summary: Summary) -> list[tuple[str, str, str]]:
-    labelled = summary.num_images - summary.num_failed
-    cards = [
-        (
-            f"{plan.num_images:,}",
-            "images",
-            f"{summary.num_images:,} read here" * (summary.num_images != plan.num_images),
-        ),
-        (f"{summary.num_masks:,}", "masks", ""),
-        (
-            f"{summary.num_masks / max(labelled, 1):.1f}",
-            "masks an image",
-            f"median {summary.masks_per_image.quantile(0.5):.0f}",
-        ),
-        (f"{summary.num_failed:,}", "failed images", f"{100 * summary.num_failed / max(summary.num_images, 1):.1f}%"),
-    ]
-    if summary.num_masks:
-        stability = f"stability {summary.stability_score.mean:.2f}"
-        cards.append((f"{summary.predicted_iou.mean:.2f}", "mean predicted IoU", stability))
-    if summary.device_seconds > 0:
-        each = summary.device_seconds / max(labelled, 1)
-        cards.append((_seconds(each), "time an image", f"{_seconds(summary.device_seconds)} on devices"))
-    return cards
-
-
-def _charts(summary: Summary, masks: Mapping[str, Any]) -> list[Chart]:
-    median = f"median {summary.masks_per_image.quantile(0.5):.0f}"
-    iou, stability, area = summary.predicted_iou, summary.stability_score, summary.log_area
-    area_note = f"part of the image, median {_part(area.quantile(0.5))}; logarithmic"
-    return [
-        summary.masks_per_image.chart("Masks an image", median, show="{:.0f}".format, whole_numbers=True),
-        iou.chart("Predicted IoU", f"mean {iou.mean:.3f}", marker=masks.get("pred_iou_thresh")),
-        stability.chart("Stability score", f"mean {stability.mean:.3f}", marker=masks.get("stability_score_thresh")),
-        area.chart("Relative area", area_note, show=_part),
-    ]
-
-
-def _part(log10: float) -> str:
-    """A part of the image, given its logarithm: `12%`, `0.3%`, `8e-6`."""
-    part = 10**log10
-    return f"{100 * part:.2g}%" if part >= 1e-4 else f"{part:.0e}"
-
-
-def _seconds(seconds: float) -> str:
-    if seconds < 1:
-        return f"{1000 * seconds:.0f} ms"
-    if seconds < 120:
-        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _settings(run: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str, bool]]]]:
-    """Blocks of (setting, value, whether it is not the default): the run itself, then its sections."""
-    about = {key: run.get(key) for key in ("input", "created_at", "samray_version")}
-    about["checkpoint_sha256"] = run["identity"].get("model", {}).get("checkpoint_sha256")
-    about |= run.get("versions", {})
-    blocks = [("run", [(key, storage.redact(value), False) for key, value in about.items() if value is not None])]
-    for section in SECTIONS:
-        given = run.get("config", {}).get(section, {})
-        rows = []
-        for row in setting_rows(section):
-            key = row.name.partition(".")[2]
-            if key in given:
-                rows.append((key, _shown(given[key]), given[key] != row.default))
-        if rows:
-            blocks.append((section, rows))
-    return blocks
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else storage.redact(as_typed(value))
+def _photo(planned: pa.Table, overlay: Overlay, settings: InputConfig) -> str:
+    """The photo as a data: URI. planned: its row of the manifest. Raises: ImageError."""
+    (data,) = fetch_images(planned, settings)
+    if isinstance(data, ImageError):
+        raise data
+    pixels = decode_image(data, settings.max_pixels)
+    if pixels.shape[:2] != overlay.original_hw:
+        raise ImageError("unreadable", f"it is {pixels.shape[1]} x {pixels.shape[0]} pixels now, and was another then")
+    return jpeg_uri(pixels, (overlay.height, overlay.width))

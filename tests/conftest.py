@@ -12,11 +12,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from s3_server import S3Server, running_s3, weed_binary
+from s3_server import BUCKET, S3Server, make_bucket, running_s3, weed_binary
 
 from samray import storage
-
-BUCKET = "samray-tests"
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +27,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         os.environ.update(server.environment)
         storage.reset()
         try:
-            _make_bucket(BUCKET)
+            make_bucket(BUCKET)
             yield server
         finally:
             for name, value in before.items():
@@ -38,24 +36,6 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
                 else:
                     os.environ[name] = value
             storage.reset()
-
-
-def _make_bucket(name: str) -> None:
-    import s3fs
-
-    fs = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
-    for attempt in range(50):  # the gateway answers a little before its volumes do
-        try:
-            if not fs.exists(name):
-                fs.mkdir(name)
-            fs.pipe_file(f"{name}/ready", b"yes")
-            return
-        except OSError:
-            if attempt == 49:
-                raise
-            import time
-
-            time.sleep(0.3)
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+BUCKET = "samray-tests"
+
 GRPC_DISTANCE = 10_000
 """SeaweedFS expects each service's gRPC port this far above its HTTP port."""
 
@@ -115,6 +117,23 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int, patience_s: f
         except OSError:
             time.sleep(0.2)
     return False
+
+
+def make_bucket(name: str) -> None:
+    """Make a bucket on the server that the environment names, and wait until it takes files."""
+    import s3fs
+
+    fs = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    for attempt in range(50):  # the gateway answers a little before its volumes do
+        try:
+            if not fs.exists(name):
+                fs.mkdir(name)
+            fs.pipe_file(f"{name}/ready", b"yes")
+            return
+        except OSError:
+            if attempt == 49:
+                raise
+            time.sleep(0.3)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

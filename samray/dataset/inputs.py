@@ -58,11 +58,14 @@ def _list_all(uri: str, config: InputConfig) -> Iterator[pa.Table]:
         ) from error
     root = _root(uri)
     names = found["uri"].to_pylist() if found.num_rows == 1 or _all_containers(found) else []
+    etags = dict(zip(names, found["etag"].to_pylist(), strict=True)) if names else {}
     if names and all(is_tar(name) for name in names):
-        tables = _in_order(lambda name: _list_tar(name, _container_name(name, uri, root)), names)
+        tables = _in_order(lambda name: _list_tar(name, _container_name(name, uri, root), etags[name]), names)
         yield from _nonempty(tables, where, "no image in the tar")
     elif names and all(name.lower().endswith(".parquet") for name in names):
-        tables = _in_order(lambda name: list_parquet(name, _container_name(name, uri, root), config), names)
+        tables = _in_order(
+            lambda name: list_parquet(name, _container_name(name, uri, root), config, etags[name]), names
+        )
         yield from _nonempty(tables, where, "no row in the Parquet file")
     elif names == [uri] and uri.lower().endswith(MANIFEST_EXTENSIONS):
         tables = iter([rows_of_uris(read_uris(uri, config.uri_column), root)])
@@ -93,14 +96,16 @@ def _nonempty(tables: Iterator[pa.Table], where: str, problem: str) -> Iterator[
 
 
 def _files_table(uri: str) -> pa.Table:
-    """Columns uri and size of every file that the input names, sorted by URI."""
+    """Columns uri, size and etag of every file that the input names, sorted by URI."""
     uris: list[str] = []
     sizes: list[int | None] = []
+    etags: list[str | None] = []
     for entry in storage.list_files(uri):
         uris.append(entry.uri)
         sizes.append(entry.size)
-    table = pa.table({"uri": pa.array(uris, pa.string()), "size": pa.array(sizes, pa.int64())})
-    return table.sort_by("uri")
+        etags.append(entry.etag)
+    arrays = [pa.array(uris, pa.string()), pa.array(sizes, pa.int64()), pa.array(etags, pa.string())]
+    return pa.table(arrays, ["uri", "size", "etag"]).sort_by("uri")
 
 
 def _all_containers(found: pa.Table) -> bool:
@@ -143,7 +148,7 @@ def _list_files(uri: str, root: str, found: pa.Table) -> pa.Table:
             "unpack it, or decompress it to a plain .tar"
         )
     names = _relative(images["uri"], root)
-    return input_rows(images["uri"], names, images["size"])
+    return input_rows(images["uri"], names, size=images["size"], etag=images["etag"])
 
 
 def _nothing_found(where: str, found: pa.Table) -> str:
@@ -170,13 +175,14 @@ def _container_name(container: str, uri: str, root: str) -> str:
     return "" if container == uri else container[len(storage.join(root, "")) :].rpartition(".")[0]
 
 
-def _list_tar(archive: str, prefix: str) -> pa.Table:
+def _list_tar(archive: str, prefix: str, etag: str | None) -> pa.Table:
     members = list_tar(archive, IMAGE_EXTENSIONS)
     return input_rows(
         pa.array([f"tar://{member.name}::{archive}" for member in members], pa.string()),
         pa.array([storage.join(prefix, m.name) if prefix else m.name for m in members], pa.string()),
-        pa.array([member.size for member in members], pa.int64()),
-        archive,
+        size=pa.array([member.size for member in members], pa.int64()),
+        etag=etag,
+        container=archive,
         offset=pa.array([member.offset for member in members], pa.int64()),
     )
 

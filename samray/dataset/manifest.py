@@ -1,15 +1,16 @@
-"""The plan of a run: which images, with which ids, in which shards. Fixed once made.
+"""The plan of a run: which images, with which ids, in which shards. Fixed once made; later images only add to it.
 
-`_samray/manifest.parquet` holds the images, `_samray/run.json` the run's identity; both are created, never replaced,
-and run.json comes last: it is the mark that the plan is complete. A driver that dies in between leaves a manifest whose
-own metadata say which run it belongs to, so the same command goes on from there and any other is refused. Of two
-drivers that plan at once, the second finds the first one's manifest and takes it.
+`_samray/manifest.parquet` holds the images (`samray.dataset.generations`), `_samray/run.json` the run's identity; both
+are created, never replaced, and run.json comes last: it is the mark that the plan is complete. A driver that dies in
+between leaves a manifest whose own metadata say which run it belongs to, so the same command goes on from there and any
+other is refused. Of two drivers that plan at once, the second finds the first one's manifest and takes it.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,75 +19,137 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from samray import __version__, storage
+from samray.dataset.generations import (
+    FOLDER,
+    MANIFEST_SCHEMA,
+    Generation,
+    build_manifest,
+    create_generation,
+    manifest_uri,
+    read_changed,
+    read_generation,
+    read_generations,
+    read_group,
+    read_rows,
+)
 from samray.dataset.inputs import list_images
-from samray.dataset.rows import INPUT_SCHEMA
-from samray.dataset.schema import MAX_IMAGE_ID
 from samray.dataset.shards import done_shards
 from samray.errors import ConfigError, NotFoundError, StorageError
 
 if TYPE_CHECKING:
     from samray.config import Config
 
-FOLDER: Final = "_samray"
 RUN: Final = "run.json"
-MANIFEST: Final = "manifest.parquet"
 
-_ROWS_PER_GROUP: Final = 16384
 _PACKAGES: Final = ("numpy", "pillow", "pyarrow", "pycocotools", "ray", "torch")
-
-MANIFEST_SCHEMA: Final = pa.schema([("image_id", pa.int64()), ("shard", pa.int32()), *INPUT_SCHEMA])
 
 
 @dataclass
 class Plan:
-    """A plan that lies in OUTPUT. Small and picklable: the images stay in the manifest until a shard is read."""
+    """A plan that lies in OUTPUT. Small and picklable: the images stay in the manifests until a shard is read."""
 
     output: str
-    num_images: int
-    images_per_shard: int
+    generations: list[Generation]
     run: dict[str, Any]
-    """run.json as it lies."""
-    _groups: dict[int, pa.Table] = field(default_factory=dict, repr=False, compare=False)
+    """run.json as it lies, and the number of the last `generation`, which the shards written now will name."""
+    _groups: dict[tuple[int, int], pa.Table] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def num_images(self) -> int:
+        return sum(generation.num_images for generation in self.generations)
 
     @property
     def num_shards(self) -> int:
-        return -(-self.num_images // self.images_per_shard)
+        return sum(generation.num_shards for generation in self.generations)
+
+    @property
+    def last_generation(self) -> int:
+        """Its number: 0 until images joined."""
+        return self.generations[-1].number
 
     def num_images_of(self, shard: int) -> int:
-        """How many images a shard has: all have the same number but the last."""
-        assert 0 <= shard < self.num_shards, shard
-        return min(self.images_per_shard, self.num_images - shard * self.images_per_shard)
+        """How many images a shard has: of a generation's shards all have the same number but the last."""
+        generation = self._generation_of(shard)
+        start = (shard - generation.first_shard) * generation.images_per_shard
+        return min(generation.images_per_shard, generation.num_images - start)
 
     def read_shard(self, shard: int) -> pa.Table:
-        """The shard's rows of the manifest (`MANIFEST_SCHEMA`), in order; reads one row group. Raises: StorageError."""
-        rows_per_group = _rows_per_group(self.images_per_shard)
-        start = shard * self.images_per_shard
-        group = start // rows_per_group
-        table = self._groups.get(group)
+        """The shard's rows (`MANIFEST_SCHEMA`), in order, as they are now. Raises: StorageError.
+
+        Reads one row group, and those of later generations that name images of the shard.
+        """
+        generation = self._generation_of(shard)
+        start = (shard - generation.first_shard) * generation.images_per_shard
+        group, first = divmod(start, generation.rows_per_group)
+        table = self._groups.get((generation.number, group))
         if table is None:
-            table = _read_manifest_group(self.output, group)
-            self._groups = {group: table}  # the last one: shards mostly come in order
-        rows = table.slice(start - group * rows_per_group, self.num_images_of(shard))
+            table = read_group(self.output, generation, group)
+            self._groups = {(generation.number, group): table}  # the last one: shards mostly come in order
+        rows = table.slice(first, self.num_images_of(shard))
         assert pc.all(pc.equal(rows["shard"], shard)).as_py(), f"manifest and plan disagree about shard {shard}"
+        for changed in self._changed(shard, after=generation.number):
+            rows = with_rows(rows, changed)
         return rows
+
+    def changed_images(self, shard: int, after: int) -> set[int]:
+        """Ids of the shard's images that have changed after this generation. Raises: StorageError."""
+        return {i for changed in self._changed(shard, after) for i in changed["image_id"].to_pylist()}
+
+    def changed_shards(self) -> dict[int, int]:
+        """Shard -> the last generation in which one of its images changed, where one did. Raises: StorageError."""
+        changed: dict[int, int] = {}
+        for generation in self.generations:
+            if generation.num_changed:
+                shards = read_changed(self.output, generation)["shard"]
+                changed.update(dict.fromkeys(shards.unique().to_pylist(), generation.number))
+        return changed
+
+    def read_images(self, columns: list[str]) -> pa.Table:
+        """These columns of all images, shard by shard, as they are now. Raises: StorageError."""
+        names = [*dict.fromkeys(["image_id", *columns])]
+        rows = [read_rows(self.output, generation, names) for generation in self.generations]
+        sizes = [generation.num_images for generation in self.generations]
+        images = pa.concat_tables(table.slice(0, size) for table, size in zip(rows, sizes, strict=True))
+        for table, size in zip(rows, sizes, strict=True):
+            if table.num_rows > size:
+                images = with_rows(images, table.slice(size))
+        return images.select(columns)
+
+    def _changed(self, shard: int, after: int) -> list[pa.Table]:
+        later = [g for g in self.generations if g.number > after and g.num_changed]
+        return [read_changed(self.output, generation, shard) for generation in later]
+
+    def _generation_of(self, shard: int) -> Generation:
+        assert 0 <= shard < self.num_shards, shard
+        return self.generations[bisect_right(self.generations, shard, key=lambda g: g.first_shard) - 1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_groups": {}}
 
 
-def make_plan(input_uri: str, output_uri: str, config: Config, identity: Mapping[str, Any]) -> Plan:
+def with_rows(table: pa.Table, newer: pa.Table) -> pa.Table:
+    """`table` with those of its rows replaced whose image_id `newer` has, too; both have the same columns."""
+    at = pc.index_in(table["image_id"], value_set=newer["image_id"])
+    kept = pa.array(range(table.num_rows), pa.int64())
+    order = pc.coalesce(pc.add(pc.cast(at, pa.int64()), table.num_rows), pa.chunked_array([kept]))
+    return pa.concat_tables([table, newer]).take(order).combine_chunks()
+
+
+def make_plan(
+    input_uri: str, output_uri: str, config: Config, identity: Mapping[str, Any], *, joining: bool = False
+) -> Plan:
     """The plan that lies in OUTPUT, or a new one for INPUT. The input of an existing plan is not listed again.
 
     identity: what a run must share with the one it resumes (settings, checkpoint); the input's URI is added.
+    joining: INPUT is to be compared with the plan (`samray.dataset.joining`), and need not be the one it was made of.
 
     Raises: ConfigError where OUTPUT belongs to a different run (with the differences) or INPUT holds nothing,
     StorageError.
     """
     output = storage.normalize(output_uri)
-    wanted = _plain({**identity, "input_uri": storage.redact(storage.normalize(input_uri))})
+    wanted = run_identity(input_uri, identity)
     # In this order: run.json is written before any shard, so shards seen now mean that it is there a moment later.
     has_shards = bool(done_shards(output))
     run = _read_run(output)
@@ -97,8 +160,14 @@ def make_plan(input_uri: str, output_uri: str, config: Config, identity: Mapping
                 "give another OUTPUT, or empty this one"
             )
         run = _write_plan(input_uri, output, config, wanted)
-    _refuse_other_run(output, run["identity"], wanted)
-    return _plan_of(output, run)
+    plan = _plan_of(output, run)
+    _refuse_other_run(plan, wanted, joining)
+    return plan
+
+
+def run_identity(input_uri: str, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """`identity` with the input's URI, as JSON gives it back, and without the credentials that a URI may hold."""
+    return dict(_plain({**identity, "input_uri": storage.redact(storage.normalize(input_uri))}))
 
 
 def load_plan(output_uri: str) -> Plan:
@@ -110,19 +179,37 @@ def load_plan(output_uri: str) -> Plan:
     return _plan_of(output, run)
 
 
+def write_plan(output_uri: str, images: pa.Table, images_per_shard: int, run: Mapping[str, Any]) -> Plan:
+    """A plan of its own kind: for images that are known, their ids included, in an OUTPUT that holds nothing else.
+
+    images: a table with the columns of `MANIFEST_SCHEMA` but `shard`. run: what run.json is to say, its `identity`
+    included. Where the same plan lies there already, it is taken. Raises: ConfigError where another does, StorageError.
+    """
+    output = storage.normalize(output_uri)
+    places = pa.array(range(images.num_rows), pa.int64())
+    shards = pc.cast(pc.divide(places, images_per_shard), pa.int32())
+    table = images.append_column("shard", shards).select(MANIFEST_SCHEMA.names)
+    first = Generation(0, _plain(run["identity"]), table.num_rows, images_per_shard)
+    if not create_generation(output, first, table):
+        held = read_generation(output, 0)
+        if held != first:
+            _refuse_differences(output, held.identity if held else {}, first.identity)
+            raise ConfigError(
+                f"{storage.redact(output)} holds a plan of other images; give another folder, or empty it"
+            )
+    return _plan_of(output, _create_run(output, first, run))
+
+
 def _plan_of(output: str, run: dict[str, Any]) -> Plan:
-    return Plan(output, int(run["num_images"]), int(run["images_per_shard"]), run)
-
-
-def _uri(output: str, name: str) -> str:
-    return storage.join(output, FOLDER, name)
+    generations = read_generations(output)
+    return Plan(output, generations, {**run, "generation": generations[-1].number})
 
 
 # --- run.json ------------------------------------------------------------------------------------------------------
 
 
 def _read_run(output: str) -> dict[str, Any] | None:
-    uri = _uri(output, RUN)
+    uri = storage.join(output, FOLDER, RUN)
     try:
         run = json.loads(storage.read_bytes(uri))
         if not {"identity", "num_images", "images_per_shard"} <= run.keys():
@@ -136,27 +223,32 @@ def _read_run(output: str) -> dict[str, Any] | None:
 
 def _write_plan(input_uri: str, output: str, config: Config, wanted: dict[str, Any]) -> dict[str, Any]:
     """Manifest, then run.json, unless another driver has put its own there; then that one's."""
-    held = _read_manifest_metadata(output)
+    held = read_generation(output, 0)
     if held is None:
         table = build_manifest(pa.concat_tables(list_images(input_uri, config.input)), config.output.images_per_shard)
-        own = {"identity": wanted, "num_images": table.num_rows, "images_per_shard": config.output.images_per_shard}
-        created = storage.put_new(_uri(output, MANIFEST), _manifest_bytes(table, own))
-        held = own if created else _read_manifest_metadata(output)
+        own = Generation(0, wanted, table.num_rows, config.output.images_per_shard)
+        held = own if create_generation(output, own, table) else read_generation(output, 0)
         if held is None:
-            raise StorageError(f"{storage.redact(_uri(output, MANIFEST))} was removed while it was being used")
-    _refuse_other_run(output, held["identity"], wanted)
-    run = {
-        **held,
+            raise StorageError(f"{storage.redact(manifest_uri(output, 0))} was removed while it was being used")
+    _refuse_differences(output, held.identity, wanted)
+    run = {"identity": wanted, "input": wanted["input_uri"], "config": config.model_dump(mode="json")}
+    return _create_run(output, held, run)
+
+
+def _create_run(output: str, first: Generation, run: Mapping[str, Any]) -> dict[str, Any]:
+    """Write run.json unless it is there; returns what is there."""
+    full = {
+        "num_images": first.num_images,
+        "images_per_shard": first.images_per_shard,
         "samray_version": __version__,
         "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in _PACKAGES}},
-        "input": wanted["input_uri"],
-        "config": _plain(config.model_dump(mode="json")),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        **_plain(run),
     }
-    storage.put_new(_uri(output, RUN), json.dumps(run, indent=2, sort_keys=True).encode() + b"\n")
+    storage.put_new(storage.join(output, FOLDER, RUN), json.dumps(full, indent=2, sort_keys=True).encode() + b"\n")
     written = _read_run(output)
     if written is None:
-        raise StorageError(f"{storage.redact(_uri(output, RUN))} was removed while it was being used")
+        raise StorageError(f"{storage.redact(storage.join(output, FOLDER, RUN))} was removed while it was being used")
     return written
 
 
@@ -176,7 +268,19 @@ def _plain(value: Any) -> Any:
     return storage.redact(value) if isinstance(value, str) else value
 
 
-def _refuse_other_run(output: str, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _refuse_other_run(plan: Plan, wanted: dict[str, Any], joining: bool) -> None:
+    """Raises: ConfigError with each setting that differs from those of the plan."""
+    held = dict(plan.run["identity"])
+    inputs = [generation.identity.get("input_uri") for generation in plan.generations]
+    if joining or wanted["input_uri"] in inputs:
+        held["input_uri"] = wanted["input_uri"]
+    if joining or plan.run.get("compacted_from"):
+        # A new generation is cut as this run says; a compacted one was cut for its readers.
+        held["output"] = wanted["output"]
+    _refuse_differences(plan.output, held, wanted)
+
+
+def _refuse_differences(output: str, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raises: ConfigError with each setting that differs."""
     there, asked = _flat(held), _flat(wanted)
     missing = "not set"
@@ -201,68 +305,3 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[prefix + key] = json.dumps(value)
     return flat
-
-
-# --- the manifest --------------------------------------------------------------------------------------------------
-
-
-def build_manifest(images: pa.Table, images_per_shard: int) -> pa.Table:
-    """Ids and shards for the images of an input. Returns a table of `MANIFEST_SCHEMA`."""
-    places = pa.array(range(images.num_rows), pa.int64())
-    shards = pc.cast(pc.divide(places, images_per_shard), pa.int32())
-    columns = [image_ids(images["file_name"]), shards, *(images[name] for name in INPUT_SCHEMA.names)]
-    return pa.Table.from_arrays(columns, schema=MANIFEST_SCHEMA)
-
-
-def image_ids(file_names: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The number in names like sa_<n>.jpg, else the row's place; places for all where two would get the same id."""
-    places = pa.chunked_array([pa.array(range(len(file_names)), pa.int64())])
-    digits = pc.struct_field(pc.extract_regex(file_names, r"(?:^|/)sa_0*(?P<n>[0-9]{1,15})\.[^./]+$"), "n")
-    numbers = pc.cast(digits, pa.int64())
-    numbers = pc.if_else(pc.less_equal(numbers, MAX_IMAGE_ID), numbers, None)
-    ids = pc.coalesce(numbers, places)
-    return ids if pc.count_distinct(ids).as_py() == len(ids) else places
-
-
-def _rows_per_group(images_per_shard: int) -> int:
-    """A whole number of shards, so that a shard's rows always lie in one row group."""
-    return images_per_shard * max(1, _ROWS_PER_GROUP // images_per_shard)
-
-
-def _manifest_bytes(table: pa.Table, own: Mapping[str, Any]) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table.replace_schema_metadata({b"samray": json.dumps(own, sort_keys=True).encode()}),
-        sink,
-        compression="zstd",
-        row_group_size=_rows_per_group(own["images_per_shard"]),
-    )
-    return bytes(sink.getvalue())
-
-
-def _open_manifest(output: str) -> Any:
-    return storage.open_read(_uri(output, MANIFEST))
-
-
-def _read_manifest_metadata(output: str) -> dict[str, Any] | None:
-    """What the manifest says of its run; None where there is no manifest."""
-    uri = storage.redact(_uri(output, MANIFEST))
-    try:
-        with _open_manifest(output) as stream:
-            held = json.loads((pq.read_schema(stream).metadata or {}).get(b"samray", b"{}"))
-    except NotFoundError:
-        return None
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise StorageError(f"{uri} is damaged: {error}; give another OUTPUT") from error
-    if not {"identity", "num_images", "images_per_shard"} <= held.keys():
-        raise ConfigError(f"{uri} was not written by samray; give another OUTPUT")
-    return dict(held)
-
-
-def _read_manifest_group(output: str, group: int) -> pa.Table:
-    uri = storage.redact(_uri(output, MANIFEST))
-    try:
-        with _open_manifest(output) as stream:
-            return pq.ParquetFile(stream).read_row_group(group)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise StorageError(f"{uri} is damaged: {error}; the plan of this OUTPUT is lost") from error

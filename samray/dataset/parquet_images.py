@@ -39,8 +39,11 @@ def _is_binary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
-def list_parquet(uri: str, prefix: str, config: InputConfig) -> pa.Table:
-    """Rows of a Parquet file: its images where it holds image bytes, else the files that its URI column names."""
+def list_parquet(uri: str, prefix: str, config: InputConfig, etag: str | None) -> pa.Table:
+    """Rows of a Parquet file: its images where it holds image bytes, else the files that its URI column names.
+
+    etag: the Parquet file's own; the images it holds are taken for changed when it is.
+    """
     where = storage.redact(uri)
     with storage.open_read(uri) as stream:
         try:
@@ -69,7 +72,7 @@ def list_parquet(uri: str, prefix: str, config: InputConfig) -> pa.Table:
     if prefix:
         names = pc.binary_join_element_wise(f"{prefix}/", names, "")
     uris = pc.binary_join_element_wise(f"{uri}#row=", numbers, "")
-    return input_rows(uris, names, container=uri, row=places)
+    return input_rows(uris, names, etag=etag, container=uri, row=places)
 
 
 def _names_of_rows(file: pq.ParquetFile, column: str) -> pa.ChunkedArray | None:

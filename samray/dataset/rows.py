@@ -11,6 +11,7 @@ INPUT_SCHEMA: Final = pa.schema(
         ("uri", pa.string()),  # what the output records; tar members as fsspec writes them, tar://member::archive
         ("file_name", pa.string()),  # relative to the input's root, so that equal basenames stay apart
         ("size", pa.int64()),  # encoded bytes; null where only reading would tell
+        ("etag", pa.string()),  # changes when the file (or the container) is replaced; null where nothing tells
         ("container", pa.string()),  # the tar or Parquet file that holds the image; null for a file of its own
         ("offset", pa.int64()),  # first byte in the tar
         ("row", pa.int64()),  # place in the Parquet file
@@ -18,11 +19,14 @@ INPUT_SCHEMA: Final = pa.schema(
 )
 
 
-def input_rows(uris: Any, names: Any, sizes: Any = None, container: str | None = None, **places: Any) -> pa.Table:
-    """A table of `INPUT_SCHEMA`; columns that are not given are null."""
-    sizes = pa.nulls(len(uris), pa.int64()) if sizes is None else sizes
-    columns = {"uri": uris, "file_name": names, "size": sizes, **places}
-    columns["container"] = pa.array([container], pa.string()).take(pa.array([0] * len(uris), pa.int8()))
-    for name in ("offset", "row"):
-        columns.setdefault(name, pa.nulls(len(uris), pa.int64()))
-    return pa.table({field.name: columns[field.name] for field in INPUT_SCHEMA}).cast(INPUT_SCHEMA)
+def input_rows(uris: Any, names: Any, **columns: Any) -> pa.Table:
+    """A table of `INPUT_SCHEMA`. A column is given as an array, or as the one value of all rows; others are null."""
+    given = {"uri": uris, "file_name": names, **columns}
+    assert given.keys() <= set(INPUT_SCHEMA.names), given.keys()
+    arrays = []
+    for field in INPUT_SCHEMA:
+        value = given.get(field.name)
+        if value is None or isinstance(value, str):
+            value = pa.repeat(pa.scalar(value, field.type), len(uris))
+        arrays.append(value.cast(field.type))
+    return pa.Table.from_arrays(arrays, schema=INPUT_SCHEMA)

@@ -90,12 +90,15 @@ def _row(record: ImageRecord) -> dict[str, Any]:
 
 
 def shard_metadata(run: Mapping[str, Any]) -> dict[bytes, bytes]:
-    """Schema metadata: `samray` (version, the run's identity, bbox convention) and `huggingface` (features)."""
+    """Schema metadata: `samray` (version, identity of the run, generation of the plan, bbox convention) and
+    `huggingface` (features).
+    """
     identity = run.get("identity", {})
     features = {f.name: huggingface_feature(f.type) for f in SCHEMA}
     own = {
         "version": run.get("samray_version"),
         "identity": identity,
+        "generation": run.get("generation", 0),
         "bbox_convention": identity.get("masks", {}).get("bbox_convention", "coco"),
     }
     return {

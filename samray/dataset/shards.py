@@ -6,22 +6,28 @@ That a shard's file exists is the only mark that it is done.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from samray import storage
-from samray.dataset.schema import SCHEMA, with_stats
-from samray.errors import StorageError
+from samray.dataset.schema import SCHEMA, samray_metadata, with_stats
+from samray.errors import NotFoundError, StorageError
 
 FOLDER: Final = "annotations"
 SUCCESS: Final = "_SUCCESS"
 _NAME: Final = re.compile(r"shard-(\d{6,})\.parquet")
-_ROWS_PER_GROUP: Final = 64
 _PAGE_BYTES: Final = 128 * 1024
+_MIN_GROUP_BYTES: Final = 128 * 1024
+_FOOTER_BYTES_PER_GROUP: Final = 1700
+"""What a row group of 16 columns adds to the footer, as measured."""
+_LOOKED_UP: Final = ["image.image_id", "image.file_name", "status"]
+"""Columns with statistics. Those of run-length strings and scores would double the footer, and nobody looks by them."""
 
 
 def shard_name(shard: int) -> str:
@@ -39,39 +45,59 @@ def shard_uri(output: str, shard: int) -> str:
 
 
 def shard_bytes(table: pa.Table, compression_level: int = 3) -> bytes:
-    """A table of `SCHEMA` as the bytes of a Parquet file; the same table and metadata give the same bytes.
+    """A table of `SCHEMA` as the bytes of a Parquet file; the same rows and metadata give the same bytes.
 
-    Small row groups, pages and a page index, so that readers may fetch single images by ranges.
+    Row groups of `rows_per_group`, statistics where one looks images up, and a page index: readers fetch single images
+    by ranges.
     """
     assert table.schema.equals(SCHEMA), table.schema
+    num_rows = rows_per_group(table)
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        table,
+    with pq.ParquetWriter(
         sink,
+        table.schema,
         compression="zstd",
         compression_level=compression_level,
-        row_group_size=_ROWS_PER_GROUP,
         data_page_size=_PAGE_BYTES,
         write_page_index=True,
+        write_statistics=_LOOKED_UP,
         use_dictionary=["status", "error"],  # run-length strings never repeat
-    )
+    ) as writer:
+        for start in range(0, max(1, table.num_rows), num_rows):
+            # In one chunk: where a table's chunks end is no part of its rows, but would show in the pages.
+            writer.write_table(table.slice(start, num_rows).combine_chunks(), row_group_size=num_rows)
     return bytes(sink.getvalue())
+
+
+def rows_per_group(table: pa.Table) -> int:
+    """Rows of each row group of a table of `SCHEMA`, from its masks' number and length alone.
+
+    Whoever reads one image fetches the footer, which grows with the number of groups, and one group, which shrinks with
+    it; their sum is least where they are equal. Small tables have few groups, so that theirs stays small beside them.
+    """
+    masks = pc.list_flatten(table["annotations"])
+    counts_bytes = pc.sum(pc.binary_length(pc.struct_field(masks, ["segmentation", "counts"]))).as_py() or 0
+    # Compressed, as measured: run-length strings shrink to a half, all else of a mask to 32 bytes.
+    table_bytes = counts_bytes // 2 + 32 * len(masks) + 8 * table.num_rows
+    group_bytes = max(_MIN_GROUP_BYTES, math.isqrt(table_bytes * _FOOTER_BYTES_PER_GROUP))
+    return max(1, int(-(-table.num_rows * group_bytes // max(1, table_bytes))))
 
 
 def commit_shard(
     output: str, shard: int, table: pa.Table, stats: Mapping[str, Any] | None = None, *, compression_level: int = 3
-) -> bool:
-    """Put a finished shard in its place; False if it is there already, which is success, too. Raises: StorageError."""
+) -> int:
+    """Put a finished shard in its place; its bytes, or 0 if it is there already: success, too. Raises: StorageError."""
     data = shard_bytes(table if stats is None else with_stats(table, stats), compression_level)
-    return storage.put_new(shard_uri(output, shard), data)
+    return len(data) if storage.put_new(shard_uri(output, shard), data) else 0
 
 
 def replace_shard(
     output: str, shard: int, table: pa.Table, stats: Mapping[str, Any] | None = None, *, compression_level: int = 3
-) -> None:
-    """Put a shard in the place of an earlier one, in one step. Raises: StorageError."""
+) -> int:
+    """Put a shard in the place of an earlier one, in one step; returns its bytes. Raises: StorageError."""
     data = shard_bytes(table if stats is None else with_stats(table, stats), compression_level)
     storage.put(shard_uri(output, shard), data)
+    return len(data)
 
 
 def done_shards(output: str) -> set[int]:
@@ -97,3 +123,23 @@ def mark_success(output: str, **counts: int) -> None:
     """Say that every shard is there. Whoever calls this has looked. Raises: StorageError."""
     data = json.dumps({**counts, "num_shards": len(done_shards(output))}, sort_keys=True).encode()
     storage.put(storage.join(storage.normalize(output), SUCCESS), data + b"\n")
+
+
+def unmark_success(output: str) -> None:
+    """Take `_SUCCESS` away: more is to come. Raises: StorageError."""
+    storage.delete(storage.join(storage.normalize(output), SUCCESS))
+
+
+def read_metadata(output: str, shard: int) -> dict[str, Any]:
+    """What a shard says of how it was made (`schema.samray_metadata`); only its footer is read.
+
+    Raises: NotFoundError where it is not there, StorageError where it cannot be read or is no Parquet.
+    """
+    uri = shard_uri(output, shard)
+    try:
+        with storage.open_read(uri) as stream:
+            return samray_metadata(pq.read_schema(stream))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, NotFoundError):
+            raise
+        raise StorageError(f"shard {storage.redact(uri)} is damaged: {error}; delete it and run again") from error

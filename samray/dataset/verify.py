@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from pycocotools import mask as coco_mask
@@ -20,6 +18,7 @@ from pycocotools import mask as coco_mask
 from samray import storage
 from samray.dataset import shards
 from samray.dataset.manifest import Plan, load_plan
+from samray.dataset.runs import run_lengths
 from samray.dataset.schema import ANNOTATIONS_PER_IMAGE, SCHEMA, samray_metadata
 from samray.errors import NotFoundError, StorageError
 
@@ -66,6 +65,11 @@ def verify(output: str, deep: bool = False) -> VerifyReport:
         report.problems += found[:_PROBLEMS_PER_SHARD]
         if more > 0:
             report.problems.append(f"{shards.shard_name(shard)}: {more} more problems")
+    for shard, generation in plan.changed_shards().items():
+        if shard in done and shards.read_metadata(plan.output, shard).get("generation", 0) < generation:
+            report.problems.append(
+                f"{shards.shard_name(shard)} holds an image that has changed since: run the same command again"
+            )
     report.problems += _check_success(plan, report.num_shards)
     return report
 
@@ -204,28 +208,3 @@ def check_mask(mask: dict[str, Any], bbox_convention: str) -> str | None:
     if mask["bbox"] != box:
         return f"has the box {mask['bbox']}, but lies in {box}"
     return None
-
-
-def run_lengths(counts: str) -> npt.NDArray[np.int64] | None:
-    """COCO's compressed run lengths as numbers; None where the string is not well-formed.
-
-    Groups of five bits, lowest first, as characters from "0" on; the sixth bit says that more follow; from the third
-    run on each is the difference to the run before the last. Source: pycocotools, rleFrString.
-    """
-    runs: list[int] = []
-    value = shift = 0
-    for character in counts.encode("utf-8", "replace"):
-        group = character - 48
-        if not 0 <= group < 64 or shift > 60:
-            return None
-        value |= (group & 31) << shift
-        shift += 5
-        if group & 32:
-            continue
-        if group & 16:
-            value -= 1 << shift
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
-        value = shift = 0
-    if shift or not runs or max(map(abs, runs)) >= 2**32:
-        return None
-    return np.array(runs, dtype=np.int64)

@@ -17,7 +17,8 @@ from samray.errors import ImageError, SamrayError
 from samray.pipeline.attempts import ShardAttempts
 from samray.pipeline.faults import DeviceFault
 from samray.pipeline.labeler import EncodedImage, ShardLabeler, build_labeler
-from samray.pipeline.report import ShardSummary
+from samray.pipeline.metrics import ActorFigures, record
+from samray.pipeline.report import Labelled, ShardSummary
 
 if TYPE_CHECKING:
     from samray.config import Config
@@ -61,6 +62,7 @@ class LabelActor:
         self.run_id = run_id
         self.state = state
         self.fault: SamrayError | None = None
+        self.figures = ActorFigures()
         try:
             self.labeler = make_labeler(config, num_threads)
         except SamrayError as error:
@@ -94,6 +96,7 @@ class LabelActor:
                 f" the machine, then remove {attempts.dir} and run again"
             )
         done.stage_seconds["fetch"] = batch["fetch_s"].to_pylist()[0]
+        self.figures.finish(done, self.labeler)
         return self._row(
             {
                 "shard": shard,
@@ -111,9 +114,10 @@ class LabelActor:
         except ray.exceptions.RayError:
             return True  # without the state actor there is no progress to show, but there is work to do
 
-    def _advance(self, shard: int, num_images: int) -> None:
+    def _advance(self, shard: int, batch: Labelled) -> None:
+        self.figures.add(batch, self.labeler)
         try:
-            keep_on = ray.get(self.state.advance.remote(shard, num_images))
+            keep_on = ray.get(self.state.advance.remote(shard, len(batch.records)))
         except ray.exceptions.RayError:
             return
         if not keep_on:
@@ -139,6 +143,8 @@ class LabelActor:
 
     def _fetch_late(self, shard: int, place: int) -> bytes | ImageError:
         (data,) = fetch_images(self.plan.read_shard(shard).slice(place, 1), self.config.input)
+        if isinstance(data, bytes):
+            record("samray_encoded_bytes", len(data))
         return data
 
     def _row(self, values: dict[str, Any]) -> pa.Table:

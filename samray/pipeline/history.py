@@ -7,13 +7,10 @@ from collections import Counter
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from samray import storage
-from samray.dataset.schema import samray_metadata
-from samray.dataset.shards import SUCCESS, read_shard, shard_uri
-from samray.errors import NotFoundError, StorageError
+from samray.dataset.manifest import Plan
+from samray.dataset.shards import SUCCESS, read_metadata, read_shard
+from samray.errors import NotFoundError
 from samray.pipeline.report import reason_of
 
 NUM_THREADS = 32
@@ -39,13 +36,21 @@ def _success_without_failures(output: str, num_shards: int) -> bool:
 
 
 def _failures_of(output: str, shard: int) -> dict[str, int]:
-    uri = shard_uri(output, shard)
-    try:
-        with storage.open_read(uri) as stream:
-            stats = samray_metadata(pq.read_schema(stream)).get("stats", {})
-    except (pa.ArrowException, ValueError) as error:
-        raise StorageError(f"shard {storage.redact(uri)} is damaged: {error}; delete it and run again") from error
+    stats = read_metadata(output, shard).get("stats", {})
     if "failures" in stats:
         return dict(stats["failures"])
     errors = read_shard(output, shard, ["error"])["error"].to_pylist()
     return dict(Counter(reason_of(error) for error in errors if error is not None))
+
+
+def stale_shards(plan: Plan, done: Collection[int]) -> set[int]:
+    """The finished shards with an image that has changed since, and is to be labelled again. Raises StorageError."""
+    changed = {shard: generation for shard, generation in plan.changed_shards().items() if shard in done}
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        made = pool.map(lambda shard: generation_of(plan.output, shard), changed)
+        return {shard for shard, at in zip(changed, made, strict=True) if at < changed[shard]}
+
+
+def generation_of(output: str, shard: int) -> int:
+    """The last generation of the plan that a finished shard was made by. Raises StorageError."""
+    return int(read_metadata(output, shard).get("generation", 0))

@@ -11,7 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -21,6 +21,7 @@ from samray.dataset.schema import ANNOTATIONS_PER_IMAGE, ImageRecord
 from samray.errors import ImageError, StorageError
 from samray.images import decode_image
 from samray.pipeline.faults import DeviceFault, internal_error, is_out_of_memory, one_line, raise_if_fatal
+from samray.pipeline.report import Labelled
 
 if TYPE_CHECKING:
     from samray.config import Config, MaskConfig
@@ -69,15 +70,6 @@ class MaskSource(Protocol):
     def generate(self, images: list[np.ndarray]) -> list[list[dict[str, Any]]]: ...
 
 
-@dataclass
-class Labelled:
-    """The records of one shard, in the order of its images, and what they cost."""
-
-    records: list[ImageRecord] = field(default_factory=list)
-    stage_seconds: dict[str, float] = field(default_factory=dict)
-    device_seconds: float = 0.0
-
-
 class ShardLabeler:
     """Labels images with one model. Call it from one thread at a time; it has threads of its own.
 
@@ -112,7 +104,7 @@ class ShardLabeler:
         self,
         images: Sequence[EncodedImage],
         guard: Guard | None = None,
-        on_progress: Callable[[int], None] = lambda num_images: None,
+        on_progress: Callable[[Labelled], None] = lambda batch: None,
     ) -> Labelled:
         """One record for each image, in their order, whatever the images are like.
 
@@ -123,14 +115,13 @@ class ShardLabeler:
         careful = guard if guard is not None and guard.careful else None
         # Enough that no worker waits for a slow image before its own; in careful mode none but the marked one runs.
         num_ahead = 0 if careful else 2 * self.num_workers
-        pending: deque[Future[tuple[list[ImageRecord], float]]] = deque()
+        pending: deque[Future[Labelled]] = deque()
 
         def collect(num_left: int) -> None:
             while len(pending) > num_left:
-                records, seconds = pending.popleft().result()
-                done.records += records
-                done.device_seconds += seconds
-                on_progress(len(records))
+                batch = pending.popleft().result()
+                done.add(batch)
+                on_progress(batch)
 
         try:
             for group in self._one_by_one(images, careful) if careful else self._groups(images):
@@ -198,17 +189,22 @@ class ShardLabeler:
         except Exception as error:
             return ImageError("unreadable", one_line(error))
 
-    def _label_group(self, group: list[Decoded]) -> tuple[list[ImageRecord], float]:
-        """Records, and the seconds spent on the masks."""
+    def _label_group(self, group: list[Decoded]) -> Labelled:
+        pixels = [decoded for _, decoded in group if isinstance(decoded, np.ndarray)]
         started = time.monotonic()
         generator = self.free.get()
         try:
-            masks = iter(self._generate(generator, [d for _, d in group if isinstance(d, np.ndarray)]))
+            masks = iter(self._generate(generator, pixels))
         finally:
             self.free.put(generator)
         seconds = time.monotonic() - started
-        records = [make_record(im, d, next(masks) if isinstance(d, np.ndarray) else d) for im, d in group]
-        return records, seconds
+        return Labelled(
+            device_seconds=seconds,
+            records=[make_record(im, d, next(masks) if isinstance(d, np.ndarray) else d) for im, d in group],
+            encoded_bytes=sum(len(image.data) for image, _ in group if isinstance(image.data, bytes | memoryview)),
+            batch_images=len(pixels),
+            batch_room=self.group_images if pixels else 0,
+        )
 
     def _generate(self, generator: MaskSource, images: list[np.ndarray]) -> list[list[dict[str, Any]] | ImageError]:
         """Masks or an error for each image. A failing group is run again image by image, to fail only the guilty."""

@@ -10,6 +10,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from samray.pipeline.metrics import record
 from samray.pipeline.report import duration
 
 LOG_EVERY_S = 10.0
@@ -59,6 +60,9 @@ class ProgressView:
         """Show where the run is; cheap enough to call often."""
         self.num_done = self.num_done if num_done is None else num_done
         self.num_failed = self.num_failed if num_failed is None else num_failed
+        record("samray_run_images", self.num_images)
+        record("samray_run_images_done", self.num_done)
+        record("samray_run_images_failed", self.num_failed)
         now = time.monotonic()
         if self._first_image_at is None and self.num_done > self.num_before:
             self._first_image_at = (now, self.num_done)

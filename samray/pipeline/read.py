@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from samray.dataset.inputs import fetch_images
+from samray.dataset.schema import samray_metadata
 from samray.dataset.shards import read_shard
 from samray.errors import ImageError
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from samray.dataset.manifest import Plan
 
 SOURCE = pa.schema([("shard", pa.int64()), ("retry", pa.bool_())])
+"""retry: the shard is finished, and only some of its images are to be labelled again."""
 
 FETCHED = pa.schema(
     [
@@ -51,20 +54,20 @@ MAX_BYTES_AHEAD = 512 * 2**20
 
 
 def source_tables(todo: Mapping[int, bool]) -> list[pa.Table]:
-    """One block of one row for each shard to do, and whether only its failed images are to be labelled again.
+    """One block of one row for each shard to do, and whether it is finished and only some images are to be done again.
 
     Paths stay in the manifest: the fetch stage reads them there.
     """
     return [pa.table({"shard": [shard], "retry": [retry]}, schema=SOURCE) for shard, retry in todo.items()]
 
 
-def fetch_shard(batch: pa.Table, *, plan: Plan, config: InputConfig) -> pa.Table:
+def fetch_shard(batch: pa.Table, *, plan: Plan, config: InputConfig, retry_failed: bool) -> pa.Table:
     """Stage 2. One row of SOURCE in, one of FETCHED out: bytes, or the reason why there are none, for each image."""
     (source,) = batch.to_pylist()
     shard = source["shard"]
     started = time.monotonic()
     table = plan.read_shard(shard)
-    places = failed_places(plan.output, shard) if source["retry"] else list(range(table.num_rows))
+    places = places_to_redo(plan, shard, retry_failed) if source["retry"] else list(range(table.num_rows))
     images: list[dict[str, Any]] = []
     num_bytes = 0
     for start in range(0, len(places), 16):
@@ -91,7 +94,14 @@ def fetch_shard(batch: pa.Table, *, plan: Plan, config: InputConfig) -> pa.Table
     return pa.Table.from_pylist([row], schema=FETCHED)
 
 
-def failed_places(output: str, shard: int) -> list[int]:
-    """Places in the shard whose row on disk says `failed`."""
-    status = read_shard(output, shard)["status"].to_pylist()
-    return [place for place, value in enumerate(status) if value == "failed"]
+def places_to_redo(plan: Plan, shard: int, retry_failed: bool) -> list[int]:
+    """Places in a finished shard: of images that have changed since, and with retry_failed of those that failed."""
+    table = read_shard(plan.output, shard, ["image", "status"])
+    made_by = samray_metadata(table.schema).get("generation", 0)
+    changed = plan.changed_images(shard, after=made_by)
+    rows = zip(pc.struct_field(table["image"], "image_id").to_pylist(), table["status"].to_pylist(), strict=True)
+    return [
+        place
+        for place, (image_id, status) in enumerate(rows)
+        if image_id in changed or (retry_failed and status == "failed")
+    ]

@@ -5,13 +5,42 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from samray.pipeline.labeler import Labelled
+from samray.dataset.schema import ImageRecord
+
+
+@dataclass
+class Labelled:
+    """The records of a shard, or of a batch of its images, in the order of the images, and what they cost."""
+
+    records: list[ImageRecord] = field(default_factory=list)
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    """Of a shard only."""
+    device_seconds: float = 0.0
+    """In the mask generator, summed over the threads that run one."""
+    held_seconds: float = 0.0
+    """Of a shard only, and only in a run: how long its actor has existed for it, since the shard before or since its
+    start, times those threads. What is not device_seconds of it, the device was idle."""
+    gpu_seconds: float = 0.0
+    """The same, without the threads, times the GPUs that the actor holds: what one pays for."""
+    encoded_bytes: int = 0
+    """Of the images that came encoded."""
+    batch_images: int = 0
+    """Given to the mask generator."""
+    batch_room: int = 0
+    """What batch_images would be, had every batch been full."""
+
+    def add(self, batch: Labelled) -> None:
+        """Append a batch."""
+        self.records += batch.records
+        self.device_seconds += batch.device_seconds
+        self.encoded_bytes += batch.encoded_bytes
+        self.batch_images += batch.batch_images
+        self.batch_room += batch.batch_room
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +55,9 @@ class ShardSummary:
     stage_seconds: dict[str, float] = field(default_factory=dict)
     device_seconds: float = 0.0
     """Time in the mask generator, on whatever device it ran."""
+    held_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    """As in `Labelled`."""
 
     @classmethod
     def of(cls, shard: int, done: Labelled) -> ShardSummary:
@@ -37,6 +69,8 @@ class ShardSummary:
             failures=dict(Counter(reason_of(record.error) for record in done.records if record.error is not None)),
             stage_seconds=done.stage_seconds,
             device_seconds=done.device_seconds,
+            held_seconds=done.held_seconds,
+            gpu_seconds=done.gpu_seconds,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,6 +115,10 @@ class LabelReport:
     stage_seconds: dict[str, float] = field(default_factory=dict)
     """Summed over all workers of this run."""
     device_seconds: float = 0.0
+    held_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    """Of this run; as in `Labelled`."""
+    gpu_price_per_hour: float | None = None
     exit_code: int = 0
     """0 all there; 1 shards missing or too many failed images; 130 or 143 interrupted, and resumable."""
     problem: str | None = None
@@ -92,11 +130,28 @@ class LabelReport:
         done = self.num_labelled
         return done / self.wall_s if self.wall_s > 0 else 0.0
 
+    @property
+    def busy_share(self) -> float:
+        """Part of the actors' time in which they were at masks, from 0 to 1; the rest they waited."""
+        return min(self.device_seconds / self.held_seconds, 1.0) if self.held_seconds > 0 else 0.0
+
+    @property
+    def cost(self) -> float | None:
+        """Of the GPUs, for the time that this run's actors held them; None where no price was given."""
+        return None if self.gpu_price_per_hour is None else self.gpu_seconds / 3600 * self.gpu_price_per_hour
+
+    @property
+    def cost_per_million_images(self) -> float | None:
+        """The same for a million labelled images; None where none was labelled or no price was given."""
+        return None if self.cost is None or not self.num_labelled else 1e6 * self.cost / self.num_labelled
+
     def add(self, summary: ShardSummary) -> None:
         """Count a shard that this run committed."""
         self.num_labelled += summary.num_images - sum(summary.failures.values())
         self.num_masks += summary.num_masks
         self.device_seconds += summary.device_seconds
+        self.held_seconds += summary.held_seconds
+        self.gpu_seconds += summary.gpu_seconds
         self.add_failures(summary.failures)
         for name, seconds in summary.stage_seconds.items():
             self.stage_seconds[name] = self.stage_seconds.get(name, 0.0) + seconds
@@ -123,8 +178,11 @@ def print_report(report: LabelReport, console: Console | None = None) -> None:
         reasons = ", ".join(f"{number} {reason}" for reason, number in report.failures.items())
         table.add_row("failed images", f"{report.num_failed}: {reasons}")
     if report.stage_seconds:
-        table.add_row("device time", f"{duration(report.device_seconds)}")
+        busy = f", device busy {100 * report.busy_share:.0f}% of the actors' time" if report.held_seconds else ""
+        table.add_row("device time", duration(report.device_seconds) + busy)
         table.add_row("by stage", _stages(report.stage_seconds))
+    if report.gpu_price_per_hour is not None and report.num_labelled:
+        table.add_row("cost", cost_in_words(report.gpu_seconds, report.gpu_price_per_hour, report.num_labelled))
     table.add_row("output", report.output)
     if report.problem:
         table.add_row("[red]problem[/red]", report.problem)
@@ -139,6 +197,19 @@ def _stages(stage_seconds: dict[str, float]) -> str:
     return ", ".join(
         f"{name} {100 * seconds / total:.0f}%" for name, seconds in largest_first if seconds / total >= 0.005
     )
+
+
+def cost_in_words(gpu_seconds: float, price_per_hour: float, num_images: int) -> str:
+    """`1.23, 45.60 per million images at 2.00 per GPU hour (0.62 GPU hours held)`."""
+    if gpu_seconds <= 0:
+        return "none: no actor held a GPU"
+    cost = gpu_seconds / 3600 * price_per_hour
+    each = f"{_money(1e6 * cost / num_images)} per million images at {_money(price_per_hour)} per GPU hour"
+    return f"{_money(cost)}, {each} ({gpu_seconds / 3600:.2g} GPU hours held)"
+
+
+def _money(amount: float) -> str:
+    return f"{amount:,.2f}" if amount >= 0.1 or amount == 0 else f"{amount:.2g}"
 
 
 def _next_commands(report: LabelReport) -> list[str]:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from samray import storage
 from samray.config import Config, load_config
+from samray.dataset.joining import News, join_images
 from samray.dataset.manifest import Plan, make_plan
 from samray.dataset.shards import done_shards, mark_success
 from samray.errors import SamrayError
-from samray.pipeline.history import failures_of_shards
+from samray.pipeline.history import failures_of_shards, stale_shards
 from samray.pipeline.progress import ProgressView
 from samray.pipeline.report import LabelReport, ShardSummary
 
@@ -48,16 +49,28 @@ def label(
     config: Config | None = None,
     *,
     retry_failed: bool = False,
+    append: bool = False,
+    redo_changed: bool = False,
     progress: bool = True,
 ) -> LabelReport:
     """Label every image of input into Parquet shards under output, or finish what an earlier run left undone.
 
-    retry_failed: also label the failed images of finished shards again. progress: show it, on stderr.
+    retry_failed: also label the failed images of finished shards again. append: list input again, and label what the
+    output does not have yet, by URI, into new shards; input may be another one than before. redo_changed: list input
+    again, and label those images again whose size or etag has changed. progress: show it, on stderr.
     Without config the settings are those of `samray label` without options.
     Raises ConfigError before anything starts, StorageError when storage stays away. A report with exit_code 130 or
     143 means that a signal ended the run early; calling again resumes.
     """
-    return label_with(input, output, config or load_config(), retry_failed=retry_failed, progress=progress)
+    return label_with(
+        input,
+        output,
+        config or load_config(),
+        retry_failed=retry_failed,
+        append=append,
+        redo_changed=redo_changed,
+        progress=progress,
+    )
 
 
 def label_with(
@@ -66,35 +79,45 @@ def label_with(
     config: Config,
     *,
     retry_failed: bool = False,
+    append: bool = False,
+    redo_changed: bool = False,
     progress: bool = True,
     make_labeler: MakeLabeler | None = None,
-    on_plan: Callable[[Plan, set[int]], None] = lambda plan, done: None,
+    on_plan: Callable[[Plan, set[int], News], None] = lambda plan, done, news: None,
 ) -> LabelReport:
     """`label`, with make_labeler(config, num_threads) making the labeler of each actor.
 
-    on_plan is called with the plan and the shards found done, before anything is started.
+    on_plan is called with the plan, the shards found done, and what joined, before anything is started.
     """
     started = time.monotonic()
-    if make_labeler is None and not storage.exists(storage.join(str(output), "_samray", "run.json")):
+    is_new = not storage.exists(storage.join(str(output), "_samray", "run.json"))
+    if make_labeler is None and is_new:
         # Before the plan is made, for it would tie the output to weights that do not fit.
         from samray.sam.checkpoints import check_checkpoint
 
         check_checkpoint(config.model.name, config.model.checkpoint)
-    plan = make_plan(str(input), str(output), config, run_identity(config))
+    joining = append or redo_changed
+    identity = run_identity(config)
+    plan, news = make_plan(str(input), str(output), config, identity, joining=joining), News()
+    if joining and not is_new:
+        plan, news = join_images(plan, str(input), config, identity, append=append, redo_changed=redo_changed)
     done = done_shards(plan.output)
-    on_plan(plan, done)
+    on_plan(plan, done, news)
     failures = failures_of_shards(plan.output, done)
-    retries = {shard for shard, reasons in failures.items() if reasons} if retry_failed else set()
+    retries = stale_shards(plan, done)
+    if retry_failed:
+        retries |= {shard for shard, reasons in failures.items() if reasons}
     todo = {shard: shard in retries for shard in range(plan.num_shards) if shard not in done or shard in retries}
 
     report = LabelReport(plan.output, plan.num_images, plan.num_shards, num_shards_skipped=plan.num_shards - len(todo))
+    report.gpu_price_per_hour = config.cluster.gpu_price_per_hour
     for shard in done - retries:
         report.add_failures(failures[shard])
     stopped_by = None
     if todo:
         num_done = sum(plan.num_images_of(shard) for shard in done)
         with ProgressView(plan.num_images, num_done, enabled=progress) as view:
-            stopped_by = _run_on_ray(_Run(plan, config, todo, report, view, make_labeler))
+            stopped_by = _run_on_ray(_Run(plan, config, todo, retry_failed, report, view, make_labeler))
     report.wall_s = time.monotonic() - started
     return _conclude(plan, config, report, stopped_by)
 
@@ -113,7 +136,8 @@ class _Run:
     plan: Plan
     config: Config
     todo: Mapping[int, bool]
-    """Shard -> whether only its failed images are to be labelled again."""
+    """Shard -> whether it is finished, and only some of its images are to be labelled again."""
+    retry_failed: bool
     report: LabelReport
     view: ProgressView
     make_labeler: MakeLabeler | None
@@ -150,7 +174,7 @@ def build_pipeline(run: _Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
     shards: Any = ray.data.from_arrow(source_tables(run.todo))
     fetched = shards.map_batches(
         fetch_shard,
-        fn_kwargs={"plan": run.plan, "config": run.config.input},
+        fn_kwargs={"plan": run.plan, "config": run.config.input, "retry_failed": run.retry_failed},
         compute=ray.data.TaskPoolStrategy(size=sizes.num_fetch_tasks),
         num_cpus=IO_CPUS,
         **one_shard,
@@ -277,7 +301,8 @@ def _plain(error: BaseException) -> BaseException:
 
 def _conclude(plan: Plan, config: Config, report: LabelReport, stopped_by: StopRequest | None) -> LabelReport:
     """Look again at what is there; that, and nothing counted on the way, decides how the run ended."""
-    report.num_missing_shards = plan.num_shards - len(done_shards(plan.output))
+    done = done_shards(plan.output)
+    report.num_missing_shards = plan.num_shards - len(done) + len(stale_shards(plan, done))
     allowed = config.output.max_failed_fraction
     if report.num_missing_shards == 0:
         mark_success(plan.output, num_images=plan.num_images, num_failed=report.num_failed)

@@ -14,6 +14,7 @@ from samray.dataset.schema import ANNOTATION
 from samray.errors import ConfigError, ImageError
 from samray.pipeline.cluster import choose_sizes, cluster_nodes
 from samray.pipeline.labeler import EncodedImage, ShardLabeler, build_labeler
+from samray.pipeline.metrics import ActorFigures
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -58,6 +59,7 @@ class DatasetLabeler:
         self, config: Config, num_threads: int, make_labeler: Callable[[Config, int], ShardLabeler] = build_labeler
     ) -> None:
         self.image_column = config.input.image_column
+        self.figures = ActorFigures()
         self.labeler = make_labeler(config, num_threads)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -69,7 +71,9 @@ class DatasetLabeler:
             EncodedImage(image_id=number if isinstance(number, int) else 0, file_name="", uri="", data=data)
             for number, data in zip(numbers, images_of(batch[self._column(batch)]), strict=True)
         ]
-        records = self.labeler.label(images).records
+        done = self.labeler.label(images, on_progress=lambda batch: self.figures.add(batch, self.labeler))
+        self.figures.finish(done, self.labeler)
+        records = done.records
         errors = [record.error for record in records]
         batch = batch.append_column("annotations", pa.array([r.annotations for r in records], pa.list_(ANNOTATION)))
         batch = batch.append_column("status", pa.array(["failed" if e else "ok" for e in errors], pa.string()))

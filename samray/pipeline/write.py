@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from samray.dataset.schema import samray_metadata
 from samray.dataset.shards import commit_shard, read_shard, replace_shard
 from samray.pipeline.attempts import ShardAttempts
+from samray.pipeline.metrics import record, record_stages
 from samray.pipeline.report import ShardSummary, reason_of
 
 if TYPE_CHECKING:
@@ -37,12 +38,16 @@ def write_shard(batch: pa.Table, *, plan: Plan, compression_level: int, run_id: 
         old = read_shard(plan.output, shard)
         table = put_rows(old, labelled["places"], table)
         stats = merged_stats(samray_metadata(old.schema).get("stats", {}), summary, table)
-        replace_shard(plan.output, shard, table, stats, compression_level=compression_level)
+        num_bytes = replace_shard(plan.output, shard, table, stats, compression_level=compression_level)
     else:
         assert table.num_rows == plan.num_images_of(shard), (shard, table.num_rows)  # rows out = images in
-        commit_shard(plan.output, shard, table, summary.to_dict(), compression_level=compression_level)
+        num_bytes = commit_shard(plan.output, shard, table, summary.to_dict(), compression_level=compression_level)
     ShardAttempts(plan.output, shard, run_id, number=labelled["attempt"]).clear()
-    seconds = {**summary.stage_seconds, "write": time.monotonic() - started}
+    write_s = time.monotonic() - started
+    record("samray_shards", num_bytes > 0)
+    record("samray_written_bytes", num_bytes)
+    record_stages({"write": write_s})
+    seconds = {**summary.stage_seconds, "write": write_s}
     return pa.table({"shard": [shard], "summary": [replace(summary, stage_seconds=seconds).to_json()]}, schema=WRITTEN)
 
 
@@ -66,5 +71,7 @@ def merged_stats(old: dict[str, Any], new: ShardSummary, table: pa.Table) -> dic
         failures=dict(Counter(reason_of(error) for error in errors)),
         stage_seconds=dict(Counter(old.get("stage_seconds", {})) + Counter(new.stage_seconds)),
         device_seconds=old.get("device_seconds", 0.0) + new.device_seconds,
+        held_seconds=old.get("held_seconds", 0.0) + new.held_seconds,
+        gpu_seconds=old.get("gpu_seconds", 0.0) + new.gpu_seconds,
     )
     return merged.to_dict()

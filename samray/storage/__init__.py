@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from samray.storage.faults import MAX_ATTEMPTS
 from samray.storage.filesystems import reset
-from samray.storage.listing import FileEntry, list_files, list_names
+from samray.storage.listing import FileEntry, clock, list_files, list_names, list_times
 from samray.storage.reading import exists, file_size, file_version, is_dir_like, open_read, read_bytes
 from samray.storage.uris import glob_base, has_glob, is_local, join, normalize, parent, redact, resolve, scheme_of
-from samray.storage.writing import delete, put, put_new
+from samray.storage.writing import delete, put, put_chunks, put_new
 
 __all__ = [
     "MAX_ATTEMPTS",
     "FileEntry",
+    "clock",
     "delete",
     "exists",
     "file_size",
@@ -32,10 +33,12 @@ __all__ = [
     "join",
     "list_files",
     "list_names",
+    "list_times",
     "normalize",
     "open_read",
     "parent",
     "put",
+    "put_chunks",
     "put_new",
     "read_bytes",
     "redact",

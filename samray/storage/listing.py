@@ -5,22 +5,30 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, cast
 
 from samray.errors import ConfigError, NotFoundError
 from samray.storage.filesystems import filesystem, retry
-from samray.storage.reading import exists, info_of, is_dir_like
-from samray.storage.uris import glob_base, has_glob, is_local, normalize, redact
+from samray.storage.reading import etag_of, exists, info_of, is_dir_like
+from samray.storage.uris import glob_base, has_glob, is_local, normalize, redact, scheme_of
 
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """A file found by listing: where it is, and its size in bytes (None where the filesystem does not say)."""
+    """A file found by listing: where it is, and its size in bytes (None where the filesystem does not say).
+
+    etag: what changes when the file is replaced: an object store's entity tag, on disks the time of modification in
+    nanoseconds; None where there is neither.
+    """
 
     uri: str
     size: int | None
+    etag: str | None = None
 
 
 def list_files(uri: str) -> Iterator[FileEntry]:
@@ -38,7 +46,7 @@ def list_files(uri: str) -> Iterator[FileEntry]:
         return
     info = info_of(uri)
     if info.get("type") != "directory":
-        yield FileEntry(uri, None if info.get("size") is None else int(info["size"]))
+        yield FileEntry(uri, None if info.get("size") is None else int(info["size"]), etag_of(info))
     else:
         yield from _walk(uri)
 
@@ -69,7 +77,7 @@ def _walk(folder: str) -> Iterator[FileEntry]:
     for name, info in found.items():
         if info.get("type") == "file" and not name.endswith("/"):
             size = info.get("size")
-            yield FileEntry(fs.unstrip_protocol(name), None if size is None else int(size))
+            yield FileEntry(fs.unstrip_protocol(name), None if size is None else int(size), etag_of(info))
 
 
 def _walk_local(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[FileEntry]:
@@ -87,7 +95,8 @@ def _walk_local(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Fil
             if entry.is_dir():
                 yield from _walk_local(entry.path, (*above, identity))
             elif entry.is_file():
-                yield FileEntry(_printable(entry.path), entry.stat().st_size)
+                status = entry.stat()
+                yield FileEntry(_printable(entry.path), status.st_size, str(status.st_mtime_ns))
             elif entry.is_symlink():  # dangling: listed, so that it becomes a failed row and not a silent gap
                 yield FileEntry(_printable(entry.path), None)
         except FileNotFoundError:  # removed while we looked
@@ -104,30 +113,76 @@ def list_names(folder: str) -> dict[str, int]:
 
     Raises: FileError, StorageError.
     """
+    return {name: int(info.get("size") or 0) for name, info in _list_folder(folder).items()}
+
+
+def list_times(folder: str) -> dict[str, float | None]:
+    """The files directly in a folder: name to when it was last written, by the clock of the storage (`clock`).
+
+    Seconds since 1970; None where the storage does not say. Object stores keep whole seconds. Empty where the folder
+    does not exist. Raises: FileError, StorageError.
+    """
+    return {name: _written_at(info) for name, info in _list_folder(folder).items()}
+
+
+def _list_folder(folder: str) -> dict[str, dict[str, Any]]:
+    """Name -> what the filesystem says of each file directly in a folder."""
     folder = normalize(folder)
     if is_local(folder):
 
-        def scan() -> dict[str, int]:
-            sizes = {}
+        def scan() -> dict[str, dict[str, Any]]:
+            found = {}
             with os.scandir(folder) as entries:
                 for entry in entries:
                     with contextlib.suppress(FileNotFoundError):  # removed while we looked, as temporary files are
                         if entry.is_file():
-                            sizes[entry.name] = entry.stat().st_size
-            return sizes
+                            status = entry.stat()
+                            found[entry.name] = {"size": status.st_size, "mtime": status.st_mtime}
+            return found
 
-        call: Callable[[], dict[str, int]] = scan
+        call: Callable[[], dict[str, dict[str, Any]]] = scan
     else:
         fs = filesystem(folder)
 
-        def ask() -> dict[str, int]:
+        def ask() -> dict[str, dict[str, Any]]:
             own = fs._strip_protocol(folder)  # some servers list an emptied folder as an object within itself
             found = [info for info in fs.ls(folder, detail=True) if info["name"].rstrip("/") != own]
             names = ((info["name"].rstrip("/").rpartition("/")[2], info) for info in found)
-            return {name: int(info.get("size") or 0) for name, info in names if info.get("type") == "file"}
+            return {name: info for name, info in names if info.get("type") == "file"}
 
         call = ask
     try:
         return retry("list", folder, call)
     except NotFoundError:
         return {}
+
+
+def _written_at(info: dict[str, Any]) -> float | None:
+    """Each filesystem has a name of its own for it, and a datetime, ISO text or number as value."""
+    names = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
+    value = next((info[name] for name in names if info.get(name)), None)
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value)
+        except ValueError:
+            return None
+    if isinstance(value, datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+    return float(value) if isinstance(value, int | float) else None
+
+
+def clock(uri: str) -> float | None:
+    """Now, seconds since 1970, by the clock that dates the files there: S3's, or on a disk this machine's.
+
+    None where the storage cannot be asked. Raises: StorageError where it does not answer.
+    """
+    uri = normalize(uri)
+    if is_local(uri):
+        return time.time()
+    if scheme_of(uri) not in ("s3", "s3a"):
+        return None
+    fs = filesystem(uri)
+    bucket, prefix, _ = fs.split_path(uri)
+    answer = retry("list", uri, lambda: fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1))
+    date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+    return None if date is None else parsedate_to_datetime(date).timestamp()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Mapping
 from typing import Any, BinaryIO, Final, cast
 
 from samray.errors import NotFoundError
@@ -79,18 +80,23 @@ class _RangeFile(io.RawIOBase):
         return len(data)
 
 
-def open_read(uri: str) -> BinaryIO:
+def open_read(uri: str, *, size: int | None = None, buffered: bool = True) -> BinaryIO:
     """A seekable binary stream; on object stores each read is a ranged request, small ones are buffered.
+
+    size: the file's bytes where they are known, which saves asking for them. buffered: False fetches exactly the bytes
+    of each read, for a reader that knows what it wants.
 
     Raises: NotFoundError, FileError, StorageError.
     """
     uri = normalize(uri)
     if is_local(uri):
         return retry("read", uri, lambda: open(uri, "rb"))
-    size = file_size(uri)
+    if size is None:
+        size = file_size(uri)
     if size is None:
         return io.BytesIO(read_bytes(uri))
-    return io.BufferedReader(_RangeFile(uri, size), buffer_size=_BUFFER_BYTES)
+    stream = _RangeFile(uri, size)
+    return io.BufferedReader(stream, buffer_size=_BUFFER_BYTES) if buffered else cast(BinaryIO, stream)
 
 
 def file_size(uri: str) -> int | None:
@@ -105,21 +111,32 @@ def file_size(uri: str) -> int | None:
     return None if size is None else int(size)
 
 
+_VERSION_MARKS: Final = ("ETag", "etag", "generation", "md5", "content_md5", "LastModified", "last_modified", "mtime")
+
+
 def file_version(uri: str) -> str:
     """What changes when the file is replaced: its size with the entity tag, generation or time the storage keeps.
 
     Raises: NotFoundError, FileError, StorageError.
     """
     info = info_of(uri)
-    marks = ("ETag", "etag", "generation", "md5", "content_md5", "LastModified", "last_modified", "mtime")
-    return " ".join([str(info.get("size")), *(str(info[mark]) for mark in marks if info.get(mark))])
+    return " ".join([str(info.get("size")), *(str(info[mark]) for mark in _VERSION_MARKS if info.get(mark))])
+
+
+def etag_of(info: Mapping[str, Any]) -> str | None:
+    """The first of the marks that the storage keeps of a file's version; None where it keeps none."""
+    return next((str(info[mark]).strip('"') for mark in _VERSION_MARKS if info.get(mark)), None)
 
 
 def info_of(uri: str) -> dict[str, Any]:
     uri = normalize(uri)
     if is_local(uri):
         status = retry("look up", uri, lambda: os.stat(uri))
-        return {"type": "directory" if os.path.isdir(uri) else "file", "size": status.st_size}
+        return {
+            "type": "directory" if os.path.isdir(uri) else "file",
+            "size": status.st_size,
+            "mtime": status.st_mtime_ns,
+        }
     return retry("look up", uri, lambda: _info_once(uri))
 
 

@@ -7,9 +7,11 @@ import errno
 import os
 import tempfile
 import threading
-from typing import Any, Final
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO, Final
 
 from samray.errors import NotFoundError, StorageError
+from samray.storage.faults import as_storage_error
 from samray.storage.filesystems import filesystem, retry
 from samray.storage.uris import is_local, normalize, redact, scheme_of
 
@@ -46,6 +48,45 @@ def put(uri: str, data: bytes) -> None:
         retry("write", uri, lambda: _pipe(uri, data, "overwrite"))
 
 
+def put_chunks(uri: str, chunks: Iterable[bytes]) -> None:
+    """Write a file of any size, chunk by chunk, replacing what is there in one step; memory holds one chunk.
+
+    On object stores what is made is first spooled to this machine's disk, and uploaded once it is whole: an error in
+    `chunks` leaves nothing behind. Raises: FileError, StorageError, and what `chunks` raises.
+    """
+    uri = normalize(uri)
+    folder = os.path.dirname(uri) if is_local(uri) else None
+    with _plain_errors(uri):
+        if folder is not None:
+            _make_folder(folder)
+        handle, temporary = _temporary_file(folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            for chunk in chunks:
+                with _plain_errors(uri):
+                    file.write(chunk)
+            with _plain_errors(uri):
+                _sync(file)
+        if folder is None:
+            retry("write", uri, lambda: filesystem(uri).put_file(temporary, uri))
+        else:
+            with _plain_errors(uri):
+                os.replace(temporary, uri)
+                _sync_folder(folder)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def _plain_errors(uri: str) -> Iterator[None]:
+    """This machine's own errors as sentences; nothing is tried again, for half of it may have been done."""
+    try:
+        yield
+    except OSError as error:
+        raise as_storage_error(error, "write", uri) from error
+
+
 def _pipe(uri: str, data: bytes, mode: str) -> None:
     fs = filesystem(uri)
     options: dict[str, Any] = {"mode": mode}
@@ -58,18 +99,12 @@ def _pipe(uri: str, data: bytes, mode: str) -> None:
 
 def _write_local(path: str, data: bytes, *, replace: bool) -> None:
     folder = os.path.dirname(path)
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except FileExistsError as error:  # not to be mistaken for "the file is already there"
-        raise NotADirectoryError(errno.ENOTDIR, "a file of that name is in the way", folder) from error
-    # Hidden and with an ending of its own: a torso left by kill -9 is never taken for a shard.
-    handle, temporary = tempfile.mkstemp(prefix=".samray-", suffix=".tmp", dir=folder)
+    _make_folder(folder)
+    handle, temporary = _temporary_file(folder)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-            os.fsync(file.fileno())
+            _sync(file)
         if replace:
             os.replace(temporary, path)
         else:
@@ -78,6 +113,25 @@ def _write_local(path: str, data: bytes, *, replace: bool) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
     _sync_folder(folder)
+
+
+def _make_folder(folder: str) -> None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except FileExistsError as error:  # not to be mistaken for "the file is already there"
+        raise NotADirectoryError(errno.ENOTDIR, "a file of that name is in the way", folder) from error
+
+
+def _temporary_file(folder: str | None) -> tuple[int, str]:
+    """Hidden and with an ending of its own: a torso left by kill -9 is never taken for a shard."""
+    return tempfile.mkstemp(prefix=".samray-", suffix=".tmp", dir=folder)
+
+
+def _sync(file: BinaryIO) -> None:
+    """Bring what was written to the disk, readable as any other file."""
+    file.flush()
+    os.fchmod(file.fileno(), 0o666 & ~_umask())
+    os.fsync(file.fileno())
 
 
 def _link_new(temporary: str, path: str) -> None:

@@ -17,6 +17,7 @@ from samray.errors import ImageError, StorageError
 from samray.pipeline.attempts import CAREFUL_FROM_ATTEMPT, STRIKES_OF_ANY_RUN, ShardAttempts
 from samray.pipeline.faults import DeviceFault
 from samray.pipeline.labeler import MAX_CONSECUTIVE_OUT_OF_MEMORY, EncodedImage, ShardLabeler
+from samray.pipeline.report import Labelled
 
 Pixels = NDArray[np.uint8]
 Generate = Callable[[list[Pixels]], list[list[dict[str, Any]]]]
@@ -49,13 +50,17 @@ def test_records_are_in_order_whoever_is_faster(options: dict[str, Any]) -> None
         time.sleep(0.01 * int(images[0][0, 0, 0] % 3))
         return _masks(images)
 
-    seen: list[int] = []
+    seen: list[Labelled] = []
     images = [_image(i, b"junk" if i == 4 else None) for i in range(20)]
     done = _labeler(generate, **options).label(images, on_progress=seen.append)
 
     assert [record.image_id for record in done.records] == list(range(20))
     assert [i for i, record in enumerate(done.records) if record.error] == [4]
-    assert sum(seen) == 20
+    assert [record for batch in seen for record in batch.records] == done.records
+    assert (done.batch_images, done.encoded_bytes) == (19, sum(len(image.data) for image in images))
+    assert done.device_seconds == sum(batch.device_seconds for batch in seen)
+    num_batches = sum(batch.batch_images > 0 for batch in seen)
+    assert done.batch_room == num_batches * (16 if "device_type" in options else 1)
     assert done.records[7].annotations[1]["id"] == 7 * 65536 + 1
 
 

@@ -21,7 +21,8 @@ from pycocotools import mask as coco_mask
 from samray import storage
 from samray.config import Config, load_config
 from samray.dataset import manifest, shards
-from samray.dataset.manifest import MANIFEST_SCHEMA, Plan, build_manifest, image_ids, load_plan, make_plan
+from samray.dataset.generations import MANIFEST_SCHEMA, Generation, build_manifest, create_generation, image_ids
+from samray.dataset.manifest import Plan, load_plan, make_plan
 from samray.dataset.rows import input_rows
 from samray.dataset.schema import (
     MAX_IMAGE_ID,
@@ -123,7 +124,12 @@ def test_failed_empty_and_no_records_keep_the_types() -> None:
 
 def test_metadata_of_samray_and_hugging_face() -> None:
     metadata = records_to_table([], RUN).schema.metadata
-    assert json.loads(metadata[b"samray"]) == {"version": "1", "identity": RUN["identity"], "bbox_convention": "coco"}
+    assert json.loads(metadata[b"samray"]) == {
+        "version": "1",
+        "identity": RUN["identity"],
+        "generation": 0,
+        "bbox_convention": "coco",
+    }
     features = json.loads(metadata[b"huggingface"])["info"]["features"]
     assert list(features) == SCHEMA.names
     assert features["image"]["width"] == {"dtype": "int32", "_type": "Value"}
@@ -152,17 +158,42 @@ def test_duckdb_reads_the_nested_columns(tmp_path: Path) -> None:
 # --- shards --------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_table_gives_the_same_bytes_with_row_groups_and_page_index() -> None:
+def test_the_same_rows_give_the_same_bytes_with_row_groups_and_page_index() -> None:
     records = [
-        ImageRecord(image_id=i, width=20, height=20, file_name=f"{i}", uri=f"{i}", annotations=[mask_of(20, 20, i)])
+        ImageRecord(
+            image_id=i, width=20, height=20, file_name=f"{i}", uri=f"{i}", annotations=[mask_of(20, 20, i)] * 60
+        )
         for i in range(150)
     ]
-    data = shards.shard_bytes(records_to_table(records, RUN))
+    table = records_to_table(records, RUN)
+    data = shards.shard_bytes(table)
     assert data == shards.shard_bytes(records_to_table(records, copy.deepcopy(RUN)))
+    assert data == shards.shard_bytes(pa.Table.from_batches(table.to_batches(max_chunksize=7)))
     metadata = pq.ParquetFile(pa.BufferReader(data)).metadata
-    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [64, 64, 22]
-    column = metadata.row_group(0).column(0)
-    assert (column.compression, column.has_offset_index, column.has_column_index) == ("ZSTD", True, True)
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    size = shards.rows_per_group(table)
+    assert 3 <= len(groups) <= 5
+    assert [group.num_rows for group in groups] == [size] * (len(groups) - 1) + [150 - size * (len(groups) - 1)]
+    columns = {(column := groups[1].column(i)).path_in_schema: column for i in range(groups[1].num_columns)}
+    assert all(column.compression == "ZSTD" and column.has_offset_index for column in columns.values())
+    looked_up = {"image.image_id", "image.file_name", "status"}
+    assert {name for name, column in columns.items() if column.statistics is not None} == looked_up
+    assert {name for name, column in columns.items() if column.has_column_index} == looked_up
+    statistics = columns["image.image_id"].statistics
+    assert (statistics.min, statistics.max) == (size, 2 * size - 1)
+
+
+def test_footer_and_row_groups_grow_together() -> None:
+    """A file a hundred times as large has about ten times the groups, each about ten times as large."""
+    one = records_to_table(
+        [ImageRecord(image_id=1, width=9, height=8, file_name="a", uri="a", annotations=[mask_of(8, 9)] * 100)], RUN
+    )
+    thousand = pa.concat_tables([one] * 1000).combine_chunks()
+    small, large = pa.concat_tables([thousand] * 3), pa.concat_tables([thousand] * 300)
+    assert shards.rows_per_group(large) == pytest.approx(10 * shards.rows_per_group(small), rel=0.1)
+    few = pa.concat_tables([one] * 10)
+    assert shards.rows_per_group(few) >= 10
+    assert shards.rows_per_group(one.slice(0, 0)) == 1
 
 
 def test_a_shard_is_committed_once_and_replaced_on_purpose(output_root: str) -> None:
@@ -374,20 +405,20 @@ def test_a_large_plan_reads_one_row_group_a_shard(tmp_path: Path, monkeypatch: p
     table = build_manifest(input_rows(names, names), 64)
     assert table.schema.equals(MANIFEST_SCHEMA)
     output = str(tmp_path)
-    own = {"identity": {}, "num_images": number, "images_per_shard": 64}
-    storage.put(f"{output}/_samray/manifest.parquet", manifest._manifest_bytes(table, own))
-    plan = Plan(output, number, 64, {})
+    generation = Generation(0, {}, number, 64)
+    assert create_generation(output, generation, table)
+    plan = Plan(output, [generation], {})
     num_reads = 0
-    original = manifest._read_manifest_group
+    original = manifest.read_group
 
-    def counting(output: str, group: int) -> pa.Table:
+    def counting(output: str, generation: Generation, group: int) -> pa.Table:
         nonlocal num_reads
         num_reads += 1
-        group_table = original(output, group)
+        group_table = original(output, generation, group)
         assert group_table.num_rows <= 16384
         return group_table
 
-    monkeypatch.setattr(manifest, "_read_manifest_group", counting)
+    monkeypatch.setattr(manifest, "read_group", counting)
     for shard in (0, 1, 2, plan.num_shards - 1):
         rows = plan.read_shard(shard)
         assert rows["image_id"][0].as_py() == shard * 64

@@ -1,0 +1,85 @@
+"""COCO instances: one JSON file, or one for every --images-per-file images.
+
+The one category is "object", with the id 1. An annotation's id is OUTPUT's plus 1, for COCOeval takes an id of 0 for no
+match. Masks are compressed run lengths as they lie, or polygons that cover exactly the same pixels, one a component and
+holes joined to it by bridges of no width. Scores, points and crop boxes are kept under their own names, which COCO's
+readers skip.
+
+A piece makes two fragments, of images and of annotations, because a COCO file holds all of the one before all of the
+other; `chunks` streams them into one file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+from samray import __version__
+from samray.dataset.export.images import LabelledImage, images_of
+from samray.dataset.export.pieces import read_fragments
+from samray.dataset.export.polygons import join, outlines
+from samray.dataset.runs import runs_of_image
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from samray.dataset.export.pieces import Done, Files, Job, Piece
+
+CATEGORY: Final = {"id": 1, "name": "object", "supercategory": "object"}
+
+
+def write(job: Job, piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
+    """The piece's images and annotations, as the insides of two JSON lists."""
+    images: list[str] = []
+    annotations: list[str] = []
+    for table in tables:
+        for image in images_of(table):
+            images.append(json.dumps(_image(image)))
+            annotations += map(json.dumps, _annotations(image, polygons=job.options.polygons))
+    yield piece.fragment("images"), ",\n".join(images).encode()
+    yield piece.fragment("annotations"), ",\n".join(annotations).encode()
+
+
+def _image(image: LabelledImage) -> dict[str, Any]:
+    return {"id": image.image_id, "width": image.width, "height": image.height, "file_name": image.file_name}
+
+
+def _annotations(image: LabelledImage, *, polygons: bool) -> Iterator[dict[str, Any]]:
+    size = [image.height, image.width]
+    segmentations: list[Any] = [{"size": size, "counts": counts} for counts in image.counts]
+    if polygons:
+        masks = outlines(
+            runs_of_image(image.image_id, image.counts, image.width * image.height), (image.height, image.width)
+        )
+        segmentations = [[join(component).ravel().tolist() for component in components] for components in masks]
+    for place, segmentation in enumerate(segmentations):
+        yield {
+            "id": image.ids[place] + 1,
+            "image_id": image.image_id,
+            "category_id": CATEGORY["id"],
+            "iscrowd": 0,
+            "bbox": image.bbox[place],
+            "area": image.area[place],
+            "segmentation": segmentation,
+            "predicted_iou": image.predicted_iou[place],
+            "stability_score": image.stability_score[place],
+            "point_coords": image.point_coords[place],
+            "crop_box": image.crop_box[place],
+        }
+
+
+def assembled(job: Job, file: int) -> list[str]:
+    """The COCO file that a piece goes into."""
+    return [f"instances-{file:06d}.json" if job.options.images_per_file else "instances.json"]
+
+
+def chunks(job: Job, name: str, pieces: list[Piece]) -> Iterator[bytes]:
+    """A COCO file, streamed from its pieces' fragments."""
+    info = {"description": "Masks without classes, exported by samray", "version": __version__}
+    yield b'{"info": ' + json.dumps(info).encode() + b',\n"licenses": [],\n'
+    yield b'"categories": ' + json.dumps([CATEGORY]).encode() + b',\n"images": [\n'
+    yield from read_fragments(job, pieces, "images", b",\n")
+    yield b'\n],\n"annotations": [\n'
+    yield from read_fragments(job, pieces, "annotations", b",\n")
+    yield b"\n]}\n"

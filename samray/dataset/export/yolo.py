@@ -1,0 +1,77 @@
+"""YOLO segmentation: labels/NAME.txt, one line a mask, `0 x1 y1 x2 y2 ...`, in parts of the image's width and height.
+
+A mask is one polygon along the edges of its pixels; holes and further components hang on it by bridges of no width, so
+that filling it gives the mask back, pixel by pixel. train.txt lists the images as images/NAME: copied there by
+--with-images, else to be linked there. An image without masks has an empty file: it is background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from samray.dataset.export.images import LabelledImage, images_of
+from samray.dataset.export.names import extension_of
+from samray.dataset.export.photos import photos_of
+from samray.dataset.export.pieces import read_fragments
+from samray.dataset.export.polygons import join, outlines, simplified
+from samray.dataset.runs import runs_of_image
+from samray.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from samray.dataset.export.pieces import Done, Files, Job, Piece
+
+
+def check(job: Job) -> None:
+    """Raises: ConfigError where two images would share a label file, and not be copied under names of their own."""
+    if job.stems and not job.options.with_images:
+        raise ConfigError(
+            f"{len(job.stems)} images have names that differ in their ending or case only, and YOLO finds labels by "
+            "the name without it: --with-images copies the images under names of their own"
+        )
+
+
+def write(job: Job, piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
+    """The piece's label files and images, and its lines of train.txt."""
+    lines = []
+    for table in tables:
+        for image, photo in photos_of(job, piece, images_of(table), done):
+            stem = job.stem(image)
+            if photo is not None:
+                yield f"images/{stem}{photo.extension}", photo.data
+            if photo is not None or not job.options.with_images:
+                lines.append(f"./images/{stem}{photo.extension if photo else extension_of(image.file_name)}\n")
+            yield f"labels/{stem}.txt", label_text(image, job.options.simplify).encode()
+    yield piece.fragment("train"), "".join(lines).encode()
+
+
+def label_text(image: LabelledImage, tolerance: float | None) -> str:
+    # Six digits place a corner within 0.05 pixels of images up to 100,000 wide; written once for each coordinate.
+    xs = [f" {x / image.width:.6g}" for x in range(image.width + 1)]
+    ys = [f" {y / image.height:.6g}" for y in range(image.height + 1)]
+    lines = []
+    for components in outlines(
+        runs_of_image(image.image_id, image.counts, image.width * image.height), (image.height, image.width)
+    ):
+        if tolerance is not None:
+            components = [[simplified(ring, tolerance) for ring in rings] for rings in components]
+        if components:
+            polygon = join([join(rings) for rings in components])
+            lines.append("0" + "".join([xs[x] + ys[y] for x, y in polygon.tolist()]) + "\n")
+    return "".join(lines)
+
+
+def assembled(job: Job, file: int) -> list[str]:
+    """What is made of all pieces."""
+    return ["train.txt", "data.yaml"]
+
+
+def chunks(job: Job, name: str, pieces: list[Piece]) -> Iterator[bytes]:
+    """The list of images, and the file that YOLO's tools are given."""
+    if name == "train.txt":
+        yield from read_fragments(job, pieces, "train", b"")
+    else:
+        yield b"# Exported by samray. val is the same list: split train.txt to hold images back.\n"
+        yield b"train: train.txt\nval: train.txt\nnames:\n  0: object\n"

@@ -1,0 +1,217 @@
+"""The manifest files of an output: `_samray/manifest.parquet`, and one more for each time that images joined later.
+
+A generation is one file, created whole and never replaced. First come its new images, in shards that follow those of
+the generations before; then, perhaps, rows for images of earlier generations that have changed since: the same id and
+the same shard, the new size and etag. Of the rows of an image the last generation's counts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from samray import storage
+from samray.dataset.rows import INPUT_SCHEMA
+from samray.dataset.schema import MAX_IMAGE_ID
+from samray.errors import ConfigError, NotFoundError, StorageError
+
+FOLDER: Final = "_samray"
+
+MANIFEST_SCHEMA: Final = pa.schema([("image_id", pa.int64()), ("shard", pa.int32()), *INPUT_SCHEMA])
+
+_ROWS_PER_GROUP: Final = 16384
+_NAME: Final = re.compile(r"manifest-(\d{6})\.parquet")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One manifest file, by what its own metadata say."""
+
+    number: int
+    identity: dict[str, Any]
+    """Of the run that made it, `input_uri` included; the first generation's is that of the output."""
+    num_images: int
+    """New ones."""
+    images_per_shard: int
+    first_shard: int = 0
+    num_changed: int = 0
+    """Rows, after the new ones, of earlier images that have changed."""
+
+    @property
+    def num_shards(self) -> int:
+        """Of its new images."""
+        return -(-self.num_images // self.images_per_shard)
+
+    @property
+    def rows_per_group(self) -> int:
+        """A whole number of shards, so that a shard's rows always lie in one row group."""
+        return self.images_per_shard * max(1, _ROWS_PER_GROUP // self.images_per_shard)
+
+    @property
+    def num_groups(self) -> int:
+        """Row groups of new images; those of changed ones follow."""
+        return -(-self.num_images // self.rows_per_group)
+
+
+def manifest_uri(output: str, generation: int) -> str:
+    name = f"manifest-{generation:06d}.parquet" if generation else "manifest.parquet"
+    return storage.join(output, FOLDER, name)
+
+
+# --- making one ----------------------------------------------------------------------------------------------------
+
+
+def build_manifest(images: pa.Table, images_per_shard: int, held: pa.ChunkedArray | None = None) -> pa.Table:
+    """Ids and shards, from 0, for the images of an input. Returns a table of `MANIFEST_SCHEMA`.
+
+    held: ids that are taken.
+    """
+    places = pa.array(range(images.num_rows), pa.int64())
+    shards = pc.cast(pc.divide(places, images_per_shard), pa.int32())
+    columns = [image_ids(images["file_name"], held), shards, *(images[name] for name in INPUT_SCHEMA.names)]
+    return pa.Table.from_arrays(columns, schema=MANIFEST_SCHEMA)
+
+
+def image_ids(file_names: pa.ChunkedArray, held: pa.ChunkedArray | None = None) -> pa.ChunkedArray:
+    """The number in names like sa_<n>.jpg, else the row's place; places for all where two would get the same id.
+
+    held: ids that are taken; places are then counted from the largest of them on.
+    Raises: ConfigError where no number is left.
+    """
+    first = 0 if held is None or len(held) == 0 else pc.max(held).as_py() + 1
+    if first + len(file_names) - 1 > MAX_IMAGE_ID:
+        raise ConfigError(f"image ids up to {first - 1} are taken, and the largest is {MAX_IMAGE_ID}")
+    places = pa.chunked_array([pa.array(range(first, first + len(file_names)), pa.int64())])
+    digits = pc.struct_field(pc.extract_regex(file_names, r"(?:^|/)sa_0*(?P<n>[0-9]{1,15})\.[^./]+$"), "n")
+    numbers = pc.cast(digits, pa.int64())
+    numbers = pc.if_else(pc.less_equal(numbers, MAX_IMAGE_ID), numbers, None)
+    ids = pc.coalesce(numbers, places)
+    taken = held is not None and pc.any(pc.is_in(ids, value_set=held)).as_py()
+    return ids if not taken and pc.count_distinct(ids).as_py() == len(ids) else places
+
+
+def create_generation(output: str, generation: Generation, new: pa.Table, changed: pa.Table | None = None) -> bool:
+    """Put the generation's manifest in its place, unless there is one of that number already: then False.
+
+    new, changed: tables of `MANIFEST_SCHEMA`, the shards of `new` counted over the whole output, `changed` by shard.
+    Raises: StorageError.
+    """
+    assert new.num_rows == generation.num_images, (new.num_rows, generation)
+    own = {
+        "identity": generation.identity,
+        "num_images": generation.num_images,
+        "images_per_shard": generation.images_per_shard,
+        "first_shard": generation.first_shard,
+        "num_changed": generation.num_changed,
+    }
+    sink = pa.BufferOutputStream()
+    schema = MANIFEST_SCHEMA.with_metadata({b"samray": json.dumps(own, sort_keys=True).encode()})
+    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+        writer.write_table(new.cast(MANIFEST_SCHEMA), row_group_size=generation.rows_per_group)
+        if changed is not None and changed.num_rows:
+            assert changed.num_rows == generation.num_changed, (changed.num_rows, generation)
+            writer.write_table(changed.cast(MANIFEST_SCHEMA), row_group_size=_ROWS_PER_GROUP)
+    return storage.put_new(manifest_uri(output, generation.number), bytes(sink.getvalue()))
+
+
+# --- reading them --------------------------------------------------------------------------------------------------
+
+
+def read_generation(output: str, number: int) -> Generation | None:
+    """What a manifest says of itself; None where there is none. Raises: ConfigError, StorageError."""
+    try:
+        held = _with_manifest(output, number, lambda file: _own(file.schema_arrow.metadata))
+    except NotFoundError:
+        return None
+    if not {"identity", "num_images", "images_per_shard"} <= held.keys():
+        uri = storage.redact(manifest_uri(output, number))
+        raise ConfigError(f"{uri} was not written by samray; give another OUTPUT")
+    return Generation(number, **held)
+
+
+def _own(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+    found = json.loads((metadata or {}).get(b"samray", b"{}"))
+    if not isinstance(found, dict):
+        raise ValueError("its samray metadata are no object")
+    return found
+
+
+def read_generations(output: str) -> list[Generation]:
+    """All of them, in order: one LIST and a footer each.
+
+    Raises: ConfigError, and StorageError where one is missing or they do not follow on each other.
+    """
+    names = storage.list_names(storage.join(output, FOLDER))
+    numbers = sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+    generations: list[Generation] = []
+    for number in [0, *numbers]:
+        found = read_generation(output, number)
+        before = generations[-1] if generations else None
+        follows = before is None or (
+            number == before.number + 1 and found and found.first_shard == before.first_shard + before.num_shards
+        )
+        if found is None or not follows:
+            uri = storage.redact(manifest_uri(output, number))
+            raise StorageError(
+                f"{uri} is missing or does not follow on the one before: the plan of this OUTPUT is lost"
+            )
+        generations.append(found)
+    return generations
+
+
+def read_group(output: str, generation: Generation, group: int) -> pa.Table:
+    """One row group of new images. Raises: StorageError."""
+    return _with_manifest(output, generation.number, lambda file: _conform(file.read_row_group(group)))
+
+
+def read_changed(output: str, generation: Generation, shard: int | None = None) -> pa.Table:
+    """The rows of images that this generation found changed, of one shard or of all. Raises: StorageError."""
+
+    def read(file: pq.ParquetFile) -> pa.Table:
+        column = MANIFEST_SCHEMA.get_field_index("shard")
+        groups = []
+        for group in range(generation.num_groups, file.metadata.num_row_groups):
+            held = file.metadata.row_group(group).column(column).statistics
+            if shard is None or held is None or held.min <= shard <= held.max:
+                groups.append(group)
+        table = _conform(file.read_row_groups(groups))
+        return table if shard is None else table.filter(pc.equal(table["shard"], shard))
+
+    return _with_manifest(output, generation.number, read)
+
+
+def read_rows(output: str, generation: Generation, columns: list[str]) -> pa.Table:
+    """These columns of all its rows, the new images' and then the changed ones'. Raises: StorageError."""
+
+    def read(file: pq.ParquetFile) -> pa.Table:
+        there = [name for name in columns if name in file.schema_arrow.names]
+        return _conform(file.read(columns=there)).select(columns)
+
+    return _with_manifest(output, generation.number, read)
+
+
+def _conform(table: pa.Table) -> pa.Table:
+    """With every column of `MANIFEST_SCHEMA`; manifests of samray 0.1 had no etag."""
+    nulls = {field.name: pa.nulls(table.num_rows, field.type) for field in MANIFEST_SCHEMA}
+    arrays = [table[name] if name in table.schema.names else nulls[name] for name in MANIFEST_SCHEMA.names]
+    return pa.Table.from_arrays(arrays, schema=MANIFEST_SCHEMA)
+
+
+def _with_manifest(output: str, number: int, call: Callable[[pq.ParquetFile], T]) -> T:
+    uri = manifest_uri(output, number)
+    try:
+        with storage.open_read(uri) as stream:
+            return call(pq.ParquetFile(stream))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, NotFoundError):
+            raise
+        raise StorageError(f"{storage.redact(uri)} is damaged: {error}; give another OUTPUT") from error

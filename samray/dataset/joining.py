@@ -1,0 +1,109 @@
+"""New images join an old output: what INPUT holds now against what the plan says, and a new generation for the rest.
+
+An image is the one of its URI; it has changed when its size or etag is known on both sides and differs. Finished shards
+are not touched by images that join: those go into shards of their own. A changed image is labelled again in its place,
+and only when that is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from samray import storage
+from samray.dataset.generations import MANIFEST_SCHEMA, Generation, build_manifest, create_generation
+from samray.dataset.inputs import list_images
+from samray.dataset.manifest import Plan, load_plan, run_identity
+from samray.dataset.shards import unmark_success
+from samray.errors import StorageError
+
+if TYPE_CHECKING:
+    from samray.config import Config
+
+_MAX_EXAMPLES: Final = 3
+_MAX_TRIES: Final = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class News:
+    """What INPUT holds that the plan does not, and what was done about it."""
+
+    num_new: int = 0
+    num_changed: int = 0
+    appended: bool = False
+    """Whether the new images join the plan."""
+    redone: bool = False
+    """Whether the changed images are to be labelled again."""
+    examples: list[str] = field(default_factory=list)
+    """URIs of a few changed images."""
+
+
+def compare(plan: Plan, listed: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """The rows of `listed` (`INPUT_SCHEMA`) that the plan does not have, and the plan's rows that have changed, with
+    the size, etag and place of now (`MANIFEST_SCHEMA`), by shard. Raises: StorageError.
+    """
+    held = plan.read_images(["image_id", "shard", "uri", "file_name", "size", "etag"])
+    new = listed.filter(pc.is_null(pc.index_in(listed["uri"], value_set=held["uri"])))
+    at = pc.index_in(held["uri"], value_set=listed["uri"])
+    held, now = held.filter(pc.is_valid(at)), listed.take(pc.drop_null(at))
+    differs = pa.chunked_array([pa.repeat(pa.scalar(False), held.num_rows)])
+    for mark in ("size", "etag"):
+        differs = pc.or_(differs, pc.fill_null(pc.not_equal(held[mark], now[mark]), False))
+    held, now = held.filter(differs), now.filter(differs)
+    given = {"image_id": held["image_id"], "shard": held["shard"], "file_name": held["file_name"]}
+    columns = [given.get(name, now[name] if name in now.schema.names else None) for name in MANIFEST_SCHEMA.names]
+    return new, pa.Table.from_arrays(columns, schema=MANIFEST_SCHEMA).sort_by("shard")
+
+
+def join_images(
+    plan: Plan,
+    input_uri: str,
+    config: Config,
+    identity: Mapping[str, Any],
+    *,
+    append: bool,
+    redo_changed: bool,
+    dry_run: bool = False,
+) -> tuple[Plan, News]:
+    """List INPUT, and add a generation for its new images (append) and its changed ones (redo_changed).
+
+    Returns the plan as it is then, which is the old one where there was nothing to add. Where another driver adds a
+    generation at the same moment, that one counts first and INPUT is compared again. dry_run: compare, and write nothing.
+    Raises: ConfigError where INPUT holds nothing or no image id is left, StorageError.
+    """
+    listed = pa.concat_tables(list_images(input_uri, config.input))
+    for _ in range(_MAX_TRIES):
+        new, changed = compare(plan, listed)
+        news = News(
+            num_new=new.num_rows,
+            num_changed=changed.num_rows,
+            appended=append,
+            redone=redo_changed,
+            examples=[storage.redact(uri) for uri in changed["uri"].slice(0, _MAX_EXAMPLES).to_pylist()],
+        )
+        new = new if append else new.slice(0, 0)
+        changed = changed if redo_changed else changed.slice(0, 0)
+        if dry_run or not (new.num_rows or changed.num_rows):
+            return plan, news
+        generation = Generation(
+            plan.last_generation + 1,
+            run_identity(input_uri, identity),
+            num_images=new.num_rows,
+            images_per_shard=config.output.images_per_shard,
+            first_shard=plan.num_shards,
+            num_changed=changed.num_rows,
+        )
+        rows = build_manifest(new, generation.images_per_shard, plan.read_images(["image_id"])["image_id"])
+        place = rows.schema.get_field_index("shard")
+        rows = rows.set_column(place, "shard", pc.cast(pc.add(rows["shard"], plan.num_shards), pa.int32()))
+        # First: `_SUCCESS` says that every shard is there, which is over the moment the generation is.
+        unmark_success(plan.output)
+        added = create_generation(plan.output, generation, rows, changed)
+        plan = load_plan(plan.output)
+        if added:
+            return plan, news
+    raise StorageError(f"{storage.redact(plan.output)}: other runs add images all the time; try again")

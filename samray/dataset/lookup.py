@@ -1,0 +1,252 @@
+"""Single images of an output, however large: one footer and one row group of the shard that holds them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from samray import storage
+from samray.dataset.generations import manifest_uri
+from samray.dataset.manifest import Plan, load_plan
+from samray.dataset.shards import FOLDER, shard_name, shard_number, shard_uri
+from samray.errors import ConfigError, NotFoundError, StorageError
+
+log = logging.getLogger(__name__)
+
+_FIRST_READ_BYTES: Final = 16 * 1024
+"""Enough for the footer of a shard of one or two row groups."""
+_THREADS: Final = 32
+
+
+def read_image(output: str, image_id: int) -> dict[str, Any]:
+    """The row of one image, as it lies: image, annotations, uri, status, error.
+
+    Reads what the plan says around that id, and the footer and one row group of one shard.
+
+    Raises: ConfigError where OUTPUT has no such image, or not yet; StorageError.
+    """
+    plan = load_plan(output)
+    where = storage.redact(plan.output)
+    for shard, is_planned in _shards_of(plan, image_id):
+        uri = shard_uri(plan.output, shard)
+        try:
+            row = _find(uri, image_id)
+        except NotFoundError as error:
+            raise ConfigError(
+                f"image {image_id} of {where} is not labelled yet: {shard_name(shard)} is missing; finish the run first"
+            ) from error
+        if row is not None:
+            return row
+        if is_planned:
+            raise StorageError(
+                f"{storage.redact(uri)} lacks image {image_id}, which is planned to be there; "
+                f"`samray verify {where}` says more"
+            )
+    raise ConfigError(f"{where} has no image with the image_id {image_id}, among {plan.num_images}")
+
+
+def _find(uri: str, image_id: int) -> dict[str, Any] | None:
+    """The row of an image in a shard; None where it is not there. Raises: NotFoundError, StorageError."""
+    size = storage.file_size(uri)
+    footer = read_footer(uri, size)
+    groups = _groups_with(footer, "image.image_id", image_id)
+    for group in groups:
+        if len(groups) > 1 and _row_of(read_row_group(uri, size, footer, group, ["image.image_id"]), image_id) < 0:
+            continue
+        table = read_row_group(uri, size, footer, group)
+        row = _row_of(table, image_id)
+        if row >= 0:
+            return dict(table.slice(row, 1).to_pylist()[0])
+    return None
+
+
+def _shards_of(plan: Plan, image_id: int) -> Iterator[tuple[int, bool]]:
+    """Shards that may hold an image, and whether the plan says that this one does."""
+    for generation in plan.generations:
+        uri = manifest_uri(plan.output, generation.number)
+        size = storage.file_size(uri)
+        footer = read_footer(uri, size)
+        shards = statistics(footer, "shard")
+        for group in _groups_with(footer, "image_id", image_id):
+            held = shards[group]
+            if held is not None and held.has_min_max and held.min == held.max:
+                yield int(held.min), False  # a shard so large that its own footer is the shorter way
+                continue
+            rows = read_row_group(uri, size, footer, group, ["image_id", "shard"])
+            place = pc.index(rows["image_id"], image_id).as_py()
+            if place >= 0:
+                yield int(rows["shard"][place].as_py()), True
+
+
+def _row_of(table: pa.Table, image_id: int) -> int:
+    return int(pc.index(pc.struct_field(table["image"], "image_id"), image_id).as_py())
+
+
+def _groups_with(footer: pq.FileMetaData, column: str, value: Any) -> list[int]:
+    """The row groups whose statistics do not rule a value out."""
+    groups = []
+    for group, held in enumerate(statistics(footer, column)):
+        if held is None or not held.has_min_max or held.min <= value <= held.max:
+            groups.append(group)
+    return groups
+
+
+def statistics(footer: pq.FileMetaData, column: str) -> list[pq.Statistics | None]:
+    """The statistics of a column in each row group, by its path in the schema."""
+    paths = [footer.schema.column(i).path for i in range(len(footer.schema))]
+    place = paths.index(column)
+    return [footer.row_group(group).column(place).statistics for group in range(footer.num_row_groups)]
+
+
+# --- reading by ranges ---------------------------------------------------------------------------------------------
+
+
+def read_footer(uri: str, size: int | None) -> pq.FileMetaData:
+    """The footer of a Parquet file and no byte more, once it is longer than a first guess.
+
+    size: the file's, in bytes; None reads the whole file. Raises: NotFoundError, StorageError.
+    """
+    start = 0 if size is None else max(0, size - _FIRST_READ_BYTES)
+    tail = storage.read_bytes(uri) if size is None else storage.read_bytes(uri, start, size - start)
+    length = int.from_bytes(tail[-8:-4], "little") + 8
+    if size is not None and len(tail) < length <= size:
+        tail = storage.read_bytes(uri, size - length, length - len(tail)) + tail
+    with _damage_is_told(uri):
+        return pq.read_metadata(pa.BufferReader(tail))
+
+
+def read_row_group(
+    uri: str, size: int | None, footer: pq.FileMetaData, group: int, columns: list[str] | None = None
+) -> pa.Table:
+    """One row group, in one chunk: one request, or a few where `columns` leave gaps. Raises: StorageError."""
+    with _damage_is_told(uri), storage.open_read(uri, size=size, buffered=False) as stream:
+        # Buffered ahead, the columns that lie side by side are fetched as one range.
+        file = pq.ParquetFile(stream, metadata=footer, pre_buffer=True)
+        return file.read_row_group(group, columns=columns, use_threads=False).combine_chunks()
+
+
+@contextmanager
+def _damage_is_told(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise StorageError(
+            f"{storage.redact(uri)} is damaged, or was replaced while it was read: {error}; look again, or delete it "
+            "and run again"
+        ) from error
+
+
+# --- an index of all images ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ImageIndex:
+    """Where the rows of images lie: eight bytes an image, so that each worker may hold millions."""
+
+    shards: npt.NDArray[np.int32]
+    rows: npt.NDArray[np.int32]
+    """In the shard's file."""
+    sizes: npt.NDArray[np.int64]
+    """Of each shard of the plan, in bytes; 0 where it is not there."""
+
+
+def index_images(plan: Plan, *, keep_empty: bool = True) -> ImageIndex:
+    """The images with status `ok` in the shards that are there, in the plan's order.
+
+    keep_empty: also those without a mask. Reads the footers; rows only of shards in which an image failed, or to count
+    masks. Raises: ConfigError where there is no such image, StorageError.
+    """
+    names = storage.list_names(storage.join(plan.output, FOLDER))
+    sizes = np.zeros(plan.num_shards, np.int64)
+    for name, size in names.items():
+        shard = shard_number(name)
+        if shard is not None and shard < plan.num_shards:
+            sizes[shard] = size
+    done = np.flatnonzero(sizes)
+    where = storage.redact(plan.output)
+    if len(done) < plan.num_shards:
+        missing = plan.num_shards - len(done)
+        log.warning("%s: %d of %d shards are not there yet; their images are left out", where, missing, plan.num_shards)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = list(pool.map(lambda shard: _wanted_rows(plan, int(shard), int(sizes[shard]), keep_empty), done))
+    if not any(len(rows) for rows in found):
+        raise ConfigError(f"{where} holds no labelled image{'' if keep_empty else ' with a mask'} yet")
+    return ImageIndex(np.repeat(done.astype(np.int32), [len(rows) for rows in found]), np.concatenate(found), sizes)
+
+
+def _wanted_rows(plan: Plan, shard: int, size: int, keep_empty: bool) -> npt.NDArray[np.int32]:
+    uri = shard_uri(plan.output, shard)
+    footer = read_footer(uri, size)
+    if footer.num_rows != plan.num_images_of(shard):
+        raise StorageError(
+            f"{storage.redact(uri)} has {footer.num_rows} rows, planned are {plan.num_images_of(shard)}; "
+            "`samray verify` says more"
+        )
+    status = statistics(footer, "status")
+    wanted, start = [], 0
+    for group in range(footer.num_row_groups):
+        num_rows = footer.row_group(group).num_rows
+        held = status[group]
+        keep = np.ones(num_rows, bool)
+        if held is None or not held.has_min_max or not held.min == held.max == "ok":
+            keep = _numpy(pc.equal(read_row_group(uri, size, footer, group, ["status"])["status"], "ok"))
+        if not keep_empty:
+            # Of all columns of the masks this one is read fastest: the same two numbers over and over.
+            table = read_row_group(uri, size, footer, group, ["annotations.list.element.segmentation.size"])
+            keep = keep & _numpy(pc.greater(pc.list_value_length(table["annotations"]), 0))
+        wanted.append(start + np.flatnonzero(keep))
+        start += num_rows
+    return np.concatenate([np.empty(0, np.int64), *wanted]).astype(np.int32)
+
+
+def _numpy(array: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+    return np.asarray(array.to_numpy(), bool)
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerIndex:
+    """Where images lie in tars and Parquet files: 20 bytes an image."""
+
+    names: list[str]
+    which: npt.NDArray[np.int32]
+    """Place in `names`; -1 for an image in a file of its own."""
+    at: npt.NDArray[np.int64]
+    """First byte in a tar, row in a Parquet file."""
+    sizes: npt.NDArray[np.int64]
+    """Bytes in a tar; -1 in a Parquet file."""
+
+    def place(self, index: int) -> dict[str, Any] | None:
+        """The columns of `INPUT_SCHEMA` that say where an image lies; None for a file of its own."""
+        if self.which[index] < 0:
+            return None
+        name, at, size = self.names[self.which[index]], int(self.at[index]), int(self.sizes[index])
+        return {"container": name, "row": at} if size < 0 else {"container": name, "offset": at, "size": size}
+
+
+def index_containers(plan: Plan, index: ImageIndex) -> ContainerIndex | None:
+    """Where the images of an index lie; None where each is a file of its own. Raises: StorageError."""
+    names = plan.read_images(["container"])["container"]
+    if names.null_count == len(names):
+        return None
+    first = np.cumsum([0, *(plan.num_images_of(shard) for shard in range(plan.num_shards - 1))])
+    places = pa.array(first[index.shards] + index.rows)
+    held = plan.read_images(["offset", "row", "size"]).take(places)
+    coded = names.combine_chunks().dictionary_encode().take(places)
+    offsets, rows, sizes = (np.asarray(column.fill_null(-1).to_numpy(), np.int64) for column in held.columns)
+    in_tar = offsets >= 0
+    return ContainerIndex(
+        coded.dictionary.to_pylist(),
+        np.asarray(coded.indices.fill_null(-1).to_numpy(), np.int32),
+        np.where(in_tar, offsets, rows),
+        np.where(in_tar, sizes, -1),
+    )

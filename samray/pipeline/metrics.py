@@ -1,0 +1,124 @@
+"""What a run counts for those who watch it: Ray exports these figures, with `ray_` before the name, for Prometheus.
+
+For watching, never for truth: a shard that is labelled twice counts twice, and figures may get lost. Shares come from
+pairs of counters, because a gauge that is set once a shard is missing from most scrapes.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections import Counter as Tally
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from samray.pipeline.report import Labelled, reason_of
+
+if TYPE_CHECKING:
+    from samray.pipeline.labeler import ShardLabeler
+
+logger = logging.getLogger(__name__)
+
+COUNTERS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
+    "samray_images": ("Images labelled, the failed ones included.", ()),
+    "samray_masks": ("Masks found.", ()),
+    "samray_failed_images": ("Images that became a failed row.", ("reason",)),
+    "samray_encoded_bytes": ("Encoded bytes of these images.", ()),
+    "samray_stage_seconds": ("Seconds of work, summed over all workers.", ("stage",)),
+    "samray_batch_images": ("Images that were given to the model.", ()),
+    "samray_batch_room_images": ("Images that would have been, had every batch been full.", ()),
+    "samray_device_busy_seconds": ("Seconds that labelling actors spent on masks.", ()),
+    "samray_device_held_seconds": ("Seconds that labelling actors existed; on a CPU times their threads.", ()),
+    "samray_shards": ("Shards committed.", ()),
+    "samray_written_bytes": ("Bytes of these shards.", ()),
+}
+"""Name -> description and tags. Prometheus sees `ray_<name>_total`."""
+
+GAUGES: Final = {
+    "samray_run_images": "Images in the plan.",
+    "samray_run_images_done": "Images of finished shards, and those labelled of shards under way.",
+    "samray_run_images_failed": "Failed images of this run.",
+}
+"""Set by the driver, as often as it looks. Prometheus sees `ray_<name>`."""
+
+HISTOGRAMS: Final = {"samray_shard_seconds": "Seconds from one finished shard of an actor to its next."}
+"""Prometheus sees `ray_<name>_bucket`, `_sum` and `_count`."""
+
+SHARD_SECONDS: Final = [1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0]
+
+
+def exported_names() -> set[str]:
+    """What Prometheus may be asked for."""
+    histograms = {f"ray_{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum", "count")}
+    return {f"ray_{name}_total" for name in COUNTERS} | {f"ray_{name}" for name in GAUGES} | histograms
+
+
+@functools.cache
+def _metric(name: str) -> Any:
+    from ray.util.metrics import Counter, Gauge, Histogram
+
+    if name in COUNTERS:
+        return Counter(name, *COUNTERS[name])
+    return Gauge(name, GAUGES[name]) if name in GAUGES else Histogram(name, HISTOGRAMS[name], SHARD_SECONDS)
+
+
+def record(name: str, value: float, **tags: str) -> None:
+    """Add to a counter, set a gauge or observe for a histogram; costs microseconds. Never raises.
+
+    Without Ray, or with a Ray that exports nothing, it has no effect.
+    """
+    try:
+        metric = _metric(name)
+        if name in GAUGES:
+            metric.set(value)
+        elif name in HISTOGRAMS:
+            metric.observe(value)
+        elif value > 0:
+            metric.inc(value, tags)
+    except Exception:  # a figure that nobody sees must not cost a shard
+        logger.debug("could not record %s", name, exc_info=True)
+
+
+class ActorFigures:
+    """The counts of one labelling actor; made before its model is loaded, for it holds its device from then on."""
+
+    def __init__(self) -> None:
+        self._shard_from = self._counted_to = time.monotonic()
+
+    def add(self, batch: Labelled, labeler: ShardLabeler) -> None:
+        """Count images just labelled, and the time since the last ones."""
+        record("samray_images", len(batch.records))
+        record("samray_masks", sum(len(r.annotations) for r in batch.records))
+        for reason, number in Tally(reason_of(r.error) for r in batch.records if r.error is not None).items():
+            record("samray_failed_images", number, reason=reason)
+        record("samray_encoded_bytes", batch.encoded_bytes)
+        record("samray_batch_images", batch.batch_images)
+        record("samray_batch_room_images", batch.batch_room)
+        record("samray_device_busy_seconds", batch.device_seconds)
+        now = time.monotonic()
+        record("samray_device_held_seconds", (now - self._counted_to) * labeler.num_workers)
+        self._counted_to = now
+
+    def finish(self, shard: Labelled, labeler: ShardLabeler) -> None:
+        """Count the stages of a shard that is done, and write down how long the actor existed for it."""
+        now = time.monotonic()
+        held_s, self._shard_from = now - self._shard_from, now
+        shard.held_seconds = held_s * labeler.num_workers
+        shard.gpu_seconds = held_s * _num_gpus()
+        record("samray_shard_seconds", held_s)
+        record_stages(shard.stage_seconds)
+
+
+def record_stages(stage_seconds: Mapping[str, float]) -> None:
+    """Count the seconds of each stage."""
+    for stage, seconds in stage_seconds.items():
+        record("samray_stage_seconds", seconds, stage=stage)
+
+
+def _num_gpus() -> float:
+    """GPUs, or the part of one, that Ray has reserved for this actor; 0 outside of one."""
+    import ray
+
+    context: Any = ray.get_runtime_context()
+    return float(context.get_assigned_resources().get("GPU", 0.0)) if context.get_actor_id() else 0.0

@@ -1,0 +1,89 @@
+"""Outputs written by hand, for tests of what reads them: known masks, no model, no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+from scipy import ndimage
+from standin import make_image
+
+from samray import storage
+from samray.config import load_config
+from samray.dataset.manifest import Plan, make_plan
+from samray.dataset.schema import ImageRecord, records_to_table
+from samray.dataset.shards import commit_shard, mark_success
+
+HEIGHT, WIDTH = 24, 31
+
+
+def annotation(mask: np.ndarray, **scores: float) -> dict[str, Any]:
+    """One mask as `MaskGenerator` would write it, without id."""
+    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {
+        "segmentation": {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()},
+        "bbox": coco_mask.toBbox(rle).tolist(),
+        "area": int(coco_mask.area(rle)),
+        "predicted_iou": scores.get("predicted_iou", 0.9),
+        "stability_score": scores.get("stability_score", 0.96),
+        "point_coords": [[1.25, 2.5]],
+        "crop_box": [0.0, 0.0, float(mask.shape[1]), float(mask.shape[0])],
+    }
+
+
+def blob(seed: int, shape: tuple[int, int] = (HEIGHT, WIDTH)) -> np.ndarray:
+    """A mask of several components with holes, some of them of a pixel, some at the border."""
+    rng = np.random.default_rng(seed)
+    mask = ndimage.gaussian_filter(rng.standard_normal(shape), 1.5) > 0.03
+    mask ^= rng.random(shape) < 0.02
+    return mask if mask.any() else np.ones(shape, dtype=bool)
+
+
+def masks_of_place(place: int) -> list[dict[str, Any]]:
+    """Of the image at this place of the plan: 0 to 3 blobs with scores of their own."""
+    rng = np.random.default_rng(place)
+    return [
+        annotation(blob(10 * place + i), predicted_iou=float(rng.random()), stability_score=float(rng.random()))
+        for i in range(place % 4)
+    ]
+
+
+def write_output(
+    root: str,
+    names: list[str],
+    *,
+    masks: Callable[[int], list[dict[str, Any]]] = masks_of_place,
+    failed: tuple[int, ...] = (),
+    missing_shards: tuple[int, ...] = (),
+    images_per_shard: int = 3,
+    settings: tuple[str, ...] = (),
+) -> Plan:
+    """An output below root/out, of images below root/in, on any storage. failed: places."""
+    for seed, name in enumerate(names):
+        storage.put(storage.join(root, "in", name), make_image(seed, (WIDTH, HEIGHT)))
+    config = load_config("default", overrides=[f"output.images_per_shard={images_per_shard}", *settings])
+    plan = make_plan(storage.join(root, "in"), storage.join(root, "out"), config, config.identity())
+    place = 0
+    for shard in range(plan.num_shards):
+        records = []
+        for row in plan.read_shard(shard).to_pylist():
+            error = "truncated: the file ends" if place in failed else None
+            records.append(
+                ImageRecord(
+                    image_id=row["image_id"],
+                    width=0 if error else WIDTH,
+                    height=0 if error else HEIGHT,
+                    file_name=row["file_name"],
+                    uri=row["uri"],
+                    annotations=[] if error else masks(place),
+                    error=error,
+                )
+            )
+            place += 1
+        if shard not in missing_shards:
+            commit_shard(plan.output, shard, records_to_table(records, plan.run))
+    if not missing_shards:
+        mark_success(plan.output, num_images=plan.num_images, num_failed=len(failed))
+    return plan

@@ -1,0 +1,79 @@
+"""Images join an output, and changed ones are done again: the whole pipeline on a real Ray, with a stand-in model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import standin
+from outputs import check_every_image_once, rows_of
+
+from samray import storage
+from samray.dataset.manifest import load_plan
+from samray.dataset.shards import SUCCESS, done_shards, read_shard, replace_shard, shard_uri, unmark_success
+from samray.pipeline.report import LabelReport
+
+Label = Callable[..., LabelReport]
+
+
+def put(root: str, images: dict[str, bytes]) -> str:
+    for name, data in images.items():
+        storage.put(storage.join(root, "in", name), data)
+    return storage.join(root, "in")
+
+
+def test_images_join_and_changed_ones_are_done_again(label: Label, storage_root: str, output_root: str) -> None:
+    images = {f"{i}.png": standin.make_image(i) for i in range(6)}
+    input_uri = put(storage_root, images)
+    assert label(input_uri, output_root).exit_code == 0
+    old = {shard: storage.read_bytes(shard_uri(output_root, shard)) for shard in done_shards(output_root)}
+
+    images |= {"6.png": standin.make_image(6), "7.png": standin.make_image(7)}
+    put(storage_root, {"6.png": images["6.png"], "7.png": images["7.png"]})
+    assert label(input_uri, output_root).num_labelled == 0  # without being asked, nothing joins
+    report = label(input_uri, output_root, append=True)
+    assert (report.exit_code, report.num_labelled, report.num_images) == (0, 2, 8)
+    assert old == {shard: storage.read_bytes(shard_uri(output_root, shard)) for shard in old}
+    check_every_image_once(output_root, images)
+    assert label(input_uri, output_root, append=True).num_labelled == 0
+
+    images["1.png"] = standin.make_image(101, size=(30, 20))
+    put(storage_root, {"1.png": images["1.png"]})
+    assert label(input_uri, output_root, append=True).num_labelled == 0  # told, but not redone
+    untouched = storage.read_bytes(shard_uri(output_root, 1))
+    report = label(input_uri, output_root, redo_changed=True)
+    assert (report.exit_code, report.num_labelled) == (0, 1)
+    assert storage.read_bytes(shard_uri(output_root, 1)) == untouched
+    check_every_image_once(output_root, images)
+    assert label(input_uri, output_root, redo_changed=True).num_labelled == 0
+
+
+def test_a_change_that_was_planned_is_finished_by_the_plain_command(
+    label: Label, storage_root: str, output_root: str
+) -> None:
+    images = {f"{i}.png": standin.make_image(i) for i in range(6)}
+    input_uri = put(storage_root, images)
+    label(input_uri, output_root)
+    before = {shard: read_shard(output_root, shard) for shard in (0, 1)}
+    images["5.png"] = standin.make_image(105)
+    images["6.png"] = standin.make_image(6)
+    put(storage_root, {name: images[name] for name in ("5.png", "6.png")})
+    label(input_uri, output_root, append=True, redo_changed=True)
+    # As if the run had died when it had planned, and done nothing: the old shard is back, the new one is gone.
+    replace_shard(output_root, 1, before[1])
+    storage.delete(shard_uri(output_root, 2))
+    unmark_success(output_root)
+    report = label(input_uri, output_root)
+    assert (report.exit_code, report.num_labelled) == (0, 2)
+    assert storage.exists(storage.join(output_root, SUCCESS))
+    check_every_image_once(output_root, images)
+
+
+def test_failures_and_changes_are_redone_in_one_go(label: Label, storage_root: str, output_root: str) -> None:
+    images = {f"{i}.png": standin.make_image(i) for i in range(4)}
+    input_uri = put(storage_root, images | {"2.png": b"no image"})
+    assert label(input_uri, output_root).num_failed == 1
+    put(storage_root, {"2.png": images["2.png"]})  # it is mended, and so it has changed
+    report = label(input_uri, output_root, redo_changed=True)
+    assert (report.exit_code, report.num_labelled, report.num_failed) == (0, 1, 0)
+    check_every_image_once(output_root, images)
+    assert len(rows_of(output_root)) == load_plan(output_root).num_images == 4

@@ -1,0 +1,49 @@
+"""Exports and imports on a real S3 server; what is larger than one part of an upload appears whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from handmade import write_output
+
+import samray
+from samray import storage
+from samray.dataset.verify import verify
+
+NAMES = [f"photo {i}.png" for i in range(7)]
+
+
+def test_a_file_of_many_parts_appears_whole_or_not_at_all(s3_root: str) -> None:
+    uri = f"{s3_root}/large"
+    chunk = bytes(range(256)) * 4096
+
+    def chunks(torn: bool) -> Iterator[bytes]:
+        for _ in range(60):  # MiB; s3fs uploads 50 at a time
+            yield chunk
+        if torn:
+            raise ValueError("torn")
+
+    with pytest.raises(ValueError, match="torn"):
+        storage.put_chunks(uri, chunks(torn=True))
+    assert not storage.exists(uri)
+    storage.put_chunks(uri, chunks(torn=False))
+    assert storage.file_size(uri) == 60 * 2**20
+    assert storage.read_bytes(uri, 55 * 2**20 + 5, 3) == bytes([5, 6, 7])
+
+
+@pytest.mark.parametrize("format", ["sa1b", "coco"])
+def test_there_and_back_on_s3(s3_root: str, format: str) -> None:
+    plan = write_output(s3_root, NAMES, failed=(2,))
+    dest, back = f"{s3_root}/there", f"{s3_root}/back"
+    for skipped in (0, 1):
+        report = samray.export(plan.output, dest, format=format, progress=False)
+        assert (report.num_images, report.num_pieces_skipped) == (6, skipped)
+    assert samray.import_(dest, back, images=f"{s3_root}/in", progress=False).num_masks == report.num_masks
+    found = verify(back, deep=True)
+    assert found.ok, found.problems
+    (victim,) = [e.uri for e in storage.list_files(dest) if e.uri.endswith(("photo 1.json", "instances.json"))]
+    before = storage.read_bytes(victim)
+    storage.delete(victim)
+    samray.export(plan.output, dest, format=format, progress=False)
+    assert storage.read_bytes(victim) == before
