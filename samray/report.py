@@ -153,7 +153,7 @@ def _choose(drawn: Sequence[tuple[sample.Draw, pa.Table]], number: int) -> dict[
 def _overlays(plan: Plan, chosen: Mapping[sample.Draw, Sequence[int]], number: int) -> list[Overlay]:
     """What the gallery shows, in the order of the output."""
     side = round(max(_SMALL_SIDE, min(1.0, (32 / max(number, 1)) ** 0.5) * _LARGE_SIDE))
-    settings = InputConfig(**plan.run["identity"]["input"])
+    settings = InputConfig(**plan.run["identity"].get("input", {}))
     reading_plan = threading.Lock()  # it keeps the last part of the manifest that it read
     unreachable: list[SamrayError] = []
 

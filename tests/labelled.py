@@ -13,11 +13,11 @@ import standin
 from PIL import Image
 
 from samray import storage
-from samray.config import load_config
+from samray.config import Config, load_config
 from samray.dataset.inputs import fetch_images
 from samray.dataset.manifest import Plan, make_plan
 from samray.dataset.schema import ImageRecord, records_to_table
-from samray.dataset.shards import commit_shard, mark_success
+from samray.dataset.shards import commit_shard, done_shards, mark_success
 from samray.errors import ImageError
 from samray.images import decode_image
 
@@ -67,14 +67,18 @@ def make_output(root: str, kind: str = "files", *overrides: str, number: int = 1
     config = load_config(None, None, ["output.images_per_shard=4", *overrides])
     source = make_input(storage.join(root, "in"), kind, number)
     plan = make_plan(source, storage.join(root, "labels"), config, config.identity())
-    for shard in range(plan.num_shards):
+    label_missing(plan, config)
+    return plan
+
+
+def label_missing(plan: Plan, config: Config) -> None:
+    """Commit the shards that are not there yet, and `_SUCCESS`."""
+    for shard in sorted(set(range(plan.num_shards)) - done_shards(plan.output)):
         rows = plan.read_shard(shard)
-        records = [
-            record_of(row, data) for row, data in zip(rows.to_pylist(), fetch_images(rows, config.input), strict=True)
-        ]
+        fetched = fetch_images(rows, config.input)
+        records = [record_of(row, data) for row, data in zip(rows.to_pylist(), fetched, strict=True)]
         assert commit_shard(plan.output, shard, records_to_table(records, plan.run))
     mark_success(plan.output)
-    return plan
 
 
 def record_of(row: dict[str, Any], data: bytes | ImageError) -> ImageRecord:

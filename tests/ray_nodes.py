@@ -85,6 +85,7 @@ class Head(Node):
     environment: dict[str, str]
     address: str
     """Of the GCS, for nodes that join."""
+    temp_dir: str
     nodes: list[Node] = field(default_factory=list)
 
     def ray(self, *arguments: str, cwd: Path = REPOSITORY) -> str:
@@ -95,12 +96,19 @@ class Head(Node):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    def add_node(self, num_cpus: int) -> Node:
-        """A worker node that has joined."""
-        log = self.log.with_name(f"node-{len(self.nodes)}.log")
-        node = Node(_start(log, self.environment, f"--address={self.address}", f"--num-cpus={num_cpus}"), log)
+    def add_nodes(self, count: int, num_cpus: int) -> list[Node]:
+        """Worker nodes that have joined."""
+        # A folder each: else the nodes unpack a job's working directory into the same place, one over the other.
+        added = [self._add_node(f"--num-cpus={num_cpus}") for _ in range(count)]
+        for node in added:
+            node.wait_until_started()
+        return added
+
+    def _add_node(self, *options: str) -> Node:
+        name = f"node-{len(self.nodes)}"
+        log, temp_dir = self.log.with_name(f"{name}.log"), f"{self.temp_dir}/{name}"
+        node = Node(_start(log, self.environment, f"--address={self.address}", f"--temp-dir={temp_dir}", *options), log)
         self.nodes.append(node)
-        node.wait_until_started()
         return node
 
     def submit(self, *arguments: str) -> str:
@@ -150,7 +158,7 @@ def running_head(folder: Path, num_cpus: int) -> Iterator[Head]:
     log = folder / "head.log"
     with tempfile.TemporaryDirectory(prefix="head-", dir="/tmp") as temp_dir:  # short: Ray's sockets lie in it
         process = _start(log, environment, *options, f"--temp-dir={temp_dir}")
-        head = Head(process, log, environment, f"127.0.0.1:{ports['port']}")
+        head = Head(process, log, environment, f"127.0.0.1:{ports['port']}", temp_dir)
         try:
             head.wait_until_started()
             _wait_for_port(ports["dashboard-port"], head)

@@ -32,7 +32,8 @@ _BOXES_ONLY: Final = ["image", "uri"] + [
 ]
 _MASK_KINDS: Final = ("bool", "rle", "boxes")
 _GROUPS_HELD: Final = 4
-_FOOTERS_HELD: Final = 8
+_FOOTERS_HELD: Final = 32
+"""Some 10 kB a row group in memory; shuffled reading of more large shards than this fetches footers again and again."""
 
 
 class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
@@ -56,11 +57,11 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
     have moved since they were labelled: what their URIs (or those of their tars and Parquet files) began with, and what
     they begin with now.
 
-    Holds eight bytes an image (28 where images lie in tars or Parquet) and the last few row groups read; no file and no
-    connection stays open between two items, so workers may be forked or spawned. An output that is changed
-    (`--retry-failed`, `--redo-changed`) is to be opened anew.
+    Holds eight bytes an image (28 where images lie in tars or Parquet), the last few row groups and footers read, and
+    no open file; storage makes its connections anew in a forked child. So workers may be forked or spawned. An output
+    that is changed (`--retry-failed`, `--redo-changed`) is to be opened anew.
 
-    Raises: ConfigError where OUTPUT is no finished or begun run, or an option is wrong; StorageError. Items raise
+    Raises: ConfigError where OUTPUT holds no labelled image or an option is wrong; StorageError. Items raise
     StorageError, also for an image that is gone or no longer the one that was labelled.
     """
 
@@ -82,6 +83,8 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
             raise ConfigError(f"masks={masks!r} is none of {', '.join(map(repr, _MASK_KINDS))}")
         if image_root is not None and (isinstance(image_root, str) or len(image_root) != 2):
             raise ConfigError(f"image_root={image_root!r} must be a pair: what URIs began with, and what they do now")
+        if max_masks is not None and max_masks < 0:
+            raise ConfigError(f"max_masks={max_masks} must be 0 or more; None keeps all")
         plan = load_plan(output)
         self.output = plan.output
         self.images = images

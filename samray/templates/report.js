@@ -103,9 +103,9 @@ class Picture {
     return value === null ? [150, 150, 150] : rampColour((value - range.low) / (range.high - range.low || 1));
   }
 
-  /** Paint the shown masks, where that is due and anyone could see it. */
+  /** Paint the shown masks, where that is due and anyone could see it. Returns whether it was. */
   paint() {
-    if (!this.stale || !this.near) return;
+    if (!this.stale || !this.near) return false;
     this.stale = false;
     const { width, height } = this;
     const map = (this.map ??= new Uint16Array(width * height));
@@ -115,7 +115,7 @@ class Picture {
       const colour = this.colourOf(index);
       fills.push(packed(colour, 128));
       edges.push(packed(colour.map((c) => Math.round(c + 0.35 * (255 - c))), 240));
-      if (true) eachRun(this.runsOf(index), (start, end) => map.fill(index + 1, start, end));
+      if (this.shown[index]) eachRun(this.runsOf(index), (start, end) => map.fill(index + 1, start, end));
     });
     const context = this.base.getContext("2d"), image = context.createImageData(width, height);
     const pixels = new Uint32Array(image.data.buffer);
@@ -129,6 +129,7 @@ class Picture {
       }
     }
     context.putImageData(image, 0, 0);
+    return true;
   }
 
   /** The mask that is seen there, in the coordinates of the window; -1 for none. */
@@ -309,8 +310,7 @@ function paintSoon() {
     waiting = false;
     const end = performance.now() + MS_PER_FRAME;
     for (const picture of pictures) {
-      if (performance.now() > end) return paintSoon();
-      picture.paint();
+      if (picture.paint() && performance.now() > end) return paintSoon();
     }
     $(".gallery").setAttribute("aria-busy", "false");
   });

@@ -169,11 +169,12 @@ def some_ray(request: pytest.FixtureRequest) -> Iterator[None]:
         shutil.rmtree(temp_dir, ignore_errors=True)
 
 
-def test_ray_data(some_ray: None, recipe: Callable[[str], dict[str, Any]], truth: Rows) -> None:
+def test_ray_data(some_ray: None, recipe: Callable[[str], dict[str, Any]], plan: Plan, truth: Rows) -> None:
     names = recipe("ray")
     check_rows(names["rows"].take_all(), truth)
-    areas = {row["id"]: row["area"] for row in names["areas"].take_all()}
-    assert areas == {mask["id"]: mask["area"] for mask in masks_of(truth)}
+    if storage.is_local(plan.output):  # the rows are the same, and executions take seconds
+        areas = {row["id"]: row["area"] for row in names["areas"].take_all()}
+        assert areas == {mask["id"]: mask["area"] for mask in masks_of(truth)}
 
 
 def test_pandas(recipe: Callable[[str], dict[str, Any]], truth: Rows) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from labelled import BLACK, BROKEN, image_bytes, make_output
+from labelled import BLACK, BROKEN, image_bytes, label_missing, make_input, make_output
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
@@ -18,6 +18,7 @@ import samray
 from samray import MaskDataset, storage
 from samray.config import load_config
 from samray.dataset import lookup, shards
+from samray.dataset.joining import join_images
 from samray.dataset.manifest import Plan, make_plan
 from samray.dataset.schema import ImageRecord, records_to_table
 from samray.dataset.verify import verify
@@ -163,6 +164,25 @@ def test_images_in_tars_and_parquet(tmp_path: Path, kind: str) -> None:
     assert torch.equal(moved[0][0], first)
 
 
+def test_images_that_joined_later_from_a_tar(tmp_path: Path) -> None:
+    plan = make_output(str(tmp_path))
+    config = load_config(None, None, ["output.images_per_shard=4"])
+    tars = make_input(str(tmp_path / "more"), "tar")
+    plan, news = join_images(plan, tars, config, config.identity(), append=True, redo_changed=False)
+    assert news.num_new == 10
+    label_missing(plan, config)
+    dataset = MaskDataset(plan.output)
+    ids = [target["image_id"] for _, target in dataset]
+    assert ids[:9] == IDS
+    assert len(ids) == 18
+    for image, target in dataset:
+        row = samray.read_image(plan.output, target["image_id"])
+        name = row["image"]["file_name"]
+        assert ("::" in row["uri"]) == (target["image_id"] > 9)
+        pixels = decode_image(image_bytes(int(Path(name).stem.rpartition("_")[2])), 10**6)
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels)
+
+
 def test_images_that_moved_or_changed(tmp_path: Path) -> None:
     plan = make_output(str(tmp_path))
     (tmp_path / "in").rename(tmp_path / "elsewhere")
@@ -189,6 +209,8 @@ def test_wrong_use_is_one_clear_sentence(plan: Plan, tmp_path: Path) -> None:
         MaskDataset(plan.output, masks="polygons")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="image_root='/new' must be a pair"):
         MaskDataset(plan.output, image_root="/new")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="max_masks=-1 must be 0 or more"):
+        MaskDataset(plan.output, max_masks=-1)
     with pytest.raises(ConfigError, match="holds no samray run"):
         MaskDataset(str(tmp_path))
     with pytest.raises(ConfigError, match="no image with the image_id 77, among 10"):
