@@ -43,9 +43,7 @@ def _news(news: News | None) -> list[tuple[str, str]]:
     return rows
 
 
-def print_dry_run(
-    input: str, output: str, config: Config, *, append: bool = False, redo_changed: bool = False
-) -> None:
+def print_dry_run(input: str, output: str, config: Config, *, append: bool = False, redo_changed: bool = False) -> None:
     """The plan of a run that is not to be made, on stderr. Nothing is written, and no weights are downloaded.
 
     append, redo_changed: as for `samray.label`; INPUT is compared with the plan that lies there.

@@ -98,7 +98,8 @@ class Head(Node):
 
     def add_nodes(self, count: int, num_cpus: int) -> list[Node]:
         """Worker nodes that have joined."""
-        # A folder each: else the nodes unpack a job's working directory into the same place, one over the other.
+        # A folder each: else the nodes unpack a job's working directory into the same place, one over the other. And an
+        # address each: else a driver may take any of them for its own node.
         added = [self._add_node(f"--num-cpus={num_cpus}") for _ in range(count)]
         for node in added:
             node.wait_until_started()
@@ -106,8 +107,9 @@ class Head(Node):
 
     def _add_node(self, *options: str) -> Node:
         name = f"node-{len(self.nodes)}"
-        log, temp_dir = self.log.with_name(f"{name}.log"), f"{self.temp_dir}/{name}"
-        node = Node(_start(log, self.environment, f"--address={self.address}", f"--temp-dir={temp_dir}", *options), log)
+        options += (f"--address={self.address}", f"--temp-dir={self.temp_dir}/{name}")
+        log = self.log.with_name(f"{name}.log")
+        node = Node(_start(log, self.environment, f"--node-ip-address=127.0.0.{len(self.nodes) + 2}", *options), log)
         self.nodes.append(node)
         return node
 
@@ -169,7 +171,7 @@ def running_head(folder: Path, num_cpus: int) -> Iterator[Head]:
 
 
 def _start(log: Path, environment: dict[str, str], *options: str) -> subprocess.Popen[bytes]:
-    common = ["--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", "--object-store-memory=200000000"]
+    common = ["--block", "--disable-usage-stats", "--object-store-memory=200000000"]
     common += [f"--{name}={_free_port()}" for name in ("dashboard-agent-listen-port", "metrics-export-port")]
     with log.open("wb") as file:
         return subprocess.Popen(

@@ -11,6 +11,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
@@ -85,10 +86,10 @@ def _sizes_of_finished(plan: Plan) -> dict[str, int]:
     where = storage.redact(plan.output)
     missing = plan.num_shards - len(done_shards(plan.output))
     if missing:
-        raise ConfigError(f"{where} is not finished: {missing} of {plan.num_shards} shards are missing; run it to its end")
+        raise ConfigError(f"{where} is not finished: {missing} of {plan.num_shards} shards are missing; run it first")
     for shard, generation in plan.changed_shards().items():
         if read_metadata(plan.output, shard).get("generation", 0) < generation:
-            raise ConfigError(f"{where} is not finished: shard {shard} waits to be labelled again; run it to its end")
+            raise ConfigError(f"{where} is not finished: shard {shard} waits to be labelled again; run it first")
     return storage.list_names(storage.join(plan.output, FOLDER))
 
 
@@ -143,7 +144,7 @@ def _rows(plan: Plan, first_rows: list[int], start: int, number: int) -> tuple[p
 
 def _overlaps(first_rows: list[int], start: int, number: int) -> Iterator[tuple[int, int, int]]:
     """The shards that hold the rows from `start` on: shard, first row within it, number of rows."""
-    for shard, (begin, end) in enumerate(zip(first_rows, first_rows[1:], strict=False)):
+    for shard, (begin, end) in enumerate(pairwise(first_rows)):
         low, high = max(begin, start), min(end, start + number)
         if low < high:
             yield shard, low - begin, high - low

@@ -199,6 +199,14 @@ def read_rows(output: str, generation: Generation, columns: list[str]) -> pa.Tab
     return _with_manifest(output, generation.number, read)
 
 
+def with_rows(table: pa.Table, newer: pa.Table) -> pa.Table:
+    """`table` with those of its rows replaced whose image_id `newer` has, too; both have the same columns."""
+    at = pc.index_in(table["image_id"], value_set=newer["image_id"])
+    kept = pa.array(range(table.num_rows), pa.int64())
+    order = pc.coalesce(pc.add(pc.cast(at, pa.int64()), table.num_rows), pa.chunked_array([kept]))
+    return pa.concat_tables([table, newer]).take(order).combine_chunks()
+
+
 def _conform(table: pa.Table) -> pa.Table:
     """With every column of `MANIFEST_SCHEMA`; manifests of samray 0.1 had no etag."""
     nulls = {field.name: pa.nulls(table.num_rows, field.type) for field in MANIFEST_SCHEMA}

@@ -72,7 +72,7 @@ def join_images(
     """List INPUT, and add a generation for its new images (append) and its changed ones (redo_changed).
 
     Returns the plan as it is then, which is the old one where there was nothing to add. Where another driver adds a
-    generation at the same moment, that one counts first and INPUT is compared again. dry_run: compare, and write nothing.
+    generation at the same moment, that one counts first and INPUT is compared again. dry_run: only compare.
     Raises: ConfigError where INPUT holds nothing or no image id is left, StorageError.
     """
     listed = pa.concat_tables(list_images(input_uri, config.input))

@@ -33,6 +33,7 @@ from samray.dataset.generations import (
     read_generations,
     read_group,
     read_rows,
+    with_rows,
 )
 from samray.dataset.inputs import list_images
 from samray.dataset.shards import done_shards
@@ -127,14 +128,6 @@ class Plan:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_groups": {}}
-
-
-def with_rows(table: pa.Table, newer: pa.Table) -> pa.Table:
-    """`table` with those of its rows replaced whose image_id `newer` has, too; both have the same columns."""
-    at = pc.index_in(table["image_id"], value_set=newer["image_id"])
-    kept = pa.array(range(table.num_rows), pa.int64())
-    order = pc.coalesce(pc.add(pc.cast(at, pa.int64()), table.num_rows), pa.chunked_array([kept]))
-    return pa.concat_tables([table, newer]).take(order).combine_chunks()
 
 
 def make_plan(

@@ -35,7 +35,7 @@ def run_tasks(task: Callable[[T], R], items: Iterable[T], *, on_ray: bool, addre
 
     from samray.config import ClusterConfig
     from samray.pipeline.cluster import data_settings, running_ray
-    from samray.pipeline.run import _plain
+    from samray.pipeline.errors_of_ray import plain_error
 
     config = ClusterConfig(address=address)
     with running_ray(config), data_settings(config):
@@ -47,7 +47,7 @@ def run_tasks(task: Callable[[T], R], items: Iterable[T], *, on_ray: bool, addre
             for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 yield from map(pickle.loads, batch["data"].to_pylist())
         except Exception as error:
-            raise _plain(error) from error
+            raise plain_error(error) from error
 
 
 def _run_one(batch: pa.Table, *, task: Callable[[Any], Any]) -> pa.Table:

@@ -16,7 +16,7 @@ from samray.config import Config, load_config
 from samray.dataset.joining import News, join_images
 from samray.dataset.manifest import Plan, make_plan
 from samray.dataset.shards import done_shards, mark_success
-from samray.errors import SamrayError
+from samray.pipeline.errors_of_ray import plain_error
 from samray.pipeline.history import failures_of_shards, stale_shards
 from samray.pipeline.progress import ProgressView
 from samray.pipeline.report import LabelReport, ShardSummary
@@ -37,10 +37,6 @@ GIVE_UP_S = 20.0
 
 LEAVE_S = 2.0
 """How long what is left may take to run dry: that ends more quietly than being cut off, but may be a million shards."""
-
-
-RAY_DATAS_ADVICE = "\nFailed to apply UDF transform"
-"""Ray Data appends to the message of each error how to make it retry, which here storage alone does."""
 
 
 def label(
@@ -226,7 +222,7 @@ def _drive(dataset: ray.data.Dataset, run: _Run, state: Any, stop: StopRequest) 
         while True:
             for row in _waiting(rows):
                 if isinstance(row, BaseException):
-                    raise _plain(row)
+                    raise plain_error(row)
                 if row is None:
                     return
                 state.end.remote(row["shard"])
@@ -281,22 +277,6 @@ def _waiting(rows: queue.SimpleQueue[Any]) -> Iterator[Any]:
             yield rows.get_nowait()
     except queue.Empty:
         return
-
-
-def _plain(error: BaseException) -> BaseException:
-    """Our own error out of Ray's wrapping, or one that says in a line what Ray's says in a hundred."""
-    inner: BaseException | None = error
-    while inner is not None:
-        cause = getattr(inner, "cause", None)
-        inner = cause if isinstance(cause, BaseException) else inner.__cause__
-        if isinstance(inner, SamrayError) and not hasattr(inner, "cause"):
-            inner.args = (str(inner).partition(RAY_DATAS_ADVICE)[0],)
-            return inner
-    lines = [line.strip() for line in str(error).partition(RAY_DATAS_ADVICE)[0].splitlines() if line.strip()]
-    lines = lines or [type(error).__name__]
-    plain = SamrayError(f"the run ended early: {lines[-1]}; the same command again goes on from here")
-    plain.__cause__ = error
-    return plain
 
 
 def _conclude(plan: Plan, config: Config, report: LabelReport, stopped_by: StopRequest | None) -> LabelReport:

@@ -213,8 +213,7 @@ def test_compact_is_the_same_rows_in_larger_shards(storage_root: str) -> None:
     checked = verify(dest)
     assert checked.ok, checked.problems
     assert (checked.num_images, checked.num_failed) == (12, 4)
-    first = [row["size"] for row in load_plan(dest).read_images(["size"]).to_pylist()][0]
-    assert first == 7  # as the images are now
+    assert load_plan(dest).read_images(["size"])["size"][0].as_py() == 7  # as the images are now
 
     storage.delete(shard_uri(dest, 1))
     report = compact(plan.output, dest, 1)  # the size was fixed when DEST was begun
