@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from samray import storage
 from samray.dataset.generations import MANIFEST_SCHEMA
 from samray.dataset.manifest import Plan, load_plan, write_plan
-from samray.dataset.schema import SCHEMA, samray_metadata, shard_metadata
+from samray.dataset.schema import SCHEMA, STATS_SECONDS, samray_metadata, shard_metadata
 from samray.dataset.shards import FOLDER, commit_shard, done_shards, mark_success, read_metadata, shard_uri
 from samray.errors import ConfigError, StorageError
 
@@ -128,7 +128,7 @@ def _rows(plan: Plan, first_rows: list[int], start: int, number: int) -> tuple[p
         table, stats = _read_slice(plan.output, shard, first, count)
         tables.append(table)
         share = count / plan.num_images_of(shard)
-        sums["device_seconds"] += stats.get("device_seconds", 0.0) * share
+        sums.update({key: stats.get(key, 0.0) * share for key in STATS_SECONDS})
         stage_seconds.update({name: seconds * share for name, seconds in stats.get("stage_seconds", {}).items()})
     rows = pa.concat_tables(tables)
     assert rows.num_rows == number, (rows.num_rows, number)
@@ -138,7 +138,7 @@ def _rows(plan: Plan, first_rows: list[int], start: int, number: int) -> tuple[p
         "num_masks": pc.sum(pc.list_value_length(rows["annotations"])).as_py() or 0,
         "failures": dict(failures),
         "stage_seconds": dict(stage_seconds),
-        "device_seconds": sums["device_seconds"],
+        **{key: sums[key] for key in STATS_SECONDS},
     }
 
 

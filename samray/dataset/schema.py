@@ -44,6 +44,10 @@ SCHEMA: Final = pa.schema(
 )
 
 
+STATS_SECONDS: Final = ("device_seconds", "held_seconds", "gpu_seconds")
+"""Of a shard's `stats`, what adds up over shards; see `samray.pipeline.report.Labelled`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRecord:
     """One row: an image and its masks, or why it has none."""

@@ -6,19 +6,19 @@ One LIST tells which shards are there and when each was written, by the storage'
 
 from __future__ import annotations
 
-import itertools
 import json
-import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
 from samray import storage
 from samray.dataset import generations
 from samray.dataset.manifest import Plan, load_plan
+from samray.dataset.pace import pace_of
 from samray.dataset.sample import Footer, read_footers
+from samray.dataset.schema import STATS_SECONDS
 from samray.dataset.shards import FOLDER, SUCCESS, shard_number
 from samray.errors import NotFoundError
 
@@ -26,10 +26,7 @@ MAX_FOOTERS: Final = 200
 """Of more shards than this a sample is read."""
 
 RECENT_SHARDS: Final = 100
-"""The rate is that of this many shards, or of fewer where the run paused in between."""
-
-PAUSE_S: Final = 1800.0
-"""A shorter wait from one shard to the next is no pause."""
+"""The rate is that of this many shards, pauses left out."""
 
 QUIET_S: Final = 300.0
 QUIET_WITHOUT_PACE_S: Final = 1800.0
@@ -40,7 +37,6 @@ UNKNOWN: Final = "unknown"
 
 Footers = dict[tuple[int, float | None], Footer]
 """By shard and when it was written. Hand the same one in again, and no footer is read twice."""
-
 
 State = Literal["not begun", "running", "stalled", "unmarked", "finished"]
 
@@ -104,27 +100,33 @@ class Status:
 def run_status(output: str, footers: Footers | None = None) -> Status:
     """Look at what is there now. Raises: ConfigError where OUTPUT holds no run, StorageError."""
     plan = load_plan(output)
-    listed = storage.list_times(storage.join(plan.output, FOLDER)).items()
-    done = {n: at for name, at in listed if (n := shard_number(name)) is not None and n < plan.num_shards}
+    manifests = storage.list_times(storage.join(plan.output, generations.FOLDER))
+    planned_at = {
+        g.number: manifests.get(generations.manifest_uri(plan.output, g.number).rpartition("/")[2])
+        for g in plan.generations
+    }
+    done = _done(plan, planned_at)
     num_done = sum(plan.num_images_of(shard) for shard in done)
     begun = _begun(plan.output, done)
-    manifest = generations.manifest_uri(plan.output, plan.last_generation).rpartition("/")[2]
-    planned_at = storage.list_times(storage.join(plan.output, generations.FOLDER)).get(manifest)
     clock = storage.clock(plan.output)
     now = time.time() if clock is None else clock
 
-    written = sorted((at, shard) for shard, at in done.items() if at is not None)
-    recent = _since_last_pause(written[-RECENT_SHARDS:])
-    gaps = _gaps(recent)
-    usual_gap_s = statistics.median(gaps) if gaps else 0.0
-    new = [entry for entry in written if entry[1] >= plan.generations[-1].first_shard]
-    overall = None if planned_at is None else _rate(plan, [(planned_at, -1), *new])
-    # Shards may come in bursts, as many at once as there are actors: the wait for the next burst counts.
-    waits = clock is not None and len(done) < plan.num_shards
-    rate = _rate(plan, recent, until=now - usual_gap_s if waits else 0.0) or overall
-    signs = [at for at in (planned_at, *(at for at, _ in written[-1:]), *begun.values()) if at is not None]
+    last_planned_at = planned_at[plan.last_generation]
+    written = sorted((at, plan.num_images_of(shard)) for shard, at in done.items() if at is not None)
+    signs = [at for at in (last_planned_at, *(at for at, _ in written[-1:]), *begun.values()) if at is not None]
     quiet_s = max(now - max(signs), 0.0) if signs else None  # a clock that is behind sees the future
-    state = _state(plan, len(done), len(begun), quiet_s, max(QUIET_S, 3 * max(gaps)) if gaps else QUIET_WITHOUT_PACE_S)
+    waits = clock is not None and len(done) < plan.num_shards and bool(written)
+    # Several of each actor, however many actors there are.
+    recent = written[-max(RECENT_SHARDS, 5 * len(begun)) :]
+    pace = pace_of(recent, wait_s=now - written[-1][0] if waits else 0.0)
+    overall = None
+    if last_planned_at is not None:
+        since = [entry for entry in written if entry[0] > last_planned_at]
+        span_s = since[-1][0] - last_planned_at if since else 0.0
+        overall = sum(number for _, number in since) / span_s if span_s > 0 else None
+    rate = pace.images_per_s or overall
+    patience_s = QUIET_WITHOUT_PACE_S if pace.longest_gap_s is None else max(QUIET_S, 3 * pace.longest_gap_s)
+    state = _state(plan, len(done), len(begun), quiet_s, patience_s)
     return Status(
         output=storage.redact(plan.output),
         state=state,
@@ -138,11 +140,22 @@ def run_status(output: str, footers: Footers | None = None) -> Status:
         eta_s=(plan.num_images - num_done) / rate if rate and state == "running" else None,
         last_shard_s_ago=max(now - written[-1][0], 0.0) if written else None,
         quiet_s=quiet_s,
-        usual_gap_s=usual_gap_s if gaps else None,
+        usual_gap_s=pace.usual_gap_s,
         own_clock=clock is None,
         gpu_price_per_hour=plan.run.get("config", {}).get("cluster", {}).get("gpu_price_per_hour"),
         **_from_footers(plan, done, num_done, {} if footers is None else footers),
     )
+
+
+def _done(plan: Plan, planned_at: Mapping[int, float | None]) -> dict[int, float | None]:
+    """Finished shards -> when they were written; those left out that wait for images which have changed since."""
+    listed = storage.list_times(storage.join(plan.output, FOLDER)).items()
+    done = {n: at for name, at in listed if (n := shard_number(name)) is not None and n < plan.num_shards}
+    for shard, number in plan.changed_shards().items():
+        at, changed_at = done.get(shard), planned_at[number]
+        if at is not None and changed_at is not None and at < changed_at:
+            del done[shard]
+    return done
 
 
 def _begun(output: str, done: Mapping[int, object]) -> dict[int, float | None]:
@@ -153,26 +166,6 @@ def _begun(output: str, done: Mapping[int, object]) -> dict[int, float | None]:
         if number.isdecimal() and int(number) not in done:
             begun[int(number)] = max(at or 0.0, begun.get(int(number)) or 0.0) or None
     return begun
-
-
-def _since_last_pause(written: Sequence[tuple[float, int]]) -> Sequence[tuple[float, int]]:
-    """The last of these shards, from the first one after a gap so long that the run must have stood still."""
-    gaps = _gaps(written)
-    pause = max(PAUSE_S, 20 * statistics.median(gaps)) if gaps else 0.0
-    after = max((i + 1 for i, gap in enumerate(gaps) if gap > pause), default=0)
-    return written[after:]
-
-
-def _gaps(written: Sequence[tuple[float, int]]) -> list[float]:
-    return [later - earlier for (earlier, _), (later, _) in itertools.pairwise(written)]
-
-
-def _rate(plan: Plan, written: Sequence[tuple[float, int]], until: float = 0.0) -> float | None:
-    """Images/s from the first of these times, whose own shard does not count, to the last, or to a later `until`."""
-    if len(written) < 2 or written[-1][0] <= written[0][0]:
-        return None
-    num_images = sum(plan.num_images_of(shard) for at, shard in written if at > written[0][0])
-    return num_images / (max(written[-1][0], until) - written[0][0])
 
 
 def _state(plan: Plan, num_done: int, num_begun: int, quiet_s: float | None, patience_s: float) -> State:
@@ -203,10 +196,9 @@ def _from_footers(plan: Plan, done: Mapping[int, float | None], num_done: int, h
     failures: Counter[str] = Counter()
     for footer in footers:
         failures.update(footer.stats.get("failures") or {UNKNOWN: footer.num_failed} if footer.num_failed else {})
-    seconds = ("device_seconds", "held_seconds", "gpu_seconds")
     return {
         "num_shards_read": len(footers),
         "num_masks": round(sum(footer.num_masks for footer in footers) * scale),
         "failures": {reason: round(number * scale) for reason, number in failures.most_common()},
-        **{key: sum(footer.stats.get(key, 0.0) for footer in footers) * scale for key in seconds},
+        **{key: sum(footer.stats.get(key, 0.0) for footer in footers) * scale for key in STATS_SECONDS},
     }

@@ -49,8 +49,9 @@ class RunState:
 
 def start_run_state() -> Any:
     """The actor, on the driver's own node, taking no CPU from the labelers. Returns its handle."""
+    # Not soft: Ray would at times put it on another node although this one is free, and lose it with that node.
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-        ray.get_runtime_context().get_node_id(), soft=True
+        ray.get_runtime_context().get_node_id(), soft=False
     )
     actor: Any = ray.remote(RunState)
     return actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()

@@ -18,6 +18,7 @@ from samray import status_view, storage
 from samray.cli import main
 from samray.config import load_config
 from samray.dataset import sample, shards, status
+from samray.dataset.generations import Generation, create_generation
 from samray.dataset.manifest import Plan, make_plan
 from samray.dataset.schema import ImageRecord, records_to_table
 from samray.dataset.status import Footers, Status, run_status
@@ -154,18 +155,41 @@ def test_a_pause_between_two_sessions_does_not_count(disk_plan: Plan) -> None:
     day = 86_400.0
     written_at(disk_plan, {0: day + 20, 1: day + 10, 2: day, 3: 21, 4: 11, 5: 1})
     seen = run_status(disk_plan.output)
+    # 20 s of work in each session
     assert seen.images_per_s == pytest.approx(0.2, rel=0.01)
     assert seen.images_per_s_overall == pytest.approx(12 / (day + 119), rel=0.01)
 
+    written_at(disk_plan, {shard: day + 10.0 * (6 - shard) for shard in range(6)})
+    storage.put(storage.join(disk_plan.output, "_samray", "attempts", "shard-000007.attempt-0001"), b"run")
+    seen = run_status(disk_plan.output)  # just resumed, and no new shard yet
+    assert (seen.state, seen.images_per_s) == ("running", pytest.approx(0.2, rel=0.01))
+
 
 def test_shards_that_come_in_bursts_are_not_taken_for_a_fast_run(disk_plan: Plan) -> None:
-    """Eight actors in step, a minute a shard: after the second burst and half a minute of waiting for the third."""
+    """Four actors in step, a minute a shard: after the second burst and half a minute of waiting for the third."""
     for shard in range(8):
         commit(disk_plan, shard)
     written_at(disk_plan, {shard: 90.0 if shard < 4 else 30.0 + shard / 1000 for shard in range(8)})
     rate = run_status(disk_plan.output).images_per_s
     assert rate is not None
     assert 8 / 95 < rate <= 8 / 60
+
+
+def test_a_shard_that_waits_for_changed_images_is_not_done(tmp_path: Path) -> None:
+    plan = planned(str(tmp_path), 6)
+    for shard in range(3):
+        commit(plan, shard)
+    changed = plan.read_shard(1).slice(0, 1)
+    second = Generation(1, plan.run["identity"], 0, PER_SHARD, first_shard=3, num_changed=1)
+    assert create_generation(plan.output, second, changed.slice(0, 0), changed)
+    written_at(plan, {0: 50.0, 1: 40.0, 2: 30.0})
+
+    seen = run_status(plan.output)
+    assert (seen.num_shards_done, seen.num_images_done, seen.num_shards) == (2, 4, 3)
+    shards.mark_success(plan.output)
+    assert run_status(plan.output).state != "finished"
+    os.utime(shards.shard_uri(plan.output, 1))  # labelled again
+    assert run_status(plan.output).state == "finished"
 
 
 def test_stalled_is_relative_to_the_usual_pace(disk_plan: Plan) -> None:

@@ -1,0 +1,41 @@
+"""How fast a run is, from nothing but the times at which its shards were written."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+PAUSE_S: Final = 1800.0
+"""A shorter wait from one shard to the next is no pause."""
+
+Written = tuple[float, int]
+"""When a shard was written, seconds since 1970, and how many images it has."""
+
+
+class Pace(NamedTuple):
+    """None where the shards do not tell."""
+
+    images_per_s: float | None = None
+    usual_gap_s: float | None = None
+    """From one shard to the next."""
+    longest_gap_s: float | None = None
+
+
+def pace_of(written: Sequence[Written], wait_s: float = 0.0) -> Pace:
+    """written: the oldest first. Gaps so long that the run must have stood still do not count.
+
+    wait_s: since the last of them; what of it is more than the usual gap counts, too. Actors that work in step are done
+    with their shards in bursts, and a burst alone would look like a very fast run.
+    """
+    gaps = [later - earlier for (earlier, _), (later, _) in itertools.pairwise(written)]
+    if not gaps:
+        return Pace()
+    usual_s = statistics.median(gaps)
+    pause_s = max(PAUSE_S, 20 * usual_s)
+    came = [(gap, at, number) for gap, (at, number) in zip(gaps, written[1:], strict=True) if gap <= pause_s]
+    span_s = sum(gap for gap, _, _ in came) + (wait_s - usual_s if usual_s < wait_s <= pause_s else 0.0)
+    num_images = sum(number for _, at, number in came if at > written[0][0])
+    rate = num_images / span_s if span_s > 0 else None
+    return Pace(rate, usual_s, max((gap for gap, _, _ in came), default=None))

@@ -1,0 +1,62 @@
+"""A cluster of three nodes, as KubeRay makes it: a head without CPUs, two workers. One of them is taken away in the middle."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import standin
+from ray_nodes import Node, running_head
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "pipeline"))
+
+from outputs import rows_of
+
+from samray import storage
+from samray.dataset.shards import done_shards, shard_uri
+
+NUM_IMAGES = 32
+NUM_SHARDS = 16
+LABELER = "MapWorker(MapBatches(LabelActor))"
+
+
+@pytest.mark.parametrize("min_actors", [1, 2])
+def test_a_worker_node_is_lost_in_the_middle(min_actors: int, tmp_path: Path) -> None:
+    """With a pool that may do with the one actor left, and with one that will never be whole again."""
+    source, output = str(tmp_path / "in"), str(tmp_path / "out")
+    names = {f"{i:03d}.png" for i in range(NUM_IMAGES)}
+    for i, name in enumerate(sorted(names)):
+        storage.put(storage.join(source, name), standin.make_image(i, (160, 120)))
+    settings = ["masks.points_per_side=6", "output.images_per_shard=2", f"cluster.min_actors={min_actors}"]
+
+    with running_head(tmp_path, num_cpus=0) as head:
+        workers = head.add_nodes(2, num_cpus=1)
+        job = head.submit(source, output, *settings)
+        head.wait_for(lambda: len(done_shards(output)) >= 1 and len(_labelling(workers)) >= min_actors, job)
+        assert head.has_worker("RunState"), "what driver and actors tell each other was to stay with the driver"
+        assert not head.has_worker(LABELER), "the head was to be left alone"
+
+        victim = _labelling(workers)[0]
+        (survivor,) = (node for node in workers if node is not victim)
+        victim.kill()
+        done = done_shards(output)
+        assert 1 <= len(done) < NUM_SHARDS, "the node was to be lost in the middle"
+        kept = {shard: _written_at(output, shard) for shard in done}
+
+        head.wait_for(lambda: storage.exists(storage.join(output, "_SUCCESS")), job)
+        assert head.end_of(job) == "SUCCEEDED", head.logs(job)
+        assert survivor.process.poll() is None
+        assert not victim.family()
+
+    assert sorted(row["image"]["file_name"] for row in rows_of(output)) == sorted(names)
+    assert {shard: _written_at(output, shard) for shard in done} == kept, "a shard was written twice"
+    print(f"{len(done)} of {NUM_SHARDS} shards were done when the node was lost")
+
+
+def _labelling(nodes: list[Node]) -> list[Node]:
+    return [node for node in nodes if node.has_worker(LABELER)]
+
+
+def _written_at(output: str, shard: int) -> int:
+    return Path(shard_uri(output, shard)).stat().st_mtime_ns
