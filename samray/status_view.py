@@ -7,9 +7,10 @@ import json
 import time
 from dataclasses import replace
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from samray.cli_help import count, two_columns
@@ -29,7 +30,7 @@ def show_status(
     console = Console(highlight=False)
     footers: Footers = {}
     on_screen = console.is_terminal and not as_json
-    screen = Live(console=console, auto_refresh=False) if on_screen else None
+    screen = Live(console=console, auto_refresh=False) if on_screen and watch_s is not None else None
     with contextlib.suppress(KeyboardInterrupt), screen or contextlib.nullcontext():
         while True:
             status = run_status(output, footers)
@@ -37,6 +38,8 @@ def show_status(
                 status = replace(status, gpu_price_per_hour=gpu_price_per_hour)
             if screen is not None:
                 screen.update(table(status), refresh=True)
+            elif on_screen:
+                console.print(table(status))
             elif as_json:
                 print(json.dumps(status.to_dict()), flush=True)
             else:
@@ -118,12 +121,13 @@ def plain(status: Status) -> str:
     return "\n".join(f"{name}: {value}" for name, value in rows(status))
 
 
-def table(status: Status) -> RenderableType:
+def table(status: Status) -> Table:
     """For a terminal."""
     grid = two_columns()
     for name, value in rows(status):
         grid.add_row(f"[bold]{name}[/bold]", Text(value, style=COLOURS[status.state] if name == "state" else ""))
-    return Group(ProgressBar(total=max(status.num_images, 1), completed=status.num_images_done, width=60), grid)
+    grid.add_row("", ProgressBar(total=max(status.num_images, 1), completed=status.num_images_done, width=60))
+    return grid
 
 
 def ago(seconds: float | None) -> str:
