@@ -7,94 +7,41 @@ CEL rules aside, of which the manifests use none), whose command samray would no
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+from manifests import (
+    GPU_CLUSTER,
+    GPU_JOB,
+    KIND_JOB,
+    KUBERAY,
+    MANIFESTS,
+    REPOSITORY,
+    Commands,
+    check_submission,
+    cluster_spec,
+    container,
+    crd_schemas,
+    documents,
+    entrypoint,
+    groups,
+    pinned,
+    quantity,
+    ray_document,
+    split_submission,
+    told_commands,
+)
 
-from samray import cli
-from samray.config import ClusterConfig, Config
+from samray.config import ClusterConfig
 from samray.pipeline.cluster import IO_CPUS, check_fits, choose_sizes
-from samray.pipeline.report import LabelReport
 from samray.pipeline.run import GIVE_UP_S, LEAVE_S
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-KUBERAY = REPOSITORY / "configs" / "kuberay"
 CRDS = REPOSITORY.parent / "shared" / "data" / "kuberay"
-MANIFESTS = sorted(KUBERAY.glob("*.yaml"))
-GPU_JOB, KIND_JOB, GPU_CLUSTER = (KUBERAY / f"{n}.yaml" for n in ("rayjob-gpu", "rayjob-cpu-kind", "raycluster-gpu"))
 Schemas = dict[tuple[str, str], dict[str, Any]]
-
-
-def documents(path: Path) -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all(path.read_text()))
-
-
-def ray_document(path: Path) -> dict[str, Any]:
-    """The one document of a manifest that is KubeRay's."""
-    (found,) = (document for document in documents(path) if document["apiVersion"].startswith("ray.io/"))
-    return found
-
-
-def cluster_spec(document: dict[str, Any]) -> dict[str, Any]:
-    spec: dict[str, Any] = document["spec"]
-    return spec["rayClusterSpec"] if document["kind"] == "RayJob" else spec
-
-
-def groups(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """The head group and the worker groups."""
-    spec = cluster_spec(document)
-    return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
-
-
-def container(group: dict[str, Any]) -> dict[str, Any]:
-    (found,) = group["template"]["spec"]["containers"]
-    return found
-
-
-def quantity(text: str | float) -> float:
-    """`500m`, `24Gi`, `1`, as Kubernetes reads them."""
-    number, unit = re.fullmatch(r"([\d.]+)(\D*)", str(text)).groups()  # type: ignore[union-attr]
-    return float(number) * {"": 1, "m": 1e-3, "Mi": 2**20, "Gi": 2**30}[unit]
-
-
-# ---- against the CRDs
-
-
-def strict(schema: dict[str, Any]) -> dict[str, Any]:
-    """A structural schema as JSON Schema that refuses what Kubernetes would prune or refuse."""
-    made = {key: value for key, value in schema.items() if key in ("type", "enum", "pattern", "required", "anyOf")}
-    made |= {key: value for key, value in schema.items() if re.match("(min|max)(imum|Length|Items|Properties)", key)}
-    if "properties" in schema:
-        made["properties"] = {key: strict(value) for key, value in schema["properties"].items()}
-    if "items" in schema:
-        made["items"] = strict(schema["items"])
-    if schema.get("x-kubernetes-int-or-string"):
-        made["type"] = ["integer", "string"]
-        made.pop("anyOf", None)
-    elif schema.get("type") == "object" and not schema.get("x-kubernetes-preserve-unknown-fields"):
-        values = schema.get("additionalProperties", False)
-        made["additionalProperties"] = strict(values) if isinstance(values, dict) else values
-    if schema.get("nullable"):
-        made = {"anyOf": [made, {"type": "null"}]}
-    return made
-
-
-OBJECT_META = {  # a CRD only says `metadata: object`; these are the fields a manifest may well set
-    "type": "object",
-    "required": ["name"],
-    "properties": {
-        "name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", "maxLength": 47},  # KubeRay's limit
-        "namespace": {"type": "string"},
-        "labels": {"type": "object", "additionalProperties": {"type": "string"}},
-        "annotations": {"type": "object", "additionalProperties": {"type": "string"}},
-    },
-    "additionalProperties": False,
-}
 
 
 @pytest.fixture(scope="session")
@@ -103,20 +50,11 @@ def schemas() -> Schemas:
     paths = [CRDS / f"ray.io_{plural}.yaml" for plural in ("rayjobs", "rayclusters")]
     if missing := [str(path) for path in paths if not path.is_file()]:
         pytest.skip(f"the manifests are NOT validated against KubeRay's CRDs: there is no {' and no '.join(missing)}")
-    found = {}
-    for path in paths:
-        crd = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))["spec"]
-        for version in crd["versions"]:
-            if version["served"]:
-                schema = strict(version["schema"]["openAPIV3Schema"])
-                schema["properties"]["metadata"] = OBJECT_META
-                schema["required"] = ["apiVersion", "kind", "metadata", "spec"]
-                found[f"{crd['group']}/{version['name']}", crd["names"]["kind"]] = schema
-    return found
+    return {key: schema for path in paths for key, schema in crd_schemas(path).items()}
 
 
 def faults(document: dict[str, Any], schemas: Schemas) -> list[str]:
-    """What the API server would refuse, each with its place."""
+    """What the API server would refuse, each with its place; KeyError for a version that is not served."""
     validator = jsonschema.Draft202012Validator(schemas[document["apiVersion"], document["kind"]])
     return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(document)]
 
@@ -171,79 +109,12 @@ def test_planted_faults_are_found(plant: Callable[[dict[str, Any]], None], told:
     assert all(told in fault for fault in found)
 
 
-def test_a_version_that_is_not_served_is_found(schemas: Schemas) -> None:
-    with pytest.raises(KeyError):
-        faults({**ray_document(GPU_JOB), "apiVersion": "ray.io/v1beta1"}, schemas)
-
-
 # ---- commands, by the code that runs them
-
-
-class Commands:
-    """Runs samray's command line up to where the work would begin, and keeps what it would begin with."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.capsys = capsys
-        self.begun: list[tuple[str, str, Config]] = []
-        monkeypatch.setattr("samray.pipeline.run.label_with", self._label)
-        monkeypatch.setattr("samray.demo.run_demo", self._demo)
-
-    def _label(self, input: str, output: str, config: Config, **options: Any) -> LabelReport:
-        self.begun.append((input, output, config))
-        return LabelReport(output, num_images=1, num_shards=1)
-
-    def _demo(self, directory: Path, config: Config, *args: Any, **options: Any) -> int:
-        self.begun.append((str(directory), str(directory), config))
-        return 0
-
-    def run(self, line: str) -> tuple[str, str, Config]:
-        """What an entrypoint comes to: input, output and settings. Raises ValueError with samray's own words."""
-        words = shlex.split(line, comments=True)
-        if words[:2] == ["python", "jobs/autolabel.py"]:
-            words = ["samray", "label", *words[2:]]
-        if words[0] != "samray":
-            raise ValueError(f"{words[0]} is no entry point of samray")
-        self.capsys.readouterr()
-        if cli.main(words[1:]) != 0:
-            raise ValueError(self.capsys.readouterr().err.strip())
-        return self.begun[-1]
 
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Commands:
     return Commands(monkeypatch, capsys)
-
-
-def entrypoint(path: Path) -> str:
-    return str(ray_document(path)["spec"]["entrypoint"])
-
-
-def told_commands() -> Iterator[tuple[str, str]]:
-    """(where, command) for each `samray label|demo` and `ray job submit` in the README's blocks and the comments here."""
-    texts = {path.name: path.read_text() for path in MANIFESTS}
-    comments = {name: "\n".join(re.findall(r"^ *# *(.*)", text, re.M)) for name, text in texts.items()}
-    readme = "\n".join(re.findall(r"^```bash\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.M | re.S))
-    for where, text in [*comments.items(), ("README.md", readme)]:
-        for line in re.sub(r"\\\n\s*", "", text).splitlines():
-            quoted = re.findall(r"`((?:samray (?:label|demo)|ray job submit) [^`]+)`", line)
-            if re.match(r"(samray (label|demo)|ray job submit) ", line):
-                quoted.append(line)
-            for command in quoted:
-                yield where, command
-
-
-def split_submission(line: str) -> tuple[list[str], str]:
-    """`ray job submit OPTIONS -- ENTRYPOINT`, taken apart."""
-    options, dashes, command = line.removeprefix("ray job submit").partition(" -- ")
-    assert dashes, f"no -- between Ray's options and the command: {line}"
-    return shlex.split(options), command
-
-
-def check_submission(options: list[str]) -> None:
-    """Raises click's error where `ray job submit` would not take these options."""
-    from ray.dashboard.modules.job.cli import submit
-
-    submit.make_context("submit", [*options, "--", "true"])
 
 
 @pytest.mark.parametrize("path", [GPU_JOB, KIND_JOB], ids=lambda path: path.name)
@@ -287,7 +158,7 @@ def test_a_planted_fault_in_a_submission_is_found() -> None:
     (line,) = (command for where, command in told_commands() if where == GPU_CLUSTER.name and "submit" in command)
     options, _ = split_submission(line)
     check_submission(options)
-    with pytest.raises(Exception, match="No such option.*--runtime-env-jsons"):
+    with pytest.raises(Exception, match=r"No such option.*--runtime-env-jsons"):
         check_submission([word.replace("--runtime-env-json", "--runtime-env-jsons") for word in options])
 
 
@@ -309,12 +180,7 @@ def test_heads_take_no_work_and_every_node_runs_one_image(path: Path) -> None:
         # /dev/shm is charged to the container, so the object store has to leave room in it.
         assert int(group["rayStartParams"]["object-store-memory"]) < 0.3 * quantity(resources["limits"]["memory"])
         assert group["template"]["spec"]["securityContext"]["runAsNonRoot"]
-    assert cluster_spec(ray_document(path))["rayVersion"] == _pinned("ray")
-
-
-def _pinned(package: str) -> str:
-    (version,) = re.findall(rf"^{package}==(.*)$", (REPOSITORY / "constraints.txt").read_text(), re.M)
-    return str(version)
+    assert cluster_spec(ray_document(path))["rayVersion"] == pinned("ray")
 
 
 def test_three_lines_are_to_be_changed() -> None:
@@ -359,6 +225,11 @@ def test_the_gpu_group_grows_from_nothing_on_spot_nodes(path: Path, commands: Co
     assert node["CPU"] - sizes.actor_cpus >= 4 * IO_CPUS
     assert sizes.actor_gpus > 0
     assert sizes.max_actors == workers["maxReplicas"] * node["GPU"] / sizes.actor_gpus
+
+
+def test_the_cluster_that_stays_is_the_jobs_cluster() -> None:
+    """So that one of the two files has the comments, and a change of one alone is noticed."""
+    assert cluster_spec(ray_document(GPU_CLUSTER)) == cluster_spec(ray_document(GPU_JOB))
 
 
 def test_a_job_may_finish_what_is_in_flight() -> None:
@@ -426,5 +297,3 @@ def test_the_image_is_as_the_manifests_expect() -> None:
             assert group["template"]["spec"]["securityContext"]["runAsUser"] == int(user) != 0
     (python,) = re.findall(r"^FROM python:(3\.\d+)-slim$", text, re.M)
     assert f"(Python {python})" in (REPOSITORY / "constraints.txt").read_text().splitlines()[0]
-    assert "grep '^torch=='" in text
-    assert _pinned("torch")
