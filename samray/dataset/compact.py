@@ -16,14 +16,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from samray import storage
 from samray.dataset.generations import MANIFEST_SCHEMA
+from samray.dataset.joining import missing_shards, stale_shards
 from samray.dataset.manifest import Plan, load_plan, write_plan
 from samray.dataset.schema import SCHEMA, STATS_SECONDS, samray_metadata, shard_metadata
-from samray.dataset.shards import FOLDER, commit_shard, done_shards, mark_success, read_metadata, shard_uri
-from samray.errors import ConfigError, StorageError
+from samray.dataset.shards import FOLDER, commit_shard, done_shards, mark_success, open_shard, read_metadata
+from samray.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,12 +84,12 @@ def compact(
 def _sizes_of_finished(plan: Plan) -> dict[str, int]:
     """Bytes of each shard's file. Raises: ConfigError where one is missing or waits to be labelled again."""
     where = storage.redact(plan.output)
-    missing = plan.num_shards - len(done_shards(plan.output))
+    done = done_shards(plan.output)
+    missing = len(missing_shards(plan, done))
     if missing:
         raise ConfigError(f"{where} is not finished: {missing} of {plan.num_shards} shards are missing; run it first")
-    for shard, generation in plan.changed_shards().items():
-        if read_metadata(plan.output, shard).get("generation", 0) < generation:
-            raise ConfigError(f"{where} is not finished: shard {shard} waits to be labelled again; run it first")
+    for shard in stale_shards(plan, done):
+        raise ConfigError(f"{where} is not finished: shard {shard} waits to be labelled again; run it first")
     return storage.list_names(storage.join(plan.output, FOLDER))
 
 
@@ -152,22 +152,17 @@ def _overlaps(first_rows: list[int], start: int, number: int) -> Iterator[tuple[
 
 def _read_slice(output: str, shard: int, first: int, count: int) -> tuple[pa.Table, Mapping[str, Any]]:
     """Rows of a shard, by the row groups that hold them, without metadata; and the shard's stats."""
-    uri = shard_uri(output, shard)
-    try:
-        with storage.open_read(uri) as stream:
-            file = pq.ParquetFile(stream)
-            groups, skipped, begin = [], 0, 0
-            for group in range(file.num_row_groups):
-                end = begin + file.metadata.row_group(group).num_rows
-                if end <= first:
-                    skipped = end
-                elif begin < first + count:
-                    groups.append(group)
-                begin = end
-            stats = samray_metadata(file.schema_arrow).get("stats", {})
-            table = file.read_row_groups(groups).slice(first - skipped, count)
-    except (pa.ArrowException, ValueError) as error:
-        raise StorageError(f"shard {storage.redact(uri)} is damaged: {error}") from error
+    with open_shard(output, shard) as file:
+        groups, skipped, begin = [], 0, 0
+        for group in range(file.num_row_groups):
+            end = begin + file.metadata.row_group(group).num_rows
+            if end <= first:
+                skipped = end
+            elif begin < first + count:
+                groups.append(group)
+            begin = end
+        stats = samray_metadata(file.schema_arrow).get("stats", {})
+        table = file.read_row_groups(groups).slice(first - skipped, count)
     return table.replace_schema_metadata(None).cast(SCHEMA.remove_metadata()), stats
 
 

@@ -220,6 +220,4 @@ def _with_manifest(output: str, number: int, call: Callable[[pq.ParquetFile], T]
         with storage.open_read(uri) as stream:
             return call(pq.ParquetFile(stream))
     except (pa.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, NotFoundError):
-            raise
         raise StorageError(f"{storage.redact(uri)} is damaged: {error}; give another OUTPUT") from error

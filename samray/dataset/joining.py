@@ -7,7 +7,8 @@ and only when that is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,7 +19,7 @@ from samray import storage
 from samray.dataset.generations import MANIFEST_SCHEMA, Generation, build_manifest, create_generation
 from samray.dataset.inputs import list_images
 from samray.dataset.manifest import Plan, load_plan, run_identity
-from samray.dataset.shards import unmark_success
+from samray.dataset.shards import read_metadata, unmark_success
 from samray.errors import StorageError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _MAX_EXAMPLES: Final = 3
 _MAX_TRIES: Final = 10
+_NUM_THREADS: Final = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,22 @@ class News:
     """Whether the changed images are to be labelled again."""
     examples: list[str] = field(default_factory=list)
     """URIs of a few changed images."""
+
+
+def missing_shards(plan: Plan, done: Collection[int]) -> set[int]:
+    """The shards of the plan that are not there. done: what is; a later generation's may be among it."""
+    return set(range(plan.num_shards)).difference(done)
+
+
+def stale_shards(plan: Plan, done: Collection[int]) -> set[int]:
+    """The finished shards with an image that has changed since, and is to be labelled again. Reads their footers only.
+
+    Raises: StorageError.
+    """
+    changed = {shard: number for shard, number in plan.changed_shards().items() if shard in done}
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        made_by = pool.map(lambda shard: read_metadata(plan.output, shard).get("generation", 0), changed)
+        return {shard for shard, number in zip(changed, made_by, strict=True) if number < changed[shard]}
 
 
 def compare(plan: Plan, listed: pa.Table) -> tuple[pa.Table, pa.Table]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 from samray import storage
 from samray.dataset.generations import manifest_uri
 from samray.dataset.manifest import Plan, load_plan
-from samray.dataset.shards import FOLDER, shard_name, shard_number, shard_uri
+from samray.dataset.shards import FOLDER, damage_is_told, shard_name, shard_number, shard_uri
 from samray.errors import ConfigError, NotFoundError, StorageError
 
 log = logging.getLogger(__name__)
@@ -121,7 +120,7 @@ def read_footer(uri: str, size: int | None) -> pq.FileMetaData:
     length = int.from_bytes(tail[-8:-4], "little") + 8
     if size is not None and len(tail) < length <= size:
         tail = storage.read_bytes(uri, size - length, length - len(tail)) + tail
-    with _damage_is_told(uri):
+    with damage_is_told(uri):
         return pq.read_metadata(pa.BufferReader(tail))
 
 
@@ -129,21 +128,10 @@ def read_row_group(
     uri: str, size: int | None, footer: pq.FileMetaData, group: int, columns: list[str] | None = None
 ) -> pa.Table:
     """One row group, in one chunk: one request, or a few where `columns` leave gaps. Raises: StorageError."""
-    with _damage_is_told(uri), storage.open_read(uri, size=size, buffered=False) as stream:
+    with damage_is_told(uri), storage.open_read(uri, size=size, buffered=False) as stream:
         # Buffered ahead, the columns that lie side by side are fetched as one range.
         file = pq.ParquetFile(stream, metadata=footer, pre_buffer=True)
         return file.read_row_group(group, columns=columns, use_threads=False).combine_chunks()
-
-
-@contextmanager
-def _damage_is_told(uri: str) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise StorageError(
-            f"{storage.redact(uri)} is damaged, or was replaced while it was read: {error}; look again, or delete it "
-            "and run again"
-        ) from error
 
 
 # --- an index of all images ----------------------------------------------------------------------------------------

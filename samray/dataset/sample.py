@@ -18,10 +18,8 @@ from typing import Any, Final, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from samray import storage
 from samray.dataset.schema import samray_metadata
-from samray.dataset.shards import shard_uri
-from samray.errors import StorageError
+from samray.dataset.shards import open_shard
 
 MAX_FOOTERS: Final = 4096
 """Of more shards than this a sample's footers are read; counts are then estimates, too."""
@@ -79,10 +77,15 @@ def read_footers(output: str, shards: Iterable[int]) -> list[Footer]:
     """The footers of these finished shards, or of MAX_FOOTERS of them. Raises: StorageError."""
     chosen = spread(sorted(shards), MAX_FOOTERS)
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-        return list(pool.map(lambda shard: _with_shard(output, shard, lambda file: _footer(shard, file)), chosen))
+        return list(pool.map(lambda shard: _footer(output, shard), chosen))
 
 
-def _footer(shard: int, file: pq.ParquetFile) -> Footer:
+def _footer(output: str, shard: int) -> Footer:
+    with open_shard(output, shard) as file:
+        return _footer_of(shard, file)
+
+
+def _footer_of(shard: int, file: pq.ParquetFile) -> Footer:
     metadata = file.metadata
     status = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == "status")
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
@@ -195,17 +198,9 @@ def _by_shard(
         groups[draw[0]].append(draw)
 
     def body(shard: int) -> list[tuple[Draw, T]]:
-        return _with_shard(output, shard, lambda file: [(draw, read(file, draw)) for draw in groups[shard]])
+        with open_shard(output, shard) as file:
+            return [(draw, read(file, draw)) for draw in groups[shard]]
 
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         for found in pool.map(body, groups):
             yield from found
-
-
-def _with_shard(output: str, shard: int, call: Callable[[pq.ParquetFile], T]) -> T:
-    uri = shard_uri(output, shard)
-    try:
-        with storage.open_read(uri) as stream:
-            return call(pq.ParquetFile(stream))
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise StorageError(f"shard {storage.redact(uri)} is damaged: {error}; delete it and run again") from error

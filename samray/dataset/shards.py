@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 import pyarrow as pa
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 
 from samray import storage
 from samray.dataset.schema import SCHEMA, samray_metadata, with_stats
-from samray.errors import NotFoundError, StorageError
+from samray.errors import StorageError
 
 FOLDER: Final = "annotations"
 SUCCESS: Final = "_SUCCESS"
@@ -113,10 +114,28 @@ def read_shard(output: str, shard: int, columns: list[str] | None = None) -> pa.
     """
     uri = shard_uri(output, shard)
     data = storage.read_bytes(uri)
-    try:
+    with damage_is_told(uri):
         return pq.ParquetFile(pa.BufferReader(data)).read(columns=columns)
+
+
+@contextmanager
+def open_shard(output: str, shard: int) -> Iterator[pq.ParquetFile]:
+    """A shard, read by ranges. Raises: NotFoundError where it is not there, StorageError, also as it is read."""
+    uri = shard_uri(output, shard)
+    with damage_is_told(uri), storage.open_read(uri) as stream:
+        yield pq.ParquetFile(stream)
+
+
+@contextmanager
+def damage_is_told(uri: str) -> Iterator[None]:
+    """What pyarrow says of a shard that is no sound Parquet, as a StorageError with what to do about it."""
+    try:
+        yield
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise StorageError(f"shard {storage.redact(uri)} is damaged: {error}; delete it and run again") from error
+        raise StorageError(
+            f"{storage.redact(uri)} is damaged, or was replaced while it was read: {error}; look again, or "
+            "delete it and run again"
+        ) from error
 
 
 def mark_success(output: str, **counts: int) -> None:
@@ -135,11 +154,5 @@ def read_metadata(output: str, shard: int) -> dict[str, Any]:
 
     Raises: NotFoundError where it is not there, StorageError where it cannot be read or is no Parquet.
     """
-    uri = shard_uri(output, shard)
-    try:
-        with storage.open_read(uri) as stream:
-            return samray_metadata(pq.read_schema(stream))
-    except (pa.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, NotFoundError):
-            raise
-        raise StorageError(f"shard {storage.redact(uri)} is damaged: {error}; delete it and run again") from error
+    with open_shard(output, shard) as file:
+        return samray_metadata(file.schema_arrow)

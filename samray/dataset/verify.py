@@ -17,6 +17,7 @@ from pycocotools import mask as coco_mask
 
 from samray import storage
 from samray.dataset import shards
+from samray.dataset.joining import stale_shards
 from samray.dataset.manifest import Plan, load_plan
 from samray.dataset.runs import run_lengths
 from samray.dataset.schema import ANNOTATIONS_PER_IMAGE, SCHEMA, samray_metadata
@@ -65,11 +66,10 @@ def verify(output: str, deep: bool = False) -> VerifyReport:
         report.problems += found[:_PROBLEMS_PER_SHARD]
         if more > 0:
             report.problems.append(f"{shards.shard_name(shard)}: {more} more problems")
-    for shard, generation in plan.changed_shards().items():
-        if shard in done and shards.read_metadata(plan.output, shard).get("generation", 0) < generation:
-            report.problems.append(
-                f"{shards.shard_name(shard)} holds an image that has changed since: run the same command again"
-            )
+    report.problems += [
+        f"{shards.shard_name(shard)} holds an image that has changed since: run the same command again"
+        for shard in sorted(stale_shards(plan, done))
+    ]
     report.problems += _check_success(plan, report.num_shards)
     return report
 

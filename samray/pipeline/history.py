@@ -8,7 +8,6 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 
 from samray import storage
-from samray.dataset.manifest import Plan
 from samray.dataset.shards import SUCCESS, read_metadata, read_shard
 from samray.errors import NotFoundError
 from samray.pipeline.report import reason_of
@@ -41,16 +40,3 @@ def _failures_of(output: str, shard: int) -> dict[str, int]:
         return dict(stats["failures"])
     errors = read_shard(output, shard, ["error"])["error"].to_pylist()
     return dict(Counter(reason_of(error) for error in errors if error is not None))
-
-
-def stale_shards(plan: Plan, done: Collection[int]) -> set[int]:
-    """The finished shards with an image that has changed since, and is to be labelled again. Raises StorageError."""
-    changed = {shard: generation for shard, generation in plan.changed_shards().items() if shard in done}
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        made = pool.map(lambda shard: generation_of(plan.output, shard), changed)
-        return {shard for shard, at in zip(changed, made, strict=True) if at < changed[shard]}
-
-
-def generation_of(output: str, shard: int) -> int:
-    """The last generation of the plan that a finished shard was made by. Raises StorageError."""
-    return int(read_metadata(output, shard).get("generation", 0))

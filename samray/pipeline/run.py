@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from samray import storage
 from samray.config import Config, load_config
-from samray.dataset.joining import News, join_images
-from samray.dataset.manifest import Plan, make_plan
+from samray.dataset.joining import News, join_images, missing_shards, stale_shards
+from samray.dataset.manifest import Plan, load_plan, make_plan
 from samray.dataset.shards import done_shards, mark_success
 from samray.pipeline.errors_of_ray import plain_error
-from samray.pipeline.history import failures_of_shards, stale_shards
+from samray.pipeline.history import failures_of_shards
 from samray.pipeline.progress import ProgressView
 from samray.pipeline.report import LabelReport, ShardSummary
 
@@ -97,7 +97,7 @@ def label_with(
     plan, news = make_plan(str(input), str(output), config, identity, joining=joining), News()
     if joining and not is_new:
         plan, news = join_images(plan, str(input), config, identity, append=append, redo_changed=redo_changed)
-    done = done_shards(plan.output)
+    done = done_shards(plan.output).intersection(range(plan.num_shards))  # another run may be adding to this output
     on_plan(plan, done, news)
     failures = failures_of_shards(plan.output, done)
     retries = stale_shards(plan, done)
@@ -218,12 +218,17 @@ def _drive(dataset: ray.data.Dataset, run: _Run, state: Any, stop: StopRequest) 
     num_before = num_committed = run.view.num_done
     num_failed_before = run.report.num_failed
     deadline = drained_at = None
+
+    def show(num_done: int) -> None:
+        run.view.update(num_done=num_done, num_failed=run.report.num_failed - num_failed_before)
+
     try:
         while True:
             for row in _waiting(rows):
                 if isinstance(row, BaseException):
                     raise plain_error(row)
                 if row is None:
+                    show(num_committed)
                     return
                 state.end.remote(row["shard"])
                 if row["summary"] is not None:
@@ -247,8 +252,7 @@ def _drive(dataset: ray.data.Dataset, run: _Run, state: Any, stop: StopRequest) 
                 run.view.update(note="labelling")
             else:
                 run.view.update(note="loading the model")
-            num_shown = num_committed + sum(n for shard, n in under_way.items() if not run.todo.get(shard))
-            run.view.update(num_done=num_shown, num_failed=run.report.num_failed - num_failed_before)
+            show(num_committed + sum(n for shard, n in under_way.items() if not run.todo.get(shard)))
         halt.set()
         stream.join(timeout=GIVE_UP_S)  # it must not find Ray gone: it would start another
     finally:
@@ -280,11 +284,14 @@ def _waiting(rows: queue.SimpleQueue[Any]) -> Iterator[Any]:
 
 
 def _conclude(plan: Plan, config: Config, report: LabelReport, stopped_by: StopRequest | None) -> LabelReport:
-    """Look again at what is there; that, and nothing counted on the way, decides how the run ended."""
+    """Look again at what is there; that, and nothing counted on the way, decides how the run ended.
+
+    `_SUCCESS` stands for the whole output: a run to whose output another one has added meanwhile leaves it to that one.
+    """
     done = done_shards(plan.output)
-    report.num_missing_shards = plan.num_shards - len(done) + len(stale_shards(plan, done))
+    report.num_missing_shards = len(missing_shards(plan, done)) + len(stale_shards(plan, done))
     allowed = config.output.max_failed_fraction
-    if report.num_missing_shards == 0:
+    if report.num_missing_shards == 0 and load_plan(plan.output).last_generation == plan.last_generation:
         mark_success(plan.output, num_images=plan.num_images, num_failed=report.num_failed)
     if stopped_by is not None and report.num_missing_shards:
         report.exit_code = stopped_by.exit_code

@@ -1,4 +1,4 @@
-"""A cluster of three nodes, as KubeRay makes it: a head without CPUs, two workers. One of them is taken away in the middle."""
+"""A cluster as KubeRay makes it, a head without CPUs and two workers, of which one is taken away in the middle."""
 
 from __future__ import annotations
 

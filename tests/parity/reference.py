@@ -73,7 +73,9 @@ def segment_anything() -> types.ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "segment_anything":
             raise
-        pytest.skip("segment-anything is not installed: pip install segment-anything==1.0")
+        pytest.skip(
+            "NOTHING is compared with segment-anything, which is not installed: pip install segment-anything==1.0"
+        )
     finally:
         for name, module_before in before.items():
             del sys.modules[name]

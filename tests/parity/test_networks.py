@@ -42,7 +42,9 @@ from samray.sam.spec import MODELS, ModelSpec, TinyVitSpec, VitSpec
 
 def hf_model(spec: ModelSpec, seed: int) -> Any:
     """transformers' SamModel of this row with seeded weights; its plain attention, not a fused one."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip(
+        "transformers", reason="NOTHING is compared with transformers, which is not installed"
+    )
     encoder = spec.encoder
     assert isinstance(encoder, VitSpec)
     config = transformers.SamConfig(
@@ -222,7 +224,9 @@ def test_whole_model_against_segment_anything(height: int, width: int, multimask
 def folder_of(package: str) -> Path:
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
-        pytest.skip(f"{package} is not installed: pip install -c constraints.txt '.[test]'")
+        pytest.skip(
+            f"NOTHING is compared with {package}, which is not installed: pip install -c constraints.txt '.[test]'"
+        )
     return Path(found.submodule_search_locations[0])
 
 

@@ -70,6 +70,7 @@ def main(input: str, output: str, images: str, *overrides: str) -> None:
         while time.monotonic() < deadline and (
             total(samples, "ray_samray_images_total") < int(images)
             or total(samples, "ray_samray_shards_total") < report.num_shards
+            or total(samples, "ray_samray_run_images_done") < int(images)
         ):
             time.sleep(0.2)
             samples = scrape(port)

@@ -8,9 +8,12 @@ import standin
 from outputs import check_every_image_once, rows_of
 
 from samray import storage
-from samray.dataset.manifest import load_plan
+from samray.config import Config
+from samray.dataset.joining import News, join_images
+from samray.dataset.manifest import Plan, load_plan
 from samray.dataset.shards import SUCCESS, done_shards, read_shard, replace_shard, shard_uri, unmark_success
 from samray.pipeline.report import LabelReport
+from samray.pipeline.run import run_identity
 
 Label = Callable[..., LabelReport]
 
@@ -77,3 +80,25 @@ def test_failures_and_changes_are_redone_in_one_go(label: Label, storage_root: s
     assert (report.exit_code, report.num_labelled, report.num_failed) == (0, 1, 0)
     check_every_image_once(output_root, images)
     assert len(rows_of(output_root)) == load_plan(output_root).num_images == 4
+
+
+def test_success_is_left_to_the_run_that_added_last(
+    label: Label, config: Callable[..., Config], storage_root: str, output_root: str
+) -> None:
+    images = {f"{i}.png": standin.make_image(i) for i in range(6)}
+    input_uri = put(storage_root, images)
+
+    def another_run_adds(plan: Plan, done: set[int], news: News) -> None:
+        """Plans four more images, in a shard that the run under way knows nothing of, and is killed."""
+        more = {f"{i}.png": standin.make_image(i) for i in range(6, 10)}
+        images.update(more)
+        put(storage_root, more)
+        identity = run_identity(config())
+        join_images(plan, input_uri, config(), identity, append=True, redo_changed=False)
+
+    report = label(input_uri, output_root, on_plan=another_run_adds)
+    assert (report.exit_code, report.num_labelled) == (0, 6)
+    assert not storage.exists(storage.join(output_root, SUCCESS))
+    assert (label(input_uri, output_root).num_labelled, len(images)) == (4, 10)
+    assert storage.exists(storage.join(output_root, SUCCESS))
+    check_every_image_once(output_root, images)

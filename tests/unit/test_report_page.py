@@ -253,7 +253,10 @@ def test_large_image_lists_its_masks(page: Page) -> None:
     page.locator("#previous").click()
     assert "photo 5.png" in large.inner_text()
     page.locator("#close").click()
-    assert page.locator(".tile .frame").count() == 6  # each in its place again
+    page.locator(".tile .frame").nth(
+        5
+    ).wait_for()  # each in its place again, once the dialog has told that it is closed
+    assert page.locator(".tile .frame").count() == 6
     assert [name.inner_text() for name in page.locator(".tile .name").all()] == [f"photo {i}.png" for i in range(6)]
 
 
