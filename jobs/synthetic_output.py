@@ -27,13 +27,12 @@ from samray.dataset.shards import commit_shard, mark_success
 HEIGHT, WIDTH = 1500, 2250
 POOL = 1000
 
-
 ALL_SCALES = (0.8, 2.6)
-"""Logarithms of the radii that the masks of a photograph have; most RLEs are then 70 to 1,400 characters long."""
+"""Decimal logarithms of the least and the largest radius; nine in ten RLEs are then 47 to 1,972 characters long."""
 
 
 def blob(rng: np.random.Generator, log_radius: tuple[float, float] = ALL_SCALES) -> dict[str, Any]:
-    """A wobbly disc with a hole now and then; its area is spread evenly over the scales, as those of SA-1B's masks."""
+    """A wobbly disc with a hole now and then; the logarithm of its radius is spread evenly."""
     radius = 10 ** rng.uniform(*log_radius)
     side = min(int(3 * radius) + 8, HEIGHT)
     y, x = np.indices((side, side)) - side / 2

@@ -90,7 +90,7 @@ def rows(status: Status) -> list[tuple[str, str]]:
     if status.held_seconds > 0:
         busy = min(status.device_seconds / status.held_seconds, 1.0)
         lines.append(("device", f"busy {100 * busy:.0f}% of the actors' time"))
-    if status.gpu_price_per_hour is not None and done:
+    if status.gpu_price_per_hour is not None and done > status.num_failed:
         lines.append(("cost", about + cost_in_words(status.gpu_seconds, status.gpu_price_per_hour, labelled)))
     if status.estimated:
         read = f"{count(status.num_shards_read, 'shard')} of {status.num_shards_done:,}"

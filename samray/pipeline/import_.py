@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ from samray.errors import ConfigError
 from samray.pipeline.fan_out import run_tasks, wants_ray
 from samray.pipeline.history import failures_of_shards
 from samray.pipeline.progress import ProgressView
-from samray.pipeline.report import ShardSummary, reason_of
+from samray.pipeline.report import FailureCounts, Labelled, ShardSummary
 
 
 @dataclass
-class ImportReport:
+class ImportReport(FailureCounts):
     """What `samray.import_` did."""
 
     output: str
@@ -38,9 +37,6 @@ class ImportReport:
     """Of this run."""
     num_dropped: int = 0
     """Annotations of this run that hold no pixel, or belong to no image."""
-    num_failed: int = 0
-    """Images whose annotations cannot be understood."""
-    failures: dict[str, int] = field(default_factory=dict)
     num_shards: int = 0
     num_shards_skipped: int = 0
     """Found done."""
@@ -51,11 +47,6 @@ class ImportReport:
         self.num_masks += summary.num_masks
         self.num_dropped += num_dropped
         self.add_failures(summary.failures)
-
-    def add_failures(self, failures: dict[str, int]) -> None:
-        """Count failed images."""
-        self.num_failed += sum(failures.values())
-        self.failures = dict((Counter(self.failures) + Counter(failures)).most_common())
 
 
 def import_(
@@ -74,7 +65,8 @@ def import_(
     source: SA-1B's JSON files (a folder, a glob, tars) or COCO instances JSON. format: sa1b or coco; None looks.
     images: where `file_name` lies, if not beside the annotations. ray: fan SA-1B out as Ray Data tasks (None: when
     large, or where address names a cluster); COCO is one stream, and read here.
-    Raises: ConfigError before anything is written, StorageError when storage stays away.
+    Raises: ConfigError before anything is written (COCO's annotations are read after the plan is: damage there leaves
+    a plan), StorageError when storage stays away.
     """
     started = time.monotonic()
     found = open_source(str(source), format)
@@ -85,8 +77,13 @@ def import_(
     convention = plan.run["identity"]["masks"]["bbox_convention"]
     done = done_shards(plan.output)
     todo = [shard for shard in range(plan.num_shards) if shard not in done]
-    report = ImportReport(storage.redact(plan.output), found.format, plan.num_images, num_shards=plan.num_shards)
-    report.num_shards_skipped = plan.num_shards - len(todo)
+    report = ImportReport(
+        output=storage.redact(plan.output),
+        format=found.format,
+        num_images=plan.num_images,
+        num_shards=plan.num_shards,
+        num_shards_skipped=plan.num_shards - len(todo),
+    )
     for failures in failures_of_shards(plan.output, done).values():
         report.add_failures(failures)
     num_done = sum(plan.num_images_of(shard) for shard in done)
@@ -158,8 +155,6 @@ def _import_shard(
 
 
 def _commit(plan: Plan, shard: int, records: list[ImageRecord], num_dropped: int) -> tuple[ShardSummary, int]:
-    reasons = Counter(reason_of(record.error) for record in records if record.error is not None)
-    num_masks = sum(len(record.annotations) for record in records)
-    summary = ShardSummary(shard=shard, num_images=len(records), num_masks=num_masks, failures=dict(reasons))
+    summary = ShardSummary.of(shard, Labelled(records))
     commit_shard(plan.output, shard, records_to_table(records, plan.run), summary.to_dict())
     return summary, num_dropped

@@ -92,8 +92,22 @@ def reason_of(error: str) -> str:
     return error.partition(":")[0]
 
 
+@dataclass(kw_only=True)
+class FailureCounts:
+    """Failed images of a whole output, earlier runs included."""
+
+    num_failed: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
+    """Reason -> number of those, the most frequent first."""
+
+    def add_failures(self, failures: dict[str, int]) -> None:
+        """Count failed images."""
+        self.num_failed += sum(failures.values())
+        self.failures = dict((Counter(self.failures) + Counter(failures)).most_common())
+
+
 @dataclass
-class LabelReport:
+class LabelReport(FailureCounts):
     """What `samray.label` did, and how it ended."""
 
     output: str
@@ -106,10 +120,6 @@ class LabelReport:
     """Images labelled by this run."""
     num_masks: int = 0
     """Of this run."""
-    num_failed: int = 0
-    """Failed images in the whole output, earlier runs included."""
-    failures: dict[str, int] = field(default_factory=dict)
-    """Reason -> number of those."""
     num_missing_shards: int = 0
     wall_s: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
@@ -155,11 +165,6 @@ class LabelReport:
         self.add_failures(summary.failures)
         for name, seconds in summary.stage_seconds.items():
             self.stage_seconds[name] = self.stage_seconds.get(name, 0.0) + seconds
-
-    def add_failures(self, failures: dict[str, int]) -> None:
-        """Count failed images."""
-        self.num_failed += sum(failures.values())
-        self.failures = dict((Counter(self.failures) + Counter(failures)).most_common())
 
 
 def print_report(report: LabelReport, console: Console | None = None) -> None:

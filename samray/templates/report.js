@@ -438,7 +438,7 @@ function onFrameKey(picture, event) {
   else if (event.key === "Enter" || event.key === " ") {
     if (pointed.picture === picture) toggle(picture, pointed.index);
     else if (isolated.picture === picture) setIsolated(null, -1);
-  } else if (event.key === "z" && !large.picture && !event.ctrlKey && !event.metaKey) enlarge(picture);
+  } else if (event.key.toLowerCase() === "z" && !large.picture && !event.ctrlKey && !event.metaKey) enlarge(picture);
   else return;
   event.preventDefault();
 }

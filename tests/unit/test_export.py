@@ -475,6 +475,17 @@ def test_deleted_files_come_back(
     assert report.num_pieces_skipped < report.num_pieces
 
 
+def test_a_deleted_file_of_fragments_comes_back_also_where_marks_are_believed(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_job, "MAX_LISTED", 1)
+    export(plan, tmp_path / "coco", "coco")
+    assert export(plan, tmp_path / "coco", "coco").num_pieces_skipped == 1
+    (tmp_path / "coco" / "instances.json").unlink()
+    export(plan, tmp_path / "coco", "coco")
+    assert len(COCO(tmp_path / "coco" / "instances.json").getImgIds()) == 9
+
+
 def test_no_fragment_stays_and_a_torn_assembly_leaves_no_file(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -504,6 +515,9 @@ def test_wrong_exports_are_one_sentence(plan: Plan, tmp_path: Path, capsys: pyte
     assert "--polygons is an option of coco, not of yolo" in refusal(dest, "--format", "yolo", "--polygons")
     assert "--images-per-file needs --tar" in refusal(dest, "--format", "sa1b", "--images-per-file", "3")
     assert "--simplify=-1.0 is not allowed" in refusal(dest, "--format", "yolo", "--simplify", "-1")
+    assert "--simplify=0.0 is not allowed" in refusal(dest, "--format", "yolo", "--simplify", "0")
+    with pytest.raises(ConfigError, match="--images-per-file=0 is not allowed"):
+        export(plan, dest, "coco", images_per_file=0)
     assert not Path(dest).exists()
     assert main(["export", plan.output, dest, "--format", "coco", "--no-progress"]) == 0
     capsys.readouterr()

@@ -238,6 +238,28 @@ def test_coco_of_all_kinds_of_masks(tmp_path: Path) -> None:
     assert rows[2]["annotations"] == []
 
 
+@pytest.mark.parametrize("order", [["images", "categories", "annotations"], ["annotations", "categories", "images"]])
+def test_coco_boxes_keep_their_convention_in_any_order_of_lists(tmp_path: Path, order: list[str]) -> None:
+    box = [0.0, 0.0, 4.0, 3.0]
+    rle = coco_mask.encode(np.asfortranarray(np.pad(np.ones((4, 5), np.uint8), ((0, HEIGHT - 4), (0, WIDTH - 5)))))
+    segmentation = {"size": [HEIGHT, WIDTH], "counts": rle["counts"].decode()}
+    content = {
+        "images": [{"id": 1, "width": WIDTH, "height": HEIGHT, "file_name": "1.jpg"}],
+        "annotations": [{"id": 1, "image_id": 1, "segmentation": segmentation, "bbox": box}],
+        "categories": [{"id": 1, "name": "person"}],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps({key: content[key] for key in order}))
+    import_(tmp_path / "instances.json", tmp_path / "out")
+    (row,) = table_of(tmp_path / "out").to_pylist()
+    assert row["annotations"][0]["bbox"] == box
+
+
+def test_a_finished_coco_import_drops_nothing_again(tmp_path: Path) -> None:
+    source = coco_source(tmp_path / "coco")
+    assert import_(source, tmp_path / "out").num_dropped == 5
+    assert import_(source, tmp_path / "out").num_dropped == 0
+
+
 def test_a_large_coco_file_is_read_in_small_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_stream, "_CHUNK_BYTES", 7)
     source = coco_source(tmp_path / "coco")
@@ -324,6 +346,8 @@ def test_wrong_imports_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "empty" / "x.json").write_text('{"a": 1}')
     assert "neither SA-1B's nor COCO's" in refusal(tmp_path / "empty")
     assert "holds no list of images" in refusal(tmp_path / "empty", "--format", "coco")
+    (tmp_path / "empty" / "x.json").write_text('{"annotations": [%s], "image": {"image_id": 1}}' % (" " * 5000))
+    assert "give --format sa1b if it is SA-1B's" in refusal(tmp_path / "empty")
     (tmp_path / "empty" / "x.json").write_text('{"images": [{"id": 1}, {"id": 1}]}')
     assert "two images with the id 1" in refusal(tmp_path / "empty")
     (tmp_path / "empty" / "x.json").write_text('{"images": [{"id": 1}')

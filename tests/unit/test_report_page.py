@@ -181,7 +181,7 @@ def test_keys_step_through_masks_isolate_and_enlarge(page: Page) -> None:
     assert alpha_at(page, "focus", WHOLE) > 100  # it is the part that is in the light
     page.keyboard.press("Escape")
     assert "isolating" not in (frame.get_attribute("class") or "")
-    page.keyboard.press("z")
+    page.keyboard.press("Z")
     assert page.locator("#large").is_visible()
     page.keyboard.press("Escape")
     assert page.locator("#large").is_hidden()

@@ -287,6 +287,14 @@ def test_the_command_on_disk_and_s3(storage_root: str, capsys: pytest.CaptureFix
     assert (seen["state"], seen["num_images_done"], seen["estimated"]) == ("running", 2, False)
 
 
+def test_no_labelled_image_has_no_price() -> None:
+    found = Status(
+        output="x", state="running", num_shards=2, num_shards_done=1, num_shards_begun=0, num_images=4,
+        num_images_done=2, num_shards_read=1, failures={"empty": 2}, gpu_seconds=36.0, gpu_price_per_hour=2.0,
+    )  # fmt: skip
+    assert "cost" not in dict(status_view.rows(found))
+
+
 def test_watch_ends_with_the_run(
     disk_plan: Plan, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

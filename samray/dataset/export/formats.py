@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 IMAGES_PER_PIECE: Final = 128
-"""What a task exports at a time, and what may be in memory as text: of 100 masks an image some 10 to 30 MB."""
+"""What a task exports at a time; sa1b --tar and coco hold it in memory as text, of which polygons are the longest."""
 
 IMAGES_PER_TABLE: Final = 1024
 """Of a flat table: some 100,000 masks a file, held in memory as compressed Parquet."""
@@ -81,7 +81,7 @@ def format_of(name: str, options: ExportOptions) -> Format:
     if name not in FORMATS:
         raise ConfigError(f"there is no format {name!r}{did_you_mean(name, FORMATS)}; formats are {', '.join(FORMATS)}")
     for option, value in asdict(options).items():
-        if value in (None, False):
+        if value is None or value is False:  # 0 equals False, and is to be refused
             continue
         if option not in FORMATS[name].options:
             others = [other for other, row in FORMATS.items() if option in row.options]

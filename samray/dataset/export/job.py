@@ -31,7 +31,8 @@ from samray.dataset.shards import shard_number
 from samray.errors import ConfigError, NotFoundError
 
 MAX_LISTED: Final = 1_000_000
-"""Of an export of more images the marks are believed: DEST is not listed to see whether each file is still there."""
+"""Of an export of more images the marks are believed: DEST is not listed to see whether each file is still there,
+only the fragments and what is put together of them."""
 
 _PUT_THREADS: Final = 16
 
@@ -122,15 +123,21 @@ def find_done(job: Job, pieces: list[Piece]) -> dict[int, Done]:
     with ThreadPoolExecutor(_PUT_THREADS) as pool:
         held = list(pool.map(lambda piece: _read_json(storage.join(job.dest, piece.mark)), marked))
     done = [(piece, Done(**mark)) for piece, mark in zip(marked, held, strict=True) if mark is not None]
-    if job.plan.num_images > MAX_LISTED:
-        return {piece.number: mark for piece, mark in done}
-    start = len(storage.join(job.dest, ""))
-    there = {entry.uri[start:] for entry in storage.list_files(job.dest)}
     pieces_folder = f"{FOLDER}/pieces/"
+    believed = job.plan.num_images > MAX_LISTED
+    if believed and not FORMATS[job.format].assembled(job, 0):
+        return {piece.number: mark for piece, mark in done}
+    if believed:  # a format with fragments has only few files that do not lie in folders
+        there = {pieces_folder + name for name in storage.list_names(storage.join(job.dest, FOLDER, "pieces"))}
+        there |= storage.list_names(job.dest).keys()
+    else:
+        start = len(storage.join(job.dest, ""))
+        there = {entry.uri[start:] for entry in storage.list_files(job.dest)}
     found = {}
     for piece, mark in done:
         assembled = all(name in there for name in FORMATS[job.format].assembled(job, piece.file))
-        missing = (name for name in mark.files if name not in there)
+        looked_for = (name for name in mark.files if not believed or name.startswith(pieces_folder))
+        missing = (name for name in looked_for if name not in there)
         if all(assembled and name.startswith(pieces_folder) for name in missing):
             found[piece.number] = mark
     return found

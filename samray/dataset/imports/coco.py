@@ -51,12 +51,10 @@ def read_images(source: Source) -> CocoImages:
     found = CocoImages()
     for number, uri in enumerate(source.files["json"].to_pylist()):
         places: dict[Any, int] = {}
-        seen = None
         for key, value in _items(uri):
-            if seen == "images" and key != "images" and (key != "annotations" or len(found.samples) >= _SAMPLES):
+            if places and key != "images" and len(found.samples) >= _SAMPLES:
                 break  # what follows is not needed now
             if key == "images":
-                seen = key
                 if not isinstance(value, dict) or not isinstance(value.get("id"), int | str):
                     raise ConfigError(f"{storage.redact(uri)} holds an image without an id: {str(value)[:100]}")
                 if value["id"] in places:
@@ -65,9 +63,11 @@ def read_images(source: Source) -> CocoImages:
                 found.images.append({name: value.get(name) for name in ("id", "width", "height", "file_name")})
             elif key == "annotations" and len(found.samples) < _SAMPLES:
                 found.samples.append((number, value))
-                seen = "images" if seen == "images" else None
         if not places:
-            raise ConfigError(f"{storage.redact(uri)} holds no list of images: it is not COCO's instances JSON")
+            raise ConfigError(
+                f"{storage.redact(uri)} holds no list of images: it is not COCO's instances JSON; "
+                "give --format sa1b if it is SA-1B's"
+            )
         found.place_of.append(places)
     return found
 
@@ -122,8 +122,10 @@ def shard_records(
 ) -> Iterator[tuple[int, list[ImageRecord], int]]:
     """(shard, its rows, annotations dropped) for each shard to do. progress is called now and then while sorting.
 
-    Raises: ConfigError, StorageError.
+    Counts found.num_unknown on the way. Raises: ConfigError where the annotations are no JSON, StorageError.
     """
+    if not todo:
+        return  # and the files need not be read
     ends = np.cumsum([plan.num_images_of(shard) for shard in range(plan.num_shards)])
     with TemporaryDirectory(prefix="samray-import-") as folder:
         boxes = _sort(source, found, ends, todo, Path(folder), progress)
