@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -27,6 +28,8 @@ FOLDER: Final = "_samray"
 MANIFEST_SCHEMA: Final = pa.schema([("image_id", pa.int64()), ("shard", pa.int32()), *INPUT_SCHEMA])
 
 _ROWS_PER_GROUP: Final = 16384
+_ROWS_AT_ONCE: Final = 2**20
+"""Beyond the table itself, what is made of its rows on the way is held for so many of them."""
 _NAME: Final = re.compile(r"manifest-(\d{6})\.parquet")
 
 T = TypeVar("T")
@@ -75,8 +78,7 @@ def build_manifest(images: pa.Table, images_per_shard: int, held: pa.ChunkedArra
 
     held: ids that are taken.
     """
-    places = pa.array(range(images.num_rows), pa.int64())
-    shards = pc.cast(pc.divide(places, images_per_shard), pa.int32())
+    shards = pa.array((np.arange(images.num_rows) // images_per_shard).astype(np.int32))
     columns = [image_ids(images["file_name"], held), shards, *(images[name] for name in INPUT_SCHEMA.names)]
     return pa.Table.from_arrays(columns, schema=MANIFEST_SCHEMA)
 
@@ -90,13 +92,26 @@ def image_ids(file_names: pa.ChunkedArray, held: pa.ChunkedArray | None = None) 
     first = 0 if held is None or len(held) == 0 else pc.max(held).as_py() + 1
     if first + len(file_names) - 1 > MAX_IMAGE_ID:
         raise ConfigError(f"image ids up to {first - 1} are taken, and the largest is {MAX_IMAGE_ID}")
-    places = pa.chunked_array([pa.array(range(first, first + len(file_names)), pa.int64())])
+    ids = np.arange(first, first + len(file_names))
+    for start in range(0, len(file_names), _ROWS_AT_ONCE):
+        part = ids[start : start + _ROWS_AT_ONCE]
+        part[:] = _numbers_or(file_names.slice(start, _ROWS_AT_ONCE), part)
+    taken = held is not None and pc.any(pc.is_in(pa.array(ids), value_set=held)).as_py()
+    if taken or not _all_differ(ids):
+        ids = np.arange(first, first + len(file_names))
+    return pa.chunked_array([pa.array(ids)])
+
+
+def _numbers_or(file_names: pa.ChunkedArray, places: np.ndarray) -> np.ndarray:
+    """The number in each name like sa_<n>.jpg, else the one of `places`."""
     digits = pc.struct_field(pc.extract_regex(file_names, r"(?:^|/)sa_0*(?P<n>[0-9]{1,15})\.[^./]+$"), "n")
     numbers = pc.cast(digits, pa.int64())
     numbers = pc.if_else(pc.less_equal(numbers, MAX_IMAGE_ID), numbers, None)
-    ids = pc.coalesce(numbers, places)
-    taken = held is not None and pc.any(pc.is_in(ids, value_set=held)).as_py()
-    return ids if not taken and pc.count_distinct(ids).as_py() == len(ids) else places
+    return np.asarray(pc.coalesce(numbers, pa.chunked_array([pa.array(places)])))
+
+
+def _all_differ(ids: np.ndarray) -> bool:
+    return bool((np.diff(ids) > 0).all()) or bool((np.diff(np.sort(ids)) > 0).all())
 
 
 def create_generation(output: str, generation: Generation, new: pa.Table, changed: pa.Table | None = None) -> bool:

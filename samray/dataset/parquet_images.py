@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -63,7 +64,7 @@ def list_parquet(uri: str, prefix: str, config: InputConfig, etag: str | None) -
         except (pa.ArrowException, OSError, ValueError) as error:
             raise ConfigError(f"INPUT {where} is no Parquet file that can be read: {error}") from error
         num_rows = file.metadata.num_rows
-    places = pa.array(range(num_rows), pa.int64())
+    places = pa.array(np.arange(num_rows))
     numbers = pc.cast(places, pa.string())
     if names is None:
         names = pc.binary_join_element_wise("row-", numbers, "")

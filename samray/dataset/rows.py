@@ -18,6 +18,8 @@ INPUT_SCHEMA: Final = pa.schema(
     ]
 )
 
+_CHUNK_ROWS: Final = 65536
+
 
 def input_rows(uris: Any, names: Any, **columns: Any) -> pa.Table:
     """A table of `INPUT_SCHEMA`. A column is given as an array, or as the one value of all rows; others are null."""
@@ -27,6 +29,13 @@ def input_rows(uris: Any, names: Any, **columns: Any) -> pa.Table:
     for field in INPUT_SCHEMA:
         value = given.get(field.name)
         if value is None or isinstance(value, str):
-            value = pa.repeat(pa.scalar(value, field.type), len(uris))
+            value = _repeat(pa.scalar(value, field.type), len(uris))
         arrays.append(value.cast(field.type))
     return pa.Table.from_arrays(arrays, schema=INPUT_SCHEMA)
+
+
+def _repeat(value: pa.Scalar, number: int) -> pa.ChunkedArray:
+    """The value so many times, in the memory of one chunk: of ten million rows, columns of nulls would be 300 MB."""
+    chunk = pa.repeat(value, min(number, _CHUNK_ROWS))
+    whole, rest = divmod(number, _CHUNK_ROWS)
+    return pa.chunked_array([chunk] * whole + [chunk.slice(0, rest)] * bool(rest), value.type)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import re
-from typing import Final
+from collections.abc import Iterator
+from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 
@@ -15,6 +17,15 @@ from samray.dataset.rows import input_rows
 from samray.errors import ConfigError
 
 _BOM: Final = b"\xef\xbb\xbf"
+_TXT_BYTES: Final = 2**24
+"""Of lines that are Python's own at any time: as such they take several times their length."""
+
+# What `storage.resolve` would leave as it is, or merely put behind the folder: nearly all URIs of nearly all lists.
+_PLAIN_URI: Final = r"^[a-z][a-z0-9+.\-]*://.*[^/]$"
+_LOCAL_URI: Final = r"^(file|local)://"
+_PLAIN_PATH: Final = r"^(/[^/]+)+$"
+_PLAIN_RELATIVE: Final = r"^[^/]+(/[^/]+)*$"
+_NOT_PLAIN_PATH: Final = r"(^|/)\.\.?(/|$)|^~"
 
 
 def read_uris(manifest: str, column: str) -> pa.ChunkedArray:
@@ -39,10 +50,18 @@ def read_uris(manifest: str, column: str) -> pa.ChunkedArray:
 
 
 def _read_txt(data: bytes, column: str) -> pa.ChunkedArray:
-    lines = [line for line in re.split(r"\r?\n", data.decode("utf-8")) if line.strip()]
-    if lines and lines[0].strip() == column:
-        del lines[0]  # a header, as in a one-column CSV
-    return pa.chunked_array([pa.array(lines, pa.string())])
+    chunks = [pa.array([line for line in lines if line.strip()], pa.string()) for lines in _lines(data)]
+    lines = pa.chunked_array(chunks, pa.string())
+    is_header = len(lines) > 0 and lines[0].as_py().strip() == column  # as in a one-column CSV
+    return lines.slice(1) if is_header else lines
+
+
+def _lines(data: bytes) -> Iterator[list[str]]:
+    start = 0
+    while start < len(data):
+        end = data.find(b"\n", start + _TXT_BYTES) + 1 or len(data)
+        yield re.split(r"\r?\n", data[start:end].decode("utf-8"))
+        start = end
 
 
 def _read_csv(data: bytes, column: str) -> pa.Table:
@@ -70,24 +89,43 @@ def rows_of_uris(written: pa.ChunkedArray, folder: str) -> pa.Table:
 
     file_name is the URI as written where all are relative, else what follows the longest folder that all share.
     """
-    texts = [text or "" for text in written.to_pylist()]
-    resolved = [storage.resolve(folder, text) if text else "" for text in texts]
-    if all(_is_relative(text) for text in texts):
-        names = [text.removeprefix("./") for text in texts]
+    written = pc.fill_null(written, "")
+    uris = _resolved(written, folder)
+    if pc.all(_is_relative(written), min_count=0).as_py():
+        names = pc.replace_substring_regex(written, r"^\./", "")
     else:
-        shared = _shared_folder([uri for uri in resolved if uri])
-        names = [uri[len(shared) :] for uri in resolved]
-    return input_rows(pa.array(resolved, pa.string()), pa.array(names, pa.string()))
+        names = pc.utf8_slice_codeunits(uris, start=len(_shared_folder(uris)))
+    return input_rows(uris, names)
 
 
-def _is_relative(text: str) -> bool:
-    return "://" not in text and not text.startswith(("/", "~/"))
+def _resolved(written: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:
+    """`storage.resolve` of each that is not empty, in Python only for those that are not spelled plainly."""
+    matches = pc.match_substring_regex
+    prefix = storage.join(storage.normalize(folder), "")
+    chunks = []
+    for chunk in written.chunks:
+        plain_uri = pc.and_(matches(chunk, _PLAIN_URI), pc.invert(matches(chunk, _LOCAL_URI)))
+        dotted = matches(chunk, _NOT_PLAIN_PATH)
+        as_is = pc.or_(plain_uri, pc.and_not(matches(chunk, _PLAIN_PATH), dotted))
+        relative = pc.and_not(matches(chunk, _PLAIN_RELATIVE), dotted)
+        uris = pc.if_else(as_is, chunk, pc.binary_join_element_wise(prefix, chunk, ""))
+        others = pc.invert(pc.or_(as_is, relative))
+        if pc.any(others, min_count=0).as_py():
+            texts = chunk.filter(others).to_pylist()
+            resolved = [storage.resolve(folder, text) if text else "" for text in texts]
+            uris = pc.replace_with_mask(uris, others, pa.array(resolved, pa.string()))
+        chunks.append(uris)
+    return pa.chunked_array(chunks, pa.string())
 
 
-def _shared_folder(uris: list[str]) -> str:
-    """The longest folder, with its slash, that all URIs start with."""
-    if not uris:
-        return ""
-    low, high = min(uris), max(uris)  # what these two share, all share
+def _is_relative(texts: pa.ChunkedArray) -> Any:
+    absolute = pc.or_(pc.starts_with(texts, "/"), pc.starts_with(texts, "~/"))
+    return pc.invert(pc.or_(absolute, pc.match_substring(texts, "://")))
+
+
+def _shared_folder(uris: pa.ChunkedArray) -> str:
+    """The longest folder, with its slash, that all URIs but the empty ones start with."""
+    ends = pc.min_max(pc.if_else(pc.equal(uris, ""), None, uris))  # what these two share, all share
+    low, high = ends["min"].as_py() or "", ends["max"].as_py() or ""
     length = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
     return low[: low.rfind("/", 0, length) + 1]

@@ -13,8 +13,10 @@ import pytest
 
 from samray import storage
 from samray.config import InputConfig
+from samray.dataset import uri_lists
 from samray.dataset.inputs import INPUT_SCHEMA, fetch_images, list_images
 from samray.dataset.tars import list_tar
+from samray.dataset.uri_lists import rows_of_uris
 from samray.errors import ConfigError, ImageError, StorageError
 from samray.storage import reading
 
@@ -274,6 +276,44 @@ def test_absolute_uris_are_named_from_their_common_folder(storage_root: str, tmp
     table = listed(str(tmp_path / "x.txt"))
     assert table["uri"].to_pylist() == uris
     assert table["file_name"].to_pylist() == ["a/x.jpg", "b/x.jpg", "a/y.jpg"]
+
+
+ODD_URIS = [
+    *("a.jpg", "a/b c.jpg", "./a.jpg", "././a.jpg", "a/../b.jpg", "../a.jpg", "a//b.jpg", "a/", "..a", "a/..b/.c.jpg"),
+    *("/a/b.jpg", "/a//b.jpg", "//a/b.jpg", "/a/./b.jpg", "/a/..", "/", "~/a.jpg", "~", "~a/b.jpg", "a/~/b.jpg"),
+    *("s3://b/a.jpg", "s3://b/a/", "S3://b/a.jpg", "s3://b//a/../x.jpg", "gs://b/a?b#c", "s3a://b/100%.jpg", "s3://"),
+    *(
+        "file:///a/b.jpg",
+        "local:///a/../b.jpg",
+        "File:///a.jpg",
+        "a\nb.jpg",
+        "s3://b/a\nb.jpg",
+        "x:/a.jpg",
+        "ä/ö.jpg",
+        " ",
+    ),
+]
+
+
+@pytest.mark.parametrize("folder", ["/", "/data/lists", "s3://bucket", "s3://bucket/lists"])
+def test_uris_of_any_spelling_mean_what_storage_takes_them_for(folder: str) -> None:
+    table = rows_of_uris(pa.chunked_array([ODD_URIS[:7], ODD_URIS[7:], [None, ""], []], pa.string()), folder)
+    assert table["uri"].to_pylist() == [*(storage.resolve(folder, uri) for uri in ODD_URIS), "", ""]
+
+
+def test_a_long_list_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uri_lists, "_TXT_BYTES", 3)
+    lines = ["uri", "ä.jpg", "", "  ", "b.jpg\r", "cc.jpg", "\r", "d.jpg"]
+    (tmp_path / "x.txt").write_bytes("\n".join(lines).encode())
+    assert names_of(str(tmp_path / "x.txt")) == ["ä.jpg", "b.jpg", "cc.jpg", "d.jpg"]
+
+
+def test_a_listing_takes_the_memory_of_its_uris_alone() -> None:
+    uris = pa.chunked_array([pa.array([f"s3://bucket/{i}.jpg" for i in range(400_000)])])
+    before = pa.total_allocated_bytes()
+    table = rows_of_uris(uris, "/lists")
+    assert pa.total_allocated_bytes() - before < 2 * uris.nbytes
+    assert table["file_name"][-1].as_py() == "399999.jpg"
 
 
 def test_rows_without_a_usable_uri_stay_rows(tmp_path: Path) -> None:
