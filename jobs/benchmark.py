@@ -1,6 +1,7 @@
 """The measurements behind the README's figures. Each prints JSON with the machine and the versions.
 
     python jobs/benchmark.py decoder             our decoder against the published one: 64 prompts, one process
+    python jobs/benchmark.py generator           all masks of an image, by samray, segment-anything and transformers
     python jobs/benchmark.py memory              peak memory of the mask generator on one 12-megapixel image
     python jobs/benchmark.py pipeline PHOTOS     `samray.label` against the bare MaskGenerator, the same images
     python jobs/benchmark.py export              memory and seconds of `samray.export`, killed half-way and run again
@@ -39,6 +40,8 @@ from samray.config import load_config  # noqa: E402
 from samray.images import decode_image  # noqa: E402
 from samray.sam.sam import Sam  # noqa: E402
 from samray.sam.spec import MODELS  # noqa: E402
+
+ENGINES = ("samray", "segment-anything", "transformers")
 
 
 def machine() -> dict[str, Any]:
@@ -109,6 +112,216 @@ def decoder(rounds: int, prompts: int) -> dict[str, Any]:
         "speedup_iou_filter": median["reference"] / median["samray_iou_filter"],
         "max_difference_relative_to_logits": difference,
     }
+
+
+def generator(
+    models: list[str],
+    engines: list[str],
+    rounds: int,
+    image_hw: tuple[int, int],
+    num_images: int,
+    photos: Path | None,
+    checkpoint: str | None,
+    dtype: str,
+    stages: bool,
+) -> dict[str, Any]:
+    """The whole mask generator and its peers: same images, same weights, one process each, taking turns.
+
+    Seeded random weights, unless `checkpoint` names published ones, with thresholds such that a third of the 3,072
+    candidates of an image passes the IoU filter and about 100 masks are kept, as with real weights.
+    """
+    images = _benchmark_images(image_hw, num_images, photos)
+    results: dict[str, Any] = {}
+    for name in models:
+        with tempfile.TemporaryDirectory() as folder:
+            job = _make_job(Path(folder), name, images, checkpoint, dtype)
+            able = [engine for engine in engines if engine != "transformers" or name in ("vit_b", "vit_l", "vit_h")]
+            runs = _take_turns(able, {**job, "stages": False}, rounds)
+            result = {"settings": job["settings"], **{engine: _summary(found) for engine, found in runs.items()}}
+            ours = result["samray"]
+            for engine in able:
+                if engine != "samray":
+                    ratios = {
+                        key: result[engine][key] / ours[key] for key in ("seconds", "peak_mb", "peak_beyond_model_mb")
+                    }
+                    result[f"{engine} / samray"] = ratios
+            if "segment-anything" in able:
+                result["agreement"] = _agreement(runs["samray"][-1]["masks"], runs["segment-anything"][-1]["masks"])
+            if stages:
+                watched = _take_turns(["samray"], {**job, "stages": True}, rounds)["samray"]
+                keys = watched[0]["stage_seconds"]
+                result["stage_seconds"] = {
+                    k: statistics.median(run["stage_seconds"][k] for run in watched) for k in keys
+                }
+                result["arithmetic"] = _arithmetic(Path(folder), job)
+            results[name] = result
+    return {"images": [list(image.shape) for image in images], "rounds": rounds, "models": results}
+
+
+def _benchmark_images(image_hw: tuple[int, int], number: int, photos: Path | None) -> list[Any]:
+    """Photographs in the given size, scaled up where they are smaller; without any, seeded coloured patches."""
+    import numpy as np
+    from PIL import Image
+
+    sys.path.insert(0, str(ROOT / "tests" / "parity"))
+    from weights import blobs
+
+    if photos is None:
+        return [blobs(seed, image_hw) for seed in range(number)]
+    files = sorted(p for p in photos.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))[:number]
+    size = (image_hw[1], image_hw[0])
+    return [np.asarray(Image.open(file).convert("RGB").resize(size, Image.Resampling.BICUBIC)) for file in files]
+
+
+def _make_job(folder: Path, name: str, images: list[Any], checkpoint: str | None, dtype: str) -> dict[str, Any]:
+    """The weights, images and settings that all engines share, as files in folder."""
+    import numpy as np
+    from safetensors.torch import save_file
+    from weights import random_sam
+
+    model = (
+        samray.load_model(name, checkpoint, "cpu", "float32")
+        if checkpoint
+        else random_sam(MODELS[name], image=images[0])
+    )
+    settings = {} if checkpoint else _typical_settings(model, images[0])
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "weights.safetensors")
+    paths = []
+    for i, image in enumerate(images):
+        np.save(folder / f"{i}.npy", image)
+        paths.append(str(folder / f"{i}.npy"))
+    job = {"model": name, "weights": str(folder / "weights.safetensors"), "images": paths, "dtype": dtype}
+    return {**job, "settings": {"pred_iou_thresh": 0.88, "stability_score_thresh": 0.95, **settings}}
+
+
+@torch.inference_mode()
+def _typical_settings(model: Sam, image: Any) -> dict[str, float]:
+    """Have random weights let as many candidates through as published ones do: moves the predicted IoUs so that a
+    third is above 0.88, and returns thresholds of stability and of NMS with which 600 and then about 100 are left.
+    """
+    import numpy as np
+
+    from samray.config import MaskConfig
+    from samray.masks.nms import box_nms
+
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    iou: list[torch.Tensor] = []
+    decode = model.decode_points
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        decoded = decode(*args, **{**kwargs, "min_iou": 2.0})
+        iou.append(decoded.all_iou.flatten())
+        return decoded
+
+    model.decode_points = watched  # type: ignore[method-assign]
+    samray.MaskGenerator(model, MaskConfig()).generate([image])
+    model.decode_points = decode  # type: ignore[method-assign]
+    model.mask_decoder.iou_prediction_head.layers[-1].bias.add_(0.88 - torch.cat(iou).quantile(2 / 3))  # type: ignore[operator]
+    everything = MaskConfig(stability_score_thresh=0.0, box_nms_thresh=1.0)
+    found = samray.MaskGenerator(model, everything).generate([image])[0]
+    model.to("cpu")
+    stability = np.array([mask["stability_score"] for mask in found])
+    boxes = np.array([mask["bbox"] for mask in found])
+    boxes[:, 2:] += boxes[:, :2] - 1
+    scores = np.array([mask["predicted_iou"] for mask in found])
+    stability_score_thresh = round(float(np.quantile(stability, 0.4)), 4)
+    stable = stability >= stability_score_thresh
+    low, high = 0.3, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if len(box_nms(boxes[stable], scores[stable], middle)) < 100 else (low, middle)
+    return {"stability_score_thresh": stability_score_thresh, "box_nms_thresh": round(high, 4)}
+
+
+def _take_turns(engines: list[str], job: dict[str, Any], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Every engine's figures of each round, after one round to warm up."""
+    path = Path(job["weights"]).with_name("job.json")
+    path.write_text(json.dumps(job))
+    runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for engine in engines:
+            command = [sys.executable, str(ROOT / "jobs" / "peers.py"), engine, str(path)]
+            worker = stack.enter_context(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+            )
+            assert worker.stdout is not None
+            worker.stdout.readline()
+            workers[engine] = worker
+        for turn in range(rounds + 1):
+            for engine, worker in workers.items():
+                assert worker.stdin is not None
+                assert worker.stdout is not None
+                worker.stdin.write("run\n")
+                figures = json.loads(worker.stdout.readline())
+                print(f"{job['model']} {engine}: {figures['seconds']:.2f} s", file=sys.stderr, flush=True)
+                if turn > 0:
+                    runs[engine].append(figures)
+        for worker in workers.values():
+            assert worker.stdin is not None
+            worker.stdin.close()
+    return runs
+
+
+def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the rounds."""
+    keys = [key for key in runs[0] if key not in ("masks", "stage_seconds")]
+    medians = {key: statistics.median(run[key] for run in runs) for key in keys}
+    num_masks = [len(masks) for masks in runs[-1]["masks"]]
+    rates = {"images_per_s": len(num_masks) / medians["seconds"], "masks_per_s": sum(num_masks) / medians["seconds"]}
+    return {**medians, **rates, "masks": num_masks, "all_seconds": [round(run["seconds"], 3) for run in runs]}
+
+
+def _agreement(ours: list[list[dict[str, Any]]], theirs: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """How alike two engines' masks are: counts, RLEs that are the same, and IoU of each mask with its best match."""
+    from pycocotools import mask as coco_mask
+
+    same, best = 0, []
+    for a, b in zip(ours, theirs, strict=True):
+        counts = {mask["segmentation"]["counts"] for mask in b}
+        same += sum(mask["segmentation"]["counts"] in counts for mask in a)
+        if a and b:
+            ious = coco_mask.iou([m["segmentation"] for m in a], [m["segmentation"] for m in b], [0] * len(b))
+            best += ious.max(axis=1).tolist()
+    numbers = {"samray": sum(map(len, ours)), "segment-anything": sum(map(len, theirs))}
+    return {**numbers, "identical_rle": same, "mean_best_iou": statistics.fmean(best) if best else None}
+
+
+@torch.inference_mode()
+def _arithmetic(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """Floating point operations of one image, by torch's own count, and what the machine does in a plain product."""
+    import numpy as np
+    from peers import samray_engine
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    run, model, _ = samray_engine(job, device)
+    image = np.load(job["images"][0])
+    with FlopCounterMode(display=False) as counter:
+        run([image])
+    seconds = timed(lambda: run([image]))
+    size = 8192 if device == "cuda" else 3072
+    a = torch.rand(size, size, device=device, dtype=model.dtype)
+
+    def product() -> None:
+        torch.mm(a, a)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    product()
+    peak = 2 * size**3 / min(timed(product) for _ in range(7))
+    flop = counter.get_total_flops()
+    return {
+        "tflop": flop / 1e12,
+        "measured_peak_tflop_per_s": peak / 1e12,
+        "share_of_peak": flop / seconds / peak,
+        "by_part": {key: value / 1e12 for key, value in _flop_by_part(counter).items()},
+    }
+
+
+def _flop_by_part(counter: Any) -> dict[str, float]:
+    totals = {module: sum(by_op.values()) for module, by_op in counter.get_flop_counts().items()}
+    return {name: totals[name] for name in totals if name.count(".") <= 1}
 
 
 def memory(model_name: str, megapixels: float) -> dict[str, Any]:
@@ -380,6 +593,18 @@ def main() -> int:
     sub = commands.add_parser("decoder")
     sub.add_argument("--rounds", type=int, default=7)
     sub.add_argument("--prompts", type=int, default=64)
+    sub = commands.add_parser("generator")
+    sub.add_argument("--models", nargs="+", default=["vit_t", "vit_b"], choices=list(MODELS))
+    sub.add_argument("--engines", nargs="+", default=["samray", "segment-anything"], choices=ENGINES)
+    sub.add_argument("--rounds", type=int, default=3)
+    sub.add_argument("--image-hw", nargs=2, type=int, default=(1200, 1800), metavar=("H", "W"))
+    sub.add_argument("--num-images", type=int, default=1, help="in one call")
+    sub.add_argument("--photos", type=Path, help="a folder of photographs; by default seeded coloured patches")
+    sub.add_argument("--checkpoint", help="of published weights; by default seeded random ones")
+    sub.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="samray's; peers run as shipped"
+    )
+    sub.add_argument("--stages", action="store_true", help="also where samray's time goes, and how many FLOP it does")
     sub = commands.add_parser("memory")
     sub.add_argument("--model", dest="model_name", default="vit_b", choices=list(MODELS))
     sub.add_argument("--megapixels", type=float, default=12.0)
@@ -406,9 +631,12 @@ def main() -> int:
     sub.add_argument("--masks", type=int, default=12, help="an image")
     sub.add_argument("--shapes", type=int, default=4000, help="different masks")
     sub.add_argument("--uri", help="an empty folder on an object store; by default a local S3 server is started")
+    for sub in commands.choices.values():
+        sub.add_argument("--json", type=Path, help="also write the result to this file")
     arguments = vars(parser.parse_args())
     bodies: dict[str, Callable[..., dict[str, Any]]] = {
         "decoder": decoder,
+        "generator": generator,
         "memory": memory,
         "pipeline": pipeline,
         "export": export,
@@ -416,8 +644,11 @@ def main() -> int:
         "extract": extract,
         "read": read,
     }
-    command = arguments.pop("command")
-    print(json.dumps({"benchmark": command, **bodies[command](**arguments), "machine": machine()}, indent=2))
+    command, path = arguments.pop("command"), arguments.pop("json")
+    result = json.dumps({"benchmark": command, **bodies[command](**arguments), "machine": machine()}, indent=2)
+    print(result)
+    if path is not None:
+        path.write_text(result + "\n")
     return 0
 
 

@@ -77,11 +77,12 @@ def to_meta_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
             raise ConfigError(
                 f"{path}: {_HF_SHARED_POSITIONS} and {_HF_TIED_POSITIONS} differ; SAM has one table of positions"
             )
-        return {_rename_hf(key): value for key, value in state.items()}
+        return {meta_name(key): value for key, value in state.items()}
     return {key: value for key, value in state.items() if not _MOBILE_SAM_EXTRAS.search(key)}
 
 
-def _rename_hf(key: str) -> str:
+def meta_name(key: str) -> str:
+    """Meta's name of a tensor that has this one in a Hugging Face checkpoint."""
     for pattern, name in _HF_RENAMES:
         key = pattern.sub(name, key)
     return key

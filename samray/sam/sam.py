@@ -29,6 +29,7 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 # Prompts that go through the decoder together on a CPU, by the size of their image tokens, (prompts, L, C). Upscaling
 # makes sixteen times that; from blocks beyond malloc's limit every page would be new from the system, time and again.
 _CPU_CHUNK_BYTES = 8 * 1024 * 1024
+_CPU_UPSCALE_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +143,7 @@ class Sam(nn.Module):
         """
         assert len(context) == 1, "decode_points takes one image's context"
         masks = slice(1, None) if multimask else slice(0, 1)
-        chunk = self._prompts_per_chunk(context)
+        chunk = self._chunk(context, _CPU_CHUNK_BYTES)
         parts = []
         for start in range(0, len(points), chunk):
             rows = slice(start, start + chunk)
@@ -170,13 +171,20 @@ class Sam(nn.Module):
         prompt, mask = keep.nonzero(as_tuple=True)
         # A prompt with any survivor is upscaled once; of its masks only the survivors leave.
         alive = keep.any(dim=1).nonzero()[:, 0]
-        upscaled = decoder.upscale(state.keys[alive], decoder.hyper(state.mask_tokens[alive], masks), context.fine)
-        return Decoded(upscaled[keep[alive]].float(), all_iou[prompt, mask], prompt + first_prompt, mask, all_iou)
+        hyper = decoder.hyper(state.mask_tokens[alive], masks)
+        logits = [
+            decoder.upscale(state.keys[few], weights, context.fine)[keep[few]].float()
+            for few, weights in zip(
+                *(x.split(self._chunk(context, _CPU_UPSCALE_BYTES)) for x in (alive, hyper)), strict=True
+            )
+        ]
+        return Decoded(torch.cat(logits), all_iou[prompt, mask], prompt + first_prompt, mask, all_iou)
 
-    def _prompts_per_chunk(self, context: ImageTokens) -> int:
+    def _chunk(self, context: ImageTokens, cpu_bytes: int) -> int:
+        """How many prompts, by the size of their image tokens, go together; on a GPU the caller's number does."""
         if self.device.type != "cpu":
-            return 1 << 30  # the caller's points_per_batch is the chunk
-        return max(1, _CPU_CHUNK_BYTES // (context.src[0].numel() * context.src.element_size()))
+            return 1 << 30
+        return max(1, cpu_bytes // (context.src[0].numel() * context.src.element_size()))
 
     def predict(
         self,

@@ -67,9 +67,7 @@ class Attention(nn.Module):
         """
         n, t, _ = tokens.shape
         q = self.split(self.q_proj(tokens)) * self.scale  # (N, H, T, d)
-        absorbed = q @ self.per_head(self.k_proj.weight)  # (N, H, T, C)
-        pe_scores = (q @ pe_keys).flatten(1, 2)  # (N, H * T, L)
-        scores = torch.baddbmm(pe_scores, absorbed.flatten(1, 2), keys.transpose(1, 2))
+        scores = self.absorbed_scores(q, self.k_proj.weight, keys, pe_keys)
         read = torch.bmm(scores.softmax(dim=-1), keys).view(n, self.num_heads, t, -1)  # (N, H, T, C)
         out = read @ self.per_head(self.v_proj.weight).transpose(1, 2)
         return self.merge(out + self.v_proj.bias.view(self.num_heads, 1, -1))
@@ -81,21 +79,33 @@ class Attention(nn.Module):
         without. Returns (N, L, C).
         """
         k = self.split(self.k_proj(tokens)) * self.scale
-        absorbed = k @ self.per_head(self.q_proj.weight)
-        scores = torch.baddbmm((k @ pe_queries).flatten(1, 2), absorbed.flatten(1, 2), keys.transpose(1, 2))
-        return self.spread(keys, scores, values)
+        scores = self.absorbed_scores(k, self.q_proj.weight, keys, pe_queries)
+        return self.spread(keys, scores, values, in_place=not torch.is_grad_enabled())
 
-    def spread(self, keys: Tensor, scores: Tensor, values: Tensor) -> Tensor:
+    def absorbed_scores(self, heads: Tensor, weight: Tensor, keys: Tensor, pe: Tensor) -> Tensor:
+        """heads (N, H, T, d), of tokens, against keys (N, L, C) projected by weight (H * d, C), plus pe (H, d, L).
+
+        Returns (N, H * T, L).
+        """
+        n, h, t, d = heads.shape
+        scores = torch.bmm((heads @ self.per_head(weight)).flatten(1, 2), keys.transpose(1, 2))
+        # Positions are the same for all prompts: one product a head, of which no operand is repeated N times.
+        of_positions = heads.transpose(0, 1).reshape(h, n * t, d) @ pe
+        scores.view(n, h, t, -1).add_(of_positions.view(h, n, t, -1).transpose(0, 1))
+        return scores
+
+    def spread(self, keys: Tensor, scores: Tensor, values: Tensor, *, in_place: bool = False) -> Tensor:
         """keys (N, L, C) plus what they read: softmax of scores (N, H * T, L) over each head's T, then V W_o at once.
 
         Each head's weights sum to one, so a share of the bias in every row adds up to the bias; with the residual as
-        the product's addend nothing of (N, L, C) is touched twice.
+        the product's addend nothing of (N, L, C) is touched twice. in_place: the sum may lie where keys lie.
         """
         n, t, _ = values.shape
         weights = scores.view(n, self.num_heads, t, -1).softmax(dim=2).flatten(1, 2)
         out_weight = self.out_proj.weight.T.unflatten(0, (self.num_heads, -1))  # (H, d, C)
         folded = (self.split(self.v_proj(values)) @ out_weight).flatten(1, 2)  # (N, H * T, C)
-        return torch.baddbmm(keys, weights.transpose(1, 2), folded + self.out_proj.bias / self.num_heads)
+        add = keys.baddbmm_ if in_place else keys.baddbmm
+        return add(weights.transpose(1, 2), folded + self.out_proj.bias / self.num_heads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,14 +178,16 @@ class TwoWayTransformer(nn.Module):
 
     def prepare(self, src: Tensor, pe: Tensor, fine: Tensor | None = None) -> ImageTokens:
         """src: (B, L, C) image tokens; pe: (L, C) their positions; fine: passed on."""
+        src = src.contiguous()  # every prompt starts with a copy of it
         first, *later = self.blocks()
         read, write = first.cross_attn_token_to_image, first.cross_attn_image_to_token
         placed = src + pe
         pe_keys = [
-            a.split(F.linear(pe, a.k_proj.weight)).transpose(1, 2)
+            a.split(F.linear(pe, a.k_proj.weight)).transpose(1, 2).contiguous()
             for a in (*(b.cross_attn_token_to_image for b in later), self.final_attn_token_to_image)
         ]
-        pe_queries = [a.split(a.q_proj(pe)).transpose(1, 2) for a in (b.cross_attn_image_to_token for b in later)]
+        writes = [b.cross_attn_image_to_token for b in later]
+        pe_queries = [a.split(a.q_proj(pe)).transpose(1, 2).contiguous() for a in writes]
         return ImageTokens(
             src=src,
             read_keys=read.split(read.k_proj(placed)),

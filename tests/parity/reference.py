@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import re
 import sys
 import types
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +22,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from samray.sam.spec import ModelSpec, VitSpec
+from samray.sam.formats import meta_name
+from samray.sam.spec import ModelSpec, TinyVitSpec, VitSpec
 
 
 def plain_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -84,24 +88,11 @@ def segment_anything() -> types.ModuleType:
 
 
 def build_reference(spec: ModelSpec, state: Mapping[str, Tensor]) -> Any:
-    """The published Sam at any size, with these weights (strictly all of them)."""
+    """The published Sam at any size, with these weights (strictly all of them). `vit_t`: with MobileSAM's encoder."""
     segment_anything()
     modeling = importlib.import_module("segment_anything.modeling")
-    encoder = spec.encoder
-    assert isinstance(encoder, VitSpec)
     sam = modeling.Sam(
-        image_encoder=modeling.ImageEncoderViT(
-            img_size=spec.image_size,
-            patch_size=encoder.patch,
-            embed_dim=encoder.dim,
-            depth=encoder.depth,
-            num_heads=encoder.num_heads,
-            out_chans=spec.embed_dim,
-            norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
-            use_rel_pos=True,
-            window_size=encoder.window,
-            global_attn_indexes=encoder.global_blocks,
-        ),
+        image_encoder=_image_encoder(spec, modeling),
         prompt_encoder=modeling.PromptEncoder(
             embed_dim=spec.embed_dim,
             image_embedding_size=(spec.grid, spec.grid),
@@ -119,8 +110,64 @@ def build_reference(spec: ModelSpec, state: Mapping[str, Tensor]) -> Any:
             iou_head_hidden_dim=spec.iou_hidden_dim,
         ),
     )
-    sam.load_state_dict(dict(state), strict=True)
+    missing, unexpected = sam.load_state_dict(dict(state), strict=False)
+    # Of MobileSAM's encoder the classifier is never run, and its table of offsets is made by itself.
+    idle = re.compile(r"^image_encoder\.(norm_head|head)\.|\.attention_bias_idxs$")
+    assert [key for key in (*missing, *unexpected) if not idle.search(key)] == []
     return sam.eval().requires_grad_(False)
+
+
+def _image_encoder(spec: ModelSpec, modeling: Any) -> Any:
+    encoder = spec.encoder
+    if isinstance(encoder, TinyVitSpec):
+        return published_tiny_vit().TinyViT(
+            img_size=spec.image_size,
+            embed_dims=list(encoder.dims),
+            depths=list(encoder.depths),
+            num_heads=list(encoder.num_heads),
+            window_sizes=list(encoder.windows),
+            drop_path_rate=0.0,
+        )
+    return modeling.ImageEncoderViT(
+        img_size=spec.image_size,
+        patch_size=encoder.patch,
+        embed_dim=encoder.dim,
+        depth=encoder.depth,
+        num_heads=encoder.num_heads,
+        out_chans=spec.embed_dim,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=encoder.window,
+        global_attn_indexes=encoder.global_blocks,
+    )
+
+
+@functools.cache
+def published_tiny_vit() -> types.ModuleType:
+    """MobileSAM's module of the encoder alone. It takes four names from timm, all idle in evaluation: stand-ins do."""
+    layers, registry = types.ModuleType("timm.models.layers"), types.ModuleType("timm.models.registry")
+    layers.__dict__.update(DropPath=nn.Identity, to_2tuple=lambda x: (x, x), trunc_normal_=nn.init.trunc_normal_)
+    registry.__dict__["register_model"] = lambda function: function
+    package = importlib.util.find_spec("mobile_sam")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip(
+            "NOTHING is compared with MobileSAM, which is not installed: pip install -c constraints.txt '.[test]'"
+        )
+    path = Path(package.submodule_search_locations[0]) / "modeling" / "tiny_vit_sam.py"
+    spec = importlib.util.spec_from_file_location("_published_tiny_vit", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, stand_in in (
+            ("timm", types.ModuleType("timm")),
+            ("timm.models", types.ModuleType("timm.models")),
+            ("timm.models.layers", layers),
+            ("timm.models.registry", registry),
+        ):
+            patch.setitem(sys.modules, name, stand_in)
+        spec.loader.exec_module(module)
+    return module
 
 
 def reference_masks(
@@ -133,3 +180,52 @@ def reference_masks(
     with torch.no_grad():
         masks: list[Any] = generator.generate(image)
     return masks
+
+
+# --- transformers --------------------------------------------------------------------------------------------------
+
+
+def transformers_sam(spec: ModelSpec) -> Any:
+    """transformers' SamModel of this row, with weights as it makes them; its plain attention, not a fused one."""
+    transformers = pytest.importorskip(
+        "transformers", reason="NOTHING is compared with transformers, which is not installed"
+    )
+    encoder = spec.encoder
+    assert isinstance(encoder, VitSpec)
+    config = transformers.SamConfig(
+        vision_config={
+            "hidden_size": encoder.dim,
+            "num_hidden_layers": encoder.depth,
+            "num_attention_heads": encoder.num_heads,
+            "global_attn_indexes": list(encoder.global_blocks),
+            "image_size": spec.image_size,
+            "mlp_dim": encoder.dim * 4,
+        },
+        prompt_encoder_config={"image_size": spec.image_size},
+    )
+    config._attn_implementation = "eager"
+    return transformers.SamModel(config).eval()
+
+
+def transformers_pipeline(spec: ModelSpec, state: Mapping[str, Tensor], device: str) -> Any:
+    """Its "mask-generation" pipeline with these weights (Meta's names) and its own choice of attention.
+
+    For this process only: what it takes from torchvision is replaced by stand-ins, for good.
+    """
+    import transformers
+    from transformers.models.sam import image_processing_pil_sam as processing
+
+    model = transformers_sam(spec)
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        for key, value in model.state_dict().items():
+            tied = key.replace("prompt_encoder.shared_embedding.", "shared_image_embedding.")  # the same tensor twice
+            value.copy_(state[meta_name(tied)])
+    for name, functions in _STAND_INS.items():
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(functions)
+    processor = processing.SamImageProcessorPil()
+    processor.post_process_for_mask_generation = processing._post_process_for_mask_generation
+    return transformers.pipeline(
+        "mask-generation", model=model.requires_grad_(False), image_processor=processor, device=device
+    )

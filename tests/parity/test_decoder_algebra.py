@@ -11,7 +11,7 @@ import pytest
 import torch
 from common import assert_close, prompts_of, randomize, smaller
 
-from samray.sam.sam import Sam
+from samray.sam.sam import _CPU_CHUNK_BYTES, Sam
 from samray.sam.spec import MODELS
 
 
@@ -49,7 +49,7 @@ def test_filtering_early_is_filtering_late(multimask: bool) -> None:
     randomize(model, seed=12)
     spec = model.spec
     context = model.prepare_decoder(torch.randn(1, spec.embed_dim, spec.grid, spec.grid))
-    num = 3 * model._prompts_per_chunk(context) - 5
+    num = 3 * model._chunk(context, _CPU_CHUNK_BYTES) - 5
     prompts = prompts_of("points", num, spec.image_size, spec.grid)
     points, labels = prompts["points"], prompts["labels"]
     late = model.decode_points(context, points, labels, multimask=multimask)

@@ -17,9 +17,6 @@ bound holds against both. `test_decoder_algebra.py` holds the decoder against a 
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-import types
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -29,37 +26,20 @@ import numpy as np
 import pytest
 import torch
 from common import assert_close, pixels_of, prompts_of, randomize, smaller
-from reference import build_reference
+from reference import build_reference, published_tiny_vit, transformers_sam
 from torch import Tensor, nn
 
 from samray.sam.checkpoints import build, load_model
 from samray.sam.formats import read_state_dict, to_meta_names
 from samray.sam.sam import Sam
-from samray.sam.spec import MODELS, ModelSpec, TinyVitSpec, VitSpec
+from samray.sam.spec import MODELS, ModelSpec, TinyVitSpec
 
 # --- transformers --------------------------------------------------------------------------------------------------
 
 
 def hf_model(spec: ModelSpec, seed: int) -> Any:
     """transformers' SamModel of this row with seeded weights; its plain attention, not a fused one."""
-    transformers = pytest.importorskip(
-        "transformers", reason="NOTHING is compared with transformers, which is not installed"
-    )
-    encoder = spec.encoder
-    assert isinstance(encoder, VitSpec)
-    config = transformers.SamConfig(
-        vision_config={
-            "hidden_size": encoder.dim,
-            "num_hidden_layers": encoder.depth,
-            "num_attention_heads": encoder.num_heads,
-            "global_attn_indexes": list(encoder.global_blocks),
-            "image_size": spec.image_size,
-            "mlp_dim": encoder.dim * 4,
-        },
-        prompt_encoder_config={"image_size": spec.image_size},
-    )
-    config._attn_implementation = "eager"
-    model = transformers.SamModel(config).eval()
+    model = transformers_sam(spec)
     randomize(model, seed)
     with torch.no_grad():  # the tied copy
         tied = model.prompt_encoder.shared_embedding.positional_embedding
@@ -221,40 +201,9 @@ def test_whole_model_against_segment_anything(height: int, width: int, multimask
 # --- MobileSAM's TinyViT -------------------------------------------------------------------------------------------
 
 
-def folder_of(package: str) -> Path:
-    found = importlib.util.find_spec(package)
-    if found is None or not found.submodule_search_locations:
-        pytest.skip(
-            f"NOTHING is compared with {package}, which is not installed: pip install -c constraints.txt '.[test]'"
-        )
-    return Path(found.submodule_search_locations[0])
-
-
 @pytest.fixture(scope="module")
 def mobile_sam() -> ModuleType:
-    """MobileSAM's module of the encoder alone. It takes four names from timm, all idle in evaluation: stand-ins do."""
-    layers, registry = types.ModuleType("timm.models.layers"), types.ModuleType("timm.models.registry")
-    layers.__dict__.update(
-        DropPath=nn.Identity,
-        to_2tuple=lambda x: (x, x),
-        trunc_normal_=nn.init.trunc_normal_,
-    )
-    registry.__dict__["register_model"] = lambda function: function
-    path = folder_of("mobile_sam") / "modeling" / "tiny_vit_sam.py"
-    spec = importlib.util.spec_from_file_location("_published_tiny_vit", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, stand_in in (
-            ("timm", types.ModuleType("timm")),
-            ("timm.models", types.ModuleType("timm.models")),
-            ("timm.models.layers", layers),
-            ("timm.models.registry", registry),
-        ):
-            patch.setitem(sys.modules, name, stand_in)
-        spec.loader.exec_module(module)
-    return module
+    return published_tiny_vit()
 
 
 @torch.no_grad()

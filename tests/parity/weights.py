@@ -33,8 +33,13 @@ SMALL = ModelSpec(
 
 
 @torch.no_grad()
-def random_sam(spec: ModelSpec = SMALL, seed: int = 5, iou_centre: float = 0.88) -> Sam:
-    """A Sam with seeded weights whose masks are many and distinct and whose predicted IoUs lie around iou_centre."""
+def random_sam(
+    spec: ModelSpec = SMALL, seed: int = 5, iou_centre: float = 0.88, image: NDArray[np.uint8] | None = None
+) -> Sam:
+    """A Sam with seeded weights whose masks are many and distinct and whose predicted IoUs lie around iou_centre.
+
+    image: (H, W, 3) of the kind that it is to make masks of; by default seeded patches.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Sam(spec).eval().requires_grad_(False)
@@ -54,7 +59,7 @@ def random_sam(spec: ModelSpec = SMALL, seed: int = 5, iou_centre: float = 0.88)
     for kernel in (decoder.output_upscaling[0].weight, decoder.output_upscaling[3].weight):
         kernel.copy_(kernel.mean(dim=(2, 3), keepdim=True) + kernel / 40)
     decoder.iou_prediction_head.layers[-1].weight.mul_(8)
-    _calibrate(model, blobs(seed, (spec.image_size, spec.image_size)), iou_centre)
+    _calibrate(model, blobs(seed, (spec.image_size, spec.image_size)) if image is None else image, iou_centre)
     return model
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from samray.sam.image_encoder import merge_windows, partition_windows
-from samray.sam.sam import Sam, input_size
+from samray.sam.sam import _CPU_CHUNK_BYTES, Sam, input_size
 from samray.sam.spec import MODELS, ModelSpec, TinyVitSpec, VitSpec
 
 SPEC = ModelSpec(
@@ -124,7 +124,7 @@ def test_the_chunk_of_prompts_changes_nothing(
 ) -> None:
     context = model.prepare_decoder(embedding)
     whole = model.decode_points(context, *clicks(7), min_iou=-1e9)
-    monkeypatch.setattr(Sam, "_prompts_per_chunk", lambda self, context: 3)
+    monkeypatch.setattr(Sam, "_chunk", lambda self, context, cpu_bytes: 3 if cpu_bytes == _CPU_CHUNK_BYTES else 2)
     chunked = model.decode_points(context, *clicks(7), min_iou=-1e9)
     assert torch.equal(chunked.prompt_index, whole.prompt_index)
     torch.testing.assert_close(chunked.logits, whole.logits)

@@ -1,0 +1,189 @@
+"""Automatic mask generation by samray and by its peers, each in a process of its own: `jobs/benchmark.py generator`.
+
+A worker loads one engine with given weights and waits; for every line on its standard input it generates the masks of
+the image once, and prints seconds, memory and masks as one line of JSON. So engines take turns on the same machine, and
+none pays for another's caches or memory.
+
+    python jobs/peers.py ENGINE JOB.json        ENGINE: samray, segment-anything, transformers
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(1, str(ROOT / "tests" / "parity"))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+from samray.config import MaskConfig  # noqa: E402
+from samray.masks import MaskGenerator  # noqa: E402
+from samray.sam.sam import Sam  # noqa: E402
+from samray.sam.spec import MODELS  # noqa: E402
+
+Images = list[np.ndarray[Any, np.dtype[np.uint8]]]
+Run = Callable[[Images], list[list[dict[str, Any]]]]
+"""Images (H, W, 3) RGB to a list of masks each, with `segmentation` as COCO RLE, `predicted_iou`."""
+
+
+def samray_engine(job: dict[str, Any], device: str) -> tuple[Run, Sam, MaskGenerator]:
+    dtype = torch.bfloat16 if job.get("dtype") == "bfloat16" else torch.float32
+    model = Sam(MODELS[job["model"]])
+    model.load_state_dict(load_file(job["weights"]))
+    model = model.eval().requires_grad_(False).to(device, dtype)
+    generator = MaskGenerator(model, MaskConfig(bbox_convention="sam", **job["settings"]))
+    return generator.generate, model, generator
+
+
+def segment_anything_engine(job: dict[str, Any], device: str) -> Run:
+    from reference import build_reference, segment_anything
+
+    model = build_reference(MODELS[job["model"]], load_file(job["weights"])).to(device)
+    make = segment_anything().SamAutomaticMaskGenerator
+    generator = make(model, output_mode="coco_rle", **job["settings"])
+    return lambda images: [generator.generate(image) for image in images]
+
+
+def transformers_engine(job: dict[str, Any], device: str) -> Run:
+    from reference import transformers_pipeline
+
+    pipeline = transformers_pipeline(MODELS[job["model"]], load_file(job["weights"]), device)
+    settings = job["settings"]
+    options = {
+        "points_per_crop": settings.get("points_per_side", 32),
+        "pred_iou_thresh": settings["pred_iou_thresh"],
+        "stability_score_thresh": settings["stability_score_thresh"],
+        "points_per_batch": 64,
+    }
+
+    def run(images: Images) -> list[list[dict[str, Any]]]:
+        from PIL import Image
+
+        found = [pipeline(Image.fromarray(image), output_rle_mask=True, **options) for image in images]
+        return [[{"predicted_iou": float(score)} for score in one["scores"]] for one in found]
+
+    return run
+
+
+# --- where samray's time goes --------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Seconds by name, of calls that do not overlap; a wrapped call within another's is counted for the inner one."""
+
+    def __init__(self, device: str) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._cuda = device.startswith("cuda")
+        self._open: list[list[float]] = []
+
+    @contextlib.contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        start = self._now()
+        self._open.append([0.0])
+        try:
+            yield
+        finally:
+            seconds = self._now() - start
+            (within,) = self._open.pop()
+            self.seconds[name] += seconds - within
+            if self._open:
+                self._open[-1][0] += seconds
+
+    def _now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def wrap(self, owner: Any, method: str, name: str) -> None:
+        """Time every call of a method under a name."""
+        body = getattr(owner, method)
+
+        @functools.wraps(body)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with self.time(name):
+                return body(*args, **kwargs)
+
+        setattr(owner, method, wrapped)
+
+
+def watch_stages(model: Sam, generator: MaskGenerator, device: str) -> Stopwatch:
+    """A stopwatch on the parts of a mask generator. On a GPU it waits for each part, so that the sum is longer."""
+    watch = Stopwatch(device)
+    watch.wrap(model, "preprocess", "resize")
+    watch.wrap(model, "encode_images", "encoder")
+    watch.wrap(model, "prepare_decoder", "decoder")
+    watch.wrap(model.prompt_encoder, "encode_points", "prompts")
+    watch.wrap(model.mask_decoder, "run", "decoder")
+    watch.wrap(model.mask_decoder, "upscale", "upscaling")
+    watch.wrap(generator, "_score", "scoring")
+    watch.wrap(generator, "_process_crop", "box NMS and the rest of a crop")
+    watch.wrap(generator, "_finish", "run lengths")
+    watch.wrap(generator, "_process_image", "records")
+    return watch
+
+
+# --- the worker ----------------------------------------------------------------------------------------------------
+
+
+def status_bytes(field: str) -> int:
+    """A figure of /proc/self/status, such as VmHWM (the most memory resident) or VmRSS (now)."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None, field
+    return int(found[1]) * 1024
+
+
+def forget_peak() -> None:
+    """Let the peaks start from what is in use now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def main(engine: str, job_path: str) -> None:
+    job = json.loads(Path(job_path).read_text())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    images = [np.load(path) for path in job["images"]]
+    watch = None
+    if engine == "samray":
+        run, model, generator = samray_engine(job, device)
+        if job.get("stages"):
+            watch = watch_stages(model, generator, device)
+    else:
+        run = {"segment-anything": segment_anything_engine, "transformers": transformers_engine}[engine](job, device)
+    loaded = status_bytes("VmRSS")
+    print(json.dumps({"loaded_mb": loaded / 1e6}), flush=True)
+    for _ in sys.stdin:
+        forget_peak()
+        if watch is not None:
+            watch.seconds.clear()
+        start = time.perf_counter()
+        with torch.inference_mode():
+            masks = run(images)
+        seconds = time.perf_counter() - start
+        figures: dict[str, Any] = {
+            "seconds": seconds,
+            "peak_mb": status_bytes("VmHWM") / 1e6,
+            "peak_beyond_model_mb": (status_bytes("VmHWM") - loaded) / 1e6,
+            "masks": masks,
+        }
+        if device == "cuda":
+            figures["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 1e6
+        if watch is not None:
+            figures["stage_seconds"] = dict(watch.seconds)
+        print(json.dumps(figures), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
