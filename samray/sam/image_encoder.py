@@ -85,8 +85,9 @@ class Attention(nn.Module):
             bottom = min(h, top + rows)
             q_rows = q[:, :, top * w : bottom * w]
             grid = q_rows.view(b, heads, bottom - top, w, -1)
-            bias_h = torch.einsum("bnhwc,hkc->bnhwk", grid, rel_h[top:bottom])
-            bias_w = torch.einsum("bnhwc,wkc->bnhwk", grid, rel_w)
+            # Laid out as the bias is to be: their sum would otherwise take on a layout that is copied once more.
+            bias_h = torch.einsum("bnhwc,hkc->bnhwk", grid, rel_h[top:bottom]).contiguous()
+            bias_w = torch.einsum("bnhwc,wkc->bnhwk", grid, rel_w).contiguous()
             bias = (bias_h[..., :, None] + bias_w[..., None, :]).reshape(b, heads, -1, h * w)
             out.append(F.scaled_dot_product_attention(q_rows, k, v, attn_mask=bias))
         return self.proj(torch.cat(out, dim=2).transpose(1, 2).reshape(b, h, w, dim))
