@@ -143,16 +143,17 @@ def make_plan(
     """
     output = storage.normalize(output_uri)
     wanted = run_identity(input_uri, identity)
-    # In this order: run.json is written before any shard, so shards seen now mean that it is there a moment later.
-    has_shards = bool(done_shards(output))
     run = _read_run(output)
     if run is None:
-        if has_shards:
+        # In this order: run.json is written before any shard, so shards seen now mean that it is there a moment later.
+        has_shards = bool(done_shards(output))
+        run = _read_run(output)
+        if run is None and has_shards:
             raise ConfigError(
                 f"{storage.redact(output)} holds shards, but no {FOLDER}/{RUN} that says what they are; "
                 "give another OUTPUT, or empty this one"
             )
-        run = _write_plan(input_uri, output, config, wanted)
+        run = run or _write_plan(input_uri, output, config, wanted)
     plan = _plan_of(output, run)
     _refuse_other_run(plan, wanted, joining)
     return plan

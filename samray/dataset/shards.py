@@ -103,8 +103,16 @@ def replace_shard(
 
 def done_shards(output: str) -> set[int]:
     """The shards whose file is there: one LIST. Raises: StorageError."""
-    names = storage.list_names(storage.join(storage.normalize(output), FOLDER))
-    return {number for name in names if (number := shard_number(name)) is not None}
+    return set(shard_versions(output))
+
+
+def shard_versions(output: str) -> dict[int, str | None]:
+    """The shards whose file is there -> what changes when it is replaced (`storage.file_version`): one LIST.
+
+    Raises: StorageError.
+    """
+    versions = storage.list_versions(storage.join(storage.normalize(output), FOLDER))
+    return {number: version for name, version in versions.items() if (number := shard_number(name)) is not None}
 
 
 def read_shard(output: str, shard: int, columns: list[str] | None = None) -> pa.Table:

@@ -19,6 +19,7 @@ from samray.errors import ConfigError
 _BOM: Final = b"\xef\xbb\xbf"
 _TXT_BYTES: Final = 2**24
 """Of lines that are Python's own at any time: as such they take several times their length."""
+_ROWS_AT_ONCE: Final = 2**20
 
 # What `storage.resolve` would leave as it is, or merely put behind the folder: nearly all URIs of nearly all lists.
 _PLAIN_URI: Final = r"^[a-z][a-z0-9+.\-]*://.*[^/]$"
@@ -99,23 +100,24 @@ def rows_of_uris(written: pa.ChunkedArray, folder: str) -> pa.Table:
 
 
 def _resolved(written: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:
-    """`storage.resolve` of each that is not empty, in Python only for those that are not spelled plainly."""
+    """`storage.resolve` of each that is not empty."""
+    parts = [written.slice(start, _ROWS_AT_ONCE) for start in range(0, len(written), _ROWS_AT_ONCE)]
+    return pa.chunked_array([_resolved_chunk(chunk, folder) for part in parts for chunk in part.chunks], pa.string())
+
+
+def _resolved_chunk(texts: pa.StringArray, folder: str) -> pa.StringArray:
+    """In Python only those that are not spelled plainly; without a copy where nothing is to be done."""
     matches = pc.match_substring_regex
+    dotted = matches(texts, _NOT_PLAIN_PATH)
+    plain_uri = pc.and_not(matches(texts, _PLAIN_URI), matches(texts, _LOCAL_URI))
+    as_is = pc.or_(plain_uri, pc.and_not(matches(texts, _PLAIN_PATH), dotted))
+    if pc.all(as_is).as_py():
+        return texts
     prefix = storage.join(storage.normalize(folder), "")
-    chunks = []
-    for chunk in written.chunks:
-        plain_uri = pc.and_(matches(chunk, _PLAIN_URI), pc.invert(matches(chunk, _LOCAL_URI)))
-        dotted = matches(chunk, _NOT_PLAIN_PATH)
-        as_is = pc.or_(plain_uri, pc.and_not(matches(chunk, _PLAIN_PATH), dotted))
-        relative = pc.and_not(matches(chunk, _PLAIN_RELATIVE), dotted)
-        uris = pc.if_else(as_is, chunk, pc.binary_join_element_wise(prefix, chunk, ""))
-        others = pc.invert(pc.or_(as_is, relative))
-        if pc.any(others, min_count=0).as_py():
-            texts = chunk.filter(others).to_pylist()
-            resolved = [storage.resolve(folder, text) if text else "" for text in texts]
-            uris = pc.replace_with_mask(uris, others, pa.array(resolved, pa.string()))
-        chunks.append(uris)
-    return pa.chunked_array(chunks, pa.string())
+    uris = pc.if_else(as_is, texts, pc.binary_join_element_wise(prefix, texts, ""))
+    others = pc.invert(pc.or_(as_is, pc.and_not(matches(texts, _PLAIN_RELATIVE), dotted)))
+    resolved = [storage.resolve(folder, text) if text else "" for text in texts.filter(others).to_pylist()]
+    return pc.replace_with_mask(uris, others, pa.array(resolved, pa.string()))
 
 
 def _is_relative(texts: pa.ChunkedArray) -> Any:

@@ -17,7 +17,7 @@ from samray.dataset.imports import coco, sa1b
 from samray.dataset.imports.source import Source, open_source
 from samray.dataset.manifest import Plan, load_plan, write_plan
 from samray.dataset.schema import ImageRecord, records_to_table
-from samray.dataset.shards import commit_shard, done_shards, mark_success
+from samray.dataset.shards import commit_shard, done_shards, mark_success, shard_versions
 from samray.errors import ConfigError
 from samray.pipeline.fan_out import run_tasks, wants_ray
 from samray.pipeline.history import failures_of_shards
@@ -75,7 +75,7 @@ def import_(
     in_coco = coco.read_images(found) if found.format == "coco" else None
     plan = _plan(found, in_coco, str(output), root, per_shard.images_per_shard)
     convention = plan.run["identity"]["masks"]["bbox_convention"]
-    done = done_shards(plan.output)
+    done = shard_versions(plan.output)
     todo = [shard for shard in range(plan.num_shards) if shard not in done]
     report = ImportReport(
         output=storage.redact(plan.output),

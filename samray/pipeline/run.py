@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +17,9 @@ from samray import storage
 from samray.config import Config, load_config
 from samray.dataset.joining import News, join_images, missing_shards, stale_shards
 from samray.dataset.manifest import Plan, load_plan, make_plan
-from samray.dataset.shards import done_shards, mark_success
+from samray.dataset.shards import done_shards, mark_success, shard_versions
 from samray.pipeline.errors_of_ray import plain_error
-from samray.pipeline.history import failures_of_shards
+from samray.pipeline.history import SAVE_EVERY_S, FailureCounts, failures_of_shards
 from samray.pipeline.progress import ProgressView
 from samray.pipeline.report import LabelReport, ShardSummary
 
@@ -97,9 +99,12 @@ def label_with(
     plan, news = make_plan(str(input), str(output), config, identity, joining=joining), News()
     if joining and not is_new:
         plan, news = join_images(plan, str(input), config, identity, append=append, redo_changed=redo_changed)
-    done = done_shards(plan.output).intersection(range(plan.num_shards))  # another run may be adding to this output
+    # Another run may be adding to this output.
+    versions = {shard: v for shard, v in shard_versions(plan.output).items() if shard < plan.num_shards}
+    done = set(versions)
     on_plan(plan, done, news)
-    failures = failures_of_shards(plan.output, done)
+    history = FailureCounts.load(plan.output)
+    failures = failures_of_shards(plan.output, versions, history)
     retries = stale_shards(plan, done)
     if retry_failed:
         retries |= {shard for shard, reasons in failures.items() if reasons}
@@ -107,13 +112,12 @@ def label_with(
 
     report = LabelReport(plan.output, plan.num_images, plan.num_shards, num_shards_skipped=plan.num_shards - len(todo))
     report.gpu_price_per_hour = config.cluster.gpu_price_per_hour
-    for shard in done - retries:
-        report.add_failures(failures[shard])
+    report.add_failures(sum((Counter(failures[shard]) for shard in done - retries if failures[shard]), Counter()))
     stopped_by = None
     if todo:
         num_done = sum(plan.num_images_of(shard) for shard in done)
         with ProgressView(plan.num_images, num_done, enabled=progress) as view:
-            stopped_by = _run_on_ray(_Run(plan, config, todo, retry_failed, report, view, make_labeler))
+            stopped_by = _run_on_ray(_Run(plan, config, todo, retry_failed, report, history, view, make_labeler))
     report.wall_s = time.monotonic() - started
     return _conclude(plan, config, report, stopped_by)
 
@@ -135,6 +139,7 @@ class _Run:
     """Shard -> whether it is finished, and only some of its images are to be labelled again."""
     retry_failed: bool
     report: LabelReport
+    history: FailureCounts
     view: ProgressView
     make_labeler: MakeLabeler | None
 
@@ -233,6 +238,7 @@ def _drive(dataset: ray.data.Dataset, run: _Run, state: Any, stop: StopRequest) 
                 state.end.remote(row["shard"])
                 if row["summary"] is not None:
                     run.report.add(ShardSummary.from_json(row["summary"]))
+                    run.history.set(row["shard"], row["version"], json.loads(row["failures"]))
                     num_committed += 0 if run.todo[row["shard"]] else run.plan.num_images_of(row["shard"])
             if stop.signum is not None:
                 deadline = deadline or time.monotonic() + run.config.cluster.drain_timeout_s
@@ -252,11 +258,13 @@ def _drive(dataset: ray.data.Dataset, run: _Run, state: Any, stop: StopRequest) 
                 run.view.update(note="labelling")
             else:
                 run.view.update(note="loading the model")
+            run.history.save(SAVE_EVERY_S)
             show(num_committed + sum(n for shard, n in under_way.items() if not run.todo.get(shard)))
         halt.set()
         stream.join(timeout=GIVE_UP_S)  # it must not find Ray gone: it would start another
     finally:
         halt.set()
+        run.history.save()
 
 
 def _stream(dataset: ray.data.Dataset, rows: queue.SimpleQueue[Any], halt: threading.Event) -> None:

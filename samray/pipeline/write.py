@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from dataclasses import replace
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from samray import storage
 from samray.dataset.schema import samray_metadata
-from samray.dataset.shards import commit_shard, read_shard, replace_shard
+from samray.dataset.shards import commit_shard, read_shard, replace_shard, shard_uri
 from samray.pipeline.attempts import ShardAttempts
 from samray.pipeline.metrics import record, record_stages
 from samray.pipeline.report import ShardSummary, reason_of
@@ -19,18 +21,25 @@ from samray.pipeline.report import ShardSummary, reason_of
 if TYPE_CHECKING:
     from samray.dataset.manifest import Plan
 
-WRITTEN = pa.schema([("shard", pa.int64()), ("summary", pa.string())])
+WRITTEN = pa.schema(
+    [
+        ("shard", pa.int64()),
+        ("summary", pa.string()),  # of the images just labelled
+        ("failures", pa.string()),  # of the shard as it now lies: JSON, reason -> number of images
+        ("version", pa.string()),  # of the file of which failures says so; null where another try's file was there
+    ]
+)
 
 
 def write_shard(batch: pa.Table, *, plan: Plan, compression_level: int, run_id: str) -> pa.Table:
-    """One row of LABELLED in; commits the shard; one of WRITTEN out, its summary null where the shard was left alone.
+    """One row of LABELLED in; commits the shard; one of WRITTEN out, all null where the shard was left alone.
 
     A shard that is already there was committed by another try at the same images: that is success.
     """
     (labelled,) = batch.to_pylist()
     shard: int = labelled["shard"]
     if labelled["attempt"] == 0:
-        return pa.table({"shard": [shard], "summary": pa.array([None], pa.string())}, schema=WRITTEN)
+        return pa.Table.from_pylist([{"shard": shard}], schema=WRITTEN)
     started = time.monotonic()
     summary = ShardSummary.from_json(labelled["summary"])
     table = pa.ipc.open_stream(labelled["rows"]).read_all()
@@ -40,15 +49,27 @@ def write_shard(batch: pa.Table, *, plan: Plan, compression_level: int, run_id: 
         stats = merged_stats(samray_metadata(old.schema).get("stats", {}), summary, table)
         num_bytes = replace_shard(plan.output, shard, table, stats, compression_level=compression_level)
     else:
+        stats = summary.to_dict()
         assert table.num_rows == plan.num_images_of(shard), (shard, table.num_rows)  # rows out = images in
-        num_bytes = commit_shard(plan.output, shard, table, summary.to_dict(), compression_level=compression_level)
+        num_bytes = commit_shard(plan.output, shard, table, stats, compression_level=compression_level)
+    version = _version_of(plan.output, shard, num_bytes)
     ShardAttempts(plan.output, shard, run_id, number=labelled["attempt"]).clear()
     write_s = time.monotonic() - started
     record("samray_shards", num_bytes > 0)
     record("samray_written_bytes", num_bytes)
     record_stages({"write": write_s})
     seconds = {**summary.stage_seconds, "write": write_s}
-    return pa.table({"shard": [shard], "summary": [replace(summary, stage_seconds=seconds).to_json()]}, schema=WRITTEN)
+    row = {"shard": shard, "summary": replace(summary, stage_seconds=seconds).to_json()}
+    row |= {"failures": json.dumps(stats["failures"]), "version": version}
+    return pa.Table.from_pylist([row], schema=WRITTEN)
+
+
+def _version_of(output: str, shard: int, num_bytes: int) -> str | None:
+    """The version of the file of num_bytes just written; None where it is another's, or was replaced since."""
+    if num_bytes == 0:
+        return None
+    version = storage.file_version(shard_uri(output, shard))
+    return version if version is not None and version.split()[0] == str(num_bytes) else None
 
 
 def put_rows(old: pa.Table, places: list[int], new: pa.Table) -> pa.Table:

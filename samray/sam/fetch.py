@@ -59,7 +59,8 @@ def fetch_remote(uri: str) -> Path:
 
     Raises NotFoundError when there is no such object, and StorageError when it cannot be had.
     """
-    key = hashlib.sha256(f"{uri}\n{storage.file_version(uri)}".encode()).hexdigest()[:16]
+    version = storage.file_version(uri) or storage.file_size(uri)
+    key = hashlib.sha256(f"{uri}\n{version}".encode()).hexdigest()[:16]
     path = published_path(f"{key}-{uri.partition('?')[0].rpartition('/')[2]}")
     _fetch(uri, path)
     return path

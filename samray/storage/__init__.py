@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from samray.storage.faults import MAX_ATTEMPTS
 from samray.storage.filesystems import reset
-from samray.storage.listing import FileEntry, clock, list_files, list_names, list_times
+from samray.storage.listing import FileEntry, clock, list_files, list_names, list_times, list_versions
 from samray.storage.reading import exists, file_size, file_version, is_dir_like, open_read, read_bytes
 from samray.storage.uris import glob_base, has_glob, is_local, join, normalize, parent, redact, resolve, scheme_of
 from samray.storage.writing import delete, put, put_chunks, put_new
@@ -34,6 +34,7 @@ __all__ = [
     "list_files",
     "list_names",
     "list_times",
+    "list_versions",
     "normalize",
     "open_read",
     "parent",

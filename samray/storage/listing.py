@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from samray.errors import ConfigError, NotFoundError
 from samray.storage.filesystems import filesystem, retry
-from samray.storage.reading import etag_of, exists, info_of, is_dir_like
+from samray.storage.reading import etag_of, exists, info_of, is_dir_like, version_of
 from samray.storage.uris import glob_base, has_glob, is_local, normalize, redact, scheme_of
 
 
@@ -125,6 +125,14 @@ def list_times(folder: str) -> dict[str, float | None]:
     return {name: _written_at(info) for name, info in _list_folder(folder).items()}
 
 
+def list_versions(folder: str) -> dict[str, str | None]:
+    """The files directly in a folder: name to what changes when the file is replaced, as `file_version` has it.
+
+    Empty where the folder does not exist. Raises: FileError, StorageError.
+    """
+    return {name: version_of(info) for name, info in _list_folder(folder).items()}
+
+
 def _list_folder(folder: str) -> dict[str, dict[str, Any]]:
     """Name -> what the filesystem says of each file directly in a folder."""
     folder = normalize(folder)
@@ -137,7 +145,8 @@ def _list_folder(folder: str) -> dict[str, dict[str, Any]]:
                     with contextlib.suppress(FileNotFoundError):  # removed while we looked, as temporary files are
                         if entry.is_file():
                             status = entry.stat()
-                            found[entry.name] = {"size": status.st_size, "mtime": status.st_mtime}
+                            times = {"mtime": status.st_mtime, "mtime_ns": status.st_mtime_ns}
+                            found[entry.name] = {"size": status.st_size, **times}
             return found
 
         call: Callable[[], dict[str, dict[str, Any]]] = scan

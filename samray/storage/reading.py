@@ -111,16 +111,24 @@ def file_size(uri: str) -> int | None:
     return None if size is None else int(size)
 
 
-_VERSION_MARKS: Final = ("ETag", "etag", "generation", "md5", "content_md5", "LastModified", "last_modified", "mtime")
+_VERSION_MARKS: Final = (
+    *("ETag", "etag", "generation", "md5", "content_md5", "LastModified", "last_modified", "mtime_ns", "mtime"),
+)
 
 
-def file_version(uri: str) -> str:
+def file_version(uri: str) -> str | None:
     """What changes when the file is replaced: its size with the entity tag, generation or time the storage keeps.
 
+    None where it keeps none. `list_versions` says the same of all files of a folder.
     Raises: NotFoundError, FileError, StorageError.
     """
-    info = info_of(uri)
-    return " ".join([str(info.get("size")), *(str(info[mark]) for mark in _VERSION_MARKS if info.get(mark))])
+    return version_of(info_of(uri))
+
+
+def version_of(info: Mapping[str, Any]) -> str | None:
+    """Of what a filesystem says of a file; the same whether it was listed or looked up by itself."""
+    etag = etag_of(info)
+    return None if etag is None else f"{info.get('size')} {etag}"
 
 
 def etag_of(info: Mapping[str, Any]) -> str | None:
@@ -135,7 +143,7 @@ def info_of(uri: str) -> dict[str, Any]:
         return {
             "type": "directory" if os.path.isdir(uri) else "file",
             "size": status.st_size,
-            "mtime": status.st_mtime_ns,
+            "mtime_ns": status.st_mtime_ns,
         }
     return retry("look up", uri, lambda: _info_once(uri))
 

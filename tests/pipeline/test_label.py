@@ -14,8 +14,9 @@ import standin
 from outputs import attempts_left, check_every_image_once, rows_of
 
 from samray import storage
-from samray.dataset.shards import done_shards, shard_uri
+from samray.dataset.shards import SUCCESS, done_shards, shard_uri
 from samray.errors import ConfigError, SamrayError
+from samray.pipeline import history
 from samray.pipeline import run as run_module
 from samray.pipeline.actor import MAX_QUARANTINED
 from samray.pipeline.attempts import STRIKES_OF_ANY_RUN, ShardAttempts
@@ -141,6 +142,21 @@ def test_a_failed_image_is_a_row_and_retry_failed_redoes_that_row_only(storage_r
     assert {name: row for name, row in after.items() if name != broken} == {
         name: row for name, row in before.items() if name != broken
     }
+    assert label(source, output, retry_failed=True).num_shards_skipped == 2
+
+
+def test_a_resume_opens_no_shard_to_count_failures(
+    storage_root: str, label: Label, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = _images()
+    broken = NAMES[1]
+    source, output = _put_folder(storage_root, {**images, broken: images[broken][:100]}), f"{storage_root}/out"
+    label(source, output)
+    monkeypatch.setattr(history, "read_metadata", lambda output, shard: pytest.fail(f"opened shard {shard}"))
+    assert label(source, output).failures == {"truncated": 1}
+    storage.put(storage.join(source, broken), images[broken])
+    assert label(source, output, retry_failed=True).failures == {}
+    storage.delete(storage.join(output, SUCCESS))
     assert label(source, output, retry_failed=True).num_shards_skipped == 2
 
 

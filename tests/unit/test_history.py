@@ -1,0 +1,108 @@
+"""Counts of failed images: kept for the files they were read from, read again for all others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from labelled import make_output
+
+from samray import storage
+from samray.dataset.manifest import Plan
+from samray.dataset.schema import with_stats
+from samray.dataset.shards import read_shard, replace_shard, shard_versions, unmark_success
+from samray.pipeline import history
+from samray.pipeline.history import FailureCounts, failures_of_shards
+
+EXPECTED = {0: {"not_an_image": 1}, 1: {}, 2: {}}
+
+
+@pytest.fixture
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The shards whose own metadata were read."""
+    shards: list[int] = []
+    read_metadata = history.read_metadata
+
+    def watched(output: str, shard: int) -> dict[str, object]:
+        shards.append(shard)
+        return read_metadata(output, shard)
+
+    monkeypatch.setattr(history, "read_metadata", watched)
+    return shards
+
+
+def failures(plan: Plan) -> dict[int, dict[str, int]]:
+    return failures_of_shards(plan.output, shard_versions(plan.output))
+
+
+def replaced(plan: Plan, shard: int, counts: dict[str, int]) -> None:
+    """The shard as --retry-failed would leave it."""
+    table = read_shard(plan.output, shard)
+    replace_shard(plan.output, shard, with_stats(table, {"failures": counts, "device_seconds": 1.25}))
+
+
+def test_a_shard_is_read_once_until_it_is_replaced(storage_root: str, looked_at: list[int]) -> None:
+    plan = make_output(storage_root)
+    unmark_success(plan.output)
+    assert failures(plan) == EXPECTED
+    assert sorted(looked_at) == [0, 1, 2]
+    assert failures(plan) == EXPECTED
+    assert len(looked_at) == 3
+
+    replaced(plan, 1, {"truncated": 2})
+    assert failures(plan) == {**EXPECTED, 1: {"truncated": 2}}
+    assert looked_at[3:] == [1]
+    replaced(plan, 0, {})
+    assert failures(plan) == {0: {}, 1: {"truncated": 2}, 2: {}}
+    assert looked_at[4:] == [0]
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 but no more", None])
+def test_counts_that_are_lost_or_damaged_are_read_again(
+    tmp_path: Path, looked_at: list[int], content: bytes | None
+) -> None:
+    plan = make_output(str(tmp_path))
+    unmark_success(plan.output)
+    assert failures(plan) == EXPECTED
+    uri = FailureCounts(plan.output).uri
+    storage.delete(uri)
+    if content is not None:
+        storage.put(uri, content)
+    assert failures(plan) == EXPECTED
+    assert sorted(looked_at) == [0, 0, 1, 1, 2, 2]
+    assert failures(plan) == EXPECTED
+    assert len(looked_at) == 6
+
+
+def test_of_two_drivers_the_one_that_saves_last_may_forget_but_never_mistake(
+    tmp_path: Path, looked_at: list[int]
+) -> None:
+    plan = make_output(str(tmp_path))
+    unmark_success(plan.output)
+    ours, theirs = FailureCounts.load(plan.output), FailureCounts.load(plan.output)
+    old = shard_versions(plan.output)
+    ours.set(0, old[0], EXPECTED[0])
+    ours.save()
+    replaced(plan, 1, {"truncated": 2})
+    theirs.set(1, old[1], {})  # of a file that is no longer there
+    theirs.save()
+    assert failures(plan) == {**EXPECTED, 1: {"truncated": 2}}
+    assert sorted(looked_at) == [0, 1, 2]
+
+
+def test_storage_without_versions_keeps_nothing(tmp_path: Path) -> None:
+    counts = FailureCounts(str(tmp_path))
+    counts.set(0, None, {"truncated": 1})
+    assert counts.get(0, None) is None
+
+
+def test_counts_are_saved_now_and_then_and_a_failure_to_do_so_ends_no_run(tmp_path: Path) -> None:
+    counts = FailureCounts(str(tmp_path))
+    counts.set(0, "9 a", {})
+    counts.save(every_s=1000.0)
+    assert not storage.exists(counts.uri)
+    (tmp_path / "_samray").write_text("a file in the way")
+    counts.save()
+    (tmp_path / "_samray").unlink()
+    counts.save()
+    assert FailureCounts.load(str(tmp_path)).get(0, "9 a") == {}
