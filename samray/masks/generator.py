@@ -8,10 +8,13 @@ logits. With the same weights the result is that of `segment_anything.SamAutomat
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby, pairwise, zip_longest
 from typing import Any
 
 import numpy as np
@@ -78,6 +81,9 @@ class MaskGenerator:
         else:
             self._grids = [np.asarray(grid, dtype=np.float64).reshape(-1, 2) for grid in config.point_grids]
         self.stage_seconds = dict.fromkeys(STAGES, 0.0)
+        self.overlaps = model.device.type != "cpu"
+        self._booking = threading.Lock()
+        self._queued: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @torch.inference_mode()
     def generate(self, images: list[Image]) -> list[list[dict[str, Any]]]:
@@ -88,16 +94,21 @@ class MaskGenerator:
         predicted_iou, stability_score, point_coords [[x, y]], crop_box [x, y, w, h]. An image without masks gives an
         empty list. Raises ValueError for what is no such image.
         """
-        results: list[list[dict[str, Any]]] = []
+        views = [view for i, image in enumerate(images) for view in self._views(i, image)]
+        results: list[Future[list[dict[str, Any]]]] = []
         found: list[Candidates] = []
-        for batch in self._batches([view for i, image in enumerate(images) for view in self._views(i, image)]):
-            embeddings = self._encode([_cut(images[view.image_index], view.crop) for view in batch])
-            for view, embedding in zip(batch, torch.split(embeddings, 1), strict=True):
-                found.append(self._process_crop(embedding, view))
-                if view.is_last:  # an image is finished before the next is begun
-                    results.append(self._process_image(Candidates.cat(found), view.image_hw))
-                    found = []
-        return results
+        with self._beside() as beside:
+            for batch, pixels in self._preprocessed(images, views, beside):
+                with self._stage("encode", queued=True):
+                    embeddings = self.model.encode_images(pixels)
+                for view, candidates in zip(batch, self._process_crops(embeddings, batch), strict=True):
+                    found.append(candidates)
+                    if view.is_last:
+                        results.append(beside.submit(self._process_image, Candidates.cat(found), view.image_hw))
+                        found = []
+            finished = [result.result() for result in results]
+        self._ask_for_times()
+        return finished
 
     # --- crops and their embeddings -----------------------------------------------------------------------------------
 
@@ -111,64 +122,115 @@ class MaskGenerator:
         crops = self._crops(image_hw)
         return [_View(image_index, image_hw, j, crop, j == len(crops) - 1) for j, crop in enumerate(crops)]
 
-    def _batches(self, views: list[_View]) -> Iterator[list[_View]]:
+    def _preprocessed(
+        self, images: list[Image], views: list[_View], beside: Executor
+    ) -> Iterator[tuple[list[_View], Tensor]]:
+        """Views in batches for the encoder, and their pixels; those of the next batch are made ready meanwhile."""
         pixels = _CPU_ENCODE_PIXELS if self.model.device.type == "cpu" else _GPU_ENCODE_PIXELS
         size = min(max(pixels // self.model.image_size**2, 1), _MAX_ENCODE_BATCH)
-        yield from (views[start : start + size] for start in range(0, len(views), size))
+        batches = [views[start : start + size] for start in range(0, len(views), size)]
 
-    def _encode(self, images: list[Image]) -> Tensor:
-        with self._stage("preprocess"):
-            pixels, _ = self.model.preprocess(images)
-        with self._stage("encode"):
-            return self.model.encode_images(pixels)
+        def resize(batch: list[_View]) -> list[Image]:
+            with self._stage("preprocess"):
+                return [self.model.resize(_cut(images[view.image_index], view.crop)) for view in batch]
 
-    # --- one crop: prompts, filters, no duplicates --------------------------------------------------------------------
+        coming = [beside.submit(resize, batch) for batch in batches[:1]]
+        for batch, following in zip_longest(batches, batches[1:]):
+            resized = coming.pop().result()
+            coming += [beside.submit(resize, following)] if following else []
+            with self._stage("preprocess", queued=True):
+                ready = self.model.normalize(resized)
+            yield batch, ready
 
-    def _process_crop(self, embedding: Tensor, view: _View) -> Candidates:
-        """The crop's grid of prompts in batches, the filters, and box NMS that prefers the higher predicted IoU."""
-        with self._stage("decode"):
-            context = self.model.prepare_decoder(embedding)
-        points = self._grids[view.crop.layer] * view.crop.hw[::-1]
-        batch_size = self.config.points_per_batch or self._points_per_batch()
-        found = []
-        for start in range(0, max(len(points), 1), batch_size):
-            batch = points[start : start + batch_size]
-            with self._stage("decode"):
-                decoded = self._decode(context, batch, view.crop)
-            with self._stage("score"):
-                found.append(self._score(decoded, batch, view))
-        with self._stage("nms"):
-            boxes = np.concatenate([part.boxes_xyxy for part in found])
-            scores = np.concatenate([part.predicted_iou for part in found])
-            return Candidates.pick(found, box_nms(boxes, scores, self.config.box_nms_thresh))
+    # --- crops: prompts, filters, no duplicates -----------------------------------------------------------------------
 
-    def _decode(self, context: ImageTokens, points: Float64, crop: Crop) -> Decoded:
-        """Masks of single foreground clicks at points (N, 2), crop frame, with predicted IoU above the threshold.
+    def _process_crops(self, embeddings: Tensor, views: list[_View]) -> Iterator[Candidates]:
+        """Each crop's grid of prompts in batches, the filters, and box NMS that prefers the higher predicted IoU.
 
-        The others are never upscaled. A threshold of 0 lets all through, as in the reference.
+        Crops of few points, whosever image they are of, go through the decoder together: 64 prompts fill no GPU.
         """
-        to_input = np.array(self._input_hw(crop)[::-1]) / crop.hw[::-1]
-        clicks = torch.from_numpy(points * to_input).float().to(self.model.device)[:, None]
+        batch_size = self.config.points_per_batch or self._points_per_batch()
+        for rows in self._packs(views, batch_size):
+            pack = views[rows]
+            points = [self._grids[view.crop.layer] * view.crop.hw[::-1] for view in pack]
+            with self._stage("decode", queued=True):
+                context = self.model.prepare_decoder(embeddings[rows])
+            found: list[list[Candidates]] = [[] for _ in pack]
+            for start in range(0, max(len(points[0]), 1), batch_size):
+                batch = [of_view[start : start + batch_size] for of_view in points]
+                with self._stage("decode", queued=True):
+                    decoded = self._decode(context, batch, pack)
+                with self._stage("score", queued=True):
+                    for parts, part in zip(found, self._score(decoded, batch, pack), strict=True):
+                        parts.append(part)
+            for parts in found:
+                with self._stage("nms"):
+                    boxes = np.concatenate([part.boxes_xyxy for part in parts])
+                    scores = np.concatenate([part.predicted_iou for part in parts])
+                    kept = Candidates.pick(parts, box_nms(boxes, scores, self.config.box_nms_thresh))
+                yield kept
+
+    def _packs(self, views: list[_View], batch_size: int) -> Iterator[slice]:
+        """Views in a row with as many points each, together at most batch_size; or one view with more."""
+        first = 0
+        for layer, same in groupby(views, key=lambda view: view.crop.layer):
+            last = first + len(list(same))
+            step = max(batch_size // max(len(self._grids[layer]), 1), 1)
+            yield from (slice(start, min(start + step, last)) for start in range(first, last, step))
+            first = last
+
+    def _decode(self, context: ImageTokens, points: list[Float64], views: list[_View]) -> Decoded:
+        """Masks of single foreground clicks with predicted IoU above the threshold.
+
+        points: of each view (N, 2), crop frame. The others are never upscaled. A threshold of 0 lets all through, as in
+        the reference.
+        """
+        sizes = [(np.array(self._input_hw(view.crop)[::-1]), np.array(view.crop.hw[::-1])) for view in views]
+        in_input = np.concatenate([xy * (to / of) for xy, (to, of) in zip(points, sizes, strict=True)])
+        clicks = torch.from_numpy(in_input).float().to(self.model.device)[:, None]
         labels = torch.ones(clicks.shape[:2], dtype=torch.int64, device=clicks.device)
         return self.model.decode_points(context, clicks, labels, min_iou=self.config.pred_iou_thresh or None)
 
-    def _score(self, decoded: Decoded, points: Float64, view: _View) -> Candidates:
-        """The masks that are stable, of the wanted size and not cut off by the crop's edge."""
-        config, crop = self.config, view.crop
-        measured = [self._measure(few, crop) for few in decoded.logits.split(self._masks_at_once(crop)) if len(few)]
+    def _score(self, decoded: Decoded, points: list[Float64], views: list[_View]) -> Iterator[Candidates]:
+        """Of each view the masks that are stable, of the wanted size and not cut off by the crop's edge."""
+        prompt_index = decoded.prompt_index.cpu().numpy()
+        ends = np.cumsum([len(of_view) for of_view in points])
+        bounds = [0, *np.searchsorted(prompt_index, ends).tolist()]  # masks come prompt by prompt, view by view
+        of_views = [slice(first, last) for first, last in pairwise(bounds)]
+        measured = [
+            self._measure(few, view.crop)
+            for view, rows in zip(views, of_views, strict=True)
+            for few in decoded.logits[rows].split(self._masks_at_once(view.crop))
+            if len(few)
+        ]
         numbers = torch.cat(measured).cpu().numpy() if measured else np.zeros((0, 6))
+        predicted_iou = decoded.iou.cpu().numpy()
+        for view, rows, xy, end in zip(views, of_views, points, ends, strict=True):
+            own_points = xy[prompt_index[rows] - (end - len(xy))]
+            yield self._filter(decoded.logits[rows], predicted_iou[rows], numbers[rows], own_points, view)
+
+    def _filter(
+        self,
+        logits: Tensor,
+        predicted_iou: npt.NDArray[np.float32],
+        numbers: npt.NDArray[np.float64],
+        points: Float64,
+        view: _View,
+    ) -> Candidates:
+        """numbers: (M, 6) as `_measure` gives them. points: (M, 2) of each mask, crop frame."""
+        config, crop = self.config, view.crop
         stability, area = numbers[:, 0].astype(np.float32), numbers[:, 1]
         boxes = numbers[:, 2:].astype(np.int64) + np.array([crop.x0, crop.y0, crop.x0, crop.y0])
         keep = stability >= np.float32(config.stability_score_thresh)
         keep &= wanted_areas(area, view.image_hw, config)
         keep &= ~touches_crop_edge(boxes, crop, view.image_hw)
         candidates = Candidates(
-            logits=decoded.logits,
+            logits=logits,
             crop_index=np.full(len(boxes), view.crop_index),
             boxes_xyxy=boxes,
-            predicted_iou=decoded.iou.cpu().numpy(),
+            predicted_iou=predicted_iou,
             stability_score=stability,
-            points_xy=(points + np.array([crop.x0, crop.y0]))[decoded.prompt_index.cpu().numpy()],
+            points_xy=points + np.array([crop.x0, crop.y0]),
         )
         return candidates[keep]
 
@@ -187,6 +249,7 @@ class MaskGenerator:
 
     # --- one image: no duplicates across crops, then pixels for the kept ----------------------------------------------
 
+    @torch.inference_mode()  # as `generate` is; the mode does not reach other threads
     def _process_image(self, candidates: Candidates, image_hw: tuple[int, int]) -> list[dict[str, Any]]:
         """Records of the masks that stay when those of all crops come together."""
         config, crops = self.config, self._crops(image_hw)
@@ -266,15 +329,46 @@ class MaskGenerator:
         free, _ = torch.cuda.mem_get_info(device)
         return min(max(free // 4 // bytes_each, 1), 256)
 
+    def _beside(self) -> Executor:
+        """Where the host's part is done: on a CPU in turn, beside a GPU in threads, while the GPU goes on."""
+        return ThreadPoolExecutor(2) if self.overlaps else _InTurn()
+
     @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
+    def _stage(self, name: str, *, queued: bool = False) -> Iterator[None]:
+        """Book the time on a stage. queued: of work for a GPU, which is asked for the times when all is done."""
+        if queued and self.model.device.type == "cuda":
+            marks = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            marks[0].record()
+            try:
+                yield
+            finally:
+                marks[1].record()
+                self._queued.append((name, *marks))
+            return
         start = time.perf_counter()
         try:
             yield
         finally:
-            if self.model.device.type == "cuda":
-                torch.cuda.synchronize(self.model.device)  # else the wait would be booked on a later stage
-            self.stage_seconds[name] += time.perf_counter() - start
+            self._book(name, time.perf_counter() - start)
+
+    def _book(self, name: str, seconds: float) -> None:
+        with self._booking:
+            self.stage_seconds[name] += seconds
+
+    def _ask_for_times(self) -> None:
+        while self._queued:
+            name, start, end = self._queued.pop()
+            end.synchronize()
+            self._book(name, start.elapsed_time(end) / 1000)
+
+
+class _InTurn(Executor):
+    """Does what is submitted at once, in the same thread."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
 
 
 def _hw(image: Image) -> tuple[int, int]:

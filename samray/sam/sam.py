@@ -96,14 +96,18 @@ class Sam(nn.Module):
         images: (H, W, 3) uint8 RGB each. Returns pixels (B, 3, S, S) on the model's device, normalised, zero where
         padded, and every image's (h, w) within the square.
         """
-        size = self.image_size
         resized = [self.resize(image) for image in images]
-        pixels = torch.zeros(len(images), 3, size, size, device=self.device, dtype=self.dtype)
+        return self.normalize(resized), [(image.shape[0], image.shape[1]) for image in resized]
+
+    def normalize(self, resized: list[NDArray[np.uint8]]) -> Tensor:
+        """The second half of `preprocess`: resized images (h, w, 3) to pixels (B, 3, S, S)."""
+        size = self.image_size
+        pixels = torch.zeros(len(resized), 3, size, size, device=self.device, dtype=self.dtype)
         for i, image in enumerate(resized):
             h, w = image.shape[:2]
             raw = torch.from_numpy(np.ascontiguousarray(image)).to(self.device).permute(2, 0, 1).float()
             pixels[i, :, :h, :w] = ((raw - self.pixel_mean.float()) / self.pixel_std.float()).to(self.dtype)
-        return pixels, [(image.shape[0], image.shape[1]) for image in resized]
+        return pixels
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """pixels: (B, 3, S, S) as `preprocess` gives them. Returns the embeddings (B, C, h, w).
@@ -136,21 +140,27 @@ class Sam(nn.Module):
         multimask: bool = True,
         min_iou: float | None = None,
     ) -> Decoded:
-        """Masks for N point prompts on one image; only those with predicted IoU > min_iou are upscaled at all.
+        """Masks for N point prompts on B images; only those with predicted IoU > min_iou are upscaled at all.
 
-        context: one image (`prepare_decoder(embeddings)[i]`). points: (N, P, 2) float xy, input frame. labels: (N, P).
-        Kept masks come prompt by prompt. min_iou None keeps all N * M of them; M is 3, or 1 without `multimask`.
+        context: the images (`prepare_decoder(embeddings)`, or `[i]` of it for one). points: (N, P, 2) float xy, input
+        frame, N / B of each image, image by image. labels: (N, P). Kept masks come prompt by prompt. min_iou None keeps
+        all N * M of them; M is 3, or 1 without `multimask`.
         """
-        assert len(context) == 1, "decode_points takes one image's context"
-        masks = slice(1, None) if multimask else slice(0, 1)
-        chunk = self._chunk(context, _CPU_CHUNK_BYTES)
-        parts = []
-        for start in range(0, len(points), chunk):
-            rows = slice(start, start + chunk)
-            sparse = self.prompt_encoder.encode_points(points[None, rows], labels[None, rows])
-            parts.append(self._decode_chunk(context, self.mask_decoder.run(context, sparse), masks, min_iou, start))
-        if not parts:
+        num, chunk = len(points), self._chunk(context, _CPU_CHUNK_BYTES)
+        each = num // len(context)
+        assert each * len(context) == num, "as many prompts on each image"
+        if num == 0:
             return self._nothing_decoded(3 if multimask else 1)
+        work = [(context, 0, num)]
+        if num > chunk:
+            starts = [(i, start) for i in range(len(context)) for start in range(i * each, (i + 1) * each, chunk)]
+            work = [(context[i], start, min(start + chunk, (i + 1) * each)) for i, start in starts]
+        masks = slice(1, None) if multimask else slice(0, 1)
+        parts = []
+        for images, start, stop in work:
+            xy, kinds = (x[start:stop].unflatten(0, (len(images), -1)) for x in (points, labels))
+            state = self.mask_decoder.run(images, self.prompt_encoder.encode_points(xy, kinds))
+            parts.append(self._decode_chunk(images, state, masks, min_iou, start))
         if len(parts) == 1:
             return parts[0]
         fields = ("logits", "iou", "prompt_index", "mask_index", "all_iou")
@@ -172,12 +182,11 @@ class Sam(nn.Module):
         # A prompt with any survivor is upscaled once; of its masks only the survivors leave.
         alive = keep.any(dim=1).nonzero()[:, 0]
         hyper = decoder.hyper(state.mask_tokens[alive], masks)
-        logits = [
-            decoder.upscale(state.keys[few], weights, context.fine)[keep[few]].float()
-            for few, weights in zip(
-                *(x.split(self._chunk(context, _CPU_UPSCALE_BYTES)) for x in (alive, hyper)), strict=True
-            )
-        ]
+        size, each, fine = self._chunk(context, _CPU_UPSCALE_BYTES), len(all_iou) // len(context), context.fine
+        logits = []
+        for few, weights in zip(alive.split(size), hyper.split(size), strict=True):
+            own = fine if fine is None or len(fine) == 1 else fine[few // each]
+            logits.append(decoder.upscale(state.keys[few], weights, own)[keep[few]].float())
         return Decoded(torch.cat(logits), all_iou[prompt, mask], prompt + first_prompt, mask, all_iou)
 
     def _chunk(self, context: ImageTokens, cpu_bytes: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from samray.config import MaskConfig
 from samray.masks import MaskGenerator, generator
 from samray.masks.candidates import Candidates
-from samray.sam.sam import Decoded, Sam, input_size
+from samray.sam.sam import Decoded, Sam
 
 SIZE, LOW = 64, 16
 RADII = (2.0, 4.0, 9.0)
@@ -27,17 +27,17 @@ class DiscSam:
     image_size, dtype, device = SIZE, torch.float32, torch.device("cpu")
     postprocess = Sam.postprocess
 
-    def preprocess(self, images: list[NDArray[np.uint8]]) -> tuple[Tensor, list[tuple[int, int]]]:
-        brightness = torch.tensor([image.mean() / 255 for image in images], dtype=torch.float32)
-        return brightness[:, None, None, None].expand(-1, 3, SIZE, SIZE), [
-            input_size(*i.shape[:2], SIZE) for i in images
-        ]
+    def resize(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return image
+
+    def normalize(self, resized: list[NDArray[np.uint8]]) -> Tensor:
+        brightness = torch.tensor([image.mean() / 255 for image in resized], dtype=torch.float32)
+        return brightness[:, None, None, None].expand(-1, 3, SIZE, SIZE)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         return pixels[:, :, ::16, ::16]
 
     def prepare_decoder(self, embeddings: Tensor) -> Tensor:
-        assert len(embeddings) == 1
         return embeddings
 
     def decode_points(self, context: Tensor, points: Tensor, labels: Tensor, *, min_iou: float | None) -> Decoded:
@@ -46,16 +46,19 @@ class DiscSam:
         clicks = points[:, 0] * LOW / SIZE
         y, x = torch.meshgrid(torch.arange(LOW) + 0.5, torch.arange(LOW) + 0.5, indexing="ij")
         distance = ((x - clicks[:, :1, None]) ** 2 + (y - clicks[:, 1:, None]) ** 2).sqrt()
-        radii = torch.tensor(RADII) * (1 + context.mean())
-        logits = 200 * (radii[:, None, None] - distance[:, None])
+        each = len(points) // len(context)
+        radii = torch.tensor(RADII) * (1 + context.mean(dim=(1, 2, 3))).repeat_interleave(each)[:, None]
+        logits = 200 * (radii[:, :, None, None] - distance[:, None])
         iou = torch.tensor([0.99, 0.95, 0.9]) - clicks.sum(dim=1, keepdim=True) / 1e4
         keep = iou > (-1 if min_iou is None else min_iou)
         prompt, mask = keep.nonzero(as_tuple=True)
         return Decoded(logits[keep], iou[keep], prompt, mask, iou)
 
 
-def run(images: list[NDArray[np.uint8]], **settings: Any) -> list[list[dict[str, Any]]]:
-    return MaskGenerator(DiscSam(), MaskConfig(**({"points_per_side": 4} | settings))).generate(images)  # type: ignore[arg-type]
+def run(images: list[NDArray[np.uint8]], overlaps: bool = False, **settings: Any) -> list[list[dict[str, Any]]]:
+    masks = MaskGenerator(DiscSam(), MaskConfig(**({"points_per_side": 4} | settings)))  # type: ignore[arg-type]
+    masks.overlaps = overlaps
+    return masks.generate(images)
 
 
 def grey(height: int, width: int, value: int = 0) -> NDArray[np.uint8]:
@@ -108,6 +111,7 @@ def test_nothing_depends_on_how_work_is_cut(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(generator, "_CPU_PIXEL_BYTES", masks_at_once * 4 * 90 * 120)
         monkeypatch.setattr(generator, "_MAX_ENCODE_BATCH", encode_batch)
         assert run(images, points_per_batch=points_per_batch, **settings) == expected
+    assert run(images, overlaps=True, **settings) == expected  # as beside a GPU
 
 
 def test_large_images_are_measured_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:

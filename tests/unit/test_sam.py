@@ -131,6 +131,30 @@ def test_the_chunk_of_prompts_changes_nothing(
     torch.testing.assert_close(chunked.all_iou, whole.all_iou)
 
 
+@pytest.mark.parametrize("name", ["tiny", "vit_b"])
+@pytest.mark.parametrize("chunk", [1, 1000])
+def test_images_together_are_images_one_by_one(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of the model with fine features, of which every image has its own."""
+    torch.manual_seed(3)
+    spec = replace(MODELS[name], image_size=128)
+    model = Sam(spec).eval().requires_grad_(False)
+    for weight in (weight for key, weight in model.named_parameters() if "conv_s" in key):
+        weight.normal_()  # it begins at zero
+    monkeypatch.setattr(Sam, "_chunk", lambda self, context, cpu_bytes: chunk)
+    context = model.prepare_decoder(model.encode_images(torch.randn(3, 3, 128, 128)))
+    points, labels = clicks(12)
+    min_iou = float(model.decode_points(context, points, labels).iou.median())
+    together = model.decode_points(context, points, labels, min_iou=min_iou)
+    parts = [
+        model.decode_points(context[i], points[rows], labels[rows], min_iou=min_iou)
+        for i, rows in enumerate((slice(0, 4), slice(4, 8), slice(8, 12)))
+    ]
+    assert 3 < len(together.iou) < 36
+    torch.testing.assert_close(together.logits, torch.cat([part.logits for part in parts]))
+    torch.testing.assert_close(together.all_iou, torch.cat([part.all_iou for part in parts]))
+    assert together.prompt_index.tolist() == [int(p) + 4 * i for i, part in enumerate(parts) for p in part.prompt_index]
+
+
 def test_a_filter_that_nothing_passes_gives_no_mask(model: Sam, embedding: torch.Tensor) -> None:
     decoded = model.decode_points(model.prepare_decoder(embedding), *clicks(5), min_iou=1e9)
     assert decoded.logits.shape == (0, 32, 32)
