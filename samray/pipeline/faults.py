@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 
-import torch
-
 from samray.errors import ImageError
 
 logger = logging.getLogger(__name__)
@@ -17,6 +15,8 @@ class DeviceFault(RuntimeError):
 
 def raise_if_fatal(error: Exception) -> None:
     """Raises DeviceFault where the error says that the device is lost to this process."""
+    import torch
+
     if isinstance(error, torch.AcceleratorError) or (
         isinstance(error, RuntimeError) and not is_out_of_memory(error) and "CUDA error" in str(error)
     ):
@@ -25,6 +25,8 @@ def raise_if_fatal(error: Exception) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the work was too large for the device or the host, which smaller batches may mend."""
+    import torch
+
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )

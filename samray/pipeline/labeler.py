@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 
 from samray.dataset.schema import ANNOTATIONS_PER_IMAGE, ImageRecord
 from samray.errors import ImageError, StorageError
@@ -226,6 +225,8 @@ class ShardLabeler:
         """The image alone did not fit with the usual number of points at once: try fewer, then give it up."""
         for points_per_batch in (16, 4, 1):
             if self.device_type == "cuda":
+                import torch
+
                 torch.cuda.empty_cache()
             try:
                 masks = self.make_generator(points_per_batch).generate([image])[0]
@@ -262,6 +263,8 @@ def make_record(
 
 def build_labeler(config: Config, num_threads: int) -> ShardLabeler:
     """The labeler of a run: loads the model, on this process's device."""
+    import torch
+
     from samray.masks.generator import MaskGenerator
     from samray.sam.checkpoints import load_model
 
