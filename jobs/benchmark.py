@@ -2,6 +2,7 @@
 
     python jobs/benchmark.py decoder             our decoder against the published one: 64 prompts, one process
     python jobs/benchmark.py generator           all masks of an image, by samray, segment-anything and transformers
+    python jobs/benchmark.py decode PHOTOS       JPEG by Pillow and by others, and whether it is the same
     python jobs/benchmark.py memory              peak memory of the mask generator on one 12-megapixel image
     python jobs/benchmark.py pipeline PHOTOS     `samray.label` against the bare MaskGenerator, the same images
     python jobs/benchmark.py export              memory and seconds of `samray.export`, killed half-way and run again
@@ -361,6 +362,55 @@ def _resident_bytes() -> int:
     return pages * resource.getpagesize()
 
 
+def decode(photos: Path, megapixels: float, limit: int | None) -> dict[str, Any]:
+    """Milliseconds to decode a JPEG by Pillow, as samray does, and by others; and whether the pixels are the same.
+
+    The photographs as they are, and one of them at `megapixels`. "half size" decodes at half the resolution, as
+    libjpeg-turbo can from the frequencies, and resizes that to the model's input; its difference is that of the input.
+    """
+    import io
+
+    import cv2
+    import numpy as np
+    from PIL import Image
+
+    files = sorted(p for p in photos.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))[:limit]
+    width = round((megapixels * 1e6 * 3 / 2) ** 0.5)
+    large = io.BytesIO()
+    first = Image.open(files[0]).convert("RGB")
+    first.resize((width, width * 2 // 3), Image.Resampling.BICUBIC).save(large, "JPEG", quality=90)
+
+    def by_opencv(data: bytes) -> Any:
+        found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        assert found is not None
+        return cv2.cvtColor(found, cv2.COLOR_BGR2RGB)
+
+    def at_half_size(data: bytes) -> Any:
+        image = Image.open(io.BytesIO(data))
+        image.draft("RGB", (image.width // 2, image.height // 2))
+        return np.asarray(image)
+
+    def to_input(image: Any) -> Any:
+        return np.asarray(Image.fromarray(image).resize((1024, 682), Image.Resampling.BILINEAR), dtype=np.int16)
+
+    results = {}
+    for name, encoded in (("photographs", [f.read_bytes() for f in files]), ("large", [large.getvalue()] * 5)):
+        seconds: dict[str, list[float]] = {"pillow": [], "opencv": [], "half size": []}
+        for data in encoded:
+            seconds["pillow"].append(timed(lambda data=data: decode_image(data, 10**9)))  # type: ignore[misc]
+            seconds["opencv"].append(timed(lambda data=data: by_opencv(data)))  # type: ignore[misc]
+            seconds["half size"].append(timed(lambda data=data: at_half_size(data)))  # type: ignore[misc]
+        whole = decode_image(encoded[0], 10**9)
+        results[name] = {
+            "images": len(encoded),
+            "shape": list(whole.shape),
+            "median_ms": {key: 1000 * statistics.median(values) for key, values in seconds.items()},
+            "opencv_gives_the_same_pixels": bool((whole == by_opencv(encoded[0])).all()),
+            "half_size_largest_difference": int(np.abs(to_input(whole) - to_input(at_half_size(encoded[0]))).max()),
+        }
+    return results
+
+
 def pipeline(photos: Path, limit: int | None, settings: list[str]) -> dict[str, Any]:
     """Wall time of `samray.label` and of a plain loop over the same files; a run with one image gives the start-up."""
     config = load_config(None, None, settings + ([f"input.limit={limit}"] if limit else []))
@@ -608,6 +658,10 @@ def main() -> int:
     sub = commands.add_parser("memory")
     sub.add_argument("--model", dest="model_name", default="vit_b", choices=list(MODELS))
     sub.add_argument("--megapixels", type=float, default=12.0)
+    sub = commands.add_parser("decode")
+    sub.add_argument("photos", type=Path)
+    sub.add_argument("--megapixels", type=float, default=12.0)
+    sub.add_argument("--limit", type=int, default=20)
     sub = commands.add_parser("pipeline")
     sub.add_argument("photos", type=Path)
     sub.add_argument("settings", nargs="*", help="section.key=value")
@@ -636,6 +690,7 @@ def main() -> int:
     arguments = vars(parser.parse_args())
     bodies: dict[str, Callable[..., dict[str, Any]]] = {
         "decoder": decoder,
+        "decode": decode,
         "generator": generator,
         "memory": memory,
         "pipeline": pipeline,
