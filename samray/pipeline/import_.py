@@ -22,11 +22,11 @@ from samray.errors import ConfigError
 from samray.pipeline.fan_out import run_tasks, wants_ray
 from samray.pipeline.history import failures_of_shards
 from samray.pipeline.progress import ProgressView
-from samray.pipeline.report import FailureCounts, Labelled, ShardSummary
+from samray.pipeline.report import WithFailures, Labelled, ShardSummary
 
 
 @dataclass
-class ImportReport(FailureCounts):
+class ImportReport(WithFailures):
     """What `samray.import_` did."""
 
     output: str

@@ -93,7 +93,7 @@ def reason_of(error: str) -> str:
 
 
 @dataclass(kw_only=True)
-class FailureCounts:
+class WithFailures:
     """Failed images of a whole output, earlier runs included."""
 
     num_failed: int = 0
@@ -107,7 +107,7 @@ class FailureCounts:
 
 
 @dataclass
-class LabelReport(FailureCounts):
+class LabelReport(WithFailures):
     """What `samray.label` did, and how it ended."""
 
     output: str
