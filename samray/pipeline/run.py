@@ -172,7 +172,8 @@ def build_pipeline(run: _Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
 
     run_id = uuid.uuid4().hex[:12]
     one_shard: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "udf_modifying_row_count": False}
-    shards: Any = ray.data.from_arrow(source_tables(run.todo))
+    # from_arrow runs a task for each table: of a large plan minutes, before any actor starts (jobs/scale.py start).
+    shards: Any = ray.data.from_blocks(source_tables(run.todo))
     fetched = shards.map_batches(
         fetch_shard,
         fn_kwargs={"plan": run.plan, "config": run.config.input, "retry_failed": run.retry_failed},

@@ -1,0 +1,414 @@
+"""How far samray goes beyond one machine: a plan of millions of images, and many actors, measured on a small machine.
+
+    python jobs/scale.py plan --images 10000000      a plan from a listing, and a resume of it, each in a fresh process
+    python jobs/scale.py simulate                    `samray.label` on 1 to 64 actors that sleep instead of labelling
+    python jobs/scale.py start --shards 20000        seconds to hand shards to Ray Data, by two of its functions
+    python jobs/scale.py paper                       GPU hours and days of SA-1B, by calculation: nothing is measured
+
+Each prints JSON with the machine and the versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import samray  # noqa: E402
+from samray.config import Config, load_config  # noqa: E402
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((line.split(":", 1)[1].strip() for line in info.open() if line.startswith("model name")), cpu)
+    packages = {name: version(name) for name in ("ray", "pyarrow")}
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **packages,
+        "samray": samray.__version__,
+    }
+
+
+# --- planning and resume -------------------------------------------------------------------------------------------
+
+# VmHWM and not ru_maxrss, which a child inherits from the process that started it.
+FIGURES_CODE = """
+import json, re, sys, time
+started = time.perf_counter()
+def figures(**more):
+    peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+    seconds = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time()}
+    print(json.dumps({**seconds, "peak_mb": peak, **more}))
+"""
+
+PLAN_CODE = (
+    FIGURES_CODE
+    + """
+from samray.config import load_config
+from samray.dataset.manifest import make_plan
+from samray.pipeline.run import run_identity
+config = load_config("tiny")
+plan = make_plan(*sys.argv[1:], config, run_identity(config))
+figures(images=plan.num_images, shards=plan.num_shards)
+"""
+)
+
+# All of `samray.label` until it would start Ray.
+RESUME_CODE = (
+    FIGURES_CODE
+    + """
+from samray.config import load_config
+from samray.pipeline import run
+def on_ray(one):
+    figures(shards_to_do=len(one.todo), failed_images=one.report.num_failed)
+    sys.stdout.flush()
+    os._exit(0)
+import os
+run._run_on_ray = on_ray
+run.label(*sys.argv[1:], load_config("tiny"), progress=False)
+"""
+)
+
+
+def plan(images: int, kind: str, left: int, failed: float, folder: Path | None) -> dict[str, Any]:
+    """Seconds and peak memory of planning from a manifest of URIs, and of what a resume does before it starts Ray.
+
+    For the resume all shards but `left` are done: small ones, of one image each, in which so many of a shard's images
+    are said to have failed as chance would have it.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        input, output = f"{temporary}/listing.{kind}", f"{temporary}/output"
+        write_listing(Path(input), images)
+        print(f"planning {images:,} images from {kind}", file=sys.stderr, flush=True)
+        planned = _in_fresh_process(PLAN_CODE, input, output)
+        print(f"finishing {planned['shards'] - left:,} shards", file=sys.stderr, flush=True)
+        num_failed = finish_shards(output, left, failed)
+        print("resuming", file=sys.stderr, flush=True)
+        first = _in_fresh_process(RESUME_CODE, input, output)
+        again = _in_fresh_process(RESUME_CODE, input, output)
+        sizes = {
+            "listing_mb": os.path.getsize(input) / 1e6,
+            "manifest_mb": os.path.getsize(f"{output}/_samray/manifest.parquet") / 1e6,
+        }
+    assert first["failed_images"] == again["failed_images"] == num_failed, (first, again, num_failed)
+    return {**sizes, "plan": planned, "resume_with_all_footers_read": first, "resume": again}
+
+
+def _in_fresh_process(code: str, *arguments: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return dict(json.loads(done.stdout))
+
+
+def write_listing(path: Path, num_images: int) -> None:
+    """A manifest of URIs on an object store, as an input: Parquet with uri and size, csv with both, or txt."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.csv
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([("uri", pa.string()), ("size", pa.int64())])
+    with path.open("wb") as file:
+        options = pa.csv.WriteOptions(include_header=path.suffix == ".csv", quoting_style="none")
+        writer: Any = pq.ParquetWriter(file, schema) if path.suffix == ".parquet" else None
+        if writer is None:
+            columns = schema if path.suffix == ".csv" else pa.schema([schema.field("uri")])
+            writer = pa.csv.CSVWriter(file, columns, write_options=options)
+        for start in range(0, num_images, 1_000_000):
+            number = pa.array(range(start + 1, min(start + 1_000_000, num_images) + 1), pa.int64())
+            part = pc.utf8_lpad(pc.cast(pc.divide(number, 10_000), pa.string()), 6, "0")
+            names = ["s3://photos/sa/part-", part, "/sa_", pc.cast(number, pa.string()), ".jpg"]
+            uris = pc.binary_join_element_wise(*names, "")
+            table = pa.table([uris, pc.add(number, 200_000)], schema=schema)
+            writer.write_table(table if path.suffix != ".txt" else table.select(["uri"]))
+        writer.close()
+
+
+def finish_shards(output: str, left: int, failed: float) -> int:
+    """Put small valid shards where the plan has some, but for the last `left`. Returns how many images failed."""
+    import numpy as np
+
+    from samray.dataset.manifest import load_plan
+    from samray.dataset.schema import ImageRecord, records_to_table, with_stats
+    from samray.dataset.shards import FOLDER, shard_bytes, shard_name
+    from samray.pipeline.report import ShardSummary
+
+    plan = load_plan(output)
+    folder = Path(output, FOLDER)
+    folder.mkdir()
+    record = ImageRecord(image_id=1, width=8, height=8, file_name="sa_1.jpg", uri="s3://photos/sa_1.jpg")
+    table = records_to_table([record], plan.run)
+    made: dict[int, bytes] = {}
+    numbers = np.random.default_rng(0).binomial(plan.generations[0].images_per_shard, failed, plan.num_shards - left)
+    for shard, number in enumerate(numbers.tolist()):
+        if number not in made:
+            summary = ShardSummary(shard, 64, 0, failures={"truncated": number} if number else {})
+            made[number] = shard_bytes(with_stats(table, summary.to_dict()))
+        (folder / shard_name(shard)).write_bytes(made[number])
+    return int(numbers.sum())
+
+
+# --- many actors ---------------------------------------------------------------------------------------------------
+
+
+def simulate(actors: list[int], seconds: float, masks: int, shards: int, images_per_shard: int) -> dict[str, Any]:
+    """`samray.label` as it is, on a local Ray with as many logical GPUs as actors; what sleeps is the mask generator.
+
+    Measured between the first image of the last actor to start and the last image of the first to run out of work, so
+    that neither start-up nor the end counts. Images are tiny, for on a cluster other machines decode them.
+    """
+    results = {}
+    for number in actors:
+        print(f"{number} actors, {seconds:g} s an image", file=sys.stderr, flush=True)
+        settings = [number, seconds, masks, shards, images_per_shard]
+        command = [sys.executable, __file__, "one-simulation", *map(str, settings)]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+        results[str(number)] = json.loads(done.stdout.splitlines()[-1])
+        print(json.dumps(results[str(number)]), file=sys.stderr, flush=True)
+    return {"s_per_image": seconds, "masks_per_image": masks, "images_per_shard": images_per_shard, "actors": results}
+
+
+class Sleeper:
+    """In the place of a mask generator: takes its time, and writes down when."""
+
+    def __init__(self, seconds: float, masks: int, log: str) -> None:
+        self.seconds = seconds
+        self.stage_seconds = {"encode": 0.0}
+        self.log = Path(log, str(os.getpid()))
+        box = {"bbox": [0.0, 0.0, 8.0, 8.0], "crop_box": [0.0, 0.0, 8.0, 8.0], "point_coords": [[4.0, 4.0]]}
+        scores = {"area": 64, "predicted_iou": 0.9, "stability_score": 0.95}
+        self.masks = [{"segmentation": {"size": [8, 8], "counts": "0P2"}, **box, **scores} for _ in range(masks)]
+
+    def generate(self, images: list[Any]) -> list[list[dict[str, Any]]]:
+        started = time.time()
+        time.sleep(self.seconds * len(images))
+        self.stage_seconds["encode"] += self.seconds * len(images)
+        with self.log.open("a") as file:
+            file.write(f"{started} {time.time()} {len(images)}\n")
+        return [self.masks for _ in images]
+
+
+def make_sleeper(config: Config, num_threads: int, seconds: float, masks: int, log: str) -> Any:
+    """For `label_with`: grouped as on a GPU."""
+    from samray.pipeline.labeler import ShardLabeler
+
+    return ShardLabeler(
+        lambda _: Sleeper(seconds, masks, log),
+        max_pixels=config.input.max_pixels,
+        num_threads=num_threads,
+        device_type="cuda",
+    )
+
+
+def one_simulation(actors: int, seconds: float, masks: int, shards: int, images_per_shard: int) -> dict[str, Any]:
+    """One number of actors, in a process of its own, whose CPU time is then the driver's."""
+    import ray
+    from PIL import Image
+
+    from samray.pipeline.cluster import start_local_ray
+    from samray.pipeline.run import label_with
+
+    num_images = actors * shards * images_per_shard
+    with tempfile.TemporaryDirectory() as folder, CpuWatch() as watch:
+        for i in range(256):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(f"{folder}/{i}.png")
+        names = [f"{i % 256}.png" for i in range(num_images)]
+        Path(folder, "listing.txt").write_text("\n".join(names))
+        Path(folder, "log").mkdir()
+        # A quarter of a CPU is what an actor reserves of half of one.
+        temp_dir = start_local_ray(num_cpus=actors // 2 + 4, num_gpus=actors, object_store_memory=2**30)
+        try:
+            config = load_config(
+                "tiny",
+                None,
+                [
+                    *(f"output.images_per_shard={images_per_shard}", "cluster.num_cpus_per_actor=0.5"),
+                    *(f"cluster.min_actors={actors}", f"cluster.max_actors={actors}"),
+                ],
+            )
+            make_labeler = functools.partial(make_sleeper, seconds=seconds, masks=masks, log=f"{folder}/log")
+            report = label_with(
+                f"{folder}/listing.txt", f"{folder}/output", config, progress=False, make_labeler=make_labeler
+            )
+        finally:
+            ray.shutdown()
+            shutil.rmtree(temp_dir, ignore_errors=True)
+        assert report.num_labelled == num_images, report
+        logs = [
+            [tuple(map(float, line.split())) for line in path.read_text().splitlines()]
+            for path in Path(folder, "log").iterdir()
+        ]
+    assert len(logs) == actors, len(logs)
+    start, end = max(log[0][0] for log in logs), min(log[-1][1] for log in logs)
+    assert start < end, "the first actor had no work left when the last one started: take more --shards"
+    done = sum(
+        number * max(0.0, min(to, end) - max(since, start)) / (to - since) for log in logs for since, to, number in log
+    )
+    slept = sum(max(0.0, min(to, end) - max(since, start)) for log in logs for since, to, _ in log)
+    main_s, driver_s, machine_s = watch.between(start, end)
+    return {
+        "images_per_s": done / (end - start),
+        "share_of_ideal": done / (end - start) * seconds / actors,
+        "share_of_time_in_sleep": slept / (end - start) / actors,
+        "window_s": end - start,
+        "images_in_window": round(done),
+        "samray_driver_ms_per_image": 1000 * main_s / done,
+        "driver_process_ms_per_image": 1000 * driver_s / done,
+        "driver_cpu_share": driver_s / (end - start),
+        "machine_cpu_share": machine_s / (end - start) / (os.cpu_count() or 1),
+        "wall_s": report.wall_s,
+    }
+
+
+class CpuWatch:
+    """CPU seconds of this process, of its main thread (where samray's driver runs) and of the machine over time."""
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[float, float, float, float]] = []
+        self._main = time.pthread_getcpuclockid(threading.main_thread().ident or 0)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> CpuWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        ticks = os.sysconf("SC_CLK_TCK")
+        while not self._ended.wait(0.5):
+            user, nice, system = map(int, Path("/proc/stat").read_text().split(None, 4)[1:4])
+            own = (time.clock_gettime(self._main), time.process_time())
+            self.samples.append((time.time(), *own, (user + nice + system) / ticks))
+
+    def between(self, start: float, end: float) -> list[float]:
+        """CPU seconds of the main thread, the process and the machine between two times, to half a second."""
+        inside = [sample for sample in self.samples if start <= sample[0] <= end]
+        first, last = inside[0], inside[-1]
+        return [(last[i] - first[i]) * (end - start) / (last[0] - first[0]) for i in (1, 2, 3)]
+
+
+def start(shards: int) -> dict[str, Any]:
+    """What it takes the driver to hand so many shards to Ray Data, before any actor is started."""
+    import ray.data
+
+    from samray.pipeline.cluster import start_local_ray
+    from samray.pipeline.read import source_tables
+
+    temp_dir = start_local_ray(num_cpus=2, object_store_memory=2**30)
+    try:
+        figures: dict[str, Any] = {"shards": shards}
+        makers: dict[str, Any] = {"from_arrow": ray.data.from_arrow, "from_blocks": ray.data.from_blocks}
+        for name, make in makers.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            make(source_tables(dict.fromkeys(range(shards), False)))
+            figures[name] = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+    finally:
+        ray.shutdown()
+        shutil.rmtree(temp_dir, ignore_errors=True)
+    return figures
+
+
+# --- on paper -------------------------------------------------------------------------------------------------------
+
+ENCODER_TFLOP = 5.9
+"""ViT-H, one pass."""
+PROMPT_TFLOP = (0.85 + 0.8) / 1000
+"""One point through the decoder, its three masks upscaled: an upper bound, since those below the threshold are not."""
+PEAK_TFLOP_PER_S = 989.0
+"""Of an H100 SXM or H200, dense bf16, by its data sheet."""
+PRESETS = {"default": (1, 32 * 32), "sa1b": (1 + 4 + 16, 32 * 32 + 4 * 16 * 16 + 16 * 8 * 8)}
+"""Encoder passes and points an image."""
+
+
+def paper(images: int, gpus: int, shares: list[float], efficiency: float, seconds: list[float]) -> dict[str, Any]:
+    """GPU hours and time for ViT-H, from seconds an image where those are given, else from FLOP at shares of the peak.
+
+    Only the networks are counted, neither NMS nor run-length encoding. efficiency: of the pipeline, see `simulate`.
+    """
+
+    def cost(s_per_image: float) -> dict[str, float]:
+        gpu_hours = images * s_per_image / 3600 / efficiency
+        return {"s_per_image": s_per_image, "gpu_hours": gpu_hours, "hours": gpu_hours / gpus}
+
+    given = {f"{s:g} s an image": cost(s) for s in seconds}
+    by_preset = {}
+    for preset, (passes, points) in PRESETS.items():
+        tflop = passes * ENCODER_TFLOP + points * PROMPT_TFLOP
+        at = {f"{share:.0%} of the peak": cost(tflop / (share * PEAK_TFLOP_PER_S)) for share in shares}
+        by_preset[preset] = {"tflop_per_image": tflop, **at}
+    note = "calculated, not measured"
+    assumed = {"images": images, "gpus": gpus, "efficiency": efficiency, "peak_tflop_per_s": PEAK_TFLOP_PER_S}
+    return {"note": note, **assumed, **by_preset, **given}
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["one-simulation"]:
+        actors, seconds, *numbers = sys.argv[2:]
+        print(json.dumps(one_simulation(int(actors), float(seconds), *map(int, numbers))))
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    sub = commands.add_parser("plan")
+    sub.add_argument("--images", type=int, default=1_000_000)
+    sub.add_argument("--kind", default="parquet", choices=["parquet", "csv", "txt"], help="of the listing")
+    sub.add_argument("--left", type=int, default=5, help="shards that the resume has to do")
+    sub.add_argument("--failed", type=float, default=0.01, help="part of the images that have failed")
+    sub.add_argument("--folder", type=Path, help="where listing and output are made for a while")
+    sub = commands.add_parser("simulate")
+    sub.add_argument("--actors", type=int, nargs="+", default=[1, 4, 16, 64])
+    sub.add_argument("--seconds", type=float, default=0.25, help="that an image takes on a GPU")
+    sub.add_argument("--masks", type=int, default=1, help="an image")
+    sub.add_argument("--shards", type=int, default=10, help="for each actor")
+    sub.add_argument("--images-per-shard", type=int, default=64)
+    sub = commands.add_parser("start")
+    sub.add_argument("--shards", type=int, default=2000)
+    sub = commands.add_parser("paper")
+    sub.add_argument("--images", type=int, default=11_000_000)
+    sub.add_argument("--gpus", type=int, default=64)
+    sub.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.2, 0.4], help="of the GPU's peak in bf16")
+    sub.add_argument("--efficiency", type=float, default=0.95, help="of the pipeline")
+    sub.add_argument("--seconds", type=float, nargs="*", default=[], help="an image, where they were measured")
+    for sub in commands.choices.values():
+        sub.add_argument("--json", type=Path, help="also write the result to this file")
+    arguments = vars(parser.parse_args())
+    bodies: dict[str, Callable[..., dict[str, Any]]] = {
+        "plan": plan,
+        "simulate": simulate,
+        "start": start,
+        "paper": paper,
+    }
+    command, path = arguments.pop("command"), arguments.pop("json")
+    result = json.dumps({"benchmark": command, **bodies[command](**arguments), "machine": machine()}, indent=2)
+    print(result)
+    if path is not None:
+        path.write_text(result + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
