@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from samray.config import MaskConfig
+from samray.kernels import enabled
 from samray.masks import rle
 from samray.masks.candidates import Candidates
 from samray.masks.crops import Crop, make_crops, touches_crop_edge
@@ -237,6 +238,10 @@ class MaskGenerator:
     def _measure(self, logits: Tensor, crop: Crop) -> Tensor:
         """Low-res logits (M, 4h, 4w) to (M, 6) float64: stability score, area, box xyxy in the crop (inclusive)."""
         offset, input_hw = self.config.stability_score_offset, self._input_hw(crop)
+        if enabled(logits.device):
+            from samray.kernels.measure import measure
+
+            return measure(logits, self.model.image_size, input_hw, crop.hw, MASK_THRESHOLD, offset)
         if self._masks_at_once(crop) == 1:  # a large image: most of its pixels are far from any one mask
             lowest = MASK_THRESHOLD - offset
             (x0, y0), upscaled = upsample_occupied(logits, lowest, self.model.image_size, input_hw, crop.hw)

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from samray.kernels import MAX_TOKENS, enabled
+
 
 class Attention(nn.Module):
     """The projections of multi-head attention of reduced inner width. What is done with them depends on the side."""
@@ -102,10 +104,14 @@ class Attention(nn.Module):
         """
         n, t, _ = values.shape
         weights = scores.view(n, self.num_heads, t, -1).softmax(dim=2).flatten(1, 2)
-        out_weight = self.out_proj.weight.T.unflatten(0, (self.num_heads, -1))  # (H, d, C)
-        folded = (self.split(self.v_proj(values)) @ out_weight).flatten(1, 2)  # (N, H * T, C)
         add = keys.baddbmm_ if in_place else keys.baddbmm
-        return add(weights.transpose(1, 2), folded + self.out_proj.bias / self.num_heads)
+        return add(weights.transpose(1, 2), self.folded(values))
+
+    def folded(self, values: Tensor) -> Tensor:
+        """values (N, T, C) through V W_o of each head, with the head's share of the bias: (N, H * T, C)."""
+        out_weight = self.out_proj.weight.T.unflatten(0, (self.num_heads, -1))  # (H, d, C)
+        folded = (self.split(self.v_proj(values)) @ out_weight).flatten(1, 2)
+        return folded + self.out_proj.bias / self.num_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +171,20 @@ class TwoWayBlock(nn.Module):
         self.norm4 = nn.LayerNorm(dim)
         self.cross_attn_image_to_token = Attention(dim, num_heads, downsample=2)
 
+    def write(self, keys: Tensor, queries: Tensor, tokens: Tensor, values: Tensor, *, absorb: bool) -> Tensor:
+        """Image tokens read from tokens, then norm4, by the kernel: in one pass, and without scores in memory.
+
+        keys: (B, L, C) for N / B prompts each. queries: (B, heads, L, head_dim), `write_queries`; or with absorb, for
+        what depends on keys, only the positions', (heads, head_dim, L). tokens and values: (N, T, C) as in
+        `image_to_tokens`. Returns (N, L, C).
+        """
+        from samray.kernels.image_to_tokens import image_to_tokens
+
+        attn = self.cross_attn_image_to_token
+        k = attn.split(attn.k_proj(tokens)) * attn.scale  # (N, H, T, d)
+        absorbed = (k @ attn.per_head(attn.q_proj.weight)).flatten(1, 2) if absorb else None
+        return image_to_tokens(keys, queries, k, absorbed, attn.folded(values), self.norm4)
+
 
 class TwoWayTransformer(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_dim: int, depth: int = 2) -> None:
@@ -203,6 +223,7 @@ class TwoWayTransformer(nn.Module):
         b, n, t, c = tokens.shape
         positions = tokens.flatten(0, 1)
         first, *later = self.blocks()
+        fused = enabled(tokens.device) and t <= MAX_TOKENS and not torch.is_grad_enabled()
 
         # Layer 1: every prompt of an image faces the same image tokens; its prompts are just more rows of one product.
         x = first.norm1(first.self_attn(positions, positions, positions))
@@ -211,19 +232,25 @@ class TwoWayTransformer(nn.Module):
         out = F.scaled_dot_product_attention(q, image.read_keys, image.read_values)
         x = first.norm2(x + read.merge(out).view(b * n, t, c))
         x = first.norm3(x + first.mlp(x))
-        write = first.cross_attn_image_to_token
-        k = write.split(write.k_proj(x + positions).view(b, n * t, -1)) * write.scale
-        scores = k @ image.write_queries.transpose(-2, -1)  # (B, H, N * T, L)
-        scores = scores.unflatten(2, (n, t)).transpose(1, 2).reshape(b * n, write.num_heads * t, -1)
-        src = image.src[:, None].expand(b, n, -1, -1).flatten(0, 1)
-        keys = first.norm4(write.spread(src, scores, x))
+        if fused:
+            keys = first.write(image.src, image.write_queries, x + positions, x, absorb=False)
+        else:
+            write = first.cross_attn_image_to_token
+            k = write.split(write.k_proj(x + positions).view(b, n * t, -1)) * write.scale
+            scores = k @ image.write_queries.transpose(-2, -1)  # (B, H, N * T, L)
+            scores = scores.unflatten(2, (n, t)).transpose(1, 2).reshape(b * n, write.num_heads * t, -1)
+            src = image.src[:, None].expand(b, n, -1, -1).flatten(0, 1)
+            keys = first.norm4(write.spread(src, scores, x))
 
         for block, pe_keys, pe_queries in zip(later, image.pe_keys, image.pe_queries, strict=False):
             q = x + positions
             x = block.norm1(x + block.self_attn(q, q, x))
             x = block.norm2(x + block.cross_attn_token_to_image.tokens_to_image(x + positions, keys, pe_keys))
             x = block.norm3(x + block.mlp(x))
-            keys = block.norm4(block.cross_attn_image_to_token.image_to_tokens(keys, pe_queries, x + positions, x))
+            if fused:
+                keys = block.write(keys, pe_queries, x + positions, x, absorb=True)
+            else:
+                keys = block.norm4(block.cross_attn_image_to_token.image_to_tokens(keys, pe_queries, x + positions, x))
 
         x = x + self.final_attn_token_to_image.tokens_to_image(x + positions, keys, image.pe_keys[-1])
         return self.norm_final_attn(x), keys

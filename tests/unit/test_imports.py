@@ -18,7 +18,7 @@ LAYERS = [
     {"errors", "scene_paint"},
     {"settings", "strict_yaml"},
     {"config"},
-    {"cli_help", "figures", "images", "scenes", "storage"},
+    {"cli_help", "figures", "images", "kernels", "scenes", "storage"},
     {"sam"},
     {"dataset", "masks"},
     {"overlays", "pipeline", "train"},
