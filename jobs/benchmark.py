@@ -235,7 +235,7 @@ def _typical_settings(model: Sam, image: Any) -> dict[str, float]:
 
 
 def _take_turns(engines: list[str], job: dict[str, Any], rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """Every engine's figures of each round, after one round to warm up."""
+    """Every engine's figures of each round. None is left out to warm up: medians do not mind, and a round is long."""
     path = Path(job["weights"]).with_name("job.json")
     path.write_text(json.dumps(job))
     runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
@@ -249,15 +249,14 @@ def _take_turns(engines: list[str], job: dict[str, Any], rounds: int) -> dict[st
             assert worker.stdout is not None
             worker.stdout.readline()
             workers[engine] = worker
-        for turn in range(rounds + 1):
+        for _ in range(rounds):
             for engine, worker in workers.items():
                 assert worker.stdin is not None
                 assert worker.stdout is not None
                 worker.stdin.write("run\n")
                 figures = json.loads(worker.stdout.readline())
                 print(f"{job['model']} {engine}: {figures['seconds']:.2f} s", file=sys.stderr, flush=True)
-                if turn > 0:
-                    runs[engine].append(figures)
+                runs[engine].append(figures)
         for worker in workers.values():
             assert worker.stdin is not None
             worker.stdin.close()
@@ -431,6 +430,7 @@ def pipeline(photos: Path, limit: int | None, settings: list[str]) -> dict[str, 
         first = samray.label(str(photos), f"{folder}/one", one, progress=False)
         run = samray.label(str(photos), f"{folder}/all", config, progress=False)
         again = samray.label(str(photos), f"{folder}/all", config, progress=False)
+        busy = _busy_once_running(f"{folder}/all")
     beyond_start = run.wall_s - (first.wall_s - plain_s / len(files))
     return {
         "images": len(files),
@@ -443,10 +443,24 @@ def pipeline(photos: Path, limit: int | None, settings: list[str]) -> dict[str, 
         "ratio_after_start_up": beyond_start / plain_s,
         "masks_per_image": run.num_masks / max(1, run.num_labelled),
         "same_masks": run.num_masks == num_masks,
+        "model_busy_once_running": busy,
         "failed": run.num_failed,
         "plain_stage_seconds": generator.stage_seconds,
         "label_stage_seconds": run.stage_seconds,
     }
+
+
+def _busy_once_running(output: str) -> float | None:
+    """Of the time that the labelling actor was there, the share in which its model worked, by the shards' own counts.
+
+    Without the shard in which it did so least: that is the one that waited for the model to load.
+    """
+    from samray.dataset.shards import done_shards, read_metadata
+
+    stats = [read_metadata(output, shard)["stats"] for shard in done_shards(output)]
+    stats.sort(key=lambda one: one["held_seconds"] - one["device_seconds"])
+    held = sum(one["held_seconds"] for one in stats[:-1])
+    return sum(one["device_seconds"] for one in stats[:-1]) / held if held else None
 
 
 # VmHWM and not ru_maxrss, which a child inherits from the process that started it.

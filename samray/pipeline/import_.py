@@ -22,7 +22,7 @@ from samray.errors import ConfigError
 from samray.pipeline.fan_out import run_tasks, wants_ray
 from samray.pipeline.history import failures_of_shards
 from samray.pipeline.progress import ProgressView
-from samray.pipeline.report import WithFailures, Labelled, ShardSummary
+from samray.pipeline.report import Labelled, ShardSummary, WithFailures
 
 
 @dataclass
