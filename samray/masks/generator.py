@@ -32,7 +32,7 @@ from samray.masks.points import Float64, point_grids
 from samray.masks.records import Mask, choose, to_record, wanted_areas
 from samray.masks.regions import remove_small_regions
 from samray.masks.rle import Counts
-from samray.masks.scores import areas, mask_boxes, stability_scores
+from samray.masks.scores import above, areas, mask_boxes, stability_scores
 from samray.masks.windows import upsample_occupied
 from samray.sam.sam import Decoded, Sam, input_size
 from samray.sam.transformer import ImageTokens
@@ -247,7 +247,7 @@ class MaskGenerator:
             (x0, y0), upscaled = upsample_occupied(logits, lowest, self.model.image_size, input_hw, crop.hw)
         else:
             (x0, y0), upscaled = (0, 0), self.model.postprocess(logits, input_hw, crop.hw)
-        masks = upscaled > MASK_THRESHOLD
+        masks = above(upscaled, MASK_THRESHOLD)
         boxes = mask_boxes(masks) + torch.tensor([x0, y0, x0, y0], device=masks.device)
         columns = [stability_scores(upscaled, MASK_THRESHOLD, offset), areas(masks), *boxes.T]
         return torch.stack([column.double() for column in columns], dim=1)
@@ -296,7 +296,7 @@ class MaskGenerator:
 
     def _runs(self, logits: Tensor, crop: Crop, image_hw: tuple[int, int]) -> list[tuple[Counts, bool]]:
         """Run lengths in the image frame of a few masks, low-res logits (M, 4h, 4w), and whether they were cleaned."""
-        pixels = self.model.postprocess(logits, self._input_hw(crop), crop.hw) > MASK_THRESHOLD
+        pixels = above(self.model.postprocess(logits, self._input_hw(crop), crop.hw), MASK_THRESHOLD)
         boxes = mask_boxes(pixels).cpu().numpy()
         (x0, y0), (x1, y1) = boxes[:, :2].min(axis=0).tolist(), boxes[:, 2:].max(axis=0).tolist()
         pixels = pixels[:, y0 : y1 + 1, x0 : x1 + 1]  # what lies outside of all boxes need not be read again

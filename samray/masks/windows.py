@@ -34,10 +34,19 @@ def upsample_occupied(
     above = (logits > threshold).any(dim=0)
     y = _span(above.any(dim=1), image_size, input_hw[0], original_hw[0])
     x = _span(above.any(dim=0), image_size, input_hw[1], original_hw[1])
-    square = F.interpolate(logits[None], (image_size, image_size), mode="bilinear", align_corners=False)
-    cut = square[..., y.input_start : y.input_stop, x.input_start : x.input_stop]
+    scale = image_size // logits.shape[-1]
+    rows, cols = (_cells(side, scale, logits.shape[-1]) for side in (y, x))
+    few = logits[None, :, rows, cols]
+    square = F.interpolate(few, (few.shape[2] * scale, few.shape[3] * scale), mode="bilinear", align_corners=False)
+    top, left = rows.start * scale, cols.start * scale
+    cut = square[..., y.input_start - top : y.input_stop - top, x.input_start - left : x.input_stop - left]
     size = (y.stop - y.start, x.stop - x.start)
     return (x.start, y.start), F.interpolate(cut, size, mode="bilinear", align_corners=False)[0]
+
+
+def _cells(span: Span, scale: int, length: int) -> slice:
+    """The low-res cells, of `length`, that the input pixels of a span are interpolated from."""
+    return slice(max(span.input_start // scale - _MARGIN, 0), min(-(-span.input_stop // scale) + _MARGIN, length))
 
 
 def _span(above: Tensor, image_size: int, input_length: int, original_length: int) -> Span:
