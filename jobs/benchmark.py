@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -27,7 +26,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from measuring import measure  # noqa: E402
 
 import samray  # noqa: E402
 from samray.config import load_config  # noqa: E402
@@ -43,18 +42,6 @@ from samray.sam.sam import Sam  # noqa: E402
 from samray.sam.spec import MODELS  # noqa: E402
 
 ENGINES = ("samray", "segment-anything", "transformers")
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((line.split(":", 1)[1].strip() for line in info.open() if line.startswith("model name")), cpu)
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    packages = {name: version(name) for name in ("torch", "ray", "pyarrow")}
-    versions = {"python": platform.python_version(), "samray": samray.__version__, **packages}
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, **versions}
 
 
 def timed(body: Callable[[], object]) -> float:
@@ -699,9 +686,6 @@ def main() -> int:
     sub.add_argument("--masks", type=int, default=12, help="an image")
     sub.add_argument("--shapes", type=int, default=4000, help="different masks")
     sub.add_argument("--uri", help="an empty folder on an object store; by default a local S3 server is started")
-    for sub in commands.choices.values():
-        sub.add_argument("--json", type=Path, help="also write the result to this file")
-    arguments = vars(parser.parse_args())
     bodies: dict[str, Callable[..., dict[str, Any]]] = {
         "decoder": decoder,
         "decode": decode,
@@ -713,12 +697,7 @@ def main() -> int:
         "extract": extract,
         "read": read,
     }
-    command, path = arguments.pop("command"), arguments.pop("json")
-    result = json.dumps({"benchmark": command, **bodies[command](**arguments), "machine": machine()}, indent=2)
-    print(result)
-    if path is not None:
-        path.write_text(result + "\n")
-    return 0
+    return measure(parser, commands, bodies)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import argparse
 import functools
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -22,32 +21,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import samray  # noqa: E402
+from measuring import measure  # noqa: E402
+
 from samray.config import Config, load_config  # noqa: E402
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((line.split(":", 1)[1].strip() for line in info.open() if line.startswith("model name")), cpu)
-    packages = {name: version(name) for name in ("ray", "pyarrow")}
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **packages,
-        "samray": samray.__version__,
-    }
-
 
 # --- planning and resume -------------------------------------------------------------------------------------------
 
@@ -393,21 +375,13 @@ def main() -> int:
     sub.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.2, 0.4], help="of the GPU's peak in bf16")
     sub.add_argument("--efficiency", type=float, default=0.95, help="of the pipeline")
     sub.add_argument("--seconds", type=float, nargs="*", default=[], help="an image, where they were measured")
-    for sub in commands.choices.values():
-        sub.add_argument("--json", type=Path, help="also write the result to this file")
-    arguments = vars(parser.parse_args())
     bodies: dict[str, Callable[..., dict[str, Any]]] = {
         "plan": plan,
         "simulate": simulate,
         "start": start,
         "paper": paper,
     }
-    command, path = arguments.pop("command"), arguments.pop("json")
-    result = json.dumps({"benchmark": command, **bodies[command](**arguments), "machine": machine()}, indent=2)
-    print(result)
-    if path is not None:
-        path.write_text(result + "\n")
-    return 0
+    return measure(parser, commands, bodies)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,43 @@
+"""What the measurements of `jobs/benchmark.py` and `jobs/scale.py` share: the machine, and how a result is given."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import samray
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on; of torch only where it has been imported."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((line.split(":", 1)[1].strip() for line in info.open() if line.startswith("model name")), cpu)
+    versions = {"python": platform.python_version(), "samray": samray.__version__}
+    found = {"cpu": cpu, "cores": os.cpu_count(), **versions, **{name: version(name) for name in ("ray", "pyarrow")}}
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+        found |= {"torch": version("torch"), "threads": torch.get_num_threads(), "gpu": gpu}
+    return found
+
+
+def measure(parser: argparse.ArgumentParser, commands: Any, bodies: dict[str, Callable[..., dict[str, Any]]]) -> int:
+    """Run the command that was typed, and print what it measured as JSON, or also write it to a file."""
+    for sub in commands.choices.values():
+        sub.add_argument("--json", type=Path, help="also write the result to this file")
+    arguments = vars(parser.parse_args())
+    command, path = arguments.pop("command"), arguments.pop("json")
+    result = json.dumps({"benchmark": command, **bodies[command](**arguments), "machine": machine()}, indent=2)
+    print(result)
+    if path is not None:
+        path.write_text(result + "\n")
+    return 0
