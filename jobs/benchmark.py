@@ -185,8 +185,8 @@ def _make_job(folder: Path, name: str, images: list[Any], checkpoint: str | None
 @torch.inference_mode()
 def _typical_settings(model: Sam, image: Any) -> dict[str, float]:
     """Have random weights let as many candidates through as published ones do: moves the predicted IoUs so that a
-    third is above 0.88, and returns thresholds of stability and of NMS with which 600 and then about 100 are left. (More
-    where boxes are so alike that NMS leaves either far fewer or all.)
+    third is above 0.88, and returns thresholds of stability and of NMS with which 600 and then about 100 are left.
+    Where boxes are so alike that NMS leaves either far fewer or all, all are.
     """
     import numpy as np
 
