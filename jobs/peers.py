@@ -66,6 +66,7 @@ def transformers_engine(job: dict[str, Any], device: str) -> Run:
         "points_per_crop": settings.get("points_per_side", 32),
         "pred_iou_thresh": settings["pred_iou_thresh"],
         "stability_score_thresh": settings["stability_score_thresh"],
+        "crops_nms_thresh": settings.get("box_nms_thresh", 0.7),  # its only one
         "points_per_batch": 64,
     }
 
