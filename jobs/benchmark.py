@@ -16,12 +16,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,22 +28,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import compare  # noqa: E402
+import outputs  # noqa: E402
 import torch  # noqa: E402
-from measuring import measure  # noqa: E402
+from measuring import measure, timed  # noqa: E402
 
 import samray  # noqa: E402
 from samray.config import load_config  # noqa: E402
 from samray.images import decode_image  # noqa: E402
 from samray.sam.sam import Sam  # noqa: E402
 from samray.sam.spec import MODELS  # noqa: E402
-
-ENGINES = ("samray", "segment-anything", "transformers")
-
-
-def timed(body: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    body()
-    return time.perf_counter() - start
 
 
 @torch.inference_mode()
@@ -100,216 +90,6 @@ def decoder(rounds: int, prompts: int) -> dict[str, Any]:
         "speedup_iou_filter": median["reference"] / median["samray_iou_filter"],
         "max_difference_relative_to_logits": difference,
     }
-
-
-def generator(
-    models: list[str],
-    engines: list[str],
-    rounds: int,
-    image_hw: tuple[int, int],
-    num_images: int,
-    photos: Path | None,
-    checkpoint: str | None,
-    dtype: str,
-    stages: bool,
-) -> dict[str, Any]:
-    """The whole mask generator and its peers: same images, same weights, one process each, taking turns.
-
-    Seeded random weights, unless `checkpoint` names published ones, with thresholds such that a third of the 3,072
-    candidates of an image passes the IoU filter and about 100 masks are kept, as with real weights.
-    """
-    images = _benchmark_images(image_hw, num_images, photos)
-    results: dict[str, Any] = {}
-    for name in models:
-        with tempfile.TemporaryDirectory() as folder:
-            job = _make_job(Path(folder), name, images, checkpoint, dtype)
-            able = [engine for engine in engines if engine != "transformers" or name in ("vit_b", "vit_l", "vit_h")]
-            runs = _take_turns(able, {**job, "stages": False}, rounds)
-            result = {"settings": job["settings"], **{engine: _summary(found) for engine, found in runs.items()}}
-            ours = result["samray"]
-            for engine in able:
-                if engine != "samray":
-                    ratios = {
-                        key: result[engine][key] / ours[key] for key in ("seconds", "peak_mb", "peak_beyond_model_mb")
-                    }
-                    result[f"{engine} / samray"] = ratios
-            if "segment-anything" in able:
-                result["agreement"] = _agreement(runs["samray"][-1]["masks"], runs["segment-anything"][-1]["masks"])
-            if stages:
-                watched = _take_turns(["samray"], {**job, "stages": True}, rounds)["samray"]
-                keys = watched[0]["stage_seconds"]
-                result["stage_seconds"] = {
-                    k: statistics.median(run["stage_seconds"][k] for run in watched) for k in keys
-                }
-                result["arithmetic"] = _arithmetic(Path(folder), job)
-            results[name] = result
-    return {"images": [list(image.shape) for image in images], "rounds": rounds, "models": results}
-
-
-def _benchmark_images(image_hw: tuple[int, int], number: int, photos: Path | None) -> list[Any]:
-    """Photographs in the given size, scaled up where they are smaller; without any, seeded coloured patches."""
-    import numpy as np
-    from PIL import Image
-
-    sys.path.insert(0, str(ROOT / "tests" / "parity"))
-    from weights import blobs
-
-    if photos is None:
-        return [blobs(seed, image_hw) for seed in range(number)]
-    files = sorted(p for p in photos.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))[:number]
-    size = (image_hw[1], image_hw[0])
-    return [np.asarray(Image.open(file).convert("RGB").resize(size, Image.Resampling.BICUBIC)) for file in files]
-
-
-def _make_job(folder: Path, name: str, images: list[Any], checkpoint: str | None, dtype: str) -> dict[str, Any]:
-    """The weights, images and settings that all engines share, as files in folder."""
-    import numpy as np
-    from safetensors.torch import save_file
-    from weights import random_sam
-
-    model = (
-        samray.load_model(name, checkpoint, "cpu", "float32")
-        if checkpoint
-        else random_sam(MODELS[name], image=images[0])
-    )
-    settings = {} if checkpoint else _typical_settings(model, images[0])
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "weights.safetensors")
-    paths = []
-    for i, image in enumerate(images):
-        np.save(folder / f"{i}.npy", image)
-        paths.append(str(folder / f"{i}.npy"))
-    job = {"model": name, "weights": str(folder / "weights.safetensors"), "images": paths, "dtype": dtype}
-    return {**job, "settings": {"pred_iou_thresh": 0.88, "stability_score_thresh": 0.95, **settings}}
-
-
-@torch.inference_mode()
-def _typical_settings(model: Sam, image: Any) -> dict[str, float]:
-    """Have random weights let as many candidates through as published ones do: moves the predicted IoUs so that a
-    third is above 0.88, and returns thresholds of stability and of NMS with which 600 and then about 100 are left.
-    Where boxes are so alike that NMS leaves either far fewer or all, all are.
-    """
-    import numpy as np
-
-    from samray.config import MaskConfig
-    from samray.masks.nms import box_nms
-
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    iou: list[torch.Tensor] = []
-    decode = model.decode_points
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        decoded = decode(*args, **{**kwargs, "min_iou": 2.0})
-        iou.append(decoded.all_iou.flatten())
-        return decoded
-
-    model.decode_points = watched  # type: ignore[method-assign]
-    samray.MaskGenerator(model, MaskConfig()).generate([image])
-    model.decode_points = decode  # type: ignore[method-assign]
-    model.mask_decoder.iou_prediction_head.layers[-1].bias.add_(0.88 - torch.cat(iou).quantile(2 / 3))  # type: ignore[operator]
-    everything = MaskConfig(stability_score_thresh=0.0, box_nms_thresh=1.0)
-    found = samray.MaskGenerator(model, everything).generate([image])[0]
-    model.to("cpu")
-    stability = np.array([mask["stability_score"] for mask in found])
-    boxes = np.array([mask["bbox"] for mask in found])
-    boxes[:, 2:] += boxes[:, :2] - 1
-    scores = np.array([mask["predicted_iou"] for mask in found])
-    stability_score_thresh = round(float(np.quantile(stability, 0.4)), 4)
-    stable = stability >= stability_score_thresh
-    low, high = 0.0, 1.0
-    for _ in range(12):
-        middle = (low + high) / 2
-        low, high = (middle, high) if len(box_nms(boxes[stable], scores[stable], middle)) < 100 else (low, middle)
-    return {"stability_score_thresh": stability_score_thresh, "box_nms_thresh": round(high, 4)}
-
-
-def _take_turns(engines: list[str], job: dict[str, Any], rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """Every engine's figures of each round. None is left out to warm up: medians do not mind, and a round is long."""
-    path = Path(job["weights"]).with_name("job.json")
-    path.write_text(json.dumps(job))
-    runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
-    with contextlib.ExitStack() as stack:
-        workers = {}
-        for engine in engines:
-            command = [sys.executable, str(ROOT / "jobs" / "peers.py"), engine, str(path)]
-            worker = stack.enter_context(
-                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-            )
-            assert worker.stdout is not None
-            worker.stdout.readline()
-            workers[engine] = worker
-        for _ in range(rounds):
-            for engine, worker in workers.items():
-                assert worker.stdin is not None
-                assert worker.stdout is not None
-                worker.stdin.write("run\n")
-                figures = json.loads(worker.stdout.readline())
-                print(f"{job['model']} {engine}: {figures['seconds']:.2f} s", file=sys.stderr, flush=True)
-                runs[engine].append(figures)
-        for worker in workers.values():
-            assert worker.stdin is not None
-            worker.stdin.close()
-    return runs
-
-
-def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the rounds."""
-    keys = [key for key in runs[0] if key not in ("masks", "stage_seconds")]
-    medians = {key: statistics.median(run[key] for run in runs) for key in keys}
-    num_masks = [len(masks) for masks in runs[-1]["masks"]]
-    rates = {"images_per_s": len(num_masks) / medians["seconds"], "masks_per_s": sum(num_masks) / medians["seconds"]}
-    return {**medians, **rates, "masks": num_masks, "all_seconds": [round(run["seconds"], 3) for run in runs]}
-
-
-def _agreement(ours: list[list[dict[str, Any]]], theirs: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """How alike two engines' masks are: counts, RLEs that are the same, and IoU of each mask with its best match."""
-    from pycocotools import mask as coco_mask
-
-    same, best = 0, []
-    for a, b in zip(ours, theirs, strict=True):
-        counts = {mask["segmentation"]["counts"] for mask in b}
-        same += sum(mask["segmentation"]["counts"] in counts for mask in a)
-        if a and b:
-            ious = coco_mask.iou([m["segmentation"] for m in a], [m["segmentation"] for m in b], [0] * len(b))
-            best += ious.max(axis=1).tolist()
-    numbers = {"samray": sum(map(len, ours)), "segment-anything": sum(map(len, theirs))}
-    return {**numbers, "identical_rle": same, "mean_best_iou": statistics.fmean(best) if best else None}
-
-
-@torch.inference_mode()
-def _arithmetic(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """Floating point operations of one image, by torch's own count, and what the machine does in a plain product."""
-    import numpy as np
-    from peers import samray_engine
-    from torch.utils.flop_counter import FlopCounterMode
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    run, model, _ = samray_engine(job, device)
-    image = np.load(job["images"][0])
-    with FlopCounterMode(display=False) as counter:
-        run([image])
-    seconds = timed(lambda: run([image]))
-    size = 8192 if device == "cuda" else 3072
-    a = torch.rand(size, size, device=device, dtype=model.dtype)
-
-    def product() -> None:
-        torch.mm(a, a)
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    product()
-    peak = 2 * size**3 / min(timed(product) for _ in range(7))
-    flop = counter.get_total_flops()
-    return {
-        "tflop": flop / 1e12,
-        "measured_peak_tflop_per_s": peak / 1e12,
-        "share_of_peak": flop / seconds / peak,
-        "by_part": {key: value / 1e12 for key, value in _flop_by_part(counter).items()},
-    }
-
-
-def _flop_by_part(counter: Any) -> dict[str, float]:
-    totals = {module: sum(by_op.values()) for module, by_op in counter.get_flop_counts().items()}
-    return {name: totals[name] for name in totals if name.count(".") <= 1}
 
 
 def memory(model_name: str, megapixels: float) -> dict[str, Any]:
@@ -451,98 +231,6 @@ def _busy_once_running(output: str) -> float | None:
     return sum(one["device_seconds"] for one in stats[:-1]) / held if held else None
 
 
-# VmHWM and not ru_maxrss, which a child inherits from the process that started it.
-EXPORT_CODE = """
-import json, re, sys, samray
-run = samray.export(*sys.argv[1:3], format=sys.argv[3], polygons=bool(int(sys.argv[4])))
-peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
-counts = {"masks": run.num_masks, "pieces": run.num_pieces, "skipped": run.num_pieces_skipped}
-print(json.dumps({"peak_mb": peak, "seconds": run.wall_s, **counts}))
-"""
-
-
-def export(images: int, masks: int, format: str, polygons: bool) -> dict[str, Any]:
-    """Peak memory and seconds of an export in a fresh process; then of one that is killed half-way and run again."""
-    from synthetic_output import digest, write_synthetic_output
-
-    with tempfile.TemporaryDirectory() as folder:
-        made = write_synthetic_output(f"{folder}/output", images, masks)
-
-        def start(dest: str) -> subprocess.Popen[str]:
-            arguments = [
-                sys.executable,
-                "-c",
-                EXPORT_CODE,
-                f"{folder}/output",
-                f"{folder}/{dest}",
-                format,
-                str(int(polygons)),
-            ]
-            return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-
-        whole = json.loads(start("whole").communicate()[0])
-        victim = start("killed")
-        done = Path(folder, "killed", "_export", "done")
-        while victim.poll() is None and (not done.exists() or len(os.listdir(done)) < whole["pieces"] // 2):
-            time.sleep(0.05)
-        victim.kill()
-        victim.wait()
-        again = json.loads(start("killed").communicate()[0])
-        same = digest(Path(folder, "whole")) == digest(Path(folder, "killed"))
-        files = [f.stat().st_size for f in Path(folder, "whole").rglob("*") if f.is_file() and "_export" not in f.parts]
-    return {
-        "format": format,
-        "output": made,
-        "export": whole,
-        "masks_per_s": whole["masks"] / whole["seconds"],
-        "files": len(files),
-        "mb_written": sum(files) / 1e6,
-        "killed_half_way_and_run_again": again,
-        "same_bytes_as_undisturbed": same,
-    }
-
-
-REPORT_CODE = """
-import json, os, re, sys, time
-start = time.perf_counter()
-from samray.report import write_report
-page = write_report(*sys.argv[1:3])
-seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time()}
-peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
-print(json.dumps({**seconds, "peak_mb": peak, "page_mb": os.path.getsize(page) / 1e6}))
-"""
-
-
-def report(images: int, masks: int, file_mb: int, folder: Path | None) -> dict[str, Any]:
-    """A report of a synthetic output in shards of 64 images, and of the same compacted into files of `file_mb`.
-
-    Its images are 8 different ones of 2250x1500, used in turn. Each report is made by a fresh process, imports counted.
-    """
-    from PIL import Image
-    from synthetic_output import HEIGHT, WIDTH, write_synthetic_output
-
-    from samray.dataset.compact import compact
-    from samray.scenes import make_scene
-
-    with tempfile.TemporaryDirectory() as temporary:
-        root = folder or Path(temporary)
-        photos = [root / f"photo-{i}.jpg" for i in range(8)]
-        if not (root / "output" / "_SUCCESS").exists():  # else it was kept from an earlier call
-            root.mkdir(parents=True, exist_ok=True)
-            for i, photo in enumerate(photos):
-                Image.fromarray(make_scene(i, (480, 720)).image).resize((WIDTH, HEIGHT)).save(photo)
-            write_synthetic_output(str(root / "output"), images, masks, photos=list(map(str, photos)))
-        compact(str(root / "output"), str(root / "compact"), file_mb * 10**6)
-
-        def measure(name: str) -> dict[str, Any]:
-            arguments = [sys.executable, "-c", REPORT_CODE, str(root / name), str(root / f"{name}.html")]
-            done = subprocess.run(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-            files = [f.stat().st_size for f in (root / name / "annotations").iterdir()]
-            return {"files": len(files), "gb": sum(files) / 1e9, **json.loads(done.stdout)}
-
-        return {"images": images, "masks": images * masks, **{name: measure(name) for name in ("output", "compact")}}
-
-
 def extract(parquet: Path, folder: Path, limit: int | None) -> dict[str, Any]:
     """Write the photographs of a Parquet file with the columns file_name and jpeg as files."""
     import pyarrow.parquet as pq
@@ -554,91 +242,6 @@ def extract(parquet: Path, folder: Path, limit: int | None) -> dict[str, Any]:
     return {"written": table.num_rows, "folder": str(folder)}
 
 
-def read(rows: int, masks: int, shapes: int, uri: str | None) -> dict[str, Any]:
-    """Bytes fetched to read single images by id from an output of one shard.
-
-    Without `uri` the output lies on a local S3 server, and all that it sends is counted on the wire: headers, lookups
-    and all. What other readers fetch for the same image is counted, too. With `uri`, an empty folder on an object
-    store, the bytes that samray reads are counted.
-    """
-    sys.path.insert(0, str(ROOT / "tests"))
-    from byte_counts import count_on_the_wire, count_reads
-    from s3_server import make_bucket, running_s3
-    from synthetic_output import write_synthetic_output
-
-    # Radii that give RLEs of 60 to 300 characters, and so many shapes that pages compress as if none came twice.
-    options: dict[str, Any] = {"images_per_shard": rows, "log_radius": (1.1, 1.7), "num_shapes": shapes}
-    if uri is not None:
-        made = write_synthetic_output(uri, rows, masks, **options)
-        with count_reads() as count:
-            return {"output": made, **_one_image(uri, rows, lambda: count.num_bytes)}
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        server = stack.enter_context(running_s3(Path(folder)))
-        wire = stack.enter_context(count_on_the_wire(server.endpoint))
-        os.environ.update({**server.environment, "AWS_ENDPOINT_URL": wire.endpoint})
-        make_bucket("bucket")
-        output = "s3://bucket/large"
-        made = write_synthetic_output(output, rows, masks, **options)
-        result = _one_image(output, rows, lambda: wire.num_bytes)
-        for name, query in _queries(f"{output}/annotations/shard-000000.parquet", rows // 3).items():
-            before = wire.num_bytes
-            assert query() == 1, name
-            num_bytes = wire.num_bytes - before
-            result[name] = {"bytes": num_bytes, "share": num_bytes / result["shard_bytes"]}
-    return {"output": made, **result}
-
-
-def _one_image(output: str, rows: int, count: Callable[[], int]) -> dict[str, Any]:
-    """What `read_image` and `MaskDataset` fetch, by a counter of bytes so far."""
-    from samray import storage
-    from samray.dataset.lookup import read_footer
-    from samray.dataset.shards import shard_uri
-
-    uri = shard_uri(output, 0)
-    size = storage.file_size(uri) or 0
-    footer = read_footer(uri, size)
-    wanted = [rows // 3, 0, rows - 1, rows // 2, rows * 4 // 5]
-    costs = []
-    for image_id in wanted:
-        before = count()
-        assert samray.read_image(output, image_id)["image"]["image_id"] == image_id
-        costs.append(count() - before)
-    before = count()
-    dataset = samray.MaskDataset(output, images=False)
-    opened = count() - before
-    assert len(dataset[rows // 3][1]["masks"]) > 0
-    index = dataset._index
-    return {
-        "rows": rows,
-        "shard_bytes": size,
-        "row_groups": footer.num_row_groups,
-        "footer_bytes": footer.serialized_size,
-        "read_image": {"bytes": costs, "largest_share": max(costs) / size},
-        "open_mask_dataset": {"bytes": opened, "share": opened / size},
-        "index_bytes_per_image": (index.shards.nbytes + index.rows.nbytes) / len(dataset),
-    }
-
-
-def _queries(uri: str, image_id: int) -> dict[str, Callable[[], int]]:
-    """How other readers are asked for one image; each returns the rows that it found."""
-    import duckdb
-    import polars
-    import pyarrow.dataset as pads
-    import s3fs
-
-    duckdb.register_filesystem(s3fs.S3FileSystem(default_cache_type="none"))  # else blocks of 50 MB are read ahead
-    return {
-        "pyarrow_dataset": lambda: (
-            pads.dataset(uri).to_table(filter=pads.field("image", "image_id") == image_id).num_rows
-        ),
-        "duckdb": lambda: len(duckdb.execute(f"SELECT * FROM '{uri}' WHERE image.image_id = {image_id}").fetchall()),
-        "polars": lambda: (
-            polars.scan_parquet(uri).filter(polars.col("image").struct.field("image_id") == image_id).collect().height
-        ),
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -647,7 +250,7 @@ def main() -> int:
     sub.add_argument("--prompts", type=int, default=64)
     sub = commands.add_parser("generator")
     sub.add_argument("--models", nargs="+", default=["vit_t", "vit_b"], choices=list(MODELS))
-    sub.add_argument("--engines", nargs="+", default=["samray", "segment-anything"], choices=ENGINES)
+    sub.add_argument("--engines", nargs="+", default=["samray", "segment-anything"], choices=compare.ENGINES)
     sub.add_argument("--rounds", type=int, default=3)
     sub.add_argument("--image-hw", nargs=2, type=int, default=(1200, 1800), metavar=("H", "W"))
     sub.add_argument("--num-images", type=int, default=1, help="in one call")
@@ -690,13 +293,13 @@ def main() -> int:
     bodies: dict[str, Callable[..., dict[str, Any]]] = {
         "decoder": decoder,
         "decode": decode,
-        "generator": generator,
+        "generator": compare.generator,
         "memory": memory,
         "pipeline": pipeline,
-        "export": export,
-        "report": report,
+        "export": outputs.export,
+        "report": outputs.report,
         "extract": extract,
-        "read": read,
+        "read": outputs.read,
     }
     return measure(parser, commands, bodies)
 

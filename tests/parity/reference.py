@@ -120,14 +120,7 @@ def build_reference(spec: ModelSpec, state: Mapping[str, Tensor]) -> Any:
 def _image_encoder(spec: ModelSpec, modeling: Any) -> Any:
     encoder = spec.encoder
     if isinstance(encoder, TinyVitSpec):
-        return published_tiny_vit().TinyViT(
-            img_size=spec.image_size,
-            embed_dims=list(encoder.dims),
-            depths=list(encoder.depths),
-            num_heads=list(encoder.num_heads),
-            window_sizes=list(encoder.windows),
-            drop_path_rate=0.0,
-        )
+        return build_tiny_vit(encoder, spec.image_size)
     return modeling.ImageEncoderViT(
         img_size=spec.image_size,
         patch_size=encoder.patch,
@@ -139,6 +132,18 @@ def _image_encoder(spec: ModelSpec, modeling: Any) -> Any:
         use_rel_pos=True,
         window_size=encoder.window,
         global_attn_indexes=encoder.global_blocks,
+    )
+
+
+def build_tiny_vit(encoder: TinyVitSpec, image_size: int) -> Any:
+    """MobileSAM's encoder with a row's widths, depths, heads and windows; strides and neck are its own."""
+    return published_tiny_vit().TinyViT(
+        img_size=image_size,
+        embed_dims=list(encoder.dims),
+        depths=list(encoder.depths),
+        num_heads=list(encoder.num_heads),
+        window_sizes=list(encoder.windows),
+        drop_path_rate=0.0,
     )
 
 

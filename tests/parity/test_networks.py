@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 from common import assert_close, pixels_of, prompts_of, randomize, smaller
-from reference import build_reference, published_tiny_vit, transformers_sam
+from reference import build_reference, build_tiny_vit, published_tiny_vit, transformers_sam
 from torch import Tensor, nn
 
 from samray.sam.checkpoints import build, load_model
@@ -230,20 +230,13 @@ def test_tiny_vit_in_full(mobile_sam: ModuleType, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_embedded_model_s_encoder(mobile_sam: ModuleType) -> None:
+def test_embedded_model_s_encoder() -> None:
     """The `tiny` row: three stages and a narrower neck. Its fine features, which MobileSAM has not, are left out."""
     spec = MODELS["tiny"]
     assert isinstance(spec.encoder, TinyVitSpec)
     encoder = replace(spec.encoder, fine_features=False)
     spec = replace(spec, encoder=encoder)
-    reference = mobile_sam.TinyViT(
-        img_size=spec.image_size,
-        embed_dims=list(encoder.dims),
-        depths=list(encoder.depths),
-        num_heads=list(encoder.num_heads),
-        window_sizes=list(encoder.windows),
-        drop_path_rate=0.0,
-    )
+    reference = build_tiny_vit(encoder, spec.image_size)
     # MobileSAM writes its strides, grids and neck into the code for its own sizes.
     for i, stride in enumerate(encoder.strides):
         reference.layers[i].downsample.conv2.c.stride = (stride, stride)

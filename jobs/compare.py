@@ -1,0 +1,236 @@
+"""`jobs/benchmark.py generator`: the whole mask generator and its peers, which run in `jobs/peers.py`, in turn.
+
+Top to bottom: images, weights and thresholds that all engines share; the turns; what the figures say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import timed
+
+import samray
+from samray.sam.sam import Sam
+from samray.sam.spec import MODELS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+ENGINES = ("samray", "segment-anything", "transformers")
+
+
+def generator(
+    models: list[str],
+    engines: list[str],
+    rounds: int,
+    image_hw: tuple[int, int],
+    num_images: int,
+    photos: Path | None,
+    checkpoint: str | None,
+    dtype: str,
+    stages: bool,
+) -> dict[str, Any]:
+    """The whole mask generator and its peers: same images, same weights, one process each, taking turns.
+
+    Seeded random weights, unless `checkpoint` names published ones, with thresholds such that a third of the 3,072
+    candidates of an image passes the IoU filter and about 100 masks are kept, as with real weights.
+    """
+    images = _benchmark_images(image_hw, num_images, photos)
+    results: dict[str, Any] = {}
+    for name in models:
+        with tempfile.TemporaryDirectory() as folder:
+            job = _make_job(Path(folder), name, images, checkpoint, dtype)
+            able = [engine for engine in engines if engine != "transformers" or name in ("vit_b", "vit_l", "vit_h")]
+            runs = _take_turns(able, {**job, "stages": False}, rounds)
+            result = {"settings": job["settings"], **{engine: _summary(found) for engine, found in runs.items()}}
+            ours = result["samray"]
+            for engine in able:
+                if engine != "samray":
+                    ratios = {
+                        key: result[engine][key] / ours[key] for key in ("seconds", "peak_mb", "peak_beyond_model_mb")
+                    }
+                    result[f"{engine} / samray"] = ratios
+            if "segment-anything" in able:
+                result["agreement"] = _agreement(runs["samray"][-1]["masks"], runs["segment-anything"][-1]["masks"])
+            if stages:
+                watched = _take_turns(["samray"], {**job, "stages": True}, rounds)["samray"]
+                keys = watched[0]["stage_seconds"]
+                result["stage_seconds"] = {
+                    k: statistics.median(run["stage_seconds"][k] for run in watched) for k in keys
+                }
+                result["arithmetic"] = _arithmetic(Path(folder), job)
+            results[name] = result
+    return {"images": [list(image.shape) for image in images], "rounds": rounds, "models": results}
+
+
+def _benchmark_images(image_hw: tuple[int, int], number: int, photos: Path | None) -> list[Any]:
+    """Photographs in the given size, scaled up where they are smaller; without any, seeded coloured patches."""
+    import numpy as np
+    from PIL import Image
+
+    sys.path.insert(0, str(ROOT / "tests" / "parity"))
+    from weights import blobs
+
+    if photos is None:
+        return [blobs(seed, image_hw) for seed in range(number)]
+    files = sorted(p for p in photos.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))[:number]
+    size = (image_hw[1], image_hw[0])
+    return [np.asarray(Image.open(file).convert("RGB").resize(size, Image.Resampling.BICUBIC)) for file in files]
+
+
+def _make_job(folder: Path, name: str, images: list[Any], checkpoint: str | None, dtype: str) -> dict[str, Any]:
+    """The weights, images and settings that all engines share, as files in folder."""
+    import numpy as np
+    from safetensors.torch import save_file
+    from weights import random_sam
+
+    model = (
+        samray.load_model(name, checkpoint, "cpu", "float32")
+        if checkpoint
+        else random_sam(MODELS[name], image=images[0])
+    )
+    settings = {} if checkpoint else _typical_settings(model, images[0])
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "weights.safetensors")
+    paths = []
+    for i, image in enumerate(images):
+        np.save(folder / f"{i}.npy", image)
+        paths.append(str(folder / f"{i}.npy"))
+    job = {"model": name, "weights": str(folder / "weights.safetensors"), "images": paths, "dtype": dtype}
+    return {**job, "settings": {"pred_iou_thresh": 0.88, "stability_score_thresh": 0.95, **settings}}
+
+
+@torch.inference_mode()
+def _typical_settings(model: Sam, image: Any) -> dict[str, float]:
+    """Have random weights let as many candidates through as published ones do: moves the predicted IoUs so that a
+    third is above 0.88, and returns thresholds of stability and of NMS with which 600 and then about 100 are left.
+    Where boxes are so alike that NMS leaves either far fewer or all, all are.
+    """
+    import numpy as np
+
+    from samray.config import MaskConfig
+    from samray.masks.nms import box_nms
+
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    iou: list[torch.Tensor] = []
+    decode = model.decode_points
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        decoded = decode(*args, **{**kwargs, "min_iou": 2.0})
+        iou.append(decoded.all_iou.flatten())
+        return decoded
+
+    model.decode_points = watched  # type: ignore[method-assign]
+    samray.MaskGenerator(model, MaskConfig()).generate([image])
+    model.decode_points = decode  # type: ignore[method-assign]
+    model.mask_decoder.iou_prediction_head.layers[-1].bias.add_(0.88 - torch.cat(iou).quantile(2 / 3))  # type: ignore[operator]
+    everything = MaskConfig(stability_score_thresh=0.0, box_nms_thresh=1.0)
+    found = samray.MaskGenerator(model, everything).generate([image])[0]
+    model.to("cpu")
+    stability = np.array([mask["stability_score"] for mask in found])
+    boxes = np.array([mask["bbox"] for mask in found])
+    boxes[:, 2:] += boxes[:, :2] - 1
+    scores = np.array([mask["predicted_iou"] for mask in found])
+    stability_score_thresh = round(float(np.quantile(stability, 0.4)), 4)
+    stable = stability >= stability_score_thresh
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if len(box_nms(boxes[stable], scores[stable], middle)) < 100 else (low, middle)
+    return {"stability_score_thresh": stability_score_thresh, "box_nms_thresh": round(high, 4)}
+
+
+def _take_turns(engines: list[str], job: dict[str, Any], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Every engine's figures of each round. None is left out to warm up: medians do not mind, and a round is long."""
+    path = Path(job["weights"]).with_name("job.json")
+    path.write_text(json.dumps(job))
+    runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for engine in engines:
+            command = [sys.executable, str(ROOT / "jobs" / "peers.py"), engine, str(path)]
+            worker = stack.enter_context(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+            )
+            assert worker.stdout is not None
+            worker.stdout.readline()
+            workers[engine] = worker
+        for _ in range(rounds):
+            for engine, worker in workers.items():
+                assert worker.stdin is not None
+                assert worker.stdout is not None
+                worker.stdin.write("run\n")
+                figures = json.loads(worker.stdout.readline())
+                print(f"{job['model']} {engine}: {figures['seconds']:.2f} s", file=sys.stderr, flush=True)
+                runs[engine].append(figures)
+        for worker in workers.values():
+            assert worker.stdin is not None
+            worker.stdin.close()
+    return runs
+
+
+def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the rounds."""
+    keys = [key for key in runs[0] if key not in ("masks", "stage_seconds")]
+    medians = {key: statistics.median(run[key] for run in runs) for key in keys}
+    num_masks = [len(masks) for masks in runs[-1]["masks"]]
+    rates = {"images_per_s": len(num_masks) / medians["seconds"], "masks_per_s": sum(num_masks) / medians["seconds"]}
+    return {**medians, **rates, "masks": num_masks, "all_seconds": [round(run["seconds"], 3) for run in runs]}
+
+
+def _agreement(ours: list[list[dict[str, Any]]], theirs: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """How alike two engines' masks are: counts, RLEs that are the same, and IoU of each mask with its best match."""
+    from pycocotools import mask as coco_mask
+
+    same, best = 0, []
+    for a, b in zip(ours, theirs, strict=True):
+        counts = {mask["segmentation"]["counts"] for mask in b}
+        same += sum(mask["segmentation"]["counts"] in counts for mask in a)
+        if a and b:
+            ious = coco_mask.iou([m["segmentation"] for m in a], [m["segmentation"] for m in b], [0] * len(b))
+            best += ious.max(axis=1).tolist()
+    numbers = {"samray": sum(map(len, ours)), "segment-anything": sum(map(len, theirs))}
+    return {**numbers, "identical_rle": same, "mean_best_iou": statistics.fmean(best) if best else None}
+
+
+@torch.inference_mode()
+def _arithmetic(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """Floating point operations of one image, by torch's own count, and what the machine does in a plain product."""
+    import numpy as np
+    from peers import samray_engine
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    run, model, _ = samray_engine(job, device)
+    image = np.load(job["images"][0])
+    with FlopCounterMode(display=False) as counter:
+        run([image])
+    seconds = timed(lambda: run([image]))
+    size = 8192 if device == "cuda" else 3072
+    a = torch.rand(size, size, device=device, dtype=model.dtype)
+
+    def product() -> None:
+        torch.mm(a, a)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    product()
+    peak = 2 * size**3 / min(timed(product) for _ in range(7))
+    flop = counter.get_total_flops()
+    return {
+        "tflop": flop / 1e12,
+        "measured_peak_tflop_per_s": peak / 1e12,
+        "share_of_peak": flop / seconds / peak,
+        "by_part": {key: value / 1e12 for key, value in _flop_by_part(counter).items()},
+    }
+
+
+def _flop_by_part(counter: Any) -> dict[str, float]:
+    totals = {module: sum(by_op.values()) for module, by_op in counter.get_flop_counts().items()}
+    return {name: totals[name] for name in totals if name.count(".") <= 1}
