@@ -33,7 +33,7 @@ _BOXES_ONLY: Final = ["image", "uri"] + [
 _MASK_KINDS: Final = ("bool", "rle", "boxes")
 _GROUPS_HELD: Final = 4
 _FOOTERS_HELD: Final = 32
-"""Of 16 kB a row group in memory, as measured; shuffled reading of more large shards fetches footers ever again."""
+"""A footer grows with its row groups; shuffled reading of more large shards than this fetches footers ever again."""
 
 
 class MaskDataset(Dataset[tuple[Tensor | None, Target]]):

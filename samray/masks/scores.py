@@ -13,7 +13,7 @@ from torch import Tensor
 def above(logits: Tensor, threshold: float) -> Tensor:
     """logits > threshold, bool, of the same shape."""
     if logits.device.type == "cpu":
-        return torch.from_numpy(np.greater(logits.numpy(), threshold))  # six times as fast as torch's
+        return torch.from_numpy(np.greater(logits.numpy(), threshold))  # by whole vectors, torch one by one
     return logits > threshold
 
 
