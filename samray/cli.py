@@ -20,8 +20,9 @@ from samray import __version__
 from samray.cli_export import COMMANDS as EXPORT_COMMANDS
 from samray.cli_help import Command, CommandWithSettings, HelpfulGroup
 from samray.cli_output import COMMANDS, Output
-from samray.config import SECTIONS, load_config
+from samray.config import SECTIONS, Sections, load_config
 from samray.errors import ConfigError, SamrayError, StorageError
+from samray.train.settings import TRAIN_SECTIONS, load_train_settings
 
 app = typer.Typer(
     name="samray",
@@ -48,12 +49,12 @@ Input = Annotated[
 DEMO_FOLDER = "samray-demo"
 
 
-def _split_settings(words: list[str], needed: list[str]) -> tuple[list[str], list[str]]:
+def _split_settings(words: list[str], needed: list[str], sections: Sections = SECTIONS) -> tuple[list[str], list[str]]:
     """Settings and other words, in whatever order they were typed. A path may hold a `=`, but no `section.` before it.
 
     Raises ConfigError when fewer other words are left than are needed.
     """
-    settings = [word for word in words if re.match(rf"({'|'.join(SECTIONS)})\.\w+=", word)]
+    settings = [word for word in words if re.match(rf"({'|'.join(sections)})\.\w+=", word)]
     others = [word for word in words if word not in settings]
     if len(others) < len(needed):
         raise ConfigError(f"Missing argument '{needed[len(others)]}' (see samray --help)")
@@ -128,6 +129,55 @@ def label(
     except KeyboardInterrupt:  # before the run listens for it, or the second one
         return _fail("interrupted; the same command goes on from here", 130)
     print_report(report)
+    return report.exit_code
+
+
+class TrainCommand(CommandWithSettings):
+    """Lists the settings of training."""
+
+    sections = TRAIN_SECTIONS
+    has_presets = False
+
+
+@app.command(cls=TrainCommand)
+def train(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DATA... OUTPUT [SECTION.KEY=VALUE]...",
+            help="DATA: outputs of `samray label` or `samray import`, or the word `scenes` (painted ones); several are "
+            "mixed. OUTPUT: a folder or prefix for weights, state and metrics. Settings are listed below.",
+        ),
+    ],
+    config: Annotated[Path | None, typer.Option(help="A YAML file of settings.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join; short for cluster.address=...")] = None,
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="No bar and no progress lines.")] = False,
+) -> int:
+    """Train a model on labelled images: what `samray label` writes is what this reads.
+
+    The same command again goes on where the last one stopped; other settings on the same OUTPUT are refused. OUTPUT
+    gets weights.safetensors, for `samray label ... model.checkpoint=`, and curves.png.
+
+    Examples:
+
+      samray train labels/ weights/
+
+      samray train s3://bucket/labels s3://bucket/weights model.name=vit_b train.trainable=decoder train.steps=5000
+
+      samray train labels/ scenes weights/ data.shares=[3,1] train.minutes=60 train.steps=null
+    """
+    overrides, places = _split_settings(words, ["DATA", "OUTPUT"], TRAIN_SECTIONS)
+    if address is not None:
+        overrides.append(f"cluster.address={address}")
+    resolved = load_train_settings(config, overrides)
+    from samray.train.progress import print_train_report
+    from samray.train.run import train as run_train
+
+    try:
+        report = run_train(places[:-1], places[-1], resolved, progress=not no_progress)
+    except KeyboardInterrupt:  # before the run listens for it, or the second one
+        return _fail("interrupted; the same command goes on from here", 130)
+    print_train_report(report)
     return report.exit_code
 
 

@@ -41,17 +41,22 @@ class Command(TyperCommand):
 class CommandWithSettings(TyperCommand):
     """A command whose --help goes on to list every setting, straight from the settings classes."""
 
+    sections = SECTIONS
+    has_presets = True
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
         console = Console()
-        for section, cls in SECTIONS.items():
+        for section, cls in self.sections.items():
             console.print(f"[bold]{section}[/bold]: {escape((cls.__doc__ or '').strip())}")
             table = two_columns()
-            for row in setting_rows(section):
+            for row in setting_rows(section, self.sections):
                 default = escape(f"[{_default_in_words(row.default)}]")
                 table.add_row(f"[cyan]{row.name}[/cyan]", f"{escape(row.description)} [dim]{default}[/dim]")
             console.print(table)
-        console.print(f"[bold]presets[/bold]: {', '.join(preset_names())}; each a YAML file such as --config takes\n")
+        if self.has_presets:
+            presets = ", ".join(preset_names())
+            console.print(f"[bold]presets[/bold]: {presets}; each a YAML file such as --config takes\n")
         _print_exit_codes(console)
 
 

@@ -7,7 +7,7 @@ at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -193,9 +193,10 @@ class Config(Settings):
         }
 
 
-SECTIONS: dict[str, type[Settings]] = {
-    cls.section: cls for cls in (InputConfig, ModelConfig, MaskConfig, OutputConfig, ClusterConfig)
-}
+Sections = Mapping[str, type[Settings]]
+
+SECTIONS: Sections = {cls.section: cls for cls in (InputConfig, ModelConfig, MaskConfig, OutputConfig, ClusterConfig)}
+"""Of `samray label`; `samray train` has its own (`samray.train.settings`)."""
 
 
 class SettingRow(NamedTuple):
@@ -208,9 +209,9 @@ class SettingRow(NamedTuple):
     description: str
 
 
-def setting_rows(section: str) -> list[SettingRow]:
+def setting_rows(section: str, sections: Sections = SECTIONS) -> list[SettingRow]:
     """The settings of one section, in the order they are declared."""
-    fields = SECTIONS[section].model_fields
+    fields = sections[section].model_fields
     return [
         SettingRow(
             f"{section}.{key}", f.default, allowed_values(f), " ".join((f.description or "").rstrip(".").split())
@@ -246,38 +247,55 @@ def load_config(preset: str | None = None, file: str | Path | None = None, overr
     preset None is `tiny` for the embedded model and `default` for every other. overrides are `section.key=value`.
     Raises ConfigError that names every bad setting, its value, what is allowed and the nearest valid name.
     """
-    own: dict[str, dict[str, Any]] = {}
-    problems: list[str] = []
-    if file is not None:
-        problems += _lay_over(own, load_yaml_file(Path(file)))
-    for override in overrides:
-        try:
-            problems += _lay_over(own, _parse_override(override))
-        except ConfigError as error:
-            problems.append(str(error))
+    own, problems = own_settings(SECTIONS, file, overrides)
     if preset is None:
         model = own.get("model", {}).get("name", ModelConfig.model_fields["name"].default)
         preset = "tiny" if model == "tiny" else "default"
     values: dict[str, dict[str, Any]] = {}
-    problems += _lay_over(values, load_yaml_file(preset_path(preset)))
-    problems += _lay_over(values, own)
-    sections: dict[str, Any] = {}
-    for section, cls in SECTIONS.items():
+    problems += _lay_over(values, load_yaml_file(preset_path(preset)), SECTIONS)
+    problems += _lay_over(values, own, SECTIONS)
+    return Config(**make_sections(SECTIONS, values, problems))
+
+
+def own_settings(
+    sections: Sections, file: str | Path | None, overrides: Sequence[str]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What a file and `section.key=value` overrides say, by section, the overrides on top; and what is wrong with it.
+
+    Raises ConfigError where the file cannot be read.
+    """
+    own: dict[str, dict[str, Any]] = {}
+    problems = [] if file is None else _lay_over(own, load_yaml_file(Path(file)), sections)
+    for override in overrides:
         try:
-            sections[section] = cls(**values.get(section, {}))
+            problems += _lay_over(own, _parse_override(override, sections), sections)
+        except ConfigError as error:
+            problems.append(str(error))
+    return own, problems
+
+
+def make_sections(
+    sections: Sections, values: Mapping[str, Mapping[str, Any]], problems: Sequence[str]
+) -> dict[str, Any]:
+    """The sections with these values, by name. Raises SettingsError with `problems` and those of the values."""
+    made: dict[str, Any] = {}
+    all_problems = list(problems)
+    for section, cls in sections.items():
+        try:
+            made[section] = cls(**values.get(section, {}))
         except SettingsError as error:
-            problems += error.problems
-    if problems:
-        raise SettingsError(problems)
-    return Config(**sections)
+            all_problems += error.problems
+    if all_problems:
+        raise SettingsError(all_problems)
+    return made
 
 
-def _parse_override(override: str) -> dict[str, Any]:
+def _parse_override(override: str, sections: Sections) -> dict[str, Any]:
     """`masks.points_per_side=16` as {"masks": {"points_per_side": 16}}."""
     name, equals, text = override.partition("=")
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and key):
-        every = {row.name.partition(".")[2]: row.name for s in SECTIONS for row in setting_rows(s)}
+        every = {row.name.partition(".")[2]: row.name for s in sections for row in setting_rows(s, sections)}
         bare = name.strip().rpartition(".")[2]  # a setting without its section is the likeliest slip
         near = f"; did you mean {every[bare]}?" if bare in every else did_you_mean(bare, every.values())
         raise ConfigError(f"{override!r} is not of the form section.key=value{near}")
@@ -287,13 +305,13 @@ def _parse_override(override: str) -> dict[str, Any]:
         raise ConfigError(f"{name}: {error}") from None
 
 
-def _lay_over(values: dict[str, dict[str, Any]], more: dict[str, Any]) -> list[str]:
+def _lay_over(values: dict[str, dict[str, Any]], more: dict[str, Any], sections: Sections) -> list[str]:
     """Write `more` over `values`, section by section; what cannot be laid over is returned as problems."""
     problems = []
     for section, settings in more.items():
-        if section not in SECTIONS:
-            near = did_you_mean(section, SECTIONS)
-            problems.append(f"there is no section {section}{near}; sections are {', '.join(SECTIONS)}")
+        if section not in sections:
+            near = did_you_mean(section, sections)
+            problems.append(f"there is no section {section}{near}; sections are {', '.join(sections)}")
         elif settings is not None and not isinstance(settings, dict):
             problems.append(f"{section} = {settings!r} is not allowed; it takes settings, one a line below it")
         else:

@@ -68,6 +68,9 @@ def _kind_in_words(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if typing.get_origin(kind) is tuple and typing.get_args(kind)[0] in words:
+        items = [item for item in typing.get_args(kind) if item is not Ellipsis]
+        return f"a list of {'' if len(items) == 1 else 'two '}{'texts' if items[0] is str else 'numbers'}"
     return words.get(kind, "a list with one list of [x, y] points a crop layer")
 
 

@@ -221,13 +221,24 @@ class ContainerIndex:
         return {"container": name, "row": at} if size < 0 else {"container": name, "offset": at, "size": size}
 
 
+def read_uris(plan: Plan, index: ImageIndex) -> list[str]:
+    """The URIs of the images of an index, in its order. Raises: StorageError."""
+    uris: list[str] = plan.read_images(["uri"])["uri"].take(_places(plan, index)).to_pylist()
+    return uris
+
+
+def _places(plan: Plan, index: ImageIndex) -> pa.Array:
+    """Where the images of an index stand in the plan."""
+    first = np.cumsum([0, *(plan.num_images_of(shard) for shard in range(plan.num_shards - 1))])
+    return pa.array(first[index.shards] + index.rows)
+
+
 def index_containers(plan: Plan, index: ImageIndex) -> ContainerIndex | None:
     """Where the images of an index lie; None where each is a file of its own. Raises: StorageError."""
     names = plan.read_images(["container"])["container"]
     if names.null_count == len(names):
         return None
-    first = np.cumsum([0, *(plan.num_images_of(shard) for shard in range(plan.num_shards - 1))])
-    places = pa.array(first[index.shards] + index.rows)
+    places = _places(plan, index)
     held = plan.read_images(["offset", "row", "size"]).take(places)
     coded = names.combine_chunks().dictionary_encode().take(places)
     offsets, rows, sizes = (np.asarray(column.fill_null(-1).to_numpy(), np.int64) for column in held.columns)

@@ -9,18 +9,15 @@ other is refused. Of two drivers that plan at once, the second finds the first o
 from __future__ import annotations
 
 import json
-import sys
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib import metadata
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from samray import __version__, storage
+from samray import storage
 from samray.dataset.generations import (
     FOLDER,
     MANIFEST_SCHEMA,
@@ -35,6 +32,7 @@ from samray.dataset.generations import (
     read_rows,
     with_rows,
 )
+from samray.dataset.identity import plain, refuse_differences, versions
 from samray.dataset.inputs import list_images
 from samray.dataset.shards import done_shards
 from samray.errors import ConfigError, NotFoundError, StorageError
@@ -161,7 +159,7 @@ def make_plan(
 
 def run_identity(input_uri: str, identity: Mapping[str, Any]) -> dict[str, Any]:
     """`identity` with the input's URI, as JSON gives it back, and without the credentials that a URI may hold."""
-    return dict(_plain({**identity, "input_uri": storage.redact(storage.normalize(input_uri))}))
+    return dict(plain({**identity, "input_uri": storage.redact(storage.normalize(input_uri))}))
 
 
 def load_plan(output_uri: str) -> Plan:
@@ -183,11 +181,11 @@ def write_plan(output_uri: str, images: pa.Table, images_per_shard: int, run: Ma
     places = pa.array(range(images.num_rows), pa.int64())
     shards = pc.cast(pc.divide(places, images_per_shard), pa.int32())
     table = images.append_column("shard", shards).select(MANIFEST_SCHEMA.names)
-    first = Generation(0, _plain(run["identity"]), table.num_rows, images_per_shard)
+    first = Generation(0, plain(run["identity"]), table.num_rows, images_per_shard)
     if not create_generation(output, first, table):
         held = read_generation(output, 0)
         if held != first:
-            _refuse_differences(output, held.identity if held else {}, first.identity)
+            refuse_differences(output, held.identity if held else {}, first.identity)
             raise ConfigError(
                 f"{storage.redact(output)} holds a plan of other images; give another folder, or empty it"
             )
@@ -224,7 +222,7 @@ def _write_plan(input_uri: str, output: str, config: Config, wanted: dict[str, A
         held = own if create_generation(output, own, table) else read_generation(output, 0)
         if held is None:
             raise StorageError(f"{storage.redact(manifest_uri(output, 0))} was removed while it was being used")
-    _refuse_differences(output, held.identity, wanted)
+    refuse_differences(output, held.identity, wanted)
     run = {"identity": wanted, "input": wanted["input_uri"], "config": config.model_dump(mode="json")}
     return _create_run(output, held, run)
 
@@ -234,32 +232,14 @@ def _create_run(output: str, first: Generation, run: Mapping[str, Any]) -> dict[
     full = {
         "num_images": first.num_images,
         "images_per_shard": first.images_per_shard,
-        "samray_version": __version__,
-        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in _PACKAGES}},
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        **_plain(run),
+        **versions(_PACKAGES),
+        **plain(run),
     }
     storage.put_new(storage.join(output, FOLDER, RUN), json.dumps(full, indent=2, sort_keys=True).encode() + b"\n")
     written = _read_run(output)
     if written is None:
         raise StorageError(f"{storage.redact(storage.join(output, FOLDER, RUN))} was removed while it was being used")
     return written
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back, and without the credentials that a URI may hold."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return storage.redact(value) if isinstance(value, str) else value
 
 
 def _refuse_other_run(plan: Plan, wanted: dict[str, Any], joining: bool) -> None:
@@ -271,31 +251,4 @@ def _refuse_other_run(plan: Plan, wanted: dict[str, Any], joining: bool) -> None
     if joining or plan.run.get("compacted_from"):
         # A new generation is cut as this run says; a compacted one was cut for its readers.
         held["output"] = wanted["output"]
-    _refuse_differences(plan.output, held, wanted)
-
-
-def _refuse_differences(output: str, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises: ConfigError with each setting that differs."""
-    there, asked = _flat(held), _flat(wanted)
-    missing = "not set"
-    differences = [
-        f"  {key}: {there.get(key, missing)} there, {asked.get(key, missing)} now"
-        for key in sorted(there.keys() | asked.keys())
-        if there.get(key, missing) != asked.get(key, missing)
-    ]
-    if differences:
-        raise ConfigError(
-            f"{storage.redact(output)} belongs to a run with other settings:\n"
-            + "\n".join(differences)
-            + "\nuse those settings to finish it, or give another OUTPUT for these"
-        )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = json.dumps(value)
-    return flat
+    refuse_differences(plan.output, held, wanted)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from samray import storage
 from samray.config import InputConfig
 from samray.dataset.inputs import fetch_images
-from samray.dataset.lookup import index_containers, index_images, read_footer, read_row_group
+from samray.dataset.lookup import index_containers, index_images, read_footer, read_row_group, read_uris
 from samray.dataset.manifest import Plan, load_plan
 from samray.dataset.rows import INPUT_SCHEMA
 from samray.dataset.shards import shard_uri
@@ -113,6 +113,10 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         image = self._image(index, table["uri"][row].as_py(), record) if self.images else None
         target = self._target(table["annotations"][row].values, record)
         return (image, target) if self.transforms is None else self.transforms(image, target)
+
+    def uris(self) -> list[str]:
+        """Every image's URI as it was labelled, in the order of the data set. Raises: StorageError."""
+        return read_uris(load_plan(self.output), self._index)
 
     @staticmethod
     def collate(batch: Iterable[Any]) -> tuple[Any, ...]:

@@ -15,13 +15,14 @@ FOCAL_GAMMA = 2.0
 @dataclass(slots=True)
 class Losses:
     """total: scalar with gradients. iou_scored, iou_oracle: mean actual IoU of the best-scored and of the best of the
-    three masks, detached."""
+    three masks; iou_single: of the single mask; detached as all the rest."""
 
     total: Tensor
     mask: Tensor
     score: Tensor
     iou_scored: Tensor
     iou_oracle: Tensor
+    iou_single: Tensor
 
 
 def mask_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -42,19 +43,23 @@ def actual_iou(logits: Tensor, targets: Tensor) -> Tensor:
     return (mask & wanted).sum(dim=(-2, -1)) / union.clamp(min=1)
 
 
-def sam_loss(logits: Tensor, predicted_iou: Tensor, targets: Tensor, *, single_weight: float) -> Losses:
+def sam_loss(
+    logits: Tensor, predicted_iou: Tensor, targets: Tensor, *, single_weight: float, multi_weight: float = 1.0
+) -> Losses:
     """The loss of K prompts.
 
     logits: (K, 4, R, R), mask 0 the single mask and 1 to 3 those of an ambiguous prompt. predicted_iou: (K, 4).
-    targets: (K, R, R) in 0..1. single_weight: of mask 0's loss beside the best of the three. Only the best of the three
-    gets a gradient, so that they become different answers; all four scores learn their mask's actual IoU.
+    targets: (K, R, R) in 0..1. multi_weight: of the loss of the best of the three; single_weight: of mask 0's. Only the
+    best of the three gets a gradient, so that they become different answers; all four scores learn their mask's actual
+    IoU.
     """
     logits, predicted_iou, targets = logits.float(), predicted_iou.float(), targets.float().unsqueeze(1)
     per_mask = mask_losses(logits, targets)
     best = per_mask[:, 1:].min(dim=1).values.mean()
-    mask = best + single_weight * per_mask[:, 0].mean()
+    mask = multi_weight * best + single_weight * per_mask[:, 0].mean()
     iou = actual_iou(logits, targets)
     score = (predicted_iou - iou).square().sum(dim=1).mean()
     multi = iou[:, 1:]
     scored = multi.gather(1, predicted_iou[:, 1:].argmax(dim=1, keepdim=True))
-    return Losses(mask + score, mask.detach(), score.detach(), scored.mean(), multi.max(dim=1).values.mean())
+    oracle = multi.max(dim=1).values.mean()
+    return Losses(mask + score, mask.detach(), score.detach(), scored.mean(), oracle, iou[:, 0].mean())

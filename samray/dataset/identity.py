@@ -1,0 +1,65 @@
+"""What a run in OUTPUT is known by: settings and inputs as plain JSON, compared when the run is taken up again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+from samray import __version__, storage
+from samray.errors import ConfigError
+
+
+def plain(value: Any) -> Any:
+    """As JSON gives it back, and without the credentials that a URI may hold."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return storage.redact(value) if isinstance(value, str) else value
+
+
+def versions(packages: Iterable[str]) -> dict[str, Any]:
+    """When and with what a run began: samray's version, Python's, and those of the packages that are there."""
+    return {
+        "samray_version": __version__,
+        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in packages}},
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def refuse_differences(output: str, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises: ConfigError with each setting that differs."""
+    there, asked = _flat(held), _flat(wanted)
+    missing = "not set"
+    differences = [
+        f"  {key}: {there.get(key, missing)} there, {asked.get(key, missing)} now"
+        for key in sorted(there.keys() | asked.keys())
+        if there.get(key, missing) != asked.get(key, missing)
+    ]
+    if differences:
+        raise ConfigError(
+            f"{storage.redact(output)} belongs to a run with other settings:\n"
+            + "\n".join(differences)
+            + "\nuse those settings to finish it, or give another OUTPUT for these"
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = json.dumps(value)
+    return flat

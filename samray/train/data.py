@@ -1,0 +1,104 @@
+"""The stream of examples: Ray Data actors read, decode and augment, the workers take batches in a fixed order.
+
+One block is one step's examples for all workers together. Where there are several workers, blocks go to them in turn,
+and each worker cuts its blocks into batches of its own size: after W steps, W workers have seen W whole blocks. So a
+position that is saved at such a step is a plain prefix of the order, whatever the number of workers was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from samray import storage
+from samray.dataset.shards import FOLDER
+from samray.errors import ConfigError
+from samray.train.cutouts import CutoutSource
+from samray.train.examples import Frame, MaskExamples, SceneExamples
+from samray.train.mixture import Examples, Mixture
+from samray.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    import ray.data
+
+SCENES = "scenes"
+"""The word that stands for painted scenes among DATA."""
+
+DATA_CPUS = 0.25
+"""CPU that a data actor reserves. It may use a whole one, but must find room beside workers that hold all the rest."""
+
+
+def open_data(data: Sequence[str], settings: TrainSettings) -> Mixture:
+    """All DATA, mixed. Raises: ConfigError where one is no labelled output or has no mask, StorageError."""
+    config, seed = settings.data, settings.train.seed
+    if not data:
+        raise ConfigError(f"there is no DATA to train on; name an output of `samray label` or the word {SCENES}")
+    parts: list[Examples] = []
+    for place, uri in enumerate(data):
+        if uri != SCENES:
+            parts.append(MaskExamples(output_of(uri), config, seed, place))
+            continue
+        source = CutoutSource(config.sources, Path(config.cache)) if config.sources else None
+        parts.append(SceneExamples(source, config, seed))
+    return Mixture(parts, config.shares, seed)
+
+
+def output_of(uri: str) -> str:
+    """The OUTPUT that a DATA means: it may also be named by its folder of shards, or by a glob of them."""
+    uri = storage.normalize(uri)
+    for ending in (f"/{FOLDER}/*.parquet", f"/{FOLDER}/*", f"/{FOLDER}"):
+        if uri.endswith(ending):
+            return uri.removesuffix(ending)
+    return uri
+
+
+class ExampleMaker:
+    """Numbers of examples to examples: what a data actor runs."""
+
+    def __init__(self, mixture: Any, frame: Frame) -> None:
+        if not isinstance(mixture, Mixture):
+            import ray
+
+            mixture = ray.get(mixture)
+        self.mixture: Mixture = mixture
+        self.frame = frame
+
+    def __call__(self, block: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """{"number": (B,)} -> the arrays of B examples (`samray.train.examples.Arrays`), each with a first axis B."""
+        examples = [self.mixture.example(int(number), self.frame) for number in block["number"]]
+        return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+def blocks(first_step: int, num_steps: int, batch_size: int) -> Iterator[npt.NDArray[np.int64]]:
+    """The numbers of the examples of each of these steps."""
+    for step in range(first_step, first_step + num_steps):
+        yield np.arange(step * batch_size, (step + 1) * batch_size)
+
+
+def example_stream(
+    mixture: Any, frame: Frame, first_step: int, num_steps: int, batch_size: int, num_actors: int
+) -> ray.data.Dataset:
+    """The examples of `num_steps` steps as a Ray data set, one block a step. mixture: also as Ray's reference to it.
+
+    Made within `samray.pipeline.cluster.data_settings`, which keep blocks whole.
+    """
+    import ray.data
+
+    numbers: Any = ray.data.from_blocks(
+        [pa.table({"number": numbers}) for numbers in blocks(first_step, num_steps, batch_size)]
+    )
+    stream: ray.data.Dataset = numbers.map_batches(
+        ExampleMaker,
+        fn_constructor_kwargs={"mixture": mixture, "frame": frame},
+        batch_size=None,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=num_actors),
+        num_cpus=DATA_CPUS,
+        udf_modifying_row_count=False,
+    )
+    return stream

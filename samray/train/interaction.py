@@ -1,0 +1,203 @@
+"""The simulated interaction: rounds of prompts on an image, each with its loss.
+
+A first click or box; then clicks drawn from where the last answer is wrong, which is given back as a mask prompt; two
+of the rounds add no click, so that the model learns to improve an answer by looking again.
+Source: SAM paper, section 3, "Efficiency and training", and appendix A, "Training algorithm".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samray.sam.sam import Sam
+from samray.train.clicks import corrective_clicks
+from samray.train.losses import Losses, sam_loss
+from samray.train.settings import TrainConfig
+
+Batch = dict[str, Tensor]
+"""A batch of examples (`samray.train.examples.Arrays`), each with a first axis B."""
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How one step prompts: drawn from its number, the same for all its images and workers."""
+
+    use_boxes: bool
+    adds_click: tuple[bool, ...]
+    """Of each round after the first."""
+
+
+def draw_course(config: TrainConfig, step: int) -> Course:
+    """What kind of prompts step number `step` gives.
+
+    Of `interaction_steps` rounds the last one adds no click from 3 on, and from 4 on neither does a random one between.
+    """
+    generator = torch.Generator().manual_seed(config.seed * 2**32 + step)
+    kind, refine, between = (float(x) for x in torch.rand(3, generator=generator))
+    num_later = config.interaction_steps - 1 if refine < config.refine_fraction else 0
+    adds_click = [True] * num_later
+    if num_later >= 2:
+        adds_click[-1] = False
+    if num_later >= 3:
+        adds_click[int(between * (num_later - 1))] = False
+    return Course(kind < config.box_fraction, tuple(adds_click))
+
+
+class Rounds:
+    """The rounds on a batch, one after the other.
+
+    sam: in training. batch: on its device. generator: of the clicks, on that device.
+    """
+
+    def __init__(self, sam: Sam, config: TrainConfig, course: Course, batch: Batch, generator: torch.Generator) -> None:
+        self.sam, self.config, self.course, self.generator = sam, config, course, generator
+        self.targets = (batch["targets"].float() / 255).flatten(0, 1)
+        points = batch["points"]
+        self.num_images, self.num_prompts = points.shape[:2]
+        self.boxes = batch["boxes_xyxy"] if course.use_boxes else None
+        given = points[:, :, None][:, :, :0] if course.use_boxes else points[:, :, None]
+        self.clicks = given  # (B, N, P, 2)
+        self.labels = torch.ones(given.shape[:3], dtype=torch.long, device=points.device)
+        self.first: Losses | None = None
+        self.last_iou: Tensor | None = None
+
+    def run(self, embeddings: Tensor) -> Iterator[Tensor]:
+        """Each round's loss, a scalar with gradients. embeddings: (B, C, h, w); their gradients are the caller's."""
+        weight = 1.0 if self.course.use_boxes else self.config.single_weight
+        losses, answer = self._round(embeddings, None, weight, 1.0, multimask=True)
+        self.first, self.last_iou = losses, losses.iou_scored
+        yield losses.total
+        stride = self.sam.image_size / self.targets.shape[-1]
+        for adds_click in self.course.adds_click:
+            if adds_click:
+                points, labels = corrective_clicks(answer.float(), self.targets, stride, self.generator)
+                grid = (self.num_images, self.num_prompts, 1)
+                self.clicks = torch.cat([self.clicks, points.view(*grid, 2)], dim=2)
+                self.labels = torch.cat([self.labels, labels.view(grid)], dim=2)
+            losses, answer = self._round(
+                embeddings, answer[:, None], 1.0, self.config.later_multi_weight, multimask=False
+            )
+            self.last_iou = losses.iou_single
+            yield losses.total
+
+    def _round(
+        self, embeddings: Tensor, mask_input: Tensor | None, single: float, multi: float, *, multimask: bool
+    ) -> tuple[Losses, Tensor]:
+        """One round's losses, and the answer that goes into the next: (B * N, R, R) logits without gradients."""
+        logits, iou = self.sam.decode_batch(embeddings, self._tokens(), mask_input)
+        logits, iou = logits.flatten(0, 1), iou.flatten(0, 1)
+        losses = sam_loss(logits, iou, self.targets, single_weight=single, multi_weight=multi)
+        best = iou[:, 1:].argmax(dim=1) + 1 if multimask else torch.zeros(len(iou), dtype=torch.long, device=iou.device)
+        return losses, logits.detach()[torch.arange(len(best), device=best.device), best]
+
+    def _tokens(self) -> Tensor:
+        """(B, N, tokens, C) of all prompts given so far."""
+        encoder = self.sam.prompt_encoder
+        if self.boxes is None:
+            return encoder.encode_points(self.clicks, self.labels)
+        boxes = encoder.encode_boxes(self.boxes)
+        if self.clicks.shape[2] == 0:
+            return boxes
+        return torch.cat([encoder.encode_points(self.clicks, self.labels, pad=False), boxes], dim=2)
+
+
+class InteractionLoss(nn.Module):
+    """A whole training step's loss as one forward pass, which is what data parallel training wraps."""
+
+    def __init__(self, sam: Sam, config: TrainConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.sam, self.config, self.dtype = sam, config, dtype
+
+    def forward(self, batch: Batch, step: int, stream: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss with gradients, and figures without.
+
+        stream: which of the random streams of the clicks, one for each worker.
+        """
+        sam, device = self.sam, batch["image"].device
+        generator = torch.Generator(device).manual_seed(self.config.seed * 2**32 + step * 2**12 + stream)
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            pixels = normalise(sam, batch["image"], batch["input_hw"])
+            learns = any(p.requires_grad for p in sam.image_encoder.parameters())
+            with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+                embeddings = sam.encode_images(pixels)
+            rounds = Rounds(sam, self.config, draw_course(self.config, step), batch, generator)
+            others = [p for m in (sam.prompt_encoder, sam.mask_decoder) for p in m.parameters() if p.requires_grad]
+            total: Tensor = _RoundByRound.apply(rounds.run, embeddings, *others)  # type: ignore[no-untyped-call]
+        first = rounds.first
+        assert first is not None
+        assert rounds.last_iou is not None
+        figures = {
+            "mask_loss": first.mask,
+            "score_loss": first.score,
+            "iou_scored": first.iou_scored,
+            "iou_oracle": first.iou_oracle,
+            "iou_last": rounds.last_iou,
+        }
+        return total, figures
+
+
+class DistillationLoss(nn.Module):
+    """Mean squared error between the image embeddings of a model and of its teacher.
+
+    Source: MobileSAM (Zhang et al., 2023), section 4, decoupled distillation.
+    """
+
+    def __init__(self, sam: Sam, teacher: Sam, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.sam, self.dtype = sam, dtype
+        self._teacher = [teacher]  # in a list: no submodule, so neither trained, saved nor kept equal across workers
+
+    def forward(self, batch: Batch, step: int, stream: int) -> tuple[Tensor, dict[str, Tensor]]:
+        sam, teacher, device = self.sam, self._teacher[0], batch["image"].device
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            pixels = normalise(sam, batch["image"], batch["input_hw"])
+            with torch.no_grad():
+                wanted = teacher.encode_images(pixels).float()
+            loss = (sam.encode_images(pixels).float() - wanted).square().mean()
+        return loss, {"distill_loss": loss.detach()}
+
+
+def normalise(sam: Sam, images: Tensor, input_hw: Tensor) -> Tensor:
+    """(B, S, S, 3) uint8 and (B, 2) -> (B, 3, S, S), zero where padded, as `Sam.preprocess` gives them."""
+    pixels = (images.permute(0, 3, 1, 2).float() - sam.pixel_mean) / sam.pixel_std
+    place = torch.arange(images.shape[1], device=images.device)
+    inside = (place[:, None] < input_hw[:, :1, None]) & (place < input_hw[:, 1:, None])
+    return pixels * inside[:, None]
+
+
+class _RoundByRound(torch.autograd.Function):
+    """The sum of losses that share embeddings and parameters, each loss's gradients taken as soon as it is there.
+
+    No loss depends on an earlier one but through clicks and masks, which have no gradients. So the memory is that of
+    one round, not of eleven; and to whatever listens to gradients (data parallel training) it is one backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[Tensor], Iterator[Tensor]], embeddings: Tensor, *parameters: Tensor) -> Tensor:
+        leaf = embeddings.detach().requires_grad_(embeddings.requires_grad)
+        inputs = [leaf, *parameters]
+        wanted = [i for i, tensor in enumerate(inputs) if tensor.requires_grad]
+        sums: list[Tensor | None] = [None] * len(inputs)
+        total = torch.zeros((), device=embeddings.device)
+        with torch.enable_grad():
+            for loss in run(leaf):
+                total += loss.detach()
+                if not wanted:
+                    continue
+                found = torch.autograd.grad(loss, [inputs[i] for i in wanted], allow_unused=True)
+                for i, gradient in zip(wanted, found, strict=True):
+                    held = sums[i]
+                    sums[i] = gradient if held is None or gradient is None else held.add_(gradient)
+                    if gradient is None:
+                        sums[i] = held
+        ctx.sums = sums
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *(None if held is None else held * gradient for held in ctx.sums))

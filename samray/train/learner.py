@@ -1,0 +1,221 @@
+"""A model in training: one step at a time, and all that a resumed run needs. No Ray, no files."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samray.errors import ConfigError
+from samray.sam.checkpoints import find_spec, load_model
+from samray.sam.sam import Sam
+from samray.sam.spec import ModelSpec, TinyVitSpec
+from samray.train.examples import Frame
+from samray.train.interaction import Batch, DistillationLoss, InteractionLoss
+from samray.train.optimizer import (
+    add_drop_path,
+    learning_rate,
+    make_optimizer,
+    set_trainable,
+    train_mode,
+    update_average,
+)
+from samray.train.settings import TrainConfig, TrainSettings
+from samray.train.store import Position
+
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+@dataclass(slots=True)
+class Means:
+    """Means of the figures since the last line of the log."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    count: int = 0
+    since: float = field(default_factory=time.monotonic)
+    """Of the clock of this process: where the rate counts from."""
+    counted: int = 0
+    """Steps since then."""
+
+    def add(self, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += 1
+        self.counted += 1
+
+    def flush(self, examples_per_step: int) -> dict[str, float]:
+        """The means, and examples a second; begins anew."""
+        means = {name: round(total / max(1, self.count), 5) for name, total in self.sums.items()}
+        now = time.monotonic()
+        means["examples_per_s"] = round(self.counted * examples_per_step / max(now - self.since, 1e-9), 2)
+        self.sums, self.count, self.since, self.counted = {}, 0, now, 0
+        return means
+
+
+def size_due(config: TrainConfig, spec: ModelSpec, position: Position) -> tuple[int, float]:
+    """The input side that is due, pixels, and the progress until which it is."""
+    if position.progress(config) < config.first_fraction:
+        return config.first_image_size, config.first_fraction
+    return spec.image_size, 1.0
+
+
+def frame_of(spec: ModelSpec, image_size: int) -> Frame:
+    """What examples must be like for a model at this input size."""
+    sized = dataclasses.replace(spec, image_size=image_size)
+    return Frame(image_size, 4 * sized.grid)
+
+
+def check_settings(settings: TrainSettings) -> ModelSpec:
+    """The model's row of the table. Raises: ConfigError where settings and model do not go together."""
+    spec, config = find_spec(settings.model.name), settings.train
+    if config.first_fraction > 0:
+        if not isinstance(spec.encoder, TinyVitSpec):
+            raise ConfigError(
+                f"train.first_fraction = {config.first_fraction:g} needs a model with a TinyViT; of {spec.name} the"
+                " positions are learnt for one input size: set train.first_fraction=0"
+            )
+        if config.first_image_size % spec.stride:
+            raise ConfigError(
+                f"train.first_image_size = {config.first_image_size} is not allowed; for {spec.name} it takes a"
+                f" multiple of {spec.stride}"
+            )
+    if config.distill_from is not None:
+        teacher = find_spec(config.distill_from)
+        for what, own, wanted in (
+            ("channels", spec.embed_dim, teacher.embed_dim),
+            ("cells a side", spec.grid, teacher.grid),
+            ("input pixels a side", spec.image_size, teacher.image_size),
+        ):
+            if own != wanted:
+                raise ConfigError(
+                    f"train.distill_from = {teacher.name!r} does not fit {spec.name}: its embeddings have {wanted}"
+                    f" {what}, those of {spec.name} {own}"
+                )
+        if teacher.name == spec.name or config.first_fraction > 0:
+            raise ConfigError("train.distill_from takes another model than model.name, and train.first_fraction=0")
+    return spec
+
+
+class Learner:
+    """The model, its running average, the optimizer and the position.
+
+    image_size: of the input, pixels. state: as `Store.read_state` gives it, None to begin. wrap: what makes the loss a
+    parallel one. stream: this worker's number. keeps_average: whether this worker holds the average; one is enough.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        spec: ModelSpec,
+        *,
+        image_size: int,
+        device: torch.device,
+        state: Mapping[str, Any] | None = None,
+        wrap: Wrap = lambda module: module,
+        stream: int = 0,
+        keeps_average: bool = True,
+    ) -> None:
+        config = settings.train
+        self.config, self.spec, self.device, self.stream = config, spec, device, stream
+        self.position = Position() if state is None else state["position"]
+        self.means = Means()
+        torch.manual_seed(config.seed)
+        self.sam = Sam(dataclasses.replace(spec, image_size=image_size))
+        teacher = None
+        if config.distill_from is not None:
+            teacher = load_model(config.distill_from, config.distill_checkpoint, device)
+        if state is None:
+            self._begin(settings, teacher)
+        else:
+            self.sam.load_state_dict(state["model"])
+            self.means.sums, self.means.count = dict(state["sums"]), state["count"]
+        self.sam.to(device)
+        set_trainable(self.sam, config.trainable, distilling=teacher is not None)
+        train_mode(self.sam)
+        self.average: Sam | None = None
+        if keeps_average:
+            self.average = copy.deepcopy(self.sam).eval().requires_grad_(False)
+            if state is not None:
+                self.average.load_state_dict(state["ema"])
+        add_drop_path(self.sam, config.drop_path)
+        self.optimizer = make_optimizer(self.sam, config)
+        if state is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        dtype = autocast_dtype(settings, device)
+        self.loss: nn.Module = wrap(
+            InteractionLoss(self.sam, config, dtype) if teacher is None else DistillationLoss(self.sam, teacher, dtype)
+        )
+
+    def _begin(self, settings: TrainSettings, teacher: Sam | None) -> None:
+        """The first weights: random, or those of a checkpoint; what a teacher does not teach is taken from it."""
+        if not self.config.from_scratch:
+            begun = load_model(settings.model.name, settings.model.checkpoint, device="cpu")
+            self.sam.load_state_dict(begun.state_dict())
+        if teacher is not None:
+            self.sam.prompt_encoder.load_state_dict(teacher.prompt_encoder.state_dict())
+            self.sam.mask_decoder.load_state_dict(teacher.mask_decoder.state_dict())
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that is used up, 0 to 1."""
+        return self.position.progress(self.config)
+
+    def step(self, batch: Batch, progress: float | None = None) -> dict[str, float]:
+        """One step on a batch (on the CPU or the device). Returns its figures.
+
+        progress: of all workers, where they must agree on it.
+        """
+        rate = learning_rate(self.config, self.position.step, self.progress if progress is None else progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        torch.manual_seed(self.config.seed * 2**32 + self.position.step * 2**12 + self.stream)  # of drop path
+        batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+        self.optimizer.zero_grad(set_to_none=True)
+        total, figures = self.loss(batch, self.position.step, self.stream)
+        total.backward()
+        learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = float(torch.nn.utils.clip_grad_norm_(learning, self.config.max_grad_norm))
+        if math.isfinite(norm):  # one bad image must not end a run of hours
+            self.optimizer.step()
+        self.position.step += 1
+        if math.isfinite(norm) and self.average is not None:
+            update_average(self.average, self.sam, self.config.ema_decay, self.position.step)
+        found = {name: float(value) for name, value in figures.items()} | {"grad_norm": norm}
+        self.means.add(found)
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs beside the position, tensors and plain values."""
+        assert self.average is not None
+        return {
+            "model": self.sam.state_dict(),
+            "ema": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "sums": dict(self.means.sums),
+            "count": self.means.count,
+        }
+
+    def weights(self) -> dict[str, Tensor]:
+        """The running average, its parameters in half precision.
+
+        Buffers stay as they are: it would cost the random positions accuracy and gain no space.
+        """
+        assert self.average is not None
+        parameters = {name for name, _ in self.average.named_parameters()}
+        weights = {k: v.half() if k in parameters else v for k, v in self.average.state_dict().items()}
+        return {k: v.cpu().contiguous() for k, v in weights.items()}
+
+
+def autocast_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
+    """What `model.dtype` means in training: the precision of autocast; weights are always float32."""
+    name = settings.model.dtype
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return torch.bfloat16 if name == "bfloat16" else torch.float32

@@ -1,0 +1,96 @@
+"""Which example is number i: DATA mixed by shares, as a function of i alone, so that a run can begin anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from samray.errors import ConfigError
+from samray.scenes import Scene
+from samray.train.examples import Arrays, Frame
+
+CYCLE = 1024
+"""Examples in which every DATA has its exact share, in an order drawn anew each time."""
+
+
+class Examples(Protocol):
+    """One DATA."""
+
+    @property
+    def num_images(self) -> int | None:
+        """That are trained on; None of one that never ends."""
+
+    def example(self, draw: int, frame: Frame) -> Arrays:
+        """Its draw number `draw`; the same each time."""
+
+    def validation(self, limit: int, frame: Frame) -> Iterator[Scene]:
+        """At most `limit` images that are never drawn from, always the same."""
+
+
+class Mixture:
+    """Examples of all DATA in one endless, fixed order."""
+
+    def __init__(self, parts: Sequence[Examples], shares: Sequence[float] | None, seed: int) -> None:
+        if shares is not None and len(shares) != len(parts):
+            raise ConfigError(f"data.shares has {len(shares)} numbers, but there are {len(parts)} DATA")
+        self.parts, self.seed = list(parts), seed
+        wanted = np.array(root_shares(parts) if shares is None else shares, float)
+        self.slots = _slots(wanted / wanted.sum())
+        self._order = lru_cache(4)(self._draw_order)
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Example `number`'s DATA, and which of its draws it is."""
+        cycle, at = divmod(number, CYCLE)
+        order, before = self._order(cycle)
+        part = int(order[at])
+        return part, cycle * self.slots[part] + int(before[at])
+
+    def example(self, number: int, frame: Frame) -> Arrays:
+        part, draw = self.place(number)
+        return self.parts[part].example(draw, frame)
+
+    def validation(self, limit: int, frame: Frame) -> Iterator[Scene]:
+        """Held-out images of all DATA that training draws from, as many of each."""
+        used = [part for part, slots in zip(self.parts, self.slots, strict=True) if slots]
+        for i, part in enumerate(used):
+            yield from part.validation(limit * (i + 1) // len(used) - limit * i // len(used), frame)
+
+    def _draw_order(self, cycle: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(CYCLE,) each: an example's DATA, and how many of that DATA came before it in the cycle."""
+        order = np.random.default_rng([self.seed, cycle]).permutation(np.repeat(np.arange(len(self.slots)), self.slots))
+        before = np.zeros(CYCLE, np.int64)
+        for part in range(len(self.slots)):
+            own = order == part
+            before[own] = np.arange(own.sum())
+        return order, before
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_order"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._order = lru_cache(4)(self._draw_order)
+
+
+def root_shares(parts: Sequence[Examples]) -> list[float]:
+    """By the root of the number of images: a small DATA is seen more often than its size says, a large one less.
+
+    What never ends gets the mean of the others.
+    """
+    roots = [None if part.num_images is None else part.num_images**0.5 for part in parts]
+    known = [root for root in roots if root is not None]
+    mean = sum(known) / len(known) if known else 1.0
+    return [mean if root is None else root for root in roots]
+
+
+def _slots(shares: npt.NDArray[np.float64]) -> list[int]:
+    """How many of CYCLE examples each share is, by the largest remainders."""
+    exact = shares * CYCLE
+    slots = np.floor(exact).astype(int)
+    short = CYCLE - int(slots.sum())
+    slots[np.argsort(slots - exact, kind="stable")[:short]] += 1
+    return [int(n) for n in slots]

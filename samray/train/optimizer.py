@@ -1,0 +1,187 @@
+"""Which weights learn, how fast, and what becomes of them: parameter groups, schedule, drop path, running average."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samray.errors import ConfigError
+from samray.sam.image_encoder import ImageEncoderViT
+from samray.sam.sam import Sam
+from samray.sam.tiny_vit import TinyViT
+from samray.train.settings import LAST_BLOCKS, TrainConfig
+
+ENCODER = "image_encoder."
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+def encoder_blocks(sam: Sam) -> list[nn.Module]:
+    """The image encoder's blocks, from the image to the neck."""
+    encoder = sam.image_encoder
+    if isinstance(encoder, ImageEncoderViT):
+        return list(encoder.blocks)
+    assert isinstance(encoder, TinyViT)
+    return [block for stage in encoder.layers for block in stage.blocks]  # type: ignore[union-attr]
+
+
+def layer_of(sam: Sam) -> dict[str, int]:
+    """Each parameter's and buffer's layer: 0 before the encoder's blocks, i + 1 for block i, the last for all after.
+
+    What merges patches after a stage of a TinyViT belongs to the stage's last block.
+    """
+    encoder = sam.image_encoder
+    prefixes: list[tuple[str, int]] = []
+    if isinstance(encoder, ImageEncoderViT):
+        prefixes = [(f"{ENCODER}blocks.{i}.", i + 1) for i in range(len(encoder.blocks))]
+    else:
+        layer = 0
+        for i, stage in enumerate(encoder.layers):  # type: ignore[arg-type]
+            for j in range(len(stage.blocks)):
+                layer += 1
+                prefixes.append((f"{ENCODER}layers.{i}.blocks.{j}.", layer))
+            prefixes.append((f"{ENCODER}layers.{i}.downsample.", layer))
+    last = len(encoder_blocks(sam)) + 1
+    layers = {}
+    for name, _ in [*sam.named_parameters(), *sam.named_buffers()]:
+        found = next((layer for prefix, layer in prefixes if name.startswith(prefix)), None)
+        if found is None:
+            found = 0 if re.match(rf"{ENCODER}(patch_embed|pos_embed)", name) else last
+        layers[name] = found
+    return layers
+
+
+def set_trainable(sam: Sam, trainable: str, *, distilling: bool = False) -> None:
+    """Let only the weights learn that `train.trainable` names; all others keep every number, statistics included.
+
+    Raises: ConfigError where the encoder has fewer blocks than asked for.
+    """
+    blocks = len(encoder_blocks(sam))
+    first = 0 if trainable == "all" else blocks + 2
+    if trainable.startswith(LAST_BLOCKS):
+        number = int(trainable.removeprefix(LAST_BLOCKS))
+        if number > blocks:
+            raise ConfigError(f"train.trainable = {trainable!r}: the image encoder has only {blocks} blocks")
+        first = blocks - number + 1
+    layers = layer_of(sam)
+    for name, parameter in sam.named_parameters():
+        if name.startswith(ENCODER):
+            learns = layers[name] >= first
+        elif name.startswith("prompt_encoder."):
+            learns = trainable != "decoder" and not distilling
+        else:
+            learns = not distilling
+        parameter.requires_grad_(learns)
+
+
+def train_mode(sam: Sam) -> None:
+    """Training mode for what learns; batch norms that do not learn go on with the statistics that they have."""
+    sam.train()
+    for module in sam.modules():
+        own = list(module.parameters(recurse=False))
+        if own and not any(parameter.requires_grad for parameter in own):
+            module.training = False  # not eval(), which would reach children that do learn
+
+
+# --- optimizer -------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(sam: Sam, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over what learns, without decay on biases, norms and single embeddings, layer by layer.
+
+    Each group's `lr_scale` is what its learning rate is multiplied by. Source: SAM paper, appendix A.
+    """
+    layers = layer_of(sam)
+    last = len(encoder_blocks(sam)) + 1
+    groups: dict[tuple[int, bool], list[Tensor]] = {}
+    for name, parameter in sam.named_parameters():
+        if parameter.requires_grad:
+            layer = layers[name] if config.layer_decay < 1 else last
+            decays = parameter.ndim >= 2 and min(parameter.shape[:2]) > 1
+            groups.setdefault((layer, decays), []).append(parameter)
+    made: list[dict[str, Any]] = [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "lr_scale": config.layer_decay ** (last - layer),
+        }
+        for (layer, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+    return torch.optim.AdamW(made, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
+
+
+def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
+    """Of step number `step`, before each group's own scale. progress: share of the budget that is used up, 0 to 1."""
+    rate = config.learning_rate * min(1.0, (step + 1) / config.warmup_steps)
+    if config.schedule == "cosine":
+        return rate * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.schedule == "step":
+        return rate * config.decay_factor ** sum(progress >= place for place in config.decay_at)
+    return rate
+
+
+# --- drop path -------------------------------------------------------------------------------------------------------
+
+
+def add_drop_path(sam: Sam, rate: float) -> None:
+    """Leave residual branches of encoder blocks out of random images in training, scaling up those that stay.
+
+    rate: of the last block; it grows evenly from 0 before the first. By hooks, so that the model's own code and its
+    parameter names stay what checkpoints know. Source: Huang et al., "Deep Networks with Stochastic Depth" (2016).
+    """
+    if rate == 0:
+        return
+    blocks = encoder_blocks(sam)
+    for i, block in enumerate(blocks):
+        own = rate * (i + 1) / len(blocks)
+        for name in ("attn", "mlp", "conv3"):  # what a block adds to its input, in a ViT, a TinyViT, an MBConv
+            branch = getattr(block, name, None)
+            if isinstance(branch, nn.Module):
+                branch.register_forward_hook(_Drop(own, sam))
+
+
+class _Drop:
+    """A forward hook that drops a branch's output, image by image."""
+
+    def __init__(self, rate: float, sam: Sam) -> None:
+        self.rate = rate
+        self.num_images = 1
+        sam.image_encoder.register_forward_pre_hook(self._count)
+
+    def _count(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.num_images = len(inputs[0])
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        if not module.training:
+            return None
+        keep = (torch.rand(self.num_images, device=output.device) >= self.rate).to(output.dtype) / (1 - self.rate)
+        # A windowed attention's first axis is images times windows.
+        return output * keep.repeat_interleave(len(output) // self.num_images).view(-1, *[1] * (output.ndim - 1))
+
+
+# --- running average -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def update_average(average: Sam, current: Sam, decay: float, step: int) -> None:
+    """Move the running average towards the current weights; in the first steps faster, as it began with nothing.
+
+    step: how many steps were done, this one included.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    learning = {name for name, parameter in current.named_parameters() if parameter.requires_grad}
+    for (name, held), (_, new) in zip(_tensors(average), _tensors(current), strict=True):
+        if not held.is_floating_point():
+            held.copy_(new)
+        elif name in learning or not isinstance(new, nn.Parameter):
+            held.lerp_(new, 1 - decay)
+
+
+def _tensors(sam: Sam) -> Iterator[tuple[str, Tensor]]:
+    yield from sam.named_parameters()
+    yield from sam.named_buffers()

@@ -1,0 +1,135 @@
+"""How a training is going: a live line on a terminal, a line every ten seconds elsewhere; and the closing summary."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from samray import storage
+from samray.cli_help import two_columns
+from samray.pipeline.report import duration
+from samray.train.store import CURVES_FILE, WEIGHTS_FILE, Store
+
+LOG_EVERY_S = 10.0
+_SHOWN = {"mask_loss": "loss", "distill_loss": "loss", "iou_scored": "IoU", "iou_last": "last IoU"}
+_MEMORY = 0.9
+"""Of the shown figures: single steps jump, these are running averages."""
+
+
+class TrainView:
+    """Progress, losses, examples a second, time left. Written to stderr, so that stdout stays the program's own."""
+
+    def __init__(self, batch_size: int, *, enabled: bool = True, file: TextIO | None = None) -> None:
+        self.file, self.enabled, self.batch_size = file or sys.stderr, enabled, batch_size
+        self.note = "starting Ray"
+        self._figures: dict[str, float] = {}
+        self._first: tuple[float, float, int] | None = None  # time, progress and step when the first figures came
+        self._last_step = -1
+        self._rate = ""
+        self._logged_at = time.monotonic()
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> TrainView:
+        console = Console(file=self.file)
+        if self.enabled and console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[words]}"),
+            )
+            self._bar = Progress(*columns, console=console, transient=True)
+            self._task = self._bar.add_task(self.note, total=1.0, words="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, line: Mapping[str, Any] | None = None, *, note: str | None = None) -> None:
+        """Show a step's figures, or what is being done; cheap enough to call often."""
+        now = time.monotonic()
+        if note is not None and note != self.note:
+            self.note = note
+            self._logged_at = 0.0  # worth a line at once
+        if line is not None and line["step"] != self._last_step:
+            self._take(line, now)
+        progress = 0.0 if line is None else float(line["progress"])
+        words = ", ".join([*(f"{name} {value:.3f}" for name, value in self._figures.items()), *self._rate.split("; ")])
+        words = words.strip(", ")
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=self.note, completed=progress, words=words)
+        elif self.enabled and now - self._logged_at >= LOG_EVERY_S:
+            self._logged_at = now
+            step = "" if line is None else f", step {line['step']:,} ({100 * progress:.0f}%)"
+            print(f"samray: {self.note}{step}{', ' * bool(words)}{words}", file=self.file, flush=True)
+
+    def _take(self, line: Mapping[str, Any], now: float) -> None:
+        self._last_step = line["step"]
+        for name, shown in _SHOWN.items():
+            if name in line:
+                before = self._figures.get(shown, line[name])
+                self._figures[shown] = _MEMORY * before + (1 - _MEMORY) * line[name]
+        if self._first is None or self._first[2] > line["step"]:  # the second: a worker died, and begins further back
+            self._first = (now, line["progress"], line["step"])
+        since, progress, step = self._first
+        if now - since > 1.0 and line["progress"] > progress:
+            rate = (line["step"] - step) * self.batch_size / (now - since)
+            left = (1 - line["progress"]) * (now - since) / (line["progress"] - progress)
+            self._rate = f"{rate:.2f} examples/s; {duration(left)} left"
+
+
+@dataclass
+class TrainReport:
+    """What `samray train` did, and how it ended."""
+
+    output: str
+    step: int
+    minutes: float
+    """In training, earlier runs included."""
+    model: str
+    num_images: dict[str, int | None]
+    """DATA -> images that are trained on; None of scenes, which never end."""
+    first: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
+    """The first and the last validation of the run."""
+    exit_code: int = 0
+    problem: str | None = None
+
+
+def print_train_report(report: TrainReport) -> None:
+    """The closing summary, on stdout, with the command that comes next."""
+    store = Store(report.output)
+    table = two_columns()
+    shown = {uri: "no end of them" if n is None else f"{n:,} images" for uri, n in report.num_images.items()}
+    table.add_row("data", escape("; ".join(f"{storage.redact(uri)}: {words}" for uri, words in shown.items())))
+    table.add_row("trained", f"{report.step:,} steps, {duration(60 * report.minutes)}")
+    if report.last is not None:
+        words = (
+            f"mean IoU {report.last['miou']:.3f} with the best-scored mask, {report.last['miou_oracle']:.3f} with the"
+        )
+        table.add_row("held out", f"{words} best of three, {report.last['num_regions']:,} masks, one click each")
+        if report.first is not None and report.first["step"] < report.last["step"]:
+            table.add_row("", f"at step {report.first['step']:,} it was {report.first['miou']:.3f}")
+    where = storage.redact(store.uri(WEIGHTS_FILE))
+    table.add_row("weights", escape(where))
+    table.add_row("curves", escape(storage.redact(store.uri(CURVES_FILE))))
+    if report.problem:
+        table.add_row("[red]problem[/red]", escape(report.problem))
+    console = Console(highlight=False)
+    console.print(table, soft_wrap=True)
+    if not report.problem:  # by itself, so that it can be copied: a table would fold it
+        console.print(f"\nsamray label INPUT OUTPUT model.name={report.model} model.checkpoint={where}", soft_wrap=True)

@@ -1,0 +1,376 @@
+"""`samray.train`: DATA and settings to a trained model, on Ray Train. One CPU worker or many GPUs, the same code.
+
+A run is a sequence of legs. Each is one TorchTrainer of bounded length at one input size, and begins with what OUTPUT
+holds: whether the leg before ended, a worker died (Ray Train starts the others anew) or the driver was killed, the way
+on is the same. Ray's own checkpoints are not used: on object stores they may be there in part, and beside OUTPUT they
+would be a second truth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from samray import storage
+from samray.config import ClusterConfig
+from samray.errors import ConfigError, SamrayError
+from samray.train.data import DATA_CPUS, SCENES, example_stream, open_data, output_of
+from samray.train.learner import Learner, check_settings, frame_of, size_due
+from samray.train.loop import Worker, run_leg
+from samray.train.mixture import Mixture
+from samray.train.optimizer import set_trainable
+from samray.train.progress import TrainReport, TrainView
+from samray.train.settings import TrainSettings, load_train_settings
+from samray.train.store import Position, Store
+
+if TYPE_CHECKING:
+    import ray.data
+
+    from samray.pipeline.control import StopRequest
+
+LEG_STEPS = 4096
+"""Steps of a leg at most: the driver hands each step's block to Ray Data before the first begins."""
+POLL_S = 0.5
+BEAT_S = 1.0
+"""Seconds between two words of the first worker with the driver."""
+_DATA_NAME = "train"
+
+
+def train(
+    data: Sequence[str | Path] | str | Path,
+    output: str | Path,
+    settings: TrainSettings | None = None,
+    *,
+    progress: bool = True,
+) -> TrainReport:
+    """Train a model on DATA into OUTPUT, or finish what an earlier run left undone.
+
+    data: outputs of `samray label` or `samray import`, or the word `scenes`. progress: show it, on stderr.
+    Raises ConfigError before anything starts, StorageError when storage stays away. A report with exit_code 130 or 143
+    means that a signal ended the run early; calling again resumes.
+    """
+    from samray.sam.checkpoints import checkpoint_sha256
+
+    settings = _absolute(settings or load_train_settings())
+    uris = [str(data)] if isinstance(data, str | Path) else [str(uri) for uri in data]
+    uris = [uri if uri == SCENES else output_of(uri) for uri in uris]
+    spec = check_settings(settings)
+    set_trainable_or_refuse(settings)
+    mixture = open_data(uris, settings)
+    store = Store(str(output))
+    identity = settings.identity()
+    if not settings.train.from_scratch:
+        identity["model"]["checkpoint_sha256"] = checkpoint_sha256(spec.name, settings.model.checkpoint)
+    num_images = dict(zip(uris, (part.num_images for part in mixture.parts), strict=True))
+    identity["data"]["uris"] = {uri: "endless" if n is None else n for uri, n in num_images.items()}
+    store.claim(identity, settings.model_dump(mode="json"))
+    stopped_by = None
+    if store.read_position().progress(settings.train) < 1:
+        with TrainView(settings.train.batch_size, enabled=progress) as view:
+            stopped_by = _run_on_ray(_Run(mixture, settings, store, view))
+    return _conclude(store, settings, num_images, stopped_by)
+
+
+def set_trainable_or_refuse(settings: TrainSettings) -> None:
+    """Raises: ConfigError where the model has no such parts, before anything starts."""
+    import torch
+
+    from samray.sam.sam import Sam
+
+    with torch.device("meta"):
+        sam = Sam(check_settings(settings))
+    set_trainable(sam, settings.train.trainable)
+
+
+def _absolute(settings: TrainSettings) -> TrainSettings:
+    """Workers run in a folder of their own: what is relative is so to the driver's."""
+
+    def absolute(uri: str | None) -> str | None:
+        return None if uri is None else storage.normalize(uri)
+
+    model = settings.model.model_copy(update={"checkpoint": absolute(settings.model.checkpoint)})
+    config = settings.train.model_copy(update={"distill_checkpoint": absolute(settings.train.distill_checkpoint)})
+    sources = tuple(storage.normalize(folder) for folder in settings.data.sources)
+    data = settings.data.model_copy(update={"sources": sources, "cache": storage.normalize(settings.data.cache)})
+    return settings.model_copy(update={"model": model, "train": config, "data": data})
+
+
+@dataclass
+class _Run:
+    mixture: Mixture
+    settings: TrainSettings
+    store: Store
+    view: TrainView
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of the cluster a training takes."""
+
+    num_workers: int
+    num_threads: int
+    """Of a worker."""
+    worker_cpus: float
+    worker_gpus: float
+    num_data_actors: int
+
+
+def choose_sizes(settings: TrainSettings, nodes: list[dict[str, float]]) -> Sizes:
+    """nodes: each one's resources, as Ray names them. Raises ConfigError where the batch cannot be shared out."""
+    config = settings.cluster
+    num_cpus = sum(node.get("CPU", 0.0) for node in nodes) or 1.0
+    num_gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    gpus = config.num_gpus_per_worker if config.num_gpus_per_worker is not None else float(num_gpus >= 1)
+    workers = config.num_workers or max(1, int(num_gpus / gpus) if gpus else 1)
+    if settings.train.batch_size % workers:
+        raise ConfigError(
+            f"train.batch_size = {settings.train.batch_size} cannot be shared out among {workers} workers; it takes a"
+            " multiple of cluster.num_workers"
+        )
+    cores = config.num_cpus_per_worker or num_cpus / workers
+    # A GPU's worker needs its data made faster than one core does; without one, training takes all there is.
+    actors = config.num_data_actors or workers * (max(1, min(8, int(cores) - 1)) if gpus else 1)
+    reserved = 1.0 if gpus else max(0.25, cores - DATA_CPUS * (actors / workers + 1))
+    return Sizes(workers, max(1, int(cores)), min(reserved, cores), gpus, actors)
+
+
+def _run_on_ray(run: _Run) -> StopRequest | None:
+    """Leg after leg, until the budget is used up; returns the signal that ended it early, if one did."""
+    import ray
+
+    from samray.pipeline.cluster import cluster_nodes, data_settings, running_ray
+    from samray.pipeline.control import stop_on_signals
+
+    config = run.settings.train
+    cluster = ClusterConfig(address=run.settings.cluster.address)
+    run.view.update(note="starting Ray")
+    with (
+        running_ray(cluster) as own,
+        stop_on_signals() as stop,
+        data_settings(cluster),
+        _ray_folder(run, own) as folder,
+    ):
+        sizes = choose_sizes(run.settings, cluster_nodes())
+        mixture = ray.put(run.mixture)
+        while stop.signum is None and (before := run.store.read_position()).progress(config) < 1:
+            trainer = _make_trainer(run, sizes, mixture, before, folder)
+            _drive(trainer.fit, trainer.train_loop_config["monitor"], run, stop)
+            if stop.signum is None and run.store.read_position().step == before.step:
+                raise SamrayError("the training ended without a step; the same command again goes on from here")
+        return stop if stop.signum is not None else None
+
+
+@contextlib.contextmanager
+def _ray_folder(run: _Run, own: bool) -> Iterator[str]:
+    """Where Ray Train keeps its notes of a run: nothing that is needed after it."""
+    if own:
+        with tempfile.TemporaryDirectory(prefix="samray-train-") as folder:
+            yield folder
+    else:  # all nodes must reach it
+        yield run.store.uri("_ray_train")
+
+
+def _make_trainer(run: _Run, sizes: Sizes, mixture: Any, position: Position, folder: str) -> Any:
+    """One leg's trainer."""
+    import ray
+    from ray.data import ExecutionOptions
+    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    settings, spec = run.settings, check_settings(run.settings)
+    image_size, until = size_due(settings.train, spec, position)
+    frame = frame_of(spec, image_size)
+    leg_steps = -(-LEG_STEPS // sizes.num_workers) * sizes.num_workers
+    if settings.train.steps is not None:
+        left = max(1, settings.train.steps - position.step)
+        leg_steps = min(leg_steps, -(-left // sizes.num_workers) * sizes.num_workers)
+    end = position.step + leg_steps
+    store, batch_size = run.store, settings.train.batch_size
+
+    def stream() -> ray.data.Dataset:
+        """Called for each group of workers: after a death the position is a later one."""
+        from samray.pipeline.cluster import data_settings
+
+        first = store.read_position().step
+        with data_settings(ClusterConfig()):
+            return example_stream(mixture, frame, first, max(1, end - first), batch_size, sizes.num_data_actors)
+
+    arguments = {
+        "settings": settings,
+        "store": store,
+        "mixture": mixture,
+        "image_size": image_size,
+        "until": until,
+        "end": end,
+        "num_threads": sizes.num_threads,
+        "monitor": ray.remote(Monitor).options(num_cpus=0, max_restarts=-1).remote(),
+    }
+    resources = {"CPU": sizes.worker_cpus, **({"GPU": sizes.worker_gpus} if sizes.worker_gpus else {})}
+    return TorchTrainer(
+        _work,
+        train_loop_config=arguments,
+        scaling_config=ScalingConfig(
+            num_workers=sizes.num_workers, use_gpu=sizes.worker_gpus > 0, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=f"from-step-{position.step}",
+            storage_path=folder,
+            failure_config=FailureConfig(max_failures=settings.cluster.max_failures),
+        ),
+        datasets={_DATA_NAME: stream},
+        # The order is what makes a curve: the same after a death, and the same for each number of workers.
+        dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
+    )
+
+
+class Monitor:
+    """A Ray actor between the first worker and the driver. Nothing here is needed for correctness."""
+
+    def __init__(self) -> None:
+        self.line: dict[str, Any] | None = None
+        self.stopping = False
+
+    def beat(self, line: dict[str, Any]) -> bool:
+        """How things are; whether to stop."""
+        self.line = line
+        return self.stopping
+
+    def stop(self) -> None:
+        """Let the workers save and end."""
+        self.stopping = True
+
+    def read(self) -> dict[str, Any] | None:
+        """The last line."""
+        return self.line
+
+
+# --- a worker --------------------------------------------------------------------------------------------------------
+
+
+def _work(arguments: dict[str, Any]) -> None:
+    """One worker's leg; what Ray Train runs."""
+    import ray
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    settings, store = arguments["settings"], arguments["store"]
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(arguments["num_threads"])
+    spec = check_settings(settings)
+    learner = Learner(
+        settings,
+        spec,
+        image_size=arguments["image_size"],
+        device=device,
+        state=store.read_state(),
+        wrap=ray.train.torch.prepare_model,
+        stream=rank,
+        keeps_average=rank == 0,
+    )
+    mixture: Mixture = ray.get(arguments["mixture"])
+    whole = frame_of(spec, spec.image_size)
+    beaten, asked = 0.0, False
+
+    def report(line: dict[str, Any]) -> bool:
+        nonlocal beaten, asked
+        if line["step"] % settings.train.log_every == 0:
+            ray.train.report(line)
+        if rank == 0 and time.monotonic() - beaten > BEAT_S:
+            beaten = time.monotonic()
+            with contextlib.suppress(ray.exceptions.RayError):
+                asked = ray.get(arguments["monitor"].beat.remote(line), timeout=30.0)
+        return asked
+
+    def agree(progress: float, stop: bool) -> tuple[float, bool]:
+        if world == 1:
+            return progress, stop
+        told = torch.tensor([progress, float(stop)], dtype=torch.float64, device=device)
+        torch.distributed.broadcast(told, src=0)
+        return float(told[0]), bool(told[1])
+
+    worker = Worker(
+        config=settings.train,
+        store=store if rank == 0 else None,
+        validation=lambda: mixture.validation(settings.data.validation_images, whole),
+        until=arguments["until"],
+        max_steps=arguments["end"] - learner.position.step,
+        save_every_steps=world,
+        agree=agree,
+        report=report,
+    )
+    batches = ray.train.get_dataset_shard(_DATA_NAME).iter_torch_batches(
+        batch_size=settings.train.batch_size // world, prefetch_batches=2
+    )
+    run_leg(learner, batches, worker)
+
+
+# --- the driver ------------------------------------------------------------------------------------------------------
+
+
+def _drive(fit: Callable[[], object], monitor: Any, run: _Run, stop: StopRequest) -> None:
+    """Run a leg, showing how it goes, until it ends or a stop is asked for and the workers have saved.
+
+    It runs in a thread of its own, so that this one stays free for signals and the progress line.
+    """
+    import ray
+
+    outcome: list[BaseException | None] = []
+
+    def body() -> None:
+        try:
+            fit()
+            outcome.append(None)
+        except BaseException as error:  # whatever it is, the main thread is the one to raise it
+            outcome.append(error)
+
+    thread = threading.Thread(target=body, name="samray-train", daemon=True)
+    thread.start()
+    deadline = None
+    line: dict[str, Any] | None = None
+    while thread.is_alive():
+        thread.join(POLL_S)
+        if stop.signum is not None:
+            deadline = deadline or time.monotonic() + run.settings.cluster.drain_timeout_s
+            monitor.stop.remote()
+            if time.monotonic() > deadline:
+                return
+        with contextlib.suppress(ray.exceptions.RayError):
+            line = ray.get(monitor.read.remote(), timeout=5.0) or line
+        note = "stopping" if stop.signum is not None else "training" if line else "starting the workers"
+        run.view.update(line, note=note)
+    if outcome and outcome[0] is not None and stop.signum is None:
+        raise plain_train_error(outcome[0])
+
+
+def plain_train_error(error: BaseException) -> BaseException:
+    """Our own error out of Ray Train's wrapping, or one that says in a line what Ray's says in a hundred."""
+    from samray.pipeline.errors_of_ray import plain_error
+
+    failures = getattr(error, "worker_failures", None)
+    inner = next(iter(failures.values())) if failures else error
+    return plain_error(inner)
+
+
+def _conclude(
+    store: Store, settings: TrainSettings, num_images: dict[str, int | None], stopped_by: StopRequest | None
+) -> TrainReport:
+    position = store.read_position()
+    validations = [line for line in store.read_metrics(position.step) if line["kind"] == "validation"]
+    report = TrainReport(
+        store.output, position.step, position.elapsed_s / 60, settings.model.name, num_images,
+        validations[0] if validations else None, validations[-1] if validations else None,
+    )  # fmt: skip
+    if stopped_by is not None and position.progress(settings.train) < 1:
+        report.exit_code = stopped_by.exit_code
+        report.problem = f"interrupted at step {position.step:,}; the same command goes on from there"
+    return report
