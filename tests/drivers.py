@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -21,14 +22,20 @@ DRIVE = Path(__file__).parent / "drive.py"
 
 
 class Driver:
-    """`tests/drive.py` in a process group of its own, with a Ray of its own."""
+    """`tests/drive.py`, or what else program is, in a process group of its own, with a Ray of its own."""
 
-    def __init__(self, log: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        log: Path,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        program: tuple[str, ...] = (str(DRIVE),),
+    ) -> None:
         self.log = log
         self.temp_dir = tempfile.mkdtemp(prefix="drive-", dir="/tmp")  # short: Ray's sockets lie in it
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, str(DRIVE), *arguments],
+                [sys.executable, *program, *arguments],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -84,9 +91,9 @@ class Driver:
 
 
 @contextlib.contextmanager
-def driver(log: Path, *arguments: str, environment: dict[str, str] | None = None) -> Iterator[Driver]:
-    """A driver that is gone at the end of the block, with all it started."""
-    running = Driver(log, *arguments, environment=environment)
+def driver(log: Path, *arguments: str, **options: Any) -> Iterator[Driver]:
+    """A driver that is gone at the end of the block, with all it started. options: as `Driver` takes them."""
+    running = Driver(log, *arguments, **options)
     try:
         yield running
     finally:

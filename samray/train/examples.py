@@ -224,7 +224,13 @@ class MaskExamples:
 
 
 def held_out(uris: list[str], fraction: float) -> npt.NDArray[np.bool_]:
-    """(N,): which images are never trained on. By a hash of the URI alone: the same in every run, on any data."""
-    limit = int(fraction * 2**32)
+    """(N,): which images are never trained on: this part of them, at least one where it is not 0.
+
+    By a hash of the URI alone: the same in every run, on any data.
+    """
     hashes = (int.from_bytes(hashlib.blake2b(uri.encode(), digest_size=4).digest(), "big") for uri in uris)
-    return np.fromiter((value < limit for value in hashes), bool, len(uris))
+    values = np.fromiter(hashes, np.int64, len(uris))
+    held: npt.NDArray[np.bool_] = values < int(fraction * 2**32)
+    if fraction > 0 and not held.any():
+        held[values.argmin()] = True
+    return held

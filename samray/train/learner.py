@@ -50,13 +50,13 @@ class Means:
         self.count += 1
         self.counted += 1
 
-    def flush(self, examples_per_step: int) -> dict[str, float]:
-        """The means, and examples a second; begins anew."""
-        means = {name: round(total / max(1, self.count), 5) for name, total in self.sums.items()}
+    def flush(self) -> tuple[float, dict[str, float]]:
+        """Steps a second, and the means; begins anew."""
         now = time.monotonic()
-        means["examples_per_s"] = round(self.counted * examples_per_step / max(now - self.since, 1e-9), 2)
+        rate = self.counted / max(now - self.since, 1e-9)
+        means = {name: total / max(1, self.count) for name, total in self.sums.items()}
         self.sums, self.count, self.since, self.counted = {}, 0, now, 0
-        return means
+        return rate, means
 
 
 def size_due(config: TrainConfig, spec: ModelSpec, position: Position) -> tuple[int, float]:
@@ -166,6 +166,12 @@ class Learner:
     def progress(self) -> float:
         """Share of the budget that is used up, 0 to 1."""
         return self.position.progress(self.config)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the last step, before each layer's own scale."""
+        group = self.optimizer.param_groups[-1]
+        return float(group["lr"] / group["lr_scale"])
 
     def step(self, batch: Batch, progress: float | None = None) -> dict[str, float]:
         """One step on a batch (on the CPU or the device). Returns its figures.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -38,8 +39,10 @@ class Worker:
     """Saves fall on multiples of this many steps of the leg, where all workers together have seen whole batches."""
     agree: Callable[[float, bool], tuple[float, bool]] = _alone
     """(progress, stop) of the first worker, from all workers at once; they must not differ in what they do next."""
+    average: Callable[[dict[str, float]], dict[str, float]] = dict
+    """Means of figures over all workers, asked by all at once."""
     report: Callable[[Line], bool] = lambda line: False
-    """Called after each step of the first worker with how things are; whether to stop."""
+    """Called after each step with how things are; whether to stop."""
 
 
 def run_leg(learner: Learner, batches: Iterable[Batch], worker: Worker) -> None:
@@ -56,7 +59,9 @@ def run_leg(learner: Learner, batches: Iterable[Batch], worker: Worker) -> None:
 
     def validate() -> None:
         if store and learner.average is not None:
-            record("validation", evaluate_clicks(learner.average, worker.validation()))
+            figures = evaluate_clicks(learner.average, worker.validation())
+            if figures["num_regions"]:  # else nothing is held out
+                record("validation", figures)
             store.write_metrics(lines)
             store.write_curves(draw_curves(lines))
 
@@ -68,24 +73,23 @@ def run_leg(learner: Learner, batches: Iterable[Batch], worker: Worker) -> None:
     if position.step == 0:  # what there is to improve on
         validate()
     progress, stop = worker.agree(learner.progress, False)
-    is_whole = True
-    for batch in batches:
-        if stop or progress >= 1 or (progress >= worker.until and is_whole):
-            break
+    left = math.inf if worker.max_steps is None else worker.max_steps
+    stream = iter(batches if progress < worker.until and left > 0 else ())
+    for batch in stream:
         figures = learner.step(batch, progress)
         step = position.step
         if step % config.log_every == 0:
-            rate = {"lr": learner.optimizer.param_groups[-1]["lr"] / learner.optimizer.param_groups[-1]["lr_scale"]}
-            record("train", rate | learner.means.flush(config.batch_size))
+            steps_per_s, own = learner.means.flush()
+            figures_of_all = worker.average(own)
+            rates = {"lr": learner.learning_rate, "examples_per_s": round(config.batch_size * steps_per_s, 2)}
+            record("train", rates | {name: round(value, 5) for name, value in figures_of_all.items()})
         if step % config.validate_every == 0 and step != config.steps:
             validate()
         position.elapsed_s = elapsed_before + time.monotonic() - started
-        asked = worker.report(
-            {"step": step, "progress": learner.progress, "minutes": position.elapsed_s / 60, **figures}
-        )
+        asked = worker.report({"step": step, "progress": learner.progress, **figures})
         is_whole = (step - first_step) % worker.save_every_steps == 0
         progress, stop = worker.agree(learner.progress, asked and is_whole)
-        if worker.max_steps is not None and step - first_step >= worker.max_steps:
+        if stop or progress >= 1 or (progress >= worker.until and is_whole) or step - first_step >= left:
             break
         if is_whole and time.monotonic() - saved > 60 * config.save_every_minutes:
             save()

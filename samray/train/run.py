@@ -24,6 +24,7 @@ from samray.train.data import DATA_CPUS, SCENES, example_stream, open_data, outp
 from samray.train.learner import Learner, check_settings, frame_of, size_due
 from samray.train.loop import Worker, run_leg
 from samray.train.mixture import Mixture
+from samray.train.monitor import Monitor
 from samray.train.optimizer import set_trainable
 from samray.train.progress import TrainReport, TrainView
 from samray.train.settings import TrainSettings, load_train_settings
@@ -229,27 +230,6 @@ def _make_trainer(run: _Run, sizes: Sizes, mixture: Any, position: Position, fol
     )
 
 
-class Monitor:
-    """A Ray actor between the first worker and the driver. Nothing here is needed for correctness."""
-
-    def __init__(self) -> None:
-        self.line: dict[str, Any] | None = None
-        self.stopping = False
-
-    def beat(self, line: dict[str, Any]) -> bool:
-        """How things are; whether to stop."""
-        self.line = line
-        return self.stopping
-
-    def stop(self) -> None:
-        """Let the workers save and end."""
-        self.stopping = True
-
-    def read(self) -> dict[str, Any] | None:
-        """The last line."""
-        return self.line
-
-
 # --- a worker --------------------------------------------------------------------------------------------------------
 
 
@@ -294,9 +274,16 @@ def _work(arguments: dict[str, Any]) -> None:
     def agree(progress: float, stop: bool) -> tuple[float, bool]:
         if world == 1:
             return progress, stop
-        told = torch.tensor([progress, float(stop)], dtype=torch.float64, device=device)
+        told = torch.tensor([progress, float(stop)], device=device)
         torch.distributed.broadcast(told, src=0)
         return float(told[0]), bool(told[1])
+
+    def average(figures: dict[str, float]) -> dict[str, float]:
+        if world == 1:
+            return figures
+        means = torch.tensor(list(figures.values()), device=device) / world
+        torch.distributed.all_reduce(means)
+        return dict(zip(figures, means.tolist(), strict=True))
 
     worker = Worker(
         config=settings.train,
@@ -306,6 +293,7 @@ def _work(arguments: dict[str, Any]) -> None:
         max_steps=arguments["end"] - learner.position.step,
         save_every_steps=world,
         agree=agree,
+        average=average,
         report=report,
     )
     batches = ray.train.get_dataset_shard(_DATA_NAME).iter_torch_batches(

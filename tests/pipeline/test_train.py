@@ -1,0 +1,147 @@
+"""`samray train` on a real Ray: killed and resumed, on two workers, and refused where the config is another."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from drivers import driver, wait_until
+from scene_outputs import paint, write_scenes
+
+import samray
+from samray import storage
+from samray.cli import main
+from samray.errors import ConfigError
+from samray.train.run import train
+from samray.train.settings import load_train_settings
+from samray.train.store import Store
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SETTINGS = [
+    "train.steps=8", "train.batch_size=2", "train.log_every=2", "train.validate_every=4",
+    "train.save_every_minutes=0", "train.interaction_steps=4", "train.first_image_size=64", "train.first_fraction=1",
+    "train.warmup_steps=2", "train.drop_path=0.1", "data.prompts_per_image=2", "data.validation_images=2",
+    "data.validation_fraction=0.2", "model.dtype=float32",
+]  # fmt: skip
+"""The embedded model on small images, so that a step takes moments."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """An output with known masks, and painted scenes."""
+    return [write_scenes(str(tmp_path_factory.mktemp("world")), paint(12)).output, "scenes"]
+
+
+def lines_of(output: str | Path) -> list[dict[str, Any]]:
+    """The metrics, but for what time it took."""
+    lines = Store(str(output)).read_metrics()
+    return [{k: v for k, v in line.items() if k not in ("minutes", "examples_per_s")} for line in lines]
+
+
+@contextlib.contextmanager
+def death_of_a_worker(output: Path, step: int) -> Iterator[list[int]]:
+    """kill -9 of the training process as soon as this step is saved; yields the list of those killed."""
+    killed: list[int] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 300
+        while Store(str(output)).read_position().step < step and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    os.kill(process.pid, signal.SIGKILL)
+                    killed.append(process.pid)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    yield killed
+    thread.join()
+
+
+def test_killed_driver_and_killed_worker_change_no_figure(data: list[str], tmp_path: Path, local_ray: None):
+    """Twice interrupted, and to the last digit the curve and the weights of an undisturbed run."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    arguments = ["train", *data, str(parts), *SETTINGS]
+    with driver(
+        tmp_path / "log", *arguments, program=("-m", "samray"), environment={"PYTHONPATH": str(REPOSITORY)}
+    ) as d:
+        wait_until(lambda: Store(str(parts)).read_position().step >= 2, d)
+        d.kill()
+        d.clean_up()
+    first = Store(str(parts)).read_position().step
+    assert 2 <= first < 8
+    settings = load_train_settings(None, SETTINGS)
+    with death_of_a_worker(parts, first + 1) as killed:
+        resumed = train(data, parts, settings, progress=False)
+    assert killed
+    undisturbed = train(data, whole, settings, progress=False)
+    assert resumed.step == undisturbed.step == 8
+    assert resumed.exit_code == 0
+    assert lines_of(parts) == lines_of(whole)
+    assert [line["step"] for line in lines_of(whole)] == [0, 2, 4, 4, 6, 8, 8]
+    assert (parts / "weights.safetensors").read_bytes() == (whole / "weights.safetensors").read_bytes()
+    assert sorted(p.name for p in whole.iterdir() if not p.name.startswith("_")) == [
+        "curves.png", "metrics.jsonl", "position.json", "state-00000008.pt", "train.json", "weights.safetensors",
+    ]  # fmt: skip
+    samray.load_model(checkpoint=str(parts / "weights.safetensors"))
+
+
+def test_a_finished_run_starts_nothing_and_another_config_is_refused(
+    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """No Ray is needed for either."""
+    monkeypatch.setattr("samray.train.run._run_on_ray", lambda run: pytest.fail("nothing is left to do"))
+    store = Store(str(tmp_path))
+    with pytest.raises(pytest.fail.Exception):
+        train(data, tmp_path, load_train_settings(None, SETTINGS), progress=False)
+    storage.put(store.uri("position.json"), json.dumps({"step": 8, "elapsed_s": 90.0}).encode())
+    assert main(["train", *data, str(tmp_path), *SETTINGS]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "8 steps, 1 min 30 s" in shown
+    assert f"samray label INPUT OUTPUT model.name=tiny model.checkpoint={tmp_path}/weights.safetensors" in shown
+    assert main(["train", *data, str(tmp_path), *SETTINGS, "train.learning_rate=1e-3"]) == 2
+    assert "train.learning_rate: 0.0001 there, 0.001 now" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"data.uris.scenes: \"endless\" there, not set now"):
+        train(data[:1], tmp_path, load_train_settings(None, SETTINGS), progress=False)
+
+
+def test_two_workers_share_out_a_batch_and_train_as_one(data: list[str], s3_root: str, local_ray: None):
+    """Onto S3. With nothing drawn but the data, two halves of a batch have the gradients of the whole."""
+    fixed = ["train.interaction_steps=1", "train.drop_path=0", "train.trainable=decoder", "train.steps=4"]
+    settings = [*SETTINGS, *fixed, "train.validate_every=100"]
+    found = {}
+    for workers in (1, 2):
+        output = storage.join(s3_root, f"out-{workers}")
+        resolved = load_train_settings(None, [*settings, f"cluster.num_workers={workers}"])
+        assert train(data, output, resolved, progress=False).step == 4
+        found[workers] = {line["step"]: line for line in lines_of(output) if line["kind"] == "train"}
+    # Both have seen the same examples after each two steps, but not in the same batches.
+    for step in (2, 4):
+        assert found[2][step]["iou_scored"] == pytest.approx(found[1][step]["iou_scored"], abs=0.02)
+        assert found[2][step]["mask_loss"] == pytest.approx(found[1][step]["mask_loss"], rel=0.05)
+
+
+def test_errors_of_the_command_are_told_in_a_sentence(
+    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    def told(*arguments: str) -> str:
+        assert main(["train", *arguments]) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    output = str(tmp_path / "out")
+    assert "Missing argument 'OUTPUT'" in told(data[0])
+    assert "there is no setting train.setps; did you mean train.steps?" in told(data[0], output, "train.setps=3")
+    assert "holds no samray run" in told(str(tmp_path), output)
+    assert "only 10 blocks" in told(data[0], output, "train.trainable=last_blocks:11")
+    assert "data.shares has 1 numbers, but there are 2 DATA" in told(*data, output, "data.shares=[1]")
+    assert not Path(output).exists()
