@@ -9,6 +9,7 @@
     python jobs/benchmark.py report              seconds, memory and page size of `samray report` on 100,000 images
     python jobs/benchmark.py extract PARQUET DIR writes the photographs of a Parquet file with a `jpeg` column as files
     python jobs/benchmark.py read                bytes that one image of 100,000 costs on S3, and what an index costs
+    python jobs/benchmark.py train DATA...       `samray train` against a plain PyTorch loop, the same model and batches
 
 `decoder` and `read` need the test extra (segment-anything, an S3 server). Quote ratios of one run, not single times.
 """
@@ -31,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 import compare  # noqa: E402
 import outputs  # noqa: E402
 import torch  # noqa: E402
+import training  # noqa: E402
 from measuring import measure, timed  # noqa: E402
 
 import samray  # noqa: E402
@@ -285,6 +287,11 @@ def main() -> int:
     sub.add_argument("parquet", type=Path)
     sub.add_argument("folder", type=Path)
     sub.add_argument("--limit", type=int)
+    sub = commands.add_parser("train")
+    sub.add_argument("data", nargs="+", metavar="DATA", help="as `samray train` takes them; settings may follow")
+    sub.add_argument("--rounds", type=int, default=3)
+    sub.add_argument("--steps", type=int, default=40)
+    sub.add_argument("--settings", nargs="*", default=[], help="section.key=value")
     sub = commands.add_parser("read")
     sub.add_argument("--rows", type=int, default=100_000)
     sub.add_argument("--masks", type=int, default=12, help="an image")
@@ -300,6 +307,7 @@ def main() -> int:
         "report": outputs.report,
         "extract": extract,
         "read": outputs.read,
+        "train": training.throughput,
     }
     return measure(parser, commands, bodies)
 
