@@ -42,13 +42,12 @@ class Means:
     since: float = field(default_factory=time.monotonic)
     """Of the clock of this process: where the rate counts from."""
     counted: int = 0
-    """Steps since then."""
+    """Steps since then, those without finite gradients included, which have no part in the means."""
 
     def add(self, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.count += 1
-        self.counted += 1
 
     def flush(self) -> tuple[float, dict[str, float]]:
         """Steps a second, and the means; begins anew."""
@@ -188,13 +187,14 @@ class Learner:
         total.backward()
         learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(learning, self.config.max_grad_norm))
+        self.position.step += 1
+        found = {name: float(value) for name, value in figures.items()} | {"grad_norm": norm}
+        self.means.counted += 1
         if math.isfinite(norm):  # one bad image must not end a run of hours
             self.optimizer.step()
-        self.position.step += 1
-        if math.isfinite(norm) and self.average is not None:
-            update_average(self.average, self.sam, self.config.ema_decay, self.position.step)
-        found = {name: float(value) for name, value in figures.items()} | {"grad_norm": norm}
-        self.means.add(found)
+            self.means.add(found)
+            if self.average is not None:
+                update_average(self.average, self.sam, self.config.ema_decay, self.position.step)
         return found
 
     def state(self) -> dict[str, Any]:

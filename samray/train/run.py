@@ -62,7 +62,7 @@ def train(
     uris = [str(data)] if isinstance(data, str | Path) else [str(uri) for uri in data]
     uris = [uri if uri == SCENES else output_of(uri) for uri in uris]
     spec = check_settings(settings)
-    set_trainable_or_refuse(settings)
+    _check_trainable(settings)
     mixture = open_data(uris, settings)
     store = Store(str(output))
     identity = settings.identity()
@@ -78,7 +78,7 @@ def train(
     return _conclude(store, settings, num_images, stopped_by)
 
 
-def set_trainable_or_refuse(settings: TrainSettings) -> None:
+def _check_trainable(settings: TrainSettings) -> None:
     """Raises: ConfigError where the model has no such parts, before anything starts."""
     import torch
 

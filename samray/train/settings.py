@@ -117,7 +117,7 @@ class TrainConfig(Settings):
     """A larger model: the encoder learns its image embeddings; prompt encoder and decoder are taken from it."""
     distill_checkpoint: str | None = None
     """That model's weights; null takes the published file."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**31)
     """Of everything that is drawn."""
     log_every: int = Field(default=20, ge=1)
     """Steps a line of metrics.jsonl, with their means."""
