@@ -35,7 +35,7 @@ SETTINGS = [
     "train.steps=8", "train.batch_size=2", "train.log_every=2", "train.validate_every=4",
     "train.save_every_minutes=0", "train.interaction_steps=4", "train.first_image_size=64", "train.first_fraction=1",
     "train.warmup_steps=2", "train.drop_path=0.1", "data.prompts_per_image=2", "data.validation_images=2",
-    "data.validation_fraction=0.2", "model.dtype=float32",
+    "data.validation_fraction=0.2", "model.dtype=float32", "cluster.num_cpus_per_worker=1",
 ]  # fmt: skip
 """The embedded model on small images, so that a step takes moments."""
 
