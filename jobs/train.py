@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 
 from samray.errors import SamrayError
+from samray.evaluate.scenes import evaluate_clicks, heldout_scenes
 from samray.sam.checkpoints import load_model
 from samray.train.cutouts import CutoutSource
-from samray.train.evaluate import evaluate_clicks, heldout_scenes
 from samray.train.trainer import TrainConfig, Trainer
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -10,6 +11,7 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 from samray.config import SECTIONS, preset_names, setting_rows
+from samray.errors import ConfigError
 from samray.settings import as_typed
 
 EXIT_CODES = {
@@ -41,10 +43,14 @@ class Command(TyperCommand):
 class CommandWithSettings(TyperCommand):
     """A command whose --help goes on to list every setting, straight from the settings classes."""
 
+    sections: ClassVar[tuple[str, ...]] = tuple(SECTIONS)
+    """Whose settings the command takes."""
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
         console = Console()
-        for section, cls in SECTIONS.items():
+        for section in self.sections:
+            cls = SECTIONS[section]
             console.print(f"[bold]{section}[/bold]: {escape((cls.__doc__ or '').strip())}")
             table = two_columns()
             for row in setting_rows(section):
@@ -62,6 +68,18 @@ def _print_exit_codes(console: Console) -> None:
         table.add_row(f"[cyan]{code}[/cyan]", meaning)
     console.print(table)
     console.print("SAMRAY_DEBUG=1 shows the traceback of an error.\n")
+
+
+def split_settings(words: list[str], needed: list[str]) -> tuple[list[str], list[str]]:
+    """Settings and other words, in whatever order they were typed. A path may hold a `=`, but no `section.` before it.
+
+    Raises ConfigError when fewer other words are left than are needed.
+    """
+    settings = [word for word in words if re.match(rf"({'|'.join(SECTIONS)})\.\w+=", word)]
+    others = [word for word in words if word not in settings]
+    if len(others) < len(needed):
+        raise ConfigError(f"Missing argument '{needed[len(others)]}' (see samray --help)")
+    return settings, others
 
 
 def two_columns() -> Table:

@@ -47,12 +47,12 @@ def run_demo(directory: Path, config: Config, num_scenes: int = 12, *, show: boo
 
     show: open the report in the browser, where there is a screen.
     """
+    from samray.evaluate.scenes import evaluate_clicks
     from samray.pipeline.report import print_report
     from samray.pipeline.run import label
     from samray.report import open_page, write_report
     from samray.report_page import Figure
     from samray.sam.checkpoints import load_model
-    from samray.train.evaluate import evaluate_clicks
 
     model = load_model(config.model.name, config.model.checkpoint, config.model.device, config.model.dtype)
     console = Console(stderr=True)

@@ -23,13 +23,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from samray.errors import ConfigError
+from samray.evaluate.scenes import evaluate_clicks, heldout_scenes
 from samray.sam.checkpoints import find_spec, load_model
 from samray.sam.sam import Sam
 from samray.sam.spec import TinyVitSpec
 from samray.scene_paint import Source
 from samray.scenes import Scene
 from samray.train.clicks import Collated, SceneExamples, corrective_clicks
-from samray.train.evaluate import evaluate_clicks, heldout_scenes
 from samray.train.losses import Losses, sam_loss
 
 WEIGHTS_FILE, STATE_FILE, METRICS_FILE = "weights.safetensors", "state.pt", "metrics.jsonl"

@@ -10,11 +10,12 @@ import torch
 from safetensors import safe_open
 
 from samray.errors import ConfigError
+from samray.evaluate.points import centre
+from samray.evaluate.scenes import evaluate_clicks
 from samray.sam.sam import Sam
 from samray.sam.spec import MODELS, TinyVitSpec
 from samray.scenes import Scene, make_scene
-from samray.train.clicks import SceneExamples, area_downsample, centre, corrective_clicks, make_example
-from samray.train.evaluate import evaluate_clicks
+from samray.train.clicks import SceneExamples, area_downsample, corrective_clicks, make_example
 from samray.train.losses import actual_iou, mask_losses, sam_loss
 from samray.train.trainer import METRICS_FILE, STATE_FILE, WEIGHTS_FILE, TrainConfig, Trainer
 
@@ -171,6 +172,7 @@ class _Oracle:
     """Answers a click as a Sam would, with the scene's own masks: whole, wrong, and everything."""
 
     device = torch.device("cpu")
+    image_size = 96
 
     def __init__(self, scene: Scene, scores: tuple[float, float, float]) -> None:
         self.scene, self.scores = scene, scores
