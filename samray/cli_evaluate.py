@@ -6,11 +6,14 @@ import json as jsonlib
 import math
 import platform
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from samray import __version__, storage
@@ -20,8 +23,7 @@ from samray.errors import ConfigError, SamrayError
 
 if TYPE_CHECKING:
     from samray.evaluate.failures import Failures
-    from samray.evaluate.regions import RegionData
-    from samray.sam.sam import Sam
+    from samray.evaluate.pictures import Sheet
 
 evaluate_app = typer.Typer(
     name="evaluate",
@@ -46,11 +48,18 @@ Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the fi
 Json = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON, too; - prints only them.")
 ]
+Picture = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Write a contact sheet to look at (.png, .jpg), worst to best.")
+]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="No bar.")]
 
 
 class PointsCommand(CommandWithSettings):
     sections = ("model",)
+
+
+class ProposalsCommand(CommandWithSettings):
+    sections = ("model", "masks")
 
 
 @evaluate_app.command(cls=PointsCommand)
@@ -60,6 +69,7 @@ def points(
     min_area: Annotated[int, typer.Option(min=0, metavar="PIXELS", help="Leave out smaller regions.")] = 500,
     limit: Limit = None,
     json: Json = None,
+    picture: Picture = None,
     no_progress: NoProgress = False,
 ) -> int:
     """One click at the centre of each region: how well does the answer fit? (SAM paper, section 7.1)
@@ -74,18 +84,78 @@ def points(
 
       samray evaluate points labels/ model.name=vit_b model.checkpoint=s3://weights/sam_vit_b_01ec64.pth --json -
     """
+    from samray.evaluate.pictures import click_sheet, offer_clicks
     from samray.evaluate.points import evaluate_points
 
     words, config = _settings([data, *(settings or ())], None, PointsCommand.sections)
-    images, model = _open(words, limit, config)
-    with _Bar(images, not no_progress) as bar:
-        figures = evaluate_points(model, images, min_area=min_area, on_image=bar.step)
+    run = _Run(words, limit, config, json, picture)
+    sheet = click_sheet() if picture else None
+    with run.bar(not no_progress) as on_image:
+        figures = evaluate_points(
+            run.model,
+            run.images,
+            min_area=min_area,
+            on_image=on_image,
+            on_answers=lambda image, answers: offer_clicks(sheet, image, answers) if sheet else None,
+        )
     rows = [
         ("mean IoU", f"{figures['miou']:.4f} of the mask that the model scores best"),
         ("", f"{figures['miou_oracle']:.4f} of the best of its three (oracle)"),
         ("regions", f"{figures['num_regions']:,} of at least {count(min_area, 'pixel')}, a click each"),
     ]
-    _finish({**figures, "min_area": min_area}, rows, bar, _of_run(config, images, model), json)
+    run.finish({**figures, "min_area": min_area}, rows, sheet)
+    return 0
+
+
+@evaluate_app.command(cls=ProposalsCommand)
+def proposals(
+    data: Data,
+    settings: Words = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Start from a preset. Without one: tiny for the embedded model, else default.")
+    ] = None,
+    min_area: Annotated[int, typer.Option(min=0, metavar="PIXELS", help="Leave out smaller regions.")] = 0,
+    limit: Limit = None,
+    json: Json = None,
+    picture: Picture = None,
+    no_progress: NoProgress = False,
+) -> int:
+    """All masks of an image as proposals: how many of its regions do they cover?
+
+    Average recall over IoU 0.50 to 0.95 of the 10, 100 and 1000 masks of an image with the highest predicted IoU, by
+    pycocotools, class-agnostic. An image that several annotators marked counts once for each of them. The thresholds of
+    the masks are those of `samray label`: lower ones give more masks, and so more recall.
+
+    Examples:
+
+      samray evaluate proposals labels/ --limit 200 --picture sheet.jpg
+
+      samray evaluate proposals bsds500/val.parquet model.name=vit_b masks.box_nms_thresh=0.9 masks.pred_iou_thresh=0.5
+    """
+    from samray.evaluate.pictures import offer_masks, proposal_sheet
+    from samray.evaluate.proposals import evaluate_proposals
+    from samray.masks.generator import MaskGenerator
+
+    words, config = _settings([data, *(settings or ())], preset, ProposalsCommand.sections)
+    run = _Run(words, limit, config, json, picture)
+    sheet = proposal_sheet() if picture else None
+    with run.bar(not no_progress) as on_image:
+        figures = evaluate_proposals(
+            MaskGenerator(run.model, config.masks),
+            run.images,
+            min_area=min_area,
+            on_image=on_image,
+            on_masks=lambda image, masks: offer_masks(sheet, image, masks) if sheet else None,
+        )
+    sizes = ", ".join(f"{size} {figures[f'ar_1000_{size}']:.4f}" for size in ("small", "medium", "large"))
+    rows = [
+        ("AR@10", f"{figures['ar_10']:.4f}"),
+        ("AR@100", f"{figures['ar_100']:.4f}"),
+        ("AR@1000", f"{figures['ar_1000']:.4f}; {sizes}"),
+        ("regions", f"{figures['num_regions']:,}"),
+        ("masks", f"{figures['num_masks']:,}, {figures['num_masks'] / max(figures['num_images'], 1):.1f} an image"),
+    ]
+    run.finish({**figures, "min_area": min_area, "masks": config.masks.model_dump(mode="json")}, rows, sheet)
     return 0
 
 
@@ -101,92 +171,94 @@ def _settings(words: list[str], preset: str | None, sections: tuple[str, ...]) -
     return data, load_config(preset, None, overrides + extra)
 
 
-def _open(data: str, limit: int | None, config: Config) -> tuple[RegionData, Sam]:
-    """DATA first: what is wrong with it is told before a model is downloaded."""
-    from samray.evaluate.regions import RegionData
-    from samray.sam.checkpoints import load_model
+class _Run:
+    """DATA and a model, and where the figures go. What is wrong with DATA is told before a model is downloaded."""
 
-    images = RegionData(data, limit)
-    return images, load_model(config.model.name, config.model.checkpoint, config.model.device, config.model.dtype)
-
-
-class _Bar:
-    """Images done, on a terminal; and how long they took."""
-
-    def __init__(self, images: RegionData, enabled: bool) -> None:
+    def __init__(self, data: str, limit: int | None, config: Config, json: str | None, picture: str | None) -> None:
         from samray.evaluate.failures import Failures
+        from samray.evaluate.pictures import picture_format
+        from samray.evaluate.regions import RegionData
+        from samray.sam.checkpoints import load_model
 
-        console = Console(stderr=True)
-        self._bar = Progress(console=console, transient=True, disable=not (enabled and console.is_terminal))
-        self._task = self._bar.add_task("images", total=len(images))
+        self.config, self.json, self.picture = config, json, picture
+        self.picture_format = picture_format(picture) if picture else ""
+        self.images = RegionData(data, limit)
+        own = config.model
+        self.model = load_model(own.name, own.checkpoint, own.device, own.dtype)
         self.failures = Failures()
         self.seconds = 0.0
 
-    def __enter__(self) -> _Bar:
-        self._began = time.monotonic()
-        self._bar.start()
-        return self
+    @contextmanager
+    def bar(self, enabled: bool) -> Iterator[Callable[[Failures], None]]:
+        """Shows, on a terminal, how many images are done; gives what is to be called after each."""
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not (enabled and console.is_terminal)) as bar:
+            task = bar.add_task("images", total=len(self.images))
+            began = time.monotonic()
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-        self.seconds = time.monotonic() - self._began
+            def on_image(failures: Failures) -> None:
+                self.failures = failures
+                failed = f", {len(failures)} failed" if len(failures) else ""
+                bar.update(task, advance=1, description=f"images{failed}")
 
-    def step(self, failures: Failures) -> None:
-        self.failures = failures
-        failed = f", {len(failures)} failed" if len(failures) else ""
-        self._bar.update(self._task, advance=1, description=f"images{failed}")
+            yield on_image
+            self.seconds = time.monotonic() - began
 
+    def finish(self, figures: dict[str, Any], rows: list[tuple[str, str]], sheet: Sheet | None) -> None:
+        """Print the figures, or where they are to be JSON on stdout only that; write what is to be written.
 
-def _of_run(config: Config, images: RegionData, model: Sam) -> dict[str, Any]:
-    """What the figures were measured with and on."""
-    from samray.sam.checkpoints import checkpoint_sha256
+        Raises: SamrayError where there is nothing to tell, StorageError.
+        """
+        examples = self.failures.examples
+        told = "; ".join(f"{number} {reason} ({examples[reason]})" for reason, number in figures["failures"].items())
+        if figures["num_images"] == 0:
+            raise SamrayError(f"none of {count(figures['num_failed'], 'image')} could be used: {told}")
+        if figures["num_regions"] == 0:
+            least = count(max(figures["min_area"], 1), "pixel")
+            raise SamrayError(f"DATA {self.images.where} has no region of at least {least}; see --min-area and --limit")
+        if self.json == "-":
+            print(self._as_json(figures), end="")
+        else:
+            table = two_columns()
+            for row in rows:
+                table.add_row(*row)
+            table.add_row("images", f"{figures['num_images']:,}")
+            if told:
+                table.add_row("failed images", f"{figures['num_failed']:,}: {escape(told)}")
+            table.add_row("model", f"{self.config.model.name}, {escape(self._checkpoint() or 'its own weights')}")
+            table.add_row("time", f"{self.seconds:.1f} s on {self.model.device}")
+            Console(highlight=False).print(table)
+        if self.json not in (None, "-"):
+            storage.put(storage.normalize(str(self.json)), self._as_json(figures).encode())
+        if self.picture and sheet is not None:
+            storage.put(storage.normalize(self.picture), sheet.encode(self.picture_format))
 
-    given = config.model.checkpoint
-    return {
-        "model": config.model.name,
-        "checkpoint": None if given is None else storage.redact(given),
-        "checkpoint_sha256": checkpoint_sha256(config.model.name, given),
-        "data": images.where,
-        "layout": images.layout,
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "versions": {
-            "samray": __version__,
-            "python": platform.python_version(),
-            **{package: metadata.version(package) for package in _PACKAGES},
-        },
-    }
+    def _checkpoint(self) -> str | None:
+        given = self.config.model.checkpoint
+        return None if given is None else storage.redact(given)
 
+    def _as_json(self, figures: dict[str, Any]) -> str:
+        """The figures, and what they were measured with and on."""
+        from samray.sam.checkpoints import checkpoint_sha256
 
-def _finish(
-    figures: dict[str, Any], rows: list[tuple[str, str]], bar: _Bar, of_run: dict[str, Any], json: str | None
-) -> None:
-    """Print the figures, or where they are to be JSON on stdout only that, and write what is to be written.
-
-    Raises: SamrayError where there is nothing to tell, StorageError.
-    """
-    failures = bar.failures
-    told = [f"{number} {reason} ({failures.examples[reason]})" for reason, number in figures["failures"].items()]
-    if figures["num_images"] == 0:
-        raise SamrayError(f"none of {count(figures['num_failed'], 'image')} could be used: {'; '.join(told)}")
-    if figures["num_regions"] == 0:
-        raise SamrayError(f"DATA has no region of at least {count(figures['min_area'], 'pixel')} (--min-area)")
-    whole = {**figures, **of_run, "seconds": round(bar.seconds, 3)}
-    text = jsonlib.dumps({key: _plain(value) for key, value in whole.items()}, indent=2) + "\n"
-    if json == "-":
-        print(text, end="")
-        return
-    table = two_columns()
-    for row in rows:
-        table.add_row(*row)
-    table.add_row("images", f"{figures['num_images']:,}")
-    if told:
-        table.add_row("failed images", f"{figures['num_failed']:,}: {'; '.join(told)}")
-    table.add_row("model", f"{of_run['model']}, {of_run['checkpoint'] or 'its own weights'}")
-    table.add_row("time", f"{bar.seconds:.1f} s on {of_run['device']}")
-    Console(highlight=False).print(table)
-    if json is not None:
-        storage.put(storage.normalize(json), text.encode())
+        own = self.config.model
+        whole = {
+            **{key: _plain(value) for key, value in figures.items()},
+            "model": own.name,
+            "checkpoint": self._checkpoint(),
+            "checkpoint_sha256": checkpoint_sha256(own.name, own.checkpoint),
+            "data": self.images.where,
+            "layout": self.images.layout,
+            "device": str(self.model.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "seconds": round(self.seconds, 3),
+            "versions": {
+                "samray": __version__,
+                "python": platform.python_version(),
+                **{package: metadata.version(package) for package in _PACKAGES},
+            },
+        }
+        return jsonlib.dumps(whole, indent=2) + "\n"
 
 
 def _plain(value: Any) -> Any:

@@ -20,6 +20,8 @@ from samray.errors import ImageError
 from samray.evaluate.failures import Failures
 from samray.evaluate.regions import Bool, RegionImage, RleMasks, large_enough
 from samray.images import RGBArray
+from samray.masks.generator import MASK_THRESHOLD
+from samray.masks.scores import above, areas
 from samray.sam.sam import Sam
 
 MIN_AREA: Final = 500
@@ -125,7 +127,7 @@ def answer_clicks(model: Sam, image: RGBArray, regions: Masks) -> Iterator[Answe
         points = ((xy + 0.5) * scale - 0.5)[:, None]
         labels = torch.ones(points.shape[:2], dtype=torch.int64, device=model.device)
         decoded = model.decode_points(context, points, labels)
-        masks = model.postprocess(decoded.logits, input_hw, original_hw) > 0
+        masks = above(model.postprocess(decoded.logits, input_hw, original_hw), MASK_THRESHOLD)
         masks = masks.view(*decoded.all_iou.shape, *original_hw)
         iou = _iou(masks, torch.from_numpy(wanted).to(masks.device)[:, None])
         yield Answers(wanted, clicks, masks, iou.double().cpu().numpy(), decoded.all_iou.double().cpu().numpy())
@@ -140,8 +142,8 @@ def _chunk(model: Sam, original_hw: tuple[int, int]) -> int:
 
 def _iou(masks: Tensor, targets: Tensor) -> Tensor:
     """(N, M, H, W) and (N, 1, H, W) bool -> (N, M)."""
-    union = (masks | targets).flatten(2).sum(dim=2)
-    return (masks & targets).flatten(2).sum(dim=2) / union.clamp(min=1)
+    both, either = (areas(pixels.flatten(0, 1)).view(masks.shape[:2]) for pixels in (masks & targets, masks | targets))
+    return both / either.clamp(min=1)
 
 
 def centre(mask: Bool, max_side: int | None = None) -> tuple[int, int]:
