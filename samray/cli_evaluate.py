@@ -147,7 +147,8 @@ def proposals(
             on_image=on_image,
             on_masks=lambda image, masks: offer_masks(sheet, image, masks) if sheet else None,
         )
-    sizes = ", ".join(f"{size} {figures[f'ar_1000_{size}']:.4f}" for size in ("small", "medium", "large"))
+    by_size = {size: figures[f"ar_1000_{size}"] for size in ("small", "medium", "large")}
+    sizes = ", ".join(f"{size} {'-' if math.isnan(recall) else f'{recall:.4f}'}" for size, recall in by_size.items())
     rows = [
         ("AR@10", f"{figures['ar_10']:.4f}"),
         ("AR@100", f"{figures['ar_100']:.4f}"),

@@ -62,6 +62,10 @@ class Sheet:
             self._kept[place : place + 1] = [(score, self.num_offered, draw())]
         self.num_offered += 1
 
+    def caption(self) -> str:
+        """What stands above the tiles."""
+        return f"{self.title}; {len(self._kept)} drawn at random of {self.num_offered:,}, worst to best"
+
     def encode(self, kind: str) -> bytes:
         """The sheet as PNG or JPEG. Raises ValueError where no tile was offered."""
         if not self._kept:
@@ -71,7 +75,7 @@ class Sheet:
         columns = min(self.columns, len(tiles))
         rows = -(-len(tiles) // columns)
         top = _LINE + 2 * _GAP
-        text = f"{self.title}; {len(tiles)} drawn at random of {self.num_offered:,}, worst to best"
+        text = self.caption()
         size = columns * (width + _GAP) + _GAP, top + rows * (height + _GAP)
         whole = Image.new("RGB", (max(size[0], int(_font().getlength(text)) + 2 * _GAP), size[1]), _BACKGROUND)
         _write(whole, (_GAP, _GAP), text)
