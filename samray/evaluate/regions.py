@@ -28,7 +28,7 @@ from samray.dataset.manifest import RUN, Plan, load_plan
 from samray.dataset.mask_dataset import input_config_of
 from samray.dataset.rows import INPUT_SCHEMA
 from samray.dataset.runs import runs_of_image
-from samray.dataset.shards import damage_is_told, done_shards, shard_uri
+from samray.dataset.shards import FOLDER, damage_is_told, shard_number
 from samray.errors import IMAGE_ERROR_REASONS, ConfigError, ImageError, NotFoundError, StorageError
 from samray.images import RGBArray, decode_image
 
@@ -115,7 +115,8 @@ class _File:
     layout: str
     num_rows: int
     shard: int | None
-    """Its number in the plan of an OUTPUT, which knows where the images lie."""
+    plan: Plan | None
+    """Of the OUTPUT whose shard it is: it knows in which tar or Parquet file the images lie."""
 
 
 class RegionData:
@@ -132,17 +133,16 @@ class RegionData:
         """limit: the first so many images of DATA."""
         self.uri = storage.normalize(data)
         self.where = storage.redact(self.uri)
-        self._plan: Plan | None = None
-        self._input = InputConfig()
-        if storage.is_dir_like(self.uri) and storage.exists(storage.join(self.uri, "_samray", RUN)):
-            self._plan = load_plan(self.uri)
-            self._input = input_config_of(self._plan)
         self._files: list[_File] = []
         self.num_images = 0
-        for uri, shard in self._parquet_files():
+        plans: dict[str, Plan | None] = {}
+        for uri in self._parquet_files():
             if limit is not None and self.num_images >= limit:
                 break
-            file = _open_file(uri, shard)
+            folder, shard = storage.parent(storage.parent(uri)), shard_number(uri.rpartition("/")[2])
+            if shard is not None and folder not in plans:
+                plans[folder] = load_plan(folder) if _is_output(folder) else None
+            file = _open_file(uri, shard, plans.get(folder))
             self._files.append(file)
             self.num_images += file.num_rows
         if limit is not None:
@@ -169,26 +169,25 @@ class RegionData:
                 coming = beside.submit(next, images, None)
                 yield image
 
-    def _parquet_files(self) -> list[tuple[str, int | None]]:
-        """URIs in order, with the number of the shard where DATA is an OUTPUT."""
-        if self._plan is not None:
-            shards = sorted(done_shards(self.uri))
-            if not shards:
-                raise ConfigError(f"DATA {self.where} holds no labelled image yet; run `samray label` to its end first")
-            return [(shard_uri(self.uri, shard), shard) for shard in shards]
+    def _parquet_files(self) -> list[str]:
+        is_output = storage.is_dir_like(self.uri) and _is_output(self.uri)
         try:
-            uris = sorted(entry.uri for entry in storage.list_files(self.uri))
+            uris = sorted(e.uri for e in storage.list_files(storage.join(self.uri, FOLDER) if is_output else self.uri))
         except NotFoundError as error:
-            raise ConfigError(f"DATA {self.where} does not exist; {_WHAT_DATA_IS}") from error
+            if not is_output:
+                raise ConfigError(f"DATA {self.where} does not exist; {_WHAT_DATA_IS}") from error
+            uris = []
         found = [uri for uri in uris if uri.lower().endswith(".parquet") and "/_samray/" not in uri]
+        if not found and is_output:
+            raise ConfigError(f"DATA {self.where} holds no labelled image yet; run `samray label` to its end first")
         if not found:
             raise ConfigError(f"DATA {self.where} holds no .parquet file, among {len(uris)}; {_WHAT_DATA_IS}")
-        return [(uri, None) for uri in found]
+        return found
 
     def _images(self) -> Iterator[RegionImage | ImageError]:
         left = self.num_images
         for file in self._files:
-            places = None if self._plan is None or file.shard is None else self._plan.read_shard(file.shard)
+            places = None if file.plan is None or file.shard is None else file.plan.read_shard(file.shard)
             for number, row in enumerate(_rows(file)):
                 if left == 0:
                     return
@@ -204,8 +203,9 @@ class RegionData:
     def _bsds500_image(self, row: dict[str, Any]) -> RegionImage:
         name = str(row.get("file_name") or row.get("image_id") or "")
         hw = (row["height"], row["width"])
-        annotators = [[{"size": list(hw), "counts": c} for c in a["regions"] or []] for a in row["annotators"] or []]
-        return self._checked(name, hw, row["jpeg"] or b"", annotators)
+        marked = [(annotator or {}).get("regions") or [] for annotator in row["annotators"] or []]
+        annotators = [[{"size": list(hw), "counts": counts} for counts in regions] for regions in marked]
+        return _checked(name, hw, row["jpeg"] or b"", annotators, InputConfig())
 
     def _sa1b_image(self, row: dict[str, Any], file: _File, place: pa.Table | None) -> RegionImage:
         """place: the image's row in the plan, where there is one."""
@@ -215,30 +215,48 @@ class RegionData:
         if place is None:
             uri = storage.resolve(storage.parent(file.uri), row["uri"]) if row["uri"] else ""
             place = pa.Table.from_pylist([{"uri": uri}], INPUT_SCHEMA)
-        (data,) = fetch_images(place, self._input)
+        config = InputConfig() if file.plan is None else input_config_of(file.plan)
+        (data,) = fetch_images(place, config)
         if isinstance(data, ImageError):
             raise data
-        image = row["image"]
-        regions = [annotation["segmentation"] for annotation in row["annotations"] or []]
-        return self._checked(str(row["uri"]), (image["height"], image["width"]), data, [regions])
-
-    def _checked(self, name: str, hw: tuple[int, int], data: bytes, annotators: list[list[Rle]]) -> RegionImage:
-        """Raises: ImageError where the image cannot be decoded or the regions are none of such an image."""
-        pixels = decode_image(data, self._input.max_pixels)
-        if pixels.shape[:2] != hw:
-            is_now = f"{pixels.shape[1]}x{pixels.shape[0]}"
-            raise ImageError("unreadable", f"{name} is {is_now} pixels, but its regions are for {hw[1]}x{hw[0]}")
-        regions = [region for regions in annotators for region in regions]
-        if any(region["size"] != list(hw) for region in regions):
-            raise ImageError("unreadable", f"{name} holds a region that is not {hw[1]}x{hw[0]} pixels, as the image is")
-        try:  # pycocotools may write past its memory for run lengths of another sum
-            runs_of_image(0, [region["counts"] for region in regions], hw[0] * hw[1])
-        except StorageError as error:
-            raise ImageError("unreadable", f"{name} holds a region that cannot be decoded: {error}") from error
-        return RegionImage(name, pixels, annotators)
+        image = row["image"] or {}
+        regions = [(annotation or {}).get("segmentation") for annotation in row["annotations"] or []]
+        return _checked(str(row["uri"]), (image.get("height"), image.get("width")), data, [regions], config)
 
 
-def _open_file(uri: str, shard: int | None) -> _File:
+def _is_output(folder: str) -> bool:
+    return storage.exists(storage.join(folder, "_samray", RUN))
+
+
+def _checked(
+    name: str, hw: tuple[Any, Any], data: bytes, annotators: list[list[Any]], config: InputConfig
+) -> RegionImage:
+    """Raises: ImageError where the image cannot be decoded or the regions are none of such an image."""
+    if _holds_null([hw, annotators]):
+        raise ImageError("unreadable", f"the row of {name} lacks its size or part of a region")
+    pixels = decode_image(data, config.max_pixels)
+    if pixels.shape[:2] != hw:
+        is_now = f"{pixels.shape[1]}x{pixels.shape[0]}"
+        raise ImageError("unreadable", f"{name} is {is_now} pixels, but its regions are for {hw[1]}x{hw[0]}")
+    regions = [region for regions in annotators for region in regions]
+    if any(region["size"] != list(hw) for region in regions):
+        raise ImageError("unreadable", f"{name} holds a region that is not {hw[1]}x{hw[0]} pixels, as the image is")
+    try:  # pycocotools may write past its memory for run lengths of another sum
+        runs_of_image(0, [region["counts"] for region in regions], hw[0] * hw[1])
+    except StorageError as error:
+        raise ImageError("unreadable", f"{name} holds a region that cannot be decoded: {error}") from error
+    return RegionImage(name, pixels, annotators)
+
+
+def _holds_null(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return value is None
+    return any(map(_holds_null, value))
+
+
+def _open_file(uri: str, shard: int | None, plan: Plan | None) -> _File:
     """Raises: ConfigError where it is no Parquet file of a known layout."""
     where = storage.redact(uri)
     try:
@@ -250,7 +268,9 @@ def _open_file(uri: str, shard: int | None) -> _File:
     leaves = dict(leaf for field in schema for leaf in _leaves(field.name, field.type))
     for layout, wanted in _WANTED.items():
         if all(name in leaves and is_right(leaves[name]) for name, is_right in wanted.items()):
-            return _File(uri, layout, num_rows, shard)
+            if plan and (shard is None or shard >= plan.num_shards or plan.num_images_of(shard) != num_rows):
+                plan = None  # no longer what was planned: its URIs must do
+            return _File(uri, layout, num_rows, shard, plan)
     layouts = " or ".join(f"{', '.join(wanted)} ({layout})" for layout, wanted in _WANTED.items())
     raise ConfigError(f"DATA {where} holds no regions that samray knows: wanted are {layouts}; found are "
                       f"{', '.join(f'{name} {kind}' for name, kind in leaves.items())}")  # fmt: skip
