@@ -16,13 +16,12 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
-from pycocotools import mask as coco_mask
 from scipy import ndimage
 
 from samray.errors import ConfigError
 from samray.evaluate.points import Answers
 from samray.evaluate.proposals import best_ious
-from samray.evaluate.regions import Bool, RegionImage, Rle, RleMasks
+from samray.evaluate.regions import Bool, RegionImage, Rle, RleMasks, areas
 from samray.images import RGBArray
 
 FORMATS: Final = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
@@ -172,8 +171,7 @@ def _image_tile(pixels: RGBArray, masks: list[Rle], regions: list[Rle], ious: np
 
 def _largest_first(masks: list[Rle], hw: tuple[int, int]) -> Iterator[tuple[int, Bool]]:
     """Place and pixels of each mask, at the tile's size (h, w); so that the small ones come to lie on top."""
-    order = sorted(range(len(masks)), key=lambda i: -int(coco_mask.area(masks[i])))
-    for i in order:
+    for i in np.argsort([-area for area in areas(masks)], kind="stable").tolist():
         yield i, _resized_mask(RleMasks([masks[i]])[:][0], hw)
 
 

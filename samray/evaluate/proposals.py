@@ -24,7 +24,7 @@ from pycocotools.cocoeval import COCOeval
 
 from samray.errors import ImageError
 from samray.evaluate.failures import Failures
-from samray.evaluate.regions import RegionImage, Rle, large_enough
+from samray.evaluate.regions import RegionImage, Rle, areas, large_enough
 from samray.images import RGBArray
 
 MAX_MASKS: Final = (10, 100, 1000)
@@ -118,8 +118,7 @@ def _coco(masks: Sequence[list[Rle]], marked: Sequence[Marked]) -> COCO:
     """The masks of each image as COCO's index. Its ids begin at 1, because COCOeval takes an id of 0 for "no match"."""
     annotations: list[dict[str, Any]] = []
     for image_id, rles in enumerate(masks, 1):
-        areas = coco_mask.area(rles).tolist() if rles else []
-        for rle, area in zip(rles, areas, strict=True):
+        for rle, area in zip(rles, areas(rles), strict=True):
             own = {"id": len(annotations) + 1, "image_id": image_id, "category_id": _CATEGORY, "iscrowd": 0}
             annotations.append({**own, "segmentation": rle, "area": area})
     sizes = [one.regions[0]["size"] for one in marked]

@@ -105,8 +105,13 @@ class RleMasks:
 
 def large_enough(regions: list[Rle], min_area: int) -> list[Rle]:
     """Those of at least `min_area` pixels, and of at least one."""
-    areas = coco_mask.area(regions) if regions else []
-    return [region for region, area in zip(regions, areas, strict=True) if area >= max(min_area, 1)]
+    return [region for region, area in zip(regions, areas(regions), strict=True) if area >= max(min_area, 1)]
+
+
+def areas(masks: list[Rle]) -> list[int]:
+    """Pixels of each."""
+    # One by one: given more than 255, pycocotools 2.0.11 writes their number into a uint8, which numpy 2 refuses.
+    return [int(coco_mask.area(mask)) for mask in masks]
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,6 +142,14 @@ def test_average_recall_by_size() -> None:
     assert found["ar_1000"] == pytest.approx((0 + 1 + 0.6 + 0) / 4)
 
 
+def test_average_recall_of_more_than_a_thousand_masks_takes_the_best_thousand() -> None:
+    wrong, right = square(150, 0), square(0, 0)
+    masks = [wrong] * 1000 + [right]
+    below, above = [0.5] * 1000 + [0.4], [0.5] * 1000 + [0.6]
+    assert average_recall([Marked([right], masks, below)])["ar_1000"] == 0
+    assert average_recall([Marked([right], masks, above)])["ar_10"] == pytest.approx(1)
+
+
 def test_a_mask_covers_one_region_of_each_annotator() -> None:
     region = square(0, 0)
     assert average_recall([Marked([region, region], [region], [0.9])])["ar_1000"] == pytest.approx(0.5)

@@ -133,6 +133,7 @@ def test_large_enough_also_leaves_out_what_is_empty() -> None:
     assert large_enough(regions, 10) == regions[:1]
     assert large_enough(regions, 0) == regions[:2]
     assert large_enough([], 0) == []
+    assert large_enough(regions * 200, 10) == regions[:1] * 200
 
 
 def other_columns(folder: Path) -> str:
