@@ -30,6 +30,7 @@ FORMATS: Final = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 _NUM_CLICKS, _NUM_IMAGES = 28, 8
 _CLICK_COLUMNS, _IMAGE_COLUMNS = 7, 2
 _CLICK_SIDE, _PHOTO_SIDE = 190, 300
+_SHOWN_MASKS = 40  # of an image: more hide it
 _GAP, _LINE = 6, 18
 _BACKGROUND, _INK = (24, 24, 27), (228, 228, 231)
 _REGION, _MASK = (255, 214, 10), (56, 135, 255)
@@ -137,7 +138,8 @@ def _window(mask: Bool) -> tuple[slice, slice]:
 
 def proposal_sheet() -> Sheet:
     """For `offer_masks`."""
-    title = "left: masks found; right: one annotator's regions, by the IoU of the best mask from red (0) to green (1)"
+    shown = f"left: the {_SHOWN_MASKS} masks with the highest predicted IoU"
+    title = f"{shown}; right: one annotator's regions, from red to green by the IoU of the best of all masks"
     return Sheet(title, _NUM_IMAGES, _IMAGE_COLUMNS)
 
 
@@ -145,19 +147,20 @@ def offer_masks(sheet: Sheet, image: RegionImage, masks: list[dict[str, Any]]) -
     """A tile for each image that has a region, by the mean IoU of its regions' best masks."""
     regions = next((regions for regions in image.annotators if regions), [])
     if regions:
-        found = [mask["segmentation"] for mask in masks]
+        found = [mask["segmentation"] for mask in sorted(masks, key=lambda mask: -float(mask["predicted_iou"]))]
         ious = best_ious(regions, found)
         sheet.offer(float(ious.mean()), lambda: _image_tile(image.pixels, found, regions, ious))
 
 
 def _image_tile(pixels: RGBArray, masks: list[Rle], regions: list[Rle], ious: npt.NDArray[np.float64]) -> Image.Image:
+    """masks: the best-scored first. ious: of each region with the mask that fits it best."""
     hw = pixels.shape[:2]
     scale = _PHOTO_SIDE / max(hw)
     small_hw = max(1, round(hw[0] * scale)), max(1, round(hw[1] * scale))
     left = _resized(pixels, small_hw)
     right = 0.4 * left + 0.6 * left.mean(axis=2, keepdims=True)  # so that the tints tell
     hues = random.Random(0)
-    for _, mask in _largest_first(masks, small_hw):
+    for _, mask in _largest_first(masks[:_SHOWN_MASKS], small_hw):
         _fill(left, mask, [255 * part for part in colorsys.hsv_to_rgb(hues.random(), 0.8, 1.0)], 0.3)
     for i, region in _largest_first(regions, small_hw):
         _fill(right, region, [255 * min(1.0, 2 - 2 * ious[i]), 200 * min(1.0, 2 * ious[i]), 40], 0.5)
