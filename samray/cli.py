@@ -6,7 +6,6 @@ Heavy modules are imported inside the commands, so that `samray --help` answers 
 from __future__ import annotations
 
 import os
-import re
 import sys
 import traceback
 from pathlib import Path
@@ -17,10 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from samray import __version__
+from samray.cli_evaluate import evaluate_app
 from samray.cli_export import COMMANDS as EXPORT_COMMANDS
-from samray.cli_help import Command, CommandWithSettings, HelpfulGroup
+from samray.cli_help import Command, CommandWithSettings, HelpfulGroup, split_settings
 from samray.cli_output import COMMANDS, Output
-from samray.config import SECTIONS, Sections, load_config
+from samray.config import load_config
 from samray.errors import ConfigError, SamrayError, StorageError
 from samray.train.settings import TRAIN_SECTIONS, load_train_settings
 
@@ -47,18 +47,6 @@ Input = Annotated[
 
 
 DEMO_FOLDER = "samray-demo"
-
-
-def _split_settings(words: list[str], needed: list[str], sections: Sections = SECTIONS) -> tuple[list[str], list[str]]:
-    """Settings and other words, in whatever order they were typed. A path may hold a `=`, but no `section.` before it.
-
-    Raises ConfigError when fewer other words are left than are needed.
-    """
-    settings = [word for word in words if re.match(rf"({'|'.join(sections)})\.\w+=", word)]
-    others = [word for word in words if word not in settings]
-    if len(others) < len(needed):
-        raise ConfigError(f"Missing argument '{needed[len(others)]}' (see samray --help)")
-    return settings, others
 
 
 @app.command(cls=CommandWithSettings)
@@ -101,7 +89,7 @@ def label(
 
       samray label s3://bucket/photos s3://bucket/labels --preset sa1b --append
     """
-    overrides, (input, output, *extra) = _split_settings([input, output, *(settings or ())], ["INPUT", "OUTPUT"])
+    overrides, (input, output, *extra) = split_settings([input, output, *(settings or ())], ["INPUT", "OUTPUT"])
     overrides += extra  # not settings, and refused as such
     if address is not None:
         overrides.append(f"cluster.address={address}")
@@ -166,7 +154,7 @@ def train(
 
       samray train labels/ scenes weights/ data.shares=[3,1] train.minutes=60 train.steps=null
     """
-    overrides, places = _split_settings(words, ["DATA", "OUTPUT"], TRAIN_SECTIONS)
+    overrides, places = split_settings(words, ["DATA", "OUTPUT"], TRAIN_SECTIONS)
     if address is not None:
         overrides.append(f"cluster.address={address}")
     resolved = load_train_settings(config, overrides)
@@ -196,7 +184,7 @@ def demo(
 
     It ends with a report: one HTML page to look at, to be opened in any browser.
     """
-    overrides, places = _split_settings([str(directory), *(settings or ())], [])
+    overrides, places = split_settings([str(directory), *(settings or ())], [])
     directory = Path(places[0]) if places else Path(DEMO_FOLDER)
     overrides += places[1:]
     config = load_config(None, None, overrides)
@@ -207,6 +195,9 @@ def demo(
 
 for _command in [*COMMANDS, *EXPORT_COMMANDS]:
     app.command(_command.__name__.strip("_").replace("_", "-"), cls=Command)(_command)
+
+
+app.add_typer(evaluate_app, name="evaluate")
 
 
 @app.command(cls=Command)

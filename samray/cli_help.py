@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
-from samray.config import SECTIONS, preset_names, setting_rows
+from samray.config import SECTIONS, Sections, preset_names, setting_rows
+from samray.errors import ConfigError
 from samray.settings import as_typed
 
 EXIT_CODES = {
@@ -41,8 +43,9 @@ class Command(TyperCommand):
 class CommandWithSettings(TyperCommand):
     """A command whose --help goes on to list every setting, straight from the settings classes."""
 
-    sections = SECTIONS
-    has_presets = True
+    sections: ClassVar[Sections] = SECTIONS
+    """Whose settings the command takes."""
+    has_presets: ClassVar[bool] = True
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
@@ -67,6 +70,18 @@ def _print_exit_codes(console: Console) -> None:
         table.add_row(f"[cyan]{code}[/cyan]", meaning)
     console.print(table)
     console.print("SAMRAY_DEBUG=1 shows the traceback of an error.\n")
+
+
+def split_settings(words: list[str], needed: list[str], sections: Sections = SECTIONS) -> tuple[list[str], list[str]]:
+    """Settings and other words, in whatever order they were typed. A path may hold a `=`, but no `section.` before it.
+
+    Raises ConfigError when fewer other words are left than are needed.
+    """
+    settings = [word for word in words if re.match(rf"({'|'.join(sections)})\.\w+=", word)]
+    others = [word for word in words if word not in settings]
+    if len(others) < len(needed):
+        raise ConfigError(f"Missing argument '{needed[len(others)]}' (see samray --help)")
+    return settings, others
 
 
 def two_columns() -> Table:

@@ -25,9 +25,6 @@ from samray.scenes import Scene, make_scene
 SIZES_HW = ((480, 640), (640, 480), (512, 512), (384, 768))
 """Scenes take these in turn, because photographs are rarely square."""
 
-IOU_LEVELS = np.arange(0.5, 1.0, 0.05)
-"""COCO's thresholds for average recall."""
-
 
 @dataclass(frozen=True, slots=True)
 class ProposalQuality:
@@ -39,7 +36,7 @@ class ProposalQuality:
     mean_best_iou: float
     """Mean over known objects of the IoU with the mask that fits it best; 0 where none touches it."""
     average_recall: float
-    """Mean over IoU_LEVELS of the part of the known objects that some mask fits at least that well."""
+    """AR@1000, as `samray evaluate proposals` has it."""
 
 
 def run_demo(directory: Path, config: Config, num_scenes: int = 12, *, show: bool = False) -> int:
@@ -47,12 +44,12 @@ def run_demo(directory: Path, config: Config, num_scenes: int = 12, *, show: boo
 
     show: open the report in the browser, where there is a screen.
     """
+    from samray.evaluate.scenes import evaluate_clicks
     from samray.pipeline.report import print_report
     from samray.pipeline.run import label
     from samray.report import open_page, write_report
     from samray.report_page import Figure
     from samray.sam.checkpoints import load_model
-    from samray.train.evaluate import evaluate_clicks
 
     model = load_model(config.model.name, config.model.checkpoint, config.model.device, config.model.dtype)
     console = Console(stderr=True)
@@ -123,35 +120,23 @@ def write_scenes(directory: Path, scenes: Sequence[Scene]) -> None:
 
 def compare(directory: Path, labels: str) -> ProposalQuality:
     """The masks in `labels` against the known ones of the scenes in directory."""
+    from samray.evaluate.proposals import Marked, average_recall, best_ious
+
     known = json.loads((directory / "known_masks.json").read_text())
+    marked: list[Marked] = []
     best: list[float] = []
-    num_masks = 0
     for shard in sorted(done_shards(labels)):
         for row in read_shard(labels, shard).select(["image", "annotations"]).to_pylist():
             truth = known.get(row["image"]["file_name"].rpartition("/")[2], [])
             found = [annotation["segmentation"] for annotation in row["annotations"]]
-            num_masks += len(found)
+            marked.append(Marked(truth, found, [annotation["predicted_iou"] for annotation in row["annotations"]]))
             best += best_ious(truth, found).tolist()
-    ious = np.array(best)
-    if len(ious) == 0:
+    num_masks = sum(len(one.masks) for one in marked)
+    if not best:
         return ProposalQuality(0, num_masks, 0.0, 0.0)
-    recall = (ious[:, None] >= IOU_LEVELS).mean()
-    return ProposalQuality(len(ious), num_masks, float(ious.mean()), float(recall))
-
-
-def best_ious(truth: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> npt.NDArray[np.float64]:
-    """For each known mask the IoU of the found mask that fits it best; both as COCO RLE. Returns (N,), 0 where none."""
-    if not truth or not found:
-        return np.zeros(len(truth))
-    iou = coco_mask.iou(list(map(_to_bytes, found)), list(map(_to_bytes, truth)), [0] * len(truth))
-    best: npt.NDArray[np.float64] = np.asarray(iou, np.float64).max(axis=0)
-    return best
+    return ProposalQuality(len(best), num_masks, float(np.mean(best)), average_recall(marked)["ar_1000"])
 
 
 def _encode(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
     rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
-
-
-def _to_bytes(rle: dict[str, Any]) -> dict[str, Any]:
-    return {"size": list(rle["size"]), "counts": rle["counts"].encode("ascii")}

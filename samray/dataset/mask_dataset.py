@@ -97,7 +97,7 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         self.image_root = image_root and (storage.normalize(image_root[0]), storage.normalize(image_root[1]))
         self._index = index_images(plan, keep_empty=keep_empty)
         self._containers = index_containers(plan, self._index) if images else None
-        self._input = _input_config(plan)
+        self._input = input_config_of(plan)
         # Boxes of the "sam" convention end with their last pixel, all others behind it.
         sam_boxes = plan.run["identity"].get("masks", {}).get("bbox_convention") == "sam"
         self._box_extent = 1.0 if sam_boxes else 0.0
@@ -234,7 +234,7 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         return storage.join(new, uri[len(storage.join(old, "")) :])
 
 
-def _input_config(plan: Plan) -> InputConfig:
+def input_config_of(plan: Plan) -> InputConfig:
     """The settings under which the images were read: limits, and the column that holds them."""
     held = plan.run.get("config", {}).get("input", {})
     return InputConfig(**{name: value for name, value in held.items() if name in InputConfig.model_fields})

@@ -9,35 +9,15 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy import ndimage
 from torch import Tensor
 
+from samray.evaluate.points import centre
 from samray.scenes import Bool
 
 BOX_NOISE = 0.1
 MAX_BOX_NOISE_PIXELS = 20
 """Noise on a box's sides, as in the paper's training: of a tenth of the side, at most 20 pixels (appendix A)."""
 _CENTRE_SIDE = 64  # masks are thinned to this side before a training click's distance transform, which is slow
-
-
-def centre(mask: Bool, max_side: int | None = None) -> tuple[int, int]:
-    """(x, y) of the pixel of `mask` (H, W) that is farthest from its outside; the picture's edge is outside.
-
-    max_side: thin the mask's box to about this side first, for speed; the answer still lies in the mask.
-    Raises ValueError for an empty mask.
-    """
-    rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if len(rows) == 0:
-        raise ValueError("an empty mask has no centre")
-    top, left = int(rows[0]), int(cols[0])
-    cut = mask[top : rows[-1] + 1, left : cols[-1] + 1]
-    step = 1 if max_side is None else -(-max(cut.shape) // max_side)
-    thinned = cut[::step, ::step]
-    if not thinned.any():
-        step, thinned = 1, cut
-    distance = ndimage.distance_transform_edt(np.pad(thinned, 1))
-    y, x = np.unravel_index(int(distance[1:-1, 1:-1].argmax()), thinned.shape)
-    return left + int(x) * step, top + int(y) * step
 
 
 def first_prompts(

@@ -22,11 +22,11 @@ from pycocotools import mask as coco_mask
 from samray import storage
 from samray.dataset.mask_dataset import MaskDataset
 from samray.errors import ConfigError, StorageError
+from samray.evaluate.scenes import heldout_scenes
 from samray.scene_paint import Source
 from samray.scenes import Bool, Scene, make_scene
 from samray.train.augment import View, draw_view, jitter_colour, whole_view
 from samray.train.clicks import first_prompts
-from samray.train.evaluate import heldout_scenes
 from samray.train.settings import DataConfig
 
 KIND_WEIGHTS = {"object": 0.8, "part": 0.14, "region": 0.06}

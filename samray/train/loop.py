@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from samray.evaluate.scenes import evaluate_clicks
 from samray.scenes import Scene
 from samray.train.curves import draw_curves
-from samray.train.evaluate import evaluate_clicks
 from samray.train.interaction import Batch
 from samray.train.learner import Learner
 from samray.train.settings import TrainConfig

@@ -14,8 +14,9 @@ from samray.dataset.manifest import make_plan
 from samray.dataset.schema import ImageRecord, records_to_table
 from samray.dataset.shards import commit_shard
 from samray.demo import _encode as encode
-from samray.demo import best_ious, compare, make_scenes, write_scenes
+from samray.demo import compare, make_scenes, write_scenes
 from samray.errors import ConfigError
+from samray.evaluate.proposals import best_ious
 
 
 def test_scenes_are_written_once_and_stay_the_same(tmp_path: Path) -> None:
@@ -69,7 +70,9 @@ def test_labels_are_compared_with_the_scenes_they_belong_to(tmp_path: Path) -> N
             file_name=row["file_name"],
             uri=row["uri"],
             annotations=[
-                {"segmentation": rle} for rle in known[row["file_name"]] if row["file_name"] != "scene-001.jpg"
+                {"segmentation": rle, "predicted_iou": 0.9}
+                for rle in known[row["file_name"]]
+                if row["file_name"] != "scene-001.jpg"
             ],
         )
         for row in plan.read_shard(0).to_pylist()

@@ -21,13 +21,14 @@ LAYERS = [
     {"cli_help", "figures", "images", "kernels", "scenes", "storage"},
     {"sam"},
     {"dataset", "masks"},
+    {"evaluate"},
     {"overlays", "pipeline"},
     {"train"},
     {"plan_view", "report_page", "status_view"},
     {"report"},
     {"demo"},
     {"cli_output"},
-    {"cli_export"},
+    {"cli_evaluate", "cli_export"},
     {"cli"},
     {"__main__"},
 ]
@@ -83,7 +84,8 @@ def test_import_samray_is_light() -> None:
 
 
 def test_help_is_light() -> None:
-    code = "from samray.cli import main\nfor a in ([], ['label'], ['demo']): assert main([*a, '--help']) == 0"
+    commands = "[], ['label'], ['demo'], ['evaluate'], ['evaluate', 'points']"
+    code = f"from samray.cli import main\nfor a in ({commands}): assert main([*a, '--help']) == 0"
     assert not loaded_by(code) & {"torch", "ray", "numpy", "pyarrow", "pandas", "fsspec", "scipy", "jinja2"}
 
 

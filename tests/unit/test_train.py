@@ -15,13 +15,14 @@ from scene_outputs import paint, write_scenes
 
 from samray import storage
 from samray.errors import ConfigError
+from samray.evaluate.points import centre
+from samray.evaluate.scenes import evaluate_clicks
 from samray.sam.sam import Sam
 from samray.sam.spec import MODELS, TinyVitSpec, VitSpec
 from samray.scenes import Scene, make_scene
 from samray.train.augment import View, draw_view, jitter_colour, whole_view
-from samray.train.clicks import centre, corrective_clicks, first_prompts
+from samray.train.clicks import corrective_clicks, first_prompts
 from samray.train.data import ExampleMaker, blocks, open_data, output_of
-from samray.train.evaluate import evaluate_clicks
 from samray.train.examples import Frame, MaskExamples, SceneExamples, area_downsample, held_out
 from samray.train.interaction import Rounds, draw_course
 from samray.train.learner import Learner, check_settings, frame_of, size_due
@@ -452,6 +453,7 @@ class _Oracle:
     """Answers a click as a Sam would, with the scene's own masks: whole, wrong, and everything."""
 
     device = torch.device("cpu")
+    image_size = 96
 
     def __init__(self, scene: Scene, scores: tuple[float, float, float]) -> None:
         self.scene, self.scores = scene, scores

@@ -1,0 +1,40 @@
+"""Images that could not be used: counted by reason, with an example of each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from samray.errors import ImageError
+
+
+class Failures:
+    """Counts failed images."""
+
+    def __init__(self) -> None:
+        self.reasons: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+        """Reason -> what the first such image's error said."""
+
+    def __len__(self) -> int:
+        return self.reasons.total()
+
+    def add(self, error: ImageError) -> None:
+        self.reasons[error.reason] += 1
+        self.examples.setdefault(error.reason, error.message)
+
+    @contextmanager
+    def out_of_memory(self) -> Iterator[None]:
+        """An image that does not fit into memory is a failed one; every other error is raised."""
+        try:
+            yield
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            self.add(ImageError("out_of_memory", " ".join(str(error).split()) or "it does not fit into memory"))
+
+    def figures(self) -> dict[str, Any]:
+        """num_failed, and failures: reason -> number."""
+        return {"num_failed": len(self), "failures": dict(self.reasons)}

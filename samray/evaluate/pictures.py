@@ -1,0 +1,208 @@
+"""Contact sheets: what the figures of `samray evaluate` look like, from the worst to the best.
+
+What is shown is drawn at random from all there is, so a sheet is as good or bad as the figures; the same data and
+answers give the same sheet.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import io
+import random
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+
+from samray.errors import ConfigError
+from samray.evaluate.points import Answers
+from samray.evaluate.proposals import best_ious
+from samray.evaluate.regions import Bool, RegionImage, Rle, RleMasks, areas
+from samray.images import RGBArray
+
+FORMATS: Final = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+"""What a sheet may be written as, by the ending of its name."""
+
+_NUM_CLICKS, _NUM_IMAGES = 28, 8
+_CLICK_COLUMNS, _IMAGE_COLUMNS = 7, 2
+_CLICK_SIDE, _PHOTO_SIDE = 190, 300
+_SHOWN_MASKS = 40  # of an image: more hide it
+_GAP, _LINE = 6, 18
+_BACKGROUND, _INK = (24, 24, 27), (228, 228, 231)
+_REGION, _MASK = (255, 214, 10), (56, 135, 255)
+
+Float = npt.NDArray[np.float32]
+
+
+def picture_format(name: str) -> str:
+    """Pillow's name for it. Raises: ConfigError for an ending that is none of FORMATS."""
+    for ending, kind in FORMATS.items():
+        if name.lower().endswith(ending):
+            return kind
+    raise ConfigError(f"--picture {name} must end in {', '.join(FORMATS)}")
+
+
+class Sheet:
+    """So many tiles of all that are offered, each as likely to be kept as any other; laid out by their score."""
+
+    def __init__(self, title: str, number: int, columns: int) -> None:
+        self.title, self.number, self.columns = title, number, columns
+        self.num_offered = 0
+        self._kept: list[tuple[float, int, Image.Image]] = []
+        self._draw = random.Random(0)
+
+    def offer(self, score: float, draw: Callable[[], Image.Image]) -> None:
+        """draw is called only where the tile is kept, for now. All tiles are of one size."""
+        place = len(self._kept) if self.num_offered < self.number else self._draw.randrange(self.num_offered + 1)
+        if place < self.number:
+            self._kept[place : place + 1] = [(score, self.num_offered, draw())]
+        self.num_offered += 1
+
+    def caption(self) -> str:
+        """What stands above the tiles."""
+        return f"{self.title}; {len(self._kept)} drawn at random of {self.num_offered:,}, worst to best"
+
+    def encode(self, kind: str) -> bytes:
+        """The sheet as PNG or JPEG. Raises ValueError where no tile was offered."""
+        if not self._kept:
+            raise ValueError("a sheet needs a tile")
+        tiles = [tile for _, _, tile in sorted(self._kept, key=lambda kept: kept[:2])]
+        width, height = tiles[0].size
+        columns = min(self.columns, len(tiles))
+        rows = -(-len(tiles) // columns)
+        top = _LINE + 2 * _GAP
+        text = self.caption()
+        size = columns * (width + _GAP) + _GAP, top + rows * (height + _GAP)
+        whole = Image.new("RGB", (max(size[0], int(_font().getlength(text)) + 2 * _GAP), size[1]), _BACKGROUND)
+        _write(whole, (_GAP, _GAP), text)
+        for i, tile in enumerate(tiles):
+            row, column = divmod(i, columns)
+            whole.paste(tile, (_GAP + column * (width + _GAP), top + row * (height + _GAP)))
+        data = io.BytesIO()
+        whole.save(data, kind, quality=90)
+        return data.getvalue()
+
+
+# --- single clicks ---------------------------------------------------------------------------------------------------
+
+
+def click_sheet() -> Sheet:
+    """For `offer_clicks`."""
+    return Sheet("single clicks: dot = click, yellow = region, blue = mask scored best", _NUM_CLICKS, _CLICK_COLUMNS)
+
+
+def offer_clicks(sheet: Sheet, image: RegionImage, answers: Answers) -> None:
+    """A tile for each click, by the IoU of the mask that the model scores best."""
+    for i, (iou, _) in enumerate(answers.pairs):
+        sheet.offer(iou, partial(_click_tile, image.pixels, answers, i))
+
+
+def _click_tile(pixels: RGBArray, answers: Answers, i: int) -> Image.Image:
+    """The part of the image around the region and the mask, both drawn over it."""
+    region = answers.regions[i]
+    best = int(answers.best[i])
+    mask = answers.masks[i, best].cpu().numpy()
+    window = _window(region | mask)
+    hw = region[window].shape
+    scale = _CLICK_SIDE / max(hw)
+    small_hw = max(1, round(hw[0] * scale)), max(1, round(hw[1] * scale))
+    canvas = _resized(pixels[window], small_hw)
+    _fill(canvas, _resized_mask(mask[window], small_hw), _MASK, 0.35)
+    _fill(canvas, _resized_mask(region[window], small_hw), _REGION, 0.0)
+    tile = Image.new("RGB", (_CLICK_SIDE, _CLICK_SIDE + _LINE), _BACKGROUND)
+    tile.paste(_to_image(canvas), (0, 0))
+    x, y = ((answers.clicks[i] - [window[1].start, window[0].start] + 0.5) * scale).tolist()
+    ImageDraw.Draw(tile).ellipse((x - 4, y - 4, x + 4, y + 4), fill=(255, 255, 255), outline=(0, 0, 0), width=2)
+    iou = answers.iou[i, best]
+    _write(tile, (0, small_hw[0] + 2), f"IoU {iou:.2f}, predicted {answers.predicted_iou[i, best]:.2f}")
+    return tile
+
+
+def _window(mask: Bool) -> tuple[slice, slice]:
+    """Rows and columns of a mask's box, with some of what is around it."""
+    found = ndimage.find_objects(mask.astype(np.uint8))[0]
+    margin = max(4, max(side.stop - side.start for side in found) // 6)
+    rows, columns = (
+        slice(max(0, side.start - margin), min(length, side.stop + margin))
+        for side, length in zip(found, mask.shape, strict=True)
+    )
+    return rows, columns
+
+
+# --- proposals -------------------------------------------------------------------------------------------------------
+
+
+def proposal_sheet() -> Sheet:
+    """For `offer_masks`."""
+    shown = f"left: the {_SHOWN_MASKS} masks with the highest predicted IoU"
+    title = f"{shown}; right: one annotator's regions, from red to green by the IoU of the best of all masks"
+    return Sheet(title, _NUM_IMAGES, _IMAGE_COLUMNS)
+
+
+def offer_masks(sheet: Sheet, image: RegionImage, masks: list[dict[str, Any]]) -> None:
+    """A tile for each image that has a region, by the mean IoU of its regions' best masks."""
+    regions = next((regions for regions in image.annotators if regions), [])
+    if regions:
+        found = [mask["segmentation"] for mask in sorted(masks, key=lambda mask: -float(mask["predicted_iou"]))]
+        ious = best_ious(regions, found)
+        sheet.offer(float(ious.mean()), lambda: _image_tile(image.pixels, found, regions, ious))
+
+
+def _image_tile(pixels: RGBArray, masks: list[Rle], regions: list[Rle], ious: npt.NDArray[np.float64]) -> Image.Image:
+    """masks: the best-scored first. ious: of each region with the mask that fits it best."""
+    hw = pixels.shape[:2]
+    scale = _PHOTO_SIDE / max(hw)
+    small_hw = max(1, round(hw[0] * scale)), max(1, round(hw[1] * scale))
+    left = _resized(pixels, small_hw)
+    right = 0.4 * left + 0.6 * left.mean(axis=2, keepdims=True)  # so that the tints tell
+    hues = random.Random(0)
+    for _, mask in _largest_first(masks[:_SHOWN_MASKS], small_hw):
+        _fill(left, mask, [255 * part for part in colorsys.hsv_to_rgb(hues.random(), 0.8, 1.0)], 0.3)
+    for i, region in _largest_first(regions, small_hw):
+        _fill(right, region, [255 * min(1.0, 2 - 2 * ious[i]), 200 * min(1.0, 2 * ious[i]), 40], 0.5)
+    tile = Image.new("RGB", (2 * _PHOTO_SIDE + _GAP, _PHOTO_SIDE + _LINE), _BACKGROUND)
+    tile.paste(_to_image(left), (0, 0))
+    tile.paste(_to_image(right), (_PHOTO_SIDE + _GAP, 0))
+    text = f"{len(masks)} masks, {len(regions)} regions, mean IoU of their best masks {ious.mean():.2f}"
+    _write(tile, (0, small_hw[0] + 2), text)
+    return tile
+
+
+def _largest_first(masks: list[Rle], hw: tuple[int, int]) -> Iterator[tuple[int, Bool]]:
+    """Place and pixels of each mask, at the tile's size (h, w); so that the small ones come to lie on top."""
+    for i in np.argsort([-area for area in areas(masks)], kind="stable").tolist():
+        yield i, _resized_mask(RleMasks([masks[i]])[:][0], hw)
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def _resized(pixels: RGBArray, hw: tuple[int, int]) -> Float:
+    """(h, w, 3), 0 to 255."""
+    return np.asarray(Image.fromarray(pixels).resize(hw[::-1], Image.Resampling.BICUBIC), np.float32).copy()
+
+
+def _resized_mask(mask: Bool, hw: tuple[int, int]) -> Bool:
+    return np.asarray(Image.fromarray(mask).resize(hw[::-1], Image.Resampling.NEAREST), bool)
+
+
+def _fill(canvas: Float, mask: Bool, colour: Sequence[float], alpha: float) -> None:
+    """Tint the mask's pixels of a canvas (h, w, 3), in place, and draw the two outermost ones in full colour."""
+    canvas[mask] += alpha * (np.asarray(colour, np.float32) - canvas[mask])
+    canvas[mask & ~ndimage.binary_erosion(mask, iterations=2)] = colour
+
+
+def _to_image(canvas: Float) -> Image.Image:
+    return Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(13)
+
+
+def _write(image: Image.Image, xy: tuple[int, int], text: str) -> None:
+    ImageDraw.Draw(image).text(xy, text, fill=_INK, font=_font())

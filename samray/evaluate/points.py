@@ -1,0 +1,166 @@
+"""Segmentation from a single click (SAM paper, section 7.1): one click at the centre of each region.
+
+The three masks that answer a click are compared with the region at the image's own resolution: the one that the model
+scores best gives `miou`, the best of the three `miou_oracle`, both means over regions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from samray.errors import ImageError
+from samray.evaluate.failures import Failures
+from samray.evaluate.regions import Bool, RegionImage, RleMasks, large_enough
+from samray.images import RGBArray
+from samray.masks.generator import MASK_THRESHOLD
+from samray.masks.scores import above, areas
+from samray.sam.sam import Sam
+
+MIN_AREA: Final = 500
+"""Pixels of the smallest region that is clicked on, unless said otherwise."""
+
+# Float masks of one chunk of clicks, at full resolution or at the model's square, whichever is larger.
+_CPU_CHUNK_BYTES = 32 * 2**20
+_GPU_CHUNK_BYTES = 512 * 2**20
+
+
+class Masks(Protocol):
+    """N masks of an image, of which a slice is (n, H, W) bool: an array, or run lengths decoded as they are needed."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, few: slice, /) -> Bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a model answered to n clicks on an image; all in the image's own frame."""
+
+    regions: Bool
+    """(n, H, W) what was clicked on."""
+    clicks: npt.NDArray[np.int64]
+    """(n, 2) xy of the pixels clicked."""
+    masks: Tensor
+    """(n, 3, H, W) bool, on the model's device."""
+    iou: npt.NDArray[np.float64]
+    """(n, 3) of each mask with the region."""
+    predicted_iou: npt.NDArray[np.float64]
+    """(n, 3) what the model thinks that it is."""
+
+    @property
+    def best(self) -> npt.NDArray[np.int64]:
+        """(n,) which of the three the model scores best."""
+        return np.asarray(self.predicted_iou.argmax(axis=1))
+
+    @property
+    def pairs(self) -> list[tuple[float, float]]:
+        """IoU of the mask that the model scores best, and of the best of the three, of each click."""
+        scored = self.iou[np.arange(len(self.iou)), self.best]
+        return list(zip(scored.tolist(), self.iou.max(axis=1).tolist(), strict=True))
+
+
+def evaluate_points(
+    model: Sam,
+    images: Iterable[RegionImage | ImageError],
+    *,
+    min_area: int = MIN_AREA,
+    on_image: Callable[[Failures], None] = lambda failures: None,
+    on_answers: Callable[[RegionImage, Answers], None] = lambda image, answers: None,
+) -> dict[str, Any]:
+    """miou, miou_oracle and num_regions over all regions of at least min_area pixels, of all annotators.
+
+    Each annotator's regions count, also where several annotators marked the same object. num_images: those that could
+    be used; num_failed and failures (reason -> number): the others. miou and miou_oracle are NaN without any region.
+
+    on_image is called after each image, on_answers for each chunk of clicks.
+    """
+    failures = Failures()
+    num_images = 0
+    pairs: list[tuple[float, float]] = []
+    for image in images:
+        if isinstance(image, ImageError):
+            failures.add(image)
+        else:
+            regions = RleMasks(large_enough(image.regions, min_area))
+            with failures.out_of_memory():
+                own: list[tuple[float, float]] = []
+                for answers in answer_clicks(model, image.pixels, regions):
+                    on_answers(image, answers)
+                    own += answers.pairs
+                pairs += own  # of an image that fails half-way no region counts
+                num_images += 1
+        on_image(failures)
+    return {**mean_ious(pairs), "num_images": num_images, **failures.figures()}
+
+
+def mean_ious(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """The figures of single clicks from (scored, oracle) of each; NaN where there is none."""
+    miou, miou_oracle = np.mean(pairs, axis=0) if pairs else (float("nan"), float("nan"))
+    return {"miou": float(miou), "miou_oracle": float(miou_oracle), "num_regions": len(pairs)}
+
+
+@torch.inference_mode()
+def answer_clicks(model: Sam, image: RGBArray, regions: Masks) -> Iterator[Answers]:
+    """One click at the centre of each region, by chunks that bound the memory; the image is encoded once.
+
+    image: (H, W, 3) uint8 RGB. regions: of its size, none empty.
+    """
+    if len(regions) == 0:
+        return
+    original_hw = (image.shape[0], image.shape[1])
+    pixels, [input_hw] = model.preprocess([image])
+    context = model.prepare_decoder(model.encode_images(pixels))
+    scale = torch.tensor([input_hw[1] / original_hw[1], input_hw[0] / original_hw[0]], device=model.device)
+    size = _chunk(model, original_hw)
+    for start in range(0, len(regions), size):
+        wanted = regions[start : start + size]
+        clicks = np.array([centre(region) for region in wanted])
+        xy = torch.from_numpy(clicks).to(scale)
+        # The centre of a pixel stays the centre of what it is scaled to; the prompt encoder adds the half pixel back.
+        points = ((xy + 0.5) * scale - 0.5)[:, None]
+        labels = torch.ones(points.shape[:2], dtype=torch.int64, device=model.device)
+        decoded = model.decode_points(context, points, labels)
+        masks = above(model.postprocess(decoded.logits, input_hw, original_hw), MASK_THRESHOLD)
+        masks = masks.view(*decoded.all_iou.shape, *original_hw)
+        iou = _iou(masks, torch.from_numpy(wanted).to(masks.device)[:, None])
+        yield Answers(wanted, clicks, masks, iou.double().cpu().numpy(), decoded.all_iou.double().cpu().numpy())
+
+
+def _chunk(model: Sam, original_hw: tuple[int, int]) -> int:
+    """How many clicks are answered together."""
+    chunk_bytes = _CPU_CHUNK_BYTES if model.device.type == "cpu" else _GPU_CHUNK_BYTES
+    mask_bytes = 4 * max(model.image_size**2, original_hw[0] * original_hw[1])
+    return max(1, chunk_bytes // (3 * mask_bytes))
+
+
+def _iou(masks: Tensor, targets: Tensor) -> Tensor:
+    """(N, M, H, W) and (N, 1, H, W) bool -> (N, M)."""
+    both, either = (areas(pixels.flatten(0, 1)).view(masks.shape[:2]) for pixels in (masks & targets, masks | targets))
+    return both / either.clamp(min=1)
+
+
+def centre(mask: Bool, max_side: int | None = None) -> tuple[int, int]:
+    """(x, y) of the pixel of `mask` (H, W) that is farthest from its outside; the picture's edge is outside.
+
+    max_side: thin the mask's box to about this side first, for speed; the answer still lies in the mask.
+    Raises ValueError for an empty mask.
+    """
+    rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if len(rows) == 0:
+        raise ValueError("an empty mask has no centre")
+    top, left = int(rows[0]), int(cols[0])
+    cut = mask[top : rows[-1] + 1, left : cols[-1] + 1]
+    step = 1 if max_side is None else -(-max(cut.shape) // max_side)
+    thinned = cut[::step, ::step]
+    if not thinned.any():
+        step, thinned = 1, cut
+    distance = ndimage.distance_transform_edt(np.pad(thinned, 1))
+    y, x = np.unravel_index(int(distance[1:-1, 1:-1].argmax()), thinned.shape)
+    return left + int(x) * step, top + int(y) * step

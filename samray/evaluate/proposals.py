@@ -1,0 +1,142 @@
+"""Masks of whole images as object proposals: average recall (AR), class-agnostic, by pycocotools' COCOeval.
+
+AR@k is the share of the known regions that the k best-scored masks of their image cover, averaged over the IoU
+thresholds 0.50, 0.55, ... 0.95; a mask covers at most one region. Masks are ranked by predicted_iou.
+
+An image that several annotators marked counts once for each of them, with the same masks: every annotator's regions are
+wanted, but an object that five of them outlined does not want five masks. (In one pot, of five outlines of an object
+found exactly, four would count as missed.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from samray.errors import ImageError
+from samray.evaluate.failures import Failures
+from samray.evaluate.regions import RegionImage, Rle, areas, large_enough
+from samray.images import RGBArray
+
+MAX_MASKS: Final = (10, 100, 1000)
+"""Of an image, the best-scored ones."""
+_CATEGORY: Final = 1  # of all there is: COCOeval is told not to look at it
+
+
+class MaskSource(Protocol):
+    """What is needed of samray.MaskGenerator."""
+
+    def generate(self, images: list[RGBArray]) -> list[list[dict[str, Any]]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """What one annotator marked on an image, and the masks found on it."""
+
+    regions: list[Rle]
+    masks: list[Rle]
+    scores: list[float]
+
+
+def evaluate_proposals(
+    generator: MaskSource,
+    images: Iterable[RegionImage | ImageError],
+    *,
+    min_area: int = 0,
+    on_image: Callable[[Failures], None] = lambda failures: None,
+    on_masks: Callable[[RegionImage, list[dict[str, Any]]], None] = lambda image, masks: None,
+) -> dict[str, Any]:
+    """`average_recall` over the regions of at least min_area pixels, num_masks, num_images, num_failed, failures.
+
+    num_images: those that could be used; failures: reason -> number of the others. on_image is called after each image,
+    on_masks with the records (`MaskGenerator.generate`) of each that could be used.
+    """
+    failures = Failures()
+    marked: list[Marked] = []
+    num_images = num_masks = 0
+    for image in images:
+        if isinstance(image, ImageError):
+            failures.add(image)
+        else:
+            with failures.out_of_memory():
+                (masks,) = generator.generate([image.pixels])
+                num_images += 1
+                num_masks += len(masks)
+                rles = [mask["segmentation"] for mask in masks]
+                scores = [mask["predicted_iou"] for mask in masks]
+                marked += [Marked(large_enough(regions, min_area), rles, scores) for regions in image.annotators]
+                on_masks(image, masks)
+        on_image(failures)
+    return {**average_recall(marked), "num_masks": num_masks, "num_images": num_images, **failures.figures()}
+
+
+def average_recall(marked: Sequence[Marked]) -> dict[str, Any]:
+    """ar_10, ar_100, ar_1000 and num_regions; ar_1000_small, _medium and _large over regions of COCO's sizes.
+
+    The sizes: up to 32 x 32 pixels, from there to 96 x 96, from there on. NaN over no region. Masks that
+    score the same are ranked in their order.
+    """
+    wanted = [one for one in marked if one.regions]  # without a region there is nothing to be recalled
+    num_regions = sum(len(one.regions) for one in wanted)
+    truth = _coco([one.regions for one in wanted], wanted)
+    found = _coco([one.masks for one in wanted], wanted)
+    for annotation, score in zip(
+        found.dataset["annotations"], (score for one in wanted for score in one.scores), strict=True
+    ):
+        annotation["score"] = score
+    recall = _recall(truth, found) if wanted else np.full((1, 4, len(MAX_MASKS)), -1.0)
+    mean = np.where(recall[0] < 0, np.nan, recall.mean(axis=0))  # (sizes, numbers of masks); -1 over no region
+    return {
+        **{f"ar_{number}": float(mean[0, i]) for i, number in enumerate(MAX_MASKS)},
+        **{f"ar_{MAX_MASKS[-1]}_{size}": float(mean[i, -1]) for i, size in enumerate(("small", "medium", "large"), 1)},
+        "num_regions": num_regions,
+    }
+
+
+def _recall(truth: COCO, found: COCO) -> npt.NDArray[np.float64]:
+    """(IoU thresholds, sizes: all, small, medium, large; numbers of masks), -1 where no region is."""
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
+        evaluation = COCOeval(truth, found, "segm")
+        evaluation.params.useCats = 0
+        evaluation.params.maxDets = list(MAX_MASKS)
+        evaluation.evaluate()
+        evaluation.accumulate()
+    assert evaluation.params.areaRngLbl == ["all", "small", "medium", "large"]
+    return np.asarray(evaluation.eval["recall"][:, 0], np.float64)
+
+
+def _coco(masks: Sequence[list[Rle]], marked: Sequence[Marked]) -> COCO:
+    """The masks of each image as COCO's index. Its ids begin at 1, because COCOeval takes an id of 0 for "no match"."""
+    annotations: list[dict[str, Any]] = []
+    for image_id, rles in enumerate(masks, 1):
+        for rle, area in zip(rles, areas(rles), strict=True):
+            own = {"id": len(annotations) + 1, "image_id": image_id, "category_id": _CATEGORY, "iscrowd": 0}
+            annotations.append({**own, "segmentation": rle, "area": area})
+    sizes = [one.regions[0]["size"] for one in marked]
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": i, "height": height, "width": width} for i, (height, width) in enumerate(sizes, 1)],
+        "annotations": annotations,
+        "categories": [{"id": _CATEGORY, "name": "object"}],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def best_ious(truth: Sequence[Rle], found: Sequence[Rle]) -> npt.NDArray[np.float64]:
+    """For each known mask the IoU of the found mask that fits it best. Returns (N,), 0 where none."""
+    if not truth or not found:
+        return np.zeros(len(truth))
+    iou = coco_mask.iou(list(found), list(truth), [0] * len(truth))
+    best: npt.NDArray[np.float64] = np.asarray(iou, np.float64).max(axis=0)
+    return best

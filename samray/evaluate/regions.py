@@ -1,0 +1,308 @@
+"""What `samray evaluate` measures on: images, and the regions that people (or a model) marked on them.
+
+Two layouts of Parquet, told apart by their columns:
+
+- SA-1B's, as samray writes it: an OUTPUT, or any file, folder, prefix or glob of such Parquet. Images are read from
+  where `uri` says; relative ones start at the folder of the Parquet file.
+- BSDS500's, one row an image: `jpeg` (the encoded image), `width`, `height`, and `annotators`, a list of structs whose
+  `regions` are COCO's compressed run lengths of size [height, width]. The regions of one annotator are disjoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pycocotools import mask as coco_mask
+
+from samray import storage
+from samray.config import InputConfig
+from samray.dataset.inputs import fetch_images
+from samray.dataset.manifest import RUN, Plan, load_plan
+from samray.dataset.mask_dataset import input_config_of
+from samray.dataset.rows import INPUT_SCHEMA
+from samray.dataset.runs import runs_of_image
+from samray.dataset.shards import FOLDER, damage_is_told, shard_number
+from samray.errors import IMAGE_ERROR_REASONS, ConfigError, ImageError, NotFoundError, StorageError
+from samray.images import RGBArray, decode_image
+
+Bool = npt.NDArray[np.bool_]
+Rle = dict[str, Any]
+"""COCO's: {"size": [H, W], "counts": compressed run lengths as text}."""
+
+_ROWS_AT_ONCE: Final = 4
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+_WANTED: Final[dict[str, dict[str, Callable[[pa.DataType], bool]]]] = {
+    "sa1b": {
+        "image.width": pa.types.is_integer,
+        "image.height": pa.types.is_integer,
+        "annotations.segmentation.size": pa.types.is_integer,
+        "annotations.segmentation.counts": _is_text,
+        "uri": _is_text,
+    },
+    "bsds500": {
+        "width": pa.types.is_integer,
+        "height": pa.types.is_integer,
+        "jpeg": _is_bytes,
+        "annotators.regions": _is_text,
+    },
+}
+"""Layout -> the fields it is known by, lists looked through, and of which type they are."""
+
+_COLUMNS: Final = {
+    "sa1b": ["image", "annotations", "uri", "status", "error"],
+    "bsds500": ["image_id", "file_name", "width", "height", "jpeg", "annotators"],
+}
+"""What is read of them, where it is there."""
+
+_WHAT_DATA_IS: Final = "give an OUTPUT of samray, or Parquet with regions: a file, folder, prefix or glob"
+
+
+@dataclass(frozen=True, slots=True)
+class RegionImage:
+    """An image and its known regions."""
+
+    name: str
+    pixels: RGBArray
+    """(H, W, 3) uint8 RGB, upright."""
+    annotators: list[list[Rle]]
+    """The regions that each annotator marked, of the image's size; one list where nothing tells annotators apart."""
+
+    @property
+    def regions(self) -> list[Rle]:
+        """Of all annotators."""
+        return [region for regions in self.annotators for region in regions]
+
+
+class RleMasks:
+    """Masks as run lengths; a slice of them gives pixels, (n, H, W) bool."""
+
+    def __init__(self, rles: list[Rle]) -> None:
+        self.rles = rles
+
+    def __len__(self) -> int:
+        return len(self.rles)
+
+    def __getitem__(self, few: slice) -> Bool:
+        columns = coco_mask.decode(self.rles[few])  # (H, W, n), each mask column by column in memory
+        return np.ascontiguousarray(np.moveaxis(columns, 2, 0)).view(np.bool_)
+
+
+def large_enough(regions: list[Rle], min_area: int) -> list[Rle]:
+    """Those of at least `min_area` pixels, and of at least one."""
+    return [region for region, area in zip(regions, areas(regions), strict=True) if area >= max(min_area, 1)]
+
+
+def areas(masks: list[Rle]) -> list[int]:
+    """Pixels of each."""
+    # One by one: given more than 255, pycocotools 2.0.11 writes their number into a uint8, which numpy 2 refuses.
+    return [int(coco_mask.area(mask)) for mask in masks]
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    uri: str
+    layout: str
+    num_rows: int
+    shard: int | None
+    plan: Plan | None
+    """Of the OUTPUT whose shard it is: it knows in which tar or Parquet file the images lie."""
+
+
+class RegionData:
+    """The images of DATA, in its order: iterate it, any number of times.
+
+    Gives a RegionImage, or the ImageError that says why an image cannot be used: a row with status `failed`, an image
+    that cannot be read, or regions that do not fit it.
+
+    Raises: ConfigError where DATA is not there or is in none of the layouts; StorageError, also while iterating, where
+    storage fails as a whole.
+    """
+
+    def __init__(self, data: str, limit: int | None = None) -> None:
+        """limit: the first so many images of DATA."""
+        self.uri = storage.normalize(data)
+        self.where = storage.redact(self.uri)
+        self._files: list[_File] = []
+        self.num_images = 0
+        plans: dict[str, Plan | None] = {}
+        for uri in self._parquet_files():
+            if limit is not None and self.num_images >= limit:
+                break
+            folder, shard = storage.parent(storage.parent(uri)), shard_number(uri.rpartition("/")[2])
+            if shard is not None and folder not in plans:
+                plans[folder] = load_plan(folder) if _is_output(folder) else None
+            file = _open_file(uri, shard, plans.get(folder))
+            self._files.append(file)
+            self.num_images += file.num_rows
+        if limit is not None:
+            self.num_images = min(self.num_images, limit)
+        if self.num_images == 0:
+            raise ConfigError(f"DATA {self.where} holds no image: its Parquet has no rows")
+
+    @property
+    def layout(self) -> str:
+        """sa1b or bsds500; the first file's."""
+        return self._files[0].layout
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __iter__(self) -> Iterator[RegionImage | ImageError]:
+        """The next image is read and decoded in a thread while the caller works on this one."""
+        images = self._images()
+        with ThreadPoolExecutor(1) as beside:
+            coming = beside.submit(next, images, None)
+            for _ in range(self.num_images):
+                image = coming.result()
+                assert image is not None, "as many as were counted"
+                coming = beside.submit(next, images, None)
+                yield image
+
+    def _parquet_files(self) -> list[str]:
+        is_output = storage.is_dir_like(self.uri) and _is_output(self.uri)
+        try:
+            uris = sorted(e.uri for e in storage.list_files(storage.join(self.uri, FOLDER) if is_output else self.uri))
+        except NotFoundError as error:
+            if not is_output:
+                raise ConfigError(f"DATA {self.where} does not exist; {_WHAT_DATA_IS}") from error
+            uris = []
+        found = [uri for uri in uris if uri.lower().endswith(".parquet") and "/_samray/" not in uri]
+        if not found and is_output:
+            raise ConfigError(f"DATA {self.where} holds no labelled image yet; run `samray label` to its end first")
+        if not found:
+            raise ConfigError(f"DATA {self.where} holds no .parquet file, among {len(uris)}; {_WHAT_DATA_IS}")
+        return found
+
+    def _images(self) -> Iterator[RegionImage | ImageError]:
+        left = self.num_images
+        for file in self._files:
+            places = None if file.plan is None or file.shard is None else file.plan.read_shard(file.shard)
+            for number, row in enumerate(_rows(file)):
+                if left == 0:
+                    return
+                left -= 1
+                try:
+                    if file.layout == "bsds500":
+                        yield self._bsds500_image(row)
+                    else:
+                        yield self._sa1b_image(row, file, None if places is None else places.slice(number, 1))
+                except ImageError as error:
+                    yield error
+
+    def _bsds500_image(self, row: dict[str, Any]) -> RegionImage:
+        name = str(row.get("file_name") or row.get("image_id") or "")
+        hw = (row["height"], row["width"])
+        marked = [(annotator or {}).get("regions") or [] for annotator in row["annotators"] or []]
+        annotators = [[{"size": list(hw), "counts": counts} for counts in regions] for regions in marked]
+        return _checked(name, hw, row["jpeg"] or b"", annotators, InputConfig())
+
+    def _sa1b_image(self, row: dict[str, Any], file: _File, place: pa.Table | None) -> RegionImage:
+        """place: the image's row in the plan, where there is one."""
+        if row.get("status") == "failed":
+            reason, _, message = (row.get("error") or "").partition(": ")
+            raise ImageError(reason if reason in IMAGE_ERROR_REASONS else "unreadable", message or "failed in DATA")
+        if place is None:
+            uri = storage.resolve(storage.parent(file.uri), row["uri"]) if row["uri"] else ""
+            place = pa.Table.from_pylist([{"uri": uri}], INPUT_SCHEMA)
+        config = InputConfig() if file.plan is None else input_config_of(file.plan)
+        (data,) = fetch_images(place, config)
+        if isinstance(data, ImageError):
+            raise data
+        image = row["image"] or {}
+        regions = [(annotation or {}).get("segmentation") for annotation in row["annotations"] or []]
+        return _checked(str(row["uri"]), (image.get("height"), image.get("width")), data, [regions], config)
+
+
+def _is_output(folder: str) -> bool:
+    return storage.exists(storage.join(folder, "_samray", RUN))
+
+
+def _checked(
+    name: str, hw: tuple[Any, Any], data: bytes, annotators: list[list[Any]], config: InputConfig
+) -> RegionImage:
+    """Raises: ImageError where the image cannot be decoded or the regions are none of such an image."""
+    if _holds_null([hw, annotators]):
+        raise ImageError("unreadable", f"the row of {name} lacks its size or part of a region")
+    pixels = decode_image(data, config.max_pixels)
+    if pixels.shape[:2] != hw:
+        is_now = f"{pixels.shape[1]}x{pixels.shape[0]}"
+        raise ImageError("unreadable", f"{name} is {is_now} pixels, but its regions are for {hw[1]}x{hw[0]}")
+    regions = [region for regions in annotators for region in regions]
+    if any(region["size"] != list(hw) for region in regions):
+        raise ImageError("unreadable", f"{name} holds a region that is not {hw[1]}x{hw[0]} pixels, as the image is")
+    try:  # pycocotools may write past its memory for run lengths of another sum
+        runs_of_image(0, [region["counts"] for region in regions], hw[0] * hw[1])
+    except StorageError as error:
+        raise ImageError("unreadable", f"{name} holds a region that cannot be decoded: {error}") from error
+    return RegionImage(name, pixels, annotators)
+
+
+def _holds_null(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return value is None
+    return any(map(_holds_null, value))
+
+
+def _open_file(uri: str, shard: int | None, plan: Plan | None) -> _File:
+    """Raises: ConfigError where it is no Parquet file of a known layout."""
+    where = storage.redact(uri)
+    try:
+        with storage.open_read(uri) as stream:
+            file = pq.ParquetFile(stream)
+            schema, num_rows = file.schema_arrow, file.metadata.num_rows
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ConfigError(f"DATA {where} is no Parquet file that can be read: {error}") from error
+    leaves = dict(leaf for field in schema for leaf in _leaves(field.name, field.type))
+    for layout, wanted in _WANTED.items():
+        if all(name in leaves and is_right(leaves[name]) for name, is_right in wanted.items()):
+            if plan and (shard is None or shard >= plan.num_shards or plan.num_images_of(shard) != num_rows):
+                plan = None  # no longer what was planned: its URIs must do
+            return _File(uri, layout, num_rows, shard, plan)
+    layouts = " or ".join(f"{', '.join(wanted)} ({layout})" for layout, wanted in _WANTED.items())
+    raise ConfigError(f"DATA {where} holds no regions that samray knows: wanted are {layouts}; found are "
+                      f"{', '.join(f'{name} {kind}' for name, kind in leaves.items())}")  # fmt: skip
+
+
+def _leaves(name: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
+    """Dotted names of the fields that hold values; elements of lists have none, since each writer gives its own."""
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    if pa.types.is_struct(kind):
+        for field in kind:
+            yield from _leaves(f"{name}.{field.name}", field.type)
+    else:
+        yield name, kind
+
+
+def _rows(file: _File) -> Iterator[dict[str, Any]]:
+    """The rows of a file, read as they are asked for. Raises: StorageError."""
+    with storage.open_read(file.uri) as stream:
+        with damage_is_told(file.uri):
+            parquet = pq.ParquetFile(stream)
+            columns = [name for name in _COLUMNS[file.layout] if name in parquet.schema_arrow.names]
+            batches = parquet.iter_batches(_ROWS_AT_ONCE, columns=columns, use_threads=False)
+        while True:
+            with damage_is_told(file.uri):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            for i in range(len(batch)):
+                yield batch.slice(i, 1).to_pylist()[0]

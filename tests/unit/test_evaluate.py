@@ -1,0 +1,204 @@
+"""The figures of `samray evaluate` against values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import labelled
+import numpy as np
+import pytest
+import standin
+from handmade import annotation
+from marked import (
+    HEIGHT,
+    SMALL,
+    TALL,
+    WIDE,
+    WIDTH,
+    known_sam,
+    region_image,
+    rle,
+)
+
+from samray.errors import ImageError
+from samray.evaluate import points as points_module
+from samray.evaluate.points import answer_clicks, evaluate_points
+from samray.evaluate.proposals import Marked, average_recall, evaluate_proposals
+from samray.evaluate.regions import RegionData, Rle
+
+# --- single clicks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2**25])
+def test_points_are_the_means_over_regions_worked_out_by_hand(
+    monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr(points_module, "_CPU_CHUNK_BYTES", chunk_bytes)
+    model = known_sam()
+    image = region_image([[TALL, SMALL], [WIDE]])
+    figures = evaluate_points(model, [image], min_area=500)  # type: ignore[arg-type]
+    assert figures == {
+        "miou": pytest.approx(0.5),
+        "miou_oracle": pytest.approx(0.75),
+        "num_regions": 2,
+        "num_images": 1,
+        "num_failed": 0,
+        "failures": {},
+    }
+    assert model.num_encoded == 1
+    # The centres are (10, 19 or 20) and (x, 20); in the frame of the model each pixel is two wide.
+    assert model.clicks[0][0] == 2 * (10 + 0.5) - 0.5
+    assert model.clicks[1][1] == 2 * (20 + 0.5) - 0.5
+
+
+def test_a_click_lies_at_the_centre_and_the_best_scored_mask_is_said() -> None:
+    (answers,) = answer_clicks(known_sam(), np.zeros((HEIGHT, WIDTH, 3), np.uint8), np.stack([TALL, WIDE]))  # type: ignore[arg-type]
+    assert answers.clicks[0][0] == 10
+    assert answers.clicks[1][1] == 20
+    assert answers.best.tolist() == [1, 2]
+    np.testing.assert_allclose(answers.iou, [[1, 0.5, 0], [0, 0, 0.5]])
+    assert answers.pairs == [(0.5, 1.0), (0.5, 0.5)]
+
+
+def test_failed_images_are_counted_and_the_others_go_on() -> None:
+    calls = []
+    broken = [ImageError("missing", "a.jpg is gone"), ImageError("missing", "b.jpg"), ImageError("empty", "c.jpg")]
+    images = [broken[0], region_image([[TALL, WIDE]]), *broken[1:]]
+    figures = evaluate_points(known_sam(), images, on_image=lambda failures: calls.append(len(failures)))  # type: ignore[arg-type]
+    assert (figures["num_images"], figures["num_regions"], figures["num_failed"]) == (1, 2, 3)
+    assert figures["failures"] == {"missing": 2, "empty": 1}
+    assert calls == [1, 1, 2, 3]
+
+
+def test_points_without_a_region_are_no_number() -> None:
+    figures = evaluate_points(known_sam(), [region_image([[SMALL]])])  # type: ignore[arg-type]
+    assert (figures["num_regions"], figures["num_images"]) == (0, 1)
+    assert math.isnan(figures["miou"])
+    assert math.isnan(figures["miou_oracle"])
+
+
+def test_an_image_that_does_not_fit_into_memory_fails_alone_and_counts_for_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(points_module, "_CPU_CHUNK_BYTES", 1)
+    model = known_sam()
+    decode, num_calls = model.decode_points, 0
+
+    def short_of_memory(*args: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 2:  # the second region of the first image
+            model.clicks.clear()
+            raise MemoryError
+        return decode(*args)
+
+    monkeypatch.setattr(model, "decode_points", short_of_memory)
+    image = region_image([[TALL, WIDE]])
+    figures = evaluate_points(model, [image, image])  # type: ignore[arg-type]
+    assert (figures["num_images"], figures["num_regions"]) == (1, 2)
+    assert figures["failures"] == {"out_of_memory": 1}
+    model.answers = []
+    with pytest.raises(IndexError):  # anything else is a fault of ours, and told
+        evaluate_points(model, [image])  # type: ignore[arg-type]
+
+
+# --- proposals -------------------------------------------------------------------------------------------------------
+
+
+def square(row: int, column: int, side: int = 10, pixels: int | None = None) -> Rle:
+    """A square of an image of 200 x 200, or its first `pixels`, row by row."""
+    mask = np.zeros((200, 200), bool)
+    inside = np.arange(side * side).reshape(side, side) < (side * side if pixels is None else pixels)
+    mask[row : row + side, column : column + side] = inside
+    return rle(mask)
+
+
+def test_average_recall_is_the_one_worked_out_by_hand() -> None:
+    """Of two regions one is found exactly, by the best-scored mask; the other at IoU 0.62 by the eleventh of eleven."""
+    wrong = [square(150, 10 * i) for i in range(9)]
+    masks = [square(0, 0), *wrong, square(50, 50, pixels=62)]
+    scores = [0.99, *(0.9 - 0.01 * i for i in range(9)), 0.3]
+    order = random.Random(3).sample(range(len(masks)), len(masks))  # scores rank them, not their order
+    found = average_recall(
+        [Marked([square(0, 0), square(50, 50)], [masks[i] for i in order], [scores[i] for i in order])]
+    )
+    assert found["ar_10"] == pytest.approx(0.5)
+    assert found["ar_100"] == found["ar_1000"] == pytest.approx((1 + 3 / 10) / 2)  # at 0.50, 0.55 and 0.60
+    assert found["num_regions"] == 2
+    assert found["ar_1000_small"] == pytest.approx(found["ar_1000"])
+    assert math.isnan(found["ar_1000_medium"])
+    assert math.isnan(found["ar_1000_large"])
+
+
+def test_average_recall_by_size() -> None:
+    regions = [square(0, 0, 20), square(0, 40, 40), square(60, 60, 120), square(100, 0, 50)]
+    found = average_recall([Marked(regions, [regions[1], square(60, 60, 120, pixels=120 * 90)], [0.5, 0.6])])
+    assert found["ar_1000_small"] == 0
+    assert found["ar_1000_medium"] == pytest.approx(0.5)
+    assert found["ar_1000_large"] == pytest.approx(0.6)  # IoU 0.75: at 0.50 to 0.75
+    assert found["ar_1000"] == pytest.approx((0 + 1 + 0.6 + 0) / 4)
+
+
+def test_average_recall_of_more_than_a_thousand_masks_takes_the_best_thousand() -> None:
+    wrong, right = square(150, 0), square(0, 0)
+    masks = [wrong] * 1000 + [right]
+    below, above = [0.5] * 1000 + [0.4], [0.5] * 1000 + [0.6]
+    assert average_recall([Marked([right], masks, below)])["ar_1000"] == 0
+    assert average_recall([Marked([right], masks, above)])["ar_10"] == pytest.approx(1)
+
+
+def test_a_mask_covers_one_region_of_each_annotator() -> None:
+    region = square(0, 0)
+    assert average_recall([Marked([region, region], [region], [0.9])])["ar_1000"] == pytest.approx(0.5)
+    one_each = average_recall([Marked([region], [region], [0.9])] * 3)
+    assert (one_each["ar_1000"], one_each["num_regions"]) == (pytest.approx(1), 3)
+
+
+def test_average_recall_of_no_masks_is_zero_and_of_no_regions_no_number() -> None:
+    assert average_recall([Marked([square(0, 0)], [], [])])["ar_1000"] == 0
+    without = average_recall([Marked([], [square(0, 0)], [0.5])])
+    assert without["num_regions"] == 0
+    assert all(math.isnan(value) for name, value in without.items() if name != "num_regions")
+
+
+class Found:
+    """A mask generator that finds what it was told, image by image; an error is raised."""
+
+    def __init__(self, *found: list[dict[str, Any]] | Exception) -> None:
+        self.found = iter(found)
+
+    def generate(self, images: list[np.ndarray]) -> list[list[dict[str, Any]]]:
+        (masks,) = [next(self.found) for _ in images]
+        if isinstance(masks, Exception):
+            raise masks
+        return [masks]
+
+
+def test_proposals_rank_by_predicted_iou_and_count_every_annotator() -> None:
+    """TALL is found first, WIDE only by a mask below ten others, so that AR@10 misses it for both who marked it."""
+    masks = [annotation(WIDE, predicted_iou=0.1)]
+    masks += [annotation(SMALL, predicted_iou=0.5)] * 9 + [annotation(TALL, predicted_iou=0.9)]
+    shown = []
+    images = [region_image([[TALL, WIDE], [WIDE], []]), ImageError("empty", "no bytes"), region_image([[TALL]])]
+    figures = evaluate_proposals(
+        Found(masks, MemoryError()), images, min_area=500, on_masks=lambda image, masks: shown.append(len(masks))
+    )
+    assert figures["ar_10"] == pytest.approx(1 / 3)
+    assert figures["ar_1000"] == pytest.approx(1)
+    assert (figures["num_regions"], figures["num_masks"], figures["num_images"]) == (3, 11, 1)
+    assert figures["failures"] == {"empty": 1, "out_of_memory": 1}
+    assert shown == [11]
+    with pytest.raises(RuntimeError, match="ours"):
+        evaluate_proposals(Found(RuntimeError("ours")), [region_image([[TALL]])])
+
+
+def test_proposals_of_the_labeller_itself_recall_everything(tmp_path: Path) -> None:
+    plan = labelled.make_output(str(tmp_path))
+    figures = evaluate_proposals(standin.StandIn(), RegionData(plan.output))
+    assert figures["ar_1000"] == pytest.approx(1)
+    assert figures["num_images"] == 9
+    assert figures["num_regions"] == figures["num_masks"] == 3 * 8  # one image is black
+    assert figures["failures"] == {"not_an_image": 1}
