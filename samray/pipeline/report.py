@@ -121,6 +121,8 @@ class LabelReport(WithFailures):
     num_masks: int = 0
     """Of this run."""
     num_missing_shards: int = 0
+    num_images_not_found: int = 0
+    """Images of a file of prompts (`input.prompts`) that the plan does not have."""
     wall_s: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
     """Summed over all workers of this run."""
@@ -182,6 +184,8 @@ def print_report(report: LabelReport, console: Console | None = None) -> None:
     if report.num_failed:
         reasons = ", ".join(f"{number} {reason}" for reason, number in report.failures.items())
         table.add_row("failed images", f"{report.num_failed}: {reasons}")
+    if report.num_images_not_found:
+        table.add_row("not found", f"{report.num_images_not_found} images with prompts that INPUT does not have")
     if report.stage_seconds:
         busy = f", device busy {100 * report.busy_share:.0f}% of the actors' time" if report.held_seconds else ""
         table.add_row("device time", duration(report.device_seconds) + busy)
