@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from samray.masks.generator import MaskGenerator
     from samray.masks.prompted import PromptedGenerator
     from samray.pipeline.export import ExportReport, export
-    from samray.pipeline.import_ import ImportReport, import_
-    from samray.pipeline.report import LabelReport
+    from samray.pipeline.import_ import import_
+    from samray.pipeline.report import ImportReport, LabelReport
     from samray.pipeline.run import label
     from samray.pipeline.stage import label_dataset
     from samray.prompts import Prompt
@@ -39,7 +39,7 @@ _HOMES = {
     "PromptedGenerator": "samray.masks.prompted",
     "Prompt": "samray.prompts",
     "ExportReport": "samray.pipeline.export",
-    "ImportReport": "samray.pipeline.import_",
+    "ImportReport": "samray.pipeline.report",
     "LabelReport": "samray.pipeline.report",
     "export": "samray.pipeline.export",
     "import_": "samray.pipeline.import_",

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
@@ -75,6 +76,10 @@ class Plan:
         generation = self._generation_of(shard)
         start = (shard - generation.first_shard) * generation.images_per_shard
         return min(generation.images_per_shard, generation.num_images - start)
+
+    def starts(self) -> list[int]:
+        """The place of each shard's first image among all, and at the end how many there are."""
+        return [0, *accumulate(self.num_images_of(shard) for shard in range(self.num_shards))]
 
     def read_shard(self, shard: int) -> pa.Table:
         """The shard's rows (`MANIFEST_SCHEMA`), in order, as they are now. Raises: StorageError.

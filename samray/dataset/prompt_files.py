@@ -13,14 +13,13 @@ import json
 from bisect import bisect_right
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from samray import storage
+from samray.dataset.rows import places_of
 from samray.errors import ConfigError, NotFoundError
 from samray.prompts import Prompt
 
@@ -61,7 +60,7 @@ class MatchedPrompts:
     def by_shard(self, plan: Plan, shards: Collection[int]) -> dict[int, dict[int, list[Prompt]]]:
         """For each of the shards: place in it -> the image's prompts."""
         found: dict[int, dict[int, list[Prompt]]] = {shard: {} for shard in shards}
-        starts = [0, *accumulate(plan.num_images_of(shard) for shard in range(plan.num_shards))]
+        starts = plan.starts()
         for place, prompts in self.by_place.items():
             shard = bisect_right(starts, place) - 1
             if shard in found:
@@ -108,7 +107,7 @@ class PromptFile:
             "uri": [storage.resolve(folder, row.name) if row.column == "uri" else None for row in self.rows],
             "file_name": [row.name if row.column == "file_name" else None for row in self.rows],
         }
-        places = _places(wanted["uri"], images["uri"]) | _places(wanted["file_name"], images["file_name"])
+        places = places_of(wanted["uri"], images["uri"]) | places_of(wanted["file_name"], images["file_name"])
         by_place: dict[int, list[Prompt]] = {}
         unknown = []
         for number, row in enumerate(self.rows):
@@ -173,14 +172,3 @@ def _parse(where: str, values: Any) -> _Row:
         except ConfigError as error:
             raise ConfigError(f"{where}: image {name!r}, prompts[{place}]: {error}") from None
     return _Row(column, name, prompts)
-
-
-def _places(wanted: list[str | None], held: pa.ChunkedArray) -> dict[int, list[int]]:
-    """Place in wanted -> the places in held of the same text, for what is not None and is there."""
-    texts = pa.array(wanted, pa.string())
-    found: dict[str, list[int]] = {}
-    is_wanted = pc.is_in(held, value_set=texts.drop_null())
-    places = pc.indices_nonzero(is_wanted)
-    for place, text in zip(places.to_pylist(), held.take(places).to_pylist(), strict=True):
-        found.setdefault(text, []).append(place)
-    return {number: found[text] for number, text in enumerate(wanted) if text is not None and text in found}

@@ -169,6 +169,36 @@ class LabelReport(WithFailures):
             self.stage_seconds[name] = self.stage_seconds.get(name, 0.0) + seconds
 
 
+@dataclass
+class ImportReport(WithFailures):
+    """What `samray.import_` did."""
+
+    output: str
+    format: str
+    num_images: int = 0
+    """In OUTPUT, failed ones included."""
+    num_masks: int = 0
+    """Of this run."""
+    num_dropped: int = 0
+    """Annotations of this run that hold no pixel, or belong to no image."""
+    num_corrected: int = 0
+    """Images that a person looked at; 0 where nothing is corrected."""
+    num_unknown_images: int = 0
+    """Of a person's file, which the corrected output does not have."""
+    changes: dict[str, int] = field(default_factory=dict)
+    """Of this run: masks that a person left unchanged, changed, added or removed, and those that were left_out."""
+    num_shards: int = 0
+    num_shards_skipped: int = 0
+    """Found done."""
+    wall_s: float = 0.0
+
+    def add(self, summary: ShardSummary, num_dropped: int) -> None:
+        """Count a shard that this run wrote."""
+        self.num_masks += summary.num_masks
+        self.num_dropped += num_dropped
+        self.add_failures(summary.failures)
+
+
 def print_report(report: LabelReport, console: Console | None = None) -> None:
     """The closing summary of a run, for people."""
     console = console or Console(stderr=True)
