@@ -215,7 +215,7 @@ def print_report(report: LabelReport, console: Console | None = None) -> None:
         reasons = ", ".join(f"{number} {reason}" for reason, number in report.failures.items())
         table.add_row("failed images", f"{report.num_failed}: {reasons}")
     if report.num_images_not_found:
-        table.add_row("not found", f"{report.num_images_not_found} images with prompts that INPUT does not have")
+        table.add_row("not found", f"images with prompts that INPUT does not have: {report.num_images_not_found}")
     if report.stage_seconds:
         busy = f", device busy {100 * report.busy_share:.0f}% of the actors' time" if report.held_seconds else ""
         table.add_row("device time", duration(report.device_seconds) + busy)

@@ -18,6 +18,7 @@ from samray.config import load_config
 from samray.dataset.manifest import make_plan
 from samray.dataset.prompt_files import PromptFile
 from samray.errors import ConfigError
+from samray.pipeline.report import LabelReport, print_report
 from samray.pipeline.stage import label_dataset
 from samray.prompts import Prompt
 
@@ -210,6 +211,13 @@ def test_the_dry_run_says_what_prompts_are_for(tmp_path: Path, capsys: pytest.Ca
     assert "not found 2 images with prompts that INPUT does not have: x.png, y.png" in said
     assert "masks one for each prompt of" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_the_summary_says_what_was_not_found(capsys: pytest.CaptureFixture[str]) -> None:
+    print_report(LabelReport("out", 5, 1, num_images_not_found=2))
+    assert "not found images with prompts that INPUT does not have: 2" in " ".join(capsys.readouterr().err.split())
+    print_report(LabelReport("out", 5, 1))
+    assert "not found" not in capsys.readouterr().err
 
 
 def test_a_path_is_no_part_of_the_settings_identity() -> None:

@@ -47,8 +47,8 @@ def line(image: LabelledImage, num_left_out: int) -> str:
 
 
 def chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """The list, sorted. lines: some of `line`, with line breaks between."""
-    rows = [json.loads(text) for some in lines for text in some.splitlines()]
+    """The list, sorted. lines: of `line`, some at a time, and line breaks between."""
+    rows = [json.loads(text) for some in lines for text in some.splitlines() if text]
     rows.sort(key=lambda row: (-row[4], -row[3], row[0]))
     for start in range(0, max(len(rows), 1), 1000):
         text = io.StringIO()
