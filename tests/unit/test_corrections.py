@@ -19,6 +19,7 @@ from pycocotools.coco import COCO
 import samray
 from samray import storage
 from samray.cli import main
+from samray.dataset.export import job as export_job
 from samray.dataset.imports.corrections import corrected_record, match_masks
 from samray.dataset.manifest import Plan
 from samray.dataset.runs import run_lengths, runs_of_image, union_area
@@ -147,7 +148,12 @@ def test_only_sure_masks_are_exported_and_the_rest_is_listed_by_need(plan: Plan,
     ]
 
 
-def test_bounds_are_inclusive_and_of_equal_need_more_left_out_comes_first(tmp_path: Path) -> None:
+@pytest.mark.parametrize("per_piece", [1, 2, 128])
+def test_bounds_are_inclusive_and_of_equal_need_more_left_out_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, per_piece: int
+) -> None:
+    monkeypatch.setattr(export_job, "sizes_of", lambda name, options: (per_piece, None))
+
     def masks(place: int) -> list[dict[str, Any]]:
         sure = annotation(square(2, 2), predicted_iou=0.9, stability_score=0.95)
         return [sure] + [annotation(square(4, 4), predicted_iou=0.89)] * place
