@@ -20,6 +20,7 @@ import samray
 from samray import storage
 from samray.cli import main
 from samray.dataset.export import job as export_job
+from samray.dataset.export.review import is_sure
 from samray.dataset.imports.corrections import corrected_record, match_masks
 from samray.dataset.manifest import Plan
 from samray.dataset.runs import run_lengths, runs_of_image, union_area
@@ -173,6 +174,8 @@ def test_no_bounds_no_review_and_a_bound_of_0_reviews_all(plan: Plan, tmp_path: 
     assert not (tmp_path / "plain" / "review.csv").exists()
     assert len(export(plan, tmp_path / "all", confident=0)["annotations"]) == 15
     assert (tmp_path / "all" / "review.csv").exists()
+    assert is_sure(-0.1, 0.5, None, 0.5)
+    assert not is_sure(-0.1, 0.5, 0.0, None)
     with pytest.raises(ConfigError, match="holds another export"):
         export(plan, tmp_path / "plain", confident=0)
 

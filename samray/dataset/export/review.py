@@ -27,7 +27,8 @@ COLUMNS: Final = ("image_id", "file_name", "kept", "left_out", "uncovered")
 
 def is_sure(predicted_iou: float, stability_score: float, confident: float | None, stable: float | None) -> bool:
     """Whether a mask is shown to a person: both scores are at least what is asked, where anything is."""
-    return predicted_iou >= (confident or 0.0) and stability_score >= (stable or 0.0)
+    # Without a bound all pass: a predicted IoU may be below 0, as that of a mask a person asked for.
+    return (confident is None or predicted_iou >= confident) and (stable is None or stability_score >= stable)
 
 
 def only_sure(image: LabelledImage, options: ExportOptions) -> LabelledImage:
