@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from samray.dataset.mask_dataset import MaskDataset
     from samray.errors import ConfigError, ImageError, SamrayError, StorageError
     from samray.masks.generator import MaskGenerator
+    from samray.masks.prompted import PromptedGenerator
     from samray.pipeline.export import ExportReport, export
-    from samray.pipeline.import_ import ImportReport, import_
-    from samray.pipeline.report import LabelReport
+    from samray.pipeline.import_ import import_
+    from samray.pipeline.report import ImportReport, LabelReport
     from samray.pipeline.run import label
     from samray.pipeline.stage import label_dataset
+    from samray.prompts import Prompt
     from samray.sam.checkpoints import load_model
 
 __version__ = "0.1.0"
@@ -34,8 +36,10 @@ _HOMES = {
     "SamrayError": "samray.errors",
     "StorageError": "samray.errors",
     "MaskGenerator": "samray.masks.generator",
+    "PromptedGenerator": "samray.masks.prompted",
+    "Prompt": "samray.prompts",
     "ExportReport": "samray.pipeline.export",
-    "ImportReport": "samray.pipeline.import_",
+    "ImportReport": "samray.pipeline.report",
     "LabelReport": "samray.pipeline.report",
     "export": "samray.pipeline.export",
     "import_": "samray.pipeline.import_",
@@ -57,6 +61,8 @@ __all__ = [  # noqa: RUF022  (in the order one meets them; a test holds it equal
     "read_image",
     "load_model",
     "MaskGenerator",
+    "PromptedGenerator",
+    "Prompt",
     "Config",
     "MaskConfig",
     "load_config",

@@ -88,6 +88,8 @@ def label(
       samray label 'photos/*.tar' labels/ model.name=vit_b masks.points_per_side=16
 
       samray label s3://bucket/photos s3://bucket/labels --preset sa1b --append
+
+      samray label photos/ labels/ model.name=vit_b input.prompts=clicks.jsonl
     """
     overrides, (input, output, *extra) = split_settings([input, output, *(settings or ())], ["INPUT", "OUTPUT"])
     overrides += extra  # not settings, and refused as such
@@ -112,7 +114,7 @@ def label(
             append=append,
             redo_changed=redo_changed,
             progress=not no_progress,
-            on_plan=lambda plan, done, news: print_plan(plan, done, resolved, news),
+            on_plan=lambda plan, done, news, prompts: print_plan(plan, done, resolved, news, prompts),
         )
     except KeyboardInterrupt:  # before the run listens for it, or the second one
         return _fail("interrupted; the same command goes on from here", 130)

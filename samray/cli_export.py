@@ -28,6 +28,16 @@ Ray = Annotated[
     ),
 ]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join (auto, host:port or ray://...); implies --ray.")]
+Confident = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, metavar="IOU", help="coco, for a person to correct: masks of this predicted IoU or more."
+    ),
+]
+Stable = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, metavar="SCORE", help="coco, for a person to correct: masks this stable or more."),
+]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="No bar and no progress lines.")]
 
 
@@ -51,6 +61,8 @@ def export(
         OnTop | None,
         typer.Option(help="label-map: the smaller mask lies on top (so by itself), or the better one."),
     ] = None,
+    confident: Confident = None,
+    stable: Stable = None,
     partial: Annotated[bool, typer.Option("--partial", help="Export what is there of an unfinished OUTPUT.")] = False,
     ray: Ray = None,
     address: Address = None,
@@ -69,6 +81,8 @@ def export(
       samray export s3://bucket/labels s3://bucket/flat --format flat --partitions 16 --address auto
 
       samray export labels/ yolo/ --format yolo --with-images
+
+      samray export labels/ cvat/ --format coco --confident 0.9 --stable 0.95
     """
     from samray.pipeline.export import export as run_export
 
@@ -84,6 +98,8 @@ def export(
             partitions=partitions,
             on_top=on_top.value if on_top else None,
             simplify=simplify,
+            confident=confident,
+            stable=stable,
             partial=partial,
             ray=ray,
             address=address,
@@ -94,6 +110,8 @@ def export(
     table = two_columns()
     table.add_row("images", f"{report.num_images:,}")
     table.add_row("masks", f"{report.num_masks:,}")
+    if report.num_left_out:
+        table.add_row("left out", f"{count(report.num_left_out, 'mask')} that are not sure enough")
     if report.num_failed:
         table.add_row("left out", f"{count(report.num_failed, 'failed image')}")
     if report.num_unreadable:
@@ -121,6 +139,16 @@ def import_(
         str | None, typer.Option(help="Where the images lie that SOURCE names, if not beside its JSON files.")
     ] = None,
     images_per_shard: Annotated[int | None, typer.Option(min=1, help="Images a Parquet shard; else 64.")] = None,
+    corrects: Annotated[
+        str | None,
+        typer.Option(metavar="LABELS", help="The output of which SOURCE is an export that a person corrected."),
+    ] = None,
+    confident: Confident = None,
+    stable: Stable = None,
+    keep_rest: Annotated[
+        bool,
+        typer.Option("--keep-rest", help="--corrects: masks that were not sure enough for the export stay."),
+    ] = False,
     ray: Ray = None,
     address: Address = None,
     no_progress: NoProgress = False,
@@ -132,11 +160,17 @@ def import_(
     measured again, categories are dropped: the SA-1B layout has no place for them. The same command again finishes
     what is missing.
 
+    --corrects: OUTPUT gets LABELS as a person corrected it, and a column `corrections` that says what was changed; give
+    --confident and --stable as for the export. Masks are found again by the attribute samray_id, or else by their
+    pixels (IoU of 0.5 or more), and keep their ids; new ones get new ids. Images that SOURCE does not have stay.
+
     Examples:
 
       samray import 'sa1b/sa_0000*.tar' labels/
 
       samray import instances_val2017.json labels/ --images val2017/
+
+      samray import corrected.json labels-2/ --corrects labels/ --confident 0.9 --stable 0.95
     """
     from samray.pipeline.import_ import import_ as run_import
 
@@ -147,6 +181,10 @@ def import_(
             format=format,
             images=images,
             images_per_shard=images_per_shard,
+            corrects=corrects,
+            confident=confident,
+            stable=stable,
+            keep_rest=keep_rest,
             ray=ray,
             address=address,
             progress=not no_progress,
@@ -156,6 +194,14 @@ def import_(
     table = two_columns()
     table.add_row("images", f"{report.num_images:,} ({report.format})")
     table.add_row("masks", f"{report.num_masks:,}")
+    if report.num_corrected:
+        table.add_row("corrected", f"{count(report.num_corrected, 'image')}; the others stay as they were")
+        for change in ("unchanged", "changed", "added", "removed", "left_out"):
+            if report.changes.get(change):
+                why = ", not sure enough (--keep-rest keeps them)" * (change == "left_out")
+                table.add_row(change.replace("_", " "), f"{count(report.changes[change], 'mask')}{why}")
+    if report.num_unknown_images:
+        table.add_row("not found", f"{count(report.num_unknown_images, 'image')} of SOURCE that LABELS does not have")
     if report.num_dropped:
         table.add_row("dropped", f"{count(report.num_dropped, 'annotation')} without a pixel or without an image")
     if report.num_failed:

@@ -35,6 +35,8 @@ class InputConfig(Settings):
     """Largest encoded image, bytes; a larger one fails, unread, as `too_large`."""
     limit: int | None = Field(default=None, ge=1)
     """Label only the first N images of the sorted input; null labels all."""
+    prompts: str | None = None
+    """Clicks and boxes of a person, .jsonl or .parquet: one mask for each of them, in place of the grid's."""
 
 
 class ModelConfig(Settings):
@@ -181,10 +183,12 @@ class Config(Settings):
         """What determines the output, as plain JSON values; a run resumes only onto an output with the same identity.
 
         Left out: the cluster, the storage of the shards, and points_per_batch, none of which changes a mask. The
-        checkpoint is left out because its path may change while its content does not: the pipeline adds its SHA-256.
+        checkpoint and the prompts are left out because a file's path may change while its content does not: the
+        pipeline adds their SHA-256.
         """
         plain = self.model_dump(mode="json")
         del plain["masks"]["points_per_batch"]
+        del plain["input"]["prompts"]
         return {
             "input": plain["input"],
             "model": {key: plain["model"][key] for key in ("name", "dtype")},

@@ -15,16 +15,19 @@ from samray.config import Config
 if TYPE_CHECKING:
     from samray.dataset.joining import News
     from samray.dataset.manifest import Plan
+    from samray.dataset.prompt_files import MatchedPrompts
 
 
-def print_plan(plan: Plan, done: set[int], config: Config, news: News | None = None) -> None:
+def print_plan(
+    plan: Plan, done: set[int], config: Config, news: News | None = None, prompts: MatchedPrompts | None = None
+) -> None:
     """The plan that is about to be worked on, on stderr. done: shards that an earlier run finished."""
     num_done = sum(plan.num_images_of(shard) for shard in done if shard < plan.num_shards)
     most = max(generation.images_per_shard for generation in plan.generations)
     images = f"{plan.num_images:,} in {count(plan.num_shards, 'shard')} of up to {most}"
     before = f"{count(num_done, 'image')} in {count(len(done), 'shard')}" if done else "none"
     inputs = dict.fromkeys(generation.identity["input_uri"] for generation in plan.generations)
-    rows = [("input", ", ".join(inputs)), ("images", images), ("done before", before), *_news(news)]
+    rows = [("input", ", ".join(inputs)), ("images", images), ("done before", before), *_news(news), *_prompts(prompts)]
     _print(rows, plan.output, config, plan.run["identity"]["model"]["checkpoint_sha256"])
 
 
@@ -43,20 +46,37 @@ def _news(news: News | None) -> list[tuple[str, str]]:
     return rows
 
 
+def _prompts(prompts: MatchedPrompts | None) -> list[tuple[str, str]]:
+    """What a person's prompts are for, and which images of theirs are not there."""
+    if prompts is None:
+        return []
+    rows = [("prompts", f"{prompts.num_prompts:,}, on {count(len(prompts.by_place), 'image')}")]
+    if prompts.num_unknown:
+        shown = ", ".join(prompts.unknown) + ", ..." * (prompts.num_unknown > len(prompts.unknown))
+        rows.append(
+            ("not found", f"{count(prompts.num_unknown, 'image')} with prompts that INPUT does not have: {shown}")
+        )
+    return rows
+
+
 def print_dry_run(input: str, output: str, config: Config, *, append: bool = False, redo_changed: bool = False) -> None:
     """The plan of a run that is not to be made, on stderr. Nothing is written, and no weights are downloaded.
 
     append, redo_changed: as for `samray.label`; INPUT is compared with the plan that lies there.
     Raises ConfigError and StorageError as the run itself would on this input and output.
     """
+    import pyarrow as pa
+
     from samray.dataset.inputs import list_images
     from samray.dataset.joining import News, join_images
     from samray.dataset.manifest import load_plan, make_plan
+    from samray.dataset.prompt_files import PromptFile
     from samray.dataset.shards import done_shards
 
+    given = None if config.input.prompts is None else PromptFile.read(config.input.prompts)
     if storage.exists(storage.join(output, "_samray", "run.json")):
         plan = load_plan(output)
-        identity = config.identity()
+        identity = config.identity() | (given.identity if given else {})
         identity["model"]["checkpoint_sha256"] = plan.run["identity"]["model"]["checkpoint_sha256"]
         joining = append or redo_changed
         plan, news = make_plan(input, output, config, identity, joining=joining), News()  # only compares
@@ -64,12 +84,16 @@ def print_dry_run(input: str, output: str, config: Config, *, append: bool = Fal
             plan, news = join_images(
                 plan, input, config, identity, append=append, redo_changed=redo_changed, dry_run=True
             )
-        print_plan(plan, done_shards(plan.output), config, news)
+        matched = given.match(plan.read_images(["uri", "file_name"])) if given else None
+        print_plan(plan, done_shards(plan.output), config, news, matched)
         return
-    num_images = sum(table.num_rows for table in list_images(input, config.input))
+    listed = pa.concat_tables(list_images(input, config.input))
+    num_images = listed.num_rows
     num_shards = -(-num_images // config.output.images_per_shard)
     images = f"{num_images:,}, to be cut into {count(num_shards, 'shard')} of up to {config.output.images_per_shard}"
-    _print([("input", input), ("images", images), ("done before", "none")], output, config, None)
+    matched = given.match(listed) if given else None
+    rows = [("input", input), ("images", images), ("done before", "none"), *_prompts(matched)]
+    _print(rows, output, config, None)
 
 
 def _print(rows: list[tuple[str, str]], output: str, config: Config, checkpoint_sha256: str | None) -> None:
@@ -84,6 +108,8 @@ def _print(rows: list[tuple[str, str]], output: str, config: Config, checkpoint_
 
 
 def _masks(config: Config) -> str:
+    if config.input.prompts is not None:
+        return f"one for each prompt of {config.input.prompts}"
     masks = config.masks
     points = "points of your own" if masks.point_grids else f"{masks.points_per_side} x {masks.points_per_side} points"
     crops = f", {count(masks.crop_n_layers, 'layer')} of crops" if masks.crop_n_layers else ""

@@ -21,7 +21,7 @@ from samray import storage
 from samray.dataset.generations import MANIFEST_SCHEMA
 from samray.dataset.joining import missing_shards, stale_shards
 from samray.dataset.manifest import Plan, load_plan, write_plan
-from samray.dataset.schema import SCHEMA, STATS_SECONDS, samray_metadata, shard_metadata
+from samray.dataset.schema import STATS_SECONDS, samray_metadata, schema_of, shard_metadata
 from samray.dataset.shards import FOLDER, commit_shard, done_shards, mark_success, open_shard, read_metadata
 from samray.errors import ConfigError
 
@@ -54,10 +54,10 @@ def compact(
         raise ConfigError("DEST must be another folder than OUTPUT: readers keep the old files until you switch")
     if storage.join(dest, "").startswith(storage.join(plan.output, FOLDER, "")):
         raise ConfigError(f"DEST must not lie within OUTPUT/{FOLDER}, where readers look for shards")
-    sizes = _sizes_of_finished(plan)
+    sizes = sizes_of_finished(plan)
     target = _plan_of(plan, dest, max(1, plan.num_images * file_bytes // max(1, sum(sizes.values()))))
     done = done_shards(dest)
-    first_rows = _first_rows(plan)
+    starts = plan.starts()
     num_failed = 0
     num_done = 0
     for shard in range(target.num_shards):
@@ -65,7 +65,7 @@ def compact(
             num_failed += sum(_failures(target, shard).values())
         else:
             start = shard * target.generations[0].images_per_shard
-            table, stats = _rows(plan, first_rows, start, target.num_images_of(shard))
+            table, stats = rows_between(plan, starts, start, target.num_images_of(shard))
             table = table.replace_schema_metadata(shard_metadata(target.run))
             commit_shard(dest, shard, table, {**stats, "shard": shard})
             num_failed += sum(stats["failures"].values())
@@ -81,7 +81,7 @@ def compact(
     )
 
 
-def _sizes_of_finished(plan: Plan) -> dict[str, int]:
+def sizes_of_finished(plan: Plan) -> dict[str, int]:
     """Bytes of each shard's file. Raises: ConfigError where one is missing or waits to be labelled again."""
     where = storage.redact(plan.output)
     done = done_shards(plan.output)
@@ -112,21 +112,16 @@ def _plan_of(plan: Plan, dest: str, images_per_shard: int) -> Plan:
     return write_plan(dest, images, images_per_shard, run)
 
 
-def _first_rows(plan: Plan) -> list[int]:
-    """Where each shard's rows begin among all, and at the end their number."""
-    first_rows = [0]
-    for shard in range(plan.num_shards):
-        first_rows.append(first_rows[-1] + plan.num_images_of(shard))
-    return first_rows
+def rows_between(plan: Plan, starts: list[int], start: int, number: int) -> tuple[pa.Table, dict[str, Any]]:
+    """`number` rows of the output from row `start` on, and the figures of how they were made, in proportion.
 
-
-def _rows(plan: Plan, first_rows: list[int], start: int, number: int) -> tuple[pa.Table, dict[str, Any]]:
-    """`number` rows of the output from row `start` on, and the figures of how they were made, in proportion."""
+    starts: `plan.starts()`.
+    """
     tables, sums = [], Counter[str]()
     stage_seconds: Counter[str] = Counter()
-    for shard, first, count in _overlaps(first_rows, start, number):
+    for shard, first, count in _overlaps(starts, start, number):
         table, stats = _read_slice(plan.output, shard, first, count)
-        tables.append(table)
+        tables.append(table.cast(schema_of(plan.run)))
         share = count / plan.num_images_of(shard)
         sums.update({key: stats.get(key, 0.0) * share for key in STATS_SECONDS})
         stage_seconds.update({name: seconds * share for name, seconds in stats.get("stage_seconds", {}).items()})
@@ -142,9 +137,9 @@ def _rows(plan: Plan, first_rows: list[int], start: int, number: int) -> tuple[p
     }
 
 
-def _overlaps(first_rows: list[int], start: int, number: int) -> Iterator[tuple[int, int, int]]:
+def _overlaps(starts: list[int], start: int, number: int) -> Iterator[tuple[int, int, int]]:
     """The shards that hold the rows from `start` on: shard, first row within it, number of rows."""
-    for shard, (begin, end) in enumerate(pairwise(first_rows)):
+    for shard, (begin, end) in enumerate(pairwise(starts)):
         low, high = max(begin, start), min(end, start + number)
         if low < high:
             yield shard, low - begin, high - low
@@ -163,7 +158,7 @@ def _read_slice(output: str, shard: int, first: int, count: int) -> tuple[pa.Tab
             begin = end
         stats = samray_metadata(file.schema_arrow).get("stats", {})
         table = file.read_row_groups(groups).slice(first - skipped, count)
-    return table.replace_schema_metadata(None).cast(SCHEMA.remove_metadata()), stats
+    return table.replace_schema_metadata(None), stats
 
 
 def _failures(plan: Plan, shard: int) -> dict[str, int]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
@@ -74,6 +75,10 @@ class Plan:
         start = (shard - generation.first_shard) * generation.images_per_shard
         return min(generation.images_per_shard, generation.num_images - start)
 
+    def starts(self) -> list[int]:
+        """The place of each shard's first image among all, and at the end how many there are."""
+        return [0, *accumulate(self.num_images_of(shard) for shard in range(self.num_shards))]
+
     def read_shard(self, shard: int) -> pa.Table:
         """The shard's rows (`MANIFEST_SCHEMA`), in order, as they are now. Raises: StorageError.
 
@@ -129,12 +134,19 @@ class Plan:
 
 
 def make_plan(
-    input_uri: str, output_uri: str, config: Config, identity: Mapping[str, Any], *, joining: bool = False
+    input_uri: str,
+    output_uri: str,
+    config: Config,
+    identity: Mapping[str, Any],
+    *,
+    joining: bool = False,
+    check: Callable[[pa.Table], object] = lambda images: None,
 ) -> Plan:
     """The plan that lies in OUTPUT, or a new one for INPUT. The input of an existing plan is not listed again.
 
     identity: what a run must share with the one it resumes (settings, checkpoint); the input's URI is added.
     joining: INPUT is to be compared with the plan (`samray.dataset.joining`), and need not be the one it was made of.
+    check: called with the images before a new plan is written, to raise what is then too late to say.
 
     Raises: ConfigError where OUTPUT belongs to a different run (with the differences) or INPUT holds nothing,
     StorageError.
@@ -151,7 +163,7 @@ def make_plan(
                 f"{storage.redact(output)} holds shards, but no {FOLDER}/{RUN} that says what they are; "
                 "give another OUTPUT, or empty this one"
             )
-        run = run or _write_plan(input_uri, output, config, wanted)
+        run = run or _write_plan(input_uri, output, config, wanted, check)
     plan = _plan_of(output, run)
     _refuse_other_run(plan, wanted, joining)
     return plan
@@ -213,11 +225,15 @@ def _read_run(output: str) -> dict[str, Any] | None:
     return dict(run)
 
 
-def _write_plan(input_uri: str, output: str, config: Config, wanted: dict[str, Any]) -> dict[str, Any]:
+def _write_plan(
+    input_uri: str, output: str, config: Config, wanted: dict[str, Any], check: Callable[[pa.Table], object]
+) -> dict[str, Any]:
     """Manifest, then run.json, unless another driver has put its own there; then that one's."""
     held = read_generation(output, 0)
     if held is None:
-        table = build_manifest(pa.concat_tables(list_images(input_uri, config.input)), config.output.images_per_shard)
+        listed = pa.concat_tables(list_images(input_uri, config.input))
+        check(listed)
+        table = build_manifest(listed, config.output.images_per_shard)
         own = Generation(0, wanted, table.num_rows, config.output.images_per_shard)
         held = own if create_generation(output, own, table) else read_generation(output, 0)
         if held is None:

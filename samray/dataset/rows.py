@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 INPUT_SCHEMA: Final = pa.schema(
     [
@@ -32,6 +34,15 @@ def input_rows(uris: Any, names: Any, **columns: Any) -> pa.Table:
             value = _repeat(pa.scalar(value, field.type), len(uris))
         arrays.append(value.cast(field.type))
     return pa.Table.from_arrays(arrays, schema=INPUT_SCHEMA)
+
+
+def places_of(wanted: Sequence[str | None], held: pa.ChunkedArray) -> dict[int, list[int]]:
+    """Place in wanted -> the places in held of the same text, for each that is not None and is there at all."""
+    places = pc.indices_nonzero(pc.is_in(held, value_set=pa.array(wanted, pa.string()).drop_null()))
+    found: dict[str, list[int]] = {}
+    for place, text in zip(places.to_pylist(), held.take(places).to_pylist(), strict=True):
+        found.setdefault(text, []).append(place)
+    return {number: found[text] for number, text in enumerate(wanted) if text is not None and text in found}
 
 
 def _repeat(value: pa.Scalar, number: int) -> pa.ChunkedArray:

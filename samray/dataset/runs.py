@@ -50,6 +50,18 @@ def spans(runs: Runs) -> tuple[Runs, Runs]:
     return start[apart[:-1]], end[apart[1:]]
 
 
+def union_area(masks: list[Runs]) -> int:
+    """How many pixels lie in any of the masks, given as run lengths of the same image."""
+    pairs = [spans(runs) for runs in masks]
+    if not pairs:
+        return 0
+    starts = np.concatenate([start for start, _ in pairs])
+    order = np.argsort(starts, kind="stable")
+    reach = np.maximum.accumulate(np.concatenate([end for _, end in pairs])[order])
+    before = np.append(0, reach[:-1])
+    return int(np.maximum(reach - np.maximum(starts[order], before), 0).sum())
+
+
 class Intervals(NamedTuple):
     """The columns of several masks, each as its intervals of 1: sorted by mask, column and top; (N,) int64 each."""
 

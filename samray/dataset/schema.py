@@ -44,6 +44,15 @@ SCHEMA: Final = pa.schema(
 )
 
 
+CORRECTED_SCHEMA: Final = SCHEMA.append(
+    pa.field("corrections", pa.list_(pa.struct([("id", pa.int64()), ("change", pa.string())])))
+)
+"""Of an output that a person corrected. `change` is added, changed, removed (by the person) or left_out (the mask was
+not sure enough to be shown to the person, and is gone); masks without an entry are as they were made. Null where no
+person has looked at the image."""
+
+CHANGES: Final = ("added", "changed", "removed", "left_out")
+
 STATS_SECONDS: Final = ("device_seconds", "held_seconds", "gpu_seconds")
 """Of a shard's `stats`, what adds up over shards; see `samray.pipeline.report.Labelled`."""
 
@@ -62,6 +71,13 @@ class ImageRecord:
     """As `MaskGenerator` makes them; `id` is added where it is missing."""
     error: str | None = None
     """"reason: message" of a failed image."""
+    corrections: list[dict[str, Any]] | None = None
+    """As in `CORRECTED_SCHEMA`; only for a run that corrects an output."""
+
+
+def schema_of(run: Mapping[str, Any]) -> pa.Schema:
+    """The columns of the shards of a run (`Plan.run`)."""
+    return CORRECTED_SCHEMA if "corrects" in run.get("identity", {}) else SCHEMA
 
 
 def records_to_table(records: Iterable[ImageRecord], run: Mapping[str, Any]) -> pa.Table:
@@ -71,7 +87,7 @@ def records_to_table(records: Iterable[ImageRecord], run: Mapping[str, Any]) -> 
     """
     rows = [_row(record) for record in records]
     # Explicit: of a shard in which no image has a mask, Arrow would guess list<null>.
-    return pa.Table.from_pylist(rows, schema=SCHEMA).replace_schema_metadata(shard_metadata(run))
+    return pa.Table.from_pylist(rows, schema=schema_of(run)).replace_schema_metadata(shard_metadata(run))
 
 
 def _row(record: ImageRecord) -> dict[str, Any]:
@@ -90,6 +106,7 @@ def _row(record: ImageRecord) -> dict[str, Any]:
         "uri": record.uri,
         "status": "failed" if failed else "ok",
         "error": record.error,
+        "corrections": record.corrections,
     }
 
 
@@ -98,7 +115,7 @@ def shard_metadata(run: Mapping[str, Any]) -> dict[bytes, bytes]:
     `huggingface` (features).
     """
     identity = run.get("identity", {})
-    features = {f.name: huggingface_feature(f.type) for f in SCHEMA}
+    features = {f.name: huggingface_feature(f.type) for f in schema_of(run)}
     own = {
         "version": run.get("samray_version"),
         "identity": identity,

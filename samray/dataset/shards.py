@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from samray import storage
-from samray.dataset.schema import SCHEMA, samray_metadata, with_stats
+from samray.dataset.schema import CORRECTED_SCHEMA, SCHEMA, samray_metadata, with_stats
 from samray.errors import StorageError
 
 FOLDER: Final = "annotations"
@@ -46,12 +46,12 @@ def shard_uri(output: str, shard: int) -> str:
 
 
 def shard_bytes(table: pa.Table, compression_level: int = 3) -> bytes:
-    """A table of `SCHEMA` as the bytes of a Parquet file; the same rows and metadata give the same bytes.
+    """A table of `schema_of` a run as the bytes of a Parquet file; the same rows and metadata give the same bytes.
 
     Row groups of `rows_per_group`, statistics where one looks images up, and a page index: readers fetch single images
     by ranges.
     """
-    assert table.schema.equals(SCHEMA), table.schema
+    assert table.schema.equals(SCHEMA) or table.schema.equals(CORRECTED_SCHEMA), table.schema
     num_rows = rows_per_group(table)
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(

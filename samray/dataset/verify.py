@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Final
 
 import pyarrow as pa
@@ -20,7 +21,7 @@ from samray.dataset import shards
 from samray.dataset.joining import stale_shards
 from samray.dataset.manifest import Plan, load_plan
 from samray.dataset.runs import run_lengths
-from samray.dataset.schema import ANNOTATIONS_PER_IMAGE, SCHEMA, samray_metadata
+from samray.dataset.schema import ANNOTATIONS_PER_IMAGE, CHANGES, samray_metadata, schema_of
 from samray.errors import NotFoundError, StorageError
 
 _PROBLEMS_PER_SHARD: Final = 20
@@ -104,7 +105,7 @@ def _check_shard(plan: Plan, shard: int, deep: bool, report: VerifyReport) -> It
         yield f"{name} is no Parquet file: {error.__cause__}"
         return
     report.num_images += table.num_rows
-    if not table.schema.equals(SCHEMA):
+    if not table.schema.equals(schema_of(plan.run)):
         yield f"{name} has other columns or types than samray writes: {table.schema.names}"
         return
     metadata = samray_metadata(table.schema)
@@ -169,12 +170,15 @@ def _check_status(name: str, table: pa.Table) -> Iterator[str]:
 
 def _check_image(name: str, row: dict[str, Any], bbox_convention: str, deep: bool) -> Iterator[str]:
     image = row["image"]
+    corrected = "corrections" in row
+    if corrected:
+        yield from _check_corrections(f"{name}: image {image['image_id']}", row)
     for i, mask in enumerate(row["annotations"] or []):
         which = f"{name}: image {image['image_id']}, annotation {i}"
         if mask is None or any(value is None for value in mask.values()):
             yield f"{which} has an empty field"
             continue
-        if mask["id"] != image["image_id"] * ANNOTATIONS_PER_IMAGE + i:
+        if not corrected and mask["id"] != image["image_id"] * ANNOTATIONS_PER_IMAGE + i:
             yield f"{which} has the id {mask['id']}, not image_id * {ANNOTATIONS_PER_IMAGE} + index"
         if mask["segmentation"]["size"] != [image["height"], image["width"]]:
             size = mask["segmentation"]["size"]
@@ -185,6 +189,18 @@ def _check_image(name: str, row: dict[str, Any], bbox_convention: str, deep: boo
             problem = check_mask(mask, bbox_convention)
             if problem:
                 yield f"{which} {problem}"
+
+
+def _check_corrections(which: str, row: dict[str, Any]) -> Iterator[str]:
+    """Masks keep their ids when others go, so those have gaps; and what is said of them agrees with what is there."""
+    ids = [mask["id"] for mask in row["annotations"] or [] if mask is not None and mask["id"] is not None]
+    first = row["image"]["image_id"] * ANNOTATIONS_PER_IMAGE
+    if any(not first <= id < first + ANNOTATIONS_PER_IMAGE for id in ids) or any(b <= a for a, b in pairwise(ids)):
+        yield f"{which} has annotations whose ids do not rise from image_id * {ANNOTATIONS_PER_IMAGE} on"
+    for entry in row["corrections"] or []:
+        id, change = entry["id"], entry["change"]
+        if change not in CHANGES or (id in ids) != (change in ("added", "changed")):
+            yield f"{which} says that annotation {id} was {change}, and it is {'' if id in ids else 'not '}there"
 
 
 def check_mask(mask: dict[str, Any], bbox_convention: str) -> str | None:

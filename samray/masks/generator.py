@@ -289,7 +289,7 @@ class MaskGenerator:
                         was_cleaned=was_cleaned,
                         predicted_iou=float(candidates.predicted_iou[row]),
                         stability_score=float(candidates.stability_score[row]),
-                        point_xy=candidates.points_xy[row],
+                        points_xy=candidates.points_xy[row : row + 1],
                         crop=crop,
                     )
         return [finished[row] for row in range(len(candidates))]

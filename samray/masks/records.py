@@ -21,8 +21,8 @@ class Mask:
     counts: rle.Counts
     predicted_iou: float
     stability_score: float
-    point_xy: npt.NDArray[np.float64]
-    """(2,) the prompt, in the image frame."""
+    points_xy: npt.NDArray[np.float64]
+    """(P, 2) the foreground clicks of the prompt, in the image frame."""
     crop: Crop
     was_cleaned: bool = False
     """Small regions were removed from it."""
@@ -71,6 +71,6 @@ def to_record(mask: Mask, image_hw: tuple[int, int], config: MaskConfig) -> dict
         "area": rle.area(mask.counts),
         "predicted_iou": mask.predicted_iou,
         "stability_score": mask.stability_score,
-        "point_coords": [mask.point_xy.tolist()],
+        "point_coords": mask.points_xy.tolist(),
         "crop_box": [float(crop.x0), float(crop.y0), float(crop.x1 - crop.x0), float(crop.y1 - crop.y0)],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from samray.pipeline.faults import DeviceFault
 from samray.pipeline.labeler import EncodedImage, ShardLabeler, build_labeler
 from samray.pipeline.metrics import ActorFigures, record
 from samray.pipeline.report import Labelled, ShardSummary
+from samray.prompts import Prompt
 
 if TYPE_CHECKING:
     from samray.config import Config
@@ -126,10 +128,10 @@ class LabelActor:
     def _unpack(self, shard: int, batch: pa.Table) -> tuple[list[EncodedImage], list[int]]:
         images = batch["images"].combine_chunks().values
         data = images.field("data")
-        columns = ("place", "image_id", "file_name", "uri", "reason", "message")
+        columns = ("place", "image_id", "file_name", "uri", "reason", "message", "prompts")
         encoded, places = [], []
         for i, row in enumerate(zip(*(images.field(c).to_pylist() for c in columns), strict=True)):
-            place, image_id, file_name, uri, reason, message = row
+            place, image_id, file_name, uri, reason, message, given = row
             source: bytes | ImageError | Callable[[], bytes | ImageError]
             if reason is not None:
                 source = ImageError(reason, message)
@@ -137,7 +139,8 @@ class LabelActor:
                 source = data[i].as_buffer().to_pybytes()
             else:
                 source = functools.partial(self._fetch_late, shard, place)
-            encoded.append(EncodedImage(image_id, file_name, uri, source))
+            prompts = None if given is None else [Prompt.parse(value) for value in json.loads(given)]
+            encoded.append(EncodedImage(image_id, file_name, uri, source, prompts))
             places.append(place)
         return encoded, places
 

@@ -24,6 +24,8 @@ class ExportReport:
     num_images: int = 0
     """In DEST; failed ones are left out."""
     num_masks: int = 0
+    num_left_out: int = 0
+    """Masks of those images that are not confident or stable enough."""
     num_failed: int = 0
     """Failed images of OUTPUT, left out."""
     num_unreadable: int = 0
@@ -39,6 +41,7 @@ class ExportReport:
         """Count a finished piece."""
         self.num_images += done.num_images
         self.num_masks += done.num_masks
+        self.num_left_out += done.num_left_out
         self.num_failed += done.num_failed
         self.num_unreadable += done.num_unreadable
 
@@ -55,6 +58,8 @@ def export(
     partitions: int | None = None,
     on_top: str | None = None,
     simplify: float | None = None,
+    confident: float | None = None,
+    stable: float | None = None,
     partial: bool = False,
     ray: bool | None = None,
     address: str | None = None,
@@ -75,6 +80,8 @@ def export(
         partitions=partitions,
         on_top=on_top,
         simplify=simplify,
+        confident=confident,
+        stable=stable,
     )
     job, pieces = open_job(load_plan(str(output)), str(dest), format, options, partial=partial)
     found = find_done(job, pieces)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +18,11 @@ from samray.dataset.manifest import Plan, load_plan, write_plan
 from samray.dataset.schema import ImageRecord, records_to_table
 from samray.dataset.shards import commit_shard, done_shards, mark_success, shard_versions
 from samray.errors import ConfigError
+from samray.pipeline.correct import correct
 from samray.pipeline.fan_out import run_tasks, wants_ray
 from samray.pipeline.history import failures_of_shards
 from samray.pipeline.progress import ProgressView
-from samray.pipeline.report import Labelled, ShardSummary, WithFailures
-
-
-@dataclass
-class ImportReport(WithFailures):
-    """What `samray.import_` did."""
-
-    output: str
-    format: str
-    num_images: int = 0
-    """In OUTPUT, failed ones included."""
-    num_masks: int = 0
-    """Of this run."""
-    num_dropped: int = 0
-    """Annotations of this run that hold no pixel, or belong to no image."""
-    num_shards: int = 0
-    num_shards_skipped: int = 0
-    """Found done."""
-    wall_s: float = 0.0
-
-    def add(self, summary: ShardSummary, num_dropped: int) -> None:
-        """Count a shard that this run wrote."""
-        self.num_masks += summary.num_masks
-        self.num_dropped += num_dropped
-        self.add_failures(summary.failures)
+from samray.pipeline.report import ImportReport, Labelled, ShardSummary
 
 
 def import_(
@@ -56,6 +32,10 @@ def import_(
     format: str | None = None,
     images: str | Path | None = None,
     images_per_shard: int | None = None,
+    corrects: str | Path | None = None,
+    confident: float | None = None,
+    stable: float | None = None,
+    keep_rest: bool = False,
     ray: bool | None = None,
     address: str | None = None,
     progress: bool = True,
@@ -65,9 +45,22 @@ def import_(
     source: SA-1B's JSON files (a folder, a glob, tars) or COCO instances JSON. format: sa1b or coco; None looks.
     images: where `file_name` lies, if not beside the annotations. ray: fan SA-1B out as Ray Data tasks (None: when
     large, or where address names a cluster); COCO is one stream, and read here.
+    corrects: an output, of which source (COCO) is what a person made of an export. confident, stable: what that was
+    made with; keep_rest: masks that were not in it stay.
     Raises: ConfigError before anything is written (COCO's annotations are read after the plan is: damage there leaves
     a plan), StorageError when storage stays away.
     """
+    given = {"confident": confident, "stable": stable, "keep_rest": keep_rest}
+    if corrects is not None:
+        if images is not None or format not in (None, "coco"):
+            raise ConfigError(
+                "with --corrects SOURCE is COCO, and the images lie where OUTPUT says: leave out --images"
+            )
+        own: dict[str, Any] = {**given, "images_per_shard": images_per_shard, "progress": progress}
+        return correct(str(source), str(output), str(corrects), **own)
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise ConfigError(f"--{name.replace('_', '-')} needs --corrects: it says what a person was shown")
     started = time.monotonic()
     found = open_source(str(source), format)
     per_shard = OutputConfig(**({} if images_per_shard is None else {"images_per_shard": images_per_shard}))

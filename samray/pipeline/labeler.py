@@ -24,6 +24,7 @@ from samray.pipeline.report import Labelled
 
 if TYPE_CHECKING:
     from samray.config import Config, MaskConfig
+    from samray.prompts import Prompt
     from samray.sam.sam import Sam
 
 GPU_GROUP_IMAGES = 16
@@ -45,10 +46,15 @@ class EncodedImage:
     uri: str
     data: bytes | memoryview | np.ndarray | ImageError | Callable[[], bytes | ImageError]
     """Encoded bytes, decoded pixels, why there are none, or where to get the bytes when their turn comes."""
+    prompts: list[Prompt] | None = None
+    """What masks a person asked for; None where the generator is to find all by itself."""
 
 
 Decoded = tuple[EncodedImage, np.ndarray | ImageError]
 """An image and its pixels (H, W, 3) uint8, or why there are none."""
+
+Work = tuple[np.ndarray, "list[Prompt] | None"]
+"""The pixels of an image, and its prompts."""
 
 
 class Guard(Protocol):
@@ -62,11 +68,13 @@ class Guard(Protocol):
 
 
 class MaskSource(Protocol):
-    """What the labeler needs of samray.masks.MaskGenerator."""
+    """What the labeler needs of samray.masks.MaskGenerator or, for images with prompts, PromptedGenerator."""
 
     stage_seconds: dict[str, float]
 
-    def generate(self, images: list[np.ndarray]) -> list[list[dict[str, Any]]]: ...
+    @property
+    def generate(self) -> Callable[..., list[list[dict[str, Any]]]]:
+        """Called with the images, or with the images and their prompts."""
 
 
 class ShardLabeler:
@@ -189,11 +197,11 @@ class ShardLabeler:
             return ImageError("unreadable", one_line(error))
 
     def _label_group(self, group: list[Decoded]) -> Labelled:
-        pixels = [decoded for _, decoded in group if isinstance(decoded, np.ndarray)]
+        work = [(decoded, image.prompts) for image, decoded in group if isinstance(decoded, np.ndarray)]
         started = time.monotonic()
         generator = self.free.get()
         try:
-            masks = iter(self._generate(generator, pixels))
+            masks = iter(self._generate(generator, work))
         finally:
             self.free.put(generator)
         seconds = time.monotonic() - started
@@ -201,27 +209,29 @@ class ShardLabeler:
             device_seconds=seconds,
             records=[make_record(im, d, next(masks) if isinstance(d, np.ndarray) else d) for im, d in group],
             encoded_bytes=sum(len(image.data) for image, _ in group if isinstance(image.data, bytes | memoryview)),
-            batch_images=len(pixels),
-            batch_room=self.group_images if pixels else 0,
+            batch_images=len(work),
+            batch_room=self.group_images if work else 0,
         )
 
-    def _generate(self, generator: MaskSource, images: list[np.ndarray]) -> list[list[dict[str, Any]] | ImageError]:
+    def _generate(self, generator: MaskSource, work: list[Work]) -> list[list[dict[str, Any]] | ImageError]:
         """Masks or an error for each image. A failing group is run again image by image, to fail only the guilty."""
-        if not images:
+        if not work:
             return []
         try:
-            masks: list[list[dict[str, Any]] | ImageError] = list(generator.generate(images))
+            masks: list[list[dict[str, Any]] | ImageError] = list(masks_of(generator, work))
             self.num_consecutive_out_of_memory = 0
             return masks
         except Exception as error:
             raise_if_fatal(error)
-            if len(images) > 1:
-                return [self._generate(generator, [image])[0] for image in images]
+            if len(work) > 1:
+                return [self._generate(generator, [alone])[0] for alone in work]
+            if isinstance(error, ImageError):
+                return [error]
             if not is_out_of_memory(error):
                 return [internal_error(error)]
-        return [self._generate_in_small_batches(images[0])]
+        return [self._generate_in_small_batches(work[0])]
 
-    def _generate_in_small_batches(self, image: np.ndarray) -> list[dict[str, Any]] | ImageError:
+    def _generate_in_small_batches(self, work: Work) -> list[dict[str, Any]] | ImageError:
         """The image alone did not fit with the usual number of points at once: try fewer, then give it up."""
         for points_per_batch in (16, 4, 1):
             if self.device_type == "cuda":
@@ -229,7 +239,7 @@ class ShardLabeler:
 
                 torch.cuda.empty_cache()
             try:
-                masks = self.make_generator(points_per_batch).generate([image])[0]
+                masks = masks_of(self.make_generator(points_per_batch), [work])[0]
                 self.num_consecutive_out_of_memory = 0
                 return masks
             except Exception as error:
@@ -239,8 +249,15 @@ class ShardLabeler:
         self.num_consecutive_out_of_memory += 1
         if self.num_consecutive_out_of_memory > MAX_CONSECUTIVE_OUT_OF_MEMORY:
             raise DeviceFault(f"{self.num_consecutive_out_of_memory} images in a row did not fit into memory")
-        height, width = image.shape[:2]
+        height, width = work[0].shape[:2]
         return ImageError("out_of_memory", f"{width}x{height} pixels do not fit, even with one point at a time")
+
+
+def masks_of(generator: MaskSource, work: list[Work]) -> list[list[dict[str, Any]]]:
+    """The masks of each image: all that there are or, of a run with prompts, those that were asked for."""
+    images = [pixels for pixels, _ in work]
+    prompts = [own for _, own in work if own is not None]
+    return generator.generate(images, prompts) if prompts else generator.generate(images)
 
 
 def make_record(
@@ -266,6 +283,7 @@ def build_labeler(config: Config, num_threads: int) -> ShardLabeler:
     import torch
 
     from samray.masks.generator import MaskGenerator
+    from samray.masks.prompted import PromptedGenerator
     from samray.sam.checkpoints import load_model
 
     torch.set_num_threads(1)  # threads each take an image of their own, see ShardLabeler
@@ -275,7 +293,7 @@ def build_labeler(config: Config, num_threads: int) -> ShardLabeler:
         masks: MaskConfig = config.masks
         if points_per_batch is not None:
             masks = masks.model_copy(update={"points_per_batch": points_per_batch})
-        return MaskGenerator(model, masks)
+        return MaskGenerator(model, masks) if config.input.prompts is None else PromptedGenerator(model, masks)
 
     return ShardLabeler(
         make_generator,

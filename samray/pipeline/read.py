@@ -6,6 +6,7 @@ pixels: they are a tenth of the size.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,11 @@ from samray.errors import ImageError
 if TYPE_CHECKING:
     from samray.config import InputConfig
     from samray.dataset.manifest import Plan
+    from samray.prompts import Prompt
 
-SOURCE = pa.schema([("shard", pa.int64()), ("retry", pa.bool_())])
-"""retry: the shard is finished, and only some of its images are to be labelled again."""
+SOURCE = pa.schema([("shard", pa.int64()), ("retry", pa.bool_()), ("prompts", pa.string())])
+"""retry: the shard is finished, and only some of its images are to be labelled again. prompts: of a person, as JSON,
+place in the shard -> list; null in a run without."""
 
 FETCHED = pa.schema(
     [
@@ -42,6 +45,7 @@ FETCHED = pa.schema(
                         ("data", pa.large_binary()),  # null: see reason, or left to the labeler where both are null
                         ("reason", pa.string()),
                         ("message", pa.string()),
+                        ("prompts", pa.string()),  # JSON; null in a run without
                     ]
                 )
             ),
@@ -53,12 +57,21 @@ MAX_BYTES_AHEAD = 512 * 2**20
 """Encoded bytes of one shard that travel through the object store; what lies beyond is fetched where it is labelled."""
 
 
-def source_tables(todo: Mapping[int, bool]) -> list[pa.Table]:
+def source_tables(
+    todo: Mapping[int, bool], prompts: Mapping[int, Mapping[int, list[Prompt]]] | None = None
+) -> list[pa.Table]:
     """One block of one row for each shard to do, and whether it is finished and only some images are to be done again.
 
-    Paths stay in the manifest: the fetch stage reads them there.
+    Paths stay in the manifest: the fetch stage reads them there. prompts: shard -> place in it -> list; they travel
+    with the shard, so that no worker reads their file, which may change meanwhile.
     """
-    return [pa.table({"shard": [shard], "retry": [retry]}, schema=SOURCE) for shard, retry in todo.items()]
+    tables = []
+    for shard, retry in todo.items():
+        own = None
+        if prompts is not None:
+            own = json.dumps({place: [p.to_json() for p in given] for place, given in prompts[shard].items()})
+        tables.append(pa.table({"shard": [shard], "retry": [retry], "prompts": [own]}, schema=SOURCE))
+    return tables
 
 
 def fetch_shard(batch: pa.Table, *, plan: Plan, config: InputConfig, retry_failed: bool) -> pa.Table:
@@ -67,6 +80,7 @@ def fetch_shard(batch: pa.Table, *, plan: Plan, config: InputConfig, retry_faile
     shard = source["shard"]
     started = time.monotonic()
     table = plan.read_shard(shard)
+    prompts = None if source["prompts"] is None else json.loads(source["prompts"])
     places = places_to_redo(plan, shard, retry_failed) if source["retry"] else list(range(table.num_rows))
     images: list[dict[str, Any]] = []
     num_bytes = 0
@@ -88,9 +102,10 @@ def fetch_shard(batch: pa.Table, *, plan: Plan, config: InputConfig, retry_faile
                     "data": None if failed else data,
                     "reason": data.reason if isinstance(data, ImageError) else None,
                     "message": data.message if isinstance(data, ImageError) else None,
+                    "prompts": None if prompts is None else json.dumps(prompts.get(str(place), [])),
                 }
             )
-    row = {**source, "fetch_s": time.monotonic() - started, "images": images}
+    row = {"shard": shard, "retry": source["retry"], "fetch_s": time.monotonic() - started, "images": images}
     return pa.Table.from_pylist([row], schema=FETCHED)
 
 

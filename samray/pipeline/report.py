@@ -121,6 +121,8 @@ class LabelReport(WithFailures):
     num_masks: int = 0
     """Of this run."""
     num_missing_shards: int = 0
+    num_images_not_found: int = 0
+    """Images of a file of prompts (`input.prompts`) that the plan does not have."""
     wall_s: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
     """Summed over all workers of this run."""
@@ -167,6 +169,36 @@ class LabelReport(WithFailures):
             self.stage_seconds[name] = self.stage_seconds.get(name, 0.0) + seconds
 
 
+@dataclass
+class ImportReport(WithFailures):
+    """What `samray.import_` did."""
+
+    output: str
+    format: str
+    num_images: int = 0
+    """In OUTPUT, failed ones included."""
+    num_masks: int = 0
+    """Of this run."""
+    num_dropped: int = 0
+    """Annotations of this run that hold no pixel, or belong to no image."""
+    num_corrected: int = 0
+    """Images that a person looked at; 0 where nothing is corrected."""
+    num_unknown_images: int = 0
+    """Of a person's file, which the corrected output does not have."""
+    changes: dict[str, int] = field(default_factory=dict)
+    """Of this run: masks that a person left unchanged, changed, added or removed, and those that were left_out."""
+    num_shards: int = 0
+    num_shards_skipped: int = 0
+    """Found done."""
+    wall_s: float = 0.0
+
+    def add(self, summary: ShardSummary, num_dropped: int) -> None:
+        """Count a shard that this run wrote."""
+        self.num_masks += summary.num_masks
+        self.num_dropped += num_dropped
+        self.add_failures(summary.failures)
+
+
 def print_report(report: LabelReport, console: Console | None = None) -> None:
     """The closing summary of a run, for people."""
     console = console or Console(stderr=True)
@@ -182,6 +214,8 @@ def print_report(report: LabelReport, console: Console | None = None) -> None:
     if report.num_failed:
         reasons = ", ".join(f"{number} {reason}" for reason, number in report.failures.items())
         table.add_row("failed images", f"{report.num_failed}: {reasons}")
+    if report.num_images_not_found:
+        table.add_row("not found", f"images with prompts that INPUT does not have: {report.num_images_not_found}")
     if report.stage_seconds:
         busy = f", device busy {100 * report.busy_share:.0f}% of the actors' time" if report.held_seconds else ""
         table.add_row("device time", duration(report.device_seconds) + busy)

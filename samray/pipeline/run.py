@@ -17,6 +17,7 @@ from samray import storage
 from samray.config import Config, load_config
 from samray.dataset.joining import News, join_images, missing_shards, stale_shards
 from samray.dataset.manifest import Plan, load_plan, make_plan
+from samray.dataset.prompt_files import MatchedPrompts, PromptFile
 from samray.dataset.shards import done_shards, mark_success, shard_versions
 from samray.pipeline.errors_of_ray import plain_error
 from samray.pipeline.history import SAVE_EVERY_S, FailureCounts, failures_of_shards
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from samray.pipeline.cluster import Sizes
     from samray.pipeline.control import StopRequest
     from samray.pipeline.labeler import ShardLabeler
+    from samray.prompts import Prompt
 
     MakeLabeler = Callable[[Config, int], ShardLabeler]
 
@@ -81,11 +83,12 @@ def label_with(
     redo_changed: bool = False,
     progress: bool = True,
     make_labeler: MakeLabeler | None = None,
-    on_plan: Callable[[Plan, set[int], News], None] = lambda plan, done, news: None,
+    on_plan: Callable[[Plan, set[int], News, MatchedPrompts | None], None] = lambda plan, done, news, prompts: None,
 ) -> LabelReport:
     """`label`, with make_labeler(config, num_threads) making the labeler of each actor.
 
-    on_plan is called with the plan, the shards found done, and what joined, before anything is started.
+    on_plan is called with the plan, the shards found done, what joined, and the prompts of a person where
+    config.input.prompts has such, before anything is started.
     """
     started = time.monotonic()
     is_new = not storage.exists(storage.join(str(output), "_samray", "run.json"))
@@ -95,14 +98,17 @@ def label_with(
 
         check_checkpoint(config.model.name, config.model.checkpoint)
     joining = append or redo_changed
-    identity = run_identity(config)
-    plan, news = make_plan(str(input), str(output), config, identity, joining=joining), News()
+    given = None if config.input.prompts is None else PromptFile.read(config.input.prompts)
+    identity = run_identity(config) | (given.identity if given else {})
+    checks = {"check": given.match} if given else {}
+    plan, news = make_plan(str(input), str(output), config, identity, joining=joining, **checks), News()
     if joining and not is_new:
         plan, news = join_images(plan, str(input), config, identity, append=append, redo_changed=redo_changed)
     # Another run may be adding to this output.
     versions = {shard: v for shard, v in shard_versions(plan.output).items() if shard < plan.num_shards}
     done = set(versions)
-    on_plan(plan, done, news)
+    prompts = given.match(plan.read_images(["uri", "file_name"])) if given else None
+    on_plan(plan, done, news, prompts)
     history = FailureCounts.load(plan.output)
     failures = failures_of_shards(plan.output, versions, history)
     retries = stale_shards(plan, done)
@@ -111,13 +117,16 @@ def label_with(
     todo = {shard: shard in retries for shard in range(plan.num_shards) if shard not in done or shard in retries}
 
     report = LabelReport(plan.output, plan.num_images, plan.num_shards, num_shards_skipped=plan.num_shards - len(todo))
+    report.num_images_not_found = prompts.num_unknown if prompts else 0
     report.gpu_price_per_hour = config.cluster.gpu_price_per_hour
     report.add_failures(sum((Counter(failures[shard]) for shard in done - retries if failures[shard]), Counter()))
     stopped_by = None
     if todo:
         num_done = sum(plan.num_images_of(shard) for shard in done)
         with ProgressView(plan.num_images, num_done, enabled=progress) as view:
-            stopped_by = _run_on_ray(_Run(plan, config, todo, retry_failed, report, history, view, make_labeler))
+            by_shard = prompts.by_shard(plan, todo) if prompts else None
+            run = _Run(plan, config, todo, by_shard, retry_failed, report, history, view, make_labeler)
+            stopped_by = _run_on_ray(run)
     report.wall_s = time.monotonic() - started
     return _conclude(plan, config, report, stopped_by)
 
@@ -137,6 +146,8 @@ class _Run:
     config: Config
     todo: Mapping[int, bool]
     """Shard -> whether it is finished, and only some of its images are to be labelled again."""
+    prompts: Mapping[int, Mapping[int, list[Prompt]]] | None
+    """Of a person: shard -> place in it -> list."""
     retry_failed: bool
     report: LabelReport
     history: FailureCounts
@@ -173,7 +184,7 @@ def build_pipeline(run: _Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
     run_id = uuid.uuid4().hex[:12]
     one_shard: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "udf_modifying_row_count": False}
     # from_arrow runs a task for each table: of a large plan minutes, before any actor starts (jobs/scale.py start).
-    shards: Any = ray.data.from_blocks(source_tables(run.todo))
+    shards: Any = ray.data.from_blocks(source_tables(run.todo, run.prompts))
     fetched = shards.map_batches(
         fetch_shard,
         fn_kwargs={"plan": run.plan, "config": run.config.input, "retry_failed": run.retry_failed},

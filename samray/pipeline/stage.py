@@ -37,6 +37,8 @@ def label_dataset(
     make_labeler is called once in each actor with config and its number of threads.
     """
     config = config or load_config()
+    if config.input.prompts is not None:
+        raise ConfigError("input.prompts is for samray.label: the images of a data set have no names to find them by")
     if not ray.is_initialized():
         ray.init()
     sizes = choose_sizes(config.cluster, cluster_nodes(), num_shards=1_000_000)

@@ -88,7 +88,7 @@ def test_success_is_left_to_the_run_that_added_last(
     images = {f"{i}.png": standin.make_image(i) for i in range(6)}
     input_uri = put(storage_root, images)
 
-    def another_run_adds(plan: Plan, done: set[int], news: News) -> None:
+    def another_run_adds(plan: Plan, done: set[int], news: News, prompts: None) -> None:
         """Plans four more images, in a shard that the run under way knows nothing of, and is killed."""
         more = {f"{i}.png": standin.make_image(i) for i in range(6, 10)}
         images.update(more)

@@ -418,7 +418,15 @@ def test_pieces_hold_every_image_once_and_keep_to_files(per_piece: int, per_file
         assert all(number == per_file for number in list(by_file.values())[:-1])
 
 
-CASES = [("coco", {}), ("coco", {"images_per_file": 4}), ("sa1b", {}), ("yolo", {}), ("flat", {}), ("label-map", {})]
+CASES = [
+    ("coco", {}),
+    ("coco", {"images_per_file": 4}),
+    ("coco", {"confident": 0.5}),
+    ("sa1b", {}),
+    ("yolo", {}),
+    ("flat", {}),
+    ("label-map", {}),
+]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -17,7 +17,7 @@ ROOT = Path(samray.__file__).resolve().parent
 LAYERS = [
     {"errors", "scene_paint"},
     {"settings", "strict_yaml"},
-    {"config"},
+    {"config", "prompts"},
     {"cli_help", "figures", "images", "kernels", "scenes", "storage"},
     {"sam"},
     {"dataset", "masks"},

@@ -55,7 +55,7 @@ class Format:
 FORMATS: Final[dict[str, Format]] = {
     "sa1b": Format(options=frozenset({"tar", "with_images", "images_per_file"}), write=sa1b.write, names_files=True),
     "coco": Format(
-        options=frozenset({"polygons", "images_per_file"}),
+        options=frozenset({"polygons", "images_per_file", "confident", "stable"}),
         write=coco.write,
         assembled=coco.assembled,
         chunks=coco.chunks,
@@ -86,7 +86,10 @@ def format_of(name: str, options: ExportOptions) -> Format:
         if option not in FORMATS[name].options:
             others = [other for other, row in FORMATS.items() if option in row.options]
             raise ConfigError(f"{as_option(option)} is an option of {' and '.join(others)}, not of {name}")
-        if isinstance(value, int | float) and value <= 0:
+        if option in ("confident", "stable"):
+            if not 0 <= value <= 1:
+                raise ConfigError(f"{as_option(option)}={value} is not allowed: it is from 0 to 1")
+        elif isinstance(value, int | float) and value <= 0:
             raise ConfigError(f"{as_option(option)}={value} is not allowed: it must be above 0")
     if name == "sa1b" and options.images_per_file and not options.tar:
         raise ConfigError("--images-per-file needs --tar: without it each image has a JSON file of its own")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -45,6 +45,12 @@ class LabelledImage:
     stability_score: list[float]
     point_coords: list[list[list[float]]]
     crop_box: list[list[float]]
+
+    def of_masks(self, places: Sequence[int]) -> LabelledImage:
+        """The image with those of its masks only, in that order."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        lists: dict[str, Any] = {name: [v[i] for i in places] for name, v in values if isinstance(v, list)}
+        return replace(self, **lists)
 
 
 def read_rows(output: str, parts: Sequence[Rows]) -> Iterator[pa.Table]:

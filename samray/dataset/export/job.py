@@ -76,7 +76,9 @@ def _claim(job: Job, sizes: dict[int, int]) -> None:
     shards = json.dumps(sorted(sizes.items())).encode()
     wanted = {
         "format": job.format,
-        "options": {name: value for name, value in asdict(job.options).items() if value not in (None, False)},
+        "options": {
+            name: value for name, value in asdict(job.options).items() if value is not None and value is not False
+        },
         "run": plan.run["identity"],
         "num_images": plan.num_images,
         "shards": hashlib.sha256(shards).hexdigest(),

@@ -25,6 +25,15 @@ class ExportOptions:
     partitions: int | None = None
     on_top: str | None = None
     simplify: float | None = None
+    confident: float | None = None
+    """Least predicted IoU of the masks that are exported."""
+    stable: float | None = None
+    """Least stability score."""
+
+    @property
+    def for_review(self) -> bool:
+        """Whether the file is for a person, who is to mend what it holds and add what it lacks."""
+        return self.confident is not None or self.stable is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +82,8 @@ class Done:
     piece: int
     num_images: int = 0
     num_masks: int = 0
+    num_left_out: int = 0
+    """Masks that are not confident or stable enough."""
     num_failed: int = 0
     """Failed images, left out."""
     num_unreadable: int = 0

@@ -120,7 +120,21 @@ def shard_records(
     bbox_convention: str,
     progress: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, list[ImageRecord], int]]:
-    """(shard, its rows, annotations dropped) for each shard to do. progress is called now and then while sorting.
+    """(shard, its rows, annotations dropped) for each shard to do. As `annotations_of_shards`."""
+    for shard, first, by_place in annotations_of_shards(source, found, plan, todo, progress):
+        records, num_dropped = [], 0
+        for place, row in enumerate(plan.read_shard(shard).to_pylist(), start=first):
+            record, dropped = record_of(row, found.images[place], by_place.get(place, []), bbox_convention)
+            records.append(record)
+            num_dropped += dropped
+        yield shard, records, num_dropped
+
+
+def annotations_of_shards(
+    source: Source, found: CocoImages, plan: Plan, todo: list[int], progress: Callable[[], None] = lambda: None
+) -> Iterator[tuple[int, int, dict[int, list[Any]]]]:
+    """(shard, the place of its first image, place -> annotations) for each shard to do; places as `found.place_of` has
+    them, in the plan. progress is called now and then while sorting.
 
     Counts found.num_unknown on the way. Raises: ConfigError where the annotations are no JSON, StorageError.
     """
@@ -138,13 +152,8 @@ def shard_records(
             box.unlink()
             for shard in shards:
                 first = int(ends[shard]) - plan.num_images_of(shard)
-                records, num_dropped = [], 0
-                for place, row in enumerate(plan.read_shard(shard).to_pylist(), start=first):
-                    annotations = by_place.pop(place, [])
-                    record, dropped = record_of(row, found.images[place], annotations, bbox_convention)
-                    records.append(record)
-                    num_dropped += dropped
-                yield shard, records, num_dropped
+                own = {place: by_place.pop(place) for place in range(first, int(ends[shard])) if place in by_place}
+                yield shard, first, own
 
 
 def _sort(

@@ -56,7 +56,7 @@ def image_hw(image: Mapping[str, Any]) -> tuple[int, int]:
 def _annotation(place: int, raw: Any, hw: tuple[int, int], bbox_convention: str) -> dict[str, Any] | None:
     """As `MaskGenerator` would make it, without id; None where there is no pixel. Raises: ImageError."""
     try:
-        counts = _counts(raw.get("segmentation"), hw)
+        counts = counts_of(raw.get("segmentation"), hw)
         if counts is None:
             return None
         area, bbox = measure(counts, hw, bbox_convention)
@@ -89,7 +89,7 @@ def _four(value: Any) -> list[float] | None:
     return [float(number) for number in value]
 
 
-def _counts(segmentation: Any, hw: tuple[int, int]) -> str | None:
+def counts_of(segmentation: Any, hw: tuple[int, int]) -> str | None:
     """COCO's compressed run lengths, of whatever form; None where there is no mask. Raises: ValueError and the like."""
     if not segmentation:
         return None
@@ -137,7 +137,7 @@ def bbox_convention_of(samples: Iterable[tuple[Any, tuple[int, int]]]) -> str | 
     votes = {"coco": 0, "sam": 0}
     for raw, hw in samples:
         try:
-            counts = _counts(raw["segmentation"], hw)
+            counts = counts_of(raw["segmentation"], hw)
             box = _four(raw["bbox"])
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError):
             continue

@@ -1,0 +1,161 @@
+"""One mask for each prompt of a person: the first phase of the SAM paper's data engine (section 4, "assisted-manual").
+
+Agrees with `segment_anything.SamPredictor.predict`, used as its documentation advises: of a single click, which may
+mean a part, the whole or what that belongs to, the best-scored of three masks; of several clicks or a box the single
+mask. Nothing is filtered, and duplicates stay: a person asked for each.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from samray.config import MaskConfig
+from samray.errors import ImageError
+from samray.masks import rle
+from samray.masks.crops import Crop
+from samray.masks.records import Mask, to_record
+from samray.masks.scores import above, stability_scores
+from samray.prompts import Prompt
+from samray.sam.sam import Sam, input_size
+
+Image = npt.NDArray[np.uint8]
+
+STAGES: Final = ("preprocess", "encode", "decode", "score")
+MASK_THRESHOLD: Final = 0.0
+"""Logit above which a pixel belongs to a mask."""
+
+# Images encoded and prompts decoded together. Prompts are few, so a GPU's memory is no matter, and on a CPU the
+# decoder is fastest on what its caches hold.
+_GPU_IMAGES, _GPU_PROMPTS = 16, 32
+_CPU_IMAGES, _CPU_PROMPTS = 1, 2
+
+
+class PromptedGenerator:
+    """Makes the masks that a person asks for. Of `samray.MaskConfig` it takes only what is not about the grid or about
+    choosing: `points_per_batch` (here prompts), `stability_score_offset` and `bbox_convention`.
+
+    `stage_seconds` adds up where the time went: preprocess, encode, decode, score.
+    """
+
+    def __init__(self, model: Sam, config: MaskConfig | None = None) -> None:
+        self.model = model
+        self.config = config or MaskConfig()
+        self.stage_seconds = dict.fromkeys(STAGES, 0.0)
+
+    @torch.inference_mode()
+    def generate(self, images: Sequence[Image], prompts: Sequence[Sequence[Prompt]]) -> list[list[dict[str, Any]]]:
+        """A mask for each prompt of each image, in the order of the prompts.
+
+        images: RGB uint8 (H, W, 3), upright, of any sizes. prompts: a list an image, in its pixels. Returns a list an
+        image of dicts with the keys of `MaskGenerator.generate`. point_coords are the clicks on the object: those
+        beside it are left out, as the layout cannot tell which are which, and a box alone leaves the list empty.
+        Raises: ImageError (`bad_prompt`) that names the first prompt that lies outside of its image, or of which comes
+        no pixel; ValueError for what is no such image.
+        """
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images, but prompts for {len(prompts)}")
+        for image, own in zip(images, prompts, strict=True):
+            _check(image, own)
+        found: list[list[dict[str, Any]]] = [[] for _ in images]
+        asked = [i for i, own in enumerate(prompts) if own]
+        size = _CPU_IMAGES if self.model.device.type == "cpu" else _GPU_IMAGES
+        for start in range(0, len(asked), size):
+            batch = asked[start : start + size]
+            with self._stage("preprocess"):
+                pixels, _ = self.model.preprocess([images[i] for i in batch])
+            with self._stage("encode"):
+                embeddings = self.model.encode_images(pixels)
+            for i, embedding in zip(batch, embeddings, strict=True):
+                found[i] = self._masks(embedding[None], images[i].shape[:2], prompts[i])
+        return found
+
+    def _masks(self, embedding: Tensor, image_hw: tuple[int, ...], prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        """The masks of one image. embedding: (1, C, h, w)."""
+        height, width = image_hw
+        records: dict[int, dict[str, Any]] = {}
+        for places in self._batches(prompts):
+            with self._stage("decode"):
+                logits, iou = self._decode(embedding, [prompts[i] for i in places], (height, width))
+            with self._stage("score"):
+                for i, mask, predicted_iou in zip(places, logits, iou.tolist(), strict=True):
+                    records[i] = self._record(i, prompts[i], mask[None], predicted_iou, (height, width))
+        return [records[i] for i in range(len(prompts))]
+
+    def _batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+        """Places of prompts that go through the decoder together: as many clicks each, and all or none with a box."""
+        alike: dict[tuple[int, bool], list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            alike.setdefault((len(prompt.points), prompt.box is not None), []).append(i)
+        default = _CPU_PROMPTS if self.model.device.type == "cpu" else _GPU_PROMPTS
+        size = self.config.points_per_batch or default
+        for places in alike.values():
+            yield from (places[start : start + size] for start in range(0, len(places), size))
+
+    def _decode(self, embedding: Tensor, prompts: list[Prompt], image_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """One mask for each of N prompts that are alike: low-res logits (N, 4h, 4w) and predicted IoUs (N,)."""
+        to_input = np.array(input_size(*image_hw, self.model.image_size)[::-1]) / np.array(image_hw[::-1])
+
+        def in_input_frame(xy: Any) -> Tensor:
+            scaled = np.asarray(xy, dtype=np.float64).reshape(len(prompts), -1, 2) * to_input
+            return torch.from_numpy(scaled).float().to(self.model.device)
+
+        points = labels = boxes = None
+        if prompts[0].points:
+            points = in_input_frame([prompt.points for prompt in prompts])
+            labels = torch.tensor([prompt.labels for prompt in prompts], device=points.device).long()
+        if prompts[0].box is not None:
+            boxes = in_input_frame([_corners(prompt.box) for prompt in prompts if prompt.box]).flatten(1)
+        multimask = prompts[0].is_ambiguous
+        logits, iou = self.model.predict(embedding, points, labels, boxes, multimask=multimask)
+        best = iou.argmax(dim=1)
+        every = torch.arange(len(prompts), device=best.device)
+        return logits[every, best], iou[every, best]
+
+    def _record(
+        self, place: int, prompt: Prompt, logits: Tensor, predicted_iou: float, image_hw: tuple[int, int]
+    ) -> dict[str, Any]:
+        """logits: (1, 4h, 4w). Raises: ImageError where there is no pixel."""
+        upscaled = self.model.postprocess(logits, input_size(*image_hw, self.model.image_size), image_hw)
+        pixels = above(upscaled, MASK_THRESHOLD)
+        (counts,) = rle.encode_masks(pixels, (0, 0), image_hw)
+        if rle.area(counts) == 0:
+            raise ImageError("bad_prompt", f"prompts[{place}]: the model finds no pixel there")
+        on_object = [xy for xy, label in zip(prompt.points, prompt.labels, strict=True) if label == 1]
+        mask = Mask(
+            counts=counts,
+            predicted_iou=predicted_iou,
+            stability_score=stability_scores(upscaled, MASK_THRESHOLD, self.config.stability_score_offset).item(),
+            points_xy=np.asarray(on_object, dtype=np.float64).reshape(-1, 2),
+            crop=Crop(0, 0, image_hw[1], image_hw[0], layer=0),
+        )
+        return to_record(mask, image_hw, self.config)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)  # prompts are few: what it costs is not seen
+        self.stage_seconds[name] += time.perf_counter() - start
+
+
+def _check(image: Image, prompts: Sequence[Prompt]) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+        raise ValueError(f"an image is a uint8 array (H, W, 3); got {image.dtype} {image.shape}")
+    for place, prompt in enumerate(prompts):
+        problem = prompt.problem_in(width=image.shape[1], height=image.shape[0])
+        if problem is not None:
+            raise ImageError("bad_prompt", f"prompts[{place}]: {problem}")
+
+
+def _corners(box_xywh: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    x, y, w, h = box_xywh
+    return x, y, x + w, y + h

@@ -1,0 +1,180 @@
+"""`samray.import_` with `corrects`: an output as a person corrected it, in an output of its own.
+
+The second phase of the SAM paper's data engine (section 4, "semi-automatic"): confident masks go to a person
+(`samray export --confident`), and come back mended, with what was missing. The plan is that of the first output, so
+image ids stay; images that the person's file does not have are taken over as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections import Counter
+from typing import Any
+
+from samray import storage
+from samray.dataset.compact import rows_between, sizes_of_finished
+from samray.dataset.generations import MANIFEST_SCHEMA
+from samray.dataset.imports import coco
+from samray.dataset.imports.corrections import corrected_record, record_as_it_is
+from samray.dataset.imports.source import Source, open_source
+from samray.dataset.manifest import Plan, load_plan, write_plan
+from samray.dataset.rows import places_of
+from samray.dataset.schema import ImageRecord, records_to_table
+from samray.dataset.shards import commit_shard, done_shards, mark_success, shard_versions
+from samray.errors import ConfigError
+from samray.pipeline.history import failures_of_shards
+from samray.pipeline.progress import ProgressView
+from samray.pipeline.report import ImportReport, Labelled, ShardSummary
+
+
+def correct(
+    source: str,
+    dest: str,
+    output: str,
+    *,
+    confident: float | None,
+    stable: float | None,
+    keep_rest: bool,
+    images_per_shard: int | None,
+    progress: bool,
+) -> ImportReport:
+    """Write OUTPUT with the corrections of source, COCO instances JSON, to dest, or finish what a call left undone.
+
+    confident, stable: what the export was made with. keep_rest: masks that were not in it stay.
+    Raises: ConfigError before anything is written (annotations are read later: damage there leaves a plan),
+    StorageError.
+    """
+    started = time.monotonic()
+    plan = load_plan(output)
+    found = open_source(source, "coco")
+    sizes = sizes_of_finished(plan)
+    in_coco = coco.read_images(found)
+    image_at, num_unknown = _find_images(in_coco, plan, found)
+    options: dict[str, Any] = {"confident": confident, "stable": stable, "keep_rest": keep_rest}
+    target = _plan(plan, dest, found, sizes, options, images_per_shard)
+    done = shard_versions(target.output)
+    todo = [shard for shard in range(target.num_shards) if shard not in done]
+    report = ImportReport(
+        output=storage.redact(target.output),
+        format="coco",
+        num_images=target.num_images,
+        num_shards=target.num_shards,
+        num_shards_skipped=target.num_shards - len(todo),
+        num_corrected=len(image_at),
+        num_unknown_images=num_unknown,
+    )
+    for failures in failures_of_shards(target.output, done).values():
+        report.add_failures(failures)
+    starts = plan.starts()
+    num_done = sum(target.num_images_of(shard) for shard in done)
+    settings = {**options, "bbox_convention": plan.run["identity"].get("masks", {}).get("bbox_convention", "coco")}
+    view = ProgressView(target.num_images, num_done, enabled=progress)
+    view.note = "correcting"
+    with view:
+        for shard, first, annotations in coco.annotations_of_shards(found, in_coco, target, todo, view.update):
+            table, _ = rows_between(plan, starts, first, target.num_images_of(shard))
+            records, changes = _records(table.to_pylist(), first, image_at, annotations, settings)
+            report.num_dropped += changes.pop("dropped", 0)
+            report.changes = dict(Counter(report.changes) + changes)
+            summary = ShardSummary.of(shard, Labelled(records))
+            commit_shard(target.output, shard, records_to_table(records, target.run), summary.to_dict())
+            report.add(summary, 0)
+            num_done += target.num_images_of(shard)
+            view.update(num_done=num_done, num_failed=report.num_failed)
+    report.num_dropped += in_coco.num_unknown
+    mark_success(target.output, num_images=target.num_images, num_failed=report.num_failed)
+    report.wall_s = time.monotonic() - started
+    return report
+
+
+def _records(
+    rows: list[dict[str, Any]],
+    first: int,
+    image_at: dict[int, dict[str, Any]],
+    annotations: dict[int, list[Any]],
+    settings: dict[str, Any],
+) -> tuple[list[ImageRecord], Counter[str]]:
+    """The rows of a shard as the person left them, and what was counted of the masks. first: place of the first row."""
+    records: list[ImageRecord] = []
+    total: Counter[str] = Counter()
+    for place, row in enumerate(rows, start=first):
+        if place not in image_at or row["status"] != "ok":
+            records.append(record_as_it_is(row))
+            total["dropped"] += len(annotations.get(place, []))
+            continue
+        record, numbers = corrected_record(row, image_at[place], annotations.get(place, []), **settings)
+        records.append(record)
+        total += numbers
+    return records, total
+
+
+def _find_images(in_coco: coco.CocoImages, plan: Plan, source: Source) -> tuple[dict[int, dict[str, Any]], int]:
+    """Place in the plan -> the person's image, by file_name, for tools give ids anew; and how many are not there.
+
+    Of several images of that name it is the one of the person's id, where there is one. `in_coco.place_of` then says
+    places in the plan. Raises: ConfigError where an image has no name, several images could be meant, two are the same,
+    or none is found.
+    """
+    where = f"SOURCE {storage.redact(source.uri)}"
+    held = plan.read_images(["image_id", "file_name"])
+    for image in in_coco.images:
+        if not isinstance(image["file_name"], str) or not image["file_name"]:
+            raise ConfigError(f"{where}: the image {image['id']} has no file_name")
+    places = places_of([image["file_name"] for image in in_coco.images], held["file_name"])
+    image_at: dict[int, dict[str, Any]] = {}
+    place_of: dict[int, int] = {}
+    for number, image in enumerate(in_coco.images):
+        candidates = places.get(number, [])
+        if len(candidates) > 1:
+            candidates = [place for place in candidates if held["image_id"][place].as_py() == image["id"]]
+            if not candidates:
+                raise ConfigError(
+                    f"{where}: the file_name {image['file_name']!r} is that of several images of "
+                    f"{storage.redact(plan.output)}, none with the id {image['id']}"
+                )
+        if candidates:
+            if candidates[0] in image_at:
+                raise ConfigError(f"{where} holds the image {image['file_name']!r} twice")
+            image_at[candidates[0]] = image
+            place_of[number] = candidates[0]
+    if not image_at:
+        raise ConfigError(
+            f"{where}: none of its {len(in_coco.images)} images is in {storage.redact(plan.output)}; its first is "
+            f"{in_coco.images[0]['file_name']!r}, there the first is {held['file_name'][0].as_py()!r}"
+        )
+    in_coco.place_of = [
+        {id: place_of[number] for id, number in own.items() if number in place_of} for own in in_coco.place_of
+    ]
+    return image_at, len(in_coco.images) - len(image_at)
+
+
+def _plan(
+    plan: Plan,
+    dest: str,
+    source: Source,
+    sizes: dict[str, int],
+    options: dict[str, Any],
+    images_per_shard: int | None,
+) -> Plan:
+    """The plan of the corrected output: the same images. Raises: ConfigError where dest holds something else."""
+    if storage.normalize(dest) == plan.output:
+        raise ConfigError("DEST must be another folder than the OUTPUT that is corrected")
+    if done_shards(dest) and not storage.exists(storage.join(storage.normalize(dest), "_samray", "run.json")):
+        raise ConfigError(f"{storage.redact(dest)} holds shards of which nothing says what they are: give another DEST")
+    per_shard = images_per_shard or plan.generations[0].images_per_shard
+    run = copy.deepcopy({key: value for key, value in plan.run.items() if key not in ("generation", "num_images")})
+    run["identity"]["output"] = {"images_per_shard": per_shard}
+    run["identity"]["corrects"] = {
+        "output": storage.redact(plan.output),
+        "shards": hashlib.sha256(json.dumps(sorted(sizes.items())).encode()).hexdigest(),
+        "input_uri": storage.redact(source.uri),
+        "files": source.fingerprint(),
+        **options,
+        "corrects": plan.run["identity"].get("corrects"),
+    }
+    run["images_per_shard"] = per_shard
+    images = plan.read_images([name for name in MANIFEST_SCHEMA.names if name != "shard"])
+    return write_plan(dest, images, per_shard, run)

@@ -1,0 +1,88 @@
+"""Prompts that a person gives in place of the grid: clicks, a box, or both, for one mask each.
+
+Coordinates are pixels of the upright image, x to the right and y down from its top left corner. A box is COCO's,
+[x, y, w, h]; whoever has corners (SAM's own predictor takes x0, y0, x1, y1) gives [x0, y0, x1 - x0, y1 - y0].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from samray.errors import ConfigError
+from samray.settings import did_you_mean
+
+_KEYS: Final = ("points", "labels", "box")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What one mask is asked for with. Raises ConfigError where it cannot be one for any image."""
+
+    points: tuple[tuple[float, float], ...] = ()
+    """x, y of each click."""
+    labels: tuple[int, ...] = ()
+    """Of each click: 1 on the object, 0 on what is not part of it."""
+    box: tuple[float, float, float, float] | None = None
+    """x, y, w, h."""
+
+    def __post_init__(self) -> None:
+        for point in self.points:
+            if len(point) != 2 or not all(map(_is_coordinate, point)):
+                raise ConfigError(f"the point {list(point)} is no [x, y] of pixels, from 0 on")
+        if len(self.labels) != len(self.points):
+            raise ConfigError(f"points and labels are of different number: {len(self.points)} and {len(self.labels)}")
+        for label in self.labels:
+            if label not in (0, 1):
+                raise ConfigError(f"the label {label!r} is neither 1 (on the object) nor 0 (not part of it)")
+        box = self.box
+        if box is not None and (len(box) != 4 or not all(map(_is_coordinate, box)) or min(box[2:]) <= 0):
+            raise ConfigError(f"the box {list(box)} is no [x, y, w, h] of pixels with a width and a height above 0")
+        if box is None and 1 not in self.labels:
+            raise ConfigError("there is neither a point with the label 1 nor a box")
+
+    @classmethod
+    def parse(cls, value: Any) -> Prompt:
+        """Of plain JSON values, `to_json`'s or a user's; what is null counts as not given. Raises: ConfigError."""
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{str(value)[:60]!r} is no object with points and labels, box, or both")
+        for key in value:
+            if key not in _KEYS:
+                raise ConfigError(
+                    f"there is no key {key!r}{did_you_mean(str(key), _KEYS)}; keys are {', '.join(_KEYS)}"
+                )
+        points, labels, box = (value.get(key) for key in _KEYS)
+        for key, given in zip(_KEYS, (points, labels, box), strict=True):
+            if given is not None and not isinstance(given, list | tuple):
+                raise ConfigError(f"{key} is {str(given)[:60]!r}, not a list")
+        return cls(
+            points=tuple(tuple(point) if isinstance(point, list | tuple) else (point,) for point in points or ()),
+            labels=tuple(labels or ()),
+            box=None if box is None else tuple(box),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @property
+    def is_ambiguous(self) -> bool:
+        """One click alone: it may mean a part, the whole, or what that belongs to."""
+        return len(self.points) == 1 and self.box is None
+
+    def problem_in(self, width: int, height: int) -> str | None:
+        """What of it lies outside of an image of so many pixels, if anything. A box may reach up to the very edge."""
+        for x, y in self.points:
+            if not (x < width and y < height):
+                return f"the point [{x:g}, {y:g}] lies outside of the image of {width}x{height} pixels"
+        if self.box is not None:
+            x, y, w, h = self.box
+            if not (x + w <= width and y + h <= height):
+                return f"the box [{x:g}, {y:g}, {w:g}, {h:g}] reaches out of the image of {width}x{height} pixels"
+        return None
+
+
+def _is_coordinate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0

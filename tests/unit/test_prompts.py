@@ -1,0 +1,230 @@
+"""Prompts of a person: what is one, files of them, which images they are for, and what is said of wrong ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from handmade import write_output
+from standin import make_image
+
+from samray import storage
+from samray.cli import main
+from samray.config import load_config
+from samray.dataset.manifest import make_plan
+from samray.dataset.prompt_files import PromptFile
+from samray.errors import ConfigError
+from samray.pipeline.report import LabelReport, print_report
+from samray.pipeline.stage import label_dataset
+from samray.prompts import Prompt
+
+CLICK = {"points": [[3, 4.5]], "labels": [1]}
+BOX = {"box": [1, 2, 3, 4]}
+
+
+def write(folder: Path | str, rows: list[Any], name: str = "prompts.jsonl") -> str:
+    uri = storage.join(str(folder), name)
+    storage.put(uri, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return uri
+
+
+def images_of(*uris: str, names: list[str] | None = None) -> pa.Table:
+    names = names or [uri.rpartition("/")[2] for uri in uris]
+    return pa.table({"uri": pa.chunked_array([list(uris)]), "file_name": pa.chunked_array([names])})
+
+
+# --- one prompt -----------------------------------------------------------------------------------------------------
+
+
+def test_prompts_go_through_json_and_back() -> None:
+    for value in (CLICK, BOX, {**CLICK, **BOX}, {"points": [[1, 2], [3, 4]], "labels": [0, 1], "box": None}):
+        prompt = Prompt.parse(value)
+        assert Prompt.parse(json.loads(json.dumps(prompt.to_json()))) == prompt
+    assert Prompt.parse(CLICK).is_ambiguous
+    assert not Prompt.parse({**CLICK, **BOX}).is_ambiguous
+    assert not Prompt.parse(BOX).is_ambiguous
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ([1, 2], "'[1, 2]' is no object with points and labels, box, or both"),
+        ({"point": [[1, 2]], "labels": [1]}, "there is no key 'point'; did you mean points?; keys are points"),
+        ({"points": "1,2", "labels": [1]}, "points is '1,2', not a list"),
+        ({"points": [1, 2], "labels": [1]}, "the point [1] is no [x, y] of pixels, from 0 on"),
+        ({"points": [[1, 2, 3]], "labels": [1]}, "the point [1, 2, 3] is no"),
+        ({"points": [[1, float("nan")]], "labels": [1]}, "the point [1, nan] is no"),
+        ({"points": [[-1, 2]], "labels": [1]}, "the point [-1, 2] is no"),
+        ({"points": [[1, True]], "labels": [1]}, "the point [1, True] is no"),
+        ({"points": [[1, 2], [3, 4]], "labels": [1]}, "points and labels are of different number: 2 and 1"),
+        ({"points": [[1, 2]]}, "points and labels are of different number: 1 and 0"),
+        ({"points": [[1, 2]], "labels": [2]}, "the label 2 is neither 1"),
+        ({"points": [[1, 2]], "labels": [0]}, "neither a point with the label 1 nor a box"),
+        ({}, "neither a point with the label 1 nor a box"),
+        ({"box": [1, 2, 3]}, "the box [1, 2, 3] is no [x, y, w, h]"),
+        ({"box": [1, 2, 0, 3]}, "with a width and a height above 0"),
+    ],
+)
+def test_what_is_wrong_with_a_prompt_is_said_with_image_and_place(tmp_path: Path, value: Any, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Prompt.parse(value)
+    assert problem in str(caught.value)
+    uri = write(tmp_path, [{"file_name": "a.png", "prompts": []}, {"file_name": "b.png", "prompts": [CLICK, value]}])
+    with pytest.raises(ConfigError) as told:
+        PromptFile.read(uri)
+    assert str(told.value) == f"input.prompts {uri}, line 2: image 'b.png', prompts[1]: {caught.value}"
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_parquet_and_json_lines_hold_the_same(storage_root: str) -> None:
+    rows = [
+        {
+            "uri": "in/a.png",
+            "file_name": None,
+            "prompts": [{**CLICK, "box": None}, {**BOX, "points": [], "labels": []}],
+        },
+        {"uri": None, "file_name": "b.png", "prompts": [{**CLICK, "box": [0, 0, 2, 2]}]},
+    ]
+    kind = pa.struct(
+        [
+            ("points", pa.list_(pa.list_(pa.float64()))),
+            ("labels", pa.list_(pa.int32())),
+            ("box", pa.list_(pa.float64())),
+        ]
+    )
+    schema = pa.schema(
+        [("uri", pa.string()), ("file_name", pa.string()), ("prompts", pa.list_(kind)), ("by", pa.string())]
+    )
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist([{**row, "by": "me"} for row in rows], schema=schema), sink)
+    storage.put(storage.join(storage_root, "prompts.parquet"), bytes(sink.getvalue()))
+    lines = PromptFile.read(write(storage_root, rows))
+    table = PromptFile.read(storage.join(storage_root, "prompts.parquet"))
+    assert table.rows == lines.rows
+    assert table.sha256 != lines.sha256
+    images = images_of(storage.join(storage_root, "in", "b.png"), storage.join(storage_root, "in", "a.png"))
+    found = table.match(images)
+    assert {place: len(prompts) for place, prompts in found.by_place.items()} == {1: 2, 0: 1}
+    assert (found.num_prompts, found.num_unknown) == (3, 0)
+
+
+def test_the_hash_is_of_the_content(tmp_path: Path) -> None:
+    rows = [{"file_name": "a.png", "prompts": [CLICK]}]
+    first, moved = PromptFile.read(write(tmp_path, rows)), PromptFile.read(write(tmp_path, rows, "moved.jsonl"))
+    other = PromptFile.read(write(tmp_path, [{"file_name": "a.png", "prompts": [BOX]}], "other.jsonl"))
+    assert first.identity == moved.identity != other.identity
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("p.jsonl", "", "holds no prompt"),
+        ("p.jsonl", '{"file_name": "a.png", "prompts": []}', "holds no prompt"),
+        ("p.csv", "a", "is neither .jsonl nor .parquet"),
+        ("p.jsonl", "{", "cannot be read as jsonl"),
+        ("p.parquet", "{", "cannot be read as parquet"),
+        ("p.jsonl", "\n[1]", "line 2: expected an object with uri or file_name, and prompts"),
+        ("p.jsonl", '{"prompts": []}', "line 1: neither uri nor file_name says which image it is for"),
+        ("p.jsonl", '{"uri": "a.png"}', "line 1: uri takes text, and prompts a list"),
+        ("p.jsonl", '{"uri": 5, "prompts": []}', "line 1: uri takes text, and prompts a list"),
+    ],
+)
+def test_files_that_cannot_be_read_are_one_sentence(tmp_path: Path, name: str, text: str, problem: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=rf"^input\.prompts .*{name}.*{problem}"):
+        PromptFile.read(str(tmp_path / name))
+
+
+def test_a_file_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"^input\.prompts /nowhere/p\.jsonl does not exist$"):
+        PromptFile.read("/nowhere/p.jsonl")
+
+
+# --- which image ----------------------------------------------------------------------------------------------------
+
+
+def test_the_uri_wins_and_relative_ones_start_at_the_file(tmp_path: Path) -> None:
+    rows = [
+        {"uri": "in/a.png", "file_name": "b.png", "prompts": [CLICK]},
+        {"uri": "s3://bucket/b.png", "prompts": [BOX]},
+        {"file_name": "gone.png", "prompts": [BOX]},
+    ]
+    images = images_of(f"{tmp_path}/in/a.png", "s3://bucket/b.png")
+    found = PromptFile.read(write(tmp_path, rows)).match(images)
+    assert found.by_place == {0: [Prompt.parse(CLICK)], 1: [Prompt.parse(BOX)]}
+    assert (found.num_unknown, found.unknown) == (1, ["gone.png"])
+
+
+def test_names_of_several_images_and_rows_for_the_same_one_are_refused(tmp_path: Path) -> None:
+    images = images_of("/1/a.png", "/2/a.png", "/2/b.png")
+    file = PromptFile.read(write(tmp_path, [{"file_name": "a.png", "prompts": [CLICK]}]))
+    with pytest.raises(ConfigError, match=r"the file_name 'a\.png' is that of 2 images of INPUT; give the uri"):
+        file.match(images)
+    rows = [{"file_name": "b.png", "prompts": [CLICK]}, {"uri": "/2/b.png", "prompts": [BOX]}]
+    with pytest.raises(ConfigError, match=r"two rows are for the image '/2/b\.png'"):
+        PromptFile.read(write(tmp_path, rows)).match(images)
+    rows = [{"file_name": "x/b.png", "prompts": [CLICK]}]
+    with pytest.raises(
+        ConfigError, match=r"none of its 1 images is in INPUT; its first is 'x/b\.png', INPUT's first has"
+    ):
+        PromptFile.read(write(tmp_path, rows)).match(images)
+
+
+def test_prompts_come_to_the_places_of_their_shards(tmp_path: Path) -> None:
+    plan = write_output(str(tmp_path), [f"{i}.png" for i in range(8)], images_per_shard=3)
+    rows = [{"file_name": f"{i}.png", "prompts": [CLICK] * (i + 1)} for i in (7, 2, 3)]
+    found = PromptFile.read(write(tmp_path, rows)).match(plan.read_images(["uri", "file_name"]))
+    by_shard = found.by_shard(plan, [0, 2])
+    assert {shard: {place: len(own) for place, own in places.items()} for shard, places in by_shard.items()} == {
+        0: {2: 3},
+        2: {1: 8},
+    }
+
+
+def test_a_plan_is_not_written_for_prompts_that_cannot_be_matched(tmp_path: Path) -> None:
+    """It would tie OUTPUT to the file as it is, which is to be mended."""
+    storage.put(f"{tmp_path}/in/a.png", make_image(0))
+    file = PromptFile.read(write(tmp_path, [{"file_name": "b.png", "prompts": [CLICK]}]))
+    config = load_config()
+    with pytest.raises(ConfigError, match="none of its 1 images"):
+        make_plan(f"{tmp_path}/in", f"{tmp_path}/out", config, config.identity() | file.identity, check=file.match)
+    assert not (tmp_path / "out").exists()
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_dry_run_says_what_prompts_are_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.png", "b.png"):
+        storage.put(f"{tmp_path}/in/{name}", make_image(0))
+    rows = [{"file_name": name, "prompts": [CLICK, BOX]} for name in ("a.png", "x.png", "y.png")]
+    arguments = ["label", f"{tmp_path}/in", f"{tmp_path}/out", f"input.prompts={write(tmp_path, rows)}", "--dry-run"]
+    assert main(arguments) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "prompts 2, on 1 image" in said
+    assert "not found 2 images with prompts that INPUT does not have: x.png, y.png" in said
+    assert "masks one for each prompt of" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_summary_says_what_was_not_found(capsys: pytest.CaptureFixture[str]) -> None:
+    print_report(LabelReport("out", 5, 1, num_images_not_found=2))
+    assert "not found images with prompts that INPUT does not have: 2" in " ".join(capsys.readouterr().err.split())
+    print_report(LabelReport("out", 5, 1))
+    assert "not found" not in capsys.readouterr().err
+
+
+def test_a_path_is_no_part_of_the_settings_identity() -> None:
+    assert load_config(overrides=["input.prompts=a.jsonl"]).identity() == load_config().identity()
+    assert "prompts" not in load_config().identity()["input"]  # outputs of before know no such setting
+
+
+def test_a_data_set_takes_no_prompts() -> None:
+    with pytest.raises(ConfigError, match=r"input\.prompts is for samray\.label"):
+        label_dataset(None, load_config(overrides=["input.prompts=a.jsonl"]))  # type: ignore[arg-type]
