@@ -7,11 +7,16 @@ Every photograph below the folders is brought to 480 pixels and written to pictu
 eight scales beside it, sa_<n>.json, in the SA-1B layout; a large one gives a second picture, about a quarter of it.
 Screenshots, drawings, logos, pictures with transparency and second sizes of one photograph are left out. Nothing is
 redone that lies there already.
+
+What is written as a mask's stability_score is how much more the next merge costs, and as its predicted_iou how compact
+it is: of regions alike in size, those that people mark are the compact and long-lived ones (train with
+data.weigh_by_score=true).
 """
 
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -26,7 +31,7 @@ from PIL import Image
 from samray.masks.rle import box_xyxy, compress, encode_array
 from samray.train.regions import SIDE, region_tree
 
-COSTS = tuple(np.geomspace(8, 300, 8).tolist())
+COSTS = tuple(np.geomspace(12, 400, 8).tolist())
 """Where the tree is cut: from a few hundred pieces to the two or three largest parts of a picture."""
 MIN_AREA, MAX_AREA = 0.002, 0.75  # of the picture
 MIN_SIDE = 240
@@ -108,6 +113,12 @@ def is_photograph(image: npt.NDArray[np.uint8]) -> bool:
     return bool(counts.max() < 0.2 * codes.size and (counts > 0).sum() > 500 and flat < 0.35 and saturation > 6)
 
 
+def compactness(mask: npt.NDArray[np.bool_]) -> float:
+    """4 pi area / outline^2 of a mask (H, W), with its outline along pixel edges: pi / 4 for a square, 0 for a thread."""
+    outline = int((mask[1:] != mask[:-1]).sum()) + int((mask[:, 1:] != mask[:, :-1]).sum())
+    return 4 * math.pi * int(mask.sum()) / max(outline, 1) ** 2
+
+
 def _write(stem: Path, number: int, picture: Image.Image) -> int:
     if stem.with_suffix(".json").exists():
         return len(json.loads(stem.with_suffix(".json").read_text())["annotations"])
@@ -132,8 +143,8 @@ def _write(stem: Path, number: int, picture: Image.Image) -> int:
                 "segmentation": compress(counts, (height, width)),
                 "bbox": [float(x0), float(y0), float(x1 - x0), float(y1 - y0)],
                 "area": int(tree.area[node]),
-                "predicted_iou": 1.0,
-                "stability_score": round(1 - born / gone, 4),  # how much more the next merge costs
+                "predicted_iou": round(min(1.0, 0.1 + compactness(mask)), 4),
+                "stability_score": round(1 - born / gone, 4),
                 "point_coords": [[float(xs[len(xs) // 2]), float(ys[len(ys) // 2])]],
                 "crop_box": [0.0, 0.0, float(width), float(height)],
             }

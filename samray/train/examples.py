@@ -42,7 +42,8 @@ _VALIDATION_MASKS = 16
 
 Arrays = dict[str, npt.NDArray[Any]]
 """An example: image (S, S, 3) uint8, zero where padded; input_hw (2,) int64; points (N, 2) and boxes_xyxy (N, 4)
-float32, input frame; targets (N, R, R) uint8, 255 times the covered share."""
+float32, input frame; targets (N, R, R) uint8, 255 times the covered share; from_labels () bool, False of a painted
+scene."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,13 @@ class Frame:
 
 
 def pack(
-    image: npt.NDArray[np.uint8], masks: Bool, frame: Frame, config: DataConfig, rng: np.random.Generator
+    image: npt.NDArray[np.uint8],
+    masks: Bool,
+    frame: Frame,
+    config: DataConfig,
+    rng: np.random.Generator,
+    *,
+    from_labels: bool = False,
 ) -> Arrays:
     """An example of a view that fits the input: prompts drawn, everything padded.
 
@@ -74,6 +81,7 @@ def pack(
         "points": points,
         "boxes_xyxy": boxes,
         "targets": area_downsample(square, frame.low_res),
+        "from_labels": np.array(from_labels),
     }
 
 
@@ -164,30 +172,39 @@ class MaskExamples:
     def _try(self, index: int, frame: Frame, rng: np.random.Generator) -> Arrays | None:
         """An example of an image; None where it cannot be read, or every mask is filtered out."""
         try:
-            image, rles = self._read(index)
+            image, rles, weights = self._read(index)
         except StorageError as error:
             self._why = str(error)
             return None
         (h, w), config = image.shape[:2], self.config
         view = draw_view(h, w, frame.image_size, config.scale_jitter, config.flip_fraction, rng)
-        masks = self._draw_masks(rles, view, rng)
+        masks = self._draw_masks(rles, weights, view, rng)
         if len(masks) == 0:
             view = whole_view(h, w, frame.image_size)
-            masks = self._draw_masks(rles, view, rng)
+            masks = self._draw_masks(rles, weights, view, rng)
         if len(masks) == 0:
             self._why = "no mask is large enough"
             return None
-        return pack(jitter_colour(view.of_image(image), config.colour_jitter, rng), masks, frame, config, rng)
+        return pack(
+            jitter_colour(view.of_image(image), config.colour_jitter, rng), masks, frame, config, rng, from_labels=True
+        )
 
-    def _read(self, index: int) -> tuple[npt.NDArray[np.uint8], list[dict[str, Any]]]:
+    def _read(self, index: int) -> tuple[npt.NDArray[np.uint8], list[dict[str, Any]], npt.NDArray[np.float64]]:
+        """An image, its masks, and how often each is asked for, beside the others."""
         image, target = self.dataset[index]
-        return np.ascontiguousarray(image.permute(1, 2, 0).numpy()), target["segmentation"]
+        weights = target["area"].numpy().astype(np.float64) ** self.config.area_power
+        if self.config.weigh_by_score:
+            weights *= (target["predicted_iou"] * target["stability_score"]).numpy()
+        return np.ascontiguousarray(image.permute(1, 2, 0).numpy()), target["segmentation"], weights
 
-    def _draw_masks(self, rles: list[dict[str, Any]], view: View, rng: np.random.Generator) -> Bool:
+    def _draw_masks(
+        self, rles: list[dict[str, Any]], weights: npt.NDArray[np.float64], view: View, rng: np.random.Generator
+    ) -> Bool:
         """(N, h, w) random masks as the view shows them, some of them repeatedly where it shows too few; (0, h, w)."""
         number = self.config.prompts_per_image
         seen: list[Bool] = []
-        for place in rng.permutation(len(rles)):
+        # One after the other without putting back, each by its weight: the smallest of exponential waiting times.
+        for place in np.argsort(rng.exponential(size=len(rles)) / np.maximum(weights, 1e-9), kind="stable"):
             mask = view.of_mask(coco_mask.decode(rles[place]).view(bool))
             if np.count_nonzero(mask) >= MIN_VISIBLE_PIXELS:
                 seen.append(mask)
@@ -201,7 +218,7 @@ class MaskExamples:
         """Held-out images, whole, their longest side at most S, with at most _VALIDATION_MASKS masks each."""
         for index in self.heldout[np.random.default_rng(0).permutation(len(self.heldout))[:limit]]:
             try:
-                image, rles = self._read(int(index))
+                image, rles, _ = self._read(int(index))
             except StorageError:
                 continue
             view = whole_view(image.shape[0], image.shape[1], frame.image_size)

@@ -59,6 +59,8 @@ class Rounds:
         self.targets = (batch["targets"].float() / 255).flatten(0, 1)
         points = batch["points"]
         self.num_images, self.num_prompts = points.shape[:2]
+        doubt = config.doubt * batch["from_labels"].float()
+        self.doubt = doubt[:, None].expand(-1, self.num_prompts).flatten() if config.doubt > 0 else None
         self.boxes = batch["boxes_xyxy"] if course.use_boxes else None
         given = points[:, :, None][:, :, :0] if course.use_boxes else points[:, :, None]
         self.clicks = given  # (B, N, P, 2)
@@ -91,7 +93,7 @@ class Rounds:
         """One round's losses, and the answer that goes into the next: (B * N, R, R) logits without gradients."""
         logits, iou = self.sam.decode_batch(embeddings, self._tokens(), mask_input)
         logits, iou = logits.flatten(0, 1), iou.flatten(0, 1)
-        losses = sam_loss(logits, iou, self.targets, single_weight=single, multi_weight=multi)
+        losses = sam_loss(logits, iou, self.targets, single_weight=single, multi_weight=multi, doubt=self.doubt)
         best = iou[:, 1:].argmax(dim=1) + 1 if multimask else torch.zeros(len(iou), dtype=torch.long, device=iou.device)
         return losses, logits.detach()[torch.arange(len(best), device=best.device), best]
 

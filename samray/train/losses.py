@@ -5,6 +5,7 @@ Source: SAM paper, section 3, "Efficiency and training", and appendix A, "Losses
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,23 +44,43 @@ def actual_iou(logits: Tensor, targets: Tensor) -> Tensor:
     return (mask & wanted).sum(dim=(-2, -1)) / union.clamp(min=1)
 
 
+def trust(best_iou: Tensor, doubt: Tensor) -> Tensor:
+    """What each prompt's loss counts, (K,), without gradient; 1 where `doubt` is 0.
+
+    Labels that nobody looked at are often wrong, and a wrong one is rarely what the model answers: so a doubted prompt
+    counts 0.1 + IoU^doubt of its best answer, brought to a mean of 1 over the doubted ones. (The small-loss trick; Han
+    et al., "Co-teaching", NeurIPS 2018.) best_iou, doubt: (K,).
+    """
+    doubted = doubt > 0
+    raw = 0.1 + best_iou.clamp(min=1e-6) ** doubt
+    mean = (raw * doubted).sum() / doubted.sum().clamp(min=1)
+    return torch.where(doubted, raw / mean, torch.ones_like(raw))
+
+
 def sam_loss(
-    logits: Tensor, predicted_iou: Tensor, targets: Tensor, *, single_weight: float, multi_weight: float = 1.0
+    logits: Tensor,
+    predicted_iou: Tensor,
+    targets: Tensor,
+    *,
+    single_weight: float,
+    multi_weight: float = 1.0,
+    doubt: Tensor | None = None,
 ) -> Losses:
     """The loss of K prompts.
 
     logits: (K, 4, R, R), mask 0 the single mask and 1 to 3 those of an ambiguous prompt. predicted_iou: (K, 4).
     targets: (K, R, R) in 0..1. multi_weight: of the loss of the best of the three; single_weight: of mask 0's. Only the
     best of the three gets a gradient, so that they become different answers; all four scores learn their mask's actual
-    IoU.
+    IoU. doubt: (K,), see `trust`; None trusts all prompts alike.
     """
     logits, predicted_iou, targets = logits.float(), predicted_iou.float(), targets.float().unsqueeze(1)
-    per_mask = mask_losses(logits, targets)
-    best = per_mask[:, 1:].min(dim=1).values.mean()
-    mask = multi_weight * best + single_weight * per_mask[:, 0].mean()
     iou = actual_iou(logits, targets)
-    score = (predicted_iou - iou).square().sum(dim=1).mean()
     multi = iou[:, 1:]
+    weight = torch.ones_like(multi[:, 0]) if doubt is None else trust(multi.max(dim=1).values, doubt)
+    per_mask = mask_losses(logits, targets)
+    best = (weight * per_mask[:, 1:].min(dim=1).values).mean()
+    mask = multi_weight * best + single_weight * (weight * per_mask[:, 0]).mean()
+    score = (weight * (predicted_iou - iou).square().sum(dim=1)).mean()
     scored = multi.gather(1, predicted_iou[:, 1:].argmax(dim=1, keepdim=True))
     oracle = multi.max(dim=1).values.mean()
     return Losses(mask + score, mask.detach(), score.detach(), scored.mean(), oracle, iou[:, 0].mean())

@@ -37,6 +37,10 @@ class DataConfig(Settings):
     """How much brightness, contrast and saturation vary: 0.2 is by a fifth up and down."""
     min_area: int = Field(default=64, ge=1)
     """Masks smaller than this, pixels of the image, are not asked for."""
+    area_power: float = Field(default=0.0, ge=0, le=1)
+    """Large masks are asked for more often, as this power of their area: 0 asks for all alike, 1 by their pixels."""
+    weigh_by_score: bool = False
+    """Ask for a mask more often the higher its predicted_iou x stability_score is; for labels that nobody looked at."""
     min_predicted_iou: float | None = Field(default=None, ge=0, le=1)
     """Only masks that whoever labelled them scored at least so; null takes all."""
     image_root: tuple[str, str] | None = None
@@ -107,6 +111,9 @@ class TrainConfig(Settings):
     """Part of the steps that go beyond their first prompt."""
     single_weight: float = Field(default=0.25, ge=0)
     """Of the single mask's loss beside the best of three after one click; it is 1 where the prompt is not ambiguous."""
+    doubt: float = Field(default=0.0, ge=0, le=4)
+    """A mask of a labelled image counts as this power of the IoU of the model's best answer, so that wrong labels,
+    which no answer fits, teach less; 0 trusts all alike."""
     later_multi_weight: float = Field(default=0.0, ge=0)
     """Of the best of three's loss beside the single mask's after the first round."""
     first_image_size: int = Field(default=256, ge=32)

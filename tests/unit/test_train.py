@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from handmade import annotation
 from safetensors import safe_open
 from scene_outputs import paint, write_scenes
 
@@ -27,7 +28,7 @@ from samray.train.examples import Frame, MaskExamples, SceneExamples, area_downs
 from samray.train.interaction import Rounds, draw_course
 from samray.train.learner import Learner, check_settings, frame_of, size_due
 from samray.train.loop import Worker, run_leg, save_all
-from samray.train.losses import actual_iou, mask_losses, sam_loss
+from samray.train.losses import actual_iou, mask_losses, sam_loss, trust
 from samray.train.mixture import CYCLE, Mixture
 from samray.train.optimizer import add_drop_path, layer_of, learning_rate, make_optimizer, set_trainable
 from samray.train.run import choose_sizes
@@ -209,6 +210,32 @@ def test_the_scored_iou_is_that_of_the_highest_score():
     assert right.iou_oracle.item() == wrong.iou_oracle.item() == 1
 
 
+def test_a_label_that_no_answer_fits_teaches_less():
+    best = torch.tensor([0.9, 0.1, 0.5, 0.0])
+    weight = trust(best, torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    assert weight.tolist() == pytest.approx([1.0 / 0.6, 0.2 / 0.6, 1, 1]), "0.1 + IoU over their mean; the others are 1"
+    assert trust(best, torch.zeros(4)).tolist() == [1, 1, 1, 1]
+    squared = trust(best[:2], torch.full((2,), 2.0))
+    assert squared.tolist() == pytest.approx([0.91 / 0.51, 0.11 / 0.51])
+
+
+def test_doubt_weighs_the_loss_of_labelled_images_alone():
+    settings = settings_of("train.doubt=1").train
+    targets = torch.zeros(2, 2, 16, 16, dtype=torch.uint8)
+    targets[:, :, :4] = 255
+    given = {
+        "points": torch.zeros(2, 2, 2),
+        "boxes_xyxy": torch.zeros(2, 2, 4),
+        "targets": targets,
+        "from_labels": torch.tensor([True, False]),
+    }
+    rounds = Rounds(Sam(MICRO), settings, draw_course(settings, 0), given, torch.Generator())
+    assert rounds.doubt is not None
+    assert rounds.doubt.tolist() == [1, 1, 0, 0]
+    plain = settings_of().train
+    assert Rounds(Sam(MICRO), plain, draw_course(plain, 0), given, torch.Generator()).doubt is None
+
+
 # --- examples of labelled images -------------------------------------------------------------------------------------
 
 
@@ -264,6 +291,42 @@ def test_examples_of_an_output_show_its_own_masks(labels: str):
         scene = next(s for s in scenes if np.array_equal(s.image, example["image"][:h, :w]))
         known = {area_downsample(np.pad(m, ((0, 16), (0, 0)))[None], 16).tobytes() for m in scene.masks}
         assert {target.tobytes() for target in example["targets"]} <= known
+
+
+def test_masks_are_asked_for_by_their_area_and_scores(labels: str):
+    def first_drawn(*weights: float, **settings: Any) -> list[int]:
+        """How often each of three masks, of 1024, 64 and 64 pixels, is the first one drawn of 600."""
+        masks = np.zeros((3, 64, 64), bool)
+        masks[0, :32, :32] = masks[1, 40:48, 40:48] = masks[2, 40:48, :8] = True
+        config = DataConfig(prompts_per_image=1, validation_fraction=0, **settings)
+        examples = MaskExamples(labels, config, seed=0)
+        examples.dataset = _OneImage(masks, weights)  # type: ignore[assignment]
+        _, rles, found = examples._read(0)
+        drawn = [
+            examples._draw_masks(rles, found, whole_view(64, 64, 64), np.random.default_rng(i))[0] for i in range(600)
+        ]
+        return [sum(np.array_equal(mask, one) for one in drawn) for mask in masks]
+
+    assert all(150 < count < 250 for count in first_drawn(1, 1, 0.1))
+    assert first_drawn(1, 1, 0.1, area_power=1.0)[0] > 500, "1024 of 1152"
+    by_score = first_drawn(1, 1, 0.1, weigh_by_score=True)
+    assert by_score[2] < 60 < 230 < min(by_score[:2]), "0.1 of 2.1"
+    assert first_drawn(0, 0, 0, weigh_by_score=True) != [600, 0, 0], "of masks that all have no score, any"
+
+
+class _OneImage:
+    """In the place of a MaskDataset."""
+
+    def __init__(self, masks: np.ndarray, scores: Any) -> None:
+        self.target = {
+            "segmentation": [annotation(mask)["segmentation"] for mask in masks],
+            "area": torch.tensor(masks.sum((1, 2))),
+            "predicted_iou": torch.tensor(scores, dtype=torch.float32),
+            "stability_score": torch.ones(len(masks)),
+        }
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        return torch.zeros(3, 64, 64, dtype=torch.uint8), self.target
 
 
 def test_an_epoch_has_each_image_once_and_the_next_another_order(labels: str):
