@@ -114,7 +114,7 @@ def is_photograph(image: npt.NDArray[np.uint8]) -> bool:
 
 
 def compactness(mask: npt.NDArray[np.bool_]) -> float:
-    """4 pi area / outline^2 of a mask (H, W), with its outline along pixel edges: pi / 4 for a square, 0 for a thread."""
+    """4 pi area / outline^2 of a mask (H, W), the outline along pixel edges: pi / 4 for a square, 0 for a thread."""
     outline = int((mask[1:] != mask[:-1]).sum()) + int((mask[:, 1:] != mask[:, :-1]).sum())
     return 4 * math.pi * int(mask.sum()) / max(outline, 1) ** 2
 
