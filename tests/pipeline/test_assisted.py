@@ -83,7 +83,7 @@ def test_each_prompt_is_a_mask_in_order_and_a_rerun_finishes_what_is_missing(
     Path(shard_uri(output, 0)).unlink()
     moved = prompts.rename(tmp_path / "moved.jsonl")  # the content counts
     again = label(moved)
-    assert (again.num_labelled, again.num_shards_skipped) == (2, 2)
+    assert (again.num_labelled, again.num_shards_skipped) == (2, 2), again
     assert {row["image"]["file_name"]: row for row in rows_of(output)} == rows
 
     retried = label(moved, retry_failed=True)
