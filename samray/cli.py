@@ -145,8 +145,9 @@ def train(
 ) -> int:
     """Train a model on labelled images: what `samray label` writes is what this reads.
 
-    The same command again goes on where the last one stopped; other settings on the same OUTPUT are refused. OUTPUT
-    gets weights.safetensors, for `samray label ... model.checkpoint=`, and curves.png.
+    The same command again goes on where the last one stopped; other settings on the same OUTPUT are refused.
+
+    OUTPUT gets weights.safetensors, for `samray label ... model.checkpoint=`, and curves.png.
 
     Examples:
 
