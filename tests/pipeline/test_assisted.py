@@ -15,6 +15,7 @@ from PIL import Image
 from samray.config import Config
 from samray.dataset.shards import shard_uri
 from samray.errors import ConfigError
+from samray.evaluate.proposals import best_ious
 from samray.masks.prompted import PromptedGenerator
 from samray.pipeline import run as run_module
 from samray.pipeline.run import label_with
@@ -75,8 +76,14 @@ def test_each_prompt_is_a_mask_in_order_and_a_rerun_finishes_what_is_missing(
     for name in ("0.png", "1.png", "4.png"):
         (wanted,) = generator.generate([images[name]], [[Prompt.parse(value) for value in PROMPTS[name]]])
         first_id = rows[name]["image"]["image_id"] * 65536
-        assert rows[name]["annotations"] == [{"id": first_id + i, **mask} for i, mask in enumerate(wanted)]
-        assert len(wanted) == len(PROMPTS[name])
+        assert len(rows[name]["annotations"]) == len(wanted) == len(PROMPTS[name])
+        for i, (mask, alone) in enumerate(zip(rows[name]["annotations"], wanted, strict=True)):
+            assert mask["id"] == first_id + i
+            assert mask["point_coords"] == alone["point_coords"]
+            # Not to the last digit: sums depend on the number of threads, which the actor has its own of.
+            assert best_ious([mask["segmentation"]], [alone["segmentation"]])[0] > 0.99
+            for score in ("predicted_iou", "stability_score"):
+                assert mask[score] == pytest.approx(alone[score], abs=1e-2)
     clicks = [mask["point_coords"] for mask in rows["0.png"]["annotations"]]
     assert clicks == [[[60.0, 20.0]], []]
 
