@@ -7,6 +7,8 @@ position that is saved at such a step is a plain prefix of the order, whatever t
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +33,9 @@ SCENES = "scenes"
 
 DATA_CPUS = 0.25
 """CPU that a data actor reserves. It may use a whole one, but must find room beside workers that hold all the rest."""
+AHEAD_STEPS = 64
+"""Steps whose examples are made before they are due, at most."""
+POLL_S = 0.2
 
 
 def open_data(data: Sequence[str], settings: TrainSettings) -> Mixture:
@@ -57,19 +62,45 @@ def output_of(uri: str) -> str:
     return uri
 
 
+class Pace:
+    """Holds data actors back while they are AHEAD_STEPS before the training.
+
+    Ray Data alone would first fill the object store, with the cores that the training needs, and throw most of it away
+    at the end of a leg; with a memory limit its scheduler spins on a core of its own (Ray 2.60).
+    monitor: a `samray.train.monitor.Monitor`. first_step: where the leg begins.
+    """
+
+    def __init__(self, monitor: Any, first_step: int, batch_size: int) -> None:
+        self.monitor, self.step, self.batch_size = monitor, first_step, batch_size
+
+    def wait(self, number: int) -> None:
+        """Until example `number` is due."""
+        import ray
+
+        due = number // self.batch_size - AHEAD_STEPS
+        while due > self.step:
+            with contextlib.suppress(ray.exceptions.RayError):  # nobody is told: it asks again
+                line = ray.get(self.monitor.read.remote(), timeout=30.0)
+                self.step = line["step"] if line else self.step
+            if due > self.step:
+                time.sleep(POLL_S)
+
+
 class ExampleMaker:
     """Numbers of examples to examples: what a data actor runs."""
 
-    def __init__(self, mixture: Any, frame: Frame) -> None:
+    def __init__(self, mixture: Any, frame: Frame, pace: Pace | None = None) -> None:
         if not isinstance(mixture, Mixture):
             import ray
 
             mixture = ray.get(mixture)
         self.mixture: Mixture = mixture
-        self.frame = frame
+        self.frame, self.pace = frame, pace
 
     def __call__(self, block: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """{"number": (B,)} -> the arrays of B examples (`samray.train.examples.Arrays`), each with a first axis B."""
+        if self.pace is not None:
+            self.pace.wait(int(block["number"][0]))
         examples = [self.mixture.example(int(number), self.frame) for number in block["number"]]
         return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
@@ -81,9 +112,11 @@ def blocks(first_step: int, num_steps: int, batch_size: int) -> Iterator[npt.NDA
 
 
 def example_stream(
-    mixture: Any, frame: Frame, first_step: int, num_steps: int, batch_size: int, num_actors: int
+    mixture: Any, frame: Frame, first_step: int, num_steps: int, batch_size: int, num_actors: int, monitor: Any
 ) -> ray.data.Dataset:
-    """The examples of `num_steps` steps as a Ray data set, one block a step. mixture: also as Ray's reference to it.
+    """The examples of `num_steps` steps as a Ray data set, one block a step.
+
+    mixture: also as Ray's reference to it. monitor: what knows how far the training is.
 
     Made within `samray.pipeline.cluster.data_settings`, which keep blocks whole.
     """
@@ -94,7 +127,7 @@ def example_stream(
     )
     stream: ray.data.Dataset = numbers.map_batches(
         ExampleMaker,
-        fn_constructor_kwargs={"mixture": mixture, "frame": frame},
+        fn_constructor_kwargs={"mixture": mixture, "frame": frame, "pace": Pace(monitor, first_step, batch_size)},
         batch_size=None,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=num_actors),

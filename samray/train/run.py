@@ -193,6 +193,7 @@ def _make_trainer(run: _Run, sizes: Sizes, mixture: Any, position: Position, fol
         leg_steps = min(leg_steps, -(-left // sizes.num_workers) * sizes.num_workers)
     end = position.step + leg_steps
     store, batch_size = run.store, settings.train.batch_size
+    monitor = ray.remote(Monitor).options(num_cpus=0, max_restarts=-1).remote()
 
     def stream() -> ray.data.Dataset:
         """Called for each group of workers: after a death the position is a later one."""
@@ -200,7 +201,8 @@ def _make_trainer(run: _Run, sizes: Sizes, mixture: Any, position: Position, fol
 
         first = store.read_position().step
         with data_settings(ClusterConfig()):
-            return example_stream(mixture, frame, first, max(1, end - first), batch_size, sizes.num_data_actors)
+            steps = max(1, end - first)
+            return example_stream(mixture, frame, first, steps, batch_size, sizes.num_data_actors, monitor)
 
     arguments = {
         "settings": settings,
@@ -210,7 +212,7 @@ def _make_trainer(run: _Run, sizes: Sizes, mixture: Any, position: Position, fol
         "until": until,
         "end": end,
         "num_threads": sizes.num_threads,
-        "monitor": ray.remote(Monitor).options(num_cpus=0, max_restarts=-1).remote(),
+        "monitor": monitor,
     }
     resources = {"CPU": sizes.worker_cpus, **({"GPU": sizes.worker_gpus} if sizes.worker_gpus else {})}
     return TorchTrainer(
