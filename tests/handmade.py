@@ -14,7 +14,7 @@ from samray import storage
 from samray.config import load_config
 from samray.dataset.manifest import Plan, make_plan
 from samray.dataset.schema import ImageRecord, records_to_table
-from samray.dataset.shards import commit_shard, mark_success
+from samray.dataset.shards import commit_shard, done_shards, mark_success, read_shard
 
 HEIGHT, WIDTH = 24, 31
 
@@ -31,6 +31,11 @@ def annotation(mask: np.ndarray, **scores: float) -> dict[str, Any]:
         "point_coords": [[1.25, 2.5]],
         "crop_box": [0.0, 0.0, float(mask.shape[1]), float(mask.shape[0])],
     }
+
+
+def decoded(mask: dict[str, Any]) -> np.ndarray:
+    """The pixels of a mask as an output has it: what `annotation` was made from."""
+    return coco_mask.decode(mask["segmentation"]).astype(bool)
 
 
 def blob(seed: int, shape: tuple[int, int] = (HEIGHT, WIDTH)) -> np.ndarray:
@@ -87,3 +92,9 @@ def write_output(
     if not missing_shards:
         mark_success(plan.output, num_images=plan.num_images, num_failed=len(failed))
     return plan
+
+
+def read_rows(output: object) -> list[dict[str, Any]]:
+    """Every row of every finished shard, in order."""
+    shards = sorted(done_shards(str(output)))
+    return [row for shard in shards for row in read_shard(str(output), shard).to_pylist()]

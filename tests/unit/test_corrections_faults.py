@@ -1,0 +1,98 @@
+"""Corrections that cannot be taken: images that fail and say why, and commands that are refused in one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from handmade import HEIGHT, WIDTH, annotation, blob, write_output
+from reviewed import NAMES, export, five_images, import_, masks_of, rows_of, write
+
+from samray.cli import main
+from samray.dataset.imports import corrections
+from samray.dataset.manifest import Plan
+from samray.dataset.shards import shard_uri
+from samray.errors import ConfigError
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return five_images(str(tmp_path))
+
+
+def test_images_whose_corrections_cannot_be_understood_fail_and_say_why(plan: Plan, tmp_path: Path) -> None:
+    content = export(plan, tmp_path / "there", confident=0.9)
+    by_name = {image["file_name"]: image for image in content["images"]}
+    by_name["a/0.png"]["width"] = 7
+    by_name["b/0.png"]["width"] = None
+    content["annotations"].append({"id": 1, "image_id": by_name["a/1.png"]["id"], "segmentation": [["x"]]})
+    report = import_(write(tmp_path / "x.json", content), tmp_path / "new", plan, confident=0.9)
+    assert report.failures == {"truncated": 1, "unreadable": 3}
+    rows = rows_of(tmp_path / "new")
+    assert rows["a/0.png"]["error"] == "unreadable: the corrected image is 7x24, the labelled one 31x24"
+    assert rows["a/1.png"]["error"].startswith("unreadable: annotation 4 cannot be understood: could not convert")
+    assert rows["b/0.png"]["error"] == "unreadable: the image has the impossible height and width (24, None)"
+
+
+def test_an_image_without_an_id_left_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = write_output(str(tmp_path), NAMES[:1], masks=masks_of)
+    content = export(plan, tmp_path / "there", confident=0)
+    content["annotations"].append({"id": 1, "image_id": 0, **annotation(blob(1))})
+    monkeypatch.setattr(corrections, "ANNOTATIONS_PER_IMAGE", 5)
+    report = import_(write(tmp_path / "x.json", content), tmp_path / "new", plan)
+    assert report.failures == {"unsupported": 1}
+    assert rows_of(tmp_path / "new")["a/0.png"]["error"] == "unsupported: no id is left: an image has 5"
+
+
+def test_wrong_commands_are_one_sentence(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refusal(*arguments: object) -> str:
+        assert main([str(argument) for argument in arguments]) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    labels, out = plan.output, tmp_path / "new"
+    content = export(plan, tmp_path / "there", confident=0.9)
+    source = write(tmp_path / "x.json", content)
+    assert "--confident=1.5 is not allowed: it is from 0 to 1" in _refused(plan, tmp_path / "no", confident=1.5)
+    assert "--stable=-1 is not allowed: it is from 0 to 1" in _refused(plan, tmp_path / "no", stable=-1)
+    assert "--confident is an option of coco, not of yolo" in refusal(
+        "export", labels, tmp_path / "no", "--format", "yolo", "--confident", "0.9"
+    )
+    assert "--confident needs --corrects" in refusal("import", source, out, "--confident", "0.9")
+    assert "--stable needs --corrects" in refusal("import", source, out, "--stable", "0.9")
+    assert "--keep-rest needs --corrects" in refusal("import", source, out, "--keep-rest")
+    with_corrects = ("import", source, out, "--corrects", labels)
+    assert "with --corrects SOURCE is COCO" in refusal(*with_corrects, "--format", "sa1b")
+    assert "leave out --images" in refusal(*with_corrects, "--images", tmp_path)
+    assert "holds no samray run" in refusal("import", source, out, "--corrects", tmp_path / "in")
+    assert "DEST must be another folder than the OUTPUT" in refusal("import", source, labels, "--corrects", labels)
+
+    def of(**changes: Any) -> Path:
+        return write(tmp_path / "bad" / "x.json", {**content, **changes})
+
+    size = {"width": WIDTH, "height": HEIGHT}
+    stranger = {"id": 1, "file_name": "0.png", **size}
+    twice = [{"id": i, "file_name": "c.png", **size} for i in (1, 2)]
+    arguments = (out, "--corrects", labels)
+    assert "none of its 1 images is in" in refusal("import", of(images=[stranger]), *arguments)
+    assert "its first is '0.png', there the first is 'a/0.png'" in refusal("import", of(images=[stranger]), *arguments)
+    assert "holds the image 'c.png' twice" in refusal("import", of(images=twice), *arguments)
+    assert "the image 1 has no file_name" in refusal("import", of(images=[{"id": 1}]), *arguments)
+    assert not out.exists()
+
+    assert main([*map(str, with_corrects), "--confident", "0.9", "--no-progress"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "corrected 4 images; the others stay as they were" in said
+    assert "unchanged 12 masks" in said
+    assert "left out 3 masks, not sure enough (--keep-rest keeps them)" in said
+    assert "corrects.keep_rest: false there, true now" in refusal(*with_corrects, "--confident", "0.9", "--keep-rest")
+    (out / "_samray" / "run.json").unlink()
+    assert "holds shards of which nothing says what they are" in refusal(*with_corrects, "--confident", "0.9")
+    Path(shard_uri(labels, 1)).unlink()
+    assert "is not finished: 1 of 3 shards are missing" in refusal("import", source, tmp_path / "o", *arguments[1:])
+
+
+def _refused(plan: Plan, dest: Path, **options: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        export(plan, dest, **options)
+    return str(caught.value)

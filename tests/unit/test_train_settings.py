@@ -1,0 +1,76 @@
+"""The trainer's settings: what they are taken from, the words of every refusal, and what they make of a cluster."""
+
+import math
+from pathlib import Path
+
+import pytest
+from micro import settings_of
+
+from samray.errors import ConfigError
+from samray.train.learner import check_settings
+from samray.train.run import choose_sizes
+from samray.train.settings import load_train_settings
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.step=5", "no setting train.step; did you mean train.steps"),
+        ("steps=5", "did you mean train.steps"),
+        ("masks.points_per_side=8", "no section masks; sections are data, model, train, cluster"),
+        ("train.steps=null", "both null"),
+        ("train.trainable=last_blocks:0", "last_blocks:N"),
+        ("train.trainable=encoder", "decoder.prompt"),
+        ("train.distill_checkpoint=a.pth", "needs train.distill_from"),
+        ("model.dtype=float16", "auto, float32 or bfloat16"),
+        ("data.scale_jitter=[2,1]", "takes a range above 0"),
+        ("data.scale_jitter=2", "a list of two numbers"),
+        ("data.shares=[-1]", "at least 0"),
+        ("data.shares=x", "a list of numbers or null"),
+        ("data.flip_fraction=2", "a number from 0 to 1"),
+        ("train.schedule=linear", "one of cosine, step, constant"),
+    ],
+)
+def test_wrong_settings_are_told_in_words(override: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_train_settings(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("model", "override", "message"),
+    [
+        ("vit_b", "train.first_fraction=0.5", "needs a model with a TinyViT"),
+        ("tiny", "train.distill_from=vit_h", "have 256 channels, those of tiny 128"),
+        ("vit_h", "train.distill_from=vit_h", "takes another model"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_refused(model: str, override: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        check_settings(load_train_settings(None, [f"model.name={model}", override]))
+    with pytest.raises(ConfigError, match=r"multiple of 16"):
+        check_settings(load_train_settings(None, ["train.first_fraction=0.5", "train.first_image_size=100"]))
+
+
+def test_lists_are_taken_from_files_and_the_command_line(tmp_path: Path):
+    file = tmp_path / "train.yaml"
+    file.write_text("train:\n  decay_at: [0.5, 1]\ndata:\n  sources: [a, b]\n  shares: [1, 2.5]\n")
+    settings = load_train_settings(file, ["data.scale_jitter=[1,1]", "data.image_root=[s3://a,/b]"])
+    assert settings.train.decay_at == (0.5, 1.0)
+    assert settings.data.sources == ("a", "b")
+    assert settings.data.shares == (1.0, 2.5)
+    assert settings.data.scale_jitter == (1.0, 1.0)
+    assert settings.data.image_root == ("s3://a", "/b")
+
+
+def test_sizes_share_out_the_cluster():
+    two_cores = [{"CPU": 2.0}]
+    one = choose_sizes(settings_of(), two_cores)
+    assert (one.num_workers, one.num_threads, one.num_data_actors, one.worker_gpus) == (1, 2, 1, 0)
+    assert one.worker_cpus + 0.25 * one.num_data_actors < 2
+    pair = choose_sizes(settings_of("cluster.num_workers=2"), [{"CPU": 1.0}])
+    assert 2 * pair.worker_cpus + 0.25 * pair.num_data_actors <= 1
+    gpus = choose_sizes(settings_of("train.batch_size=16"), [{"CPU": 64.0, "GPU": 8.0}])
+    assert (gpus.num_workers, gpus.worker_gpus, gpus.num_data_actors) == (8, 1, 56)
+    with pytest.raises(ConfigError, match=r"train.batch_size = 2 cannot be shared out among 8 workers"):
+        choose_sizes(settings_of(), [{"CPU": 64.0, "GPU": 8.0}])
+    assert math.isclose(choose_sizes(settings_of(), [{"CPU": 1.0}]).worker_cpus, 0.5)
