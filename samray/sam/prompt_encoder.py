@@ -27,8 +27,9 @@ class PositionEncoding(nn.Module):
         """xy: (..., 2) in [0, 1]. Returns (..., 2 * num_features), sines then cosines."""
         matrix = self.positional_encoding_gaussian_matrix
         assert isinstance(matrix, Tensor)
-        # In float32 whatever the model's dtype: bfloat16 positions would be off by several pixels.
-        angles = 2 * math.pi * ((2 * xy.float() - 1) @ matrix.float())
+        # In float32 whatever the model's dtype, and under autocast: bfloat16 positions would be off by several pixels.
+        with torch.autocast(xy.device.type, enabled=False):
+            angles = 2 * math.pi * ((2 * xy.float() - 1) @ matrix.float())
         return torch.cat([angles.sin(), angles.cos()], dim=-1).to(matrix.dtype)
 
 

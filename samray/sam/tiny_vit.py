@@ -81,7 +81,11 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(3, 0, 2, 1, 4)
         assert isinstance(self.attention_bias_idxs, Tensor)
         bias = self.attention_biases[:, self.attention_bias_idxs].to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
+        if q.device.type == "cpu" and torch.is_grad_enabled() and bias.requires_grad:
+            # Where a bias learns torch falls back on a path that looks for rows without any key, and takes much longer.
+            out = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + bias).softmax(dim=-1).to(v.dtype) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
         return self.proj(out.transpose(1, 2).reshape(n, tokens, dim))
 
 

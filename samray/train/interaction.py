@@ -114,6 +114,9 @@ class InteractionLoss(nn.Module):
     def __init__(self, sam: Sam, config: TrainConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.sam, self.config, self.dtype = sam, config, dtype
+        self.idle: list[nn.Parameter] = []
+        """What had no part in the last step, such as a box's corners in one of clicks. Data parallel training gives
+        these gradients of zero, and an optimizer would move them by momentum and decay."""
 
     def forward(self, batch: Batch, step: int, stream: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss with gradients, and figures without.
@@ -129,7 +132,8 @@ class InteractionLoss(nn.Module):
                 embeddings = sam.encode_images(pixels)
             rounds = Rounds(sam, self.config, draw_course(self.config, step), batch, generator)
             others = [p for m in (sam.prompt_encoder, sam.mask_decoder) for p in m.parameters() if p.requires_grad]
-            total: Tensor = _RoundByRound.apply(rounds.run, embeddings, *others)  # type: ignore[no-untyped-call]
+            self.idle = list(others)
+            total: Tensor = _RoundByRound.apply(rounds.run, self.idle, embeddings, *others)  # type: ignore[no-untyped-call]
         first = rounds.first
         assert first is not None
         assert rounds.last_iou is not None
@@ -180,7 +184,14 @@ class _RoundByRound(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, run: Callable[[Tensor], Iterator[Tensor]], embeddings: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        run: Callable[[Tensor], Iterator[Tensor]],
+        idle: list[nn.Parameter],
+        embeddings: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        """idle: becomes those of the parameters that no loss depends on."""
         leaf = embeddings.detach().requires_grad_(embeddings.requires_grad)
         inputs = [leaf, *parameters]
         wanted = [i for i, tensor in enumerate(inputs) if tensor.requires_grad]
@@ -198,8 +209,9 @@ class _RoundByRound(torch.autograd.Function):
                     if gradient is None:
                         sums[i] = held
         ctx.sums = sums
+        idle[:] = [p for p, held in zip(parameters, sums[1:], strict=True) if held is None]  # type: ignore[misc]
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *(None if held is None else held * gradient for held in ctx.sums))
+        return (None, None, *(None if held is None else held * gradient for held in ctx.sums))

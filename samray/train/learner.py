@@ -148,9 +148,8 @@ class Learner:
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
         dtype = autocast_dtype(settings, device)
-        self.loss: nn.Module = wrap(
-            InteractionLoss(self.sam, config, dtype) if teacher is None else DistillationLoss(self.sam, teacher, dtype)
-        )
+        self.interaction = InteractionLoss(self.sam, config, dtype)
+        self.loss: nn.Module = wrap(self.interaction if teacher is None else DistillationLoss(self.sam, teacher, dtype))
 
     def _begin(self, settings: TrainSettings, teacher: Sam | None) -> None:
         """The first weights: random, or those of a checkpoint; what a teacher does not teach is taken from it."""
@@ -185,6 +184,8 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         total, figures = self.loss(batch, self.position.step, self.stream)
         total.backward()
+        for parameter in self.interaction.idle:
+            parameter.grad = None
         learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(learning, self.config.max_grad_norm))
         self.position.step += 1
