@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.console import Console
@@ -73,11 +74,17 @@ def _print_exit_codes(console: Console) -> None:
 
 
 def split_settings(words: list[str], needed: list[str], sections: Sections = SECTIONS) -> tuple[list[str], list[str]]:
-    """Settings and other words, in whatever order they were typed. A path may hold a `=`, but no `section.` before it.
+    """Settings and other words, in whatever order they were typed.
 
-    Raises ConfigError when fewer other words are left than are needed.
+    What looks like a setting and is no path that exists counts as one: if it is mistyped, whoever reads the settings
+    says so. Raises ConfigError when fewer other words are left than are needed.
     """
-    settings = [word for word in words if re.match(rf"({'|'.join(sections)})\.\w+=", word)]
+    known = rf"({'|'.join(sections)})\.\w+="
+    settings = [
+        word
+        for word in words
+        if re.match(known, word) or (re.match(r"[A-Za-z_]\w*(\.\w+)?=[^/]*$", word) and not Path(word).exists())
+    ]
     others = [word for word in words if word not in settings]
     if len(others) < len(needed):
         raise ConfigError(f"Missing argument '{needed[len(others)]}' (see samray --help)")

@@ -16,7 +16,7 @@ from samray.errors import ConfigError
 def plain(value: Any) -> Any:
     """As JSON gives it back, and without the credentials that a URI may hold."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {storage.redact(str(key)): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return storage.redact(value) if isinstance(value, str) else value

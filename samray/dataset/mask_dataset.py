@@ -114,6 +114,11 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         target = self._target(table["annotations"][row].values, record)
         return (image, target) if self.transforms is None else self.transforms(image, target)
 
+    def target(self, index: int) -> Target:
+        """An image's masks alone, untransformed; the image itself is not read. Raises: StorageError."""
+        table, row = self._locate(range(len(self))[index])
+        return self._target(table["annotations"][row].values, table["image"][row].as_py())
+
     def uris(self) -> list[str]:
         """Every image's URI as it was labelled, in the order of the data set. Raises: StorageError."""
         return read_uris(load_plan(self.output), self._index)

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -32,6 +32,8 @@ class CutoutSource:
     is left out. A folder is drawn from as often as the root of its number of names, so that a small photographic one is
     not drowned; within it all names are as frequent, however many variants of a drawing there are. HELDOUT_FRACTION of
     the names, chosen by their hash, form the split "heldout". Raises ConfigError if nothing is usable.
+
+    Picklable: on another node, which must reach the folders too, the cache is made there when it is first needed.
     """
 
     def __init__(self, folders: Sequence[str | os.PathLike[str]], cache_dir: str | os.PathLike[str]) -> None:
@@ -39,8 +41,10 @@ class CutoutSource:
         files = [(group, path) for group, root in enumerate(roots) for path in _pictures(root)]
         identity = "\n".join([str(_CACHE_VERSION), *(f"{path} {path.stat().st_size}" for _, path in files)])
         cache = Path(cache_dir).expanduser() / f"cutouts-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+        self._files, self._roots, self._cache = files, roots, cache
         if not cache.with_suffix(".npz").exists():
-            _build(files, roots, cache)
+            with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+                _build(files, roots, cache, pool.map(_load, [path for _, path in files], chunksize=16))
         self._pixels_path = cache.with_suffix(".npy")
         self._pixels: npt.NDArray[np.uint8] | None = None
         with np.load(cache.with_suffix(".npz")) as index:
@@ -78,6 +82,8 @@ class CutoutSource:
         if not groups:
             return None
         if self._pixels is None:
+            if not self._pixels_path.exists():  # in a worker, which starts no processes of its own
+                _build(self._files, self._roots, self._cache, (_load(path) for _, path in self._files))
             self._pixels = np.load(self._pixels_path, mmap_mode="r")
         folders = list(groups.values())
         weights = np.sqrt([len(names) for names in folders])
@@ -109,9 +115,9 @@ def _is_heldout(name: str) -> bool:
     return int(hashlib.sha256(f"scene {name}".encode()).hexdigest(), 16) % 1000 < 1000 * HELDOUT_FRACTION
 
 
-def _build(files: list[tuple[int, Path]], roots: list[Path], cache: Path) -> None:
-    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        loaded = list(pool.map(_load, [path for _, path in files], chunksize=16))
+def _build(
+    files: list[tuple[int, Path]], roots: list[Path], cache: Path, loaded: Iterable[npt.NDArray[np.uint8] | None]
+) -> None:
     kept = [(g, p, pixels) for (g, p), pixels in zip(files, loaded, strict=True) if pixels is not None]
     if not kept:
         raise ConfigError(f"no usable cut-out or background below {', '.join(map(str, roots))}")

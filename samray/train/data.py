@@ -50,6 +50,9 @@ def open_data(data: Sequence[str], settings: TrainSettings) -> Mixture:
             continue
         source = CutoutSource(config.sources, Path(config.cache)) if config.sources else None
         parts.append(SceneExamples(source, config, seed))
+    if config.image_root is not None and not any(isinstance(part, MaskExamples) and part.is_moved for part in parts):
+        old = storage.redact(config.image_root[0])
+        raise ConfigError(f"data.image_root: no image of the DATA lies below {old}")
     return Mixture(parts, config.shares, seed)
 
 

@@ -37,7 +37,7 @@ SHAPES = (1.0, 1.0, 3 / 4, 2 / 3, 9 / 16)
 MIN_VISIBLE_PIXELS = 16
 """Of a mask, in a view of its image: what has less left is not asked for."""
 _TRIES = 8
-"""Images that are tried in the place of one that cannot be read or has no mask left in view."""
+"""Images that cannot be read, until an example is given up."""
 _VALIDATION_MASKS = 16
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -132,8 +132,8 @@ class MaskExamples:
     """The labelled images of an OUTPUT that have a mask, but for those held out.
 
     Epoch after epoch, each in an order of its own; draw number i is image i % n of epoch i // n. An image that cannot
-    be read, or has no mask that is large enough, gives way to the next.
-    Raises: ConfigError where there is none to train on or to validate on, StorageError.
+    be read, or has no mask that the settings let through, gives way to the next.
+    Raises: ConfigError where there is none to train on, or `data.image_root` fits some URIs only; StorageError.
     """
 
     def __init__(self, output: str, config: DataConfig, seed: int, place: int = 0) -> None:
@@ -146,12 +146,15 @@ class MaskExamples:
             keep_empty=False,
             image_root=config.image_root,
         )
-        held = held_out(self.dataset.uris(), config.validation_fraction)
+        uris = self.dataset.uris()
+        self.is_moved = config.image_root is not None and _are_below(config.image_root[0], uris)
+        if not self.is_moved:
+            self.dataset.image_root = None
+        held = held_out(uris, config.validation_fraction)
         self.train, self.heldout = np.flatnonzero(~held), np.flatnonzero(held)
         where = storage.redact(output)
         if len(self.train) == 0:
             raise ConfigError(f"all {len(held)} images of {where} are held out; lower data.validation_fraction")
-        self._why = ""
         self._order = lru_cache(2)(self._draw_order)
 
     @property
@@ -160,22 +163,33 @@ class MaskExamples:
 
     def example(self, draw: int, frame: Frame) -> Arrays:
         rng = np.random.default_rng([self.seed, self.place, draw])
-        for further in range(_TRIES):
+        config, where = self.config, storage.redact(self.dataset.output)
+        faults: list[StorageError] = []
+        for further in range(len(self.train)):
             epoch, at = divmod(draw + further, len(self.train))
-            found = self._try(int(self._order(epoch)[at]), frame, rng)
-            if found is not None:
-                return found
-        raise StorageError(
-            f"of {_TRIES} images of {storage.redact(self.dataset.output)} in a row none could be used: {self._why}"
+            try:
+                found = self._try(int(self._order(epoch)[at]), frame, rng)
+            except StorageError as error:
+                faults.append(error)
+                if len(faults) == _TRIES:
+                    break
+            else:
+                if found is not None:
+                    return found
+        if faults:
+            raise StorageError(f"{len(faults)} images of {where} were no use, the last: {faults[-1]}") from faults[-1]
+        raise ConfigError(
+            f"of the {len(self.train)} images of {where} none has a mask to train on: lower data.min_area"
+            f" ({config.min_area}) or data.min_predicted_iou ({config.min_predicted_iou})"
         )
 
     def _try(self, index: int, frame: Frame, rng: np.random.Generator) -> Arrays | None:
-        """An example of an image; None where it cannot be read, or every mask is filtered out."""
-        try:
-            image, rles, weights = self._read(index)
-        except StorageError as error:
-            self._why = str(error)
+        """An example of an image; None where no mask is let through or can be seen. Raises: StorageError."""
+        masks_of = self._masks(index)
+        if masks_of is None:
             return None
+        rles, weights = masks_of
+        image = self._image(index)
         (h, w), config = image.shape[:2], self.config
         view = draw_view(h, w, frame.image_size, config.scale_jitter, config.flip_fraction, rng)
         masks = self._draw_masks(rles, weights, view, rng)
@@ -183,19 +197,24 @@ class MaskExamples:
             view = whole_view(h, w, frame.image_size)
             masks = self._draw_masks(rles, weights, view, rng)
         if len(masks) == 0:
-            self._why = "no mask is large enough"
             return None
         return pack(
             jitter_colour(view.of_image(image), config.colour_jitter, rng), masks, frame, config, rng, from_labels=True
         )
 
-    def _read(self, index: int) -> tuple[npt.NDArray[np.uint8], list[dict[str, Any]], npt.NDArray[np.float64]]:
-        """An image, its masks, and how often each is asked for, beside the others."""
-        image, target = self.dataset[index]
+    def _image(self, index: int) -> npt.NDArray[np.uint8]:
+        """(H, W, 3). Raises: StorageError."""
+        return np.ascontiguousarray(self.dataset[index][0].permute(1, 2, 0).numpy())
+
+    def _masks(self, index: int) -> tuple[list[dict[str, Any]], npt.NDArray[np.float64]] | None:
+        """An image's masks, and how often each is asked for, beside the others; None where there are none."""
+        target = self.dataset.target(index)
+        if not target["segmentation"]:
+            return None
         weights = target["area"].numpy().astype(np.float64) ** self.config.area_power
         if self.config.weigh_by_score:
             weights *= (target["predicted_iou"] * target["stability_score"]).numpy()
-        return np.ascontiguousarray(image.permute(1, 2, 0).numpy()), target["segmentation"], weights
+        return target["segmentation"], weights
 
     def _draw_masks(
         self, rles: list[dict[str, Any]], weights: npt.NDArray[np.float64], view: View, rng: np.random.Generator
@@ -216,16 +235,24 @@ class MaskExamples:
 
     def validation(self, limit: int, frame: Frame) -> Iterator[Scene]:
         """Held-out images, whole, their longest side at most S, with at most _VALIDATION_MASKS masks each."""
-        for index in self.heldout[np.random.default_rng(0).permutation(len(self.heldout))[:limit]]:
+        num_seen = 0
+        for index in self.heldout[np.random.default_rng(0).permutation(len(self.heldout))]:
+            if num_seen == limit:
+                return
             try:
-                image, rles, _ = self._read(int(index))
+                masks_of = self._masks(int(index))
+                image = self._image(int(index)) if masks_of is not None else None
             except StorageError:
                 continue
+            if masks_of is None or image is None:
+                continue
+            rles, _ = masks_of
             view = whole_view(image.shape[0], image.shape[1], frame.image_size)
             chosen = np.random.default_rng([0, int(index)]).permutation(len(rles))[:_VALIDATION_MASKS]
             seen = [view.of_mask(coco_mask.decode(rles[i]).view(bool)) for i in chosen]
             masks = [mask for mask in seen if np.count_nonzero(mask) >= MIN_VISIBLE_PIXELS]
             if masks:
+                num_seen += 1
                 yield Scene(image=view.of_image(image), masks=np.stack(masks), kinds=["object"] * len(masks))
 
     def _draw_order(self, epoch: int) -> npt.NDArray[np.int64]:
@@ -243,7 +270,8 @@ class MaskExamples:
 def held_out(uris: list[str], fraction: float) -> npt.NDArray[np.bool_]:
     """(N,): which images are never trained on: this part of them, at least one where it is not 0.
 
-    By a hash of the URI alone: the same in every run, on any data.
+    By a hash of the URI alone: the same in every run, on any data. Only where that would leave none out is it the image
+    with the least hash of all, and then another data set may choose another.
     """
     hashes = (int.from_bytes(hashlib.blake2b(uri.encode(), digest_size=4).digest(), "big") for uri in uris)
     values = np.fromiter(hashes, np.int64, len(uris))
@@ -251,3 +279,15 @@ def held_out(uris: list[str], fraction: float) -> npt.NDArray[np.bool_]:
     if fraction > 0 and not held.any():
         held[values.argmin()] = True
     return held
+
+
+def _are_below(root: str, uris: list[str]) -> bool:
+    """Whether URIs begin with `root`: all of them, or none. Raises: ConfigError where only some do."""
+    prefix = storage.join(storage.normalize(root), "")
+    others = [uri for uri in uris if not uri.startswith(prefix)]
+    if others and len(others) < len(uris):
+        raise ConfigError(
+            f"data.image_root: {len(others)} of {len(uris)} images do not lie below {storage.redact(root)}, such as"
+            f" {storage.redact(others[0])}"
+        )
+    return not others

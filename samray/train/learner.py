@@ -210,14 +210,18 @@ class Learner:
         }
 
     def weights(self) -> dict[str, Tensor]:
-        """The running average, its parameters in half precision.
+        """The running average; what learns in half precision.
 
-        Buffers stay as they are: it would cost the random positions accuracy and gain no space.
+        What is frozen keeps every number, so that embeddings made before the training fit after it; it is halved where
+        that loses nothing. Buffers stay as they are: it would cost the random positions accuracy and gain no space.
         """
         assert self.average is not None
-        parameters = {name for name, _ in self.average.named_parameters()}
-        weights = {k: v.half() if k in parameters else v for k, v in self.average.state_dict().items()}
-        return {k: v.cpu().contiguous() for k, v in weights.items()}
+        learns = {name: parameter.requires_grad for name, parameter in self.sam.named_parameters()}
+        weights = {}
+        for name, value in self.average.state_dict().items():
+            halved = value.half() if name in learns else value
+            weights[name] = halved if learns.get(name, True) or torch.equal(halved.float(), value) else value
+        return {name: value.cpu().contiguous() for name, value in weights.items()}
 
 
 def autocast_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:

@@ -58,7 +58,8 @@ def run_leg(learner: Learner, batches: Iterable[Batch], worker: Worker) -> None:
         lines.append(place | figures)
 
     def validate() -> None:
-        if store and learner.average is not None:
+        is_done = any(line["kind"] == "validation" and line["step"] == position.step for line in lines)
+        if store and learner.average is not None and not is_done:
             figures = evaluate_clicks(learner.average, worker.validation())
             if figures["num_regions"]:  # else nothing is held out
                 record("validation", figures)

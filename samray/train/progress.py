@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -101,8 +102,8 @@ class TrainReport:
     minutes: float
     """In training, earlier runs included."""
     model: str
-    num_images: dict[str, int | None]
-    """DATA -> images that are trained on; None of scenes, which never end."""
+    num_images: list[tuple[str, int | None]]
+    """DATA and how many of its images are trained on; None of scenes, which never end."""
     first: dict[str, Any] | None = None
     last: dict[str, Any] | None = None
     """The first and the last validation of the run."""
@@ -114,7 +115,7 @@ def print_train_report(report: TrainReport) -> None:
     """The closing summary, on stdout, with the command that comes next."""
     store = Store(report.output)
     table = two_columns()
-    shown = {uri: "no end of them" if n is None else f"{n:,} images" for uri, n in report.num_images.items()}
+    shown = {uri: "no end of them" if n is None else f"{n:,} images" for uri, n in report.num_images}
     table.add_row("data", escape("; ".join(f"{storage.redact(uri)}: {words}" for uri, words in shown.items())))
     table.add_row("trained", f"{report.step:,} steps, {duration(60 * report.minutes)}")
     if report.last is not None:
@@ -132,4 +133,6 @@ def print_train_report(report: TrainReport) -> None:
     console = Console(highlight=False)
     console.print(table, soft_wrap=True)
     if not report.problem:  # by itself, so that it can be copied: a table would fold it
-        console.print(f"\nsamray label INPUT OUTPUT model.name={report.model} model.checkpoint={where}", soft_wrap=True)
+        checkpoint = shlex.quote(f"model.checkpoint={where}")
+        command = f"\nsamray label INPUT OUTPUT model.name={report.model} {checkpoint}"
+        console.print(command, soft_wrap=True, markup=False)

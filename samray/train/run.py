@@ -56,8 +56,6 @@ def train(
     Raises ConfigError before anything starts, StorageError when storage stays away. A report with exit_code 130 or 143
     means that a signal ended the run early; calling again resumes.
     """
-    from samray.sam.checkpoints import checkpoint_sha256
-
     settings = _absolute(settings or load_train_settings())
     uris = [str(data)] if isinstance(data, str | Path) else [str(uri) for uri in data]
     uris = [uri if uri == SCENES else output_of(uri) for uri in uris]
@@ -65,17 +63,27 @@ def train(
     _check_trainable(settings)
     mixture = open_data(uris, settings)
     store = Store(str(output))
-    identity = settings.identity()
-    if not settings.train.from_scratch:
-        identity["model"]["checkpoint_sha256"] = checkpoint_sha256(spec.name, settings.model.checkpoint)
-    num_images = dict(zip(uris, (part.num_images for part in mixture.parts), strict=True))
-    identity["data"]["uris"] = {uri: "endless" if n is None else n for uri, n in num_images.items()}
-    store.claim(identity, settings.model_dump(mode="json"))
+    num_images = [(uri, part.num_images) for uri, part in zip(uris, mixture.parts, strict=True)]
+    store.claim(full_identity(settings, spec.name, num_images), settings.model_dump(mode="json"))
     stopped_by = None
     if store.read_position().progress(settings.train) < 1:
         with TrainView(settings.train.batch_size, enabled=progress) as view:
             stopped_by = _run_on_ray(_Run(mixture, settings, store, view))
     return _conclude(store, settings, num_images, stopped_by)
+
+
+def full_identity(settings: TrainSettings, model: str, num_images: Sequence[tuple[str, int | None]]) -> dict[str, Any]:
+    """That of the settings, with the content of the weights it begins with, and DATA in their order."""
+    from samray.sam.checkpoints import checkpoint_sha256
+
+    identity = settings.identity()
+    if not settings.train.from_scratch:
+        identity["model"]["checkpoint_sha256"] = checkpoint_sha256(model, settings.model.checkpoint)
+    if settings.train.distill_from is not None:
+        teacher = checkpoint_sha256(settings.train.distill_from, settings.train.distill_checkpoint)
+        identity["train"]["distill_checkpoint_sha256"] = teacher
+    identity["data"]["uris"] = [[uri, "endless" if n is None else n] for uri, n in num_images]
+    return identity
 
 
 def _check_trainable(settings: TrainSettings) -> None:
@@ -122,23 +130,51 @@ class Sizes:
     num_data_actors: int
 
 
-def choose_sizes(settings: TrainSettings, nodes: list[dict[str, float]]) -> Sizes:
-    """nodes: each one's resources, as Ray names them. Raises ConfigError where the batch cannot be shared out."""
+def choose_sizes(settings: TrainSettings, nodes: list[dict[str, float]], *, can_grow: bool = True) -> Sizes:
+    """Workers, and what each takes: all GPUs, or the cores of one node, where the settings do not say otherwise.
+
+    nodes: each one's resources, as Ray names them. can_grow: whether nodes may be added, so that workers which have no
+    place now are waited for. Raises ConfigError where no worker has a place, or the batch cannot be shared out.
+    """
     config = settings.cluster
-    num_cpus = sum(node.get("CPU", 0.0) for node in nodes) or 1.0
-    num_gpus = sum(node.get("GPU", 0.0) for node in nodes)
-    gpus = config.num_gpus_per_worker if config.num_gpus_per_worker is not None else float(num_gpus >= 1)
-    workers = config.num_workers or max(1, int(num_gpus / gpus) if gpus else 1)
+    gpus = config.num_gpus_per_worker
+    if gpus is None:
+        gpus = float(any(node.get("GPU", 0.0) >= 1 for node in nodes))
+    places = [int(node.get("GPU", 0.0) / gpus) if gpus else 0 for node in nodes]  # workers that each node has GPUs for
+    workers = config.num_workers or max(1, sum(places))
     if settings.train.batch_size % workers:
         raise ConfigError(
             f"train.batch_size = {settings.train.batch_size} cannot be shared out among {workers} workers; it takes a"
             " multiple of cluster.num_workers"
         )
-    cores = config.num_cpus_per_worker or num_cpus / workers
+    num_cpus = [node.get("CPU", 0.0) for node in nodes]
+    if gpus:
+        cores = min((cpus / min(n, workers) for cpus, n in zip(num_cpus, places, strict=True) if n), default=1.0)
+    else:
+        cores = _largest_share(num_cpus, workers)
+    cores = config.num_cpus_per_worker or cores
     # A GPU's worker needs its data made faster than one core does; without one, training takes all there is.
     actors = config.num_data_actors or workers * (max(1, min(8, int(cores) - 1)) if gpus else 1)
-    reserved = 1.0 if gpus else max(0.25, cores - DATA_CPUS * (actors / workers + 1))
-    return Sizes(workers, max(1, int(cores)), min(reserved, cores), gpus, actors)
+    reserved = min(cores, max(DATA_CPUS, cores - DATA_CPUS * (actors / workers + 1)))
+    sizes = Sizes(workers, max(1, int(cores)), min(reserved, 1.0) if gpus else reserved, gpus, actors)
+    room = [int(cpus / sizes.worker_cpus) for cpus in num_cpus]
+    if gpus:
+        room = [min(n, m) for n, m in zip(room, places, strict=True)]
+    if sum(room) < (1 if can_grow else workers):
+        needed = f"{sizes.worker_cpus:g} CPUs" + f" and {gpus:g} GPUs" * bool(gpus)
+        held = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
+        raise ConfigError(
+            f"there is no place for {workers} training worker{'s' * (workers > 1)} of {needed}: the nodes have {held};"
+            " lower cluster.num_workers, cluster.num_cpus_per_worker or cluster.num_gpus_per_worker"
+        )
+    return sizes
+
+
+def _largest_share(num_cpus: list[float], workers: int) -> float:
+    """The most cores a worker that this many workers can have, each on one node of these sizes."""
+    shares = sorted({cpus / n for cpus in num_cpus if cpus for n in range(1, workers + 1)}, reverse=True)
+    fits = (share for share in shares if sum(int(cpus / share + 1e-9) for cpus in num_cpus) >= workers)
+    return next(fits, 1.0)
 
 
 def _run_on_ray(run: _Run) -> StopRequest | None:
@@ -157,7 +193,7 @@ def _run_on_ray(run: _Run) -> StopRequest | None:
         data_settings(cluster),
         _ray_folder(run, own) as folder,
     ):
-        sizes = choose_sizes(run.settings, cluster_nodes())
+        sizes = choose_sizes(run.settings, cluster_nodes(), can_grow=not own)
         mixture = ray.put(run.mixture)
         while stop.signum is None and (before := run.store.read_position()).progress(config) < 1:
             trainer = _make_trainer(run, sizes, mixture, before, folder)
@@ -352,7 +388,7 @@ def plain_train_error(error: BaseException) -> BaseException:
 
 
 def _conclude(
-    store: Store, settings: TrainSettings, num_images: dict[str, int | None], stopped_by: StopRequest | None
+    store: Store, settings: TrainSettings, num_images: list[tuple[str, int | None]], stopped_by: StopRequest | None
 ) -> TrainReport:
     position = store.read_position()
     validations = [line for line in store.read_metrics(position.step) if line["kind"] == "validation"]

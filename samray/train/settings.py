@@ -48,7 +48,7 @@ class DataConfig(Settings):
     sources: tuple[str, ...] = ()
     """Folders of cut-outs and photographs that `scenes` are painted of, beside what is made up."""
     cache: str = "~/.cache/samray"
-    """Where the decoded `data.sources` are kept."""
+    """Where the decoded `data.sources` are kept, on each node."""
 
     @field_validator("shares", "scale_jitter", "image_root", "sources", mode="before")
     @classmethod
@@ -172,7 +172,7 @@ class TrainClusterConfig(Settings):
     num_data_actors: int | None = Field(default=None, ge=1)
     """Processes that read and augment images, all workers together; null follows the workers and their cores."""
     max_failures: int = Field(default=3, ge=0)
-    """Worker deaths that are survived, each from the last save on."""
+    """Worker deaths that are survived within 4,096 steps, each from the last save on."""
     drain_timeout_s: float = Field(default=120.0, ge=0)
     """Seconds to finish the step and save after SIGTERM or Ctrl-C."""
 
@@ -191,7 +191,7 @@ class TrainSettings(Settings):
         """What determines the curve, as plain JSON values; a run resumes only onto an OUTPUT with the same identity.
 
         Left out: the cluster, where things are kept, and how often is saved. The checkpoint is left out because its
-        path may change while its content does not: the run adds its SHA-256.
+        path may change while its content does not: the run adds its SHA-256, and that of a teacher.
         """
         plain = self.model_dump(mode="json")
         del plain["data"]["cache"], plain["train"]["save_every_minutes"], plain["train"]["distill_checkpoint"]
@@ -212,6 +212,11 @@ def load_train_settings(file: str | Path | None = None, overrides: Sequence[str]
     """
     own, problems = own_settings(TRAIN_SECTIONS, file, overrides)
     settings = TrainSettings(**make_sections(TRAIN_SECTIONS, own, problems))
+    if settings.model.device is not None:
+        raise ConfigError(
+            f"model.device = {settings.model.device!r} is not allowed in training: Ray gives each worker its device;"
+            " cluster.num_gpus_per_worker=0 trains on the CPU"
+        )
     if settings.model.dtype == "float16":
         raise ConfigError("model.dtype = 'float16' is not allowed in training; it takes auto, float32 or bfloat16")
     return settings

@@ -2,9 +2,12 @@
 
 train.json           settings, DATA, versions: the run's identity
 weights.safetensors  the running average of the weights; `samray label model.checkpoint=` takes it
-state.pt             model, average, optimizer, position: what a resumed run begins with
+state-<step>.pt      model, average, optimizer: what a resumed run begins with
+position.json        the step and the time of the state that counts; written after it
 metrics.jsonl        a line of means every `train.log_every` steps, and one for each validation
 curves.png           the same, drawn
+
+One run at a time writes: two drivers on one OUTPUT would overwrite each other's steps.
 """
 
 from __future__ import annotations
@@ -20,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from samray import storage
 from samray.dataset.identity import plain, refuse_differences, versions
-from samray.errors import ConfigError, NotFoundError
+from samray.errors import ConfigError, NotFoundError, StorageError
 from samray.train.settings import TrainConfig
 
 RUN_FILE, WEIGHTS_FILE, POSITION_FILE = "train.json", "weights.safetensors", "position.json"
@@ -110,12 +114,13 @@ class Store:
         return {**state, "position": position}
 
     def write_state(self, position: Position, state: Mapping[str, Any]) -> None:
-        """The last of a save's files; then the earlier states go. Raises: StorageError."""
+        """The last of a save's files; then the states of earlier steps go. Raises: StorageError."""
         name = _state_name(position)
         self._put(name, lambda path: torch.save(dict(state), path))
         storage.put(self.uri(POSITION_FILE), json.dumps(dataclasses.asdict(position)).encode() + b"\n")
         for other in storage.list_names(self.output):
-            if _STATE_NAME.fullmatch(other) and other != name:
+            found = _STATE_NAME.fullmatch(other)
+            if found and int(found[1]) < position.step:
                 storage.delete(self.uri(other))
 
     def write_weights(self, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -126,7 +131,10 @@ class Store:
         """By way of a temporary file: the largest model's state is 10 GB, more than one request holds."""
         with tempfile.TemporaryDirectory(prefix="samray-") as folder:
             path = Path(folder) / name
-            write(path)
+            try:
+                write(path)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                raise StorageError(f"{name} cannot be written to {folder} on its way to OUTPUT: {error}") from error
             storage.put_chunks(self.uri(name), _chunks(path))
 
     # --- metrics -----------------------------------------------------------------------------------------------------

@@ -124,6 +124,10 @@ def test_label_ends_with_the_runs_exit_code(label_calls: list[dict[str, Any]], m
         (["label", "a", "b", "masks.point_grids=[[[2, 2]]]"], ["outside 0..1"]),
         (["label", "a", "b", "--config", "absent.yaml"], ["absent.yaml", "No such file"]),
         (["report", "a", "--images", "1000"], ["--images"]),
+        (["train", "labels", "weights", "steps=5"], ["did you mean train.steps?"]),
+        (["train", "labels", "weights", "tran.steps=5"], ["did you mean train?"]),
+        (["train", "labels", "weights", "masks.points_per_side=8"], ["no section masks"]),
+        (["train", "labels"], ["Missing argument", "OUTPUT"]),
     ],
 )
 def test_wrong_usage_is_one_sentence_and_starts_nothing(

@@ -259,3 +259,12 @@ def test_decode_batch_passes_gradients_to_every_part() -> None:
         "mask_decoder.transformer.layers.1.cross_attn_token_to_image.k_proj.bias",
         "mask_decoder.transformer.final_attn_token_to_image.k_proj.bias",
     }
+
+
+def test_positions_are_exact_under_autocast(model: Sam) -> None:
+    """Training in bfloat16 must click where inference does: rounded codes are off by up to a pixel."""
+    points = torch.rand(1, 50, 2) * model.image_size
+    labels = torch.ones(1, 50, dtype=torch.long)
+    exact = model.prompt_encoder.encode_points(points, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.prompt_encoder.encode_points(points, labels), exact)

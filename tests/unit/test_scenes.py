@@ -1,5 +1,7 @@
 """Scenes: deterministic, exact masks, occlusion, the two splits apart; and the source of cut-outs."""
 
+import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +128,14 @@ def test_source_is_read_from_its_cache_the_second_time(folder: Path, tmp_path: P
     monkeypatch.setattr("samray.train.cutouts._build", lambda *_: pytest.fail("built again"))
     again = CutoutSource([folder], tmp_path / "cache")
     assert np.array_equal(make_scene(1, 96, first).image, make_scene(1, 96, again).image)
+
+
+def test_source_is_made_anew_where_its_cache_is_not(folder: Path, tmp_path: Path):
+    """As on another node of a cluster, which gets it as a pickle."""
+    source = CutoutSource([folder], tmp_path / "cache")
+    sent, expected = pickle.dumps(source), make_scene(1, 96, source).image
+    shutil.rmtree(tmp_path / "cache")
+    assert np.array_equal(make_scene(1, 96, pickle.loads(sent)).image, expected)
 
 
 def test_source_changes_the_scenes(folder: Path, tmp_path: Path):

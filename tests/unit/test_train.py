@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +13,14 @@ from micro import CPU, FRAME, MICRO, batches_of, learner_of, settings_of
 from safetensors import safe_open
 
 from samray import storage
+from samray.dataset.identity import plain
 from samray.errors import ConfigError
 from samray.sam.sam import Sam
 from samray.train.data import open_data
+from samray.train.interaction import draw_course
 from samray.train.learner import Learner, frame_of, size_due
 from samray.train.loop import Worker, run_leg, save_all
+from samray.train.run import full_identity
 from samray.train.settings import TrainConfig
 from samray.train.store import METRICS_FILE, WEIGHTS_FILE, Position, Store
 
@@ -150,6 +155,64 @@ def test_progress_follows_whichever_budget_is_used_up_faster():
     assert Position(80, 300.0).progress(TrainConfig(steps=160)) == 0.5
 
 
+def test_each_step_is_validated_once(tmp_path: Path):
+    """Also where a run died before its first save, and where the last step falls on `validate_every`."""
+    settings = settings_of("train.minutes=1", "train.steps=null", "train.validate_every=2")
+    store, mixture = Store(str(tmp_path)), open_data(["scenes"], settings)
+    for _ in range(2):
+        learner = Learner(settings, MICRO, image_size=64, device=CPU, state=store.read_state())
+        assert learner.position.step == 0
+
+        def use_up(learner: Learner, line: dict[str, Any]) -> bool:
+            if line["step"] == 2:
+                learner.position.elapsed_s = 60.0
+            return False
+
+        worker = Worker(
+            config=settings.train,
+            store=store,
+            validation=lambda: mixture.validation(2, FRAME),
+            report=partial(use_up, learner),
+        )
+        run_leg(learner, batches_of(settings, count=4), worker)
+        steps = [line["step"] for line in store.read_metrics() if line["kind"] == "validation"]
+        assert steps == [0, 2]
+        (tmp_path / "position.json").unlink()  # as a death before any save leaves it
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_what_has_no_part_in_a_step_does_not_move(tmp_path: Path, parallel: bool):
+    """A box's corners in steps of clicks: data parallel training gives gradients of zero, and AdamW would move them."""
+    if parallel:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        wrap: Any = torch.nn.parallel.DistributedDataParallel if parallel else (lambda module: module)
+        learner = learner_of("train.steps=1000", "train.box_fraction=0.5", "train.weight_decay=0.1", wrap=wrap)
+        corner = learner.sam.prompt_encoder.point_embeddings[2].weight
+        moved = []
+        for step, batch in zip(range(8), batches_of(settings_of()), strict=False):
+            before = corner.detach().clone()
+            learner.step(batch)
+            uses_boxes = draw_course(learner.config, step).use_boxes
+            moved.append((uses_boxes, not torch.equal(before, corner)))
+        assert {uses_boxes for uses_boxes, _ in moved} == {True, False}
+        assert all(uses_boxes == has_moved for uses_boxes, has_moved in moved)
+    finally:
+        if parallel:
+            torch.distributed.destroy_process_group()
+
+
+def test_what_is_frozen_is_written_as_it_was(tmp_path: Path):
+    learner = learner_of("train.trainable=decoder")
+    before = {name: value.clone() for name, value in learner.sam.state_dict().items()}
+    learner.step(next(batches_of(settings_of())))
+    written = learner.weights()
+    for name, value in written.items():
+        learns = name.startswith("mask_decoder.")
+        assert learns or torch.equal(value.float(), before[name].float()), name
+        assert not learns or value.dtype == torch.float16 or not value.is_floating_point()
+
+
 # --- what lies in OUTPUT ----------------------------------------------------------------------------------------------
 
 
@@ -185,3 +248,28 @@ def test_another_config_is_refused_with_the_difference(tmp_path: Path):
     (tmp_path / "position.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"holds position.json, but no train.json"):
         store.claim(settings_of().identity(), {})
+
+
+def test_a_run_is_known_by_its_data_in_their_order_and_by_no_credential(tmp_path: Path):
+    """`data.shares` goes by the order of DATA, and a DATA may stand there twice."""
+    settings = settings_of()
+    store = Store(str(tmp_path))
+    pair = [("s3://KEY:SECRET@bucket/a", 3), ("s3://bucket/b", None)]
+    store.claim(full_identity(settings, "micro", pair), {})
+    store.claim(full_identity(settings, "micro", pair), {})
+    for other in (pair[::-1], [pair[0], *pair], [(pair[0][0], 4), pair[1]]):
+        with pytest.raises(ConfigError, match=r"data.uris: ") as refused:
+            store.claim(full_identity(settings, "micro", other), {})
+        assert "SECRET" not in str(refused.value)
+    assert "SECRET" not in (tmp_path / "train.json").read_text()
+    assert "SECRET" not in json.dumps(plain({"s3://KEY:SECRET@bucket": 1})), "nor as a key"
+
+
+def test_a_teacher_is_known_by_its_content(tmp_path: Path):
+    settings = [settings_of("train.distill_from=vit_t", f"train.distill_checkpoint={tmp_path / name}") for name in "ab"]
+    (tmp_path / "a").write_bytes(b"one")
+    (tmp_path / "b").write_bytes(b"one")
+    same = [full_identity(each, "micro", []) for each in settings]
+    assert same[0] == same[1]
+    (tmp_path / "b").write_bytes(b"another")
+    assert full_identity(settings[1], "micro", []) != same[0]

@@ -113,7 +113,9 @@ def test_masks_are_asked_for_by_their_area_and_scores(labels: str):
         config = DataConfig(prompts_per_image=1, validation_fraction=0, **settings)
         examples = MaskExamples(labels, config, seed=0)
         examples.dataset = _OneImage(masks, weights)  # type: ignore[assignment]
-        _, rles, found = examples._read(0)
+        masks_of = examples._masks(0)
+        assert masks_of is not None
+        rles, found = masks_of
         drawn = [
             examples._draw_masks(rles, found, whole_view(64, 64, 64), np.random.default_rng(i))[0] for i in range(600)
         ]
@@ -130,15 +132,15 @@ class _OneImage:
     """In the place of a MaskDataset."""
 
     def __init__(self, masks: np.ndarray, scores: Any) -> None:
-        self.target = {
+        self.target_of_all = {
             "segmentation": [annotation(mask)["segmentation"] for mask in masks],
             "area": torch.tensor(masks.sum((1, 2))),
             "predicted_iou": torch.tensor(scores, dtype=torch.float32),
             "stability_score": torch.ones(len(masks)),
         }
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        return torch.zeros(3, 64, 64, dtype=torch.uint8), self.target
+    def target(self, index: int) -> dict[str, Any]:
+        return self.target_of_all
 
 
 def test_an_epoch_has_each_image_once_and_the_next_another_order(labels: str):
@@ -176,8 +178,36 @@ def test_an_image_that_is_gone_gives_way_to_the_next(tmp_path: Path):
     assert examples.example(0, FRAME)["image"].any()
     for uri in examples.dataset.uris():
         storage.delete(uri)
-    with pytest.raises(Exception, match=r"none could be used.*image_root"):
+    with pytest.raises(Exception, match=r"images of .* were no use.*image_root"):
         examples.example(0, FRAME)
+
+
+def test_images_without_a_mask_that_passes_are_passed_over(tmp_path: Path):
+    """However many follow each other; only where there is no other one is that an error, and one of the settings."""
+    made = paint(24)
+    small, large = np.zeros((2, 1, 48, 64), bool)
+    small[0, :9, :9] = large[0, 8:40, 8:40] = True
+    output = write_scenes(str(tmp_path), made, lambda scene: large if scene is made[5] else small).output
+    config = DataConfig(validation_fraction=0, min_area=200, scale_jitter=(1, 1), flip_fraction=0, colour_jitter=0)
+    examples = MaskExamples(output, config, seed=0)
+    for draw in range(24):
+        assert np.array_equal(examples.example(draw, FRAME)["image"][:48, :64], made[5].image)
+    none = MaskExamples(output, config.model_copy(update={"min_area": 2000}), seed=0)
+    with pytest.raises(ConfigError, match=r"of the 24 images .* lower data.min_area \(2000\)"):
+        none.example(0, FRAME)
+
+
+def test_a_moved_root_is_that_of_one_data_of_several(tmp_path: Path, labels: str):
+    """The first DATA's images lie where they lay, the second's moved; a root that no image has is refused at once."""
+    (tmp_path / "old").mkdir()
+    plan = write_scenes(str(tmp_path / "old"), paint(6))
+    images = Path(MaskExamples(plan.output, DataConfig(validation_fraction=0), 0).dataset.uris()[0]).parent
+    images.rename(tmp_path / "new")
+    moved = f"data.image_root=[{images},{tmp_path / 'new'}]"
+    mixture = open_data([labels, plan.output], settings_of(moved, "data.validation_fraction=0"))
+    assert all(part.example(0, FRAME)["image"].any() for part in mixture.parts)
+    with pytest.raises(ConfigError, match=r"no image of the DATA lies below /nowhere"):
+        open_data([labels], settings_of("data.image_root=[/nowhere,/here]"))
 
 
 # --- mixtures ---------------------------------------------------------------------------------------------------------

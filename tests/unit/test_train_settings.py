@@ -23,6 +23,7 @@ from samray.train.settings import load_train_settings
         ("train.trainable=encoder", "decoder.prompt"),
         ("train.distill_checkpoint=a.pth", "needs train.distill_from"),
         ("model.dtype=float16", "auto, float32 or bfloat16"),
+        ("model.device=cpu", "Ray gives each worker its device; cluster.num_gpus_per_worker=0 trains on the CPU"),
         ("data.scale_jitter=[2,1]", "takes a range above 0"),
         ("data.scale_jitter=2", "a list of two numbers"),
         ("data.shares=[-1]", "at least 0"),
@@ -74,3 +75,27 @@ def test_sizes_share_out_the_cluster():
     with pytest.raises(ConfigError, match=r"train.batch_size = 2 cannot be shared out among 8 workers"):
         choose_sizes(settings_of(), [{"CPU": 64.0, "GPU": 8.0}])
     assert math.isclose(choose_sizes(settings_of(), [{"CPU": 1.0}]).worker_cpus, 0.5)
+
+
+def test_a_worker_lies_on_one_node():
+    three = [{"CPU": 4.0}] * 3
+    assert choose_sizes(settings_of(), three).num_threads == 4, "not the twelve of all nodes"
+    pair = choose_sizes(settings_of("cluster.num_workers=2"), [{"CPU": 8.0}, {"CPU": 2.0}])
+    assert (pair.num_threads, pair.num_workers) == (4, 2), "both on the larger one"
+    mixed = choose_sizes(settings_of("train.batch_size=6"), [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 16.0, "GPU": 2.0}, {}])
+    assert (mixed.num_workers, mixed.num_threads) == (3, 8)
+    for nodes in ([{"CPU": 1.0, "GPU": 1.0}], [{"CPU": 8.0, "GPU": 8.0}]):
+        sizes = choose_sizes(settings_of("train.batch_size=8"), nodes)
+        assert sizes.num_workers * sizes.worker_cpus + 0.25 * sizes.num_data_actors <= nodes[0]["CPU"]
+
+
+def test_workers_without_a_place_are_refused_not_waited_for():
+    two = [{"CPU": 8.0, "GPU": 1.0}] * 2
+    with pytest.raises(ConfigError, match=r"no place for 1 training worker of 0.5 CPUs and 2 GPUs: the nodes"):
+        choose_sizes(settings_of("cluster.num_gpus_per_worker=2"), two)
+    with pytest.raises(ConfigError, match=r"no place for 1 training worker of 11\.5 CPUs"):
+        choose_sizes(settings_of("cluster.num_cpus_per_worker=12"), [{"CPU": 4.0}] * 3)
+    ask = settings_of("cluster.num_workers=4", "train.batch_size=4")
+    assert choose_sizes(ask, two).num_workers == 4, "the cluster may grow"
+    with pytest.raises(ConfigError, match="no place for 4 training workers"):
+        choose_sizes(ask, two, can_grow=False)
