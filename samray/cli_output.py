@@ -50,6 +50,8 @@ def report(
 ) -> int:
     """Write one self-contained HTML page about OUTPUT, to be opened in any browser, also without a network.
 
+    OUTPUT may also be that of `samray train`: curves, validations, data, settings (OUTPUT/report.html).
+
     Images with their masks to point at, isolate, filter and colour by score; masks an image, predicted IoU, stability,
     area and click points as distributions; where the time went; failures by reason; settings. Of a large OUTPUT the
     counts are exact and the distributions estimated from images drawn at random: it takes seconds.
@@ -61,8 +63,10 @@ def report(
       samray report s3://bucket/labels --out report.html --images 60
     """
     from samray.report import open_page, write_report
+    from samray.train.store import is_training
+    from samray.train_report import write_train_report
 
-    place = write_report(output, out, num_images=images)
+    place = write_train_report(output, out) if is_training(output) else write_report(output, out, num_images=images)
     Console().print(place, highlight=False, soft_wrap=True, markup=False)
     if show and not open_page(place):
         Console(stderr=True).print("there is no screen here to open it on, or it does not lie here", highlight=False)

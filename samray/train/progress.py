@@ -133,6 +133,11 @@ def print_train_report(report: TrainReport) -> None:
     console = Console(highlight=False)
     console.print(table, soft_wrap=True)
     if not report.problem:  # by itself, so that it can be copied: a table would fold it
-        checkpoint = shlex.quote(f"model.checkpoint={where}")
-        command = f"\nsamray label INPUT OUTPUT model.name={report.model} {checkpoint}"
-        console.print(command, soft_wrap=True, markup=False)
+        console.print(f"\n{label_command(report.model, store.uri(WEIGHTS_FILE))}", soft_wrap=True, markup=False)
+        console.print(f"samray report {shlex.quote(storage.redact(store.output))}", soft_wrap=True, markup=False)
+
+
+def label_command(model: str, weights: str) -> str:
+    """What comes after a training, to be copied."""
+    checkpoint = shlex.quote(f"model.checkpoint={storage.redact(weights)}")
+    return f"samray label INPUT OUTPUT model.name={model} {checkpoint}"

@@ -55,6 +55,11 @@ class Position:
         return min(1.0, max(by_steps, by_time))
 
 
+def is_training(output: str) -> bool:
+    """Whether a folder or prefix is the OUTPUT of a training. Raises: StorageError."""
+    return storage.exists(storage.join(storage.normalize(output), RUN_FILE))
+
+
 class Store:
     """OUTPUT of one run. Picklable."""
 

@@ -25,7 +25,7 @@ LAYERS = [
     {"overlays", "pipeline"},
     {"train"},
     {"plan_view", "report_page", "status_view"},
-    {"report"},
+    {"report", "train_report"},
     {"demo"},
     {"cli_output"},
     {"cli_evaluate", "cli_export"},
