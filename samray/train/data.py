@@ -33,7 +33,7 @@ SCENES = "scenes"
 
 DATA_CPUS = 0.25
 """CPU that a data actor reserves. It may use a whole one, but must find room beside workers that hold all the rest."""
-AHEAD_STEPS = 64
+AHEAD_STEPS = 32
 """Steps whose examples are made before they are due, at most."""
 POLL_S = 0.2
 

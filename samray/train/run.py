@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 LEG_STEPS = 4096
 """Steps of a leg at most: the driver hands each step's block to Ray Data before the first begins."""
 POLL_S = 0.5
-BEAT_S = 1.0
+BEAT_S = 0.25
 """Seconds between two words of the first worker with the driver."""
 _DATA_NAME = "train"
 
