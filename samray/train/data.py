@@ -34,7 +34,7 @@ SCENES = "scenes"
 DATA_CPUS = 0.25
 """CPU that a data actor reserves. It may use a whole one, but must find room beside workers that hold all the rest."""
 AHEAD_STEPS = 32
-"""Steps whose examples are made before they are due, at most."""
+"""Steps whose examples are made before they are due, beside those that workers and data actors have in hand."""
 POLL_S = 0.2
 
 
@@ -66,21 +66,21 @@ def output_of(uri: str) -> str:
 
 
 class Pace:
-    """Holds data actors back while they are AHEAD_STEPS before the training.
+    """Holds data actors back while they are `ahead` steps before the training.
 
     Ray Data alone would first fill the object store, with the cores that the training needs, and throw most of it away
     at the end of a leg; with a memory limit its scheduler spins on a core of its own (Ray 2.60).
     monitor: a `samray.train.monitor.Monitor`. first_step: where the leg begins.
     """
 
-    def __init__(self, monitor: Any, first_step: int, batch_size: int) -> None:
-        self.monitor, self.step, self.batch_size = monitor, first_step, batch_size
+    def __init__(self, monitor: Any, first_step: int, batch_size: int, ahead: int) -> None:
+        self.monitor, self.step, self.batch_size, self.ahead = monitor, first_step, batch_size, ahead
 
     def wait(self, number: int) -> None:
         """Until example `number` is due."""
         import ray
 
-        due = number // self.batch_size - AHEAD_STEPS
+        due = number // self.batch_size - self.ahead
         while due > self.step:
             with contextlib.suppress(ray.exceptions.RayError):  # nobody is told: it asks again
                 line = ray.get(self.monitor.read.remote(), timeout=30.0)
@@ -115,22 +115,34 @@ def blocks(first_step: int, num_steps: int, batch_size: int) -> Iterator[npt.NDA
 
 
 def example_stream(
-    mixture: Any, frame: Frame, first_step: int, num_steps: int, batch_size: int, num_actors: int, monitor: Any
+    mixture: Any,
+    frame: Frame,
+    first_step: int,
+    num_steps: int,
+    batch_size: int,
+    *,
+    num_workers: int,
+    num_actors: int,
+    monitor: Any,
 ) -> ray.data.Dataset:
     """The examples of `num_steps` steps as a Ray data set, one block a step.
 
-    mixture: also as Ray's reference to it. monitor: what knows how far the training is.
+    mixture: also as Ray's reference to it. num_workers: that train. num_actors: that make the examples. monitor: what
+    knows how far the training is.
 
     Made within `samray.pipeline.cluster.data_settings`, which keep blocks whole.
     """
     import ray.data
 
+    # A worker has a block at work and one fetched, each of as many steps as there are workers, and Ray Data holds about
+    # as many back to share them out evenly.
+    pace = Pace(monitor, first_step, batch_size, AHEAD_STEPS + 4 * num_workers + 2 * num_actors)
     numbers: Any = ray.data.from_blocks(
         [pa.table({"number": numbers}) for numbers in blocks(first_step, num_steps, batch_size)]
     )
     stream: ray.data.Dataset = numbers.map_batches(
         ExampleMaker,
-        fn_constructor_kwargs={"mixture": mixture, "frame": frame, "pace": Pace(monitor, first_step, batch_size)},
+        fn_constructor_kwargs={"mixture": mixture, "frame": frame, "pace": pace},
         batch_size=None,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=num_actors),

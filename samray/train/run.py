@@ -237,8 +237,10 @@ def _make_trainer(run: _Run, sizes: Sizes, mixture: Any, position: Position, fol
 
         first = store.read_position().step
         with data_settings(ClusterConfig()):
-            steps = max(1, end - first)
-            return example_stream(mixture, frame, first, steps, batch_size, sizes.num_data_actors, monitor)
+            return example_stream(
+                mixture, frame, first, max(1, end - first), batch_size,
+                num_workers=sizes.num_workers, num_actors=sizes.num_data_actors, monitor=monitor,
+            )  # fmt: skip
 
     arguments = {
         "settings": settings,

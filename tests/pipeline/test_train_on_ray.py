@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import ray
 import torch
 from drivers import driver, wait_until
 from safetensors.torch import load_file
@@ -23,10 +24,15 @@ from scene_outputs import paint, write_scenes
 import samray
 from samray import storage
 from samray.cli import main
+from samray.config import ClusterConfig
 from samray.errors import ConfigError
+from samray.pipeline.cluster import data_settings
 from samray.sam.spec import MODELS
-from samray.train.data import ExampleMaker, open_data
+from samray.train.data import ExampleMaker, example_stream, open_data
+from samray.train.examples import Frame
 from samray.train.learner import Learner, Means, frame_of
+from samray.train.mixture import Mixture
+from samray.train.monitor import Monitor
 from samray.train.run import train
 from samray.train.settings import load_train_settings
 from samray.train.store import Store
@@ -119,8 +125,41 @@ def test_a_finished_run_starts_nothing_and_another_config_is_refused(
     assert f"samray label INPUT OUTPUT model.name=tiny model.checkpoint={tmp_path}/weights.safetensors" in shown
     assert main(["train", *data, str(tmp_path), *SETTINGS, "train.learning_rate=1e-3"]) == 2
     assert "train.learning_rate: 0.0001 there, 0.001 now" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=r"data.uris.scenes: \"endless\" there, not set now"):
+    with pytest.raises(ConfigError, match=r"data.uris: .*endless.* there"):
         train(data[:1], tmp_path, load_train_settings(None, SETTINGS), progress=False)
+
+
+class _Noted:
+    """A DATA whose examples are their numbers, each noted in a file when it is made."""
+
+    num_images = None
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def example(self, draw: int, frame: Frame) -> dict[str, Any]:
+        (self.folder / str(draw)).touch()
+        return {"number": np.array(draw)}
+
+    def validation(self, limit: int, frame: Frame) -> Iterator[Any]:
+        yield from ()
+
+
+def test_examples_are_made_when_they_are_due_and_not_long_before(tmp_path: Path, local_ray: None):
+    """Ray Data alone would make all of them at once, and hold them."""
+    monitor = ray.remote(Monitor).remote()
+    mixture = Mixture([_Noted(tmp_path)], None, seed=0)
+    with data_settings(ClusterConfig()):
+        stream = example_stream(
+            mixture, Frame(64, 16), 100, 300, 2, num_workers=1, num_actors=1, monitor=monitor
+        )  # fmt: skip
+        batches = iter(stream.iter_batches(batch_size=2, prefetch_batches=0))
+        first = [next(batches)["number"].tolist() for _ in range(20)]
+        time.sleep(3)  # of a stream that runs on all would be there by now
+        assert len(list(tmp_path.iterdir())) <= 2 * (38 + 1)
+        ray.get(monitor.beat.remote({"step": 390}))
+        later = [batch["number"].tolist() for batch in batches]
+    assert first + later == [[2 * step, 2 * step + 1] for step in range(100, 400)]
 
 
 def test_two_workers_share_out_a_batch_and_learn_as_one_does(data: list[str], s3_root: str, local_ray: None):
