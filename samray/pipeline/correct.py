@@ -217,6 +217,7 @@ def _plan(
         "shards": hashlib.sha256(json.dumps(sorted(sizes.items())).encode()).hexdigest(),
         "input_uri": storage.redact(source.uri),
         "files": source.fingerprint(),
+        "sha256": source.sha256(),  # a mask may be moved without a change of the file's size
         **options,
         "corrects": plan.run["identity"].get("corrects"),
     }

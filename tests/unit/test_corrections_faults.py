@@ -78,6 +78,20 @@ def test_an_id_on_another_image_is_no_sign_of_other_bounds(plan: Plan, tmp_path:
     assert report.changes == {"unchanged": 12, "added": 3, "left_out": 3}
 
 
+def test_another_file_of_the_same_size_is_not_taken_for_the_same(plan: Plan, tmp_path: Path) -> None:
+    content = export(plan, tmp_path / "there", confident=0.9)
+    source = write(tmp_path / "x.json", content)
+    import_(source, tmp_path / "new", plan, confident=0.9)
+    before, size = rows_of(tmp_path / "new"), source.stat().st_size
+    content["annotations"].append(content["annotations"].pop(0))
+    first, *_, last = content["annotations"]
+    first["segmentation"], last["segmentation"] = last["segmentation"], first["segmentation"]
+    assert write(source, content).stat().st_size == size
+    with pytest.raises(ConfigError, match=r'corrects\.sha256: "[0-9a-f]{64}" there, "[0-9a-f]{64}" now'):
+        import_(source, tmp_path / "new", plan, confident=0.9)
+    assert rows_of(tmp_path / "new") == before
+
+
 def test_wrong_commands_are_one_sentence(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refusal(*arguments: object) -> str:
         assert main([str(argument) for argument in arguments]) == 2
