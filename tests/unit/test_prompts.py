@@ -176,6 +176,27 @@ def test_names_of_several_images_and_rows_for_the_same_one_are_refused(tmp_path:
         PromptFile.read(write(tmp_path, rows)).match(images)
 
 
+def test_no_message_holds_the_credentials_of_a_uri(tmp_path: Path) -> None:
+    signed = "https://me:secret@host/{}.png?X-Amz-Signature=secret"
+    shown = "https://***@host/{}.png?X-Amz-Signature=***"
+    a, b, gone = (signed.format(name) for name in ("a", "b", "gone"))
+    images = images_of(a, b, names=["x.png?sig=secret", "x.png?sig=secret"])
+
+    def said(*rows: dict[str, Any]) -> str:
+        with pytest.raises(ConfigError) as caught:
+            PromptFile.read(write(tmp_path, list(rows))).match(images)
+        assert "secret" not in str(caught.value)
+        return str(caught.value)
+
+    assert "the file_name 'x.png?sig=***' is that of 2" in said({"file_name": "x.png?sig=secret", "prompts": [CLICK]})
+    assert f"image '{shown.format('a')}', prompts[0]" in said({"uri": a, "prompts": [{}]})
+    assert f"two rows are for the image '{shown.format('a')}'" in said(*[{"uri": a, "prompts": [CLICK]}] * 2)
+    none = said({"uri": gone, "prompts": [CLICK]})
+    assert f"its first is '{shown.format('gone')}', INPUT's first has the file_name 'x.png?sig=***'" in none
+    rows = [{"uri": uri, "prompts": [CLICK]} for uri in (a, gone)]
+    assert PromptFile.read(write(tmp_path, rows)).match(images).unknown == [shown.format("gone")]
+
+
 def test_prompts_come_to_the_places_of_their_shards(tmp_path: Path) -> None:
     plan = write_output(str(tmp_path), [f"{i}.png" for i in range(8)], images_per_shard=3)
     rows = [{"file_name": f"{i}.png", "prompts": [CLICK] * (i + 1)} for i in (7, 2, 3)]
