@@ -55,10 +55,10 @@ def test_prompts_go_through_json_and_back() -> None:
         ([1, 2], "'[1, 2]' is no object with points and labels, box, or both"),
         ({"point": [[1, 2]], "labels": [1]}, "there is no key 'point'; did you mean points?; keys are points"),
         ({"points": "1,2", "labels": [1]}, "points is '1,2', not a list"),
-        ({"points": [1, 2], "labels": [1]}, "the point [1] is no [x, y] of pixels, from 0 on"),
+        ({"points": [1, 2], "labels": [1]}, "the point [1] is no [x, y] of pixels"),
         ({"points": [[1, 2, 3]], "labels": [1]}, "the point [1, 2, 3] is no"),
         ({"points": [[1, float("nan")]], "labels": [1]}, "the point [1, nan] is no"),
-        ({"points": [[-1, 2]], "labels": [1]}, "the point [-1, 2] is no"),
+        ({"points": [[1, float("-inf")]], "labels": [1]}, "the point [1, -inf] is no"),
         ({"points": [[1, True]], "labels": [1]}, "the point [1, True] is no"),
         ({"points": [[1, 2], [3, 4]], "labels": [1]}, "points and labels are of different number: 2 and 1"),
         ({"points": [[1, 2]]}, "points and labels are of different number: 1 and 0"),
@@ -66,6 +66,7 @@ def test_prompts_go_through_json_and_back() -> None:
         ({"points": [[1, 2]], "labels": [0]}, "neither a point with the label 1 nor a box"),
         ({}, "neither a point with the label 1 nor a box"),
         ({"box": [1, 2, 3]}, "the box [1, 2, 3] is no [x, y, w, h]"),
+        ({"box": [1, 2, -3, 3]}, "with a width and a height above 0"),
         ({"box": [1, 2, 0, 3]}, "with a width and a height above 0"),
     ],
 )
@@ -77,6 +78,26 @@ def test_what_is_wrong_with_a_prompt_is_said_with_image_and_place(tmp_path: Path
     with pytest.raises(ConfigError) as told:
         PromptFile.read(uri)
     assert str(told.value) == f"input.prompts {uri}, line 2: image 'b.png', prompts[1]: {caught.value}"
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ({"points": [[-0.25, 2]], "labels": [1]}, "the point [-0.25, 2] lies outside of the image of 30x20 pixels"),
+        ({"points": [[3, 2], [3, -1]], "labels": [1, 0]}, "the point [3, -1] lies outside"),
+        ({"points": [[30, 2]], "labels": [1]}, "the point [30, 2] lies outside"),
+        ({"box": [-0.5, 2, 9, 9]}, "the box [-0.5, 2, 9, 9] reaches out of the image of 30x20 pixels"),
+        ({"box": [1, -2, 9, 9]}, "the box [1, -2, 9, 9] reaches out"),
+        ({"box": [1, 2, 9, 19]}, "the box [1, 2, 9, 19] reaches out"),
+        ({"points": [[0, 19.5]], "labels": [1], "box": [0, 0, 30, 20]}, None),
+    ],
+)
+def test_what_lies_outside_is_a_fault_of_that_image_alone(tmp_path: Path, value: Any, problem: str | None) -> None:
+    uri = write(tmp_path, [{"file_name": "a.png", "prompts": [CLICK, value]}, {"file_name": "b.png", "prompts": [BOX]}])
+    found = PromptFile.read(uri).match(images_of("/in/a.png", "/in/b.png"))
+    said = found.by_place[0][1].problem_in(width=30, height=20)
+    assert said is None if problem is None else said is not None and said.startswith(problem)
+    assert found.by_place[1] == [Prompt.parse(BOX)]
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
