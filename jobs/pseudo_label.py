@@ -27,6 +27,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+# A script's own folder is on the path, the folder above it, where samray lies in a checkout, is not.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from samray.masks.rle import box_xyxy, compress, encode_array
 from samray.train.regions import SIDE, region_tree
 
