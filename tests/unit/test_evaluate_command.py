@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from samray.cli import main
 from samray.errors import ConfigError
 from samray.evaluate.pictures import Sheet, click_sheet, offer_clicks, offer_masks, picture_format, proposal_sheet
 from samray.evaluate.points import evaluate_points
+from samray.evaluate.proposals import evaluate_proposals
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,6 +87,22 @@ def test_the_sheet_of_proposals_tints_regions_by_how_well_they_are_found() -> No
     picture = sheet.encode("PNG")
     assert has_colour(picture, (0, 200, 40), 200), "TALL is found"
     assert has_colour(picture, (255, 0, 40), 200), "WIDE is missed"
+
+
+def test_the_sheet_of_proposals_leaves_out_the_regions_that_the_figures_do() -> None:
+    class FindsTall:
+        def generate(self, images: list[np.ndarray]) -> list[list[dict[str, Any]]]:
+            return [[annotation(TALL)] for _ in images]
+
+    def scores(min_area: int) -> list[float]:
+        sheet = proposal_sheet()
+        images = [region_image([[SMALL], [TALL, SMALL]]), region_image([[SMALL]])]
+        evaluate_proposals(FindsTall(), images, min_area=min_area, on_masks=lambda *found: offer_masks(sheet, *found))
+        assert has_colour(sheet.encode("PNG"), (255, 0, 40), 10) == (min_area == 0), "SMALL, which is missed"
+        return [score for score, _, _ in sheet._kept]
+
+    assert scores(min_area=0) == [0, 0]
+    assert scores(min_area=500) == [1], "TALL, of the annotator who marked it; the other image has nothing to show"
 
 
 def test_pictures_are_png_or_jpeg() -> None:
