@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import random
@@ -26,6 +27,7 @@ from marked import (
 )
 from PIL import Image
 
+from samray import cli_evaluate
 from samray.cli import main
 from samray.errors import ConfigError
 from samray.evaluate.pictures import Sheet, click_sheet, offer_clicks, offer_masks, picture_format, proposal_sheet
@@ -141,6 +143,12 @@ def test_points_from_the_command_line(bsds: str, tmp_path: Path, capsys: pytest.
     assert "regions 3 of at least 500 pixels, a click each" in said
     assert "failed images 1: 1 not_an_image (no image format starts with b'no image')" in said
     assert Image.open(sheet).format == "PNG"
+
+
+def test_the_default_of_points_is_the_functions() -> None:
+    options = (cli_evaluate.points, evaluate_points)
+    command, function = (inspect.signature(one).parameters["min_area"].default for one in options)
+    assert command is function  # not just of the same value
 
 
 def test_proposals_from_the_command_line(bsds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
