@@ -26,6 +26,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from scipy import ndimage
 
+# A script's own folder is on the path, the folder above it, where samray lies in a checkout, is not.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import samray
 from samray.config import load_config
 from samray.dataset.shards import done_shards, read_shard

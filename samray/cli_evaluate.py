@@ -20,6 +20,7 @@ from samray import __version__, storage
 from samray.cli_help import CommandWithSettings, HelpfulGroup, count, split_settings, two_columns
 from samray.config import SECTIONS, Config, Sections, load_config
 from samray.errors import ConfigError, SamrayError
+from samray.evaluate import MIN_AREA
 
 if TYPE_CHECKING:
     from samray.evaluate.failures import Failures
@@ -66,7 +67,7 @@ class ProposalsCommand(CommandWithSettings):
 def points(
     data: Data,
     settings: Words = None,
-    min_area: Annotated[int, typer.Option(min=0, metavar="PIXELS", help="Leave out smaller regions.")] = 500,
+    min_area: Annotated[int, typer.Option(min=0, metavar="PIXELS", help="Leave out smaller regions.")] = MIN_AREA,
     limit: Limit = None,
     json: Json = None,
     picture: Picture = None,

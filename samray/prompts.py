@@ -19,7 +19,11 @@ _KEYS: Final = ("points", "labels", "box")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """What one mask is asked for with. Raises ConfigError where it cannot be one for any image."""
+    """What one mask is asked for with. Raises ConfigError where it is malformed.
+
+    Coordinates may be any finite numbers, such as a little below 0 for a box drawn over the edge: what lies outside of
+    an image is that image's fault, and `problem_in` tells it.
+    """
 
     points: tuple[tuple[float, float], ...] = ()
     """x, y of each click."""
@@ -31,7 +35,7 @@ class Prompt:
     def __post_init__(self) -> None:
         for point in self.points:
             if len(point) != 2 or not all(map(_is_coordinate, point)):
-                raise ConfigError(f"the point {list(point)} is no [x, y] of pixels, from 0 on")
+                raise ConfigError(f"the point {list(point)} is no [x, y] of pixels")
         if len(self.labels) != len(self.points):
             raise ConfigError(f"points and labels are of different number: {len(self.points)} and {len(self.labels)}")
         for label in self.labels:
@@ -75,14 +79,14 @@ class Prompt:
     def problem_in(self, width: int, height: int) -> str | None:
         """What of it lies outside of an image of so many pixels, if anything. A box may reach up to the very edge."""
         for x, y in self.points:
-            if not (x < width and y < height):
+            if not (0 <= x < width and 0 <= y < height):
                 return f"the point [{x:g}, {y:g}] lies outside of the image of {width}x{height} pixels"
         if self.box is not None:
             x, y, w, h = self.box
-            if not (x + w <= width and y + h <= height):
+            if not (x >= 0 and y >= 0 and x + w <= width and y + h <= height):
                 return f"the box [{x:g}, {y:g}, {w:g}, {h:g}] reaches out of the image of {width}x{height} pixels"
         return None
 
 
 def _is_coordinate(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -50,7 +50,7 @@ class MatchedPrompts:
     num_unknown: int
     """Images of the file that the plan does not have."""
     unknown: list[str] = field(default_factory=list)
-    """A few of those, as written."""
+    """A few of those, as written, but without credentials."""
 
     @property
     def num_prompts(self) -> int:
@@ -111,24 +111,24 @@ class PromptFile:
         by_place: dict[int, list[Prompt]] = {}
         unknown = []
         for number, row in enumerate(self.rows):
+            name = storage.redact(row.name)
             found = places.get(number, [])
             if len(found) > 1:
                 raise ConfigError(
-                    f"{_name(self.uri)}: the {row.column} {row.name!r} is that of {len(found)} images of INPUT; "
+                    f"{_name(self.uri)}: the {row.column} {name!r} is that of {len(found)} images of INPUT; "
                     "give the uri of the one that is meant"
                 )
             if not found:
-                unknown.append(row.name)
+                unknown.append(name)
             elif found[0] in by_place:
-                raise ConfigError(
-                    f"{_name(self.uri)}: two rows are for the image {row.name!r}; give one, with all prompts"
-                )
+                raise ConfigError(f"{_name(self.uri)}: two rows are for the image {name!r}; give one, with all prompts")
             else:
                 by_place[found[0]] = row.prompts
         if not by_place:
+            own, theirs = (storage.redact(name) for name in (self.rows[0].name, images["file_name"][0].as_py()))
             raise ConfigError(
-                f"{_name(self.uri)}: none of its {len(self.rows)} images is in INPUT; its first is "
-                f"{self.rows[0].name!r}, INPUT's first has the file_name {images['file_name'][0].as_py()!r}"
+                f"{_name(self.uri)}: none of its {len(self.rows)} images is in INPUT; its first is {own!r}, INPUT's "
+                f"first has the file_name {theirs!r}"
             )
         return MatchedPrompts(by_place=by_place, num_unknown=len(unknown), unknown=unknown[:_MAX_EXAMPLES])
 
@@ -170,5 +170,5 @@ def _parse(where: str, values: Any) -> _Row:
         try:
             prompts.append(Prompt.parse(value))
         except ConfigError as error:
-            raise ConfigError(f"{where}: image {name!r}, prompts[{place}]: {error}") from None
+            raise ConfigError(f"{where}: image {storage.redact(name)!r}, prompts[{place}]: {error}") from None
     return _Row(column, name, prompts)

@@ -144,7 +144,10 @@ def proposal_sheet() -> Sheet:
 
 
 def offer_masks(sheet: Sheet, image: RegionImage, masks: list[dict[str, Any]]) -> None:
-    """A tile for each image that has a region, by the mean IoU of its regions' best masks."""
+    """A tile for each image that has a region, by the mean IoU of its regions' best masks.
+
+    image: with the regions that count (`evaluate_proposals`).
+    """
     regions = next((regions for regions in image.annotators if regions), [])
     if regions:
         found = [mask["segmentation"] for mask in sorted(masks, key=lambda mask: -float(mask["predicted_iou"]))]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +17,12 @@ from scipy import ndimage
 from torch import Tensor
 
 from samray.errors import ImageError
+from samray.evaluate import MIN_AREA
 from samray.evaluate.failures import Failures
 from samray.evaluate.regions import Bool, RegionImage, RleMasks, large_enough
 from samray.images import RGBArray
-from samray.masks.generator import MASK_THRESHOLD
-from samray.masks.scores import above, areas
+from samray.masks.scores import MASK_THRESHOLD, above, areas
 from samray.sam.sam import Sam
-
-MIN_AREA: Final = 500
-"""Pixels of the smallest region that is clicked on, unless said otherwise."""
 
 # Float masks of one chunk of clicks, at full resolution or at the model's square, whichever is larger.
 _CPU_CHUNK_BYTES = 32 * 2**20

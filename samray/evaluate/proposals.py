@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -58,7 +58,7 @@ def evaluate_proposals(
     """`average_recall` over the regions of at least min_area pixels, num_masks, num_images, num_failed, failures.
 
     num_images: those that could be used; failures: reason -> number of the others. on_image is called after each image,
-    on_masks with the records (`MaskGenerator.generate`) of each that could be used.
+    on_masks with each that could be used, of its regions those that count, and its records (`MaskGenerator.generate`).
     """
     failures = Failures()
     marked: list[Marked] = []
@@ -73,8 +73,9 @@ def evaluate_proposals(
                 num_masks += len(masks)
                 rles = [mask["segmentation"] for mask in masks]
                 scores = [mask["predicted_iou"] for mask in masks]
-                marked += [Marked(large_enough(regions, min_area), rles, scores) for regions in image.annotators]
-                on_masks(image, masks)
+                counted = replace(image, annotators=[large_enough(own, min_area) for own in image.annotators])
+                marked += [Marked(regions, rles, scores) for regions in counted.annotators]
+                on_masks(counted, masks)
         on_image(failures)
     return {**average_recall(marked), "num_masks": num_masks, "num_images": num_images, **failures.figures()}
 

@@ -78,6 +78,7 @@ class RegionImage:
     """An image and its known regions."""
 
     name: str
+    """Its URI or file name, without credentials."""
     pixels: RGBArray
     """(H, W, 3) uint8 RGB, upright."""
     annotators: list[list[Rle]]
@@ -216,7 +217,8 @@ class RegionData:
         """place: the image's row in the plan, where there is one."""
         if row.get("status") == "failed":
             reason, _, message = (row.get("error") or "").partition(": ")
-            raise ImageError(reason if reason in IMAGE_ERROR_REASONS else "unreadable", message or "failed in DATA")
+            message = storage.redact(message) or "failed in DATA"
+            raise ImageError(reason if reason in IMAGE_ERROR_REASONS else "unreadable", message)
         if place is None:
             uri = storage.resolve(storage.parent(file.uri), row["uri"]) if row["uri"] else ""
             place = pa.Table.from_pylist([{"uri": uri}], INPUT_SCHEMA)
@@ -237,6 +239,7 @@ def _checked(
     name: str, hw: tuple[Any, Any], data: bytes, annotators: list[list[Any]], config: InputConfig
 ) -> RegionImage:
     """Raises: ImageError where the image cannot be decoded or the regions are none of such an image."""
+    name = storage.redact(name)
     if _holds_null([hw, annotators]):
         raise ImageError("unreadable", f"the row of {name} lacks its size or part of a region")
     pixels = decode_image(data, config.max_pixels)

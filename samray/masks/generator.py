@@ -32,15 +32,13 @@ from samray.masks.points import Float64, point_grids
 from samray.masks.records import Mask, choose, to_record, wanted_areas
 from samray.masks.regions import remove_small_regions
 from samray.masks.rle import Counts
-from samray.masks.scores import above, areas, mask_boxes, stability_scores
+from samray.masks.scores import MASK_THRESHOLD, above, areas, mask_boxes, stability_scores
 from samray.masks.windows import upsample_occupied
 from samray.sam.sam import Decoded, Sam, input_size
 from samray.sam.transformer import ImageTokens
 
 Image = npt.NDArray[np.uint8]
 
-MASK_THRESHOLD = 0.0
-"""Logit above which a pixel belongs to a mask."""
 STAGES = ("preprocess", "encode", "decode", "score", "nms", "rle")
 
 # Float masks at full resolution that are held together. On a CPU as good as one at a time: larger blocks are new pages

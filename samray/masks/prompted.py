@@ -22,15 +22,13 @@ from samray.errors import ImageError
 from samray.masks import rle
 from samray.masks.crops import Crop
 from samray.masks.records import Mask, to_record
-from samray.masks.scores import above, stability_scores
+from samray.masks.scores import MASK_THRESHOLD, above, stability_scores
 from samray.prompts import Prompt
 from samray.sam.sam import Sam, input_size
 
 Image = npt.NDArray[np.uint8]
 
 STAGES: Final = ("preprocess", "encode", "decode", "score")
-MASK_THRESHOLD: Final = 0.0
-"""Logit above which a pixel belongs to a mask."""
 
 # Images encoded and prompts decoded together. Prompts are few, so a GPU's memory is no matter, and on a CPU the
 # decoder is fastest on what its caches hold.

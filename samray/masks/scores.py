@@ -5,9 +5,14 @@ Shapes: M masks of (H, W) pixels.
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import torch
 from torch import Tensor
+
+MASK_THRESHOLD: Final = 0.0
+"""Logit above which a pixel belongs to a mask."""
 
 
 def above(logits: Tensor, threshold: float) -> Tensor:

@@ -11,19 +11,25 @@ import copy
 import hashlib
 import json
 import time
+from array import array
+from bisect import bisect_right
 from collections import Counter
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from samray import storage
 from samray.dataset.compact import rows_between, sizes_of_finished
+from samray.dataset.export.review import ID_ATTRIBUTE, is_sure
 from samray.dataset.generations import MANIFEST_SCHEMA
 from samray.dataset.imports import coco
-from samray.dataset.imports.corrections import corrected_record, record_as_it_is
+from samray.dataset.imports.corrections import corrected_record, own_id, record_as_it_is
 from samray.dataset.imports.source import Source, open_source
 from samray.dataset.manifest import Plan, load_plan, write_plan
 from samray.dataset.rows import places_of
-from samray.dataset.schema import ImageRecord, records_to_table
-from samray.dataset.shards import commit_shard, done_shards, mark_success, shard_versions
+from samray.dataset.schema import ANNOTATIONS_PER_IMAGE, ImageRecord, records_to_table
+from samray.dataset.shards import commit_shard, done_shards, mark_success, open_shard, shard_versions
 from samray.errors import ConfigError
 from samray.pipeline.history import failures_of_shards
 from samray.pipeline.progress import ProgressView
@@ -44,8 +50,8 @@ def correct(
     """Write OUTPUT with the corrections of source, COCO instances JSON, to dest, or finish what a call left undone.
 
     confident, stable: what the export was made with. keep_rest: masks that were not in it stay.
-    Raises: ConfigError before anything is written (annotations are read later: damage there leaves a plan),
-    StorageError.
+    Raises: ConfigError before anything is written (without bounds annotations are read later: damage there leaves a
+    plan), StorageError.
     """
     started = time.monotonic()
     plan = load_plan(output)
@@ -53,6 +59,7 @@ def correct(
     sizes = sizes_of_finished(plan)
     in_coco = coco.read_images(found)
     image_at, num_unknown = _find_images(in_coco, plan, found)
+    _refuse_masks_not_shown(found, in_coco, image_at, plan, confident, stable)
     options: dict[str, Any] = {"confident": confident, "stable": stable, "keep_rest": keep_rest}
     target = _plan(plan, dest, found, sizes, options, images_per_shard)
     done = shard_versions(target.output)
@@ -151,6 +158,44 @@ def _find_images(in_coco: coco.CocoImages, plan: Plan, source: Source) -> tuple[
     return image_at, len(in_coco.images) - len(image_at)
 
 
+def _refuse_masks_not_shown(
+    source: Source,
+    in_coco: coco.CocoImages,
+    image_at: dict[int, dict[str, Any]],
+    plan: Plan,
+    confident: float | None,
+    stable: float | None,
+) -> None:
+    """Raises: ConfigError where a mask came back that, by the bounds, nobody was shown: they are not the export's.
+
+    Taken at their word, they would make of it a new mask beside the old one, or in its place. in_coco, image_at: as
+    `_find_images` leaves them.
+    """
+    if confident is None and stable is None:
+        return
+    image_ids = plan.read_images(["image_id"])["image_id"].to_numpy()
+    returned = array("q")
+    for place, annotation in coco.annotations_of_images(source, in_coco):
+        id = own_id(annotation.get("attributes"))
+        if id is not None and id // ANNOTATIONS_PER_IMAGE == image_ids[place]:
+            returned.append(id)
+    ids = pa.array(returned, pa.int64())
+    starts = plan.starts()
+    columns = [f"annotations.list.element.{name}" for name in ("id", "predicted_iou", "stability_score")]
+    for shard in sorted({bisect_right(starts, place) - 1 for place in image_at}):
+        with open_shard(plan.output, shard) as file:
+            masks = pc.list_flatten(file.read(columns=columns)["annotations"])
+        for mask in masks.filter(pc.is_in(pc.struct_field(masks, "id"), value_set=ids)).to_pylist():
+            if not is_sure(mask["predicted_iou"], mask["stability_score"], confident, stable):
+                bounds = {"--confident": confident, "--stable": stable}
+                given = " ".join(f"{name} {value}" for name, value in bounds.items() if value is not None)
+                raise ConfigError(
+                    f"SOURCE {storage.redact(source.uri)} holds masks that, by {given}, were not exported: that of "
+                    f"{ID_ATTRIBUTE} {mask['id']} has a predicted IoU of {mask['predicted_iou']} and a stability of "
+                    f"{mask['stability_score']}; give the bounds of the export"
+                )
+
+
 def _plan(
     plan: Plan,
     dest: str,
@@ -172,6 +217,7 @@ def _plan(
         "shards": hashlib.sha256(json.dumps(sorted(sizes.items())).encode()).hexdigest(),
         "input_uri": storage.redact(source.uri),
         "files": source.fingerprint(),
+        "sha256": source.sha256(),  # a mask may be moved without a change of the file's size
         **options,
         "corrects": plan.run["identity"].get("corrects"),
     }

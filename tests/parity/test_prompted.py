@@ -114,6 +114,8 @@ def test_what_lies_outside_of_its_image_is_named_before_anything_is_encoded(sam:
     outside = {
         Prompt(points=((220.0, 10.0),), labels=(1,)): r"point \[220, 10\] lies outside of the image of 220x150 pixels",
         Prompt(points=((1.0, 150.0),), labels=(1,)): r"point \[1, 150\] lies outside",
+        Prompt(points=((-0.25, 1.0),), labels=(1,)): r"point \[-0.25, 1\] lies outside",
+        Prompt(box=(3, -1, 20, 10)): r"box \[3, -1, 20, 10\] reaches out",
         Prompt(box=(200, 0, 20.5, 10)): r"box \[200, 0, 20.5, 10\] reaches out of the image of 220x150 pixels",
         Prompt(box=(0, 100, 10, 51)): r"box \[0, 100, 10, 51\] reaches out",
     }

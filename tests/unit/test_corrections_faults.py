@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,52 @@ def test_an_image_without_an_id_left_fails(tmp_path: Path, monkeypatch: pytest.M
     report = import_(write(tmp_path / "x.json", content), tmp_path / "new", plan)
     assert report.failures == {"unsupported": 1}
     assert rows_of(tmp_path / "new")["a/0.png"]["error"] == "unsupported: no id is left: an image has 5"
+
+
+@pytest.mark.parametrize(
+    ("exported", "given", "said"),
+    [
+        ({"confident": 0}, {"confident": 0.9}, "by --confident 0.9, were not exported: that of samray_id 1 has a "
+         "predicted IoU of 0.5 and a stability of 0.99; give the bounds of the export"),
+        ({"confident": 0.9}, {"confident": 0.9, "stable": 0.95}, "by --confident 0.9 --stable 0.95, were not exported: "
+         "that of samray_id 2 has"),
+    ],
+)  # fmt: skip
+def test_bounds_that_are_not_the_exports_are_refused_before_anything_is_written(
+    plan: Plan, tmp_path: Path, exported: dict[str, Any], given: dict[str, Any], said: str
+) -> None:
+    """Else masks that a person was shown would be left out or kept, and come as new ones besides."""
+    source = write(tmp_path / "x.json", export(plan, tmp_path / "there", **exported))
+    for keep_rest in (False, True):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            import_(source, tmp_path / "new", plan, keep_rest=keep_rest, **given)
+    assert not (tmp_path / "new").exists()
+    report = import_(source, tmp_path / "new", plan, **exported)
+    assert "added" not in report.changes
+
+
+def test_an_id_on_another_image_is_no_sign_of_other_bounds(plan: Plan, tmp_path: Path) -> None:
+    """As after copy and paste from image to image, or where a tool writes 0 into every new mask."""
+    content = export(plan, tmp_path / "there", confident=0.9)
+    image = next(image["id"] for image in content["images"] if image["file_name"] == "c.png")
+    new = {**annotation(blob(1)), "id": 1, "image_id": image, "attributes": {"samray_id": 1}}
+    content["annotations"] += [new, {**new, "attributes": {"samray_id": 10**30}}, {**new, "attributes": None}]
+    report = import_(write(tmp_path / "x.json", content), tmp_path / "new", plan, confident=0.9)
+    assert report.changes == {"unchanged": 12, "added": 3, "left_out": 3}
+
+
+def test_another_file_of_the_same_size_is_not_taken_for_the_same(plan: Plan, tmp_path: Path) -> None:
+    content = export(plan, tmp_path / "there", confident=0.9)
+    source = write(tmp_path / "x.json", content)
+    import_(source, tmp_path / "new", plan, confident=0.9)
+    before, size = rows_of(tmp_path / "new"), source.stat().st_size
+    content["annotations"].append(content["annotations"].pop(0))
+    first, *_, last = content["annotations"]
+    first["segmentation"], last["segmentation"] = last["segmentation"], first["segmentation"]
+    assert write(source, content).stat().st_size == size
+    with pytest.raises(ConfigError, match=r'corrects\.sha256: "[0-9a-f]{64}" there, "[0-9a-f]{64}" now'):
+        import_(source, tmp_path / "new", plan, confident=0.9)
+    assert rows_of(tmp_path / "new") == before
 
 
 def test_wrong_commands_are_one_sentence(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

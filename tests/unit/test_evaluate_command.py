@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import random
@@ -9,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,10 +27,12 @@ from marked import (
 )
 from PIL import Image
 
+from samray import cli_evaluate
 from samray.cli import main
 from samray.errors import ConfigError
 from samray.evaluate.pictures import Sheet, click_sheet, offer_clicks, offer_masks, picture_format, proposal_sheet
 from samray.evaluate.points import evaluate_points
+from samray.evaluate.proposals import evaluate_proposals
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,6 +91,22 @@ def test_the_sheet_of_proposals_tints_regions_by_how_well_they_are_found() -> No
     assert has_colour(picture, (255, 0, 40), 200), "WIDE is missed"
 
 
+def test_the_sheet_of_proposals_leaves_out_the_regions_that_the_figures_do() -> None:
+    class FindsTall:
+        def generate(self, images: list[np.ndarray]) -> list[list[dict[str, Any]]]:
+            return [[annotation(TALL)] for _ in images]
+
+    def scores(min_area: int) -> list[float]:
+        sheet = proposal_sheet()
+        images = [region_image([[SMALL], [TALL, SMALL]]), region_image([[SMALL]])]
+        evaluate_proposals(FindsTall(), images, min_area=min_area, on_masks=lambda *found: offer_masks(sheet, *found))
+        assert has_colour(sheet.encode("PNG"), (255, 0, 40), 10) == (min_area == 0), "SMALL, which is missed"
+        return [score for score, _, _ in sheet._kept]
+
+    assert scores(min_area=0) == [0, 0]
+    assert scores(min_area=500) == [1], "TALL, of the annotator who marked it; the other image has nothing to show"
+
+
 def test_pictures_are_png_or_jpeg() -> None:
     assert (picture_format("a/b.PNG"), picture_format("s3://b/c.jpg")) == ("PNG", "JPEG")
     with pytest.raises(ConfigError, match=re.escape("--picture sheet.gif must end in .png, .jpg, .jpeg")):
@@ -123,6 +143,12 @@ def test_points_from_the_command_line(bsds: str, tmp_path: Path, capsys: pytest.
     assert "regions 3 of at least 500 pixels, a click each" in said
     assert "failed images 1: 1 not_an_image (no image format starts with b'no image')" in said
     assert Image.open(sheet).format == "PNG"
+
+
+def test_the_default_of_points_is_the_functions() -> None:
+    options = (cli_evaluate.points, evaluate_points)
+    command, function = (inspect.signature(one).parameters["min_area"].default for one in options)
+    assert command is function  # not just of the same value
 
 
 def test_proposals_from_the_command_line(bsds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

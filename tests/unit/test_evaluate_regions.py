@@ -118,6 +118,30 @@ def test_a_row_that_makes_no_sense_is_a_failed_image(tmp_path: Path, wrong: dict
     assert isinstance(image, RegionImage)
 
 
+def test_no_name_or_message_holds_the_credentials_of_a_uri(tmp_path: Path) -> None:
+    name, shown = "a.png?X-Amz-Signature=secret", "a.png?X-Amz-Signature=***"
+    (tmp_path / name).write_bytes(standin.make_image(3, (WIDTH, HEIGHT)))
+    size = {"image_id": 1, "width": WIDTH, "height": HEIGHT, "file_name": name}
+    whole = {"image": size, "annotations": [annotation(box(2, 9, 3, 30))], "uri": name, "status": "ok", "error": ""}
+    wrong: list[dict[str, Any]] = [
+        {"image": None},
+        {"image": {**size, "width": 7}},
+        {"annotations": [annotation(box(0, 9, 0, 9, (WIDTH, HEIGHT)))]},
+        {"annotations": [{"segmentation": {"size": [HEIGHT, WIDTH], "counts": "0"}}]},
+        {"status": "failed", "error": f"missing: https://host/{name} is gone"},
+    ]
+    *failed, image = RegionData(write_parquet(tmp_path / "x.parquet", [whole | one for one in [*wrong, {}]]))
+    assert isinstance(image, RegionImage)
+    assert image.name == shown
+    for error in failed:
+        assert shown in str(error)
+    rows = [bsds_row(name, [[box(0, 4, 0, 4)]]), bsds_row(name, [[box(0, 4, 0, 4)]]) | {"width": 7}]
+    image, error = RegionData(write_parquet(tmp_path / "val.parquet", rows))
+    assert isinstance(image, RegionImage)
+    assert image.name == shown
+    assert f"{shown} is 60x40 pixels" in str(error)
+
+
 def test_a_shard_that_no_longer_fits_its_plan_is_read_by_its_uris(tmp_path: Path) -> None:
     plan = labelled.make_output(str(tmp_path))
     shard = Path(plan.output) / "annotations" / "shard-000001.parquet"

@@ -55,10 +55,10 @@ def test_prompts_go_through_json_and_back() -> None:
         ([1, 2], "'[1, 2]' is no object with points and labels, box, or both"),
         ({"point": [[1, 2]], "labels": [1]}, "there is no key 'point'; did you mean points?; keys are points"),
         ({"points": "1,2", "labels": [1]}, "points is '1,2', not a list"),
-        ({"points": [1, 2], "labels": [1]}, "the point [1] is no [x, y] of pixels, from 0 on"),
+        ({"points": [1, 2], "labels": [1]}, "the point [1] is no [x, y] of pixels"),
         ({"points": [[1, 2, 3]], "labels": [1]}, "the point [1, 2, 3] is no"),
         ({"points": [[1, float("nan")]], "labels": [1]}, "the point [1, nan] is no"),
-        ({"points": [[-1, 2]], "labels": [1]}, "the point [-1, 2] is no"),
+        ({"points": [[1, float("-inf")]], "labels": [1]}, "the point [1, -inf] is no"),
         ({"points": [[1, True]], "labels": [1]}, "the point [1, True] is no"),
         ({"points": [[1, 2], [3, 4]], "labels": [1]}, "points and labels are of different number: 2 and 1"),
         ({"points": [[1, 2]]}, "points and labels are of different number: 1 and 0"),
@@ -66,6 +66,7 @@ def test_prompts_go_through_json_and_back() -> None:
         ({"points": [[1, 2]], "labels": [0]}, "neither a point with the label 1 nor a box"),
         ({}, "neither a point with the label 1 nor a box"),
         ({"box": [1, 2, 3]}, "the box [1, 2, 3] is no [x, y, w, h]"),
+        ({"box": [1, 2, -3, 3]}, "with a width and a height above 0"),
         ({"box": [1, 2, 0, 3]}, "with a width and a height above 0"),
     ],
 )
@@ -77,6 +78,26 @@ def test_what_is_wrong_with_a_prompt_is_said_with_image_and_place(tmp_path: Path
     with pytest.raises(ConfigError) as told:
         PromptFile.read(uri)
     assert str(told.value) == f"input.prompts {uri}, line 2: image 'b.png', prompts[1]: {caught.value}"
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ({"points": [[-0.25, 2]], "labels": [1]}, "the point [-0.25, 2] lies outside of the image of 30x20 pixels"),
+        ({"points": [[3, 2], [3, -1]], "labels": [1, 0]}, "the point [3, -1] lies outside"),
+        ({"points": [[30, 2]], "labels": [1]}, "the point [30, 2] lies outside"),
+        ({"box": [-0.5, 2, 9, 9]}, "the box [-0.5, 2, 9, 9] reaches out of the image of 30x20 pixels"),
+        ({"box": [1, -2, 9, 9]}, "the box [1, -2, 9, 9] reaches out"),
+        ({"box": [1, 2, 9, 19]}, "the box [1, 2, 9, 19] reaches out"),
+        ({"points": [[0, 19.5]], "labels": [1], "box": [0, 0, 30, 20]}, None),
+    ],
+)
+def test_what_lies_outside_is_a_fault_of_that_image_alone(tmp_path: Path, value: Any, problem: str | None) -> None:
+    uri = write(tmp_path, [{"file_name": "a.png", "prompts": [CLICK, value]}, {"file_name": "b.png", "prompts": [BOX]}])
+    found = PromptFile.read(uri).match(images_of("/in/a.png", "/in/b.png"))
+    said = found.by_place[0][1].problem_in(width=30, height=20)
+    assert said is None if problem is None else said is not None and said.startswith(problem)
+    assert found.by_place[1] == [Prompt.parse(BOX)]
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -174,6 +195,27 @@ def test_names_of_several_images_and_rows_for_the_same_one_are_refused(tmp_path:
         ConfigError, match=r"none of its 1 images is in INPUT; its first is 'x/b\.png', INPUT's first has"
     ):
         PromptFile.read(write(tmp_path, rows)).match(images)
+
+
+def test_no_message_holds_the_credentials_of_a_uri(tmp_path: Path) -> None:
+    signed = "https://me:secret@host/{}.png?X-Amz-Signature=secret"
+    shown = "https://***@host/{}.png?X-Amz-Signature=***"
+    a, b, gone = (signed.format(name) for name in ("a", "b", "gone"))
+    images = images_of(a, b, names=["x.png?sig=secret", "x.png?sig=secret"])
+
+    def said(*rows: dict[str, Any]) -> str:
+        with pytest.raises(ConfigError) as caught:
+            PromptFile.read(write(tmp_path, list(rows))).match(images)
+        assert "secret" not in str(caught.value)
+        return str(caught.value)
+
+    assert "the file_name 'x.png?sig=***' is that of 2" in said({"file_name": "x.png?sig=secret", "prompts": [CLICK]})
+    assert f"image '{shown.format('a')}', prompts[0]" in said({"uri": a, "prompts": [{}]})
+    assert f"two rows are for the image '{shown.format('a')}'" in said(*[{"uri": a, "prompts": [CLICK]}] * 2)
+    none = said({"uri": gone, "prompts": [CLICK]})
+    assert f"its first is '{shown.format('gone')}', INPUT's first has the file_name 'x.png?sig=***'" in none
+    rows = [{"uri": uri, "prompts": [CLICK]} for uri in (a, gone)]
+    assert PromptFile.read(write(tmp_path, rows)).match(images).unknown == [shown.format("gone")]
 
 
 def test_prompts_come_to_the_places_of_their_shards(tmp_path: Path) -> None:

@@ -112,6 +112,18 @@ def _place_of(places: dict[Any, int], annotation: Any) -> int | None:
     return places.get(image) if isinstance(image, int | str) else None
 
 
+def annotations_of_images(source: Source, found: CocoImages) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(place, annotation) of each image's annotations, in the files' order; places as `found.place_of` has them.
+
+    Raises: ConfigError where they are no JSON, StorageError.
+    """
+    for uri, places in zip(source.files["json"].to_pylist(), found.place_of, strict=True):
+        for key, value in _items(uri):
+            place = _place_of(places, value) if key == "annotations" else None
+            if place is not None:
+                yield place, value
+
+
 def shard_records(
     source: Source,
     found: CocoImages,

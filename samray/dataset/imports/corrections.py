@@ -178,12 +178,12 @@ def _drawn(place: int, raw: Any, hw: tuple[int, int]) -> tuple[str, int | None] 
         counts = counts_of(raw.get("segmentation"), hw)
         if counts is None or measure(counts, hw, "coco")[0] == 0:
             return None
-        return counts, _own_id(raw.get("attributes"))
+        return counts, own_id(raw.get("attributes"))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ImageError("unreadable", f"annotation {place} cannot be understood: {error}") from error
 
 
-def _own_id(attributes: Any) -> int | None:
+def own_id(attributes: Any) -> int | None:
     """The id in an annotation's attributes, which tools give back as text, as a number with a point, or empty."""
     value = attributes.get(ID_ATTRIBUTE) if isinstance(attributes, Mapping) else None
     try:

@@ -21,6 +21,7 @@ from samray.errors import ConfigError, NotFoundError
 from samray.storage import FileEntry
 
 HEAD_BYTES: Final = 4096
+_CHUNK_BYTES: Final = 4 * 2**20
 _THREADS: Final = 32
 
 JSON_FILES: Final = pa.schema(
@@ -47,10 +48,22 @@ class Source:
     """`JSON_FILES`, in the order in which their images come."""
 
     def fingerprint(self) -> str:
-        """Changes when a file comes, goes or grows."""
+        """Changes when a file comes, goes or grows: names and sizes, for there may be millions of files."""
         digest = hashlib.sha256()
         for batch in self.files.select(["json", "json_offset", "json_size"]).to_batches():
             digest.update(json.dumps([column.to_pylist() for column in batch.columns]).encode())
+        return digest.hexdigest()
+
+    def sha256(self) -> str:
+        """Of the files' content, one after the other: for one file its own. For files that are none of a tar.
+
+        Reads them whole. Raises: StorageError.
+        """
+        digest = hashlib.sha256()
+        for uri in self.files["json"].to_pylist():
+            with storage.open_read(uri) as stream:
+                while chunk := stream.read(_CHUNK_BYTES):
+                    digest.update(chunk)
         return digest.hexdigest()
 
 
