@@ -10,7 +10,8 @@ from typing import Final
 _SCHEME: Final = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)://")
 _GLOB_CHARS: Final = re.compile(r"[*?\[]")
 _SECRET_QUERY: Final = re.compile(
-    r"(?i)([?&](?:x-amz-[a-z-]+|awsaccesskeyid|signature|sig|token|key|password)=)[^&#\s'\"]*"
+    r"(?i)([?&](?:x-(?:amz|goog)-[a-z-]+|awsaccesskeyid|googleaccessid|signature|sig|password"
+    r"|(?:api|[a-z_-]*[_-])?(?:token|key))=)[^&#\s'\"]*"
 )
 _USERINFO: Final = re.compile(r"://[^/\s@'\"]+@")
 

@@ -16,7 +16,7 @@ from reviewed import HW, NAMES, a_person, export, five_images, import_, masks_of
 import samray
 from samray import storage
 from samray.cli import main
-from samray.dataset.imports.corrections import corrected_record, match_masks
+from samray.dataset.imports.corrections import corrected_record, match_masks, own_id
 from samray.dataset.joining import join_images
 from samray.dataset.manifest import Plan
 from samray.dataset.runs import run_lengths
@@ -259,6 +259,11 @@ def test_ids_come_back_in_whatever_form(value: Any, is_id: bool) -> None:
     record, numbers = corrected_record(row, row["image"], [elsewhere], **settings)
     assert +numbers == ({"changed": 1} if is_id else {"removed": 1, "added": 1})
     assert [mask["id"] for mask in record.annotations] == [1 if is_id else 2]
+
+
+@pytest.mark.parametrize("value", [2**60 + 1, str(2**60 + 1)])
+def test_ids_that_no_float_holds_come_back_exactly(value: Any) -> None:
+    assert own_id({"samray_id": value}) == 2**60 + 1
 
 
 def test_names_of_several_images_need_the_id(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def test_prompts_go_through_json_and_back() -> None:
         ({"point": [[1, 2]], "labels": [1]}, "there is no key 'point'; did you mean points?; keys are points"),
         ({"points": "1,2", "labels": [1]}, "points is '1,2', not a list"),
         ({"points": [1, 2], "labels": [1]}, "the point [1] is no [x, y] of pixels"),
+        ({"points": [[10**400, 2]], "labels": [1]}, "is no [x, y] of pixels"),
         ({"points": [[1, 2, 3]], "labels": [1]}, "the point [1, 2, 3] is no"),
         ({"points": [[1, float("nan")]], "labels": [1]}, "the point [1, nan] is no"),
         ({"points": [[1, float("-inf")]], "labels": [1]}, "the point [1, -inf] is no"),

@@ -186,7 +186,11 @@ def _drawn(place: int, raw: Any, hw: tuple[int, int]) -> tuple[str, int | None] 
 def own_id(attributes: Any) -> int | None:
     """The id in an annotation's attributes, which tools give back as text, as a number with a point, or empty."""
     value = attributes.get(ID_ATTRIBUTE) if isinstance(attributes, Mapping) else None
+    if value is None or isinstance(value, bool):
+        return None
     try:
-        return None if value is None or isinstance(value, bool) or float(value) % 1 else int(float(value))
+        if isinstance(value, int) or (isinstance(value, str) and value.strip().isdecimal()):
+            return int(value)  # exactly: floats hold whole numbers up to 2^53 only
+        return None if float(value) % 1 else int(float(value))
     except (ValueError, TypeError, OverflowError):
         return None
