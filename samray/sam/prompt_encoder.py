@@ -6,6 +6,7 @@ Source: SAM paper, appendix A, "Prompt encoder"; `segment_anything.modeling.prom
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +18,32 @@ PAD_LABEL = -1
 
 
 class PositionEncoding(nn.Module):
-    """Random Fourier features of positions in the unit square."""
+    """Random Fourier features of positions in the unit square.
+
+    Its matrix stays float32 whatever dtype the model is brought to: rounded to bfloat16 it would put a click at the far
+    border about a pixel off.
+    """
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, num_features))
 
     def forward(self, xy: Tensor) -> Tensor:
-        """xy: (..., 2) in [0, 1]. Returns (..., 2 * num_features), sines then cosines."""
+        """xy: (..., 2) in [0, 1]. Returns (..., 2 * num_features) float32, sines then cosines."""
+        with torch.autocast(xy.device.type, enabled=False):
+            angles = 2 * math.pi * ((2 * xy.float() - 1) @ self._matrix())
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PositionEncoding:
+        exact = self._matrix()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.positional_encoding_gaussian_matrix = exact.to(self._matrix().device)
+        return self
+
+    def _matrix(self) -> Tensor:
         matrix = self.positional_encoding_gaussian_matrix
         assert isinstance(matrix, Tensor)
-        # In float32 whatever the model's dtype, and under autocast: bfloat16 positions would be off by several pixels.
-        with torch.autocast(xy.device.type, enabled=False):
-            angles = 2 * math.pi * ((2 * xy.float() - 1) @ matrix.float())
-        return torch.cat([angles.sin(), angles.cos()], dim=-1).to(matrix.dtype)
+        return matrix
 
 
 class PromptEncoder(nn.Module):
@@ -57,8 +70,7 @@ class PromptEncoder(nn.Module):
         device = self.no_mask_embed.weight.device
         centres = (torch.arange(self.grid, device=device, dtype=torch.float32) + 0.5) / self.grid
         y, x = torch.meshgrid(centres, centres, indexing="ij")
-        encoded: Tensor = self.pe_layer(torch.stack([x, y], dim=-1))
-        return encoded.flatten(0, 1)
+        return self._positions(torch.stack([x, y], dim=-1)).flatten(0, 1)
 
     def encode_points(self, points: Tensor, labels: Tensor, *, pad: bool = True) -> Tensor:
         """Tokens of clicks.
@@ -70,7 +82,7 @@ class PromptEncoder(nn.Module):
         if pad:
             points = torch.cat([points, points.new_zeros(*points.shape[:-2], 1, 2)], dim=-2)
             labels = torch.cat([labels, labels.new_full((*labels.shape[:-1], 1), PAD_LABEL)], dim=-1)
-        encoded: Tensor = self.pe_layer((points.float() + 0.5) / self.image_size)
+        encoded = self._positions((points.float() + 0.5) / self.image_size)
         # One table look-up instead of three masked writes: rows are (not a point, background, foreground).
         table = torch.cat([self.not_a_point_embed.weight, *self._learned()[:2]])
         is_point = (labels != PAD_LABEL).unsqueeze(-1)
@@ -80,8 +92,12 @@ class PromptEncoder(nn.Module):
         """boxes_xyxy: (..., 4), pixels of the padded square input. Returns (..., 2, C): the two corners."""
         corners = boxes_xyxy.float().unflatten(-1, (2, 2)) + 0.5
         table = torch.cat(self._learned()[2:])
-        encoded: Tensor = self.pe_layer(corners / self.image_size)
-        return encoded + table
+        return self._positions(corners / self.image_size) + table
+
+    def _positions(self, xy: Tensor) -> Tensor:
+        """xy: (..., 2) in [0, 1]. Returns (..., C), the model's dtype."""
+        encoded: Tensor = self.pe_layer(xy)
+        return encoded.to(self.no_mask_embed.weight.dtype)
 
     def _learned(self) -> list[Tensor]:
         return [embedding.weight for embedding in self.point_embeddings if isinstance(embedding, nn.Embedding)]

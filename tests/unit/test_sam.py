@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -268,3 +269,15 @@ def test_positions_are_exact_under_autocast(model: Sam) -> None:
     exact = model.prompt_encoder.encode_points(points, labels)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.prompt_encoder.encode_points(points, labels), exact)
+
+
+def test_positions_are_exact_in_every_dtype(model: Sam) -> None:
+    """Also after a detour: what is rounded once would stay so."""
+    points, labels = torch.rand(1, 50, 2) * model.image_size, torch.ones(1, 50, dtype=torch.long)
+    positions = model.prompt_encoder.pe_layer(points / model.image_size)
+    halved = copy.deepcopy(model).bfloat16()
+    assert torch.equal(halved.prompt_encoder.pe_layer(points / model.image_size), positions)
+    assert halved.prompt_encoder.encode_points(points, labels).dtype == torch.bfloat16
+    assert halved.prompt_encoder.dense_positions().dtype == torch.bfloat16
+    assert torch.equal(halved.float().prompt_encoder.pe_layer(points / model.image_size), positions)
+    assert copy.deepcopy(model).to("meta").prompt_encoder.pe_layer.positional_encoding_gaussian_matrix.is_meta
