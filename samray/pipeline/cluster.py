@@ -89,8 +89,13 @@ def cluster_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in nodes() if node["Alive"]]
 
 
-def check_fits(sizes: Sizes, nodes: list[dict[str, float]]) -> None:
-    """Raises ConfigError when no node can hold one actor: on a cluster that does not grow it would wait forever."""
+def check_fits(sizes: Sizes, nodes: list[dict[str, float]], device: str | None = None) -> None:
+    """Raises ConfigError when no node can hold one actor: on a cluster that does not grow it would wait forever.
+
+    device: model.device; a GPU that no node has is refused as well.
+    """
+    if device is not None and device.startswith("cuda") and not any(node.get("GPU", 0) for node in nodes):
+        raise ConfigError(f"model.device = {device!r} is not possible: there is no GPU here; leave it out, or give cpu")
     needed = f"{sizes.actor_cpus:g} CPUs" + f" and {sizes.actor_gpus:g} GPUs" * bool(sizes.actor_gpus)
     if not any(n.get("CPU", 0) >= sizes.actor_cpus and n.get("GPU", 0) >= sizes.actor_gpus for n in nodes):
         held = "; ".join(f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes)

@@ -165,7 +165,7 @@ def _run_on_ray(run: _Run) -> StopRequest | None:
     with running_ray(config) as own, stop_on_signals() as stop, data_settings(config):
         sizes = choose_sizes(config, cluster_nodes(), len(run.todo))
         if own:
-            check_fits(sizes, cluster_nodes())
+            check_fits(sizes, cluster_nodes(), run.config.model.device)
         state = start_run_state()
         _drive(build_pipeline(run, sizes, state), run, state, stop)
         return stop if stop.signum is not None else None

@@ -102,3 +102,10 @@ def test_progress_off_a_terminal_is_lines() -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_gpu_that_no_node_has_is_refused() -> None:
+    for device, nodes in ((None, LAPTOP), ("cpu", LAPTOP), ("cuda:1", [{"CPU": 4.0, "GPU": 2.0}])):
+        check_fits(choose_sizes(ClusterConfig(), nodes, num_shards=1), nodes, device)
+    with pytest.raises(ConfigError, match=r"model.device = 'cuda' is not possible: there is no GPU here"):
+        check_fits(choose_sizes(ClusterConfig(), LAPTOP, num_shards=1), LAPTOP, "cuda")
