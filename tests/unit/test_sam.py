@@ -12,6 +12,7 @@ import torch
 from samray.sam.image_encoder import merge_windows, partition_windows
 from samray.sam.sam import _CPU_CHUNK_BYTES, Sam, input_size
 from samray.sam.spec import MODELS, ModelSpec, TinyVitSpec, VitSpec
+from samray.sam.tiny_vit import Attention
 
 SPEC = ModelSpec(
     name="small",
@@ -281,3 +282,18 @@ def test_positions_are_exact_in_every_dtype(model: Sam) -> None:
     assert halved.prompt_encoder.dense_positions().dtype == torch.bfloat16
     assert torch.equal(halved.float().prompt_encoder.pe_layer(points / model.image_size), positions)
     assert copy.deepcopy(model).to("meta").prompt_encoder.pe_layer.positional_encoding_gaussian_matrix.is_meta
+
+
+def test_attention_is_the_same_where_its_bias_learns() -> None:
+    """On a CPU it then takes another way through torch."""
+    torch.manual_seed(0)
+    attention = Attention(dim=32, num_heads=2, window=4)
+    torch.nn.init.normal_(attention.attention_biases)
+    x = torch.randn(3, 16, 32)
+    learning = attention(x)
+    assert learning.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(attention(x), learning, rtol=1e-5, atol=1e-6)
+    learning.square().sum().backward()
+    assert attention.attention_biases.grad is not None
+    assert attention.attention_biases.grad.abs().sum() > 0
