@@ -87,9 +87,9 @@ MODELS: dict[str, ModelSpec] = {
             image_size=384,
             encoder=TinyVitSpec(
                 dims=(32, 64, 160),
-                depths=(2, 2, 6),
+                depths=(2, 2, 8),
                 num_heads=(1, 2, 5),
-                windows=(8, 8, 16),
+                windows=(8, 8, 24),  # the last stage attends over the whole grid
                 strides=(2, 2),
                 fine_features=True,
             ),
