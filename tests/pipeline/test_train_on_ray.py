@@ -200,6 +200,6 @@ def test_errors_of_the_command_are_told_in_a_sentence(
     assert "Missing argument 'OUTPUT'" in told(data[0])
     assert "there is no setting train.setps; did you mean train.steps?" in told(data[0], output, "train.setps=3")
     assert "holds no samray run" in told(str(tmp_path), output)
-    assert "only 10 blocks" in told(data[0], output, "train.trainable=last_blocks:11")
+    assert "encoder has only 12 blocks" in told(data[0], output, "train.trainable=last_blocks:99")
     assert "data.shares has 1 numbers, but there are 2 DATA" in told(*data, output, "data.shares=[1]")
     assert not Path(output).exists()
