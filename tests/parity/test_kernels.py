@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,13 @@ needs_triton = pytest.mark.skipif(
 def run_checks(**environment: str) -> None:
     """In a fresh process: whether triton interprets is settled when it is imported, by whichever test that was."""
     outer = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "SAMRAY_"))}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CHECKS)]
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(CHECKS)]
     done = subprocess.run(command, env=outer | environment, capture_output=True, text=True)
     print(done.stdout[-20000:], done.stderr[-5000:])
     assert done.returncode == 0
+    for line in done.stdout.splitlines():
+        if line.startswith("SKIPPED"):  # seen in the summary of this run, whose process is another
+            warnings.warn(line, stacklevel=2)
 
 
 @needs_triton
