@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from samray import storage
-from samray.config import SECTIONS, setting_rows
+from samray.config import SECTIONS, Sections, setting_rows
 from samray.dataset.manifest import Plan
 from samray.figures import Chart, HeatMap, heat_map, histogram
 from samray.overlays import Overlay
@@ -92,7 +92,7 @@ def render(
     masks = run.get("config", {}).get("masks", {})
     total, longest = sum(counts.stage_seconds.values()), max(counts.stage_seconds.values(), default=0.0)
     script = _template("report.js")
-    changed, everything = _settings(run)
+    changed, everything = settings_tables(run.get("config", {}))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("samray"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -210,16 +210,28 @@ def _seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
-def _settings(run: Mapping[str, Any]) -> tuple[list[tuple[str, str, str]], list[tuple[str, list[tuple[str, str]]]]]:
-    """(setting, value, default) of those that are not the default; and all, as (section, [(setting, value)])."""
+def settings_tables(
+    config: Mapping[str, Any], sections: Sections = SECTIONS
+) -> tuple[list[tuple[str, str, str]], list[tuple[str, list[tuple[str, str]]]]]:
+    """(setting, value, default) of those that are not the default; and all, as (section, [(setting, value)]).
+
+    config: section -> key -> value, as plain JSON holds them.
+    """
     changed, everything = [], []
-    for section in SECTIONS:
-        given = run.get("config", {}).get(section, {})
-        named = [(row, row.name.partition(".")[2]) for row in setting_rows(section)]
-        rows = [(row, given[key]) for row, key in named if key in given]
-        everything.append((section, [(row.name, _shown(value)) for row, value in rows]))
-        changed += [(row.name, _shown(value), _shown(row.default)) for row, value in rows if value != row.default]
-    return changed, [(section, rows) for section, rows in everything if rows]
+    for section in sections:
+        given = config.get(section, {})
+        rows = []
+        for row in setting_rows(section, sections):
+            key = row.name.partition(".")[2]
+            if key not in given:
+                continue
+            value, default = given[key], list(row.default) if isinstance(row.default, tuple) else row.default
+            rows.append((row.name, _shown(value)))
+            if value != default:
+                changed.append((row.name, _shown(value), _shown(default)))
+        if rows:
+            everything.append((section, rows))
+    return changed, everything
 
 
 def _shown(value: Any) -> str:

@@ -15,11 +15,9 @@ from typing import Any
 import jinja2
 
 from samray import storage
-from samray.config import setting_rows
 from samray.errors import ConfigError
 from samray.pipeline.report import duration
-from samray.report_page import Figure
-from samray.settings import as_typed
+from samray.report_page import Figure, settings_tables
 from samray.train.curves import draw_curves
 from samray.train.progress import label_command
 from samray.train.settings import TRAIN_SECTIONS, TrainConfig
@@ -51,7 +49,7 @@ def write_train_report(output: str, out: str | None = None) -> str:
 def _render(store: Store, run: Mapping[str, Any], position: Position, lines: Sequence[dict[str, Any]]) -> str:
     settings = run["settings"]
     validations = [line for line in lines if line["kind"] == "validation"]
-    changed, everything = _settings(settings)
+    changed, everything = settings_tables(settings, TRAIN_SECTIONS)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("samray"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -90,20 +88,3 @@ def _headline(
     if rates:
         figures.append(Figure(f"{statistics.median(rates):.3g}", "examples a second", "median"))
     return figures
-
-
-def _settings(
-    given: Mapping[str, Any],
-) -> tuple[list[tuple[str, str, str]], list[tuple[str, list[tuple[str, str]]]]]:
-    """(setting, value, default) of those that are not the default; and all, as (section, [(setting, value)])."""
-    changed, everything = [], []
-    for section in TRAIN_SECTIONS:
-        rows = []
-        for row in setting_rows(section, TRAIN_SECTIONS):
-            value = given[section].get(row.name.partition(".")[2], row.default)
-            default = list(row.default) if isinstance(row.default, tuple) else row.default
-            rows.append((row.name, storage.redact(as_typed(value))))
-            if value != default:
-                changed.append((*rows[-1], as_typed(default)))
-        everything.append((section, rows))
-    return changed, everything

@@ -108,11 +108,15 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
 
     def __getitem__(self, index: int) -> Any:
         index = range(len(self))[index]  # negative ones, and IndexError, as lists have them
-        table, row = self._locate(index)
-        record = table["image"][row].as_py()
-        image = self._image(index, table["uri"][row].as_py(), record) if self.images else None
-        target = self._target(table["annotations"][row].values, record)
+        image = self.image(index) if self.images else None
+        target = self.target(index)
         return (image, target) if self.transforms is None else self.transforms(image, target)
+
+    def image(self, index: int) -> Tensor:
+        """(3, H, W) uint8: an image alone, untransformed, its masks not looked at. Raises: StorageError."""
+        index = range(len(self))[index]
+        table, row = self._locate(index)
+        return self._image(index, table["uri"][row].as_py(), table["image"][row].as_py())
 
     def target(self, index: int) -> Target:
         """An image's masks alone, untransformed; the image itself is not read. Raises: StorageError."""

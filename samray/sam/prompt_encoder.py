@@ -20,8 +20,7 @@ PAD_LABEL = -1
 class PositionEncoding(nn.Module):
     """Random Fourier features of positions in the unit square.
 
-    Its matrix stays float32 whatever dtype the model is brought to: rounded to bfloat16 it would put a click at the far
-    border about a pixel off.
+    Its matrix stays float32 whatever dtype the model is brought to: rounded to bfloat16 it would move every click.
     """
 
     def __init__(self, num_features: int) -> None:

@@ -204,7 +204,7 @@ class MaskExamples:
 
     def _image(self, index: int) -> npt.NDArray[np.uint8]:
         """(H, W, 3). Raises: StorageError."""
-        return np.ascontiguousarray(self.dataset[index][0].permute(1, 2, 0).numpy())
+        return np.ascontiguousarray(self.dataset.image(index).permute(1, 2, 0).numpy())
 
     def _masks(self, index: int) -> tuple[list[dict[str, Any]], npt.NDArray[np.float64]] | None:
         """An image's masks, and how often each is asked for, beside the others; None where there are none."""

@@ -152,7 +152,7 @@ def choose_sizes(settings: TrainSettings, nodes: list[dict[str, float]], *, can_
         cores = min((cpus / min(n, workers) for cpus, n in zip(num_cpus, places, strict=True) if n), default=1.0)
     else:
         cores = _largest_share(num_cpus, workers)
-    cores = config.num_cpus_per_worker or cores
+    cores = config.num_cpus_per_worker or max(cores, DATA_CPUS)
     # A GPU's worker needs its data made faster than one core does; without one, training takes all there is.
     actors = config.num_data_actors or workers * (max(1, min(8, int(cores) - 1)) if gpus else 1)
     reserved = min(cores, max(DATA_CPUS, cores - DATA_CPUS * (actors / workers + 1)))

@@ -95,6 +95,8 @@ def test_workers_without_a_place_are_refused_not_waited_for():
         choose_sizes(settings_of("cluster.num_gpus_per_worker=2"), two)
     with pytest.raises(ConfigError, match=r"no place for 1 training worker of 11\.5 CPUs"):
         choose_sizes(settings_of("cluster.num_cpus_per_worker=12"), [{"CPU": 4.0}] * 3)
+    with pytest.raises(ConfigError, match="no place for 1 training worker"):
+        choose_sizes(settings_of(), [{"CPU": 0.0, "GPU": 1.0}])
     ask = settings_of("cluster.num_workers=4", "train.batch_size=4")
     assert choose_sizes(ask, two).num_workers == 4, "the cluster may grow"
     with pytest.raises(ConfigError, match="no place for 4 training workers"):
