@@ -113,7 +113,12 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         return (image, target) if self.transforms is None else self.transforms(image, target)
 
     def image(self, index: int) -> Tensor:
-        """(3, H, W) uint8: an image alone, untransformed, its masks not looked at. Raises: StorageError."""
+        """(3, H, W) uint8: an image alone, untransformed, its masks not looked at.
+
+        Raises: ConfigError where the data set was opened with images=False, StorageError.
+        """
+        if not self.images:
+            raise ConfigError("this data set was opened with images=False; open one with its images")
         index = range(len(self))[index]
         table, row = self._locate(index)
         return self._image(index, table["uri"][row].as_py(), table["image"][row].as_py())

@@ -74,6 +74,21 @@ def test_items_are_as_torchvision_lays_them_out(plan: Plan) -> None:
     assert dataset[-1][1]["image_id"] == IDS[-1]
 
 
+def test_images_and_targets_by_themselves_are_those_of_the_items(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = MaskDataset(plan.output, transforms=lambda image, target: None)
+    plain = MaskDataset(plan.output)
+    with pytest.raises(ConfigError, match="opened with images=False"):
+        MaskDataset(plan.output, images=False).image(0)
+    wanted = plain[-1]
+    assert torch.equal(dataset.image(-1), wanted[0])
+    monkeypatch.setattr(MaskDataset, "image", lambda *_: pytest.fail("read the image"))
+    target = dataset.target(-1)
+    assert target["image_id"] == wanted[1]["image_id"] == IDS[-1]
+    assert torch.equal(target["masks"], wanted[1]["masks"])
+    with pytest.raises(IndexError):
+        dataset.target(len(dataset))
+
+
 def test_an_image_without_masks_is_an_item_unless_left_out(plan: Plan) -> None:
     target = MaskDataset(plan.output)[IDS.index(BLACK)][1]
     assert target["boxes"].shape == (0, 4)
