@@ -2,7 +2,8 @@
 
     python jobs/scale.py plan --images 10000000      a plan from a listing, and a resume of it, each in a fresh process
     python jobs/scale.py simulate                    `samray.label` on 1 to 64 actors that sleep instead of labelling
-    python jobs/scale.py start --shards 20000        seconds to hand shards to Ray Data, by two of its functions
+    python jobs/scale.py driver                      the driver's CPU time, standing and for each image
+    python jobs/scale.py start --shards 20000        seconds until the first shard comes out of Ray Data
     python jobs/scale.py paper                       GPU hours and days of SA-1B, by calculation: nothing is measured
 
 Each prints JSON with the machine and the versions.
@@ -171,6 +172,23 @@ def simulate(actors: list[int], seconds: float, masks: int, shards: int, images_
     return {"s_per_image": seconds, "masks_per_image": masks, "images_per_shard": images_per_shard, "actors": results}
 
 
+def driver(actors: int, seconds: list[float], window_s: float) -> dict[str, Any]:
+    """The driver process's CPU time: what it takes whatever happens, and what each image adds.
+
+    Ray Data's scheduler looks around ten times a second, so that CPU time divided by images says little where images
+    are slow. Actors of several speeds give several rates; a line is laid through CPU share over images a second.
+    """
+    import numpy as np
+
+    found = []
+    for s_per_image in seconds:
+        shards = max(3, round(window_s / (64 * s_per_image)) + 2)
+        found.append(simulate([actors], s_per_image, 1, shards, 64)["actors"][str(actors)])
+    rates, shares = ([one[name] for one in found] for name in ("images_per_s", "driver_cpu_share"))
+    slope, standing = np.polyfit(rates, shares, 1).tolist()
+    return {"actors": actors, "standing_cpu_share": standing, "ms_more_per_image": 1000 * slope, "runs": found}
+
+
 class Sleeper:
     """In the place of a mask generator: takes its time, and writes down when."""
 
@@ -294,25 +312,44 @@ class CpuWatch:
         return [(last[i] - first[i]) * (end - start) / (last[0] - first[0]) for i in (1, 2, 3)]
 
 
-def start(shards: int) -> dict[str, Any]:
-    """What it takes the driver to hand so many shards to Ray Data, before any actor is started."""
+def start(shards: int, ways: list[str]) -> dict[str, Any]:
+    """Seconds from shards to do until the first of them has come through a stage, as samray hands them to Ray Data.
+
+    Beside it the plain way, one block put into the object store for each.
+    """
     import ray.data
 
-    from samray.pipeline.cluster import start_local_ray
-    from samray.pipeline.read import source_tables
+    from samray.pipeline.cluster import IO_CPUS, data_settings, start_local_ray
+    from samray.pipeline.read import shards_to_do, source_table
+
+    def put_as_blocks(table: Any) -> Any:
+        return ray.data.from_blocks([table.slice(i, 1) for i in range(len(table))])
 
     temp_dir = start_local_ray(num_cpus=2, object_store_memory=2**30)
     try:
         figures: dict[str, Any] = {"shards": shards}
-        makers: dict[str, Any] = {"from_arrow": ray.data.from_arrow, "from_blocks": ray.data.from_blocks}
-        for name, make in makers.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            make(source_tables(dict.fromkeys(range(shards), False)))
-            figures[name] = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+        with data_settings(load_config("tiny").cluster):
+            for make in (way for way in (shards_to_do, put_as_blocks) if way.__name__ in ways):
+                wall, cpu = time.perf_counter(), time.process_time()
+                dataset = make(source_table(dict.fromkeys(range(shards), False)))
+                options: dict[str, Any] = {"num_cpus": IO_CPUS, "compute": ray.data.TaskPoolStrategy(size=2)}
+                passed = dataset.map_batches(_as_it_is, batch_size=1, batch_format="pyarrow", **options)
+                first: Any = next(
+                    iter(passed.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+                )
+                assert first.num_rows == 1, first
+                figures[make.__name__] = {
+                    "seconds": time.perf_counter() - wall,
+                    "cpu_seconds": time.process_time() - cpu,
+                }
     finally:
         ray.shutdown()
         shutil.rmtree(temp_dir, ignore_errors=True)
     return figures
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 # --- on paper -------------------------------------------------------------------------------------------------------
@@ -367,8 +404,14 @@ def main() -> int:
     sub.add_argument("--masks", type=int, default=1, help="an image")
     sub.add_argument("--shards", type=int, default=10, help="for each actor")
     sub.add_argument("--images-per-shard", type=int, default=64)
+    sub = commands.add_parser("driver")
+    sub.add_argument("--actors", type=int, default=16)
+    sub.add_argument("--seconds", type=float, nargs="+", default=[0.5, 0.125, 0.0625], help="an image, of each run")
+    sub.add_argument("--window-s", type=float, default=40, help="of work for each actor, about")
     sub = commands.add_parser("start")
-    sub.add_argument("--shards", type=int, default=2000)
+    sub.add_argument("--shards", type=int, default=5000)
+    names = ["shards_to_do", "put_as_blocks"]
+    sub.add_argument("--ways", nargs="+", default=names, choices=names, help="samray's, and the plain one")
     sub = commands.add_parser("paper")
     sub.add_argument("--images", type=int, default=11_000_000)
     sub.add_argument("--gpus", type=int, default=64)
@@ -378,6 +421,7 @@ def main() -> int:
     bodies: dict[str, Callable[..., dict[str, Any]]] = {
         "plan": plan,
         "simulate": simulate,
+        "driver": driver,
         "start": start,
         "paper": paper,
     }

@@ -330,7 +330,8 @@ class MaskGenerator:
         spec = self.model.spec
         bytes_each = _DECODER_COPIES * spec.grid**2 * spec.embed_dim * self.model.dtype.itemsize
         free, _ = torch.cuda.mem_get_info(device)
-        return min(max(free // 4 // bytes_each, 1), 256)
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, of what was freed
+        return min(max((free + kept) // 4 // bytes_each, 1), 256)
 
     def _beside(self) -> Executor:
         """Where the host's part is done: on a CPU in turn, beside a GPU in threads, while the GPU goes on."""

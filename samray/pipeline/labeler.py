@@ -28,7 +28,11 @@ if TYPE_CHECKING:
     from samray.sam.sam import Sam
 
 GPU_GROUP_IMAGES = 16
-"""Images given to the mask generator at once. On a CPU a batch gains nothing: there it is one, and as many threads."""
+"""Images given to the mask generator at once, at most. On a CPU a batch gains nothing: there it is one, and as many
+threads."""
+
+GROW_AFTER_GROUPS = 8
+"""After so many groups that fit, groups that memory had made smaller become twice as large again."""
 
 GROUP_PIXELS = 100_000_000
 """A group is closed at this many pixels: decoded images are three bytes a pixel."""
@@ -98,7 +102,8 @@ class ShardLabeler:
         self.max_pixels = max_pixels
         self.device_type = device_type
         self.num_workers = num_threads if device_type == "cpu" else 1
-        self.group_images = 1 if device_type == "cpu" else GPU_GROUP_IMAGES
+        self.group_images = self.max_group_images = 1 if device_type == "cpu" else GPU_GROUP_IMAGES
+        self.num_groups_that_fit = 0
         self.generators = [make_generator(None) for _ in range(self.num_workers)]
         self.free: queue.SimpleQueue[MaskSource] = queue.SimpleQueue()
         for generator in self.generators:
@@ -210,34 +215,47 @@ class ShardLabeler:
             records=[make_record(im, d, next(masks) if isinstance(d, np.ndarray) else d) for im, d in group],
             encoded_bytes=sum(len(image.data) for image, _ in group if isinstance(image.data, bytes | memoryview)),
             batch_images=len(work),
-            batch_room=self.group_images if work else 0,
+            batch_room=self.max_group_images if work else 0,
         )
 
     def _generate(self, generator: MaskSource, work: list[Work]) -> list[list[dict[str, Any]] | ImageError]:
-        """Masks or an error for each image. A failing group is run again image by image, to fail only the guilty."""
+        """Masks or an error for each image. A failing group is run again in smaller ones, to fail only the guilty."""
         if not work:
             return []
         try:
             masks: list[list[dict[str, Any]] | ImageError] = list(masks_of(generator, work))
-            self.num_consecutive_out_of_memory = 0
-            return masks
         except Exception as error:
             raise_if_fatal(error)
-            if len(work) > 1:
-                return [self._generate(generator, [alone])[0] for alone in work]
-            if isinstance(error, ImageError):
-                return [error]
-            if not is_out_of_memory(error):
-                return [internal_error(error)]
-        return [self._generate_in_small_batches(work[0])]
+            is_memory = is_out_of_memory(error)
+            answer = None
+            if len(work) == 1 and not is_memory:
+                answer = error if isinstance(error, ImageError) else internal_error(error)
+        else:
+            self.num_consecutive_out_of_memory = 0
+            self._fitted(len(work))
+            return masks
+        # Only here, where the error is gone, is what its frames held on the device free again.
+        if is_memory and self.device_type == "cuda":
+            _empty_cache()
+        if len(work) > 1:
+            size = len(work) // 2 if is_memory else 1
+            if is_memory:
+                self.group_images, self.num_groups_that_fit = size, 0
+            parts = [work[start : start + size] for start in range(0, len(work), size)]
+            return [one for part in parts for one in self._generate(generator, part)]
+        return [self._generate_in_small_batches(work[0]) if answer is None else answer]
+
+    def _fitted(self, num_images: int) -> None:
+        """A group did; after some as large as may be, the next ones may be larger, up to what they were at first."""
+        self.num_groups_that_fit += num_images == self.group_images
+        if self.num_groups_that_fit >= GROW_AFTER_GROUPS:
+            self.group_images, self.num_groups_that_fit = min(2 * self.group_images, self.max_group_images), 0
 
     def _generate_in_small_batches(self, work: Work) -> list[dict[str, Any]] | ImageError:
         """The image alone did not fit with the usual number of points at once: try fewer, then give it up."""
         for points_per_batch in (16, 4, 1):
             if self.device_type == "cuda":
-                import torch
-
-                torch.cuda.empty_cache()
+                _empty_cache()
             try:
                 masks = masks_of(self.make_generator(points_per_batch), [work])[0]
                 self.num_consecutive_out_of_memory = 0
@@ -251,6 +269,12 @@ class ShardLabeler:
             raise DeviceFault(f"{self.num_consecutive_out_of_memory} images in a row did not fit into memory")
         height, width = work[0].shape[:2]
         return ImageError("out_of_memory", f"{width}x{height} pixels do not fit, even with one point at a time")
+
+
+def _empty_cache() -> None:
+    import torch
+
+    torch.cuda.empty_cache()
 
 
 def masks_of(generator: MaskSource, work: list[Work]) -> list[list[dict[str, Any]]]:

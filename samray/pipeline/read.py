@@ -6,6 +6,7 @@ pixels: they are a tenth of the size.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Mapping
@@ -13,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray.data
+from ray.data.block import BlockMetadata
 
 from samray.dataset.inputs import fetch_images
 from samray.dataset.schema import samray_metadata
 from samray.dataset.shards import read_shard
 from samray.errors import ImageError
+from samray.pipeline.cluster import IO_CPUS
 
 if TYPE_CHECKING:
     from samray.config import InputConfig
@@ -53,25 +57,62 @@ FETCHED = pa.schema(
     ]
 )
 
+SHARDS_PER_TASK = 256
+"""Of a read task: 40 tasks for a million images."""
+
 MAX_BYTES_AHEAD = 512 * 2**20
 """Encoded bytes of one shard that travel through the object store; what lies beyond is fetched where it is labelled."""
 
 
-def source_tables(
-    todo: Mapping[int, bool], prompts: Mapping[int, Mapping[int, list[Prompt]]] | None = None
-) -> list[pa.Table]:
-    """One block of one row for each shard to do, and whether it is finished and only some images are to be done again.
+def shards_to_do(table: pa.Table) -> ray.data.Dataset:
+    """Stage 1. A source_table, streamed: one block of one row for each shard."""
+    source = _ShardSource(table)
+    read: Any = ray.data.read_datasource
+    dataset: ray.data.Dataset = read(source, num_cpus=IO_CPUS, concurrency=1, override_num_blocks=len(source))
+    return dataset
+
+
+def source_table(todo: Mapping[int, bool], prompts: Mapping[int, Mapping[int, list[Prompt]]] | None = None) -> pa.Table:
+    """A row of SOURCE for each shard; todo says whether it is finished, and only some of its images are to be redone.
 
     Paths stay in the manifest: the fetch stage reads them there. prompts: shard -> place in it -> list; they travel
     with the shard, so that no worker reads their file, which may change meanwhile.
     """
-    tables = []
-    for shard, retry in todo.items():
-        own = None
-        if prompts is not None:
-            own = json.dumps({place: [p.to_json() for p in given] for place, given in prompts[shard].items()})
-        tables.append(pa.table({"shard": [shard], "retry": [retry], "prompts": [own]}, schema=SOURCE))
-    return tables
+    given = [None] * len(todo) if prompts is None else [_to_json(prompts[shard]) for shard in todo]
+    return pa.table([list(todo), list(todo.values()), given], schema=SOURCE)
+
+
+def _to_json(prompts: Mapping[int, list[Prompt]]) -> str:
+    return json.dumps({place: [prompt.to_json() for prompt in given] for place, given in prompts.items()})
+
+
+class _ShardSource(ray.data.Datasource):
+    """Few read tasks of many rows each; Ray Data splits what they give into the number of blocks that it is asked for.
+
+    Put into the object store one by one, as ray.data.from_blocks does it, the shards of a large plan take minutes
+    before any actor starts (jobs/scale.py start).
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.table = table
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def estimate_inmemory_data_size(self) -> int:
+        return int(self.table.nbytes)
+
+    def get_read_tasks(self, *_: Any, **__: Any) -> list[ray.data.ReadTask]:
+        """Of as equal a number of rows as can be: Ray Data splits each into as many blocks as the largest one needs."""
+        num_tasks = -(-len(self) // SHARDS_PER_TASK)
+        ends = [len(self) * i // num_tasks for i in range(num_tasks + 1)]
+        return [_read_task(self.table.slice(start, end - start)) for start, end in itertools.pairwise(ends)]
+
+
+def _read_task(table: pa.Table) -> ray.data.ReadTask:
+    metadata = BlockMetadata(num_rows=table.num_rows, size_bytes=table.nbytes, exec_stats=None, input_files=None)
+    return ray.data.ReadTask(lambda: [table], metadata, SOURCE)
 
 
 def fetch_shard(batch: pa.Table, *, plan: Plan, config: InputConfig, retry_failed: bool) -> pa.Table:

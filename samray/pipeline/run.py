@@ -178,13 +178,12 @@ def build_pipeline(run: _Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
     from samray.pipeline.actor import LabelActor
     from samray.pipeline.cluster import IO_CPUS
     from samray.pipeline.labeler import build_labeler
-    from samray.pipeline.read import fetch_shard, source_tables
+    from samray.pipeline.read import fetch_shard, shards_to_do, source_table
     from samray.pipeline.write import write_shard
 
     run_id = uuid.uuid4().hex[:12]
     one_shard: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "udf_modifying_row_count": False}
-    # from_arrow runs a task for each table: of a large plan minutes, before any actor starts (jobs/scale.py start).
-    shards: Any = ray.data.from_blocks(source_tables(run.todo, run.prompts))
+    shards: Any = shards_to_do(source_table(run.todo, run.prompts))
     fetched = shards.map_batches(
         fetch_shard,
         fn_kwargs={"plan": run.plan, "config": run.config.input, "retry_failed": run.retry_failed},

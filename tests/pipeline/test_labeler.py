@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,44 @@ def test_out_of_memory_of_a_group_is_cured_by_smaller_ones_and_then_fails_only_t
     assert records[1].error is not None
     assert records[1].error.startswith("out_of_memory: ")
     assert sizes[0] == 3
+
+
+def test_groups_follow_the_memory_there_is() -> None:
+    sizes: list[int] = []
+    room = 5
+
+    def generate(images: list[Pixels]) -> list[list[dict[str, Any]]]:
+        sizes.append(len(images))
+        if len(images) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return _masks(images)
+
+    labeler = _labeler(generate, device_type="cuda")
+    images = [_image(i) for i in range(64)]
+    assert all(record.error is None for record in labeler.label(images).records)
+    assert sizes[:3] == [16, 8, 4]  # the group that did not fit is halved until it does
+    assert set(sizes[3:]) <= {4, 8}  # the next ones begin at what did
+    assert sizes.count(16) == 1
+
+    room = 16
+    sizes.clear()
+    assert all(record.error is None for record in labeler.label(images * 3).records)
+    assert 16 in sizes  # and grow again
+
+
+def test_a_second_try_finds_the_memory_of_the_first_one_free() -> None:
+    held: list[weakref.ref[Pixels]] = []
+
+    def generate(images: list[Pixels]) -> list[list[dict[str, Any]]]:
+        assert all(ref() is None for ref in held)
+        activations = np.zeros(10, np.uint8)
+        held.append(weakref.ref(activations))
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return _masks(images)
+
+    records = _labeler(generate, device_type="cuda").label([_image(i) for i in range(4)]).records
+    assert [record.error for record in records] == [None] * 4
 
 
 def test_fewer_points_at_once_before_an_image_is_given_up() -> None:
