@@ -280,11 +280,15 @@ def _drive(dataset: ray.data.Dataset, run: _Run, state: Any, stop: StopRequest) 
 
 def _stream(dataset: ray.data.Dataset, rows: queue.SimpleQueue[Any], halt: threading.Event) -> None:
     """Run the data set, putting its rows, and at the end None or the error, where the driver's main thread waits."""
+    import ray
+
     try:
-        batch: Any
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for row in batch.to_pylist():
-                rows.put(row)
+        bundle: Any
+        # iter_batches has three threads hand each other what one row a shard does not need.
+        for bundle in dataset.iter_internal_ref_bundles():
+            for block in ray.get([entry.ref for entry in bundle.blocks]):
+                for row in block.to_pylist():
+                    rows.put(row)
             if halt.is_set():
                 return
         rows.put(None)
