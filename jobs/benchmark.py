@@ -1,7 +1,7 @@
 """The measurements behind the README's figures. Each prints JSON with the machine and the versions.
 
     python jobs/benchmark.py decoder             our decoder against the published one: 64 prompts, one process
-    python jobs/benchmark.py generator           all masks of an image, by samray, segment-anything and transformers
+    python jobs/benchmark.py generator           all masks of an image, by samray (also in bfloat16) and its peers
     python jobs/benchmark.py decode PHOTOS       JPEG by Pillow and by others, and whether it is the same
     python jobs/benchmark.py memory              peak memory of the mask generator on one 12-megapixel image
     python jobs/benchmark.py pipeline PHOTOS     `samray.label` against the bare MaskGenerator, the same images

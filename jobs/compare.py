@@ -18,12 +18,14 @@ import torch
 from measuring import timed
 
 import samray
+from samray.config import MaskConfig, load_config
 from samray.sam.sam import Sam
 from samray.sam.spec import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 
-ENGINES = ("samray", "segment-anything", "transformers")
+ENGINES = ("samray", "samray-bfloat16", "segment-anything", "transformers")
+"""samray-bfloat16 is samray itself in that precision, as `model.dtype=bfloat16` has it."""
 
 
 def generator(
@@ -57,8 +59,11 @@ def generator(
                         key: result[engine][key] / ours[key] for key in ("seconds", "peak_mb", "peak_beyond_model_mb")
                     }
                     result[f"{engine} / samray"] = ratios
-            if "segment-anything" in able:
-                result["agreement"] = _agreement(runs["samray"][-1]["masks"], runs["segment-anything"][-1]["masks"])
+            for engine in able:
+                if engine in ("samray-bfloat16", "segment-anything"):
+                    result[f"agreement with {engine}"] = _agreement(
+                        runs["samray"][-1]["masks"], runs[engine][-1]["masks"], engine
+                    )
             if stages:
                 watched = _take_turns(["samray"], {**job, "stages": True}, rounds)["samray"]
                 keys = watched[0]["stage_seconds"]
@@ -96,7 +101,7 @@ def _make_job(folder: Path, name: str, images: list[Any], checkpoint: str | None
         if checkpoint
         else random_sam(MODELS[name], image=images[0])
     )
-    settings = {} if checkpoint else _typical_settings(model, images[0])
+    settings = _preset_of(name) if checkpoint else _typical_settings(model, images[0])
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "weights.safetensors")
     paths = []
     for i, image in enumerate(images):
@@ -104,6 +109,12 @@ def _make_job(folder: Path, name: str, images: list[Any], checkpoint: str | None
         paths.append(str(folder / f"{i}.npy"))
     job = {"model": name, "weights": str(folder / "weights.safetensors"), "images": paths, "dtype": dtype}
     return {**job, "settings": {"pred_iou_thresh": 0.88, "stability_score_thresh": 0.95, **settings}}
+
+
+def _preset_of(name: str) -> dict[str, Any]:
+    """What `samray label` takes for a published model: for the embedded one its preset, else the defaults."""
+    wanted = load_config(None, None, [f"model.name={name}"]).masks.model_dump()
+    return {key: value for key, value in wanted.items() if value != MaskConfig().model_dump()[key]}
 
 
 @torch.inference_mode()
@@ -114,7 +125,6 @@ def _typical_settings(model: Sam, image: Any) -> dict[str, float]:
     """
     import numpy as np
 
-    from samray.config import MaskConfig
     from samray.masks.nms import box_nms
 
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -184,7 +194,7 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {**medians, **rates, "masks": num_masks, "all_seconds": [round(run["seconds"], 3) for run in runs]}
 
 
-def _agreement(ours: list[list[dict[str, Any]]], theirs: list[list[dict[str, Any]]]) -> dict[str, Any]:
+def _agreement(ours: list[list[dict[str, Any]]], theirs: list[list[dict[str, Any]]], engine: str) -> dict[str, Any]:
     """How alike two engines' masks are: counts, RLEs that are the same, and IoU of each mask with its best match."""
     from pycocotools import mask as coco_mask
 
@@ -195,8 +205,9 @@ def _agreement(ours: list[list[dict[str, Any]]], theirs: list[list[dict[str, Any
         if a and b:
             ious = coco_mask.iou([m["segmentation"] for m in a], [m["segmentation"] for m in b], [0] * len(b))
             best += ious.max(axis=1).tolist()
-    numbers = {"samray": sum(map(len, ours)), "segment-anything": sum(map(len, theirs))}
-    return {**numbers, "identical_rle": same, "mean_best_iou": statistics.fmean(best) if best else None}
+    numbers = {"samray": sum(map(len, ours)), engine: sum(map(len, theirs))}
+    mean, over_90 = (statistics.fmean(best), statistics.fmean(iou > 0.9 for iou in best)) if best else (None, None)
+    return {**numbers, "identical_rle": same, "mean_best_iou": mean, "share_above_iou_0.9": over_90}
 
 
 @torch.inference_mode()

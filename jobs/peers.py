@@ -4,7 +4,7 @@ A worker loads one engine with given weights and waits; for every line on its st
 the image once, and prints seconds, memory and masks as one line of JSON. So engines take turns on the same machine, and
 none pays for another's caches or memory.
 
-    python jobs/peers.py ENGINE JOB.json        ENGINE: samray, segment-anything, transformers
+    python jobs/peers.py ENGINE JOB.json        ENGINE: samray, samray-bfloat16, segment-anything, transformers
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ def main(engine: str, job_path: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = [np.load(path) for path in job["images"]]
     watch = None
-    if engine == "samray":
+    if engine in ("samray", "samray-bfloat16"):
+        job["dtype"] = "bfloat16" if engine == "samray-bfloat16" else job.get("dtype")
         run, model, generator = samray_engine(job, device)
         if job.get("stages"):
             watch = watch_stages(model, generator, device)

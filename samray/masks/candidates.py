@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 
@@ -18,8 +16,8 @@ class Candidates:
     logits stay on the model's device; everything else is on the host.
     """
 
-    logits: Tensor
-    """(K, 4h, 4w) float32, low-res frame of the mask's crop."""
+    logits: list[Tensor]
+    """K of (4h, 4w) float32, low-res frame of the mask's crop; each in memory of its own, to be freed alone."""
     crop_index: npt.NDArray[np.int64]
     """(K,) which of the image's crops."""
     boxes_xyxy: npt.NDArray[np.int64]
@@ -34,10 +32,10 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.crop_index)
 
-    def __getitem__(self, index: npt.NDArray[Any]) -> Candidates:
-        """The candidates at `index` (integers or booleans), in that order."""
+    def __getitem__(self, index: npt.NDArray[np.int64]) -> Candidates:
+        """The candidates at `index`, in that order; no logits are copied."""
         return Candidates(
-            logits=self.logits[torch.from_numpy(index).to(self.logits.device)],
+            logits=[self.logits[i] for i in index.tolist()],
             crop_index=self.crop_index[index],
             boxes_xyxy=self.boxes_xyxy[index],
             predicted_iou=self.predicted_iou[index],
@@ -49,23 +47,10 @@ class Candidates:
     def cat(cls, parts: list[Candidates]) -> Candidates:
         """All of them, in order; at least one part."""
         return cls(
-            logits=torch.cat([p.logits for p in parts]),
+            logits=[logits for p in parts for logits in p.logits],
             crop_index=np.concatenate([p.crop_index for p in parts]),
             boxes_xyxy=np.concatenate([p.boxes_xyxy for p in parts]),
             predicted_iou=np.concatenate([p.predicted_iou for p in parts]),
             stability_score=np.concatenate([p.stability_score for p in parts]),
             points_xy=np.concatenate([p.points_xy for p in parts]),
         )
-
-    @classmethod
-    def pick(cls, parts: list[Candidates], index: npt.NDArray[np.int64]) -> Candidates:
-        """cat(parts)[index], without ever holding the logits twice: they can be hundreds of MB."""
-        ends = np.cumsum([len(part) for part in parts])
-        logits = parts[0].logits.new_empty((len(index), *parts[0].logits.shape[1:]))
-        for part, start, end in zip(parts, ends - [len(part) for part in parts], ends, strict=True):
-            rows = np.flatnonzero((index >= start) & (index < end))
-            logits[torch.from_numpy(rows).to(logits.device)] = part.logits[
-                torch.from_numpy(index[rows] - start).to(logits.device)
-            ]
-        bare = cls.cat([replace(part, logits=part.logits[:, :0, :0]) for part in parts])
-        return replace(bare[index], logits=logits)

@@ -164,9 +164,10 @@ class MaskGenerator:
                         parts.append(part)
             for parts in found:
                 with self._stage("nms"):
-                    boxes = np.concatenate([part.boxes_xyxy for part in parts])
-                    scores = np.concatenate([part.predicted_iou for part in parts])
-                    kept = Candidates.pick(parts, box_nms(boxes, scores, self.config.box_nms_thresh))
+                    stable = Candidates.cat(parts)
+                    kept = stable[box_nms(stable.boxes_xyxy, stable.predicted_iou, self.config.box_nms_thresh)]
+                parts.clear()  # what NMS dropped would otherwise stay in memory while the image is finished
+                del stable
                 yield kept
 
     def _packs(self, views: list[_View], batch_size: int) -> Iterator[slice]:
@@ -223,15 +224,15 @@ class MaskGenerator:
         keep = stability >= np.float32(config.stability_score_thresh)
         keep &= wanted_areas(area, view.image_hw, config)
         keep &= ~touches_crop_edge(boxes, crop, view.image_hw)
-        candidates = Candidates(
-            logits=logits,
-            crop_index=np.full(len(boxes), view.crop_index),
-            boxes_xyxy=boxes,
-            predicted_iou=predicted_iou,
-            stability_score=stability,
-            points_xy=points + np.array([crop.x0, crop.y0]),
+        stays = np.flatnonzero(keep)
+        return Candidates(
+            logits=[logits[i].clone() for i in stays.tolist()],  # without holding on to those of the whole batch
+            crop_index=np.full(len(stays), view.crop_index),
+            boxes_xyxy=boxes[stays],
+            predicted_iou=predicted_iou[stays],
+            stability_score=stability[stays],
+            points_xy=points[stays] + np.array([crop.x0, crop.y0]),
         )
-        return candidates[keep]
 
     def _measure(self, logits: Tensor, crop: Crop) -> Tensor:
         """Low-res logits (M, 4h, 4w) to (M, 6) float64: stability score, area, box xyxy in the crop (inclusive)."""
@@ -278,10 +279,10 @@ class MaskGenerator:
         finished: dict[int, Mask] = {}
         for crop_index in np.unique(candidates.crop_index):
             crop, rows = crops[crop_index], np.flatnonzero(candidates.crop_index == crop_index)
-            logits, num = candidates[rows].logits, self._masks_at_once(crop)
-            for start in range(0, len(rows), num):
-                runs = self._runs(logits[start : start + num], crop, image_hw)
-                for row, (counts, was_cleaned) in zip(rows[start : start + num].tolist(), runs, strict=True):
+            num = self._masks_at_once(crop)
+            for few in np.split(rows, range(num, len(rows), num)):
+                runs = self._runs(torch.stack(candidates[few].logits), crop, image_hw)
+                for row, (counts, was_cleaned) in zip(few.tolist(), runs, strict=True):
                     finished[row] = Mask(
                         counts=counts,
                         was_cleaned=was_cleaned,

@@ -13,7 +13,10 @@ from samray.sam.spec import VitSpec
 
 # A global block's bias is (heads, 4096, 4096) float32 an image: 0.8 GB for ViT-B. Queries go through in slices so that
 # a slice's bias stays below this many elements.
-_MAX_BIAS_ELEMENTS = 32 * 1024 * 1024
+_MAX_BIAS_ELEMENTS = 10 * 1024 * 1024
+
+# Rows of the grid that go through an MLP together on a CPU without gradients.
+_CPU_MLP_ROWS = 8
 
 
 class LayerNorm2d(nn.Module):
@@ -80,7 +83,8 @@ class Attention(nn.Module):
         rel_h = self.rel_pos_h[self.offsets]  # (H, H, head_dim)
         rel_w = self.rel_pos_w[self.offsets]
         rows = max(1, min(h, _MAX_BIAS_ELEMENTS // (b * heads * w * h * w)))
-        out = []
+        # Made before the slices: what lies between them would keep malloc from using a slice's memory for the next.
+        out = q.new_empty(b, h * w, heads, dim // heads)
         for top in range(0, h, rows):
             bottom = min(h, top + rows)
             q_rows = q[:, :, top * w : bottom * w]
@@ -89,8 +93,9 @@ class Attention(nn.Module):
             bias_h = torch.einsum("bnhwc,hkc->bnhwk", grid, rel_h[top:bottom]).contiguous()
             bias_w = torch.einsum("bnhwc,wkc->bnhwk", grid, rel_w).contiguous()
             bias = (bias_h[..., :, None] + bias_w[..., None, :]).reshape(b, heads, -1, h * w)
-            out.append(F.scaled_dot_product_attention(q_rows, k, v, attn_mask=bias))
-        return self.proj(torch.cat(out, dim=2).transpose(1, 2).reshape(b, h, w, dim))
+            read = F.scaled_dot_product_attention(q_rows, k, v, attn_mask=bias)
+            out[:, top * w : bottom * w] = read.transpose(1, 2)
+        return self.proj(out.view(b, h, w, dim))
 
 
 class Mlp(nn.Module):
@@ -100,7 +105,13 @@ class Mlp(nn.Module):
         self.lin2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.lin2(F.gelu(self.lin1(x)))
+        """(B, H, W, dim) -> the same shape. On a CPU a few rows of the grid at a time: the hidden layer is wide."""
+        if x.device.type != "cpu" or torch.is_grad_enabled():
+            return self.lin2(F.gelu(self.lin1(x)))
+        out = torch.empty_like(x)
+        for rows, into in zip(x.split(_CPU_MLP_ROWS, dim=1), out.split(_CPU_MLP_ROWS, dim=1), strict=True):
+            into.copy_(self.lin2(F.gelu(self.lin1(rows))))
+        return out
 
 
 class Block(nn.Module):

@@ -211,11 +211,26 @@ def test_stage_seconds_add_up() -> None:
     assert all(masks.stage_seconds[stage] > first[stage] > 0 for stage in generator.STAGES)
 
 
-def test_pick_is_cat_then_index() -> None:
+def test_candidates_hold_no_memory_but_their_own() -> None:
+    """Or the logits of every mask of an image would stay until its last crop is done."""
+    found: list[Candidates] = []
+
+    class Watched(MaskGenerator):
+        def _process_image(self, candidates: Candidates, image_hw: tuple[int, int]) -> list[dict[str, Any]]:
+            found.append(candidates)
+            return super()._process_image(candidates, image_hw)
+
+    Watched(DiscSam(), MaskConfig(points_per_side=4)).generate([grey(60, 80)])  # type: ignore[arg-type]
+    assert len(found[0]) > 1
+    for logits in found[0].logits:
+        assert logits.untyped_storage().nbytes() == logits.nbytes
+
+
+def test_cat_then_index() -> None:
     def part(num: int, seed: int) -> Candidates:
         rng = np.random.default_rng(seed)
         return Candidates(
-            logits=torch.from_numpy(rng.random((num, 3, 3), dtype=np.float32)),
+            logits=list(torch.from_numpy(rng.random((num, 3, 3), dtype=np.float32))),
             crop_index=rng.integers(0, 9, num),
             boxes_xyxy=rng.integers(0, 9, (num, 4)),
             predicted_iou=rng.random(num, dtype=np.float32),
@@ -225,6 +240,9 @@ def test_pick_is_cat_then_index() -> None:
 
     parts = [part(4, 0), part(0, 1), part(5, 2)]
     for index in (np.array([8, 0, 3, 4, 3]), np.array([], dtype=np.int64)):
-        expected, picked = Candidates.cat(parts)[index], Candidates.pick(parts, index)
+        picked = Candidates.cat(parts)[index]
+        assert len(picked) == len(picked.logits) == len(index)
         for field in Candidates.__slots__:
-            assert np.array_equal(getattr(picked, field), getattr(expected, field)), field
+            rows = [row for one in parts for row in getattr(one, field)]
+            expected = [rows[i] for i in index]
+            assert all(np.array_equal(a, b) for a, b in zip(getattr(picked, field), expected, strict=True)), field

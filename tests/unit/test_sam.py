@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from samray.sam.image_encoder import merge_windows, partition_windows
+from samray.sam import image_encoder
+from samray.sam.image_encoder import ImageEncoderViT, merge_windows, partition_windows
 from samray.sam.sam import _CPU_CHUNK_BYTES, Sam, input_size
 from samray.sam.spec import MODELS, ModelSpec, TinyVitSpec, VitSpec
 from samray.sam.tiny_vit import Attention
@@ -96,6 +97,18 @@ def test_windows_merge_to_what_was_partitioned(side: int) -> None:
     windows, padded_hw = partition_windows(x, 7)
     assert windows.shape[1:] == (7, 7, 5)
     assert torch.equal(merge_windows(windows, padded_hw, (side, side + 3)), x)
+
+
+def test_slices_of_the_vit_encoder_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of the attention's queries nor of the MLP's rows, with a last slice that is shorter."""
+    torch.manual_seed(0)
+    encoder = ImageEncoderViT(VitSpec(dim=32, depth=2, num_heads=2, global_blocks=(1,), window=3), 112, 16).eval()
+    pixels = torch.randn(2, 3, 112, 112)
+    whole = encoder(pixels)  # with gradients: each MLP in one go
+    monkeypatch.setattr(image_encoder, "_MAX_BIAS_ELEMENTS", 2 * 2 * 7 * 49 * 3)
+    monkeypatch.setattr(image_encoder, "_CPU_MLP_ROWS", 2)
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder(pixels), whole.detach())
 
 
 @pytest.mark.parametrize("name", MODELS)
