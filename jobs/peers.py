@@ -43,7 +43,7 @@ def samray_engine(job: dict[str, Any], device: str) -> tuple[Run, Sam, MaskGener
     dtype = torch.bfloat16 if job.get("dtype") == "bfloat16" else torch.float32
     model = Sam(MODELS[job["model"]])
     model.load_state_dict(load_file(job["weights"]))
-    model = model.eval().requires_grad_(False).to(device, dtype)
+    model = model.eval().requires_grad_(False).to(device).narrow(dtype)
     generator = MaskGenerator(model, MaskConfig(bbox_convention="sam", **job["settings"]))
     return generator.generate, model, generator
 

@@ -58,7 +58,7 @@ def load_model(
     chosen_device = _device(device)
     chosen_dtype = _dtype(dtype, chosen_device)
     path = resolve_checkpoint(name, checkpoint)
-    return build(spec, read_state_dict(path), str(path)).to(chosen_device, chosen_dtype)
+    return build(spec, read_state_dict(path), str(path)).to(chosen_device).narrow(chosen_dtype)
 
 
 def build(spec: ModelSpec, state: Mapping[str, Tensor], origin: str) -> Sam:

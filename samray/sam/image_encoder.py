@@ -13,7 +13,8 @@ from samray.sam.spec import VitSpec
 
 # A global block's bias is (heads, 4096, 4096) float32 an image: 0.8 GB for ViT-B. Queries go through in slices so that
 # a slice's bias stays below this many elements.
-_MAX_BIAS_ELEMENTS = 10 * 1024 * 1024
+_CPU_BIAS_ELEMENTS = 10 * 1024 * 1024
+_GPU_BIAS_ELEMENTS = 256 * 1024 * 1024
 
 # Rows of the grid that go through an MLP together on a CPU without gradients.
 _CPU_MLP_ROWS = 8
@@ -82,7 +83,8 @@ class Attention(nn.Module):
         assert isinstance(self.offsets, Tensor)
         rel_h = self.rel_pos_h[self.offsets]  # (H, H, head_dim)
         rel_w = self.rel_pos_w[self.offsets]
-        rows = max(1, min(h, _MAX_BIAS_ELEMENTS // (b * heads * w * h * w)))
+        most = _CPU_BIAS_ELEMENTS if x.device.type == "cpu" else _GPU_BIAS_ELEMENTS
+        rows = max(1, min(h, most // (b * heads * w * h * w)))
         # Made before the slices: what lies between them would keep malloc from using a slice's memory for the next.
         out = q.new_empty(b, h * w, heads, dim // heads)
         for top in range(0, h, rows):

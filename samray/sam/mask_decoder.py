@@ -98,7 +98,7 @@ class MaskDecoder(nn.Module):
         weight2 = conv2.weight.permute(0, 2, 3, 1).flatten(1)
         x = F.linear(x, weight2.T, conv2.bias.repeat(4)).view(n, cells * 16, hyper.shape[-1])
         x = F.gelu(x if fine is None else _add_per_image(x, fine[..., split:]))
-        masks = torch.bmm(hyper, x.transpose(1, 2))  # (N, M, h * w * 2 * 2 * 2 * 2)
+        masks = torch.bmm(hyper.to(x.dtype), x.transpose(1, 2))  # (N, M, h * w * 2 * 2 * 2 * 2)
         g, m = self.grid, masks.shape[1]
         masks = masks.view(n, m, g, g, 2, 2, 2, 2)  # h, w, then (y, x) of the first and of the second doubling
         return masks.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(n, m, 4 * g, 4 * g)

@@ -76,7 +76,20 @@ class Sam(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.mask_decoder.iou_token.weight.dtype
+        """What the image side is computed in; the prompts' side may be float32 beside it, see `narrow`."""
+        return next(self.image_encoder.parameters()).dtype
+
+    def narrow(self, dtype: torch.dtype) -> Sam:
+        """Bring to dtype, in place, what takes the time: the image encoder, and what is done to each prompt's image
+        tokens. Prompts, the tokens that carry them, predicted IoUs and mask weights stay as they are.
+
+        `.to(torch.bfloat16)` of all would be no faster, and its masks further from float32's.
+        """
+        self.image_encoder.to(dtype)
+        self.mask_decoder.output_upscaling.to(dtype)
+        for block in self.mask_decoder.transformer.blocks():
+            block.norm4.to(dtype)
+        return self
 
     @property
     def image_size(self) -> int:
@@ -126,7 +139,7 @@ class Sam(nn.Module):
         fine = _tokens(embeddings[:, channels:]) if embeddings.shape[1] > channels else None
         dense = encoder.no_mask_embed.weight if mask_input is None else _tokens(encoder.encode_masks(mask_input))
         return self.mask_decoder.transformer.prepare(
-            _tokens(embeddings[:, :channels]) + dense, encoder.dense_positions(), fine
+            _tokens(embeddings[:, :channels]) + dense, encoder.dense_positions(), fine, self.dtype
         )
 
     # --- prompts to masks --------------------------------------------------------------------------------------------
@@ -221,7 +234,9 @@ class Sam(nn.Module):
             sparse.append(encoder.encode_points(points, labels, pad=boxes_xyxy is None))
         if boxes_xyxy is not None:
             sparse.append(encoder.encode_boxes(boxes_xyxy))
-        tokens = torch.cat(sparse, dim=1) if sparse else embedding.new_zeros(n, 0, self.spec.embed_dim)
+        tokens = (
+            torch.cat(sparse, dim=1) if sparse else encoder.no_mask_embed.weight.new_zeros(n, 0, self.spec.embed_dim)
+        )
         if mask_input is None:
             context, tokens = self.prepare_decoder(embedding), tokens[None]
         else:  # every prompt has image tokens of its own: N "images" with one prompt each

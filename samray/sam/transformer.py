@@ -12,6 +12,9 @@ numbers). The published form projects all L image tokens to queries, keys and va
        scores = keys . (W_q,j^T k_j) + (W_q,j pe + b_q,j) . k_j        out = P (V_j W_o,j) + b_o
 
 `tests/parity` holds both against the textbook form.
+
+In a narrow model (`Sam.narrow`) only what is as large as the image tokens is narrow. The few tokens of a prompt stay
+float32 through all layers, for what they are off by moves a mask as a whole.
 """
 
 from __future__ import annotations
@@ -71,7 +74,7 @@ class Attention(nn.Module):
         q = self.split(self.q_proj(tokens)) * self.scale  # (N, H, T, d)
         scores = self.absorbed_scores(q, self.k_proj.weight, keys, pe_keys)
         read = torch.bmm(scores.softmax(dim=-1), keys).view(n, self.num_heads, t, -1)  # (N, H, T, C)
-        out = read @ self.per_head(self.v_proj.weight).transpose(1, 2)
+        out = read.to(tokens.dtype) @ self.per_head(self.v_proj.weight).transpose(1, 2)
         return self.merge(out + self.v_proj.bias.view(self.num_heads, 1, -1))
 
     def image_to_tokens(self, keys: Tensor, pe_queries: Tensor, tokens: Tensor, values: Tensor) -> Tensor:
@@ -80,9 +83,17 @@ class Attention(nn.Module):
         keys: (N, L, C). pe_queries: (heads, head_dim, L), W_q pe + b_q. tokens: (N, T, C) with positions; values
         without. Returns (N, L, C).
         """
-        k = self.split(self.k_proj(tokens)) * self.scale
+        k = self.split(self.centred_keys(tokens))
         scores = self.absorbed_scores(k, self.q_proj.weight, keys, pe_queries)
         return self.spread(keys, scores, values, in_place=not torch.is_grad_enabled())
+
+    def centred_keys(self, tokens: Tensor) -> Tensor:
+        """Scaled keys of tokens (N, T, C), less their mean over T: (N, T, inner).
+
+        A softmax over T does not see what all T have in common, but a narrow dtype rounds scores by their size.
+        """
+        keys = self.k_proj(tokens) * self.scale
+        return keys - keys.mean(dim=1, keepdim=True)
 
     def absorbed_scores(self, heads: Tensor, weight: Tensor, keys: Tensor, pe: Tensor) -> Tensor:
         """heads (N, H, T, d), of tokens, against keys (N, L, C) projected by weight (H * d, C), plus pe (H, d, L).
@@ -90,9 +101,10 @@ class Attention(nn.Module):
         Returns (N, H * T, L).
         """
         n, h, t, d = heads.shape
-        scores = torch.bmm((heads @ self.per_head(weight)).flatten(1, 2), keys.transpose(1, 2))
+        absorbed = (heads @ self.per_head(weight)).flatten(1, 2).to(keys.dtype)
+        scores = torch.bmm(absorbed, keys.transpose(1, 2))
         # Positions are the same for all prompts: one product a head, of which no operand is repeated N times.
-        of_positions = heads.transpose(0, 1).reshape(h, n * t, d) @ pe
+        of_positions = heads.transpose(0, 1).reshape(h, n * t, d).to(pe.dtype) @ pe
         scores.view(n, h, t, -1).add_(of_positions.view(h, n, t, -1).transpose(0, 1))
         return scores
 
@@ -105,7 +117,7 @@ class Attention(nn.Module):
         n, t, _ = values.shape
         weights = scores.view(n, self.num_heads, t, -1).softmax(dim=2).flatten(1, 2)
         add = keys.baddbmm_ if in_place else keys.baddbmm
-        return add(weights.transpose(1, 2), self.folded(values))
+        return add(weights.transpose(1, 2), self.folded(values).to(keys.dtype))
 
     def folded(self, values: Tensor) -> Tensor:
         """values (N, T, C) through V W_o of each head, with the head's share of the bias: (N, H * T, C)."""
@@ -181,7 +193,7 @@ class TwoWayBlock(nn.Module):
         from samray.kernels.image_to_tokens import image_to_tokens
 
         attn = self.cross_attn_image_to_token
-        k = attn.split(attn.k_proj(tokens)) * attn.scale  # (N, H, T, d)
+        k = attn.split(attn.centred_keys(tokens))  # (N, H, T, d)
         absorbed = (k @ attn.per_head(attn.q_proj.weight)).flatten(1, 2) if absorb else None
         return image_to_tokens(keys, queries, k, absorbed, attn.folded(values), self.norm4)
 
@@ -196,8 +208,10 @@ class TwoWayTransformer(nn.Module):
     def blocks(self) -> list[TwoWayBlock]:
         return [b for b in self.layers if isinstance(b, TwoWayBlock)]
 
-    def prepare(self, src: Tensor, pe: Tensor, fine: Tensor | None = None) -> ImageTokens:
-        """src: (B, L, C) image tokens; pe: (L, C) their positions; fine: passed on."""
+    def prepare(
+        self, src: Tensor, pe: Tensor, fine: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> ImageTokens:
+        """src: (B, L, C) image tokens; pe: (L, C) their positions; fine: passed on. dtype: what to hold them in."""
         src = src.contiguous()  # every prompt starts with a copy of it
         first, *later = self.blocks()
         read, write = first.cross_attn_token_to_image, first.cross_attn_image_to_token
@@ -208,13 +222,17 @@ class TwoWayTransformer(nn.Module):
         ]
         writes = [b.cross_attn_image_to_token for b in later]
         pe_queries = [a.split(a.q_proj(pe)).transpose(1, 2).contiguous() for a in writes]
+
+        def held(x: Tensor) -> Tensor:
+            return x if dtype in (None, src.dtype) else x.to(dtype)
+
         return ImageTokens(
-            src=src,
-            read_keys=read.split(read.k_proj(placed)),
-            read_values=read.split(read.v_proj(src)),
-            write_queries=write.split(write.q_proj(placed)),
-            pe_keys=pe_keys,
-            pe_queries=pe_queries,
+            src=held(src),
+            read_keys=held(read.split(read.k_proj(placed))),
+            read_values=held(read.split(read.v_proj(src))),
+            write_queries=held(write.split(write.q_proj(placed))),
+            pe_keys=[held(x) for x in pe_keys],
+            pe_queries=[held(x) for x in pe_queries],
             fine=fine,
         )
 
@@ -229,15 +247,16 @@ class TwoWayTransformer(nn.Module):
         x = first.norm1(first.self_attn(positions, positions, positions))
         read = first.cross_attn_token_to_image
         q = read.split(read.q_proj(x + positions).view(b, n * t, -1))  # (B, H, N * T, d)
-        out = F.scaled_dot_product_attention(q, image.read_keys, image.read_values)
-        x = first.norm2(x + read.merge(out).view(b * n, t, c))
+        out = F.scaled_dot_product_attention(q.to(image.read_keys.dtype), image.read_keys, image.read_values)
+        x = first.norm2(x + read.merge(out.to(tokens.dtype)).view(b * n, t, c))
         x = first.norm3(x + first.mlp(x))
         if fused:
             keys = first.write(image.src, image.write_queries, x + positions, x, absorb=False)
         else:
             write = first.cross_attn_image_to_token
-            k = write.split(write.k_proj(x + positions).view(b, n * t, -1)) * write.scale
-            scores = k @ image.write_queries.transpose(-2, -1)  # (B, H, N * T, L)
+            k = write.split(write.centred_keys(x + positions).view(b, n * t, -1))
+            queries = image.write_queries
+            scores = k.to(queries.dtype) @ queries.transpose(-2, -1)  # (B, H, N * T, L)
             scores = scores.unflatten(2, (n, t)).transpose(1, 2).reshape(b * n, write.num_heads * t, -1)
             src = image.src[:, None].expand(b, n, -1, -1).flatten(0, 1)
             keys = first.norm4(write.spread(src, scores, x))

@@ -236,6 +236,7 @@ def test_precisions(tmp_path: Path) -> None:
     for dtype, expected in (("bfloat16", torch.bfloat16), (torch.float16, torch.float16), ("auto", torch.float32)):
         model = load_model("small_tiny", tmp_path / "tiny.safetensors", device="cpu", dtype=dtype)
         assert model.dtype == expected
+        assert model.mask_decoder.iou_token.weight.dtype == torch.float32
 
 
 # --- the cache -----------------------------------------------------------------------------------------------------

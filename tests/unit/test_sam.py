@@ -105,7 +105,7 @@ def test_slices_of_the_vit_encoder_change_nothing(monkeypatch: pytest.MonkeyPatc
     encoder = ImageEncoderViT(VitSpec(dim=32, depth=2, num_heads=2, global_blocks=(1,), window=3), 112, 16).eval()
     pixels = torch.randn(2, 3, 112, 112)
     whole = encoder(pixels)  # with gradients: each MLP in one go
-    monkeypatch.setattr(image_encoder, "_MAX_BIAS_ELEMENTS", 2 * 2 * 7 * 49 * 3)
+    monkeypatch.setattr(image_encoder, "_CPU_BIAS_ELEMENTS", 2 * 2 * 7 * 49 * 3)
     monkeypatch.setattr(image_encoder, "_CPU_MLP_ROWS", 2)
     with torch.inference_mode():
         torch.testing.assert_close(encoder(pixels), whole.detach())
@@ -245,16 +245,52 @@ def test_postprocess_cuts_the_padding_off(model: Sam) -> None:
 # --- precision, gradients ------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def test_bfloat16_stays_near_float32(model: Sam) -> None:
-    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(4))
+def narrowed(model: Sam) -> Sam:
     half = Sam(SPEC).eval()
     half.load_state_dict(model.state_dict())
-    half.to(torch.bfloat16)
-    exact = model.predict(model.encode_images(pixels), *clicks(3))[0]
-    rough = half.predict(half.encode_images(pixels.bfloat16()), *clicks(3))[0]
-    assert rough.dtype == torch.float32
-    assert (rough - exact).abs().max() <= 0.1 * exact.abs().max()
+    return half.narrow(torch.bfloat16)
+
+
+@torch.no_grad()
+def test_a_narrow_model_stays_near_float32(model: Sam) -> None:
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(4))
+    mask_input = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(5))
+    half = narrowed(model)
+    for prompts in ({}, {"mask_input": mask_input}):
+        exact, _ = model.predict(model.encode_images(pixels), *clicks(3), **prompts)  # type: ignore[arg-type]
+        rough, rough_iou = half.predict(half.encode_images(pixels.bfloat16()), *clicks(3), **prompts)  # type: ignore[arg-type]
+        assert rough.dtype == rough_iou.dtype == torch.float32
+        assert (rough - exact).abs().max() <= 0.1 * exact.abs().max()
+        assert not torch.equal(rough, exact)
+    only_masks = half.predict(half.encode_images(pixels.bfloat16()), mask_input=mask_input)[0]
+    assert only_masks.shape == (3, 3, 32, 32)
+
+
+def test_narrow_leaves_the_prompts_side_exact(model: Sam) -> None:
+    half = narrowed(model)
+    assert half.dtype == torch.bfloat16
+    narrow = {name for name, p in half.named_parameters() if p.dtype == torch.bfloat16}
+    assert narrow == {
+        name
+        for name, _ in half.named_parameters()
+        if name.startswith(("image_encoder.", "mask_decoder.output_upscaling.")) or ".norm4." in name
+    }
+    points, labels = clicks(5)
+    assert torch.equal(
+        half.prompt_encoder.encode_points(points, labels), model.prompt_encoder.encode_points(points, labels)
+    )
+
+
+@torch.no_grad()
+def test_what_all_tokens_have_in_common_costs_a_narrow_model_nothing(model: Sam) -> None:
+    """The bias of a token's key is the same for all of an image token's scores, so its softmax must not see it."""
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(6))
+    before = narrowed(model).predict(model.encode_images(pixels).bfloat16(), *clicks(3))[0]
+    shifted = copy.deepcopy(model)
+    for block in shifted.mask_decoder.transformer.blocks():
+        block.cross_attn_image_to_token.k_proj.bias += 1000
+    after = narrowed(shifted).predict(model.encode_images(pixels).bfloat16(), *clicks(3))[0]
+    assert (after - before).abs().max() <= 0.02 * before.abs().max()
 
 
 def test_decode_batch_passes_gradients_to_every_part() -> None:
