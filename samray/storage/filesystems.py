@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import random
@@ -33,7 +34,10 @@ def _forget_filesystems() -> None:
 
     They are kept alive, unused: their finalizers would take the sockets out of the epoll set, which both processes
     share, and the parent would wait in vain for its answers.
+    Nor does the child collect what garbage the parent had: among it may be references of Ray's, whose finalizers wait
+    for locks that were held by threads which the child does not have.
     """
+    gc.freeze()
     global _filesystems_lock
     _filesystems_lock = threading.Lock()
     _inherited.extend(_filesystems.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import logging
 import multiprocessing
 import os
@@ -171,6 +172,31 @@ def test_missing_files_say_so(storage_root: str) -> None:
 
 def _child(uri: str, results: Any) -> None:
     results.put(storage.read_bytes(uri))
+
+
+class DiesWith:
+    """Ends any process but its maker's that collects it: only the garbage collector can, as it holds itself."""
+
+    def __init__(self) -> None:
+        self.maker, self.own = os.getpid(), self
+
+    def __del__(self) -> None:
+        if os.getpid() != self.maker:
+            os._exit(7)
+
+
+def test_a_forked_child_does_not_finalize_what_its_parent_left() -> None:
+    """A reference of Ray's among it waited for a lock that no thread of the child would release."""
+    gc.collect()
+    gc.disable()
+    try:
+        DiesWith()
+        child = multiprocessing.get_context("fork").Process(target=gc.collect)
+        child.start()
+        child.join()
+    finally:
+        gc.enable()
+    assert child.exitcode == 0
 
 
 def test_a_forked_child_makes_its_own_connections(storage_root: str, caplog: pytest.LogCaptureFixture) -> None:
