@@ -157,6 +157,8 @@ def run(folder: Path, num_images: int, num_heldout: int, steps: int, *, progress
         [
             "train.trainable=decoder", f"train.steps={steps}", "train.learning_rate=5e-4", "train.interaction_steps=1",
             "train.box_fraction=0", "data.prompts_per_image=8", "train.validate_every=100000",
+            # Held out are images of the world's own. A part of these would be chosen by the folder's name, too.
+            "data.validation_fraction=0",
         ],
     )  # fmt: skip
     started = time.monotonic()

@@ -58,7 +58,7 @@ FETCHED = pa.schema(
 )
 
 SHARDS_PER_TASK = 256
-"""Of a read task: 40 tasks for a million images."""
+"""Of a read task: 62 tasks for a million images in shards of 64."""
 
 MAX_BYTES_AHEAD = 512 * 2**20
 """Encoded bytes of one shard that travel through the object store; what lies beyond is fetched where it is labelled."""

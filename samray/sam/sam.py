@@ -83,7 +83,7 @@ class Sam(nn.Module):
         """Bring to dtype, in place, what takes the time: the image encoder, and what is done to each prompt's image
         tokens. Prompts, the tokens that carry them, predicted IoUs and mask weights stay as they are.
 
-        `.to(torch.bfloat16)` of all would be no faster, and its masks further from float32's.
+        Those few cost little, and what they are rounded by moves a mask as a whole.
         """
         self.image_encoder.to(dtype)
         self.mask_decoder.output_upscaling.to(dtype)

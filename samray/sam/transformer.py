@@ -14,7 +14,7 @@ numbers). The published form projects all L image tokens to queries, keys and va
 `tests/parity` holds both against the textbook form.
 
 In a narrow model (`Sam.narrow`) only what is as large as the image tokens is narrow. The few tokens of a prompt stay
-float32 through all layers, for what they are off by moves a mask as a whole.
+float32 through all layers.
 """
 
 from __future__ import annotations

@@ -35,5 +35,4 @@ def test_label_correct_train_label_again(tmp_path: Path, local_ray: None, monkey
 
     before, after = figures["before"], figures["after"]
     assert after["miou"] > before["miou"] + 0.05
-    # How much better varies with the folder's name: which images are kept for validation follows from their URIs.
-    assert after["mean_best_iou"] > before["mean_best_iou"] + 0.02, "and what is labelled is better, too"
+    assert after["mean_best_iou"] > before["mean_best_iou"] + 0.05, "and what is labelled is better, too"
