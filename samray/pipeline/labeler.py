@@ -6,6 +6,7 @@ device is no image's fault; it is raised, and the actor ends with it.
 
 from __future__ import annotations
 
+import math
 import queue
 import time
 from collections import Counter, deque
@@ -161,13 +162,13 @@ class ShardLabeler:
         group: list[Decoded] = []
         num_pixels = 0
         while waiting or ahead:
-            while waiting and len(ahead) < self.group_images + 1:
+            while waiting and len(ahead) < self.max_group_images + 1:
                 image = waiting.popleft()
                 ahead.append((image, self.decoders.submit(self._decode, image)))
             image, future = ahead.popleft()
             decoded = future.result()
             size = decoded.shape[0] * decoded.shape[1] if isinstance(decoded, np.ndarray) else 0
-            if group and (len(group) == self.group_images or num_pixels + size > GROUP_PIXELS):
+            if group and (len(group) == self.max_group_images or num_pixels + size > GROUP_PIXELS):
                 yield group
                 group, num_pixels = [], 0
             group.append((image, decoded))
@@ -215,35 +216,34 @@ class ShardLabeler:
             records=[make_record(im, d, next(masks) if isinstance(d, np.ndarray) else d) for im, d in group],
             encoded_bytes=sum(len(image.data) for image, _ in group if isinstance(image.data, bytes | memoryview)),
             batch_images=len(work),
-            batch_room=self.max_group_images if work else 0,
+            batch_room=self.max_group_images * math.ceil(len(work) / self.group_images),
         )
 
     def _generate(self, generator: MaskSource, work: list[Work]) -> list[list[dict[str, Any]] | ImageError]:
         """Masks or an error for each image. A failing group is run again in smaller ones, to fail only the guilty."""
-        if not work:
-            return []
-        try:
-            masks: list[list[dict[str, Any]] | ImageError] = list(masks_of(generator, work))
-        except Exception as error:
-            raise_if_fatal(error)
-            is_memory = is_out_of_memory(error)
-            answer = None
-            if len(work) == 1 and not is_memory:
-                answer = error if isinstance(error, ImageError) else internal_error(error)
-        else:
-            self.num_consecutive_out_of_memory = 0
-            self._fitted(len(work))
-            return masks
-        # Only here, where the error is gone, is what its frames held on the device free again.
-        if is_memory and self.device_type == "cuda":
-            _empty_cache()
-        if len(work) > 1:
-            size = len(work) // 2 if is_memory else 1
-            if is_memory:
-                self.group_images, self.num_groups_that_fit = size, 0
-            parts = [work[start : start + size] for start in range(0, len(work), size)]
-            return [one for part in parts for one in self._generate(generator, part)]
-        return [self._generate_in_small_batches(work[0]) if answer is None else answer]
+        answers: list[list[dict[str, Any]] | ImageError] = []
+        while len(answers) < len(work):
+            part = work[len(answers) :][: self.group_images]
+            try:
+                answers += masks_of(generator, part)
+            except Exception as error:
+                raise_if_fatal(error)
+                is_memory = is_out_of_memory(error)
+                answer = None if is_memory else error if isinstance(error, ImageError) else internal_error(error)
+            else:
+                self.num_consecutive_out_of_memory = 0
+                self._fitted(len(part))
+                continue
+            # Only here, where the error is gone, is what its frames held on the device free again.
+            if is_memory and self.device_type == "cuda":
+                _empty_cache()
+            if len(part) == 1:
+                answers.append(self._generate_in_small_batches(part[0]) if answer is None else answer)
+            elif is_memory:
+                self.group_images, self.num_groups_that_fit = len(part) // 2, 0
+            else:
+                answers += [one for each in part for one in self._generate(generator, [each])]
+        return answers
 
     def _fitted(self, num_images: int) -> None:
         """A group did; after some as large as may be, the next ones may be larger, up to what they were at first."""

@@ -114,6 +114,7 @@ def test_groups_follow_the_memory_there_is() -> None:
 
     def generate(images: list[Pixels]) -> list[list[dict[str, Any]]]:
         sizes.append(len(images))
+        time.sleep(0.01)  # meanwhile the next groups are made, by what is known so far
         if len(images) > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return _masks(images)
