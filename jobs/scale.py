@@ -62,12 +62,16 @@ RESUME_CODE = (
     + """
 from samray.config import load_config
 from samray.pipeline import run
+failures_of_shards, failures = run.failures_of_shards, {}
+def counted(*args):
+    failures.update(failures_of_shards(*args))
+    return failures
 def on_ray(one):
-    figures(shards_to_do=len(one.todo), failed_images=one.report.num_failed)
+    figures(shards_to_do=len(one.todo), failed_images=sum(sum(of_shard.values()) for of_shard in failures.values()))
     sys.stdout.flush()
     os._exit(0)
 import os
-run._run_on_ray = on_ray
+run.failures_of_shards, run._run_on_ray = counted, on_ray
 run.label(*sys.argv[1:], load_config("tiny"), progress=False)
 """
 )

@@ -19,8 +19,11 @@ from samray.pipeline.run import label_with
 
 
 def main(input: str, output: str, seconds: str, *overrides: str) -> int:
-    # Any file serves as checkpoint: the stand-in loads none, and the run only wants its hash.
-    config = load_config(None, None, [f"model.checkpoint={__file__}", "output.images_per_shard=4", *overrides])
+    # Any file serves as checkpoint: the stand-in loads none, and the run only wants its hash. There is one thread in
+    # all, so that a machine of many cores is not done before it is stopped.
+    base = [f"model.checkpoint={__file__}", "output.images_per_shard=4"]
+    base += ["cluster.max_actors=1", "cluster.num_cpus_per_actor=1"]
+    config = load_config(None, None, [*base, *overrides])
     make_labeler = functools.partial(standin.make_labeler, seconds=float(seconds))
     report = label_with(input, output, config, make_labeler=make_labeler)
     print_report(report)

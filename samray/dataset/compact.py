@@ -8,6 +8,8 @@ swapped: readers see the old set until they are given the new one, and neither i
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +24,16 @@ from samray.dataset.generations import MANIFEST_SCHEMA
 from samray.dataset.joining import missing_shards, stale_shards
 from samray.dataset.manifest import Plan, load_plan, write_plan
 from samray.dataset.schema import STATS_SECONDS, samray_metadata, schema_of, shard_metadata
-from samray.dataset.shards import FOLDER, commit_shard, done_shards, mark_success, open_shard, read_metadata
+from samray.dataset.shards import (
+    FOLDER,
+    commit_shard,
+    done_shards,
+    mark_success,
+    open_shard,
+    read_metadata,
+    shard_name,
+    shard_versions,
+)
 from samray.errors import ConfigError
 
 
@@ -54,8 +65,8 @@ def compact(
         raise ConfigError("DEST must be another folder than OUTPUT: readers keep the old files until you switch")
     if storage.join(dest, "").startswith(storage.join(plan.output, FOLDER, "")):
         raise ConfigError(f"DEST must not lie within OUTPUT/{FOLDER}, where readers look for shards")
-    sizes = sizes_of_finished(plan)
-    target = _plan_of(plan, dest, max(1, plan.num_images * file_bytes // max(1, sum(sizes.values()))))
+    fingerprint, num_bytes = look_at_finished(plan)
+    target = _plan_of(plan, dest, max(1, plan.num_images * file_bytes // max(1, num_bytes)), fingerprint)
     done = done_shards(dest)
     starts = plan.starts()
     num_failed = 0
@@ -81,19 +92,24 @@ def compact(
     )
 
 
-def sizes_of_finished(plan: Plan) -> dict[str, int]:
-    """Bytes of each shard's file. Raises: ConfigError where one is missing or waits to be labelled again."""
+def look_at_finished(plan: Plan) -> tuple[str, int]:
+    """What changes when a shard of a finished output is replaced, and the bytes of all of them.
+
+    Raises: ConfigError where one is missing or waits to be labelled again, StorageError.
+    """
     where = storage.redact(plan.output)
-    done = done_shards(plan.output)
+    done = shard_versions(plan.output)
     missing = len(missing_shards(plan, done))
     if missing:
         raise ConfigError(f"{where} is not finished: {missing} of {plan.num_shards} shards are missing; run it first")
     for shard in stale_shards(plan, done):
         raise ConfigError(f"{where} is not finished: shard {shard} waits to be labelled again; run it first")
-    return storage.list_names(storage.join(plan.output, FOLDER))
+    sizes = storage.list_names(storage.join(plan.output, FOLDER))
+    held = [(shard, version, sizes.get(shard_name(shard))) for shard, version in sorted(done.items())]
+    return hashlib.sha256(json.dumps(held).encode()).hexdigest(), sum(sizes.values())
 
 
-def _plan_of(plan: Plan, dest: str, images_per_shard: int) -> Plan:
+def _plan_of(plan: Plan, dest: str, images_per_shard: int, fingerprint: str) -> Plan:
     """DEST's plan, as it was begun or, where there is nothing, with shards of `images_per_shard`.
 
     Raises: ConfigError, StorageError.
@@ -103,11 +119,16 @@ def _plan_of(plan: Plan, dest: str, images_per_shard: int) -> Plan:
         target = load_plan(dest)
         if target.run.get("compacted_from") != source or target.num_images != plan.num_images:
             raise ConfigError(f"{storage.redact(dest)} holds something else than {source} compacted; give another DEST")
+        if target.run.get("compacted_shards") != fingerprint:
+            raise ConfigError(
+                f"shards of {source} have been replaced since {storage.redact(dest)} was begun, which would mix old "
+                "rows with new ones; give another DEST"
+            )
         return target
     run = copy.deepcopy({key: value for key, value in plan.run.items() if key not in ("generation", "num_images")})
     for settings in (run["identity"], run.get("config", {})):
         settings.setdefault("output", {})["images_per_shard"] = images_per_shard
-    run |= {"images_per_shard": images_per_shard, "compacted_from": source}
+    run |= {"images_per_shard": images_per_shard, "compacted_from": source, "compacted_shards": fingerprint}
     images = plan.read_images([name for name in MANIFEST_SCHEMA.names if name != "shard"])
     return write_plan(dest, images, images_per_shard, run)
 

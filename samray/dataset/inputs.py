@@ -19,7 +19,7 @@ from samray.dataset.parquet_images import fetch_rows, list_parquet, too_large
 from samray.dataset.rows import INPUT_SCHEMA, input_rows
 from samray.dataset.tars import is_compressed_tar, is_tar, list_tar
 from samray.dataset.uri_lists import read_uris, rows_of_uris
-from samray.errors import ConfigError, FileError, ImageError, NotFoundError
+from samray.errors import ConfigError, FileError, ImageError, NotFoundError, StorageError
 
 if TYPE_CHECKING:
     from samray.config import InputConfig
@@ -193,7 +193,7 @@ def _list_tar(archive: str, prefix: str, etag: str | None) -> pa.Table:
 def fetch_images(rows: pa.Table, config: InputConfig) -> list[bytes | ImageError]:
     """The encoded bytes of each row of a slice of a listing or plan, or why there are none.
 
-    One image's fault (missing, too_large, no permission) is an ImageError in its place.
+    One image's fault (missing, too_large, no permission, a web server that fails) is an ImageError in its place.
     Raises: StorageError where the storage as a whole fails: then a retry later helps, and no row should say otherwise.
     """
     items = rows.select(INPUT_SCHEMA.names).to_pylist()
@@ -242,4 +242,9 @@ def _fetch_one(item: dict[str, Any], config: InputConfig) -> bytes | ImageError:
         return ImageError("missing", str(error))
     except (FileError, ConfigError) as error:
         return ImageError("unreadable", str(error))
+    except StorageError as error:
+        # Each host of the web is a storage of its own: one that is gone for good must not end the run each time.
+        if item["offset"] is None and storage.scheme_of(uri) in ("http", "https"):
+            return ImageError("unreadable", str(error))
+        raise
     return data if len(data) <= config.max_bytes else too_large(len(data), config)

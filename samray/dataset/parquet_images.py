@@ -104,16 +104,24 @@ def fetch_rows(container: str, rows: list[int], config: InputConfig, fetch_file:
                 end = start + file.metadata.row_group(group).num_rows
                 wanted = [row for row in rows if start <= row < end]
                 if wanted:
-                    images = file.read_row_group(group, columns=[column])[column]
-                    for row in wanted:
-                        found[row] = _bytes_of(images[row - start], storage.parent(container), config, fetch_file)
+                    try:
+                        images = file.read_row_group(group, columns=[column])[column]
+                    except (pa.ArrowException, OSError) as error:  # damage to this group says nothing of the others
+                        found |= dict.fromkeys(wanted, _unreadable(container, error))
+                    else:
+                        for row in wanted:
+                            found[row] = _bytes_of(images[row - start], storage.parent(container), config, fetch_file)
                 start = end
     except NotFoundError as error:
         return [ImageError("missing", str(error))] * len(rows)
     except (FileError, pa.ArrowException, OSError) as error:
-        return [ImageError("unreadable", f"{storage.redact(container)}: {error}")] * len(rows)
+        return [_unreadable(container, error)] * len(rows)
     gone = ImageError("missing", f"{storage.redact(container)} has fewer rows than when it was listed")
     return [found.get(row, gone) for row in rows]
+
+
+def _unreadable(container: str, error: Exception) -> ImageError:
+    return ImageError("unreadable", f"{storage.redact(container)}: {error}")
 
 
 def _bytes_of(value: pa.Scalar, folder: str, config: InputConfig, fetch_file: FetchFile) -> bytes | ImageError:

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from samray.precision import products_in_tf32
+
 _ROWS = 16
 """Rows (heads times tokens) that are worked on together: with more, or longer blocks, registers spill."""
 _MIN_DOT = 16
@@ -54,7 +56,7 @@ def image_to_tokens(
             **sizes,
             ABSORBED=absorbed is not None,
             # Of float32 as exact as torch's own products: three of tf32 are, one is not.
-            PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3",
+            PRECISION="tf32" if products_in_tf32() else "tf32x3",
             **LAUNCH,
         )
     return out

@@ -70,8 +70,10 @@ class MaskGenerator:
     `stage_seconds` adds up where the time went: preprocess, encode, decode, score, nms, rle.
     """
 
-    def __init__(self, model: Sam, config: MaskConfig | None = None) -> None:
+    def __init__(self, model: Sam, config: MaskConfig | None = None, *, frugal: bool = False) -> None:
+        """frugal: take as little memory as can be beside `points_per_batch`: one crop and one mask at a time."""
         self.model = model
+        self.frugal = frugal
         self.config = config = config or MaskConfig()
         if config.point_grids is None:
             self._grids = point_grids(
@@ -105,7 +107,10 @@ class MaskGenerator:
                     if view.is_last:
                         results.append(beside.submit(self._process_image, Candidates.cat(found), view.image_hw))
                         found = []
-            finished = [result.result() for result in results]
+            results.reverse()
+            finished = []
+            while results:  # a result that raises must not be held by what its error holds: memory would stay taken
+                finished.append(results.pop().result())
         self._ask_for_times()
         return finished
 
@@ -126,7 +131,7 @@ class MaskGenerator:
     ) -> Iterator[tuple[list[_View], Tensor]]:
         """Views in batches for the encoder, and their pixels; those of the next batch are made ready meanwhile."""
         pixels = _CPU_ENCODE_PIXELS if self.model.device.type == "cpu" else _GPU_ENCODE_PIXELS
-        size = min(max(pixels // self.model.image_size**2, 1), _MAX_ENCODE_BATCH)
+        size = 1 if self.frugal else min(max(pixels // self.model.image_size**2, 1), _MAX_ENCODE_BATCH)
         batches = [views[start : start + size] for start in range(0, len(views), size)]
 
         def resize(batch: list[_View]) -> list[Image]:
@@ -321,7 +326,7 @@ class MaskGenerator:
         """How many masks may be held at the crop's resolution together."""
         bytes_each = 4 * max(crop.area, self.model.image_size**2)
         budget = _CPU_PIXEL_BYTES if self.model.device.type == "cpu" else _GPU_PIXEL_BYTES
-        return max(budget // bytes_each, 1)
+        return 1 if self.frugal else max(budget // bytes_each, 1)
 
     def _points_per_batch(self) -> int:
         """As many prompts as fit into a part of the free memory; on a CPU the decoder splits them for its caches."""
@@ -343,11 +348,12 @@ class MaskGenerator:
         """Book the time on a stage. queued: of work for a GPU, which is asked for the times when all is done."""
         if queued and self.model.device.type == "cuda":
             marks = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            marks[0].record()
+            stream = torch.cuda.current_stream(self.model.device)
+            marks[0].record(stream)
             try:
                 yield
             finally:
-                marks[1].record()
+                marks[1].record(stream)
                 self._queued.append((name, *marks))
             return
         start = time.perf_counter()

@@ -30,6 +30,7 @@ class ShardAttempts:
         self.prefix = f"shard-{shard:06d}."
         self.run_id = run_id
         self.number = number
+        self._marked: int | None = None
         self._strikes: Counter[int] = Counter()
         self._strikes_here: Counter[int] = Counter()
 
@@ -59,13 +60,17 @@ class ShardAttempts:
     def mark(self, place: int) -> None:
         """Say that the image at this place is about to be run."""
         storage.put_new(self._image_uri(place), b"")
+        self._marked = place
 
     def unmark(self, place: int) -> None:
         """Say that it did no harm."""
         storage.delete(self._image_uri(place))
+        self._marked = None
 
     def forget(self) -> None:
-        """Uncount this attempt: it was called off, and says nothing about the images."""
+        """Uncount this attempt, and the image it was at: it was called off, and says nothing about the images."""
+        if self._marked is not None:
+            self.unmark(self._marked)
         storage.delete(self._uri(f"attempt-{self.number:04d}"))
 
     def clear(self) -> None:

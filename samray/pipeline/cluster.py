@@ -49,15 +49,17 @@ class Sizes:
     num_write_tasks: int
 
 
-def choose_sizes(config: ClusterConfig, nodes: list[dict[str, float]], num_shards: int) -> Sizes:
-    """nodes: each one's resources, as Ray names them. No more actors than shards.
+def choose_sizes(
+    config: ClusterConfig, nodes: list[dict[str, float]], num_shards: int, device: str | None = None
+) -> Sizes:
+    """nodes: each one's resources, as Ray names them. No more actors than shards. device: model.device.
 
     Raises ConfigError where no actor fits on any node and none can be expected to appear.
     """
     num_gpus = sum(node.get("GPU", 0.0) for node in nodes)
     actor_gpus = config.num_gpus_per_actor
     if actor_gpus is None:
-        actor_gpus = 1.0 if num_gpus >= 1 else 0.0
+        actor_gpus = 1.0 if num_gpus >= 1 and device != "cpu" else 0.0
     fitting = [node for node in nodes if node.get("GPU", 0.0) >= actor_gpus]
     if config.num_cpus_per_actor is not None:
         threads = max(1, round(config.num_cpus_per_actor))

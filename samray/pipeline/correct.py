@@ -8,8 +8,6 @@ image ids stay; images that the person's file does not have are taken over as th
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import time
 from array import array
 from bisect import bisect_right
@@ -20,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from samray import storage
-from samray.dataset.compact import rows_between, sizes_of_finished
+from samray.dataset.compact import look_at_finished, rows_between
 from samray.dataset.export.review import ID_ATTRIBUTE, is_sure
 from samray.dataset.generations import MANIFEST_SCHEMA
 from samray.dataset.imports import coco
@@ -56,12 +54,12 @@ def correct(
     started = time.monotonic()
     plan = load_plan(output)
     found = open_source(source, "coco")
-    sizes = sizes_of_finished(plan)
+    fingerprint, _ = look_at_finished(plan)
     in_coco = coco.read_images(found)
     image_at, num_unknown = _find_images(in_coco, plan, found)
     _refuse_masks_not_shown(found, in_coco, image_at, plan, confident, stable)
     options: dict[str, Any] = {"confident": confident, "stable": stable, "keep_rest": keep_rest}
-    target = _plan(plan, dest, found, sizes, options, images_per_shard)
+    target = _plan(plan, dest, found, fingerprint, options, images_per_shard)
     done = shard_versions(target.output)
     todo = [shard for shard in range(target.num_shards) if shard not in done]
     report = ImportReport(
@@ -200,7 +198,7 @@ def _plan(
     plan: Plan,
     dest: str,
     source: Source,
-    sizes: dict[str, int],
+    fingerprint: str,
     options: dict[str, Any],
     images_per_shard: int | None,
 ) -> Plan:
@@ -214,7 +212,7 @@ def _plan(
     run["identity"]["output"] = {"images_per_shard": per_shard}
     run["identity"]["corrects"] = {
         "output": storage.redact(plan.output),
-        "shards": hashlib.sha256(json.dumps(sorted(sizes.items())).encode()).hexdigest(),
+        "shards": fingerprint,
         "input_uri": storage.redact(source.uri),
         "files": source.fingerprint(),
         "sha256": source.sha256(),  # a mask may be moved without a change of the file's size

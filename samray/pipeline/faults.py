@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import logging
+from typing import Final
 
 from samray.errors import ImageError
 
 logger = logging.getLogger(__name__)
+
+
+_OF_NO_MEMORY: Final = ("can't allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED")
+"""What torch, its CPU allocators, CUDA, Triton, cuBLAS and cuDNN say of too little memory."""
+
+_OF_A_LOST_DEVICE: Final = ("CUDA error", "Triton Error [CUDA]", "cuDNN error")
 
 
 class DeviceFault(RuntimeError):
@@ -17,9 +24,10 @@ def raise_if_fatal(error: Exception) -> None:
     """Raises DeviceFault where the error says that the device is lost to this process."""
     import torch
 
-    if isinstance(error, torch.AcceleratorError) or (
-        isinstance(error, RuntimeError) and not is_out_of_memory(error) and "CUDA error" in str(error)
-    ):
+    if is_out_of_memory(error):
+        return
+    told = isinstance(error, RuntimeError) and any(text in str(error) for text in _OF_A_LOST_DEVICE)
+    if told or isinstance(error, getattr(torch, "AcceleratorError", ())):  # torch 2.6 has none yet
         raise DeviceFault(one_line(error)) from error
 
 
@@ -28,7 +36,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     import torch
 
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(text in str(error) for text in _OF_NO_MEMORY)
     )
 
 

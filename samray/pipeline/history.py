@@ -86,14 +86,14 @@ class FailureCounts:
 
 
 def failures_of_shards(
-    output: str, done: Mapping[int, str | None], kept: FailureCounts | None = None
+    output: str, done: Mapping[int, str | None], kept: FailureCounts | None = None, *, trust_success: bool = True
 ) -> dict[int, dict[str, int]]:
     """Reason -> number of failed images, for each of these finished shards. Raises StorageError.
 
-    done: shard -> version of its file. Nothing is read where `_SUCCESS` says that no image failed; else the footers of
-    those shards alone of which nothing is kept.
+    done: shard -> version of its file. Nothing is read where `_SUCCESS` says that no image failed and trust_success
+    lets it; else the footers of those shards alone of which nothing is kept.
     """
-    if not done or _success_without_failures(output, len(done)):
+    if not done or (trust_success and _success_without_failures(output, len(done))):
         return {shard: {} for shard in done}
     kept = kept or FailureCounts.load(output)
     failures = {shard: kept.get(shard, version) for shard, version in done.items()}

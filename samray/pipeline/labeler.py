@@ -21,6 +21,7 @@ from samray.dataset.schema import ANNOTATIONS_PER_IMAGE, ImageRecord
 from samray.errors import ImageError, StorageError
 from samray.images import decode_image
 from samray.pipeline.faults import DeviceFault, internal_error, is_out_of_memory, one_line, raise_if_fatal
+from samray.pipeline.metrics import reserved_gpus
 from samray.pipeline.report import Labelled
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ class ShardLabeler:
         num_threads: int = 1,
         device_type: str = "cpu",
     ) -> None:
-        """make_generator(points_per_batch) gives a mask generator; None leaves the batch to the generator."""
+        """make_generator(points_per_batch) gives a mask generator; None leaves the batch to the generator, and a number
+        is for an image that took too much memory that way."""
         self.make_generator = make_generator
         self.max_pixels = max_pixels
         self.device_type = device_type
@@ -263,7 +265,7 @@ class ShardLabeler:
             except Exception as error:
                 raise_if_fatal(error)
                 if not is_out_of_memory(error):
-                    return internal_error(error)
+                    return error if isinstance(error, ImageError) else internal_error(error)
         self.num_consecutive_out_of_memory += 1
         if self.num_consecutive_out_of_memory > MAX_CONSECUTIVE_OUT_OF_MEMORY:
             raise DeviceFault(f"{self.num_consecutive_out_of_memory} images in a row did not fit into memory")
@@ -274,7 +276,10 @@ class ShardLabeler:
 def _empty_cache() -> None:
     import torch
 
-    torch.cuda.empty_cache()
+    try:
+        torch.cuda.empty_cache()
+    except Exception as error:  # a fault of the device that shows only now
+        raise DeviceFault(one_line(error)) from error
 
 
 def masks_of(generator: MaskSource, work: list[Work]) -> list[list[dict[str, Any]]]:
@@ -303,7 +308,7 @@ def make_record(
 
 
 def build_labeler(config: Config, num_threads: int) -> ShardLabeler:
-    """The labeler of a run: loads the model, on this process's device."""
+    """The labeler of an actor of Ray's: loads the model, where nothing else is set onto a GPU that it has reserved."""
     import torch
 
     from samray.masks.generator import MaskGenerator
@@ -311,13 +316,19 @@ def build_labeler(config: Config, num_threads: int) -> ShardLabeler:
     from samray.sam.checkpoints import load_model
 
     torch.set_num_threads(1)  # threads each take an image of their own, see ShardLabeler
-    model: Sam = load_model(config.model.name, config.model.checkpoint, config.model.device, config.model.dtype)
+    device = config.model.device
+    if device is None and reserved_gpus() == 0:
+        device = "cpu"  # Ray hides no GPU from an actor that has reserved none
+    model: Sam = load_model(config.model.name, config.model.checkpoint, device, config.model.dtype)
 
     def make_generator(points_per_batch: int | None) -> MaskSource:
         masks: MaskConfig = config.masks
-        if points_per_batch is not None:
+        frugal = points_per_batch is not None
+        if frugal:
             masks = masks.model_copy(update={"points_per_batch": points_per_batch})
-        return MaskGenerator(model, masks) if config.input.prompts is None else PromptedGenerator(model, masks)
+        if config.input.prompts is not None:
+            return PromptedGenerator(model, masks)
+        return MaskGenerator(model, masks, frugal=frugal)
 
     return ShardLabeler(
         make_generator,

@@ -105,7 +105,7 @@ class ActorFigures:
         now = time.monotonic()
         held_s, self._shard_from = now - self._shard_from, now
         shard.held_seconds = held_s * labeler.num_workers
-        shard.gpu_seconds = held_s * _num_gpus()
+        shard.gpu_seconds = held_s * reserved_gpus()
         record("samray_shard_seconds", held_s)
         record_stages(shard.stage_seconds)
 
@@ -116,9 +116,11 @@ def record_stages(stage_seconds: Mapping[str, float]) -> None:
         record("samray_stage_seconds", seconds, stage=stage)
 
 
-def _num_gpus() -> float:
+def reserved_gpus() -> float:
     """GPUs, or the part of one, that Ray has reserved for this actor; 0 outside of one."""
     import ray
 
+    if not ray.is_initialized():
+        return 0.0  # asking for the context would start a Ray
     context: Any = ray.get_runtime_context()
     return float(context.get_assigned_resources().get("GPU", 0.0)) if context.get_actor_id() else 0.0

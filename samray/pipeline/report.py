@@ -158,13 +158,12 @@ class LabelReport(WithFailures):
         return None if self.cost is None or not self.num_labelled else 1e6 * self.cost / self.num_labelled
 
     def add(self, summary: ShardSummary) -> None:
-        """Count a shard that this run committed."""
+        """Count a shard that this run committed; not its failures, for those are of the output as it is at the end."""
         self.num_labelled += summary.num_images - sum(summary.failures.values())
         self.num_masks += summary.num_masks
         self.device_seconds += summary.device_seconds
         self.held_seconds += summary.held_seconds
         self.gpu_seconds += summary.gpu_seconds
-        self.add_failures(summary.failures)
         for name, seconds in summary.stage_seconds.items():
             self.stage_seconds[name] = self.stage_seconds.get(name, 0.0) + seconds
 

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from samray.config import Config, load_config
 from samray.dataset.joining import News, join_images, missing_shards, stale_shards
 from samray.dataset.manifest import Plan, load_plan, make_plan
 from samray.dataset.prompt_files import MatchedPrompts, PromptFile
-from samray.dataset.shards import done_shards, mark_success, shard_versions
+from samray.dataset.shards import mark_success, shard_versions
 from samray.pipeline.errors_of_ray import plain_error
 from samray.pipeline.history import SAVE_EVERY_S, FailureCounts, failures_of_shards
 from samray.pipeline.progress import ProgressView
@@ -119,7 +119,6 @@ def label_with(
     report = LabelReport(plan.output, plan.num_images, plan.num_shards, num_shards_skipped=plan.num_shards - len(todo))
     report.num_images_not_found = prompts.num_unknown if prompts else 0
     report.gpu_price_per_hour = config.cluster.gpu_price_per_hour
-    report.add_failures(sum((Counter(failures[shard]) for shard in done - retries if failures[shard]), Counter()))
     stopped_by = None
     if todo:
         num_done = sum(plan.num_images_of(shard) for shard in done)
@@ -127,8 +126,9 @@ def label_with(
             by_shard = prompts.by_shard(plan, todo) if prompts else None
             run = _Run(plan, config, todo, by_shard, retry_failed, report, history, view, make_labeler)
             stopped_by = _run_on_ray(run)
+            retries -= run.committed
     report.wall_s = time.monotonic() - started
-    return _conclude(plan, config, report, stopped_by)
+    return _conclude(plan, config, report, history, retries, stopped_by)
 
 
 def run_identity(config: Config) -> dict[str, Any]:
@@ -153,6 +153,8 @@ class _Run:
     history: FailureCounts
     view: ProgressView
     make_labeler: MakeLabeler | None
+    committed: set[int] = field(default_factory=set)
+    """Shards of todo, so far."""
 
 
 def _run_on_ray(run: _Run) -> StopRequest | None:
@@ -163,7 +165,7 @@ def _run_on_ray(run: _Run) -> StopRequest | None:
     config = run.config.cluster
     run.view.update(note="starting Ray")
     with running_ray(config) as own, stop_on_signals() as stop, data_settings(config):
-        sizes = choose_sizes(config, cluster_nodes(), len(run.todo))
+        sizes = choose_sizes(config, cluster_nodes(), len(run.todo), run.config.model.device)
         if own:
             check_fits(sizes, cluster_nodes(), run.config.model.device)
         state = start_run_state()
@@ -232,11 +234,11 @@ def _drive(dataset: ray.data.Dataset, run: _Run, state: Any, stop: StopRequest) 
     stream = threading.Thread(target=_stream, args=(dataset, rows, halt), name="samray-stream", daemon=True)
     stream.start()
     num_before = num_committed = run.view.num_done
-    num_failed_before = run.report.num_failed
+    num_failed = 0
     deadline = drained_at = None
 
     def show(num_done: int) -> None:
-        run.view.update(num_done=num_done, num_failed=run.report.num_failed - num_failed_before)
+        run.view.update(num_done=num_done, num_failed=num_failed)
 
     try:
         while True:
@@ -248,7 +250,10 @@ def _drive(dataset: ray.data.Dataset, run: _Run, state: Any, stop: StopRequest) 
                     return
                 state.end.remote(row["shard"])
                 if row["summary"] is not None:
-                    run.report.add(ShardSummary.from_json(row["summary"]))
+                    summary = ShardSummary.from_json(row["summary"])
+                    run.report.add(summary)
+                    num_failed += sum(summary.failures.values())
+                    run.committed.add(row["shard"])
                     run.history.set(row["shard"], row["version"], json.loads(row["failures"]))
                     num_committed += 0 if run.todo[row["shard"]] else run.plan.num_images_of(row["shard"])
             if stop.signum is not None:
@@ -257,13 +262,16 @@ def _drive(dataset: ray.data.Dataset, run: _Run, state: Any, stop: StopRequest) 
                 state.stop.remote(abandon=time.monotonic() > deadline)
             try:
                 under_way: dict[int, int] = ray.get(state.snapshot.remote(), timeout=5.0)
+                is_known = True
             except ray.exceptions.RayError:
-                under_way = {}
+                under_way, is_known = {}, False
             if deadline is not None:
-                if not under_way or time.monotonic() > deadline + GIVE_UP_S:
+                if (is_known and not under_way) or time.monotonic() > deadline + GIVE_UP_S:
                     drained_at = drained_at or time.monotonic()
                     if time.monotonic() > drained_at + LEAVE_S:
                         break
+                else:
+                    drained_at = None
                 run.view.update(note=f"stopping, {len(under_way)} shard{'s' * (len(under_way) != 1)} in flight")
             elif under_way or num_committed > num_before:
                 run.view.update(note="labelling")
@@ -306,19 +314,34 @@ def _waiting(rows: queue.SimpleQueue[Any]) -> Iterator[Any]:
         return
 
 
-def _conclude(plan: Plan, config: Config, report: LabelReport, stopped_by: StopRequest | None) -> LabelReport:
+def _conclude(
+    plan: Plan,
+    config: Config,
+    report: LabelReport,
+    history: FailureCounts,
+    retries_left: set[int],
+    stopped_by: StopRequest | None,
+) -> LabelReport:
     """Look again at what is there; that, and nothing counted on the way, decides how the run ended.
 
     `_SUCCESS` stands for the whole output: a run to whose output another one has added meanwhile leaves it to that one.
     """
-    done = done_shards(plan.output)
-    report.num_missing_shards = len(missing_shards(plan, done)) + len(stale_shards(plan, done))
+    versions = {shard: v for shard, v in shard_versions(plan.output).items() if shard < plan.num_shards}
+    failures = Counter[str]()
+    for of_shard in failures_of_shards(plan.output, versions, history, trust_success=False).values():
+        failures.update(of_shard)
+    report.add_failures(failures)
+    report.num_missing_shards = len(missing_shards(plan, versions)) + len(stale_shards(plan, versions))
     allowed = config.output.max_failed_fraction
     if report.num_missing_shards == 0 and load_plan(plan.output).last_generation == plan.last_generation:
         mark_success(plan.output, num_images=plan.num_images, num_failed=report.num_failed)
     if stopped_by is not None and report.num_missing_shards:
         report.exit_code = stopped_by.exit_code
         report.problem = f"interrupted with {report.num_missing_shards} of {plan.num_shards} shards to do"
+    elif stopped_by is not None and retries_left:
+        report.exit_code = stopped_by.exit_code
+        number = f"{len(retries_left)} shard{'s' * (len(retries_left) != 1)}"
+        report.problem = f"interrupted with the failed images of {number} still to be tried again"
     elif report.num_missing_shards:
         report.exit_code = 1
         report.problem = f"{report.num_missing_shards} of {plan.num_shards} shards are missing"

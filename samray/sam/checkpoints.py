@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from samray import storage
 from samray.errors import ConfigError, NotFoundError, StorageError
+from samray.precision import auto_dtype
 from samray.sam import fetch
 from samray.sam.formats import read_state_dict
 from samray.sam.sam import Sam
@@ -181,7 +182,7 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return auto_dtype(device)
     if dtype is None:
         return torch.float32
     chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype

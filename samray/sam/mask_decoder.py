@@ -107,4 +107,5 @@ class MaskDecoder(nn.Module):
 def _add_per_image(x: Tensor, fine: Tensor) -> Tensor:
     """x: (N, n, c) plus what each of the B images has for all of its N / B prompts, (B, L, n / L * c)."""
     per_image = fine.reshape(len(fine), 1, *x.shape[1:])
-    return (x.view(len(fine), len(x) // len(fine), *x.shape[1:]) + per_image).flatten(0, 1)
+    each = len(x) // max(len(fine), 1)  # where no prompt is left there is no image either
+    return (x.view(len(fine), each, *x.shape[1:]) + per_image).flatten(0, 1)

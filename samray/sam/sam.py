@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from samray.precision import exact_convolutions
 from samray.sam.image_encoder import ImageEncoderViT
 from samray.sam.mask_decoder import DecoderState, MaskDecoder
 from samray.sam.prompt_encoder import PromptEncoder
@@ -127,7 +128,8 @@ class Sam(nn.Module):
 
         Of a model with `fine_features` these follow as further channels; the decoder knows.
         """
-        out: Tensor = self.image_encoder(pixels)
+        with exact_convolutions():
+            out: Tensor = self.image_encoder(pixels)
         return out
 
     def prepare_decoder(self, embeddings: Tensor, mask_input: Tensor | None = None) -> ImageTokens:
@@ -137,7 +139,8 @@ class Sam(nn.Module):
         """
         encoder, channels = self.prompt_encoder, self.spec.embed_dim
         fine = _tokens(embeddings[:, channels:]) if embeddings.shape[1] > channels else None
-        dense = encoder.no_mask_embed.weight if mask_input is None else _tokens(encoder.encode_masks(mask_input))
+        with exact_convolutions():
+            dense = encoder.no_mask_embed.weight if mask_input is None else _tokens(encoder.encode_masks(mask_input))
         return self.mask_decoder.transformer.prepare(
             _tokens(embeddings[:, :channels]) + dense, encoder.dense_positions(), fine, self.dtype
         )

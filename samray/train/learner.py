@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from samray.errors import ConfigError
+from samray.precision import auto_dtype
 from samray.sam.checkpoints import find_spec, load_model
 from samray.sam.sam import Sam
 from samray.sam.spec import ModelSpec, TinyVitSpec
@@ -228,5 +229,5 @@ def autocast_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype
     """What `model.dtype` means in training: the precision of autocast; weights are always float32."""
     name = settings.model.dtype
     if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
+        return auto_dtype(device)
     return torch.bfloat16 if name == "bfloat16" else torch.float32

@@ -141,7 +141,12 @@ def choose_sizes(settings: TrainSettings, nodes: list[dict[str, float]], *, can_
     if gpus is None:
         gpus = float(any(node.get("GPU", 0.0) >= 1 for node in nodes))
     places = [int(node.get("GPU", 0.0) / gpus) if gpus else 0 for node in nodes]  # workers that each node has GPUs for
-    workers = config.num_workers or max(1, sum(places))
+    workers = config.num_workers or (1 if 0 < gpus < 1 else max(1, sum(places)))
+    if 0 < gpus < 1 < workers:
+        raise ConfigError(
+            f"cluster.num_gpus_per_worker = {gpus:g} is for a single worker: several workers on one GPU cannot talk to"
+            " each other; give each a whole one, or set cluster.num_workers=1"
+        )
     if settings.train.batch_size % workers:
         raise ConfigError(
             f"train.batch_size = {settings.train.batch_size} cannot be shared out among {workers} workers; it takes a"

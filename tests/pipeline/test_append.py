@@ -82,6 +82,20 @@ def test_failures_and_changes_are_redone_in_one_go(label: Label, storage_root: s
     assert len(rows_of(output_root)) == load_plan(output_root).num_images == 4
 
 
+def test_what_failed_beside_a_changed_image_still_counts(label: Label, storage_root: str, output_root: str) -> None:
+    images = {f"{i}.png": standin.make_image(i) for i in range(4)}
+    input_uri = put(storage_root, images | {"1.png": b"no image"})
+    assert label(input_uri, output_root).num_failed == 1
+    images["3.png"] = standin.make_image(103, size=(30, 20))
+    put(storage_root, {"3.png": images["3.png"]})
+    report = label(input_uri, output_root, redo_changed=True)
+    assert (report.num_labelled, report.num_failed, report.failures) == (1, 1, {"not_an_image": 1})
+    put(storage_root, {"1.png": images["1.png"]})
+    report = label(input_uri, output_root, retry_failed=True)
+    assert (report.num_labelled, report.num_failed) == (1, 0)
+    check_every_image_once(output_root, images)
+
+
 def test_success_is_left_to_the_run_that_added_last(
     label: Label, config: Callable[..., Config], storage_root: str, output_root: str
 ) -> None:

@@ -37,6 +37,13 @@ def test_a_gpu_is_an_actor() -> None:
     assert (halves.max_actors, halves.num_threads) == (10, 4)
 
 
+def test_actors_on_cpus_hold_no_gpu() -> None:
+    nodes = [{"CPU": 64.0, "GPU": 2.0}]
+    sizes = choose_sizes(ClusterConfig(), nodes, num_shards=1000, device="cpu")
+    assert (sizes.actor_gpus, sizes.max_actors, sizes.num_threads) == (0.0, 17, 4)
+    assert choose_sizes(ClusterConfig(), nodes, num_shards=1000).actor_gpus == 1.0
+
+
 def test_no_more_actors_than_shards_and_no_fewer_than_asked_for() -> None:
     assert choose_sizes(ClusterConfig(), GPU_CLUSTER, num_shards=2).max_actors == 2
     growing = choose_sizes(ClusterConfig(num_gpus_per_actor=1, min_actors=3, max_actors=8), LAPTOP, num_shards=100)
@@ -54,6 +61,8 @@ def _report() -> LabelReport:
     report = LabelReport("/out", num_images=10, num_shards=3, wall_s=20.0)
     report.add(ShardSummary(0, 4, 40, {"truncated": 1}, {"encode": 3.0, "decode": 6.0}, 9.0))
     report.add(ShardSummary(1, 4, 20, {"truncated": 1, "empty": 1}, {"encode": 1.0}, 1.0))
+    report.add_failures({"empty": 1})
+    report.add_failures({"truncated": 2})
     return report
 
 

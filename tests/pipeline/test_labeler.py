@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import weakref
 from collections.abc import Callable
@@ -14,11 +15,14 @@ import standin
 import torch
 from numpy.typing import NDArray
 
+from samray.config import load_config
 from samray.errors import ImageError, StorageError
+from samray.pipeline import labeler
 from samray.pipeline.attempts import CAREFUL_FROM_ATTEMPT, STRIKES_OF_ANY_RUN, ShardAttempts
-from samray.pipeline.faults import DeviceFault
+from samray.pipeline.faults import DeviceFault, is_out_of_memory, raise_if_fatal
 from samray.pipeline.labeler import MAX_CONSECUTIVE_OUT_OF_MEMORY, EncodedImage, ShardLabeler
 from samray.pipeline.report import Labelled
+from samray.sam import checkpoints
 
 Pixels = NDArray[np.uint8]
 Generate = Callable[[list[Pixels]], list[list[dict[str, Any]]]]
@@ -253,3 +257,90 @@ def test_an_attempt_that_was_called_off_does_not_count(tmp_path: Path) -> None:
         attempts.begin()
         attempts.forget()
     assert attempts.number == 1
+
+
+def test_an_image_at_which_an_attempt_was_called_off_is_no_suspect(tmp_path: Path) -> None:
+    def stop(batch: Labelled) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(CAREFUL_FROM_ATTEMPT - 1):
+        ShardAttempts(str(tmp_path), 0, "killed").begin()
+    for number in range(STRIKES_OF_ANY_RUN + 1):
+        attempts = ShardAttempts(str(tmp_path), 0, f"run{number}")
+        attempts.begin()
+        assert attempts.careful
+        assert not attempts.is_poison(0)
+        with pytest.raises(KeyboardInterrupt):
+            _labeler(_masks).label([_image(0)], attempts, stop)
+        attempts.forget()
+
+
+def test_an_images_own_error_is_told_also_when_memory_is_short() -> None:
+    def make(points_per_batch: int | None) -> Fake:
+        def generate(images: list[Pixels]) -> list[list[dict[str, Any]]]:
+            if points_per_batch is None:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            raise ImageError("bad_prompt", "prompts[0] lies beside the image")
+
+        return Fake(generate)
+
+    (record,) = ShardLabeler(make, max_pixels=10_000).label([_image(0)]).records
+    assert record.error == "bad_prompt: prompts[0] lies beside the image"
+
+
+def test_a_fault_that_shows_when_memory_is_given_back_is_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    def generate(images: list[Pixels]) -> list[list[dict[str, Any]]]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def lost() -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lost)
+    with pytest.raises(DeviceFault, match="illegal memory access"):
+        _labeler(generate, device_type="cuda").label([_image(0), _image(1)])
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory", "is_fatal"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True, False),
+        (torch.AcceleratorError("CUDA error: out of memory"), True, False),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True, False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True, False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True, False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True, False),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"), True, False),
+        (MemoryError(), True, False),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), False, True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), False, True),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), False, True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), False, True),
+        (RuntimeError("shape '[3]' is invalid for input of size 4"), False, False),
+        (ValueError("out of memory"), False, False),
+    ],
+)
+def test_whose_fault_it_is(error: Exception, is_memory: bool, is_fatal: bool) -> None:
+    assert is_out_of_memory(error) == is_memory
+    with pytest.raises(DeviceFault) if is_fatal else contextlib.nullcontext():
+        raise_if_fatal(error)
+
+
+def test_an_actor_takes_a_gpu_only_where_it_has_reserved_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loaded(Exception):
+        pass
+
+    def load(name: str, checkpoint: str | None, device: str | None, dtype: str) -> None:
+        raise Loaded(device)
+
+    monkeypatch.setattr(checkpoints, "load_model", load)
+    for gpus, asked, expected in (
+        (0.0, None, "cpu"),
+        (0.5, None, None),
+        (0.0, "cuda:1", "cuda:1"),
+        (1.0, "cpu", "cpu"),
+    ):
+        monkeypatch.setattr(labeler, "reserved_gpus", lambda gpus=gpus: gpus)
+        config = load_config(None, None, [] if asked is None else [f"model.device={asked}"])
+        with pytest.raises(Loaded) as caught:
+            labeler.build_labeler(config, 1)
+        assert caught.value.args == (expected,)

@@ -25,7 +25,7 @@ def test_a_signal_drains_and_the_same_command_goes_on(
     source, output = str(tmp_path / "in"), str(tmp_path / "out")
     images = {Path(uri).name: standin.make_image(i) for i, uri in enumerate(standin.write_images(source, NUM_IMAGES))}
 
-    with driver(tmp_path / "first.log", source, output, "0.5", "cluster.num_cpus_per_actor=1") as first:
+    with driver(tmp_path / "first.log", source, output, "0.5") as first:
         wait_until(has_shards(output, 1), first)
         send(first, signum, group=group)
         assert first.wait() == exit_code, first.text()
@@ -49,7 +49,7 @@ def test_a_signal_drains_and_the_same_command_goes_on(
 def test_a_shard_that_takes_longer_than_the_drain_is_given_up(tmp_path: Path) -> None:
     source, output = str(tmp_path / "in"), str(tmp_path / "out")
     standin.write_images(source, 40)
-    settings = ("output.images_per_shard=20", "cluster.drain_timeout_s=0.5", "cluster.num_cpus_per_actor=1")
+    settings = ("output.images_per_shard=20", "cluster.drain_timeout_s=0.5")
 
     with driver(tmp_path / "log", source, output, "1.0", *settings) as running:
         wait_until(lambda: bool(attempts_left(output)), running)

@@ -15,7 +15,7 @@ import samray
 ROOT = Path(samray.__file__).resolve().parent
 
 LAYERS = [
-    {"errors", "scene_paint"},
+    {"errors", "precision", "scene_paint"},
     {"settings", "strict_yaml"},
     {"config", "prompts"},
     {"cli_help", "figures", "images", "kernels", "scenes", "storage"},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.server
 import io
 import tarfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from samray.dataset.inputs import INPUT_SCHEMA, fetch_images, list_images
 from samray.dataset.tars import list_tar
 from samray.dataset.uri_lists import rows_of_uris
 from samray.errors import ConfigError, ImageError, StorageError
-from samray.storage import reading
+from samray.storage import filesystems, reading
 
 
 def write(root: str, *names: str) -> None:
@@ -452,3 +454,41 @@ def test_names_that_are_no_utf8_become_failed_rows(tmp_path: Path) -> None:
     table = listed(str(tmp_path))
     assert table["file_name"].to_pylist() == ["bad-\\udcff.jpg"]
     assert fetched(table) == ["missing"]
+
+
+class _Web(http.server.BaseHTTPRequestHandler):
+    """Serves a picture, and fails where that is in the name."""
+
+    def do_GET(self) -> None:
+        self.send_response(503 if "fails" in self.path else 200)
+        self.send_header("Content-Length", "7")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(b"picture")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_web_server_that_fails_is_one_images_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filesystems.time, "sleep", lambda seconds: None)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Web) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        web = f"http://127.0.0.1:{server.server_port}"
+        (tmp_path / "x.txt").write_text(f"{web}/a.png\n{web}/fails.png\nhttp://127.0.0.1:9/nobody-listens.png\n")
+        assert fetched(listed(str(tmp_path / "x.txt"))) == [b"picture", "unreadable", "unreadable"]
+        server.shutdown()
+
+
+def test_damage_to_a_row_group_is_that_of_its_images_alone(tmp_path: Path) -> None:
+    images = pa.array([b"%d" % i * 50 for i in range(6)], pa.binary())
+    data = bytearray(
+        parquet_of(pa.table({"image": images}), row_group_size=2, compression="none", use_dictionary=False)
+    )
+    at = pq.ParquetFile(pa.BufferReader(bytes(data))).metadata.row_group(1).column(0).data_page_offset
+    data[at : at + 40] = b"\xff" * 40
+    (tmp_path / "x.parquet").write_bytes(data)
+    found = fetched(listed(str(tmp_path / "x.parquet")))
+    assert found == [b"0" * 50, b"1" * 50, "unreadable", "unreadable", b"4" * 50, b"5" * 50]

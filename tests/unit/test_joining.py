@@ -16,7 +16,16 @@ from samray.dataset.generations import Generation, create_generation, image_ids,
 from samray.dataset.joining import News, join_images
 from samray.dataset.manifest import Plan, load_plan, make_plan
 from samray.dataset.schema import ImageRecord, records_to_table
-from samray.dataset.shards import SUCCESS, commit_shard, done_shards, mark_success, read_metadata, read_shard, shard_uri
+from samray.dataset.shards import (
+    SUCCESS,
+    commit_shard,
+    done_shards,
+    mark_success,
+    read_metadata,
+    read_shard,
+    replace_shard,
+    shard_uri,
+)
 from samray.dataset.verify import verify
 from samray.errors import ConfigError, StorageError
 
@@ -250,3 +259,14 @@ def test_compact_refuses_wrong_places(tmp_path: Any) -> None:
     make_plan(f"{tmp_path}/in", f"{tmp_path}/other", config_of(), config_of().identity())
     with pytest.raises(ConfigError, match="something else than"):
         compact(plan.output, f"{tmp_path}/other", 1)
+
+
+def test_compact_mixes_no_old_rows_with_new_ones(tmp_path: Any) -> None:
+    plan = plan_of(str(tmp_path), put_images(str(tmp_path), [f"{i}.jpg" for i in range(6)]))
+    label_all(plan)
+    compact(plan.output, f"{tmp_path}/all", 10**9)
+    table = read_shard(plan.output, 0)
+    replace_shard(plan.output, 0, table.take(list(range(table.num_rows))))
+    os.utime(shard_uri(plan.output, 0), ns=(1, 1))  # the very same bytes: only their time tells
+    with pytest.raises(ConfigError, match=r"shards of .* have been replaced since .*all was begun.*another DEST"):
+        compact(plan.output, f"{tmp_path}/all", 10**9)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -246,3 +249,39 @@ def test_cat_then_index() -> None:
             rows = [row for one in parts for row in getattr(one, field)]
             expected = [rows[i] for i in index]
             assert all(np.array_equal(a, b) for a, b in zip(getattr(picked, field), expected, strict=True)), field
+
+
+def test_a_thread_that_runs_out_of_memory_leaves_nothing_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[Tensor]] = []
+
+    def too_much(self: MaskGenerator, logits: Tensor, *_: Any) -> None:
+        held.append(weakref.ref(logits))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(MaskGenerator, "_runs", too_much)
+    gc.collect()
+    gc.disable()  # with its cycles found at any time, this could pass by chance
+    try:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            run([grey(60, 60)] * 3, overlaps=True)
+        assert held
+        assert [ref() for ref in held] == [None] * len(held)
+    finally:
+        gc.enable()
+
+
+def test_frugal_is_the_same_masks_one_crop_and_one_mask_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    model = DiscSam()
+    monkeypatch.setattr(model, "encode_images", lambda x: encoded.append(len(x)) or DiscSam.encode_images(model, x))
+    config = MaskConfig(points_per_side=4, crop_n_layers=1)
+    images = [grey(60, 64, 30), grey(64, 50, 90)]
+    usual = MaskGenerator(model, config)  # type: ignore[arg-type]
+    assert usual._masks_at_once(usual._crops((60, 64))[0]) > 1
+    expected = usual.generate(images)
+    assert max(encoded) > 1
+    encoded.clear()
+    frugal = MaskGenerator(model, config, frugal=True)  # type: ignore[arg-type]
+    assert frugal._masks_at_once(frugal._crops((60, 64))[0]) == 1
+    assert frugal.generate(images) == expected
+    assert set(encoded) == {1}

@@ -177,6 +177,15 @@ def test_a_filter_that_nothing_passes_gives_no_mask(model: Sam, embedding: torch
     assert decoded.all_iou.shape == (5, 3)
 
 
+def test_of_images_together_nothing_may_be_left_either() -> None:
+    model = Sam(replace(MODELS["tiny"], image_size=128)).eval().requires_grad_(False)
+    context = model.prepare_decoder(model.encode_images(torch.zeros(3, 3, 128, 128)))
+    assert context.fine is not None
+    decoded = model.decode_points(context, *clicks(6), min_iou=1e9)
+    assert decoded.logits.shape == (0, 32, 32)
+    assert decoded.all_iou.shape == (6, 3)
+
+
 @pytest.mark.parametrize("min_iou", [None, 0.5])
 def test_no_prompts_give_no_masks(model: Sam, embedding: torch.Tensor, min_iou: float | None) -> None:
     decoded = model.decode_points(model.prepare_decoder(embedding), *clicks(0), min_iou=min_iou)

@@ -9,7 +9,6 @@ import logging
 import multiprocessing
 import os
 import pickle
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -323,24 +322,24 @@ def test_impossible_names_are_one_files_fault(tmp_path: Path) -> None:
             storage.read_bytes(f"{tmp_path}/{name}")
 
 
-@pytest.fixture
-def not_root() -> Iterator[None]:
-    """Root may read everything, so a refusal can be provoked only as somebody else: nobody, for as long as the test."""
+@contextlib.contextmanager
+def _nobody() -> Iterator[None]:
+    """Root may read everything, so a refusal can be provoked only as somebody else."""
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)
-    yield
-    os.seteuid(user)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
 
 
-@pytest.mark.usefixtures("not_root")
-def test_no_permission() -> None:
-    with tempfile.TemporaryDirectory() as folder:  # nobody's own: pytest's folders are closed to others
-        path = Path(folder) / "x"
-        path.write_bytes(b"")
-        path.chmod(0)
-        with pytest.raises(FileError, match="permission"):
-            storage.read_bytes(str(path))
+def test_no_permission(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"")
+    path.chmod(0)
+    with _nobody(), pytest.raises(FileError, match="permission"):
+        storage.read_bytes(str(path))
 
 
 # --- errors and retries --------------------------------------------------------------------------------------------

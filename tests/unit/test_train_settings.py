@@ -89,6 +89,13 @@ def test_a_worker_lies_on_one_node():
         assert sizes.num_workers * sizes.worker_cpus + 0.25 * sizes.num_data_actors <= nodes[0]["CPU"]
 
 
+def test_a_part_of_a_gpu_is_for_one_worker():
+    one = [{"CPU": 8.0, "GPU": 1.0}]
+    assert choose_sizes(settings_of("cluster.num_gpus_per_worker=0.5"), one * 2).num_workers == 1
+    with pytest.raises(ConfigError, match=r"cluster.num_gpus_per_worker = 0.5 is for a single worker"):
+        choose_sizes(settings_of("cluster.num_gpus_per_worker=0.5", "cluster.num_workers=2"), one)
+
+
 def test_workers_without_a_place_are_refused_not_waited_for():
     two = [{"CPU": 8.0, "GPU": 1.0}] * 2
     with pytest.raises(ConfigError, match=r"no place for 1 training worker of 0.5 CPUs and 2 GPUs: the nodes"):

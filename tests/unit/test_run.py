@@ -1,0 +1,100 @@
+"""The driver of a run without Ray: what it does when a signal ends it, and when it cannot hear of its actors."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import handmade
+import pytest
+import ray
+
+from samray import storage
+from samray.config import load_config
+from samray.dataset.manifest import Plan
+from samray.pipeline import run
+from samray.pipeline.control import StopRequest
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """Of a finished output of three shards, in two of which an image has failed."""
+    monkeypatch.setattr(run, "run_identity", lambda config: config.identity())
+    return handmade.write_output(str(tmp_path), [f"{i}.png" for i in range(9)], failed=(1, 4))
+
+
+def _label(plan: Plan, **options: Any) -> run.LabelReport:
+    config = load_config("default", overrides=["output.images_per_shard=3", "output.max_failed_fraction=1.0"])
+    where = storage.join(storage.parent(plan.output), "in")
+    return run.label_with(where, plan.output, config, progress=False, make_labeler=lambda config, n: None, **options)
+
+
+def test_a_retry_that_a_signal_ends_keeps_what_failed(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[set[int]] = []
+
+    def stopped_at_once(one: run._Run) -> StopRequest:
+        asked.append(set(one.todo))
+        return StopRequest(signal.SIGTERM)
+
+    monkeypatch.setattr(run, "_run_on_ray", stopped_at_once)
+    for _ in range(2):
+        report = _label(plan, retry_failed=True)
+        assert (report.num_failed, report.exit_code) == (2, 143)
+        assert report.problem == "interrupted with the failed images of 2 shards still to be tried again"
+        assert json.loads(storage.read_bytes(storage.join(plan.output, "_SUCCESS")))["num_failed"] == 2
+    assert asked == [{0, 1}, {0, 1}]
+
+
+def test_a_retry_that_a_signal_ends_after_its_last_shard_is_done(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped_at_the_end(one: run._Run) -> StopRequest:
+        one.committed |= set(one.todo)
+        return StopRequest(signal.SIGINT)
+
+    monkeypatch.setattr(run, "_run_on_ray", stopped_at_the_end)
+    assert _label(plan, retry_failed=True).exit_code == 0
+
+
+class _Stream:
+    """A data set that gives nothing until the test ends."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+
+    def iter_internal_ref_bundles(self) -> Iterator[Any]:
+        self.ended.wait(30)
+        yield from ()
+
+
+def test_a_state_actor_that_does_not_answer_is_no_sign_that_nothing_is_in_flight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, seconds in (("POLL_S", 0.01), ("LEAVE_S", 0.1), ("GIVE_UP_S", 0.1)):
+        monkeypatch.setattr(run, name, seconds)
+    began = time.monotonic()
+    asked: list[float] = []
+
+    def snapshot(ref: object, timeout: float) -> dict[int, int]:
+        at = time.monotonic() - began
+        asked.append(at)
+        if len(asked) % 3 == 0:
+            raise ray.exceptions.GetTimeoutError("slow")
+        return {7: 3} if at < 1.0 else {}
+
+    def does(answer: object = None) -> SimpleNamespace:
+        return SimpleNamespace(remote=lambda *args, **options: answer)
+
+    monkeypatch.setattr(ray, "get", snapshot)
+    view = SimpleNamespace(num_done=0, update=lambda **figures: None)
+    cluster = SimpleNamespace(cluster=SimpleNamespace(drain_timeout_s=60.0))
+    history = SimpleNamespace(save=lambda every_s=0.0: None)
+    one: Any = SimpleNamespace(view=view, todo={7: False}, config=cluster, history=history)
+    stream: Any = _Stream()
+    run._drive(stream, one, SimpleNamespace(end=does(), stop=does(), snapshot=does()), StopRequest(signal.SIGTERM))
+    stream.ended.set()
+    assert asked[-1] > 1.0  # while shard 7 was in flight it was waited for
