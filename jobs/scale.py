@@ -176,7 +176,7 @@ def simulate(actors: list[int], seconds: float, masks: int, shards: int, images_
     return {"s_per_image": seconds, "masks_per_image": masks, "images_per_shard": images_per_shard, "actors": results}
 
 
-def driver(actors: int, seconds: list[float], window_s: float) -> dict[str, Any]:
+def driver(actors: int, seconds: list[float], window_s: float, images_per_shard: int) -> dict[str, Any]:
     """The driver process's CPU time: what it takes whatever happens, and what each image adds.
 
     Ray Data's scheduler looks around ten times a second, so that CPU time divided by images says little where images
@@ -186,11 +186,12 @@ def driver(actors: int, seconds: list[float], window_s: float) -> dict[str, Any]
 
     found = []
     for s_per_image in seconds:
-        shards = max(3, round(window_s / (64 * s_per_image)) + 2)
-        found.append(simulate([actors], s_per_image, 1, shards, 64)["actors"][str(actors)])
+        shards = max(3, round(window_s / (images_per_shard * s_per_image)) + 2)
+        found.append(simulate([actors], s_per_image, 1, shards, images_per_shard)["actors"][str(actors)])
     rates, shares = ([one[name] for one in found] for name in ("images_per_s", "driver_cpu_share"))
     slope, standing = np.polyfit(rates, shares, 1).tolist()
-    return {"actors": actors, "standing_cpu_share": standing, "ms_more_per_image": 1000 * slope, "runs": found}
+    line = {"standing_cpu_share": standing, "ms_more_per_image": 1000 * slope}
+    return {"actors": actors, "images_per_shard": images_per_shard, **line, "runs": found}
 
 
 class Sleeper:
@@ -412,6 +413,7 @@ def main() -> int:
     sub.add_argument("--actors", type=int, default=16)
     sub.add_argument("--seconds", type=float, nargs="+", default=[0.5, 0.125, 0.0625], help="an image, of each run")
     sub.add_argument("--window-s", type=float, default=40, help="of work for each actor, about")
+    sub.add_argument("--images-per-shard", type=int, default=64)
     sub = commands.add_parser("start")
     sub.add_argument("--shards", type=int, default=5000)
     names = ["shards_to_do", "put_as_blocks"]

@@ -115,7 +115,10 @@ def export(
     if report.num_failed:
         table.add_row("left out", f"{count(report.num_failed, 'failed image')}")
     if report.num_unreadable:
-        table.add_row("not copied", f"{count(report.num_unreadable, 'image')} that cannot be read any more")
+        table.add_row(
+            "not copied",
+            f"{count(report.num_unreadable, 'image')} that cannot be read any more, or have another size now",
+        )
     if report.num_pieces_skipped:
         table.add_row("done before", f"{report.num_pieces_skipped:,} of {count(report.num_pieces, 'piece')}")
     for name in report.files[:3]:
@@ -157,8 +160,8 @@ def import_(
 
     SA-1B: JSON files, one an image, or the published tars. COCO: instances JSON of any size, with compressed or plain
     RLE or polygons. Every other command then works on OUTPUT. Annotations get ids of their own, areas and boxes are
-    measured again, categories are dropped: the SA-1B layout has no place for them. The same command again finishes
-    what is missing.
+    measured again, categories and iscrowd are dropped: the SA-1B layout has no place for them. The same command again
+    finishes what is missing.
 
     --corrects: OUTPUT gets LABELS as a person corrected it, and a column `corrections` that says what was changed; give
     --confident and --stable as for the export. Masks are found again by the attribute samray_id, or else by their

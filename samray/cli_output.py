@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from samray.cli_help import count, two_columns
 
@@ -131,7 +132,7 @@ def compact(
     table.add_row("images", f"{done.num_images:,}")
     skipped = f" ({done.num_files_skipped} were there)" * bool(done.num_files_skipped)
     table.add_row("files", f"{done.num_files:,}{skipped}, before {done.num_files_before:,}")
-    table.add_row("output", done.dest)
+    table.add_row("output", escape(done.dest))
     Console().print(table)
     return 0
 

@@ -114,6 +114,8 @@ class MaskConfig(Settings):
                 raise ValueError(
                     f"masks.point_grids holds {held} grids, but masks.crop_n_layers={layers} needs {layers + 1}"
                 )
+            if not any(self.point_grids):
+                raise ValueError("masks.point_grids holds no point at all: a grid without a point finds nothing")
             if any(not 0 <= c <= 1 for grid in self.point_grids for point in grid for c in point):
                 raise ValueError(
                     "masks.point_grids holds a coordinate outside 0..1 (they are parts of the crop's width and height)"

@@ -115,6 +115,18 @@ def decode_image(data: bytes | bytearray | memoryview, max_pixels: int) -> RGBAr
         raise _decode_error(data, error) from error
 
 
+def is_of_size(data: bytes, width: int, height: int) -> bool:
+    """Whether `decode_image` would give this width and height, by the header alone; False where that is damaged."""
+    try:
+        with _open(data, width * height) as image:
+            orientation = _orientation(image)
+            # Of a picture on its side Pillow's decoders tell the one or the other.
+            turned = [(height, width)] if orientation in range(5, 9) else []
+            return image.size in [(width, height), *turned]
+    except (ImageError, MemoryError, *_DECODE_ERRORS):
+        return False
+
+
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     """The image with its header read. Raises ImageError where no decoder takes it."""
     # Pillow's own limit is a global of the process: raised where the user allows more, never lowered. It refuses at
@@ -189,11 +201,8 @@ def _ends_inside_box(data: bytes) -> bool:
 
 def _upright(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF says; damaged EXIF says nothing."""
-    try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except _DECODE_ERRORS:
-        return image
-    if orientation not in range(2, 9):
+    orientation = _orientation(image)
+    if orientation == 1:
         return image
     transpose = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -204,7 +213,16 @@ def _upright(image: Image.Image) -> Image.Image:
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_90,
     }
-    return image.transpose(transpose[int(orientation)])
+    return image.transpose(transpose[orientation])
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8, as EXIF counts; 1, which is upright, also where EXIF is damaged."""
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except _DECODE_ERRORS:
+        return 1
+    return int(orientation) if orientation in range(2, 9) else 1
 
 
 def _to_rgb(image: Image.Image) -> RGBArray:

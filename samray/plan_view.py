@@ -77,7 +77,7 @@ def print_dry_run(input: str, output: str, config: Config, *, append: bool = Fal
     if storage.exists(storage.join(output, "_samray", "run.json")):
         plan = load_plan(output)
         identity = config.identity() | (given.identity if given else {})
-        identity["model"]["checkpoint_sha256"] = plan.run["identity"]["model"]["checkpoint_sha256"]
+        identity["model"]["checkpoint_sha256"] = plan.run["identity"].get("model", {}).get("checkpoint_sha256")
         joining = append or redo_changed
         plan, news = make_plan(input, output, config, identity, joining=joining), News()  # only compares
         if joining:

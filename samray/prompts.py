@@ -39,7 +39,7 @@ class Prompt:
         if len(self.labels) != len(self.points):
             raise ConfigError(f"points and labels are of different number: {len(self.points)} and {len(self.labels)}")
         for label in self.labels:
-            if label not in (0, 1):
+            if type(label) is not int or label not in (0, 1):
                 raise ConfigError(f"the label {label!r} is neither 1 (on the object) nor 0 (not part of it)")
         box = self.box
         if box is not None and (len(box) != 4 or not all(map(_is_coordinate, box)) or min(box[2:]) <= 0):

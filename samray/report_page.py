@@ -142,7 +142,7 @@ def _template(name: str) -> str:
 def _data(overlay: Overlay) -> dict[str, Any]:
     """What the page's script needs of an image."""
     return {
-        "name": overlay.file_name,
+        "name": storage.redact(overlay.file_name),
         "size": [overlay.width, overlay.height],
         "original": [overlay.original_hw[1], overlay.original_hw[0]],
         "masks": overlay.masks,

@@ -29,7 +29,11 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(node.value)
+    try:
+        return int(node.value)
+    except ValueError as error:  # Python refuses thousands of digits
+        problem = f"a number that is too long: {error}"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
 
 def _construct_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
@@ -93,4 +97,7 @@ def parse_value(text: str) -> Any:
             raise ConfigError(f"cannot read the value {text}: a bracket or a quote does not close") from None
     loader = _StrictLoader("")
     tag = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
-    return loader.construct_object(yaml.ScalarNode(tag, text))
+    try:
+        return loader.construct_object(yaml.ScalarNode(tag, text))
+    except yaml.constructor.ConstructorError:
+        raise ConfigError(f"cannot read the value {text[:20]}...: a number that is too long") from None

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from samray import storage
-from samray.dataset.rows import INPUT_SCHEMA
+from samray.dataset.rows import INPUT_SCHEMA, take
 from samray.dataset.schema import MAX_IMAGE_ID
 from samray.errors import ConfigError, NotFoundError, StorageError
 
@@ -219,7 +219,7 @@ def with_rows(table: pa.Table, newer: pa.Table) -> pa.Table:
     at = pc.index_in(table["image_id"], value_set=newer["image_id"])
     kept = pa.array(range(table.num_rows), pa.int64())
     order = pc.coalesce(pc.add(pc.cast(at, pa.int64()), table.num_rows), pa.chunked_array([kept]))
-    return pa.concat_tables([table, newer]).take(order).combine_chunks()
+    return take(pa.concat_tables([table, newer]), order)
 
 
 def _conform(table: pa.Table) -> pa.Table:

@@ -19,6 +19,7 @@ from samray import storage
 from samray.dataset.generations import MANIFEST_SCHEMA, Generation, build_manifest, create_generation
 from samray.dataset.inputs import list_images
 from samray.dataset.manifest import Plan, load_plan, run_identity
+from samray.dataset.rows import take
 from samray.dataset.shards import read_metadata, unmark_success
 from samray.errors import StorageError
 
@@ -67,7 +68,7 @@ def compare(plan: Plan, listed: pa.Table) -> tuple[pa.Table, pa.Table]:
     held = plan.read_images(["image_id", "shard", "uri", "file_name", "size", "etag"])
     new = listed.filter(pc.is_null(pc.index_in(listed["uri"], value_set=held["uri"])))
     at = pc.index_in(held["uri"], value_set=listed["uri"])
-    held, now = held.filter(pc.is_valid(at)), listed.take(pc.drop_null(at))
+    held, now = held.filter(pc.is_valid(at)), take(listed, pc.drop_null(at))
     differs = pa.chunked_array([pa.repeat(pa.scalar(False), held.num_rows)])
     for mark in ("size", "etag"):
         differs = pc.or_(differs, pc.fill_null(pc.not_equal(held[mark], now[mark]), False))

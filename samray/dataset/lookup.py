@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from samray import storage
 from samray.dataset.generations import manifest_uri
 from samray.dataset.manifest import Plan, load_plan
+from samray.dataset.rows import take
 from samray.dataset.shards import FOLDER, damage_is_told, shard_name, shard_number, shard_uri
 from samray.errors import ConfigError, NotFoundError, StorageError
 
@@ -223,7 +224,7 @@ class ContainerIndex:
 
 def read_uris(plan: Plan, index: ImageIndex) -> list[str]:
     """The URIs of the images of an index, in its order. Raises: StorageError."""
-    uris: list[str] = plan.read_images(["uri"])["uri"].take(_places(plan, index)).to_pylist()
+    uris: list[str] = take(plan.read_images(["uri"])["uri"], _places(plan, index)).to_pylist()
     return uris
 
 
@@ -240,7 +241,7 @@ def index_containers(plan: Plan, index: ImageIndex) -> ContainerIndex | None:
         return None
     places = _places(plan, index)
     held = plan.read_images(["offset", "row", "size"]).take(places)
-    coded = names.combine_chunks().dictionary_encode().take(places)
+    coded = names.dictionary_encode().unify_dictionaries().combine_chunks().take(places)  # few names, much text
     offsets, rows, sizes = (np.asarray(column.fill_null(-1).to_numpy(), np.int64) for column in held.columns)
     in_tar = offsets >= 0
     return ContainerIndex(

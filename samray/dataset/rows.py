@@ -21,6 +21,8 @@ INPUT_SCHEMA: Final = pa.schema(
 )
 
 _CHUNK_ROWS: Final = 65536
+_ROWS_AT_ONCE: Final = 2**20
+_MOST_TEXT_BYTES: Final = 2**30
 
 
 def input_rows(uris: Any, names: Any, **columns: Any) -> pa.Table:
@@ -36,11 +38,23 @@ def input_rows(uris: Any, names: Any, **columns: Any) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=INPUT_SCHEMA)
 
 
+def take(held: pa.Table | pa.ChunkedArray, places: Any) -> Any:
+    """`held.take(places)`, also of more text than pyarrow can take from at once, 2 GiB a column."""
+    if isinstance(held, pa.Table):
+        return pa.Table.from_arrays([take(column, places) for column in held.columns], schema=held.schema)
+    if held.type != pa.string() or held.nbytes < _MOST_TEXT_BYTES:
+        return held.take(places)
+    taken = held.cast(pa.large_string()).take(places)
+    parts = [taken.slice(start, _ROWS_AT_ONCE) for start in range(0, len(taken), _ROWS_AT_ONCE)]
+    chunks = [chunk.cast(pa.string()) for part in parts for chunk in part.chunks]
+    return pa.chunked_array(chunks, pa.string())
+
+
 def places_of(wanted: Sequence[str | None], held: pa.ChunkedArray) -> dict[int, list[int]]:
     """Place in wanted -> the places in held of the same text, for each that is not None and is there at all."""
     places = pc.indices_nonzero(pc.is_in(held, value_set=pa.array(wanted, pa.string()).drop_null()))
     found: dict[str, list[int]] = {}
-    for place, text in zip(places.to_pylist(), held.take(places).to_pylist(), strict=True):
+    for place, text in zip(places.to_pylist(), take(held, places).to_pylist(), strict=True):
         found.setdefault(text, []).append(place)
     return {number: found[text] for number, text in enumerate(wanted) if text is not None and text in found}
 

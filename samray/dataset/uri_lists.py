@@ -96,7 +96,15 @@ def rows_of_uris(written: pa.ChunkedArray, folder: str) -> pa.Table:
         names = pc.replace_substring_regex(written, r"^\./", "")
     else:
         names = pc.utf8_slice_codeunits(uris, start=len(_shared_folder(uris)))
-    return input_rows(uris, names)
+    return input_rows(uris, _without_signatures(names))
+
+
+def _without_signatures(names: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Names go into every file that is made of an output: what follows `photo.jpg?` and all secrets are left out."""
+    if not pc.any(pc.match_substring(names, "?"), min_count=0).as_py():
+        return names
+    names = pc.replace_substring_regex(names, r"(?i)(\.(?:jpe?g|png|webp|bmp|tiff?|gif))\?[^?]*=[^?]*$", r"\1")
+    return pa.chunked_array([pa.array(map(storage.redact, chunk.to_pylist()), pa.string()) for chunk in names.chunks])
 
 
 def _resolved(written: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:

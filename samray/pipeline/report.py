@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from samray.dataset.schema import ImageRecord
@@ -221,9 +222,9 @@ def print_report(report: LabelReport, console: Console | None = None) -> None:
         table.add_row("by stage", _stages(report.stage_seconds))
     if report.gpu_price_per_hour is not None and report.num_labelled:
         table.add_row("cost", cost_in_words(report.gpu_seconds, report.gpu_price_per_hour, report.num_labelled))
-    table.add_row("output", report.output)
+    table.add_row("output", escape(report.output))
     if report.problem:
-        table.add_row("[red]problem[/red]", report.problem)
+        table.add_row("[red]problem[/red]", escape(report.problem))
     console.print(table)
     for line in _next_commands(report):
         console.print(f"  {line}", style="dim", markup=False, highlight=False, soft_wrap=True)

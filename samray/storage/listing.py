@@ -74,10 +74,12 @@ def _walk(folder: str) -> Iterator[FileEntry]:
         return
     fs = filesystem(folder)
     found = retry("list", folder, lambda: cast(dict[str, dict[str, Any]], fs.find(folder, detail=True)))
+    scheme = scheme_of(folder)
     for name, info in found.items():
         if info.get("type") == "file" and not name.endswith("/"):
             size = info.get("size")
-            yield FileEntry(fs.unstrip_protocol(name), None if size is None else int(size), etag_of(info))
+            path = fs.unstrip_protocol(name).partition("://")[2]  # under the name that was asked for: s3a, not s3
+            yield FileEntry(f"{scheme}://{path}", None if size is None else int(size), etag_of(info))
 
 
 def _walk_local(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[FileEntry]:

@@ -118,3 +118,10 @@ def test_a_gpu_that_no_node_has_is_refused() -> None:
         check_fits(choose_sizes(ClusterConfig(), nodes, num_shards=1), nodes, device)
     with pytest.raises(ConfigError, match=r"model.device = 'cuda' is not possible: there is no GPU here"):
         check_fits(choose_sizes(ClusterConfig(), LAPTOP, num_shards=1), LAPTOP, "cuda")
+
+
+def test_the_closing_summary_prints_paths_as_they_are() -> None:
+    report = LabelReport("/data/[final]/labels[/b]", num_images=1, num_shards=1)
+    report.exit_code, report.problem = 1, "of /data/[final] 1 shard is missing"
+    for part in ("/data/[final]/labels[/b]", "of /data/[final] 1 shard"):
+        assert part in _printed(report)

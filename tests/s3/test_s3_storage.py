@@ -84,3 +84,13 @@ def test_buckets_that_do_not_exist(weed: S3Server) -> None:
     assert not storage.exists("s3://no-such-bucket/x")
     with pytest.raises(StorageError, match="does not exist"):
         storage.read_bytes("s3://no-such-bucket/x")
+
+
+def test_another_name_of_the_protocol_stays_what_it_is(s3_root: str) -> None:
+    other = s3_root.replace("s3://", "s3a://")
+    for name in ("a.png", "b/sa_7.png"):
+        storage.put(f"{s3_root}/in/{name}", b"x")
+    expected = [f"{other}/in/a.png", f"{other}/in/b/sa_7.png"]
+    assert sorted(entry.uri for entry in storage.list_files(f"{other}/in")) == expected
+    assert [entry.uri for entry in storage.list_files(f"{other}/in/*/*.png")] == expected[1:]
+    assert storage.read_bytes(f"{other}/in/a.png") == b"x"

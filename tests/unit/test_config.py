@@ -125,6 +125,8 @@ def test_values_are_yaml_scalars_without_surprises(text: str, value: object) -> 
         ("masks.bbox_convention=voc", ["one of coco, sam"]),
         ("model.name=vit_x", ["model.name = 'vit_x'", "tiny, vit_t, vit_b, vit_l, vit_h"]),
         ("masks.point_grids=[[[0.5, 2]]]", ["outside 0..1"]),
+        ("masks.point_grids=[[]]", ["a grid without a point"]),
+        (f"masks.points_per_side={'9' * 5000}", ["masks.points_per_side", "too long"]),
         ("masks.point_grids=[[1, 2]]", ["masks.point_grids", "[x, y]"]),
         ("masks.point_grids=[[[0.5", ["masks.point_grids", "does not close"]),
     ],

@@ -18,10 +18,13 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from standin import make_image
 
+from samray.config import load_config
 from samray.dataset.export import label_map, yolo
 from samray.dataset.export.images import LabelledImage
 from samray.dataset.export.names import stem_of
+from samray.dataset.joining import join_images
 from samray.dataset.manifest import Plan
 from samray.errors import ConfigError
 
@@ -250,6 +253,51 @@ def test_equal_names_in_folders_and_of_other_endings_stay_apart(tmp_path: Path) 
     assert not (tmp_path / "yolo").exists()
     export(plan, tmp_path / "yolo", "yolo", with_images=True)
     assert (tmp_path / "yolo" / "images" / "a" / "x-1.tif").is_file()
+
+
+def test_yolo_finds_the_labels_of_images_in_folders_called_images(tmp_path: Path) -> None:
+    names = ["a.png", "images/b.png", "new\nline.png", "train/images/c.png", "train/images_/c.png"]
+    plan = write_output(str(tmp_path), names)
+    with pytest.raises(ConfigError, match=r"3 images lie in a folder `images` or have a line break.*with-images"):
+        export(plan, tmp_path / "linked", "yolo")
+    assert not (tmp_path / "linked").exists()
+    export(plan, tmp_path / "yolo", "yolo", with_images=True)
+    listed = (tmp_path / "yolo" / "train.txt").read_text().splitlines()
+    assert len(listed) == len(set(listed)) == len(names)
+    for line in listed:
+        assert (tmp_path / "yolo" / line).is_file()
+        before, _, after = f"/yolo/{line}".rpartition("/images/")  # as YOLO's own tools do
+        assert (tmp_path / f"{before}/labels/{after}".lstrip("/")).with_suffix(".txt").is_file()
+
+
+def test_no_photo_is_copied_that_is_not_the_one_that_was_labelled(tmp_path: Path) -> None:
+    plan = write_output(str(tmp_path), ["a.png", "b.png", "c.png"])
+    (tmp_path / "in" / "b.png").write_bytes(make_image(1, (WIDTH + 1, HEIGHT)))
+    (tmp_path / "in" / "c.png").write_bytes(b"no image any more")
+    report = export(plan, tmp_path / "yolo", "yolo", with_images=True)
+    assert report.num_unreadable == 2
+    assert [path.name for path in (tmp_path / "yolo" / "images").iterdir()] == ["a.png"]
+    assert (tmp_path / "yolo" / "train.txt").read_text() == "./images/a.png\n"
+
+
+def test_what_waits_to_be_labelled_again_is_not_exported_unasked(tmp_path: Path) -> None:
+    plan = write_output(str(tmp_path), [f"{i}.png" for i in range(6)])
+    (tmp_path / "in" / "1.png").write_bytes(make_image(1, (WIDTH + 1, HEIGHT)))
+    config = load_config("default", overrides=["output.images_per_shard=3"])
+    where = str(tmp_path / "in")
+    plan, _ = join_images(plan, where, config, config.identity(), append=False, redo_changed=True)
+    with pytest.raises(ConfigError, match=r"1 of 2 shards of .* wait to be labelled again: finish the run"):
+        export(plan, tmp_path / "flat", "flat")
+    assert export(plan, tmp_path / "flat", "flat", partial=True).num_images == 6
+
+
+def test_long_names_are_cut_and_stay_apart(tmp_path: Path) -> None:
+    names = [f"{'x' * 230}{i}{'ü' * 9}.png" for i in range(3)]
+    plan = write_output(str(tmp_path), names)
+    assert export(plan, tmp_path / "sa1b", "sa1b").num_images == 3
+    files = [path.name for path in (tmp_path / "sa1b").glob("x*.json")]
+    assert len(files) == 3
+    assert all(len(name.encode()) < 256 for name in files)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageCms, ImageFile, features
 
 from samray.errors import ImageError
-from samray.images import decode_image
+from samray.images import decode_image, is_of_size
 
 LIMIT = 100_000_000
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,6 +148,10 @@ def test_exif_orientation(kind: str, orientation: int) -> None:
     pixels = decode_image(data, LIMIT)
     assert pixels.shape == upright.shape
     assert np.abs(pixels.astype(int) - upright.astype(int)).max() <= (8 if kind == "JPEG" else 0)
+    height, width = upright.shape[:2]
+    assert is_of_size(data, width, height)
+    assert not is_of_size(data, width + 1, height)
+    assert not is_of_size(data[:10], width, height)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +280,7 @@ def test_nothing_is_printed_about_damaged_files() -> None:
 import io, random
 from PIL import Image
 from samray.errors import ImageError
-from samray.images import decode_image
+from samray.images import decode_image, is_of_size
 sink = io.BytesIO(); Image.new("RGB", (30, 20)).save(sink, "TIFF"); good = sink.getvalue()
 sink = io.BytesIO(); Image.new("RGB", (30, 20)).save(sink, "JPEG", exif=b"Exif\\0\\0II*\\0\\xff\\xff\\xff\\xff")
 decode_image(sink.getvalue(), 10**8)

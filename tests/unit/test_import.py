@@ -369,3 +369,33 @@ def test_another_import_into_the_same_output_is_refused(tmp_path: Path) -> None:
     plan = write_output(str(tmp_path / "labels"), NAMES[:2])
     with pytest.raises(ConfigError, match="holds another run or import"):
         samray.import_(source, plan.output, progress=False)
+
+
+def test_a_brace_in_a_name_is_part_of_it(tmp_path: Path) -> None:
+    mask = annotation(blob(1))
+    for number, name in ((7, "a}b.png"), (8, "c{d}.png")):
+        image = {"image_id": number, "width": WIDTH, "height": HEIGHT, "file_name": name}
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{number}.json").write_text(json.dumps({"image": image, "annotations": [mask]}))
+    import_(tmp_path / "in", tmp_path / "out")
+    images = table_of(tmp_path / "out")["image"].to_pylist()
+    assert [(image["image_id"], image["file_name"]) for image in images] == [(7, "a}b.png"), (8, "c{d}.png")]
+
+
+@pytest.mark.parametrize(("key", "value"), [("point_coords", "[[NaN, 1]]"), ("crop_box", "[0, 0, Infinity, 4]")])
+def test_numbers_that_are_no_json_are_a_failed_row(tmp_path: Path, key: str, value: str) -> None:
+    image = {"image_id": 7, "width": WIDTH, "height": HEIGHT, "file_name": "a.png"}
+    text = json.dumps({"image": image, "annotations": [annotation(blob(1)) | {key: "HERE"}]}).replace('"HERE"', value)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.json").write_text(text)
+    report = import_(tmp_path / "in", tmp_path / "out")
+    assert report.failures == {"unreadable": 1}
+
+
+def test_a_dry_run_of_label_onto_an_import_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = write_output(str(tmp_path), NAMES)
+    samray.export(plan.output, str(tmp_path / "sa1b"), format="sa1b", progress=False)
+    import_(tmp_path / "sa1b", tmp_path / "back")
+    for more in ([], ["--dry-run"]):
+        assert main(["label", str(tmp_path / "in"), str(tmp_path / "back"), *more]) == 2
+        assert "unexpected" not in capsys.readouterr().err

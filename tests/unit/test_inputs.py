@@ -15,7 +15,7 @@ import pytest
 
 from samray import storage
 from samray.config import InputConfig
-from samray.dataset import uri_lists
+from samray.dataset import rows, uri_lists
 from samray.dataset.inputs import INPUT_SCHEMA, fetch_images, list_images
 from samray.dataset.tars import list_tar
 from samray.dataset.uri_lists import rows_of_uris
@@ -492,3 +492,29 @@ def test_damage_to_a_row_group_is_that_of_its_images_alone(tmp_path: Path) -> No
     (tmp_path / "x.parquet").write_bytes(data)
     found = fetched(listed(str(tmp_path / "x.parquet")))
     assert found == [b"0" * 50, b"1" * 50, "unreadable", "unreadable", b"4" * 50, b"5" * 50]
+
+
+def test_signatures_are_no_part_of_a_name(tmp_path: Path) -> None:
+    signed = "X-Amz-Credential=AKIA1&X-Amz-Signature=abc"
+    uris = [
+        f"https://h/a/1.jpg?{signed}",
+        f"https://h/a/b/2.JPEG?{signed}",
+        "https://h/a/show?id=3&key=abc",
+        "https://h/a/4.png",
+    ]
+    (tmp_path / "x.txt").write_text("\n".join(uris))
+    found = listed(str(tmp_path / "x.txt"))
+    assert found["uri"].to_pylist() == uris
+    assert found["file_name"].to_pylist() == ["1.jpg", "b/2.JPEG", "show?id=3&key=***", "4.png"]
+
+
+def test_more_text_than_pyarrow_takes_from_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pa.table({"uri": pa.chunked_array([["a", None], ["b"], ["c", "d"]]), "size": [1, 2, 3, 4, 5]})
+    places = pa.array([4, 1, 0, 0, 2])
+    expected = table.take(places)
+    monkeypatch.setattr(rows, "_MOST_TEXT_BYTES", 0)
+    monkeypatch.setattr(rows, "_ROWS_AT_ONCE", 2)
+    assert rows.take(table, places).equals(expected)
+    assert rows.take(table["uri"], places).num_chunks > 1
+    assert rows.take(table, places[:0]).equals(table.slice(0, 0))
+    assert rows.places_of(["d", None, "x"], table["uri"]) == {0: [4]}

@@ -142,7 +142,9 @@ def test_no_images_and_no_masks() -> None:
     assert run([]) == []
     for settings in ({}, CROPS, {"min_mask_region_area": 5, "non_overlapping": True, "mask_nms_thresh": 0.5}):
         assert run([grey(90, 120), grey(20, 20)], pred_iou_thresh=1.0, **settings) == [[], []]
-    assert run([grey(90, 120)], point_grids=((),)) == [[]]
+    crops_only = run([grey(90, 120)], crop_n_layers=1, point_grids=((), ((0.5, 0.5),)))[0]
+    assert {tuple(mask["crop_box"]) for mask in crops_only} & {(0.0, 0.0, 120.0, 90.0)} == set()
+    assert crops_only
 
 
 def test_own_points() -> None:

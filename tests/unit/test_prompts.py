@@ -64,6 +64,8 @@ def test_prompts_go_through_json_and_back() -> None:
         ({"points": [[1, 2], [3, 4]], "labels": [1]}, "points and labels are of different number: 2 and 1"),
         ({"points": [[1, 2]]}, "points and labels are of different number: 1 and 0"),
         ({"points": [[1, 2]], "labels": [2]}, "the label 2 is neither 1"),
+        ({"points": [[1, 2]], "labels": [True]}, "the label True is neither 1"),
+        ({"points": [[1, 2]], "labels": [1.0]}, "the label 1.0 is neither 1"),
         ({"points": [[1, 2]], "labels": [0]}, "neither a point with the label 1 nor a box"),
         ({}, "neither a point with the label 1 nor a box"),
         ({"box": [1, 2, 3]}, "the box [1, 2, 3] is no [x, y, w, h]"),

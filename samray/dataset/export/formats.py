@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Final
 
-from samray.dataset.export import coco, flat, label_map, sa1b, yolo
+from samray.dataset.export import coco, flat, label_map, names, sa1b, yolo
 from samray.dataset.export.pieces import Done, ExportOptions, Files, Job, Piece
 from samray.errors import ConfigError
 from samray.settings import did_you_mean
@@ -44,6 +44,8 @@ class Format:
     images_per_piece: int = IMAGES_PER_PIECE
     names_files: bool = False
     """Whether files have the names of images, so that two might want the same one."""
+    stem_of: Callable[[str], str] = names.stem_of
+    """Those names, of the images' own."""
     assembled: Callable[[Job, int], list[str]] = _nothing_assembled
     """The names of the files that the pieces of one file number are put together to."""
     chunks: Callable[[Job, str, list[Piece]], Iterator[bytes]] = _no_chunks
@@ -67,6 +69,7 @@ FORMATS: Final[dict[str, Format]] = {
         assembled=yolo.assembled,
         chunks=yolo.chunks,
         check=yolo.check,
+        stem_of=yolo.stem_of,
     ),
     "flat": Format(
         options=frozenset({"partitions", "images_per_file"}), write=flat.write, images_per_piece=IMAGES_PER_TABLE

@@ -25,6 +25,7 @@ from samray.dataset.export.formats import FORMATS, format_of, sizes_of
 from samray.dataset.export.images import Rows, read_rows
 from samray.dataset.export.names import FOLDER, shared_stems
 from samray.dataset.export.pieces import Done, ExportOptions, Files, Job, Piece, cut
+from samray.dataset.joining import stale_shards
 from samray.dataset.manifest import Plan
 from samray.dataset.shards import FOLDER as SHARDS
 from samray.dataset.shards import shard_number
@@ -54,10 +55,16 @@ def open_job(plan: Plan, dest: str, name: str, options: ExportOptions, *, partia
             f"{missing} of {plan.num_shards} shards of {storage.redact(plan.output)} are missing: finish the run, "
             "or export what is there with --partial"
         )
+    stale = set() if partial else stale_shards(plan, sizes)
+    if stale:
+        raise ConfigError(
+            f"{len(stale)} of {plan.num_shards} shards of {storage.redact(plan.output)} wait to be labelled again: "
+            "finish the run, or export what is there with --partial"
+        )
     if not sizes:
         raise ConfigError(f"{storage.redact(plan.output)} holds no finished shard yet: there is nothing to export")
     shards = [Rows(shard, 0, (n := plan.num_images_of(shard)), n) for shard in sorted(sizes)]
-    stems = shared_stems(plan) if fmt.names_files else {}
+    stems = shared_stems(plan, fmt.stem_of) if fmt.names_files else {}
     job = Job(plan=plan, dest=dest, format=name, options=options, stems=stems)
     fmt.check(job)
     _claim(job, sizes)

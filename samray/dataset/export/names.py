@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import posixpath
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -12,13 +14,25 @@ from samray.dataset.manifest import Plan
 FOLDER: Final = "_export"
 """Below DEST: what the export remembers of itself."""
 
+_MAX_PART_BYTES: Final = 200
+"""Of a file's or folder's name; filesystems take 255, and an image id and an ending may follow."""
+
 
 def stem_of(file_name: str) -> str:
     """`a/b` of `a/b.jpg`: the path without its last ending, and without any part that would lead out of DEST."""
     parts = [part for part in file_name.split("/") if part not in ("", ".", "..")]
     if parts and parts[0] == FOLDER:
         parts[0] = "images"
-    return posixpath.splitext("/".join(parts))[0] or "image"
+    stem = posixpath.splitext("/".join(parts))[0] or "image"
+    return "/".join(map(_short, stem.split("/")))
+
+
+def _short(part: str) -> str:
+    """Cut where with an ending it might be longer than filesystems take, and then never like another one."""
+    data = part.encode()
+    if len(data) <= _MAX_PART_BYTES:
+        return part
+    return f"{data[:_MAX_PART_BYTES].decode(errors='ignore')}-{hashlib.sha256(data).hexdigest()[:12]}"
 
 
 def extension_of(file_name: str) -> str:
@@ -26,7 +40,7 @@ def extension_of(file_name: str) -> str:
     return posixpath.splitext(file_name)[1]
 
 
-def shared_stems(plan: Plan) -> dict[int, str]:
+def shared_stems(plan: Plan, stem_of: Callable[[str], str] = stem_of) -> dict[int, str]:
     """image_id -> stem with the id appended, for each image that would share its stem with another; mostly empty.
 
     Names that differ only in case count as the same, as some filesystems have it.

@@ -13,6 +13,7 @@ from samray.dataset.export.images import LabelledImage
 from samray.dataset.export.names import extension_of
 from samray.dataset.inputs import fetch_images
 from samray.errors import ImageError
+from samray.images import is_of_size
 
 if TYPE_CHECKING:
     from samray.dataset.export.pieces import Done, Job, Piece
@@ -30,7 +31,7 @@ class Photo(NamedTuple):
 def photos_of(
     job: Job, piece: Piece, images: Iterable[LabelledImage], done: Done
 ) -> Iterator[tuple[LabelledImage, Photo | None]]:
-    """The images, each with its bytes where --with-images asks for them and they can still be read.
+    """The images, each with its bytes where --with-images asks for them and they are still those that were labelled.
 
     Raises: StorageError where the storage as a whole fails.
     """
@@ -44,8 +45,9 @@ def photos_of(
     while some := list(islice(rest, _IMAGES_AT_ONCE)):
         rows = planned.take([place_of[image.image_id] for image in some])
         for image, data in zip(some, fetch_images(rows, config), strict=True):
-            if isinstance(data, ImageError):
+            if isinstance(data, ImageError) or not is_of_size(data, image.width, image.height):
                 done.num_unreadable += 1
                 yield image, None
             else:
-                yield image, Photo(extension_of(image.file_name) or ".jpg", data)
+                extension = extension_of(image.file_name)
+                yield image, Photo(extension if extension[1:].isalnum() else ".jpg", data)

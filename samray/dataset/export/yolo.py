@@ -2,14 +2,19 @@
 
 A mask is one polygon along the edges of its pixels; holes and further components hang on it by bridges of no width, so
 that filling it gives the mask back, pixel by pixel. train.txt lists the images as images/NAME: copied there by
---with-images, else to be linked there. An image without masks has an empty file: it is background.
+--with-images, else to be linked there. An image without masks has an empty file: it is background. YOLO's tools look
+for the labels of an image where the last `/images/` of its path is `/labels/`: no further folder may have that name.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+import pyarrow.compute as pc
+
+from samray.dataset.export import names
 from samray.dataset.export.images import LabelledImage, images_of
 from samray.dataset.export.names import extension_of
 from samray.dataset.export.photos import photos_of
@@ -24,8 +29,23 @@ if TYPE_CHECKING:
     from samray.dataset.export.pieces import Done, Files, Job, Piece
 
 
+_IN_THE_WAY: Final = r"(^|/)images/|[\r\n]"
+"""Of names that YOLO's tools would read as others."""
+
+
+def stem_of(file_name: str) -> str:
+    """As `names.stem_of`, without what YOLO's tools would misread: no folder `images`, no end of a line."""
+    *folders, name = names.stem_of(re.sub(r"[\r\n]", "_", file_name)).split("/")
+    return "/".join([*("images_" if folder == "images" else folder for folder in folders), name])
+
+
 def check(job: Job) -> None:
-    """Raises: ConfigError where two images would share a label file, and not be copied under names of their own."""
+    """Raises: ConfigError where an image would find no labels, or another's, and is not copied under another name."""
+    if not job.options.with_images and (number := _num_in_the_way(job)):
+        raise ConfigError(
+            f"{number} images lie in a folder `images` or have a line break in their name, and YOLO would look for "
+            "their labels elsewhere: --with-images copies the images under names of their own"
+        )
     if job.stems and not job.options.with_images:
         raise ConfigError(
             f"{len(job.stems)} images have names that differ in their ending or case only, and YOLO finds labels by "
@@ -33,12 +53,17 @@ def check(job: Job) -> None:
         )
 
 
+def _num_in_the_way(job: Job) -> int:
+    file_names = job.plan.read_images(["file_name"])["file_name"]
+    return int(pc.sum(pc.match_substring_regex(file_names, _IN_THE_WAY)).as_py() or 0)
+
+
 def write(job: Job, piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
     """The piece's label files and images, and its lines of train.txt."""
     lines = []
     for table in tables:
         for image, photo in photos_of(job, piece, images_of(table), done):
-            stem = job.stem(image)
+            stem = job.stems.get(image.image_id) or stem_of(image.file_name)
             if photo is not None:
                 yield f"images/{stem}{photo.extension}", photo.data
             if photo is not None or not job.options.with_images:

@@ -70,7 +70,7 @@ def _annotation(place: int, raw: Any, hw: tuple[int, int], bbox_convention: str)
             "area": area,
             "predicted_iou": _score(score),
             "stability_score": _score(raw.get("stability_score")),
-            "point_coords": [[float(x), float(y)] for x, y in points],
+            "point_coords": [[_finite(x), _finite(y)] for x, y in points],
             "crop_box": _four(raw.get("crop_box")) or [0.0, 0.0, float(hw[1]), float(hw[0])],
         }
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
@@ -86,7 +86,14 @@ def _four(value: Any) -> list[float] | None:
         return None
     if len(value) != 4:
         raise ValueError(f"a box of {len(value)} numbers")
-    return [float(number) for number in value]
+    return [_finite(number) for number in value]
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):  # Python reads NaN and Infinity, which are no JSON
+        raise ValueError(f"the coordinate {number}")
+    return number
 
 
 def counts_of(segmentation: Any, hw: tuple[int, int]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import posixpath
 import re
@@ -41,10 +42,13 @@ def planned_images(source: Source, images_root: str | None) -> tuple[pa.Table, s
 
 def _image_of(file: dict[str, Any]) -> dict[str, Any]:
     """The file's `image`; empty where it cannot be understood, which will be a failed row."""
-    head = read_json(file, HEAD_BYTES)
-    match = _IMAGE_FIRST.match(head)
+    match = _IMAGE_FIRST.match(read_json(file, HEAD_BYTES))
+    image: Any = None
+    if match:
+        with contextlib.suppress(ValueError):  # a name may hold a brace, too
+            image = json.loads(match[1])
     try:
-        image = json.loads(match[1]) if match else json.loads(read_json(file))["image"]
+        image = json.loads(read_json(file))["image"] if image is None else image
     except (ValueError, KeyError, TypeError, RecursionError):
         return {}
     return image if isinstance(image, dict) else {}
