@@ -17,7 +17,6 @@
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import sys
 import tempfile
@@ -31,12 +30,14 @@ sys.path.insert(0, str(ROOT))
 
 import compare  # noqa: E402
 import outputs  # noqa: E402
+import peers  # noqa: E402
 import torch  # noqa: E402
 import training  # noqa: E402
 from measuring import measure, timed  # noqa: E402
 
 import samray  # noqa: E402
 from samray.config import load_config  # noqa: E402
+from samray.dataset.inputs import list_images  # noqa: E402
 from samray.images import decode_image  # noqa: E402
 from samray.sam.sam import Sam  # noqa: E402
 from samray.sam.spec import MODELS  # noqa: E402
@@ -106,8 +107,9 @@ def memory(model_name: str, megapixels: float) -> dict[str, Any]:
     model = random_sam(MODELS[model_name])
     width = round((megapixels * 1e6 * 4 / 3) ** 0.5)
     image = blobs(0, (width * 3 // 4, width))
-    before = _peak_bytes()
-    current = _resident_bytes()
+    before = peers.status_bytes("VmHWM")
+    current = peers.status_bytes("VmRSS")
+    peers.forget_peak()
     generator = samray.MaskGenerator(model, samray.MaskConfig(stability_score_thresh=0.5))
     masks: list[dict[str, Any]] = []
     seconds = timed(lambda: masks.extend(generator.generate([image])[0]))
@@ -116,19 +118,10 @@ def memory(model_name: str, megapixels: float) -> dict[str, Any]:
         "image": list(image.shape),
         "masks": len(masks),
         "seconds": seconds,
-        "peak_beyond_model_mb": (_peak_bytes() - current) / 1e6,
+        "peak_beyond_model_mb": (peers.status_bytes("VmHWM") - current) / 1e6,
         "peak_before_mb": before / 1e6,
         "stage_seconds": generator.stage_seconds,
     }
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
 
 
 def decode(photos: Path, megapixels: float, limit: int | None) -> dict[str, Any]:
@@ -183,8 +176,9 @@ def decode(photos: Path, megapixels: float, limit: int | None) -> dict[str, Any]
 def pipeline(photos: Path, limit: int | None, settings: list[str]) -> dict[str, Any]:
     """Wall time of `samray.label` and of a plain loop over the same files; a run with one image gives the start-up."""
     config = load_config(None, None, settings + ([f"input.limit={limit}"] if limit else []))
-    files = sorted(p for p in photos.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))[:limit]
-    model = samray.load_model(config.model.name, config.model.checkpoint)
+    listed = [uri for table in list_images(str(photos), config.input) for uri in table["uri"].to_pylist()]
+    files = [Path(uri) for uri in listed]  # those that the run will take, in its order
+    model = samray.load_model(config.model.name, config.model.checkpoint, config.model.device, config.model.dtype)
     generator = samray.MaskGenerator(model, config.masks)
 
     def plain() -> int:
@@ -288,7 +282,7 @@ def main() -> int:
     sub.add_argument("folder", type=Path)
     sub.add_argument("--limit", type=int)
     sub = commands.add_parser("train")
-    sub.add_argument("data", nargs="+", metavar="DATA", help="as `samray train` takes them; settings may follow")
+    sub.add_argument("data", nargs="+", metavar="DATA", help="as `samray train` takes them")
     sub.add_argument("--rounds", type=int, default=3)
     sub.add_argument("--steps", type=int, default=40)
     sub.add_argument("--settings", nargs="*", default=[], help="section.key=value")

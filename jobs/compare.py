@@ -52,14 +52,14 @@ def generator(
             able = [engine for engine in engines if engine != "transformers" or name in ("vit_b", "vit_l", "vit_h")]
             runs = _take_turns(able, {**job, "stages": False}, rounds)
             result = {"settings": job["settings"], **{engine: _summary(found) for engine, found in runs.items()}}
-            ours = result["samray"]
-            for engine in able:
+            for engine in able if "samray" in able else []:
+                ours = result["samray"]
                 if engine != "samray":
                     ratios = {
                         key: result[engine][key] / ours[key] for key in ("seconds", "peak_mb", "peak_beyond_model_mb")
                     }
                     result[f"{engine} / samray"] = ratios
-            for engine in able:
+            for engine in able if "samray" in able else []:
                 if engine in ("samray-bfloat16", "segment-anything"):
                     result[f"agreement with {engine}"] = _agreement(
                         runs["samray"][-1]["masks"], runs[engine][-1]["masks"], engine

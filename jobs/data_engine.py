@@ -184,6 +184,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=600, help="of training (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
+    if args.heldout < 1:
+        parser.error("--heldout is 1 at least: there would be nothing to measure on")
     figures = run(args.folder, args.images, args.heldout, args.steps)
     if args.json is not None:
         args.json.write_text(json.dumps(figures, indent=2))

@@ -80,6 +80,7 @@ def _pictures(folders: list[Path]) -> dict[int, Path]:
     the largest.
     """
     found = [p for f in folders for p in sorted(f.rglob("*")) if p.suffix.lower() in _SUFFIXES and p.is_file()]
+    found = [path for path in found if not path.is_symlink()]
     largest: dict[str, Path] = {}
     for path in found:
         name = str(path.parents[1]) if path.parent.name.startswith("images") else str(path)
@@ -87,8 +88,7 @@ def _pictures(folders: list[Path]) -> dict[int, Path]:
             largest[name] = path
     pictures: dict[int, Path] = {}
     for path in largest.values():
-        if not path.is_symlink():
-            pictures.setdefault(number_of(path.read_bytes()), path)
+        pictures.setdefault(number_of(path.read_bytes()), path)
     return pictures
 
 

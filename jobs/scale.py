@@ -147,7 +147,8 @@ def finish_shards(output: str, left: int, failed: float) -> int:
     record = ImageRecord(image_id=1, width=8, height=8, file_name="sa_1.jpg", uri="s3://photos/sa_1.jpg")
     table = records_to_table([record], plan.run)
     made: dict[int, bytes] = {}
-    numbers = np.random.default_rng(0).binomial(plan.generations[0].images_per_shard, failed, plan.num_shards - left)
+    number = max(0, plan.num_shards - left)
+    numbers = np.random.default_rng(0).binomial(plan.generations[0].images_per_shard, failed, number)
     for shard, number in enumerate(numbers.tolist()):
         if number not in made:
             summary = ShardSummary(shard, 64, 0, failures={"truncated": number} if number else {})
@@ -184,6 +185,8 @@ def driver(actors: int, seconds: list[float], window_s: float, images_per_shard:
     """
     import numpy as np
 
+    if len(set(seconds)) < 2:
+        raise SystemExit("--seconds: a line needs two points, give two speeds at least")
     found = []
     for s_per_image in seconds:
         shards = max(3, round(window_s / (images_per_shard * s_per_image)) + 2)
@@ -390,6 +393,12 @@ def paper(images: int, gpus: int, shares: list[float], efficiency: float, second
     return {"note": note, **assumed, **by_preset, **given}
 
 
+def _above_zero(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("it is 1 at least")
+    return int(text)
+
+
 def main() -> int:
     if sys.argv[1:2] == ["one-simulation"]:
         actors, seconds, *numbers = sys.argv[2:]
@@ -400,7 +409,7 @@ def main() -> int:
     sub = commands.add_parser("plan")
     sub.add_argument("--images", type=int, default=1_000_000)
     sub.add_argument("--kind", default="parquet", choices=["parquet", "csv", "txt"], help="of the listing")
-    sub.add_argument("--left", type=int, default=5, help="shards that the resume has to do")
+    sub.add_argument("--left", type=_above_zero, default=5, help="shards that the resume has to do")
     sub.add_argument("--failed", type=float, default=0.01, help="part of the images that have failed")
     sub.add_argument("--folder", type=Path, help="where listing and output are made for a while")
     sub = commands.add_parser("simulate")

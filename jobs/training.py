@@ -43,7 +43,7 @@ def throughput(data: list[str], rounds: int, steps: int, settings: list[str]) ->
     validates or saves while it is timed.
     """
     quiet = [f"train.steps={steps}", f"train.validate_every={10 * steps}", "train.save_every_minutes=1000"]
-    quiet += [f"train.log_every={steps // _PARTS}", "data.validation_images=1"]
+    quiet += [f"train.log_every={max(1, steps // _PARTS)}", "data.validation_images=1"]
     resolved = load_train_settings(None, [*quiet, *settings])
     rates: dict[str, list[float]] = {"plain": [], "samray": []}
     with running_ray(ClusterConfig(address=resolved.cluster.address)):

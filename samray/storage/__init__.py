@@ -12,7 +12,7 @@ name, which fails if the name is taken; on object stores it is one conditional P
 from __future__ import annotations
 
 from samray.storage.faults import MAX_ATTEMPTS
-from samray.storage.filesystems import reset
+from samray.storage.filesystems import for_arrow, reset
 from samray.storage.listing import FileEntry, clock, list_files, list_names, list_times, list_versions
 from samray.storage.reading import exists, file_size, file_version, is_dir_like, open_read, read_bytes
 from samray.storage.uris import glob_base, has_glob, is_local, join, normalize, parent, redact, resolve, scheme_of
@@ -26,6 +26,7 @@ __all__ = [
     "exists",
     "file_size",
     "file_version",
+    "for_arrow",
     "glob_base",
     "has_glob",
     "is_dir_like",

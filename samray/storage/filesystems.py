@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 
 from samray.errors import ConfigError, StorageError
 from samray.storage.faults import MAX_ATTEMPTS, as_storage_error, is_conflict, is_transient
-from samray.storage.uris import redact, scheme_of
+from samray.storage.uris import is_local, redact, scheme_of
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,19 @@ def filesystem(uri: str) -> Any:
         if fs is None:
             fs = _filesystems[scheme] = _make_filesystem(scheme)
         return fs
+
+
+def for_arrow(uri: str) -> tuple[Any, str]:
+    """The filesystem as pyarrow and Ray take it, and the path there; None and the path as it is of a local one.
+
+    By a URI alone they would open another one, which knows fewer storages and not fsspec's configuration.
+    """
+    if is_local(uri):
+        return None, uri
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    own = filesystem(uri)
+    return PyFileSystem(FSSpecHandler(own)), own._strip_protocol(uri)
 
 
 def _make_filesystem(scheme: str) -> Any:

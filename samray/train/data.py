@@ -43,6 +43,8 @@ def open_data(data: Sequence[str], settings: TrainSettings) -> Mixture:
     config, seed = settings.data, settings.train.seed
     if not data:
         raise ConfigError(f"there is no DATA to train on; name an output of `samray label` or the word {SCENES}")
+    if list(data).count(SCENES) > 1:
+        raise ConfigError(f"DATA names {SCENES} twice, which would give the same ones again: use data.shares")
     parts: list[Examples] = []
     for place, uri in enumerate(data):
         if uri != SCENES:

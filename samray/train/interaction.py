@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,12 +33,17 @@ class Course:
     """Of each round after the first."""
 
 
+def seed_of(purpose: str, *numbers: int) -> int:
+    """Of a random stream of torch's. Mixed into 32 bits, because its generator on a CPU takes no more."""
+    return int(np.random.SeedSequence([*purpose.encode(), *numbers]).generate_state(1, np.uint32)[0])
+
+
 def draw_course(config: TrainConfig, step: int) -> Course:
     """What kind of prompts step number `step` gives.
 
     Of `interaction_steps` rounds the last one adds no click from 3 on, and from 4 on neither does a random one between.
     """
-    generator = torch.Generator().manual_seed(config.seed * 2**32 + step)
+    generator = torch.Generator().manual_seed(seed_of("course", config.seed, step))
     kind, refine, between = (float(x) for x in torch.rand(3, generator=generator))
     num_later = config.interaction_steps - 1 if refine < config.refine_fraction else 0
     adds_click = [True] * num_later
@@ -124,7 +130,7 @@ class InteractionLoss(nn.Module):
         stream: which of the random streams of the clicks, one for each worker.
         """
         sam, device = self.sam, batch["image"].device
-        generator = torch.Generator(device).manual_seed(self.config.seed * 2**32 + step * 2**12 + stream)
+        generator = torch.Generator(device).manual_seed(seed_of("clicks", self.config.seed, step, stream))
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
             pixels = normalise(sam, batch["image"], batch["input_hw"])
             learns = any(p.requires_grad for p in sam.image_encoder.parameters())

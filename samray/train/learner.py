@@ -19,7 +19,7 @@ from samray.sam.checkpoints import find_spec, load_model
 from samray.sam.sam import Sam
 from samray.sam.spec import ModelSpec, TinyVitSpec
 from samray.train.examples import Frame
-from samray.train.interaction import Batch, DistillationLoss, InteractionLoss
+from samray.train.interaction import Batch, DistillationLoss, InteractionLoss, seed_of
 from samray.train.optimizer import (
     add_drop_path,
     learning_rate,
@@ -180,7 +180,7 @@ class Learner:
         rate = learning_rate(self.config, self.position.step, self.progress if progress is None else progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
-        torch.manual_seed(self.config.seed * 2**32 + self.position.step * 2**12 + self.stream)  # of drop path
+        torch.manual_seed(seed_of("drop path", self.config.seed, self.position.step, self.stream))
         batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
         self.optimizer.zero_grad(set_to_none=True)
         total, figures = self.loss(batch, self.position.step, self.stream)
@@ -209,6 +209,15 @@ class Learner:
             "sums": dict(self.means.sums),
             "count": self.means.count,
         }
+
+    def average_at_own_size(self) -> Sam:
+        """The running average, for the input size that the model is used at."""
+        assert self.average is not None
+        if self.average.spec == self.spec:
+            return self.average
+        sam = Sam(self.spec)
+        sam.load_state_dict(self.average.state_dict())
+        return sam.to(self.device).eval().requires_grad_(False)
 
     def weights(self) -> dict[str, Tensor]:
         """The running average; what learns in half precision.

@@ -60,7 +60,7 @@ def run_leg(learner: Learner, batches: Iterable[Batch], worker: Worker) -> None:
     def validate() -> None:
         is_done = any(line["kind"] == "validation" and line["step"] == position.step for line in lines)
         if store and learner.average is not None and not is_done:
-            figures = evaluate_clicks(learner.average, worker.validation())
+            figures = evaluate_clicks(learner.average_at_own_size(), worker.validation())
             if figures["num_regions"]:  # else nothing is held out
                 record("validation", figures)
             store.write_metrics(lines)

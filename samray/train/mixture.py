@@ -88,9 +88,10 @@ def root_shares(parts: Sequence[Examples]) -> list[float]:
 
 
 def _slots(shares: npt.NDArray[np.float64]) -> list[int]:
-    """How many of CYCLE examples each share is, by the largest remainders."""
+    """How many of CYCLE examples each share is, by the largest remainders; none that is above 0 gets nothing."""
     exact = shares * CYCLE
-    slots = np.floor(exact).astype(int)
+    slots = np.maximum(np.floor(exact).astype(int), shares > 0)
     short = CYCLE - int(slots.sum())
-    slots[np.argsort(slots - exact, kind="stable")[:short]] += 1
+    slots[np.argsort(slots - exact, kind="stable")[: max(short, 0)]] += 1
+    slots[np.argmax(slots)] += min(short, 0)
     return [int(n) for n in slots]

@@ -94,7 +94,8 @@ def train_mode(sam: Sam) -> None:
 def make_optimizer(sam: Sam, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over what learns, without decay on biases, norms and single embeddings, layer by layer.
 
-    Each group's `lr_scale` is what its learning rate is multiplied by. Source: SAM paper, appendix A.
+    Each group's `lr_scale` is what its learning rate is multiplied by. Source: SAM paper, appendix A, but for the
+    second beta, there 0.999: runs here are of thousands of steps, not of 90,000.
     """
     layers = layer_of(sam)
     last = len(encoder_blocks(sam)) + 1

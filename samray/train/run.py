@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from samray import storage
 from samray.config import ClusterConfig
-from samray.errors import ConfigError, SamrayError
+from samray.errors import ConfigError, SamrayError, StorageError
 from samray.train.data import DATA_CPUS, SCENES, example_stream, open_data, output_of
 from samray.train.learner import Learner, check_settings, frame_of, size_due
 from samray.train.loop import Worker, run_leg
@@ -64,11 +64,17 @@ def train(
     mixture = open_data(uris, settings)
     store = Store(str(output))
     num_images = [(uri, part.num_images) for uri, part in zip(uris, mixture.parts, strict=True)]
-    store.claim(full_identity(settings, spec.name, num_images), settings.model_dump(mode="json"))
+    is_new = store.claim(full_identity(settings, spec.name, num_images), settings.model_dump(mode="json"))
     stopped_by = None
     if store.read_position().progress(settings.train) < 1:
-        with TrainView(settings.train.batch_size, enabled=progress) as view:
-            stopped_by = _run_on_ray(_Run(mixture, settings, store, view))
+        try:
+            with TrainView(settings.train.batch_size, enabled=progress) as view:
+                stopped_by = _run_on_ray(_Run(mixture, settings, store, view))
+        except SamrayError:
+            if is_new:
+                with contextlib.suppress(StorageError):
+                    store.give_back()
+            raise
     return _conclude(store, settings, num_images, stopped_by)
 
 
@@ -165,12 +171,15 @@ def choose_sizes(settings: TrainSettings, nodes: list[dict[str, float]], *, can_
     room = [int(cpus / sizes.worker_cpus) for cpus in num_cpus]
     if gpus:
         room = [min(n, m) for n, m in zip(room, places, strict=True)]
-    if sum(room) < (1 if can_grow else workers):
+    is_told = config.num_workers is not None and config.num_gpus_per_worker is not None
+    if sum(room) < (int(not is_told) if can_grow else workers):
         needed = f"{sizes.worker_cpus:g} CPUs" + f" and {gpus:g} GPUs" * bool(gpus)
         held = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
         raise ConfigError(
             f"there is no place for {workers} training worker{'s' * (workers > 1)} of {needed}: the nodes have {held};"
             " lower cluster.num_workers, cluster.num_cpus_per_worker or cluster.num_gpus_per_worker"
+            + ", or set both numbers for nodes that are yet to come"
+            * can_grow
         )
     return sizes
 
@@ -257,6 +266,7 @@ def _make_trainer(run: _Run, sizes: Sizes, mixture: Any, position: Position, fol
         "num_threads": sizes.num_threads,
         "monitor": monitor,
     }
+    filesystem, path = storage.for_arrow(folder)
     resources = {"CPU": sizes.worker_cpus, **({"GPU": sizes.worker_gpus} if sizes.worker_gpus else {})}
     return TorchTrainer(
         _work,
@@ -266,7 +276,8 @@ def _make_trainer(run: _Run, sizes: Sizes, mixture: Any, position: Position, fol
         ),
         run_config=RunConfig(
             name=f"from-step-{position.step}",
-            storage_path=folder,
+            storage_path=path,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=settings.cluster.max_failures),
         ),
         datasets={_DATA_NAME: stream},

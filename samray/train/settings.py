@@ -194,7 +194,10 @@ class TrainSettings(Settings):
         path may change while its content does not: the run adds its SHA-256, and that of a teacher.
         """
         plain = self.model_dump(mode="json")
-        del plain["data"]["cache"], plain["train"]["save_every_minutes"], plain["train"]["distill_checkpoint"]
+        for name in ("cache", "image_root"):
+            del plain["data"][name]
+        for name in ("save_every_minutes", "distill_checkpoint"):
+            del plain["train"][name]
         return {
             "data": plain["data"],
             "model": {key: plain["model"][key] for key in ("name", "dtype")},

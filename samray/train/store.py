@@ -72,10 +72,13 @@ class Store:
 
     # --- the run -----------------------------------------------------------------------------------------------------
 
-    def claim(self, identity: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-        """Write train.json, or find the same identity there. Raises: ConfigError where it is another, StorageError."""
+    def claim(self, identity: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+        """Write train.json, or find the same identity there. Returns whether it was written.
+
+        Raises: ConfigError where it is another, StorageError.
+        """
         wanted = plain(identity)
-        run = self.read_run()
+        run, is_new = self.read_run(), False
         if run is None:
             if storage.exists(self.uri(POSITION_FILE)):
                 raise ConfigError(
@@ -83,9 +86,19 @@ class Store:
                     " another OUTPUT, or empty this one"
                 )
             full = {"identity": wanted, "settings": plain(settings), **versions(_PACKAGES)}
-            storage.put_new(self.uri(RUN_FILE), json.dumps(full, indent=2, sort_keys=True).encode() + b"\n")
+            is_new = storage.put_new(self.uri(RUN_FILE), json.dumps(full, indent=2, sort_keys=True).encode() + b"\n")
             run = self.read_run() or full
         refuse_differences(self.output, run["identity"], wanted)
+        return is_new
+
+    def give_back(self) -> None:
+        """Undo a claim that nothing came of, so that the same OUTPUT may be given with better settings.
+
+        Raises: StorageError.
+        """
+        if self.read_position() == Position():
+            for name in (METRICS_FILE, CURVES_FILE, RUN_FILE):
+                storage.delete(self.uri(name))
 
     def read_run(self) -> dict[str, Any] | None:
         """train.json; None where there is none. Raises: ConfigError where it is not ours, StorageError."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -94,3 +95,11 @@ def test_another_name_of_the_protocol_stays_what_it_is(s3_root: str) -> None:
     assert sorted(entry.uri for entry in storage.list_files(f"{other}/in")) == expected
     assert [entry.uri for entry in storage.list_files(f"{other}/in/*/*.png")] == expected[1:]
     assert storage.read_bytes(f"{other}/in/a.png") == b"x"
+
+
+def test_arrow_gets_the_filesystem_that_samray_has(s3_root: str) -> None:
+    assert storage.for_arrow("/a b/c") == (None, "/a b/c")
+    filesystem, path = storage.for_arrow(f"{s3_root}/a b%20c")
+    with pickle.loads(pickle.dumps(filesystem)).open_output_stream(f"{path}/x") as stream:  # Ray sends it to its actors
+        stream.write(b"notes")
+    assert storage.read_bytes(f"{s3_root}/a b%20c/x") == b"notes"

@@ -16,6 +16,7 @@ from samray import storage
 from samray.dataset.identity import plain
 from samray.errors import ConfigError
 from samray.sam.sam import Sam
+from samray.train import loop, run
 from samray.train.data import open_data
 from samray.train.interaction import draw_course
 from samray.train.learner import Learner, frame_of, size_due
@@ -120,6 +121,34 @@ def test_small_images_come_first_and_what_they_taught_is_kept(tmp_path: Path, mo
     assert state is not None
     # A learning rate of nearly nothing: had the second part begun anew, these would be other numbers altogether.
     torch.testing.assert_close(state["model"]["mask_decoder.iou_token.weight"], before, atol=1e-4, rtol=0)
+
+
+def test_validation_is_at_the_size_that_the_model_is_used_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sizes = []
+    evaluate = loop.evaluate_clicks
+    monkeypatch.setattr(
+        loop, "evaluate_clicks", lambda sam, scenes: (sizes.append(sam.image_size), evaluate(sam, scenes))[1]
+    )
+    run_to_end(tmp_path, "train.first_image_size=32", "train.first_fraction=0.5", "train.validate_every=1")
+    assert sizes == [64] * 5
+
+
+def test_a_claim_that_nothing_came_of_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuses(one: object) -> None:
+        Store(str(tmp_path)).write_metrics([{"kind": "validation", "step": 0}])
+        raise ConfigError("train.batch_size = 4 cannot be shared out among 3 workers")
+
+    monkeypatch.setattr(run, "_run_on_ray", refuses)
+    for batch_size in (4, 6):  # the advice is followed
+        with pytest.raises(ConfigError, match="cannot be shared out"):
+            run.train("scenes", tmp_path, settings_of(f"train.batch_size={batch_size}"), progress=False)
+        assert list(tmp_path.iterdir()) == []
+    store = Store(str(tmp_path))
+    assert store.claim(settings_of().identity(), {})
+    assert not store.claim(settings_of().identity(), {})
+    storage.put(store.uri("position.json"), b'{"step": 3, "elapsed_s": 1.0}')
+    store.give_back()
+    assert (tmp_path / "train.json").exists(), "something came of it"
 
 
 def test_a_run_can_begin_with_weights(tmp_path: Path):
@@ -239,6 +268,7 @@ def test_another_config_is_refused_with_the_difference(tmp_path: Path):
     store = Store(str(tmp_path))
     store.claim(settings_of().identity(), {})
     store.claim(settings_of("cluster.num_workers=2", "train.save_every_minutes=1").identity(), {})
+    store.claim(settings_of("data.image_root=[s3://old,/new]", "data.cache=/elsewhere").identity(), {})
     with pytest.raises(ConfigError, match=r"train.seed: 0 there, 1 now[^$]*give another OUTPUT"):
         store.claim(settings_of("train.seed=1").identity(), {})
     (tmp_path / "train.json").write_text("[]")

@@ -10,7 +10,7 @@ from micro import MICRO, batches_of, learner_of, settings_of
 from samray.sam.sam import Sam
 from samray.scenes import make_scene
 from samray.train.clicks import corrective_clicks, first_prompts
-from samray.train.interaction import Rounds, draw_course, normalise
+from samray.train.interaction import Rounds, draw_course, normalise, seed_of
 from samray.train.settings import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("micro_model")
@@ -106,7 +106,7 @@ def test_gradients_taken_round_by_round_are_those_of_the_sum():
     found = {name: p.grad.clone() for name, p in learner.sam.named_parameters() if p.grad is not None}
     learner.sam.zero_grad()
     embeddings = learner.sam.encode_images(normalise(learner.sam, batch["image"], batch["input_hw"]))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed_of("clicks", 0, 0, 0))
     rounds = Rounds(learner.sam, settings.train, draw_course(settings.train, 0), batch, generator)
     plain = sum(rounds.run(embeddings))
     plain.backward()  # type: ignore[union-attr]
@@ -115,3 +115,15 @@ def test_gradients_taken_round_by_round_are_those_of_the_sum():
     assert found.keys() == wanted.keys()
     for name in found:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_each_seed_has_streams_of_its_own():
+    """torch's generator on a CPU takes 32 bits of a seed: whatever lies above them is as good as not there."""
+    told = ("train.interaction_steps=6", "train.box_fraction=0.5")
+    configs = [settings_of(f"train.seed={seed}", *told).train for seed in (0, 1, 2)]
+    first, second, third = ([draw_course(config, step) for step in range(64)] for config in configs)
+    assert first != second != third != first
+    steps = (0, 3, 3 + 2**20, 10**8)
+    numbers = [(seed, step, stream) for seed in (0, 1, 2**31 - 1) for step in steps for stream in (0, 7)]
+    seeds = [seed_of(purpose, *number) for purpose in ("clicks", "drop path") for number in numbers]
+    assert len({float(torch.rand(1, generator=torch.Generator().manual_seed(seed))) for seed in seeds}) == len(seeds)

@@ -246,8 +246,14 @@ def test_given_shares_win_and_a_share_of_nothing_is_never_drawn():
     mixture = Mixture(parts, (1.0, 0.0), seed=0)
     assert {mixture.place(number)[0] for number in range(CYCLE)} == {0}
     assert len(list(mixture.validation(3, FRAME))) == 3
+    assert Mixture(parts, (3000.0, 1.0), seed=0).slots == [CYCLE - 1, 1], "what has a share is drawn"
     with pytest.raises(ConfigError, match="1 numbers, but there are 2 DATA"):
         Mixture(parts, (1.0,), seed=0)
+
+
+def test_scenes_twice_would_be_the_same_ones():
+    with pytest.raises(ConfigError, match="DATA names scenes twice"):
+        open_data(["scenes", "scenes"], settings_of())
 
 
 def test_steps_have_the_numbers_of_their_place():
