@@ -30,7 +30,7 @@ def products_in_tf32() -> bool:
 def exact_convolutions() -> Iterator[None]:
     """Convolutions are rounded only where products are: torch by itself lets float32 ones on a GPU be, to TF32.
 
-    That moves the logits of `tiny` by up to 0.01, a hundred times what the float32 path promises.
+    Its ten bits are too few for the agreement with the reference that the float32 path promises.
     """
     convolutions = torch.backends.cudnn
     name = "allow_tf32"

@@ -178,7 +178,7 @@ def choose_sizes(settings: TrainSettings, nodes: list[dict[str, float]], *, can_
         raise ConfigError(
             f"there is no place for {workers} training worker{'s' * (workers > 1)} of {needed}: the nodes have {held};"
             " lower cluster.num_workers, cluster.num_cpus_per_worker or cluster.num_gpus_per_worker"
-            + ", or set both numbers for nodes that are yet to come"
+            + ", or set cluster.num_workers and cluster.num_gpus_per_worker for nodes yet to come"
             * can_grow
         )
     return sizes
