@@ -108,7 +108,7 @@ def test_workers_without_a_place_are_refused_not_waited_for():
     grows = choose_sizes(settings_of("train.batch_size=4", *told), [{"CPU": 0.0}])
     assert (grows.num_workers, grows.worker_gpus, grows.num_threads) == (4, 1.0, 6), "nodes that are yet to come"
     with pytest.raises(
-        ConfigError, match="or set cluster.num_workers and cluster.num_gpus_per_worker for nodes yet to come"
+        ConfigError, match=r"or set cluster.num_workers and cluster.num_gpus_per_worker for nodes yet to come"
     ):
         choose_sizes(settings_of("train.batch_size=4", told[0]), [{"CPU": 0.0}])
     ask = settings_of("cluster.num_workers=4", "train.batch_size=4")
