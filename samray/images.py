@@ -119,10 +119,9 @@ def is_of_size(data: bytes, width: int, height: int) -> bool:
     """Whether `decode_image` would give this width and height, by the header alone; False where that is damaged."""
     try:
         with _open(data, width * height) as image:
-            orientation = _orientation(image)
-            # Of a picture on its side Pillow's decoders tell the one or the other.
-            turned = [(height, width)] if orientation in range(5, 9) else []
-            return image.size in [(width, height), *turned]
+            if image.size == (width, height):  # also of a picture on its side some of Pillow's decoders say so
+                return True
+            return image.size == (height, width) and _orientation(image) in range(5, 9)
     except (ImageError, MemoryError, *_DECODE_ERRORS):
         return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,23 +27,52 @@ def products_in_tf32() -> bool:
     return bool(matmul.allow_tf32)
 
 
-@contextmanager
-def exact_convolutions() -> Iterator[None]:
-    """Convolutions are rounded only where products are: torch by itself lets float32 ones on a GPU be, to TF32.
+class _Convolutions:
+    """torch's switch for float32 convolutions, which is the whole process's: the first one in turns it off, the last
+    one out back to what it was."""
 
-    Its ten bits are too few for the agreement with the reference that the float32 path promises.
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.depth = 0
+        self.before: bool | str = True
+
+    def switch(self) -> tuple[object, str, bool | str]:
+        """The object that has it, its name there, and its value for exact convolutions."""
+        if hasattr(torch.backends.cudnn, "conv"):  # from torch 2.9 on
+            return torch.backends.cudnn.conv, "fp32_precision", "ieee"
+        return torch.backends.cudnn, "allow_tf32", False
+
+    def enter(self) -> None:
+        with self.lock:
+            owner, name, exact = self.switch()
+            if self.depth == 0:
+                self.before = getattr(owner, name)
+                setattr(owner, name, exact)
+            self.depth += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.depth -= 1
+            if self.depth == 0:
+                owner, name, _ = self.switch()
+                setattr(owner, name, self.before)
+
+
+_convolutions = _Convolutions()
+
+
+@contextmanager
+def exact_convolutions(device: torch.device) -> Iterator[None]:
+    """Convolutions on a GPU are rounded only where products are: torch by itself lets float32 ones be, to TF32.
+
+    Its ten bits are too few for the agreement with the reference that the float32 path promises. The switch is the
+    process's: meanwhile it holds for other threads, too.
     """
-    convolutions = torch.backends.cudnn
-    name = "allow_tf32"
-    exact: bool | str = False
-    if hasattr(convolutions, "conv"):  # from torch 2.9 on
-        convolutions, name, exact = convolutions.conv, "fp32_precision", "ieee"
-    if products_in_tf32():
+    if device.type != "cuda" or products_in_tf32():
         yield
         return
-    before = getattr(convolutions, name)
-    setattr(convolutions, name, exact)
+    _convolutions.enter()
     try:
         yield
     finally:
-        setattr(convolutions, name, before)
+        _convolutions.leave()

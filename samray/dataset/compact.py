@@ -119,7 +119,7 @@ def _plan_of(plan: Plan, dest: str, images_per_shard: int, fingerprint: str) -> 
         target = load_plan(dest)
         if target.run.get("compacted_from") != source or target.num_images != plan.num_images:
             raise ConfigError(f"{storage.redact(dest)} holds something else than {source} compacted; give another DEST")
-        if target.run.get("compacted_shards") != fingerprint:
+        if target.run.get("compacted_shards", fingerprint) != fingerprint:
             raise ConfigError(
                 f"shards of {source} have been replaced since {storage.redact(dest)} was begun, which would mix old "
                 "rows with new ones; give another DEST"

@@ -245,6 +245,6 @@ def _fetch_one(item: dict[str, Any], config: InputConfig) -> bytes | ImageError:
     except StorageError as error:
         # Each host of the web is a storage of its own: one that is gone for good must not end the run each time.
         if item["offset"] is None and storage.scheme_of(uri) in ("http", "https"):
-            return ImageError("unreadable", str(error))
+            return ImageError("unreadable", str(error).partition("; ")[0])  # the rest says what to do about a run
         raise
     return data if len(data) <= config.max_bytes else too_large(len(data), config)

@@ -26,6 +26,7 @@ _PLAIN_URI: Final = r"^[a-z][a-z0-9+.\-]*://.*[^/]$"
 _LOCAL_URI: Final = r"^(file|local)://"
 _PLAIN_PATH: Final = r"^(/[^/]+)+$"
 _PLAIN_RELATIVE: Final = r"^[^/]+(/[^/]+)*$"
+_IMAGE_ENDING: Final = re.compile(r"(?i)\.(?:jpe?g|png|webp|bmp|tiff?|gif)$")
 _NOT_PLAIN_PATH: Final = r"(^|/)\.\.?(/|$)|^~"
 
 
@@ -100,11 +101,20 @@ def rows_of_uris(written: pa.ChunkedArray, folder: str) -> pa.Table:
 
 
 def _without_signatures(names: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Names go into every file that is made of an output: what follows `photo.jpg?` and all secrets are left out."""
+    """Names go into every file that is made of an output: of `photo.jpg?X-Amz-Signature=...` only `photo.jpg`.
+
+    A query without a secret stays: it may be what tells two images apart.
+    """
     if not pc.any(pc.match_substring(names, "?"), min_count=0).as_py():
         return names
-    names = pc.replace_substring_regex(names, r"(?i)(\.(?:jpe?g|png|webp|bmp|tiff?|gif))\?[^?]*=[^?]*$", r"\1")
-    return pa.chunked_array([pa.array(map(storage.redact, chunk.to_pylist()), pa.string()) for chunk in names.chunks])
+    chunks = (map(_without_signature, chunk.to_pylist()) for chunk in names.chunks)
+    return pa.chunked_array([pa.array(chunk, pa.string()) for chunk in chunks], pa.string())
+
+
+def _without_signature(name: str) -> str:
+    redacted = storage.redact(name)
+    path = name.partition("?")[0]
+    return path if redacted != name and _IMAGE_ENDING.search(path) else redacted
 
 
 def _resolved(written: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:

@@ -41,7 +41,7 @@ def label_dataset(
         raise ConfigError("input.prompts is for samray.label: the images of a data set have no names to find them by")
     if not ray.is_initialized():
         ray.init()
-    sizes = choose_sizes(config.cluster, cluster_nodes(), num_shards=1_000_000)
+    sizes = choose_sizes(config.cluster, cluster_nodes(), 1_000_000, config.model.device)
     return ds.map_batches(
         DatasetLabeler,
         fn_constructor_kwargs={"config": config, "num_threads": sizes.num_threads, "make_labeler": make_labeler},

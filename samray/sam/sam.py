@@ -128,7 +128,7 @@ class Sam(nn.Module):
 
         Of a model with `fine_features` these follow as further channels; the decoder knows.
         """
-        with exact_convolutions():
+        with exact_convolutions(self.device):
             out: Tensor = self.image_encoder(pixels)
         return out
 
@@ -139,7 +139,7 @@ class Sam(nn.Module):
         """
         encoder, channels = self.prompt_encoder, self.spec.embed_dim
         fine = _tokens(embeddings[:, channels:]) if embeddings.shape[1] > channels else None
-        with exact_convolutions():
+        with exact_convolutions(self.device):
             dense = encoder.no_mask_embed.weight if mask_input is None else _tokens(encoder.encode_masks(mask_input))
         return self.mask_decoder.transformer.prepare(
             _tokens(embeddings[:, :channels]) + dense, encoder.dense_positions(), fine, self.dtype

@@ -88,6 +88,7 @@ class Store:
             full = {"identity": wanted, "settings": plain(settings), **versions(_PACKAGES)}
             is_new = storage.put_new(self.uri(RUN_FILE), json.dumps(full, indent=2, sort_keys=True).encode() + b"\n")
             run = self.read_run() or full
+        run["identity"].get("data", {}).pop("image_root", None)  # stood there once
         refuse_differences(self.output, run["identity"], wanted)
         return is_new
 
@@ -96,7 +97,9 @@ class Store:
 
         Raises: StorageError.
         """
-        if self.read_position() == Position():
+        names = storage.list_names(self.output)
+        began = any(line["kind"] == "train" for line in self.read_metrics())
+        if not began and not any(name == WEIGHTS_FILE or _STATE_NAME.fullmatch(name) for name in names):
             for name in (METRICS_FILE, CURVES_FILE, RUN_FILE):
                 storage.delete(self.uri(name))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from outputs import expected_masks
 from PIL import Image
 
 import samray
-from samray.config import Config
+from samray.config import Config, load_config
+from samray.pipeline import stage
 from samray.pipeline.stage import images_of, label_dataset
 
 
@@ -83,3 +85,13 @@ def test_an_image_column_that_is_not_there_is_told(local_ray: None, config: Call
     ds = ray.data.from_items([{"picture": standin.make_image(0)}])
     with pytest.raises(Exception, match=r"input\.image_column"):
         label_dataset(ds, config(), make_labeler=standin.make_labeler).take_all()
+
+
+def test_a_stage_on_cpus_holds_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "cluster_nodes", lambda: [{"CPU": 64.0, "GPU": 2.0}])
+    monkeypatch.setattr(stage.ray, "is_initialized", lambda: True)
+    for device, gpus in (("cpu", 0.0), ("cuda", 1.0)):
+        asked: dict[str, Any] = {}
+        ds: Any = SimpleNamespace(map_batches=lambda function, asked=asked, **options: asked.update(options))
+        samray.label_dataset(ds, load_config(None, None, [f"model.device={device}"]))
+        assert asked["num_gpus"] == gpus

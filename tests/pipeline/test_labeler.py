@@ -24,6 +24,7 @@ from samray.pipeline.labeler import MAX_CONSECUTIVE_OUT_OF_MEMORY, EncodedImage,
 from samray.pipeline.report import Labelled
 from samray.sam import checkpoints
 
+AcceleratorError: type[Exception] = getattr(torch, "AcceleratorError", RuntimeError)  # torch 2.6 has none yet
 Pixels = NDArray[np.uint8]
 Generate = Callable[[list[Pixels]], list[list[dict[str, Any]]]]
 
@@ -174,7 +175,7 @@ def test_out_of_memory_at_every_image_is_the_devices_fault() -> None:
         labeler.label([_image(i) for i in range(MAX_CONSECUTIVE_OUT_OF_MEMORY + 1)])
 
 
-@pytest.mark.parametrize("error", [torch.AcceleratorError("CUDA error: x"), RuntimeError("CUDA error: illegal access")])
+@pytest.mark.parametrize("error", [AcceleratorError("CUDA error: x"), RuntimeError("CUDA error: illegal access")])
 def test_a_fault_of_the_device_is_no_row(error: Exception) -> None:
     def generate(images: list[Pixels]) -> list[list[dict[str, Any]]]:
         raise error
@@ -293,7 +294,7 @@ def test_a_fault_that_shows_when_memory_is_given_back_is_the_devices(monkeypatch
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     def lost() -> None:
-        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        raise AcceleratorError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lost)
     with pytest.raises(DeviceFault, match="illegal memory access"):
@@ -304,14 +305,14 @@ def test_a_fault_that_shows_when_memory_is_given_back_is_the_devices(monkeypatch
     ("error", "is_memory", "is_fatal"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True, False),
-        (torch.AcceleratorError("CUDA error: out of memory"), True, False),
+        (AcceleratorError("CUDA error: out of memory"), True, False),
         (RuntimeError("Triton Error [CUDA]: out of memory"), True, False),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True, False),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True, False),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True, False),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"), True, False),
         (MemoryError(), True, False),
-        (torch.AcceleratorError("CUDA error: unspecified launch failure"), False, True),
+        (AcceleratorError("CUDA error: unspecified launch failure"), False, True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), False, True),
         (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), False, True),
         (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), False, True),

@@ -478,7 +478,9 @@ def test_a_web_server_that_fails_is_one_images_fault(tmp_path: Path, monkeypatch
         threading.Thread(target=server.serve_forever, daemon=True).start()
         web = f"http://127.0.0.1:{server.server_port}"
         (tmp_path / "x.txt").write_text(f"{web}/a.png\n{web}/fails.png\nhttp://127.0.0.1:9/nobody-listens.png\n")
-        assert fetched(listed(str(tmp_path / "x.txt"))) == [b"picture", "unreadable", "unreadable"]
+        rows = listed(str(tmp_path / "x.txt"))
+        assert fetched(rows) == [b"picture", "unreadable", "unreadable"]
+        assert "run the same command" not in str(fetch_images(rows, InputConfig())[1])  # that would skip the row
         server.shutdown()
 
 
@@ -496,16 +498,18 @@ def test_damage_to_a_row_group_is_that_of_its_images_alone(tmp_path: Path) -> No
 
 def test_signatures_are_no_part_of_a_name(tmp_path: Path) -> None:
     signed = "X-Amz-Credential=AKIA1&X-Amz-Signature=abc"
-    uris = [
-        f"https://h/a/1.jpg?{signed}",
-        f"https://h/a/b/2.JPEG?{signed}",
-        "https://h/a/show?id=3&key=abc",
-        "https://h/a/4.png",
-    ]
-    (tmp_path / "x.txt").write_text("\n".join(uris))
+    name_of = {
+        f"https://h/a/1.jpg?{signed}": "1.jpg",
+        f"https://h/a/b/2.JPEG?{signed}": "b/2.JPEG",
+        "https://h/a/show?id=3&key=abc": "show?id=3&key=***",
+        "https://h/a/get.jpg?id=1": "get.jpg?id=1",  # what tells it from the next one
+        "https://h/a/get.jpg?id=2": "get.jpg?id=2",
+        "https://h/a/4.png": "4.png",
+    }
+    (tmp_path / "x.txt").write_text("\n".join(name_of))
     found = listed(str(tmp_path / "x.txt"))
-    assert found["uri"].to_pylist() == uris
-    assert found["file_name"].to_pylist() == ["1.jpg", "b/2.JPEG", "show?id=3&key=***", "4.png"]
+    assert found["uri"].to_pylist() == list(name_of)
+    assert found["file_name"].to_pylist() == list(name_of.values())
 
 
 def test_more_text_than_pyarrow_takes_from_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

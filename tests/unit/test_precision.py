@@ -2,38 +2,82 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
-from samray.precision import auto_dtype, exact_convolutions, products_in_tf32
+from samray import precision
+from samray.precision import auto_dtype, exact_convolutions
 from samray.sam.sam import Sam
 from samray.sam.spec import MODELS
 
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+by_name = pytest.mark.skipif(
+    not hasattr(torch.backends.cudnn, "conv"), reason="NOT tested: this torch has no switch for convolutions alone"
+)
+
+
+@pytest.fixture
+def products_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the machine's environment says (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE)."""
+    monkeypatch.setattr(precision, "products_in_tf32", lambda: False)
+
+
+def convolutions() -> str:
+    return str(torch.backends.cudnn.conv.fp32_precision)
+
 
 def test_auto_is_bfloat16_where_a_gpu_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert auto_dtype(torch.device("cpu")) == torch.float32
+    assert auto_dtype(CPU) == torch.float32
     for capability, dtype in (((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        assert auto_dtype(torch.device("cuda")) == dtype
+        assert auto_dtype(CUDA) == dtype
 
 
-def test_convolutions_of_the_encoder_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+@by_name
+@pytest.mark.usefixtures("products_are_exact")
+@pytest.mark.parametrize("device", [CUDA, CPU])
+def test_convolutions_of_an_encoder_on_a_gpu_are_exact(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     sam, seen = Sam(MODELS["tiny"]).eval(), []
-    monkeypatch.setattr(
-        sam.image_encoder, "forward", lambda pixels: seen.append(torch.backends.cudnn.conv.fp32_precision) or pixels
-    )
-    before = torch.backends.cudnn.conv.fp32_precision
+    monkeypatch.setattr(Sam, "device", device)
+    monkeypatch.setattr(sam.image_encoder, "forward", lambda pixels: seen.append(convolutions()) or pixels)
+    before = convolutions()
     sam.encode_images(torch.zeros(1))
-    assert seen == ["ieee"]
-    assert torch.backends.cudnn.conv.fp32_precision == before != "ieee"
-    with pytest.raises(KeyError), exact_convolutions():
+    assert seen == ["ieee" if device == CUDA else before]
+    assert convolutions() == before != "ieee"
+    with pytest.raises(KeyError), exact_convolutions(CUDA):
         raise KeyError
-    assert torch.backends.cudnn.conv.fp32_precision == before
+    assert convolutions() == before
 
 
+@by_name
+@pytest.mark.usefixtures("products_are_exact")
+def test_of_several_threads_the_last_one_switches_back() -> None:
+    before, inside, first_is_out = convolutions(), threading.Barrier(2), threading.Event()
+    seen: list[str] = []
+
+    def second() -> None:
+        with exact_convolutions(CUDA):
+            inside.wait(30)
+            first_is_out.wait(30)
+            seen.append(convolutions())
+
+    thread = threading.Thread(target=second)
+    with exact_convolutions(CUDA):
+        thread.start()
+        inside.wait(30)
+    first_is_out.set()
+    thread.join()
+    assert seen == ["ieee"]
+    assert convolutions() == before
+
+
+@by_name
 @pytest.mark.parametrize(
     ("choice", "allowed"),
     [
@@ -53,12 +97,9 @@ import torch
 from samray.precision import exact_convolutions, products_in_tf32
 assert products_in_tf32() == {allowed}
 before = torch.backends.cudnn.conv.fp32_precision
-with exact_convolutions():
+with exact_convolutions(torch.device("cuda")):
     assert torch.backends.cudnn.conv.fp32_precision == (before if {allowed} else "ieee")
 assert torch.backends.cudnn.conv.fp32_precision == before
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_torch_by_itself_rounds_no_products() -> None:
-    assert not products_in_tf32()
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

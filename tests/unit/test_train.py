@@ -146,9 +146,11 @@ def test_a_claim_that_nothing_came_of_is_given_back(tmp_path: Path, monkeypatch:
     store = Store(str(tmp_path))
     assert store.claim(settings_of().identity(), {})
     assert not store.claim(settings_of().identity(), {})
-    storage.put(store.uri("position.json"), b'{"step": 3, "elapsed_s": 1.0}')
-    store.give_back()
-    assert (tmp_path / "train.json").exists(), "something came of it"
+    for lines in ([{"kind": "validation", "step": 0}, {"kind": "train", "step": 1}], []):
+        store.write_metrics(lines)
+        storage.put(store.uri("weights.safetensors"), b"of a run that failed as it was saved")
+        store.give_back()
+        assert (tmp_path / "train.json").exists(), "something came of it"
 
 
 def test_a_run_can_begin_with_weights(tmp_path: Path):
@@ -269,6 +271,10 @@ def test_another_config_is_refused_with_the_difference(tmp_path: Path):
     store.claim(settings_of().identity(), {})
     store.claim(settings_of("cluster.num_workers=2", "train.save_every_minutes=1").identity(), {})
     store.claim(settings_of("data.image_root=[s3://old,/new]", "data.cache=/elsewhere").identity(), {})
+    held = json.loads((tmp_path / "train.json").read_text())
+    held["identity"]["data"]["image_root"] = None  # as the first trainers wrote it
+    (tmp_path / "train.json").write_text(json.dumps(held))
+    store.claim(settings_of().identity(), {})
     with pytest.raises(ConfigError, match=r"train.seed: 0 there, 1 now[^$]*give another OUTPUT"):
         store.claim(settings_of("train.seed=1").identity(), {})
     (tmp_path / "train.json").write_text("[]")

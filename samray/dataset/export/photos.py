@@ -31,7 +31,7 @@ class Photo(NamedTuple):
 def photos_of(
     job: Job, piece: Piece, images: Iterable[LabelledImage], done: Done
 ) -> Iterator[tuple[LabelledImage, Photo | None]]:
-    """The images, each with its bytes where --with-images asks for them and they are still those that were labelled.
+    """The images, each with its bytes where --with-images asks for them and their size is still as it was labelled.
 
     Raises: StorageError where the storage as a whole fails.
     """
