@@ -147,8 +147,8 @@ def finish_shards(output: str, left: int, failed: float) -> int:
     record = ImageRecord(image_id=1, width=8, height=8, file_name="sa_1.jpg", uri="s3://photos/sa_1.jpg")
     table = records_to_table([record], plan.run)
     made: dict[int, bytes] = {}
-    number = max(0, plan.num_shards - left)
-    numbers = np.random.default_rng(0).binomial(plan.generations[0].images_per_shard, failed, number)
+    num_done = max(0, plan.num_shards - left)
+    numbers = np.random.default_rng(0).binomial(plan.generations[0].images_per_shard, failed, num_done)
     for shard, number in enumerate(numbers.tolist()):
         if number not in made:
             summary = ShardSummary(shard, 64, 0, failures={"truncated": number} if number else {})

@@ -12,7 +12,7 @@ import torch
 def auto_dtype(device: torch.device) -> torch.dtype:
     """The dtype that `auto` stands for: bfloat16 on a GPU that computes in it, float32 elsewhere.
 
-    Before compute capability 8.0 torch emulates bfloat16, which is slower than float32.
+    Before compute capability 8.0 torch only emulates bfloat16.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return torch.bfloat16

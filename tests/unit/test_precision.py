@@ -18,7 +18,8 @@ from samray.sam.spec import MODELS
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 by_name = pytest.mark.skipif(
-    not hasattr(torch.backends.cudnn, "conv"), reason="NOT tested: this torch has no switch for convolutions alone"
+    not hasattr(torch.backends.cudnn, "conv"),
+    reason="exact convolutions are NOT tested, for this torch has no switch of theirs: pip install 'torch>=2.9'",
 )
 
 
