@@ -38,10 +38,17 @@ def _version(package: str) -> str | None:
         return None
 
 
-def refuse_differences(output: str, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises: ConfigError with each setting that differs."""
-    there, asked = _flat(held), _flat(wanted)
+def refuse_differences(
+    output: str, held: Mapping[str, Any], wanted: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
+    """Raise ConfigError with each setting that differs.
+
+    defaults: the identity of default settings. A setting that only one side has counts as its default on the other,
+    so that an OUTPUT begun before the setting existed can be resumed.
+    """
+    there, asked, default = _flat(held), _flat(wanted), _flat(plain(defaults))
     missing = "not set"
+    there, asked = default | there, default | asked
     differences = [
         f"  {key}: {there.get(key, missing)} there, {asked.get(key, missing)} now"
         for key in sorted(there.keys() | asked.keys())

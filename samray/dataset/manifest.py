@@ -13,12 +13,13 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from samray import storage
+from samray.config import Config
 from samray.dataset.generations import (
     FOLDER,
     MANIFEST_SCHEMA,
@@ -37,9 +38,6 @@ from samray.dataset.identity import plain, refuse_differences, versions
 from samray.dataset.inputs import list_images
 from samray.dataset.shards import done_shards
 from samray.errors import ConfigError, NotFoundError, StorageError
-
-if TYPE_CHECKING:
-    from samray.config import Config
 
 RUN: Final = "run.json"
 
@@ -197,7 +195,7 @@ def write_plan(output_uri: str, images: pa.Table, images_per_shard: int, run: Ma
     if not create_generation(output, first, table):
         held = read_generation(output, 0)
         if held != first:
-            refuse_differences(output, held.identity if held else {}, first.identity)
+            refuse_differences(output, held.identity if held else {}, first.identity, {})
             raise ConfigError(
                 f"{storage.redact(output)} holds a plan of other images; give another folder, or empty it"
             )
@@ -238,7 +236,7 @@ def _write_plan(
         held = own if create_generation(output, own, table) else read_generation(output, 0)
         if held is None:
             raise StorageError(f"{storage.redact(manifest_uri(output, 0))} was removed while it was being used")
-    refuse_differences(output, held.identity, wanted)
+    refuse_differences(output, held.identity, wanted, Config().identity())
     run = {"identity": wanted, "input": wanted["input_uri"], "config": config.model_dump(mode="json")}
     return _create_run(output, held, run)
 
@@ -267,4 +265,4 @@ def _refuse_other_run(plan: Plan, wanted: dict[str, Any], joining: bool) -> None
     if joining or plan.run.get("compacted_from"):
         # A new generation is cut as this run says; a compacted one was cut for its readers.
         held["output"] = wanted["output"]
-    refuse_differences(plan.output, held, wanted)
+    refuse_differences(plan.output, held, wanted, Config().identity())

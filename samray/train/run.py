@@ -64,7 +64,8 @@ def train(
     mixture = open_data(uris, settings)
     store = Store(str(output))
     num_images = [(uri, part.num_images) for uri, part in zip(uris, mixture.parts, strict=True)]
-    is_new = store.claim(full_identity(settings, spec.name, num_images), settings.model_dump(mode="json"))
+    identity = full_identity(settings, spec.name, num_images)
+    is_new = store.claim(identity, settings.model_dump(mode="json"), TrainSettings().identity())
     stopped_by = None
     if store.read_position().progress(settings.train) < 1:
         try:

@@ -72,9 +72,12 @@ class Store:
 
     # --- the run -----------------------------------------------------------------------------------------------------
 
-    def claim(self, identity: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    def claim(
+        self, identity: Mapping[str, Any], settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+    ) -> bool:
         """Write train.json, or find the same identity there. Returns whether it was written.
 
+        defaults: the identity of default settings, for those that a run begun earlier did not know.
         Raises: ConfigError where it is another, StorageError.
         """
         wanted = plain(identity)
@@ -89,7 +92,7 @@ class Store:
             is_new = storage.put_new(self.uri(RUN_FILE), json.dumps(full, indent=2, sort_keys=True).encode() + b"\n")
             run = self.read_run() or full
         run["identity"].get("data", {}).pop("image_root", None)  # stood there once
-        refuse_differences(self.output, run["identity"], wanted)
+        refuse_differences(self.output, run["identity"], wanted, defaults or {})
         return is_new
 
     def give_back(self) -> None:

@@ -74,6 +74,23 @@ def test_another_run_is_refused_with_the_differences(storage_root: str) -> None:
     assert "give another OUTPUT" in lines[-1]
 
 
+@pytest.mark.parametrize("section", ["input", "masks"])
+def test_a_setting_that_is_new_counts_as_its_default(section: str, tmp_path: Path) -> None:
+    """An OUTPUT begun before a setting existed resumes, unless the setting is used."""
+    source, output, config = make_input(str(tmp_path), 5), str(tmp_path / "out"), config_of()
+    older, key = config.identity(), {"input": "max_pixels", "masks": "min_mask_area"}[section]
+    del older[section][key]
+    make_plan(source, output, config, older)
+    assert make_plan(source, output, config.model_copy(), Config().identity() | older).num_images == 5
+    used = {**older, section: {**older[section], key: 7}}
+    with pytest.raises(ConfigError, match=rf"{section}\.{key}: \d+ there, 7 now"):
+        make_plan(source, output, config, used)
+    # The other way round: an output of a newer samray, whose settings this one does not know at other values, is not.
+    newer = {**older, section: {**older[section], "of_tomorrow": 1}}
+    with pytest.raises(ConfigError, match="of_tomorrow: not set there, 1 now"):
+        make_plan(source, output, config, newer)
+
+
 class DriverDied(BaseException):
     """Stands for kill -9: nothing of ours catches it."""
 
