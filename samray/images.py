@@ -24,6 +24,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import pillow_heif
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from samray.errors import ImageError
@@ -33,11 +34,13 @@ RGBArray = npt.NDArray[np.uint8]
 # Only pure decoders of pixel formats: others of Pillow's plugins start programs (EPS) or fetch other files.
 # (Multi-picture JPEGs come through JPEG.) Builds of Pillow may lack some.
 Image.init()
+pillow_heif.register_heif_opener()
 FORMATS: Final = tuple(
     name
-    for name in ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
+    for name in ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "HEIF", "ICO", "PSD")
     if name in Image.OPEN
 )
+_MULTI_PICTURE_JPEG: Final = ".mpo"
 
 _MAGIC: Final = (
     (b"\xff\xd8\xff", "JPEG"),
@@ -50,13 +53,13 @@ _MAGIC: Final = (
     (b"MM\0+", "TIFF"),
     (b"RIFF", "WebP"),
     (b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (b"\0\0\x01\0", "Windows icon"),
+    (b"8BPS", "Photoshop file"),
 )
 _UNSUPPORTED: Final = (
     (b"%PDF", "PDF document"),
     (b"%!PS", "PostScript file"),
-    (b"8BPS", "Photoshop file"),
     (b"<svg", "SVG drawing"),
-    (b"\0\0\x01\0", "Windows icon"),
     (b"FUJIFILMCCD-RAW", "raw camera file"),
 )
 _HEIF_BRANDS: Final = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
@@ -86,6 +89,12 @@ _EXIF_ORIENTATION: Final = 0x0112
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
+def image_extensions() -> tuple[str, ...]:
+    """File name endings, lower case with the dot, of the formats that `decode_image` reads; sorted."""
+    known = Image.registered_extensions()
+    return tuple(sorted({_MULTI_PICTURE_JPEG, *(ending for ending, name in known.items() if name in FORMATS)}))
 
 
 def decode_image(data: bytes | bytearray | memoryview, max_pixels: int) -> RGBArray:
@@ -144,8 +153,6 @@ def _unidentified(data: bytes) -> ImageError:
     for magic, name in _UNSUPPORTED:
         if data[:64].lstrip().startswith(magic):
             return ImageError("unsupported", f"this is a {name}; convert it to JPEG or PNG")
-    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
-        return ImageError("unsupported", "this is a HEIC photograph; convert it to JPEG or PNG")
     kind = _kind(data)
     if kind is None:
         return ImageError("not_an_image", f"no image format starts with {data[:16]!r}")
@@ -166,6 +173,8 @@ def _decode_error(data: bytes, error: Exception) -> ImageError:
 def _kind(data: bytes) -> str | None:
     if data[4:12] in (b"ftypavif", b"ftypavis"):
         return "AVIF"
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+        return "HEIF"
     return next((name for magic, name in _MAGIC if data.startswith(magic)), None)
 
 
@@ -182,7 +191,7 @@ def _is_cut(data: bytes) -> bool:
         return len(data) < 8 or len(data) < 8 + int.from_bytes(data[4:8], "little")
     if kind == "BMP":
         return len(data) < int.from_bytes(data[2:6], "little")
-    if kind == "AVIF":
+    if kind in ("AVIF", "HEIF"):
         return _ends_inside_box(data)
     return False
 
