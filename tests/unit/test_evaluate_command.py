@@ -141,7 +141,7 @@ def test_points_from_the_command_line(bsds: str, tmp_path: Path, capsys: pytest.
     said = " ".join(capsys.readouterr().out.split())
     assert f"mean IoU {figures['miou']:.4f} of the mask that the model scores best" in said
     assert "regions 3 of at least 500 pixels, a click each" in said
-    assert "failed images 1: 1 not_an_image (no image format starts with b'no image')" in said
+    assert "failed images 1: 1 not_an_image (this is text" in said
     assert Image.open(sheet).format == "PNG"
 
 

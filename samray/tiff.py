@@ -1,0 +1,203 @@
+"""What the directories of a TIFF say about its pictures, read without decoding any.
+
+A TIFF is a chain of directories (IFDs), each with the tags of one picture; a directory may own more of them (SubIFDs).
+Raw camera files are TIFFs whose first picture is a thumbnail, and some scanners put a thumbnail first, too.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+MAX_DIRECTORIES: Final = 64
+"""Directories looked at, at most: a file may chain as many as it likes, or chain them in a circle."""
+
+_MAX_VALUES: Final = 1024
+"""Values read of one tag, at most."""
+
+_NEW_SUBFILE_TYPE: Final = 254
+_OLD_SUBFILE_TYPE: Final = 255
+_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
+_SAMPLES: Final = 277
+_STRIP_OFFSETS, _STRIP_SIZES, _TILE_OFFSETS, _TILE_SIZES = 273, 279, 324, 325
+_SUB_IFDS: Final = 330
+_SAMPLE_FORMAT: Final = 339
+_DNG_VERSION: Final = 50706
+
+_SIZES: Final = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
+"""Tag types that are unsigned integers."""
+
+_RAW_PHOTOMETRIC: Final = (32803, 34892)
+"""Colour filter array and LinearRaw: sensor values, which are not a picture before they are developed."""
+
+_RAW_COMPRESSION: Final = (32767, 32769, 32770, 34713, 65000, 65535)
+"""Of Sony, Epson, Samsung, Nikon, Kodak and Pentax."""
+
+_SAMPLE_FORMATS: Final = {
+    1: "unsigned integers",
+    2: "signed integers",
+    3: "floats",
+    5: "complex integers",
+    6: "complex",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """The tags of one picture that are unsigned integers: tag -> values."""
+
+    offset: int
+    next: int
+    tags: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def value(self, tag: int, default: int = 0) -> int:
+        values = self.tags.get(tag)
+        return values[0] if values else default
+
+    @property
+    def num_pixels(self) -> int:
+        return self.value(_WIDTH) * self.value(_HEIGHT)
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether it says of itself that it is a thumbnail or a mask of another picture."""
+        return bool(self.value(_NEW_SUBFILE_TYPE) & 0b101) or self.value(_OLD_SUBFILE_TYPE) == 2
+
+    @property
+    def is_raw(self) -> bool:
+        return (
+            _DNG_VERSION in self.tags
+            or self.value(_PHOTOMETRIC) in _RAW_PHOTOMETRIC
+            or self.value(_COMPRESSION) in _RAW_COMPRESSION
+        )
+
+    @property
+    def is_white_is_zero(self) -> bool:
+        return self.tags.get(_PHOTOMETRIC) == (0,)
+
+    @property
+    def sample_format(self) -> int:
+        """1: unsigned integers, 2: signed integers, 3: floats."""
+        return self.value(_SAMPLE_FORMAT, 1)
+
+    @property
+    def bits(self) -> int:
+        return self.value(_BITS, 1)
+
+    def describe(self) -> str:
+        """The layout of its samples in words."""
+        samples = self.value(_SAMPLES, 1)
+        kind = _SAMPLE_FORMATS.get(self.sample_format, "samples of an unknown kind")
+        return (
+            f"{samples} value{'s' * (samples != 1)} per pixel, {self.bits}-bit {kind},"
+            f" compression {self.value(_COMPRESSION, 1)}"
+        )
+
+
+def is_tiff(data: bytes) -> bool:
+    return data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def directories(data: bytes) -> list[Directory]:
+    """The directories of a TIFF with their SubIFDs, in file order; those after a damaged one are left out."""
+    found: list[Directory] = []
+    todo, seen = [_first_offset(data)], {0}
+    while todo and len(found) < MAX_DIRECTORIES:
+        offset = todo.pop(0)
+        if offset in seen:
+            continue
+        seen.add(offset)
+        directory = _read(data, offset)
+        if directory is None:
+            continue
+        found.append(directory)
+        todo = [*directory.tags.get(_SUB_IFDS, ())[:MAX_DIRECTORIES], directory.next, *todo]
+    return found
+
+
+def is_raw_photo(data: bytes, found: list[Directory]) -> bool:
+    """Whether this is a raw camera file: DNG, NEF, CR2, ARW and their like."""
+    is_cr2 = data[8:11] == b"CR\x02" and _first_offset(data) == 16
+    return is_cr2 or any(directory.is_raw for directory in found)
+
+
+def main_picture(found: list[Directory]) -> Directory | None:
+    """The first directory or, if that is a thumbnail, the largest that is none."""
+    if not found or not found[0].is_reduced:
+        return found[0] if found else None
+    full = [directory for directory in found if not directory.is_reduced and directory.num_pixels]
+    return max(full, key=lambda directory: directory.num_pixels, default=found[0])
+
+
+def starting_at(data: bytes, directory: Directory) -> bytes:
+    """The TIFF with this directory as its first."""
+    order, is_big = _layout(data)
+    if is_big:
+        return data[:8] + struct.pack(order + "Q", directory.offset) + data[16:]
+    return data[:4] + struct.pack(order + "I", directory.offset) + data[8:]
+
+
+def is_cut(data: bytes) -> bool:
+    """Whether the first picture's directory or pixels would be after the end of the file."""
+    offset = _first_offset(data)
+    first = _read(data, offset)
+    if first is None:
+        return offset == 0 or offset + 2 > len(data) or _ends_inside(data, offset)
+    for offsets, sizes in ((_STRIP_OFFSETS, _STRIP_SIZES), (_TILE_OFFSETS, _TILE_SIZES)):
+        pairs = zip(first.tags.get(offsets, ()), first.tags.get(sizes, ()), strict=False)
+        if any(start + size > len(data) for start, size in pairs):
+            return True
+    return False
+
+
+def _layout(data: bytes) -> tuple[str, bool]:
+    """The byte order as struct writes it, and whether offsets have 64 bits."""
+    return "<" if data[:2] == b"II" else ">", data[2:4] in (b"+\0", b"\0+")
+
+
+def _first_offset(data: bytes) -> int:
+    order, is_big = _layout(data)
+    place, kind = (8, "Q") if is_big else (4, "I")
+    return int(_unpack(data, place, order + kind, (0,))[0])
+
+
+def _unpack(data: bytes, place: int, layout: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    if place + struct.calcsize(layout) > len(data):
+        return default
+    return struct.unpack_from(layout, data, place)
+
+
+def _ends_inside(data: bytes, offset: int) -> bool:
+    order, is_big = _layout(data)
+    head, entry = ("Q", 20) if is_big else ("H", 12)
+    (number,) = _unpack(data, offset, order + head, (0,))
+    return offset + struct.calcsize(order + head) + number * entry > len(data)
+
+
+def _read(data: bytes, offset: int) -> Directory | None:
+    """The directory at offset; None if it does not lie within the file."""
+    order, is_big = _layout(data)
+    head = order + ("Q" if is_big else "H")
+    (number,) = _unpack(data, offset, head, (0,))
+    if not 0 < number <= 65535 or _ends_inside(data, offset):
+        return None
+    entries_at = offset + struct.calcsize(head)
+    tags = dict(_entries(data, entries_at, number, order, is_big))
+    end = entries_at + number * (20 if is_big else 12)
+    return Directory(offset, _unpack(data, end, order + ("Q" if is_big else "I"), (0,))[0], tags)
+
+
+def _entries(data: bytes, place: int, number: int, order: str, is_big: bool) -> Iterator[tuple[int, tuple[int, ...]]]:
+    entry, inline = ("HHQ", 8) if is_big else ("HHI", 4)
+    step = struct.calcsize(order + entry) + inline
+    for at in range(place, place + number * step, step):
+        tag, kind, count = struct.unpack_from(order + entry, data, at)
+        if kind not in _SIZES or not count:
+            continue
+        values = order + str(min(count, _MAX_VALUES)) + _SIZES[kind]
+        value_at = at + step - inline
+        if count * struct.calcsize(order + _SIZES[kind]) > inline:
+            (value_at,) = struct.unpack_from(order + ("Q" if is_big else "I"), data, value_at)
+        yield tag, _unpack(data, value_at, values, ())
