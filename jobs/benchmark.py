@@ -229,9 +229,10 @@ def _busy_once_running(output: str) -> float | None:
 
 def extract(parquet: Path, folder: Path, limit: int | None) -> dict[str, Any]:
     """Write the photographs of a Parquet file with the columns file_name and jpeg as files."""
-    import pyarrow.parquet as pq
+    from samray.dataset.tables import read_parquet
 
-    table = pq.read_table(parquet, columns=["file_name", "jpeg"]).slice(0, limit)
+    with open(parquet, "rb") as stream:
+        table = read_parquet(stream, ["file_name", "jpeg"]).slice(0, limit)
     folder.mkdir(parents=True, exist_ok=True)
     for row in table.to_pylist():
         (folder / Path(row["file_name"]).with_suffix(".jpg").name).write_bytes(row["jpeg"])

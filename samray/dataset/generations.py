@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from samray import storage
 from samray.dataset.rows import INPUT_SCHEMA, take
 from samray.dataset.schema import MAX_IMAGE_ID
+from samray.dataset.tables import open_parquet
 from samray.errors import ConfigError, NotFoundError, StorageError
 
 FOLDER: Final = "_samray"
@@ -229,10 +230,22 @@ def _conform(table: pa.Table) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=MANIFEST_SCHEMA)
 
 
+def check_manifest(schema: pa.Schema) -> None:
+    """Check that a file has the columns of a manifest; samray 0.1 had no etag. Raises: ValueError."""
+    for column in MANIFEST_SCHEMA:
+        if column.name != "etag" and schema.get_field_index(column.name) < 0:
+            raise ValueError(f"it has no column {column.name!r}, or several")
+        if column.name in schema.names and schema.field(column.name).type != column.type:
+            kind = schema.field(column.name).type
+            raise ValueError(f"the column {column.name!r} is of type {kind}, expected {column.type}")
+
+
 def _with_manifest(output: str, number: int, call: Callable[[pq.ParquetFile], T]) -> T:
     uri = manifest_uri(output, number)
     try:
         with storage.open_read(uri) as stream:
-            return call(pq.ParquetFile(stream))
+            file = open_parquet(stream)
+            check_manifest(file.schema_arrow)
+            return call(file)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise StorageError(f"{storage.redact(uri)} is damaged: {error}; give another OUTPUT") from error

@@ -15,10 +15,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from samray import storage
-from samray.dataset.generations import manifest_uri
+from samray.dataset.generations import check_manifest, manifest_uri
 from samray.dataset.manifest import Plan, load_plan
 from samray.dataset.rows import take
+from samray.dataset.schema import check_columns
 from samray.dataset.shards import FOLDER, damage_is_told, shard_name, shard_number, shard_uri
+from samray.dataset.tables import footer_bytes, open_parquet, parse_footer
 from samray.errors import ConfigError, NotFoundError, StorageError
 
 log = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ def read_image(output: str, image_id: int) -> dict[str, Any]:
     for shard, is_planned in _shards_of(plan, image_id):
         uri = shard_uri(plan.output, shard)
         try:
-            row = _find(uri, image_id)
+            row = _find(plan.output, shard, image_id)
         except NotFoundError as error:
             raise ConfigError(
                 f"image {image_id} of {where} is not labelled yet: {shard_name(shard)} is missing; finish the run first"
@@ -55,10 +57,11 @@ def read_image(output: str, image_id: int) -> dict[str, Any]:
     raise ConfigError(f"{where} has no image with the image_id {image_id}, among {plan.num_images}")
 
 
-def _find(uri: str, image_id: int) -> dict[str, Any] | None:
+def _find(output: str, shard: int, image_id: int) -> dict[str, Any] | None:
     """The row of an image in a shard; None where it is not there. Raises: NotFoundError, StorageError."""
+    uri = shard_uri(output, shard)
     size = storage.file_size(uri)
-    footer = read_footer(uri, size)
+    footer = read_shard_footer(output, shard, size)
     groups = _groups_with(footer, "image.image_id", image_id)
     for group in groups:
         if len(groups) > 1 and _row_of(read_row_group(uri, size, footer, group, ["image.image_id"]), image_id) < 0:
@@ -76,6 +79,8 @@ def _shards_of(plan: Plan, image_id: int) -> Iterator[tuple[int, bool]]:
         uri = manifest_uri(plan.output, generation.number)
         size = storage.file_size(uri)
         footer = read_footer(uri, size)
+        with damage_is_told(uri):
+            check_manifest(footer.schema.to_arrow_schema())
         shards = statistics(footer, "shard")
         for group in _groups_with(footer, "image_id", image_id):
             held = shards[group]
@@ -118,11 +123,20 @@ def read_footer(uri: str, size: int | None) -> pq.FileMetaData:
     """
     start = 0 if size is None else max(0, size - _FIRST_READ_BYTES)
     tail = storage.read_bytes(uri) if size is None else storage.read_bytes(uri, start, size - start)
-    length = int.from_bytes(tail[-8:-4], "little") + 8
+    length = footer_bytes(tail)
     if size is not None and len(tail) < length <= size:
         tail = storage.read_bytes(uri, size - length, length - len(tail)) + tail
     with damage_is_told(uri):
-        return pq.read_metadata(pa.BufferReader(tail))
+        return parse_footer(tail)
+
+
+def read_shard_footer(output: str, shard: int, size: int | None) -> pq.FileMetaData:
+    """The footer of a shard, as `read_footer` reads it. Raises: NotFoundError, StorageError, also for other columns."""
+    uri = shard_uri(output, shard)
+    footer = read_footer(uri, size)
+    with damage_is_told(uri):
+        check_columns(footer.schema.to_arrow_schema())
+    return footer
 
 
 def read_row_group(
@@ -131,7 +145,7 @@ def read_row_group(
     """One row group, in one chunk: one request, or a few where `columns` leave gaps. Raises: StorageError."""
     with damage_is_told(uri), storage.open_read(uri, size=size, buffered=False) as stream:
         # Buffered ahead, the columns that lie side by side are fetched as one range.
-        file = pq.ParquetFile(stream, metadata=footer, pre_buffer=True)
+        file = open_parquet(stream, footer)
         return file.read_row_group(group, columns=columns, use_threads=False).combine_chunks()
 
 
@@ -175,7 +189,7 @@ def index_images(plan: Plan, *, keep_empty: bool = True) -> ImageIndex:
 
 def _wanted_rows(plan: Plan, shard: int, size: int, keep_empty: bool) -> npt.NDArray[np.int32]:
     uri = shard_uri(plan.output, shard)
-    footer = read_footer(uri, size)
+    footer = read_shard_footer(plan.output, shard, size)
     if footer.num_rows != plan.num_images_of(shard):
         raise StorageError(
             f"{storage.redact(uri)} has {footer.num_rows} rows, planned are {plan.num_images_of(shard)}; "

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from samray import storage
 from samray.config import InputConfig
 from samray.dataset.inputs import fetch_images
-from samray.dataset.lookup import index_containers, index_images, read_footer, read_row_group, read_uris
+from samray.dataset.lookup import index_containers, index_images, read_row_group, read_shard_footer, read_uris
 from samray.dataset.manifest import Plan, load_plan
 from samray.dataset.rows import INPUT_SCHEMA
 from samray.dataset.shards import shard_uri
@@ -153,7 +153,7 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
 
     def _read_footer(self, shard: int) -> tuple[pq.FileMetaData, npt.NDArray[np.int64]]:
         """A shard's footer, and the first row of each of its row groups."""
-        footer = read_footer(shard_uri(self.output, shard), int(self._index.sizes[shard]))
+        footer = read_shard_footer(self.output, shard, int(self._index.sizes[shard]))
         num_rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
         return footer, np.cumsum([0, *num_rows[:-1]])
 

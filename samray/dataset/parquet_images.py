@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from samray import storage
 from samray.dataset.rows import input_rows
+from samray.dataset.tables import open_parquet
 from samray.dataset.uri_lists import rows_of_uris
 from samray.errors import ConfigError, FileError, ImageError, NotFoundError
 
@@ -48,7 +49,7 @@ def list_parquet(uri: str, prefix: str, config: InputConfig, etag: str | None) -
     where = storage.redact(uri)
     with storage.open_read(uri) as stream:
         try:
-            file = pq.ParquetFile(stream)
+            file = open_parquet(stream)
             schema = file.schema_arrow
             column = image_column(schema, config)
             if column is None:
@@ -93,7 +94,7 @@ def fetch_rows(container: str, rows: list[int], config: InputConfig, fetch_file:
     """Image bytes at these rows of a Parquet file; only the row groups that hold them are read, one at a time."""
     try:
         with storage.open_read(container) as stream:
-            file = pq.ParquetFile(stream)
+            file = open_parquet(stream)
             column = image_column(file.schema_arrow, config)
             if column is None:
                 error = ImageError("missing", f"{storage.redact(container)} no longer holds a column of images")

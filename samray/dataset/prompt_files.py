@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from samray import storage
 from samray.dataset.rows import places_of
+from samray.dataset.tables import read_parquet
 from samray.errors import ConfigError, NotFoundError
 from samray.prompts import Prompt
 
@@ -146,7 +146,7 @@ def _values(uri: str, data: bytes) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     yield f"line {number}", json.loads(line)
         elif kind == "parquet":
-            table = pq.read_table(pa.BufferReader(data))
+            table = read_parquet(data)
             table = table.select([name for name in _COLUMNS if name in table.schema.names])
             yield from ((f"row {number}", values) for number, values in enumerate(table.to_pylist()))
         else:

@@ -80,6 +80,31 @@ def schema_of(run: Mapping[str, Any]) -> pa.Schema:
     return CORRECTED_SCHEMA if "corrects" in run.get("identity", {}) else SCHEMA
 
 
+def check_columns(schema: pa.Schema) -> None:
+    """Check that a file has the columns of a shard, so that its readers may take their types for granted.
+
+    Strings and lists may be of any width: other writers make them so. Raises: ValueError that names the first column
+    that is missing or of another type.
+    """
+    for column in SCHEMA:
+        if schema.get_field_index(column.name) < 0:
+            raise ValueError(f"it has no column {column.name!r}, or several; samray's shards have {SCHEMA.names}")
+        _check_type(column.name, schema.field(column.name).type, column.type)
+
+
+def _check_type(name: str, kind: pa.DataType, wanted: pa.DataType) -> None:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if pa.types.is_list(wanted) and is_list:
+        _check_type(f"{name}.element", kind.value_type, wanted.value_type)
+    elif pa.types.is_struct(wanted) and pa.types.is_struct(kind):
+        for part in wanted:
+            if kind.get_field_index(part.name) < 0:
+                raise ValueError(f"the column {name!r} has no field {part.name!r}")
+            _check_type(f"{name}.{part.name}", kind.field(part.name).type, part.type)
+    elif not (kind == wanted or (pa.types.is_string(wanted) and pa.types.is_large_string(kind))):
+        raise ValueError(f"the column {name!r} is of type {kind}, expected {wanted}")
+
+
 def records_to_table(records: Iterable[ImageRecord], run: Mapping[str, Any]) -> pa.Table:
     """The records as a table with the explicit schema and the metadata of the run (`Plan.run`).
 

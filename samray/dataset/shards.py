@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from samray import storage
-from samray.dataset.schema import CORRECTED_SCHEMA, SCHEMA, samray_metadata, with_stats
+from samray.dataset.schema import CORRECTED_SCHEMA, SCHEMA, check_columns, samray_metadata, with_stats
+from samray.dataset.tables import open_parquet
 from samray.errors import StorageError
 
 FOLDER: Final = "annotations"
@@ -123,7 +124,7 @@ def read_shard(output: str, shard: int, columns: list[str] | None = None) -> pa.
     uri = shard_uri(output, shard)
     data = storage.read_bytes(uri)
     with damage_is_told(uri):
-        return pq.ParquetFile(pa.BufferReader(data)).read(columns=columns)
+        return _checked(open_parquet(data)).read(columns=columns)
 
 
 @contextmanager
@@ -131,7 +132,12 @@ def open_shard(output: str, shard: int) -> Iterator[pq.ParquetFile]:
     """A shard, read by ranges. Raises: NotFoundError where it is not there, StorageError, also as it is read."""
     uri = shard_uri(output, shard)
     with damage_is_told(uri), storage.open_read(uri) as stream:
-        yield pq.ParquetFile(stream)
+        yield _checked(open_parquet(stream))
+
+
+def _checked(file: pq.ParquetFile) -> pq.ParquetFile:
+    check_columns(file.schema_arrow)
+    return file
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pycocotools import mask as coco_mask
 
 from samray import storage
@@ -29,6 +28,7 @@ from samray.dataset.mask_dataset import input_config_of
 from samray.dataset.rows import INPUT_SCHEMA
 from samray.dataset.runs import runs_of_image
 from samray.dataset.shards import FOLDER, damage_is_told, shard_number
+from samray.dataset.tables import open_parquet
 from samray.errors import IMAGE_ERROR_REASONS, ConfigError, ImageError, NotFoundError, StorageError
 from samray.images import RGBArray, decode_image
 
@@ -63,6 +63,8 @@ _WANTED: Final[dict[str, dict[str, Callable[[pa.DataType], bool]]]] = {
     },
 }
 """Layout -> the fields it is known by, lists looked through, and of which type they are."""
+
+_TEXT_IF_THERE: Final = ("status", "error")
 
 _COLUMNS: Final = {
     "sa1b": ["image", "annotations", "uri", "status", "error"],
@@ -269,13 +271,15 @@ def _open_file(uri: str, shard: int | None, plan: Plan | None) -> _File:
     where = storage.redact(uri)
     try:
         with storage.open_read(uri) as stream:
-            file = pq.ParquetFile(stream)
+            file = open_parquet(stream)
             schema, num_rows = file.schema_arrow, file.metadata.num_rows
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ConfigError(f"DATA {where} is no Parquet file that can be read: {error}") from error
     leaves = dict(leaf for field in schema for leaf in _leaves(field.name, field.type))
     for layout, wanted in _WANTED.items():
-        if all(name in leaves and is_right(leaves[name]) for name, is_right in wanted.items()):
+        if all(name in leaves and is_right(leaves[name]) for name, is_right in wanted.items()) and all(
+            name not in leaves or _is_text(leaves[name]) for name in _TEXT_IF_THERE
+        ):
             if plan and (shard is None or shard >= plan.num_shards or plan.num_images_of(shard) != num_rows):
                 plan = None  # no longer what was planned: its URIs must do
             return _File(uri, layout, num_rows, shard, plan)
@@ -299,7 +303,7 @@ def _rows(file: _File) -> Iterator[dict[str, Any]]:
     """The rows of a file, read as they are asked for. Raises: StorageError."""
     with storage.open_read(file.uri) as stream:
         with damage_is_told(file.uri):
-            parquet = pq.ParquetFile(stream)
+            parquet = open_parquet(stream)
             columns = [name for name in _COLUMNS[file.layout] if name in parquet.schema_arrow.names]
             batches = parquet.iter_batches(_ROWS_AT_ONCE, columns=columns, use_threads=False)
         while True:

@@ -14,6 +14,7 @@ import ray
 
 from samray.dataset.inputs import fetch_images
 from samray.dataset.schema import records_to_table
+from samray.dataset.tables import to_stream
 from samray.errors import ImageError, SamrayError
 from samray.pipeline.attempts import ShardAttempts
 from samray.pipeline.faults import DeviceFault
@@ -105,7 +106,7 @@ class LabelActor:
                 "retry": retry,
                 "attempt": attempts.number,
                 "places": places,
-                "rows": _to_stream(records_to_table(done.records, self.plan.run)),
+                "rows": to_stream(records_to_table(done.records, self.plan.run)),
                 "summary": ShardSummary.of(shard, done).to_json(),
             }
         )
@@ -152,11 +153,3 @@ class LabelActor:
 
     def _row(self, values: dict[str, Any]) -> pa.Table:
         return pa.Table.from_pylist([values], schema=LABELLED)
-
-
-def _to_stream(table: pa.Table) -> bytes:
-    """The table as an Arrow stream."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue())

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from samray import storage
 from samray.dataset.generations import FOLDER
 from samray.dataset.shards import SUCCESS, read_metadata, read_shard
+from samray.dataset.tables import read_parquet
 from samray.errors import NotFoundError, StorageError
 from samray.pipeline.report import reason_of
 
@@ -49,7 +50,7 @@ class FailureCounts:
         counts = cls(output)
         try:
             data = storage.read_bytes(counts.uri)
-            table = pq.read_table(pa.BufferReader(data)).select(_SCHEMA.names).cast(_SCHEMA)
+            table = read_parquet(data).select(_SCHEMA.names).cast(_SCHEMA)
         except (NotFoundError, pa.ArrowException, KeyError, OSError, ValueError):
             return counts
         counts._kept = {

@@ -11,6 +11,7 @@ import ray.data
 
 from samray.config import Config, load_config
 from samray.dataset.schema import ANNOTATION
+from samray.dataset.tables import code_free
 from samray.errors import ConfigError, ImageError
 from samray.pipeline.cluster import choose_sizes, cluster_nodes
 from samray.pipeline.labeler import EncodedImage, ShardLabeler, build_labeler
@@ -68,10 +69,9 @@ class DatasetLabeler:
         taken = [name for name in ADDED_COLUMNS if name in batch.column_names]
         if taken:
             raise ConfigError(f"the data set already has columns named {', '.join(taken)}: rename or drop them")
-        numbers = batch["image_id"].to_pylist() if "image_id" in batch.column_names else [0] * batch.num_rows
         images = [
-            EncodedImage(image_id=number if isinstance(number, int) else 0, file_name="", uri="", data=data)
-            for number, data in zip(numbers, images_of(batch[self._column(batch)]), strict=True)
+            EncodedImage(image_id=number or 0, file_name="", uri="", data=data)
+            for number, data in zip(_image_ids(batch), self._images(batch), strict=True)
         ]
         done = self.labeler.label(images, on_progress=lambda batch: self.figures.add(batch, self.labeler))
         self.figures.finish(done, self.labeler)
@@ -80,6 +80,14 @@ class DatasetLabeler:
         batch = batch.append_column("annotations", pa.array([r.annotations for r in records], pa.list_(ANNOTATION)))
         batch = batch.append_column("status", pa.array(["failed" if e else "ok" for e in errors], pa.string()))
         return batch.append_column("error", pa.array(errors, pa.string()))
+
+    def _images(self, batch: pa.Table) -> Iterator[bytes | np.ndarray | ImageError]:
+        name = self._column(batch)
+        try:
+            code_free(name, batch.schema.field(name).type)
+        except ValueError as error:
+            raise ConfigError(f"the data set cannot be labelled: {error}") from error
+        return images_of(batch[name])
 
     def _column(self, batch: pa.Table) -> str:
         for name in (self.image_column, "bytes", "image"):
@@ -91,11 +99,21 @@ class DatasetLabeler:
         )
 
 
+def _image_ids(batch: pa.Table) -> list[int | None]:
+    if "image_id" in batch.column_names and pa.types.is_integer(batch.schema.field("image_id").type):
+        return list(batch["image_id"].to_pylist())
+    return [None] * batch.num_rows
+
+
 def images_of(column: pa.ChunkedArray) -> Iterator[bytes | np.ndarray | ImageError]:
     """What the column holds, image by image: encoded bytes, pixels (H, W, 3) uint8, or why neither."""
     for chunk in column.chunks:
         if isinstance(chunk, pa.ExtensionArray):  # Ray's tensor columns, of one shape or of many
-            values: list[Any] = list(chunk.to_numpy(zero_copy_only=False))
+            try:
+                values: list[Any] = list(chunk.to_numpy(zero_copy_only=False))
+            except (ValueError, TypeError, OverflowError) as error:  # a shape that its numbers do not fill
+                yield from [ImageError("unsupported", f"not an array that can be read: {error}")] * len(chunk)
+                continue
         else:
             values = chunk.to_pylist()
         yield from map(_image_of, values)

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from samray import storage
 from samray.dataset.schema import samray_metadata
 from samray.dataset.shards import commit_shard, read_shard, replace_shard, shard_uri
+from samray.dataset.tables import from_stream
 from samray.pipeline.attempts import ShardAttempts
 from samray.pipeline.metrics import record, record_stages
 from samray.pipeline.report import ShardSummary, reason_of
@@ -42,7 +43,7 @@ def write_shard(batch: pa.Table, *, plan: Plan, compression_level: int, run_id: 
         return pa.Table.from_pylist([{"shard": shard}], schema=WRITTEN)
     started = time.monotonic()
     summary = ShardSummary.from_json(labelled["summary"])
-    table = pa.ipc.open_stream(labelled["rows"]).read_all()
+    table = from_stream(labelled["rows"])
     if labelled["retry"]:
         old = read_shard(plan.output, shard)
         table = put_rows(old, labelled["places"], table)

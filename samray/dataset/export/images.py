@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from samray import storage
+from samray.dataset.schema import check_columns
 from samray.dataset.shards import shard_uri
+from samray.dataset.tables import open_parquet
 from samray.errors import NotFoundError, StorageError
 
 ROWS_AT_ONCE: Final = 64
@@ -64,7 +66,8 @@ def read_rows(output: str, parts: Sequence[Rows]) -> Iterator[pa.Table]:
         try:
             small = not storage.is_local(uri) and part.num_rows <= _SMALL_SHARD_ROWS
             source = pa.BufferReader(storage.read_bytes(uri)) if small else storage.open_read(uri)
-            with source, pq.ParquetFile(source, pre_buffer=True) as file:
+            with source, open_parquet(source) as file:
+                check_columns(file.schema_arrow)
                 for table in _slices(file, part):
                     num_left -= table.num_rows
                     yield table

@@ -1,0 +1,162 @@
+"""The only place that opens Parquet and Arrow data. Nothing that it returns can run code.
+
+Arrow data may name extension types. Once Ray is imported, `ray.data.arrow_pickled_object` is one of them, and its
+values are unpickled as soon as they are looked at; other packages register types of their own, whose Python code runs
+even when a schema is read. samray needs none of them: a Parquet file that names one is read by its Parquet types alone,
+so such a column is what it is stored as (a pickled object is mere bytes). Columns that others hand over in memory are
+checked by `code_free`. A test holds that nothing else in samray opens such data.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from typing import Any, BinaryIO, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_TAIL_BYTES: Final = 64 * 1024
+"""Read first, from the end: the footer of most files."""
+_MAX_DEPTH: Final = 64
+"""Levels of nesting that a schema may have. Arrow walks schemas by recursion, deep ones would end the process."""
+
+_ARROW_SCHEMA: Final = b"ARROW:schema"
+_IGNORED: Final = b"ARROW-schema"  # of the same length: a footer keeps its offsets
+
+
+def _in_base64(text: bytes) -> list[bytes]:
+    """How `text` appears within base64, for each of the three places that it may start at."""
+    encoded = [(shift, base64.b64encode(bytes(shift) + text)) for shift in range(3)]
+    # The characters that hold no bit of what comes before or after.
+    return [code[-(-shift * 8 // 6) : (shift + len(text)) * 8 // 6] for shift, code in encoded]
+
+
+_EXTENSION_MARKS: Final = _in_base64(b"ARROW:extension:name")
+
+
+def open_parquet(
+    source: bytes | BinaryIO | pa.NativeFile, footer: pq.FileMetaData | None = None, *, pre_buffer: bool = True
+) -> pq.ParquetFile:
+    """A Parquet file with no extension type in its schema. Pages are checked against the checksums that they have.
+
+    source: the file's bytes, or a seekable binary stream. footer: what `parse_footer` gave, if it was read before.
+    Raises: pa.ArrowException, OSError or ValueError if it is not sound Parquet.
+    """
+    if isinstance(source, bytes):
+        source = pa.BufferReader(source)
+    file = pq.ParquetFile(
+        source,
+        metadata=parse_footer(_read_tail(source)) if footer is None else footer,
+        pre_buffer=pre_buffer,
+        page_checksum_verification=True,
+        arrow_extensions_enabled=False,
+        schema_depth_limit=_MAX_DEPTH,
+    )
+    if any(is_extension(field.type) for field in file.schema_arrow):  # cannot be, by what parse_footer does
+        raise pa.ArrowInvalid("the schema names an extension type, which may run code")
+    return file
+
+
+def read_parquet(source: bytes | BinaryIO, columns: list[str] | None = None) -> pa.Table:
+    """All rows of a Parquet file, as `open_parquet` reads it."""
+    return open_parquet(source).read(columns=columns)
+
+
+def parse_footer(tail: bytes) -> pq.FileMetaData:
+    """The footer of a Parquet file. tail: its last bytes, the whole footer (`footer_bytes`) among them.
+
+    Raises: pa.ArrowException, OSError or ValueError.
+    """
+    if any(mark in tail for mark in _EXTENSION_MARKS):
+        # Arrow reads the Arrow schema that a writer left next to the Parquet schema, by this name, before it reads
+        # anything else. Without it, types are Parquet's own, and there is nothing to deserialize.
+        length = footer_bytes(tail)
+        tail = tail[:-length] + tail[-length:].replace(_ARROW_SCHEMA, _IGNORED)
+    file = pq.ParquetFile(
+        pa.BufferReader(tail), pre_buffer=False, arrow_extensions_enabled=False, schema_depth_limit=_MAX_DEPTH
+    )
+    return file.metadata
+
+
+def footer_bytes(tail: bytes) -> int:
+    """How many bytes at the end of a Parquet file are its footer, the eight behind it included."""
+    return int.from_bytes(tail[-8:-4], "little") + 8
+
+
+def _read_tail(source: BinaryIO | pa.NativeFile) -> bytes:
+    size = source.seek(0, io.SEEK_END)
+    tail = _read_from(source, max(0, size - _TAIL_BYTES))
+    length = footer_bytes(tail)
+    return _read_from(source, size - length) if len(tail) < length <= size else tail
+
+
+def _read_from(source: BinaryIO | pa.NativeFile, start: int) -> bytes:
+    source.seek(start)
+    return bytes(source.read())
+
+
+def is_extension(kind: pa.DataType) -> bool:
+    """Whether a type is an extension type, or one is nested in it."""
+    return next(_extensions(kind), None) is not None
+
+
+def _extensions(kind: pa.DataType) -> Iterator[pa.BaseExtensionType]:
+    if isinstance(kind, pa.BaseExtensionType):
+        yield kind
+        yield from _extensions(kind.storage_type)
+    elif pa.types.is_dictionary(kind):  # says that it has no fields
+        yield from _extensions(kind.value_type)
+    else:
+        for i in range(kind.num_fields):
+            yield from _extensions(kind.field(i).type)
+
+
+_TENSORS: Final = frozenset(
+    {
+        "arrow.fixed_shape_tensor",
+        "ray.data.arrow_tensor",
+        "ray.data.arrow_tensor_v2",
+        "ray.data.arrow_variable_shaped_tensor",
+    }
+)
+
+
+def is_tensor(kind: pa.DataType) -> bool:
+    """Whether a type holds arrays of numbers as Ray Data passes them on: then its values are safe to look at."""
+    return (
+        isinstance(kind, pa.BaseExtensionType)
+        and kind.extension_name in _TENSORS
+        and not is_extension(kind.storage_type)
+        and pa.types.is_primitive(kind.value_type)
+    )
+
+
+def code_free(name: str, kind: pa.DataType) -> None:
+    """Check a column that was handed over in memory, before a value of it is touched.
+
+    Raises: ValueError if it has an extension type other than a tensor of numbers.
+    """
+    if is_extension(kind) and not is_tensor(kind):
+        names = ", ".join(sorted({one.extension_name for one in _extensions(kind)}))
+        raise ValueError(
+            f"the column {name!r} has the extension type {names}, whose values may run code as they are read; "
+            "expected binary, struct<bytes, path>, lists or tensors of numbers: convert the column first"
+        )
+
+
+def to_stream(table: pa.Table) -> bytes:
+    """The table as an Arrow stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def from_stream(data: bytes) -> pa.Table:
+    """What `to_stream` was given. Raises: ValueError if a column has an extension type."""
+    reader: Any = pa.ipc.open_stream(data)
+    for field in reader.schema:
+        code_free(field.name, field.type)
+    return reader.read_all()
