@@ -73,6 +73,8 @@ class Rounds:
         self.labels = torch.ones(given.shape[:3], dtype=torch.long, device=points.device)
         self.first: Losses | None = None
         self.last_iou: Tensor | None = None
+        self.iou = torch.zeros(0, 4, device=points.device)
+        """(B * N, 4) actual IoUs of the last round's masks."""
 
     def run(self, embeddings: Tensor) -> Iterator[Tensor]:
         """Each round's loss, a scalar with gradients. embeddings: (B, C, h, w); their gradients are the caller's."""
@@ -100,6 +102,7 @@ class Rounds:
         logits, iou = self.sam.decode_batch(embeddings, self._tokens(), mask_input)
         logits, iou = logits.flatten(0, 1), iou.flatten(0, 1)
         losses = sam_loss(logits, iou, self.targets, single_weight=single, multi_weight=multi, doubt=self.doubt)
+        self.iou = losses.iou
         best = iou[:, 1:].argmax(dim=1) + 1 if multimask else torch.zeros(len(iou), dtype=torch.long, device=iou.device)
         return losses, logits.detach()[torch.arange(len(best), device=best.device), best]
 

@@ -28,7 +28,8 @@ from samray.train.optimizer import (
     train_mode,
     update_average,
 )
-from samray.train.settings import TrainConfig, TrainSettings
+from samray.train.scores import ScoreLoss
+from samray.train.settings import SCORES, TrainConfig, TrainSettings
 from samray.train.store import Position
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -150,7 +151,11 @@ class Learner:
             self.optimizer.load_state_dict(state["optimizer"])
         dtype = autocast_dtype(settings, device)
         self.interaction = InteractionLoss(self.sam, config, dtype)
-        self.loss: nn.Module = wrap(self.interaction if teacher is None else DistillationLoss(self.sam, teacher, dtype))
+        self.scores = ScoreLoss(self.sam, config, dtype) if config.trainable == SCORES else None
+        if self.scores is not None and state is not None:
+            self.scores.memory = dict(state["memory"])
+        loss: nn.Module = self.scores or self.interaction
+        self.loss: nn.Module = wrap(loss if teacher is None else DistillationLoss(self.sam, teacher, dtype))
 
     def _begin(self, settings: TrainSettings, teacher: Sam | None) -> None:
         """The first weights: random, or those of a checkpoint; what a teacher does not teach is taken from it."""
@@ -208,6 +213,7 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "sums": dict(self.means.sums),
             "count": self.means.count,
+            "memory": {} if self.scores is None else self.scores.memory,
         }
 
     def average_at_own_size(self) -> Sam:

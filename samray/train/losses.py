@@ -15,10 +15,12 @@ FOCAL_GAMMA = 2.0
 
 @dataclass(slots=True)
 class Losses:
-    """total: scalar with gradients. iou_scored, iou_oracle: mean actual IoU of the best-scored and of the best of the
-    three masks; iou_single: of the single mask; detached as all the rest."""
+    """total: scalar with gradients; all the rest detached. iou: (K, 4) of each mask with its target.
+    iou_scored, iou_oracle: mean actual IoU of the best-scored and of the best of the three masks; iou_single: of the
+    single mask."""
 
     total: Tensor
+    iou: Tensor
     mask: Tensor
     score: Tensor
     iou_scored: Tensor
@@ -83,4 +85,4 @@ def sam_loss(
     score = (weight * (predicted_iou - iou).square().sum(dim=1)).mean()
     scored = multi.gather(1, predicted_iou[:, 1:].argmax(dim=1, keepdim=True))
     oracle = multi.max(dim=1).values.mean()
-    return Losses(mask + score, mask.detach(), score.detach(), scored.mean(), oracle, iou[:, 0].mean())
+    return Losses(mask + score, iou, mask.detach(), score.detach(), scored.mean(), oracle, iou[:, 0].mean())

@@ -14,7 +14,7 @@ from samray.errors import ConfigError
 from samray.sam.image_encoder import ImageEncoderViT
 from samray.sam.sam import Sam
 from samray.sam.tiny_vit import TinyViT
-from samray.train.settings import LAST_BLOCKS, TrainConfig
+from samray.train.settings import LAST_BLOCKS, SCORES, TrainConfig
 
 ENCODER = "image_encoder."
 
@@ -73,7 +73,9 @@ def set_trainable(sam: Sam, trainable: str, *, distilling: bool = False) -> None
         if name.startswith(ENCODER):
             learns = layers[name] >= first
         elif name.startswith("prompt_encoder."):
-            learns = trainable != "decoder" and not distilling
+            learns = trainable not in ("decoder", SCORES) and not distilling
+        elif trainable == SCORES:
+            learns = name.startswith("mask_decoder.iou_prediction_head.")
         else:
             learns = not distilling
         parameter.requires_grad_(learns)

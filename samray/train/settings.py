@@ -13,6 +13,8 @@ from samray.errors import ConfigError
 from samray.settings import Settings
 
 LAST_BLOCKS = "last_blocks:"
+SCORES = "iou_head"
+"""Of train.trainable: what predicts the masks' IoUs, and nothing else."""
 
 
 class DataConfig(Settings):
@@ -80,7 +82,8 @@ class TrainConfig(Settings):
     batch_size: int = Field(default=4, ge=1)
     """Images a step, all workers together."""
     trainable: str = "all"
-    """all, decoder (the mask decoder), decoder+prompt, or last_blocks:N (those, and the encoder's last N blocks)."""
+    """all, iou_head (only what predicts the masks' IoUs: masks stay as they are, their ranking improves), decoder (the
+    mask decoder), decoder+prompt, or last_blocks:N (those, and the encoder's last N blocks)."""
     from_scratch: bool = False
     """Begin with random weights, not with those of model.checkpoint."""
     learning_rate: float = Field(default=1e-4, gt=0)
@@ -143,12 +146,12 @@ class TrainConfig(Settings):
         if self.steps is None and self.minutes is None:
             raise ValueError("train.steps and train.minutes are both null; give one of them a budget")
         name, _, number = self.trainable.partition(":")
-        if self.trainable not in ("all", "decoder", "decoder+prompt") and not (
+        if self.trainable not in ("all", SCORES, "decoder", "decoder+prompt") and not (
             name == "last_blocks" and number.isdecimal() and int(number) > 0
         ):
             raise ValueError(
-                f"train.trainable = {self.trainable!r} is not allowed; it takes all, decoder, decoder+prompt or"
-                " last_blocks:N with a whole number N of at least 1"
+                f"train.trainable = {self.trainable!r} is not allowed; it takes all, iou_head, decoder, decoder+prompt"
+                " or last_blocks:N with a whole number N of at least 1"
             )
         if self.distill_from is not None and self.trainable != "all":
             raise ValueError("train.distill_from trains the image encoder alone; leave train.trainable at all")

@@ -13,7 +13,7 @@ import pytest
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 
 
-@pytest.mark.parametrize("name", ["autolabel", "data_engine", "evaluate", "pseudo_label", "train"])
+@pytest.mark.parametrize("name", ["autolabel", "data_engine", "evaluate", "pseudo_label", "train", "unpack_regions"])
 def test_a_job_starts_from_a_checkout(name: str, tmp_path: Path) -> None:
     # -S: what is installed in place (pip install -e) is found by a .pth file, which is not read then.
     packages = {sysconfig.get_path(kind) for kind in ("purelib", "platlib")}

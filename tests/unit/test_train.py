@@ -16,7 +16,7 @@ from samray import storage
 from samray.dataset.identity import plain
 from samray.errors import ConfigError
 from samray.sam.sam import Sam
-from samray.train import loop, run
+from samray.train import loop, run, scores
 from samray.train.data import open_data
 from samray.train.interaction import draw_course
 from samray.train.learner import Learner, frame_of, size_due
@@ -74,6 +74,31 @@ def test_boxes_and_corrective_clicks_train_their_parts_of_the_prompt_encoder(pro
     assert (mask is not None) == (prompts == "refine")
 
 
+def test_the_head_of_ious_learns_to_rank_masks_that_stay_as_they_are():
+    learner = learner_of("train.trainable=iou_head", "train.warmup_steps=1", "train.interaction_steps=3")
+    batch = next(batches_of(settings_of()))
+    history = [learner.step(batch) for _ in range(40)]
+    assert history[-1]["score_loss"] < 0.5 * history[0]["score_loss"]
+    assert history[-1]["iou_scored"] >= history[0]["iou_scored"]
+    assert len({found["iou_oracle"] for found in history}) == 1
+    assert learner.scores is not None
+    assert learner.scores.memory["ious"].shape == (40 * 3 * 2 * 4, 4)  # steps, rounds, images, prompts
+
+
+def test_what_the_head_of_ious_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scores, "MEMORY_PROMPTS", 12)
+    learner = learner_of("train.trainable=iou_head")
+    batches = batches_of(settings_of())
+    for _ in range(2):
+        learner.step(next(batches))
+    assert learner.scores is not None
+    before = learner.scores.memory["tokens"]
+    learner.step(next(batches))
+    after = learner.scores.memory["tokens"]
+    assert len(before) == len(after) == 12
+    assert torch.equal(before[8:], after[:4])  # eight new ones; the oldest go
+
+
 def test_a_run_writes_weights_that_load_and_metrics(tmp_path: Path):
     store = run_to_end(tmp_path)
     with safe_open(tmp_path / WEIGHTS_FILE, "pt") as file:
@@ -91,7 +116,10 @@ def test_a_run_writes_weights_that_load_and_metrics(tmp_path: Path):
     assert store.read_position().step == 4
 
 
-@pytest.mark.parametrize("extra", [(), ("train.interaction_steps=4", "train.drop_path=0.3", "train.log_every=2")])
+@pytest.mark.parametrize(
+    "extra",
+    [(), ("train.interaction_steps=4", "train.drop_path=0.3", "train.log_every=2"), ("train.trainable=iou_head",)],
+)
 def test_a_stopped_run_goes_on_where_it_was_and_ends_as_an_undisturbed_one(tmp_path: Path, extra: tuple[str, ...]):
     whole = run_to_end(tmp_path / "whole", *extra)
     parts = run_to_end(tmp_path / "parts", *extra, stop_at=1)

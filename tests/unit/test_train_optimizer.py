@@ -47,6 +47,7 @@ def test_layers_of_a_tiny_vit_by_name():
     [
         ("all", ("image_encoder.patch_embed", "image_encoder.layers", "image_encoder.neck", "prompt", "mask_decoder")),
         ("decoder", ("mask_decoder",)),
+        ("iou_head", ("mask_decoder.iou_prediction_head",)),
         ("decoder+prompt", ("prompt_encoder", "mask_decoder")),
         ("last_blocks:1", ("image_encoder.layers.2", "image_encoder.neck", "prompt", "mask_decoder")),
     ],

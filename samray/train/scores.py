@@ -1,0 +1,65 @@
+"""Training of the predicted IoUs alone: the head learns, on many prompts at once, what the masks' actual IoUs were.
+
+With everything before the head frozen, its input for a prompt never changes. So a step also learns from prompts of
+earlier steps: a prompt costs an image and a decoder the first time, and next to nothing after that.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from samray.sam.sam import Sam
+from samray.train.interaction import Batch, Rounds, draw_course, normalise, seed_of
+from samray.train.settings import TrainConfig
+
+MEMORY_PROMPTS = 65_536
+"""Prompts that are kept; then the oldest go. At 256 channels they take 70 MB."""
+SAMPLE_PROMPTS = 4_096
+"""Kept prompts that a step learns from, drawn at random."""
+
+
+class ScoreLoss(nn.Module):
+    """Squared error of the predicted IoUs, as `sam_loss` has it, over prompts of this step and of earlier ones."""
+
+    def __init__(self, sam: Sam, config: TrainConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.sam, self.config, self.dtype = sam, config, dtype
+        self.memory: dict[str, Tensor] = {}
+        """tokens (M, C) that the head reads and ious (M, 4) of the masks, float32, the oldest first."""
+
+    def forward(self, batch: Batch, step: int, stream: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss with gradients, and figures of the step's own prompts without. stream: as for `InteractionLoss`."""
+        generator = torch.Generator(batch["image"].device).manual_seed(
+            seed_of("clicks", self.config.seed, step, stream)
+        )
+        rounds = self._remember(batch, step, generator)
+        total = len(self.memory["ious"])
+        pick = torch.randint(total, (min(total, SAMPLE_PROMPTS),), generator=generator, device=generator.device)
+        predicted = self.sam.mask_decoder.iou_prediction_head(self.memory["tokens"][pick])
+        loss = (predicted - self.memory["ious"][pick]).square().sum(dim=1).mean()
+        first = rounds.first
+        assert first is not None
+        figures = {"score_loss": loss.detach(), "iou_scored": first.iou_scored, "iou_oracle": first.iou_oracle}
+        return loss, figures
+
+    @torch.no_grad()
+    def _remember(self, batch: Batch, step: int, generator: torch.Generator) -> Rounds:
+        """Answer the batch's prompts, round by round, and keep what the head read and how good its masks were."""
+        tokens: list[Tensor] = []
+        ious: list[Tensor] = []
+        head = self.sam.mask_decoder.iou_prediction_head
+        hook = head.register_forward_pre_hook(lambda module, inputs: tokens.append(inputs[0].float()))
+        try:
+            with torch.autocast(batch["image"].device.type, self.dtype, enabled=self.dtype != torch.float32):
+                embeddings = self.sam.encode_images(normalise(self.sam, batch["image"], batch["input_hw"]))
+                rounds = Rounds(self.sam, self.config, draw_course(self.config, step), batch, generator)
+                ious.extend(rounds.iou for _ in rounds.run(embeddings))
+        finally:
+            hook.remove()
+        new = {"tokens": torch.cat(tokens), "ious": torch.cat(ious)}
+        held = self.memory
+        self.memory = {
+            name: (torch.cat([held[name], value]) if held else value)[-MEMORY_PROMPTS:] for name, value in new.items()
+        }
+        return rounds
