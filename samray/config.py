@@ -170,6 +170,18 @@ class ClusterConfig(Settings):
         return self
 
 
+class StorageConfig(Settings):
+    """How long storage is tried again; then an image fails if others can be read, and if none can, the run ends."""
+
+    section: ClassVar[str] = "storage"
+    timeout_s: float = Field(default=90.0, gt=0)
+    """Seconds to try one image or file again; raise it to wait out outages, lower it for links to many dead hosts."""
+    max_attempts: int | None = Field(default=None, ge=1)
+    """Most requests for one image or file; null tries for storage.timeout_s."""
+    stall_timeout_s: float = Field(default=20.0, gt=0)
+    """Seconds without a byte from the server before an attempt is given up and made again."""
+
+
 class Config(Settings):
     """All settings of a run."""
 
@@ -180,13 +192,14 @@ class Config(Settings):
     masks: MaskConfig = MaskConfig()
     output: OutputConfig = OutputConfig()
     cluster: ClusterConfig = ClusterConfig()
+    storage: StorageConfig = StorageConfig()
 
     def identity(self) -> dict[str, Any]:
         """What determines the output, as plain JSON values; a run resumes only onto an output with the same identity.
 
-        Left out: the cluster, the storage of the shards, and points_per_batch, none of which changes a mask. The
-        checkpoint and the prompts are left out because a file's path may change while its content does not: the
-        pipeline adds their SHA-256.
+        Left out: the cluster, how often storage is tried, the shards' compression, and points_per_batch, none of which
+        changes a mask. The checkpoint and the prompts are left out because a file's path may change while its content
+        does not: the pipeline adds their SHA-256.
         """
         plain = self.model_dump(mode="json")
         del plain["masks"]["points_per_batch"]
@@ -201,7 +214,9 @@ class Config(Settings):
 
 Sections = Mapping[str, type[Settings]]
 
-SECTIONS: Sections = {cls.section: cls for cls in (InputConfig, ModelConfig, MaskConfig, OutputConfig, ClusterConfig)}
+SECTIONS: Sections = {
+    cls.section: cls for cls in (InputConfig, ModelConfig, MaskConfig, OutputConfig, ClusterConfig, StorageConfig)
+}
 """Of `samray label`; `samray train` has its own (`samray.train.settings`)."""
 
 

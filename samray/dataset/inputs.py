@@ -20,7 +20,7 @@ from samray.dataset.parquet_images import list_parquet
 from samray.dataset.rows import INPUT_SCHEMA, input_rows
 from samray.dataset.tars import is_compressed_tar, is_tar, list_tar
 from samray.dataset.uri_lists import read_uris, rows_of_uris
-from samray.errors import ConfigError, NotFoundError
+from samray.errors import BucketNotFoundError, ConfigError, NotFoundError
 
 if TYPE_CHECKING:
     from samray.config import InputConfig
@@ -55,6 +55,8 @@ def _list_all(uri: str, config: InputConfig) -> Iterator[pa.Table]:
     where = storage.redact(uri)
     try:
         found = _files_table(uri)
+    except BucketNotFoundError:  # as a storage that refuses: a run may be resumed when it is back
+        raise
     except NotFoundError as error:
         raise ConfigError(
             f"INPUT {where} does not exist; give a folder, glob, tar, manifest or Parquet file"

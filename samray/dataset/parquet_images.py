@@ -14,7 +14,15 @@ from samray import storage
 from samray.dataset.rows import input_rows
 from samray.dataset.tables import open_parquet
 from samray.dataset.uri_lists import rows_of_uris
-from samray.errors import ConfigError, FileError, ImageError, NotFoundError
+from samray.errors import (
+    BucketNotFoundError,
+    ConfigError,
+    FileError,
+    ImageError,
+    NotFoundError,
+    RefusedError,
+    UnavailableError,
+)
 
 if TYPE_CHECKING:
     from samray.config import InputConfig
@@ -113,6 +121,8 @@ def fetch_rows(container: str, rows: list[int], config: InputConfig, fetch_file:
                         for row in wanted:
                             found[row] = _bytes_of(images[row - start], storage.parent(container), config, fetch_file)
                 start = end
+    except (BucketNotFoundError, RefusedError, UnavailableError):
+        raise  # perhaps not this file's fault alone
     except NotFoundError as error:
         return [ImageError("missing", str(error))] * len(rows)
     except (FileError, pa.ArrowException, OSError) as error:

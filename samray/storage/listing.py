@@ -13,8 +13,9 @@ from email.utils import parsedate_to_datetime
 from typing import Any, cast
 
 from samray.errors import ConfigError, NotFoundError
-from samray.storage.filesystems import filesystem, retry
+from samray.storage.filesystems import filesystem
 from samray.storage.reading import etag_of, exists, info_of, is_dir_like, version_of
+from samray.storage.retrying import attempt_options, retry
 from samray.storage.uris import glob_base, has_glob, is_local, normalize, redact, scheme_of
 
 
@@ -73,7 +74,9 @@ def _walk(folder: str) -> Iterator[FileEntry]:
         yield from _walk_local(folder, ())
         return
     fs = filesystem(folder)
-    found = retry("list", folder, lambda: cast(dict[str, dict[str, Any]], fs.find(folder, detail=True)))
+    found = retry(
+        "list", folder, lambda: cast(dict[str, dict[str, Any]], fs.find(folder, detail=True, **attempt_options(fs)))
+    )
     scheme = scheme_of(folder)
     for name, info in found.items():
         if info.get("type") == "file" and not name.endswith("/"):
@@ -157,7 +160,9 @@ def _list_folder(folder: str) -> dict[str, dict[str, Any]]:
 
         def ask() -> dict[str, dict[str, Any]]:
             own = fs._strip_protocol(folder)  # some servers list an emptied folder as an object within itself
-            found = [info for info in fs.ls(folder, detail=True) if info["name"].rstrip("/") != own]
+            found = [
+                info for info in fs.ls(folder, detail=True, **attempt_options(fs)) if info["name"].rstrip("/") != own
+            ]
             names = ((info["name"].rstrip("/").rpartition("/")[2], info) for info in found)
             return {name: info for name, info in names if info.get("type") == "file"}
 
@@ -194,6 +199,10 @@ def clock(uri: str) -> float | None:
         return None
     fs = filesystem(uri)
     bucket, prefix, _ = fs.split_path(uri)
-    answer = retry("list", uri, lambda: fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1))
+    answer = retry(
+        "list",
+        uri,
+        lambda: fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1, **attempt_options(fs, 0)),
+    )
     date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
     return None if date is None else parsedate_to_datetime(date).timestamp()

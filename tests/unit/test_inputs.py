@@ -20,7 +20,7 @@ from samray.dataset.inputs import INPUT_SCHEMA, fetch_images, list_images
 from samray.dataset.tars import list_tar
 from samray.dataset.uri_lists import rows_of_uris
 from samray.errors import ConfigError, ImageError, StorageError
-from samray.storage import filesystems, reading
+from samray.storage import reading
 
 
 def write(root: str, *names: str) -> None:
@@ -188,9 +188,9 @@ def test_only_headers_of_a_remote_tar_are_read(s3_root: str, monkeypatch: pytest
     num_bytes = 0
     original = reading.read_bytes
 
-    def counting(uri: str, offset: int | None = None, length: int | None = None) -> bytes:
+    def counting(uri: str, offset: int | None = None, length: int | None = None, **options: Any) -> bytes:
         nonlocal num_bytes
-        data = original(uri, offset, length)
+        data = original(uri, offset, length, **options)
         num_bytes += len(data)
         return data
 
@@ -438,10 +438,10 @@ def test_when_the_storage_fails_no_image_is_blamed(tmp_path: Path, monkeypatch: 
     write(str(tmp_path), "1.jpg", "2.jpg")
     table = listed(str(tmp_path))
 
-    def down(uri: str, offset: int | None = None, length: int | None = None) -> bytes:
+    def down(uri: str, max_bytes: int, size: int | None = None) -> bytes:
         raise StorageError("the storage is down")
 
-    monkeypatch.setattr(storage, "read_bytes", down)
+    monkeypatch.setattr(storage, "read_whole", down)
     with pytest.raises(StorageError, match="is down"):
         fetch_images(table, InputConfig())
 
@@ -472,8 +472,8 @@ class _Web(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_a_web_server_that_fails_is_one_images_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filesystems.time, "sleep", lambda seconds: None)
+def test_a_web_server_that_fails_is_one_images_fault(tmp_path: Path, storage_limits: Any) -> None:
+    storage_limits(timeout_s=0.3)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Web) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         web = f"http://127.0.0.1:{server.server_port}"
