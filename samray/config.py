@@ -35,9 +35,6 @@ class InputConfig(Settings):
     """Largest encoded image, bytes; a larger one fails, unread, as `too_large`."""
     limit: int | None = Field(default=None, ge=1)
     """Label only the first N images of the sorted input; null labels all."""
-    allow_outside: bool = False
-    """Let a list name files outside of its own folder, and a remote list servers of a private network; for lists that
-    you trust."""
     prompts: str | None = None
     """Clicks and boxes of a person, .jsonl or .parquet: one mask for each of them, in place of the grid's."""
 
@@ -173,6 +170,18 @@ class ClusterConfig(Settings):
         return self
 
 
+class StorageConfig(Settings):
+    """How long storage is tried again; then an image fails if others can be read, and if none can, the run ends."""
+
+    section: ClassVar[str] = "storage"
+    timeout_s: float = Field(default=90.0, gt=0)
+    """Seconds to try one image or file again; raise it to wait out outages, lower it for links to many dead hosts."""
+    max_attempts: int | None = Field(default=None, ge=1)
+    """Most requests for one image or file; null tries for storage.timeout_s."""
+    stall_timeout_s: float = Field(default=20.0, gt=0)
+    """Seconds without a byte from the server before an attempt is given up and made again."""
+
+
 class Config(Settings):
     """All settings of a run."""
 
@@ -183,18 +192,18 @@ class Config(Settings):
     masks: MaskConfig = MaskConfig()
     output: OutputConfig = OutputConfig()
     cluster: ClusterConfig = ClusterConfig()
+    storage: StorageConfig = StorageConfig()
 
     def identity(self) -> dict[str, Any]:
         """What determines the output, as plain JSON values; a run resumes only onto an output with the same identity.
 
-        Left out: the cluster, the storage of the shards, and points_per_batch, none of which changes a mask. The
-        checkpoint and the prompts are left out because a file's path may change while its content does not: the
-        pipeline adds their SHA-256.
+        Left out: the cluster, how often storage is tried, the shards' compression, and points_per_batch, none of which
+        changes a mask. The checkpoint and the prompts are left out because a file's path may change while its content
+        does not: the pipeline adds their SHA-256.
         """
         plain = self.model_dump(mode="json")
         del plain["masks"]["points_per_batch"]
         del plain["input"]["prompts"]
-        del plain["input"]["allow_outside"]
         return {
             "input": plain["input"],
             "model": {key: plain["model"][key] for key in ("name", "dtype")},
@@ -205,7 +214,9 @@ class Config(Settings):
 
 Sections = Mapping[str, type[Settings]]
 
-SECTIONS: Sections = {cls.section: cls for cls in (InputConfig, ModelConfig, MaskConfig, OutputConfig, ClusterConfig)}
+SECTIONS: Sections = {
+    cls.section: cls for cls in (InputConfig, ModelConfig, MaskConfig, OutputConfig, ClusterConfig, StorageConfig)
+}
 """Of `samray label`; `samray train` has its own (`samray.train.settings`)."""
 
 

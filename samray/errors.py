@@ -20,7 +20,6 @@ IMAGE_ERROR_REASONS: Final = frozenset(
         "internal",
         "quarantined",
         "unreadable",
-        "not_allowed",
     }
 )
 """The slugs an `ImageError` may carry; reports count failures by them."""
@@ -38,12 +37,35 @@ class StorageError(SamrayError):
     """Storage could not be read or written, after the retries that made sense."""
 
 
+class UnavailableError(StorageError):
+    """Storage failed for as long as it was tried again (`storage.timeout_s`). Trying later may help."""
+
+
 class FileError(StorageError):
     """One file cannot be read (a directory, no permission, an impossible name), though its storage answers."""
 
 
+class RefusedError(FileError):
+    """The storage refuses the file: no permission, or an answer that may be the same for every other file."""
+
+
 class NotFoundError(FileError):
     """The file, the folder or its bucket does not exist."""
+
+
+class TooLargeError(FileError):
+    """The file has more bytes than asked for; size: how many it has, or how many were read until that showed."""
+
+    def __init__(self, size: int, message: str) -> None:
+        super().__init__(size, message)
+        self.size = size
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+class BucketNotFoundError(NotFoundError):
+    """The bucket does not exist, which says nothing about the file."""
 
 
 class ImageError(SamrayError):

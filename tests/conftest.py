@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from s3_server import BUCKET, S3Server, make_bucket, running_s3, weed_binary
 
 from samray import storage
+from samray.config import StorageConfig
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +58,14 @@ def storage_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return str(request.getfixturevalue("s3_root"))
     (tmp_path / "root").mkdir()
     return str(tmp_path / "root")
+
+
+@pytest.fixture
+def storage_limits() -> Iterator[Callable[..., None]]:
+    """storage_limits(timeout_s=0.5): settings of the section `storage` for this test, in this process."""
+    yield lambda **settings: storage.configure(StorageConfig(**settings))
+    storage.configure(StorageConfig())
+    storage.reset()
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import ray
 
+from samray import storage
 from samray.dataset.inputs import fetch_images
 from samray.dataset.schema import records_to_table
 from samray.dataset.tables import to_stream
@@ -20,6 +21,7 @@ from samray.pipeline.attempts import ShardAttempts
 from samray.pipeline.faults import DeviceFault
 from samray.pipeline.labeler import EncodedImage, ShardLabeler, build_labeler
 from samray.pipeline.metrics import ActorFigures, record
+from samray.pipeline.read import sample_files
 from samray.pipeline.report import Labelled, ShardSummary
 from samray.prompts import Prompt
 
@@ -60,6 +62,7 @@ class LabelActor:
         num_threads: int,
         make_labeler: Callable[[Config, int], ShardLabeler] = build_labeler,
     ) -> None:
+        storage.configure(config.storage)
         self.plan = plan
         self.config = config
         self.run_id = run_id
@@ -146,7 +149,8 @@ class LabelActor:
         return encoded, places
 
     def _fetch_late(self, shard: int, place: int) -> bytes | ImageError:
-        (data,) = fetch_images(self.plan.read_shard(shard).slice(place, 1), self.config.input)
+        rows = self.plan.read_shard(shard).slice(place, 1)
+        (data,) = fetch_images(rows, self.config.input, functools.partial(sample_files, self.plan))
         if isinstance(data, bytes):
             record("samray_encoded_bytes", len(data))
         return data

@@ -32,6 +32,9 @@ NUM_THREADS = 32
 SAVE_EVERY_S: Final = 60.0
 """What a driver that is killed has not saved, the next one reads from the shards."""
 
+SAVE_PATIENCE_S: Final = 5.0
+"""The run does not wait longer for counts that only save time."""
+
 _SCHEMA: Final = pa.schema([("shard", pa.int32()), ("version", pa.string()), ("failures", pa.string())])
 
 
@@ -79,7 +82,8 @@ class FailureCounts:
         sink = pa.BufferOutputStream()
         pq.write_table(pa.table([shards, versions, failures], schema=_SCHEMA), sink, compression="zstd")
         try:
-            storage.put(self.uri, bytes(sink.getvalue()))
+            with storage.time_limit(SAVE_PATIENCE_S):
+                storage.put(self.uri, bytes(sink.getvalue()))
             self._is_saved = True
         except StorageError as error:  # without them a resume is slower, and all else the same
             logger.warning("%s", error)

@@ -6,6 +6,7 @@ pixels: they are a tenth of the size.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import time
@@ -17,6 +18,7 @@ import pyarrow.compute as pc
 import ray.data
 from ray.data.block import BlockMetadata
 
+from samray import storage
 from samray.dataset.inputs import fetch_images
 from samray.dataset.schema import samray_metadata
 from samray.dataset.shards import read_shard
@@ -24,7 +26,7 @@ from samray.errors import ImageError
 from samray.pipeline.cluster import IO_CPUS
 
 if TYPE_CHECKING:
-    from samray.config import InputConfig
+    from samray.config import Config
     from samray.dataset.manifest import Plan
     from samray.prompts import Prompt
 
@@ -115,8 +117,9 @@ def _read_task(table: pa.Table) -> ray.data.ReadTask:
     return ray.data.ReadTask(lambda: [table], metadata, SOURCE)
 
 
-def fetch_shard(batch: pa.Table, *, plan: Plan, config: InputConfig, retry_failed: bool) -> pa.Table:
+def fetch_shard(batch: pa.Table, *, plan: Plan, config: Config, retry_failed: bool) -> pa.Table:
     """Stage 2. One row of SOURCE in, one of FETCHED out: bytes, or the reason why there are none, for each image."""
+    storage.configure(config.storage)
     (source,) = batch.to_pylist()
     shard = source["shard"]
     started = time.monotonic()
@@ -130,7 +133,9 @@ def fetch_shard(batch: pa.Table, *, plan: Plan, config: InputConfig, retry_faile
         rows = table.take(part)
         known = [row["size"] or 0 for row in rows.select(["size"]).to_pylist()]
         ahead = num_bytes + sum(known) <= MAX_BYTES_AHEAD
-        fetched = fetch_images(rows, config) if ahead else [None] * len(part)
+        fetched = (
+            fetch_images(rows, config.input, functools.partial(sample_files, plan)) if ahead else [None] * len(part)
+        )
         num_bytes += sum(len(data) for data in fetched if isinstance(data, bytes))
         for place, row, data in zip(part, rows.to_pylist(), fetched, strict=True):
             failed = isinstance(data, ImageError)
@@ -148,6 +153,22 @@ def fetch_shard(batch: pa.Table, *, plan: Plan, config: InputConfig, retry_faile
             )
     row = {"shard": shard, "retry": source["retry"], "fetch_s": time.monotonic() - started, "images": images}
     return pa.Table.from_pylist([row], schema=FETCHED)
+
+
+SAMPLED_SHARDS = 8
+
+SAMPLED_FILES_PER_SHARD = 4
+
+
+def sample_files(plan: Plan) -> list[str]:
+    """Files of a few images from all over the plan, to see whether the input can be read at all."""
+    shards = {plan.num_shards * i // SAMPLED_SHARDS for i in range(SAMPLED_SHARDS)}
+    files: list[str] = []
+    for shard in sorted(shards):
+        rows = plan.read_shard(shard).select(["container", "uri"]).to_pylist()
+        step = -(-len(rows) // SAMPLED_FILES_PER_SHARD)
+        files += [row["container"] or row["uri"] for row in rows[::step]]
+    return [file for file in dict.fromkeys(files) if file]
 
 
 def places_to_redo(plan: Plan, shard: int, retry_failed: bool) -> list[int]:

@@ -91,6 +91,7 @@ def label_with(
     config.input.prompts has such, before anything is started.
     """
     started = time.monotonic()
+    storage.configure(config.storage)
     is_new = not storage.exists(storage.join(str(output), "_samray", "run.json"))
     if make_labeler is None and is_new:
         # Before the plan is made, for it would tie the output to weights that do not fit.
@@ -117,7 +118,6 @@ def label_with(
     todo = {shard: shard in retries for shard in range(plan.num_shards) if shard not in done or shard in retries}
 
     report = LabelReport(plan.output, plan.num_images, plan.num_shards, num_shards_skipped=plan.num_shards - len(todo))
-    report.skipped = (plan.skipped if news.skipped is None else news.skipped).redacted()
     report.num_images_not_found = prompts.num_unknown if prompts else 0
     report.gpu_price_per_hour = config.cluster.gpu_price_per_hour
     stopped_by = None
@@ -189,7 +189,7 @@ def build_pipeline(run: _Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
     shards: Any = shards_to_do(source_table(run.todo, run.prompts))
     fetched = shards.map_batches(
         fetch_shard,
-        fn_kwargs={"plan": run.plan, "config": run.config.input, "retry_failed": run.retry_failed},
+        fn_kwargs={"plan": run.plan, "config": run.config, "retry_failed": run.retry_failed},
         compute=ray.data.TaskPoolStrategy(size=sizes.num_fetch_tasks),
         num_cpus=IO_CPUS,
         **one_shard,
@@ -213,7 +213,7 @@ def build_pipeline(run: _Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
         write_shard,
         fn_kwargs={
             "plan": run.plan,
-            "compression_level": run.config.output.compression_level,
+            "config": run.config,
             "run_id": run_id,
         },
         compute=ray.data.TaskPoolStrategy(size=sizes.num_write_tasks),

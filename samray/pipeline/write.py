@@ -20,6 +20,7 @@ from samray.pipeline.metrics import record, record_stages
 from samray.pipeline.report import ShardSummary, reason_of
 
 if TYPE_CHECKING:
+    from samray.config import Config
     from samray.dataset.manifest import Plan
 
 WRITTEN = pa.schema(
@@ -32,7 +33,7 @@ WRITTEN = pa.schema(
 )
 
 
-def write_shard(batch: pa.Table, *, plan: Plan, compression_level: int, run_id: str) -> pa.Table:
+def write_shard(batch: pa.Table, *, plan: Plan, config: Config, run_id: str) -> pa.Table:
     """One row of LABELLED in; commits the shard; one of WRITTEN out, all null where the shard was left alone.
 
     A shard that is already there was committed by another try at the same images: that is success.
@@ -41,6 +42,8 @@ def write_shard(batch: pa.Table, *, plan: Plan, compression_level: int, run_id: 
     shard: int = labelled["shard"]
     if labelled["attempt"] == 0:
         return pa.Table.from_pylist([{"shard": shard}], schema=WRITTEN)
+    storage.configure(config.storage)
+    compression_level = config.output.compression_level
     started = time.monotonic()
     summary = ShardSummary.from_json(labelled["summary"])
     table = from_stream(labelled["rows"])

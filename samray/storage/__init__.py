@@ -11,17 +11,29 @@ name, which fails if the name is taken; on object stores it is one conditional P
 
 from __future__ import annotations
 
-from samray.storage.faults import MAX_ATTEMPTS
-from samray.storage.filesystems import for_arrow, reset
+from samray.storage.filesystems import configure, for_arrow, reset
 from samray.storage.listing import FileEntry, clock, list_files, list_names, list_times, list_versions
-from samray.storage.reading import exists, file_size, file_version, is_dir_like, open_read, read_bytes
-from samray.storage.uris import glob_base, has_glob, is_local, join, normalize, parent, redact, resolve, scheme_of
+from samray.storage.reading import exists, file_size, file_version, is_dir_like, open_read, read_bytes, read_whole
+from samray.storage.retrying import time_limit, timeout_s
+from samray.storage.uris import (
+    glob_base,
+    has_glob,
+    is_local,
+    is_web,
+    join,
+    normalize,
+    parent,
+    place_of,
+    redact,
+    resolve,
+    scheme_of,
+)
 from samray.storage.writing import delete, put, put_chunks, put_new
 
 __all__ = [
-    "MAX_ATTEMPTS",
     "FileEntry",
     "clock",
+    "configure",
     "delete",
     "exists",
     "file_size",
@@ -31,6 +43,7 @@ __all__ = [
     "has_glob",
     "is_dir_like",
     "is_local",
+    "is_web",
     "join",
     "list_files",
     "list_names",
@@ -39,12 +52,16 @@ __all__ = [
     "normalize",
     "open_read",
     "parent",
+    "place_of",
     "put",
     "put_chunks",
     "put_new",
     "read_bytes",
+    "read_whole",
     "redact",
     "reset",
     "resolve",
     "scheme_of",
+    "time_limit",
+    "timeout_s",
 ]

@@ -1,117 +1,198 @@
-"""What an error of some storage backend means: try again, already there, one file's fault, or the end of the run."""
+"""What an error of a storage backend means: try again, the file's fault, or the end of the run.
+
+One table each for the server's own codes, HTTP statuses, errno and the exceptions of client libraries, asked in this
+order: the more precise answer first. Whatever may succeed next time is tried again. A file is blamed for good only when
+it is missing; for any other refusal `samray.dataset.fetching` first looks whether other files can still be read.
+"""
 
 from __future__ import annotations
 
+import enum
 import errno
+import re
+import socket
+import ssl
 from collections.abc import Iterator, Mapping
-from typing import Final
+from typing import Any, Final
 
-from samray.errors import FileError, NotFoundError, StorageError
+from samray.errors import BucketNotFoundError, FileError, NotFoundError, RefusedError, StorageError, UnavailableError
 from samray.storage.uris import redact
 
-MAX_ATTEMPTS: Final = 6
+
+class Fault(enum.Enum):
+    """What to do about an error."""
+
+    RETRY = "retry"
+    """It may succeed next time: throttling, a broken connection, a server that is restarted, a damaged body."""
+    MISSING = "missing"
+    """The file is not there."""
+    FILE = "file"
+    """This file is refused, and perhaps every other one: only reading others tells."""
+    RUN = "run"
+    """No request will succeed: wrong or expired credentials, a clock that is off, a full disk."""
 
 
-_TRANSIENT_ERRNO: Final = frozenset(
-    {
-        errno.EAGAIN,
-        errno.EBUSY,
-        errno.ECONNABORTED,
-        errno.ECONNREFUSED,
-        errno.ECONNRESET,
-        errno.EHOSTUNREACH,
-        errno.EINTR,
-        errno.ENETDOWN,
-        errno.ENETRESET,
-        errno.ENETUNREACH,
-        errno.EPIPE,
-        errno.ESTALE,
-        errno.ETIMEDOUT,
-        getattr(errno, "EREMOTEIO", errno.EIO),
-    }
+def _codes(fault: Fault, codes: str) -> dict[str, Fault]:
+    return dict.fromkeys(codes.split(), fault)
+
+
+_SERVICE_CODES: Final[dict[str, Fault]] = {
+    **_codes(
+        Fault.RETRY,
+        """BadDigest BandwidthLimitExceeded Busy ClientDisconnected ConditionalRequestConflict ContentSHA256Mismatch
+        DependencyTimeoutException IncompleteBody KMSInternalException KeyUnavailableException LimitExceededException
+        Md5Mismatch OperationAborted PriorRequestNotComplete ProvisionedThroughputExceededException
+        TransactionInProgressException XAmzContentChecksumMismatch
+        XAmzContentSHA256Mismatch XMinioServerNotInitialized""",
+    ),
+    **_codes(Fault.MISSING, "BlobNotFound NoSuchKey NoSuchVersion"),
+    # A missing bucket says nothing about one of its files.
+    **_codes(Fault.FILE, "ContainerNotFound NoSuchBucket NotImplemented"),
+    **_codes(
+        Fault.RUN,
+        """AccountProblem AuthFailure AuthenticationFailed AuthorizationQueryParametersError CredentialsNotSupported
+        ExpiredToken ExpiredTokenException IncompleteSignature InvalidAccessKeyId InvalidClientTokenId InvalidPayer
+        InvalidSecurity InvalidSignatureException InvalidToken MissingAuthenticationToken MissingSecurityElement
+        MissingAuthenticationTokenException MissingSecurityHeader NotSignedUp OptInRequired RequestExpired
+        RequestTimeTooSkewed SignatureDoesNotMatch TokenRefreshRequired UnrecognizedClientException UserSuspended""",
+    ),
+}
+_THROTTLING: Final = re.compile(
+    r"Throttl|SlowDown|TooManyRequests|RequestLimitExceeded|Time(?:d)?[Oo]ut|Unavailable|ServerBusy|^Internal\w*"
+    r"|InsufficientResources|Overload"
 )
-_TRANSIENT_CODES: Final = frozenset(
-    {
-        "ConditionalRequestConflict",
-        "InternalError",
-        "OperationAborted",
-        "RequestLimitExceeded",
-        "RequestTimeout",
-        "ServiceUnavailable",
-        "SlowDown",
-        "Throttling",
-        "ThrottlingException",
-        "TooManyRequests",
-        "XAmzContentSHA256Mismatch",
-    }
+"""Codes that mean "later", in the many spellings of services that speak S3."""
+
+_HTTP_STATUS: Final[dict[int, Fault]] = {
+    **dict.fromkeys((408, 409, 420, 421, 423, 425, 429, 449, 460, 499), Fault.RETRY),
+    **dict.fromkeys(range(500, 600), Fault.RETRY),
+    **dict.fromkeys((404, 410), Fault.MISSING),
+}
+"""Every other status from 300 on is Fault.FILE."""
+
+
+def _errnos(fault: Fault, names: str) -> dict[int, Fault]:
+    """Some of them exist on Linux alone."""
+    return {getattr(errno, name): fault for name in names.split() if hasattr(errno, name)}
+
+
+_ERRNO: Final[dict[int, Fault]] = {
+    **_errnos(
+        Fault.RETRY,
+        """EADDRINUSE EADDRNOTAVAIL EAGAIN EALREADY EBUSY ECOMM ECONNABORTED ECONNREFUSED ECONNRESET EDEADLK EHOSTDOWN
+        EHOSTUNREACH EINPROGRESS EINTR EIO EMFILE ENETDOWN ENETRESET ENETUNREACH ENFILE ENOBUFS ENOLCK ENOLINK ENOMEM
+        ENONET ENOTCONN EPIPE EPROTO EREMOTEIO ESHUTDOWN ESTALE ETIME ETIMEDOUT ETXTBSY""",
+    ),
+    **_errnos(Fault.MISSING, "ENOENT"),
+    **_errnos(Fault.RUN, "EDQUOT ENOSPC EROFS"),
+}
+"""Every other number is Fault.FILE."""
+
+# By name, not imported: local files need none of these packages. The first line that fits the class or a base counts.
+_EXCEPTIONS: Final[tuple[tuple[re.Pattern[str], Fault], ...]] = tuple(
+    (re.compile(pattern), fault)
+    for pattern, fault in (
+        (r"botocore\.exceptions\.(CredentialRetrievalError|MetadataRetrievalError)", Fault.RETRY),  # throttled, too
+        (r"botocore\.exceptions\.(\w*Credential\w*|\w*Token\w*|NoRegionError|\w*SSO\w*|ProfileNotFound)", Fault.RUN),
+        (r"azure\.core\.exceptions\.ClientAuthenticationError", Fault.RUN),
+        (r"google\.auth\.exceptions\.(RefreshError|DefaultCredentialsError)", Fault.RUN),
+        (r"aiohttp\.client_exceptions\.(InvalidURL|NonHttpUrl\w*|ClientConnectorCertificateError)", Fault.FILE),
+        (r"aiohttp\.(client_exceptions|http_exceptions)\.\w+", Fault.RETRY),
+        (r"botocore\.exceptions\.(HTTPClientError|ConnectionError|\w*ChecksumError|IncompleteReadError)", Fault.RETRY),
+        (r"botocore\.exceptions\.(ResponseStreamingError|ReadTimeoutError|ConnectTimeoutError)", Fault.RETRY),
+        (r"botocore\.parsers\.ResponseParserError", Fault.RETRY),
+        (r"azure\.core\.exceptions\.(ServiceRequest\w*|ServiceResponse\w*|IncompleteReadError)", Fault.RETRY),
+        (r"google\.auth\.exceptions\.TransportError", Fault.RETRY),
+        (r"gcsfs\.(retry|checkers)\.ChecksumError", Fault.RETRY),
+        (r"google\.resumable_media\.common\.DataCorruption", Fault.RETRY),
+        (r"requests\.exceptions\.(ConnectionError|Timeout|ChunkedEncodingError|ContentDecodingError)", Fault.RETRY),
+        (r"urllib3\.exceptions\.(ProtocolError|TimeoutError|IncompleteRead|DecodeError)", Fault.RETRY),
+        (r"http\.client\.HTTPException", Fault.RETRY),
+        (r"asyncio\.exceptions\.IncompleteReadError", Fault.RETRY),
+        (r"ftplib\.error_(temp|reply|proto)", Fault.RETRY),
+        (r"paramiko\.ssh_exception\.AuthenticationException", Fault.RUN),
+        (r"paramiko\.ssh_exception\.\w+", Fault.RETRY),
+        (r"zlib\.error", Fault.RETRY),  # a compressed body that was cut or damaged on its way
+        (r"builtins\.EOFError", Fault.RETRY),
+    )
 )
-_TRANSIENT_STATUS: Final = frozenset({408, 409, 429, 500, 502, 503, 504})
-_BAD_CREDENTIALS: Final = frozenset(
-    {
-        "AccountProblem",
-        "ExpiredToken",
-        "InvalidAccessKeyId",
-        "InvalidSecurity",
-        "InvalidToken",
-        "NotSignedUp",
-        "SignatureDoesNotMatch",
-        "TokenRefreshRequired",
-    }
-)
+
+
+class DamagedBodyError(OSError):
+    """A body that is shorter or longer than it has to be: it was cut on its way, whatever its status says."""
+
+
+_AIOHTTP_PARSER: Final = "aiohttp.http_exceptions"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """The error and what it was raised from; s3fs keeps the server's own answer there."""
-    seen: BaseException | None = error
+    cause: BaseException | None = error
     for _ in range(8):
-        if seen is None:
+        if cause is None:
             return
-        yield seen
-        seen = seen.__cause__
+        yield cause
+        cause = cause.__cause__
 
 
 def server_answer(error: BaseException) -> tuple[str, int]:
-    """The code and HTTP status that the server gave; ("", 0) where the error holds none."""
+    """The code and HTTP status that the server gave; ("", 0) if the error holds none."""
     for cause in _causes(error):
         response = getattr(cause, "response", None)
-        if isinstance(response, Mapping):
-            code = str(response.get("Error", {}).get("Code", ""))
-            return code, int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) or 0)
-        for name in ("status", "status_code", "code"):  # aiohttp, Azure, Google
-            status = getattr(cause, name, None)
-            if isinstance(status, int) and 100 <= status < 600:
-                return "", status
+        if isinstance(response, Mapping):  # botocore
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            return str(response.get("Error", {}).get("Code", "")), _as_status(status)
+        # aiohttp's parser has a class attribute `code` = 400, and passes it on as a status that no server has sent.
+        if type(cause.__cause__).__module__ == _AIOHTTP_PARSER:
+            continue
+        for name in () if type(cause).__module__ == _AIOHTTP_PARSER else ("status", "status_code", "code"):
+            if status := _as_status(getattr(cause, name, 0)):
+                return str(getattr(cause, "error_code", "") or ""), status
+        if status := _as_status(getattr(response, "status_code", 0)):  # requests
+            return "", status
     return "", 0
 
 
-def is_transient(error: BaseException) -> bool:
-    """Whether the same request may well succeed a moment later."""
+def _as_status(value: Any) -> int:
+    try:
+        status = int(value)
+    except (TypeError, ValueError):
+        return 0
+    return status if 300 <= status < 1000 else 0
+
+
+def fault_of(error: BaseException) -> Fault:
+    """What to do about the error of a storage backend."""
     code, status = server_answer(error)
-    if code in _TRANSIENT_CODES or status in _TRANSIENT_STATUS:
-        return True
-    if code or status:
-        return False
-    if isinstance(error, FileNotFoundError | PermissionError | FileExistsError | IsADirectoryError):
-        return False
+    code = "" if code.isdigit() else code.rpartition(".")[2]  # botocore repeats the status of a HEAD; KMS has a prefix
+    if code in _SERVICE_CODES:
+        return _SERVICE_CODES[code]
+    if _THROTTLING.search(code):
+        return Fault.RETRY
+    if status:
+        return _HTTP_STATUS.get(status, Fault.FILE)
     for cause in _causes(error):
-        if isinstance(cause, TimeoutError | ConnectionError):
-            return True
-        if isinstance(cause, OSError) and cause.errno in _TRANSIENT_ERRNO:
-            return True
-        # Named, not imported: samray needs none of these packages for local files.
-        names = {f"{kind.__module__}.{kind.__name__}" for kind in type(cause).__mro__}
-        if names & {
-            "aiohttp.client_exceptions.ClientConnectionError",
-            "aiohttp.client_exceptions.ClientPayloadError",
-            "asyncio.exceptions.IncompleteReadError",
-            "botocore.exceptions.ConnectionError",
-            "botocore.exceptions.HTTPClientError",
-            "botocore.exceptions.IncompleteReadError",
-            "botocore.parsers.ResponseParserError",
-            "http.client.IncompleteRead",
-        }:
-            return True
-    return False
+        fault = _fault_of_exception(cause)
+        if fault is not None:
+            return fault
+    return Fault.FILE
+
+
+def _fault_of_exception(error: BaseException) -> Fault | None:
+    """None if the exception says nothing by itself, as one that merely wraps another does."""
+    if isinstance(error, FileNotFoundError):
+        return Fault.MISSING
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return Fault.FILE
+    if isinstance(error, DamagedBodyError | TimeoutError | ConnectionError | socket.gaierror | ssl.SSLError):
+        return Fault.RETRY
+    names = [f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__]
+    for pattern, fault in _EXCEPTIONS:
+        if any(pattern.fullmatch(name) for name in names):
+            return fault
+    if isinstance(error, OSError) and error.errno is not None:
+        return _ERRNO.get(error.errno, Fault.FILE)
+    return None
 
 
 def is_conflict(error: BaseException) -> bool:
@@ -122,26 +203,40 @@ def is_conflict(error: BaseException) -> bool:
     return code == "PreconditionFailed" or status == 412
 
 
-def as_storage_error(error: Exception, doing: str, uri: str) -> StorageError:
-    """The error as a sentence: what was tried, where, what came, what to do."""
+def as_storage_error(error: Exception, doing: str, uri: str, tried: str = "") -> StorageError:
+    """The error as a sentence: what was tried, where, what came, what to do.
+
+    tried: how often and how long, for an error that was tried again.
+    """
     where = redact(uri)
     code, status = server_answer(error)
     said = redact(error).strip().rstrip(".") or type(error).__name__
-    if isinstance(error, FileNotFoundError) or status == 404:
+    if isinstance(error, TimeoutError) and not str(error):
+        said = "no answer in time"
+    fault = fault_of(error)
+    if code in ("NoSuchBucket", "ContainerNotFound"):
+        return BucketNotFoundError(f"cannot {doing} {where}: its bucket does not exist")
+    if fault is Fault.MISSING:
         missing = "its bucket or folder is not there and cannot be made" if doing == "write" else "it does not exist"
         return NotFoundError(f"cannot {doing} {where}: {missing}")
-    if code in _BAD_CREDENTIALS or "Credential" in type(error).__name__:
+    if fault is Fault.RUN and isinstance(error, OSError) and error.errno in _ERRNO and not (code or status):
+        return StorageError(f"cannot {doing} {where}: {said}; make room or give another OUTPUT")
+    if code.startswith("RequestTimeTooSkewed"):
+        return StorageError(f"cannot {doing} {where}: the clock of this machine is off ({said}); set it")
+    if fault is Fault.RUN:
         return StorageError(
             f"cannot {doing} {where}: the storage refused the credentials ({code or said}); "
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or the profile or role) and check their validity"
         )
-    if isinstance(error, PermissionError) or status in (401, 403):
-        return FileError(f"cannot {doing} {where}: permission denied ({code or said}); grant it, or use another place")
-    if is_transient(error):
-        return StorageError(
-            f"cannot {doing} {where} after {MAX_ATTEMPTS} attempts: {said}; "
+    if fault is Fault.RETRY:
+        return UnavailableError(
+            f"cannot {doing} {where}{tried}: {said}; "
             "check that the storage and its endpoint can be reached, then run the same command again"
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return StorageError(f"cannot {doing} {where}: {said}; make room or give another OUTPUT")
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return RefusedError(
+            f"cannot {doing} {where}: permission denied ({code or said}); grant it, or use another place"
+        )
+    if code or status:
+        return RefusedError(f"cannot {doing} {where}: {said}")
     return FileError(f"cannot {doing} {where}: {said}")

@@ -1,29 +1,18 @@
-"""The process's fsspec filesystems, and the one retry loop of samray."""
+"""The process's fsspec filesystems."""
 
 from __future__ import annotations
 
-import errno
 import gc
-import logging
 import os
-import random
 import threading
-import time
-from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import Any
 
-from samray.errors import ConfigError, StorageError
-from samray.storage.addresses import make_client
-from samray.storage.faults import MAX_ATTEMPTS, as_storage_error, is_conflict, is_transient
-from samray.storage.uris import is_local, redact, scheme_of
+from samray.config import StorageConfig
+from samray.errors import ConfigError
+from samray.storage import retrying
+from samray.storage.uris import is_local, scheme_of
 
-log = logging.getLogger(__name__)
-
-FIRST_BACKOFF_S: Final = 0.25
-MAX_BACKOFF_S: Final = 10.0
-
-T = TypeVar("T")
-
+_CONNECT_S = 10.0
 
 _filesystems: dict[str, Any] = {}
 _filesystems_lock = threading.Lock()
@@ -43,6 +32,7 @@ def _forget_filesystems() -> None:
     _filesystems_lock = threading.Lock()
     _inherited.extend(_filesystems.values())
     _filesystems.clear()
+    retrying.forget_outages()
 
 
 os.register_at_fork(after_in_child=_forget_filesystems)
@@ -52,6 +42,14 @@ def reset() -> None:
     """Forget all connections, so that changed credentials and endpoints are read from the environment again."""
     with _filesystems_lock:
         _filesystems.clear()
+    retrying.forget_outages()
+
+
+def configure(settings: StorageConfig) -> None:
+    """Use these settings from now on, in this process; connections with another time limit are made again."""
+    if settings.stall_timeout_s != retrying.settings().stall_timeout_s:
+        reset()
+    retrying.use(settings)
 
 
 def filesystem(uri: str) -> Any:
@@ -83,17 +81,21 @@ def _make_filesystem(scheme: str) -> Any:
 
     # Listings are never cached: another driver's shards must be seen.
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    stall_s = retrying.settings().stall_timeout_s
     if scheme in ("s3", "s3a"):
         given = dict(conf.get("s3", {}).get("config_kwargs", {}))
         # No retries below ours: nested loops multiply, and botocore's would hide which attempt succeeded.
         options["config_kwargs"] = {
-            "connect_timeout": 10,
-            "read_timeout": 60,
+            "connect_timeout": min(_CONNECT_S, stall_s),
+            "read_timeout": stall_s,
             "max_pool_connections": 64,
             "retries": {"total_max_attempts": 1},
         } | given
     elif scheme in ("http", "https"):
-        options["get_client"] = make_client
+        from aiohttp import ClientTimeout
+
+        timeout = ClientTimeout(total=None, sock_connect=min(_CONNECT_S, stall_s), sock_read=stall_s)
+        options["client_kwargs"] = {"timeout": timeout} | dict(conf.get(scheme, {}).get("client_kwargs", {}))
     try:
         fs = fsspec.filesystem(scheme, **options)
     except ImportError as error:
@@ -103,27 +105,3 @@ def _make_filesystem(scheme: str) -> Any:
     if scheme in ("s3", "s3a"):
         fs.retries = 1
     return fs
-
-
-def retry(doing: str, uri: str, call: Callable[[], T]) -> T:
-    """Call until it succeeds, fails for good, or `MAX_ATTEMPTS` is reached; the one retry loop of samray.
-
-    Waits with full jitter between attempts, so that many workers do not come back at the same moment.
-
-    Raises: StorageError (FileError, NotFoundError where it is one file's fault); FileExistsError from `call` passes.
-    """
-    for attempt in range(1, MAX_ATTEMPTS + 1):
-        try:
-            return call()
-        except (StorageError, ConfigError):
-            raise
-        except Exception as error:  # every fsspec backend raises its own types; nothing is swallowed here
-            if is_conflict(error):
-                raise FileExistsError(errno.EEXIST, "already there", redact(uri)) from error
-            if attempt == MAX_ATTEMPTS or not is_transient(error):
-                raise as_storage_error(error, doing, uri) from error
-            wait_s = random.uniform(0, min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (attempt - 1)))
-            log.info("attempt %d to %s %s failed (%s), next in %.2f s",
-                     attempt, doing, redact(uri), redact(error), wait_s)  # fmt: skip
-            time.sleep(wait_s)
-    raise AssertionError("unreachable")

@@ -4,62 +4,96 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 from collections.abc import Mapping
 from typing import Any, BinaryIO, Final, cast
 
-from samray.errors import FileError, NotFoundError
-from samray.storage.faults import server_answer
-from samray.storage.filesystems import filesystem, retry
-from samray.storage.uris import is_local, normalize, redact, scheme_of
+from samray.errors import NotFoundError, TooLargeError
+from samray.storage.faults import DamagedBodyError, server_answer
+from samray.storage.filesystems import filesystem
+from samray.storage.retrying import attempt_options, retry
+from samray.storage.uris import is_local, is_web, normalize, redact, scheme_of
+from samray.storage.web import read_range_once, read_whole_once
 
 _BUFFER_BYTES: Final = 64 * 1024
 
 
-def read_bytes(uri: str, offset: int | None = None, length: int | None = None) -> bytes:
-    """The file's bytes, or `length` of them from `offset`; fewer where the file ends earlier.
+def read_bytes(uri: str, offset: int | None = None, length: int | None = None, *, exact: bool = False) -> bytes:
+    """The file's bytes, or `length` of them from `offset`; fewer if the file ends earlier.
 
+    exact: the file was seen to have them all, so an answer with fewer was cut, unless the file is shorter now.
     Raises: NotFoundError, FileError, StorageError.
     """
     uri = normalize(uri)
     if length == 0:
         return b""
-    return retry("read", uri, lambda: _read_once(uri, offset, length))
+
+    def call() -> bytes:
+        data = _read_once(uri, offset, length)
+        if length is not None and len(data) > length:
+            raise DamagedBodyError(f"asked for {length} bytes, got {len(data)}")
+        if exact and length is not None and len(data) < length and not is_local(uri):
+            size = _info_once(uri).get("size")
+            if size is None or (offset or 0) + len(data) < min(int(size), (offset or 0) + length):
+                raise DamagedBodyError(f"the answer ended after {len(data)} of {length} bytes")
+        return data
+
+    return retry("read", uri, call)
+
+
+def read_whole(uri: str, max_bytes: int, size: int | None = None) -> bytes:
+    """The file's bytes, if they are at most max_bytes. Memory stays below that whatever a web server sends.
+
+    size: as it was listed; None looks it up. An answer of another length was cut on its way, unless that is the file's
+    size now. Raises: TooLargeError, NotFoundError, FileError, StorageError.
+    """
+    uri = normalize(uri)
+    if is_web(uri):
+        return retry("read", uri, lambda: read_whole_once(uri, max_bytes))
+    if size is None:
+        size = file_size(uri)  # a look before a leap into what may be a disk image
+    if size is None:
+        data = read_bytes(uri, 0, max_bytes + 1)
+    elif size > max_bytes:
+        raise TooLargeError(size, f"{redact(uri)} has {size} bytes")
+    elif is_local(uri):
+        # One byte more than allowed shows that a file has grown since it was listed, without reading all of it.
+        data = read_bytes(uri, 0, max_bytes + 1)
+    else:
+        data = retry("read", uri, lambda: _read_listed(uri, size))
+    if len(data) > max_bytes:
+        raise TooLargeError(len(data), f"{redact(uri)} has more than {max_bytes} bytes")
+    return data
+
+
+def _read_listed(uri: str, size: int) -> bytes:
+    data = _read_once(uri, None, None)
+    if len(data) != size and (now := _info_once(uri).get("size")) is not None and len(data) != int(now):
+        raise DamagedBodyError(f"the body has {len(data)} bytes, the file {now}")
+    return data
 
 
 def _read_once(uri: str, offset: int | None, length: int | None) -> bytes:
     if is_local(uri):
-        with open_local(uri) as file:
+        with open(uri, "rb") as file:
             if offset:
                 file.seek(offset)
             return file.read() if length is None else file.read(length)
+    if is_web(uri):
+        return read_range_once(uri, offset or 0, length)
     fs = filesystem(uri)
     if offset is None and length is None:
         # Without max_concurrency=1 s3fs asks for the size first: two requests where one does.
         options = {"max_concurrency": 1} if scheme_of(uri) in ("s3", "s3a") else {}
-        return cast(bytes, fs.cat_file(uri, **options))
+        return cast(bytes, fs.cat_file(uri, **options, **attempt_options(fs)))
     start = offset or 0
+    end = None if length is None else start + length
     try:
-        return cast(bytes, fs.cat_file(uri, start=start, end=None if length is None else start + length))
+        return cast(bytes, fs.cat_file(uri, start=start, end=end, **attempt_options(fs, length)))
     except Exception as error:
         code, status = server_answer(error)
         if code == "InvalidRange" or status == 416:  # starts at or past the end
             return b""
         raise
-
-
-def open_local(path: str) -> BinaryIO:
-    """A file of this machine. Raises: FileError for a FIFO, socket or device, without opening it; OSError."""
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a folder, open() says what it is
-        raise FileError(f"cannot read {redact(path)}: it is {kind_of_file(mode)}, expected a file")
-    return open(path, "rb")
-
-
-def kind_of_file(mode: int) -> str:
-    """What `os.stat` says of something that is not a regular file, in words."""
-    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
-    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 class _RangeFile(io.RawIOBase):
@@ -89,7 +123,7 @@ class _RangeFile(io.RawIOBase):
         length = min(len(view), self._size - self._position)
         if length <= 0:
             return 0
-        data = read_bytes(self._uri, self._position, length)
+        data = read_bytes(self._uri, self._position, length, exact=True)
         view[: len(data)] = data
         self._position += len(data)
         return len(data)
@@ -105,7 +139,7 @@ def open_read(uri: str, *, size: int | None = None, buffered: bool = True) -> Bi
     """
     uri = normalize(uri)
     if is_local(uri):
-        return retry("read", uri, lambda: open_local(uri))
+        return retry("read", uri, lambda: open(uri, "rb"))
     if size is None:
         size = file_size(uri)
     if size is None:
@@ -155,23 +189,21 @@ def info_of(uri: str) -> dict[str, Any]:
     uri = normalize(uri)
     if is_local(uri):
         status = retry("look up", uri, lambda: os.stat(uri))
-        info = {
-            "type": "directory" if stat.S_ISDIR(status.st_mode) else "file",
+        return {
+            "type": "directory" if os.path.isdir(uri) else "file",
             "size": status.st_size,
             "mtime_ns": status.st_mtime_ns,
         }
-        if info["type"] == "file" and not stat.S_ISREG(status.st_mode):
-            info["problem"] = f"unreadable: {uri} is {kind_of_file(status.st_mode)}"
-        return info
     return retry("look up", uri, lambda: _info_once(uri))
 
 
 def _info_once(uri: str) -> dict[str, Any]:
     try:
-        return cast(dict[str, Any], filesystem(uri).info(uri))
+        fs = filesystem(uri)
+        return cast(dict[str, Any], fs.info(uri, **attempt_options(fs, 0)))
     except FileNotFoundError as error:
         # fsspec's HTTP says "not found" whatever went wrong, be it that there is no network; the cause knows better.
-        if isinstance(error.__cause__, Exception) and scheme_of(uri) in ("http", "https"):
+        if isinstance(error.__cause__, Exception) and is_web(uri):
             raise error.__cause__ from None
         raise
 

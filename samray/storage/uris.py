@@ -28,6 +28,19 @@ def is_local(uri: str) -> bool:
     return scheme_of(uri) == "file"
 
 
+def place_of(uri: str) -> str:
+    """What fails as a whole: `scheme://` with the bucket or host; `file://` for this machine's own files."""
+    scheme = scheme_of(uri)
+    return (
+        "file://" if scheme == "file" else f"{scheme}://{uri.split('://', 1)[1].partition('/')[0].rpartition('@')[2]}"
+    )
+
+
+def is_web(uri: str) -> bool:
+    """Whether the URI is served by some web server."""
+    return scheme_of(uri) in ("http", "https")
+
+
 def normalize(uri: str) -> str:
     """One spelling for each place: an absolute plain path for local files, `scheme://...` without end slash else.
 

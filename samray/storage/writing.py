@@ -12,7 +12,8 @@ from typing import Any, BinaryIO, Final
 
 from samray.errors import NotFoundError, StorageError
 from samray.storage.faults import as_storage_error
-from samray.storage.filesystems import filesystem, retry
+from samray.storage.filesystems import filesystem
+from samray.storage.retrying import attempt_options, retry
 from samray.storage.uris import is_local, normalize, redact, scheme_of
 
 # One PUT holds at most 5 GiB. s3fs would cut larger bodies than twice its chunk size into a multipart upload, whose
@@ -94,7 +95,7 @@ def _pipe(uri: str, data: bytes, mode: str) -> None:
         if len(data) >= _MAX_PUT_BYTES:
             raise StorageError(f"cannot write {redact(uri)}: {len(data)} bytes are more than one PUT holds (5 GiB)")
         options["chunksize"] = _MAX_PUT_BYTES
-    fs.pipe_file(uri, data, **options)
+    fs.pipe_file(uri, data, **options, **attempt_options(fs, len(data)))
 
 
 def _write_local(path: str, data: bytes, *, replace: bool) -> None:
@@ -181,6 +182,11 @@ def delete(uri: str) -> None:
         if is_local(uri):
             retry("delete", uri, lambda: os.unlink(uri))
         else:
-            retry("delete", uri, lambda: filesystem(uri).rm_file(uri))
+            retry("delete", uri, lambda: _delete_once(uri))
     except NotFoundError:
         return
+
+
+def _delete_once(uri: str) -> None:
+    fs = filesystem(uri)
+    fs.rm_file(uri, **attempt_options(fs, 0))

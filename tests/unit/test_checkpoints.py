@@ -23,7 +23,7 @@ from samray.sam.checkpoints import checkpoint_sha256, list_models, load_model, r
 from samray.sam.formats import read_state_dict
 from samray.sam.sam import Sam
 from samray.sam.spec import MODELS, ModelSpec, TinyVitSpec, VitSpec
-from samray.storage import filesystems
+from samray.storage import retrying
 
 VIT = ModelSpec(
     name="small_vit",
@@ -46,7 +46,7 @@ TINY = dataclasses.replace(
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of its own, three small rows in the table, and no waiting between retries."""
     monkeypatch.setenv("SAMRAY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(filesystems, "FIRST_BACKOFF_S", 0.0)
+    monkeypatch.setattr(retrying, "FIRST_BACKOFF_S", 0.0)
     for spec in (VIT, DEEPER, TINY):
         monkeypatch.setitem(MODELS, spec.name, spec)
 

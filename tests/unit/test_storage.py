@@ -5,20 +5,38 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import http.client
 import logging
 import multiprocessing
 import os
 import pickle
+import socket
+import ssl
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+import botocore.exceptions
+import botocore.parsers
 import pytest
+from multidict import CIMultiDict, CIMultiDictProxy
+from yarl import URL
 
 from samray import storage
-from samray.errors import ConfigError, FileError, NotFoundError, StorageError
-from samray.storage import filesystems
+from samray.config import StorageConfig
+from samray.errors import (
+    BucketNotFoundError,
+    ConfigError,
+    FileError,
+    NotFoundError,
+    RefusedError,
+    StorageError,
+    UnavailableError,
+)
+from samray.storage import faults, filesystems, retrying
 
 HOSTILE_NAMES = [
     "a b.jpg",
@@ -382,8 +400,11 @@ class ServerError(OSError):
 
 @pytest.fixture
 def flaky(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A filesystem that fails as asked, and a clock that only waiting moves."""
     waits: list[float] = []
-    monkeypatch.setattr(filesystems.time, "sleep", waits.append)
+    monkeypatch.setattr(retrying.time, "sleep", waits.append)
+    monkeypatch.setattr(retrying.time, "monotonic", lambda: 1000.0 + sum(waits))
+    retrying.forget_outages()
 
     def install(*failures: BaseException) -> FlakyFilesystem:
         fs = FlakyFilesystem(*failures)
@@ -394,55 +415,138 @@ def flaky(monkeypatch: pytest.MonkeyPatch) -> Any:
     return install
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        TimeoutError("read timed out"),
-        ConnectionResetError(errno.ECONNRESET, "reset by peer"),
-        ServerError("SlowDown", 503),
-        ServerError("InternalError", 500),
-        ServerError("RequestTimeout", 400),
-        ServerError("ConditionalRequestConflict", 409),
-        ServerError("", 502),
-    ],
-    ids=repr,
-)
-def test_transient_errors_are_retried_with_growing_bounded_waits(flaky: Any, error: BaseException) -> None:
-    fs = flaky(*[error] * (storage.MAX_ATTEMPTS - 1))
+def test_transient_errors_are_retried_with_growing_bounded_waits(flaky: Any) -> None:
+    fs = flaky(*[TimeoutError("read timed out")] * 9)
     assert storage.read_bytes("flaky://x/y") == b"data"
-    assert fs.num_calls == storage.MAX_ATTEMPTS
-    assert len(flaky.waits) == storage.MAX_ATTEMPTS - 1
-    limits = [filesystems.FIRST_BACKOFF_S * 2**i for i in range(len(flaky.waits))]
+    assert fs.num_calls == 10
+    limits = [min(retrying.MAX_BACKOFF_S, retrying.FIRST_BACKOFF_S * 2**i) for i in range(9)]
     assert all(0 <= wait <= limit for wait, limit in zip(flaky.waits, limits, strict=True))
     assert len(set(flaky.waits)) > 1  # jitter
 
 
+def test_a_storm_is_waited_out_for_as_long_as_the_setting_says(flaky: Any, storage_limits: Any) -> None:
+    storage_limits(timeout_s=600.0)
+    flaky(*[ServerError("SlowDown", 503)] * 60)
+    assert storage.read_bytes("flaky://x/y") == b"data"
+    assert 60 < sum(flaky.waits) < 600  # many waits of 0 to 10 s
+
+
 def test_at_some_point_it_gives_up_with_a_sentence(flaky: Any) -> None:
-    fs = flaky(*[TimeoutError("read timed out")] * 99)
+    flaky(*[TimeoutError("read timed out")] * 999)
     with pytest.raises(
-        StorageError, match=r"cannot read flaky://x/y after 6 attempts: read timed out; check"
+        UnavailableError, match=r"cannot read flaky://x/y after \d+ attempts in 90 s: read timed out; check"
     ) as caught:
         storage.read_bytes("flaky://x/y")
-    assert fs.num_calls == storage.MAX_ATTEMPTS
+    assert sum(flaky.waits) == pytest.approx(StorageConfig().timeout_s)
     assert not isinstance(caught.value, FileError)  # the storage's fault, not the file's
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [
-        (FileNotFoundError("x"), NotFoundError),
-        (PermissionError("Access Denied"), FileError),
-        (ServerError("AccessDenied", 403), FileError),
-        (ServerError("NoSuchKey", 404), NotFoundError),
-        (ServerError("InvalidRequest", 400), FileError),
-        (ValueError("bad name"), FileError),
-        (ServerError("ExpiredToken", 400), StorageError),
-        (ServerError("SignatureDoesNotMatch", 403), StorageError),
-    ],
-    ids=repr,
-)
-def test_other_errors_are_not_retried(flaky: Any, error: BaseException, kind: type[StorageError]) -> None:
+def test_the_number_of_attempts_can_be_limited(flaky: Any, storage_limits: Any) -> None:
+    storage_limits(max_attempts=4)
+    fs = flaky(*[TimeoutError()] * 99)
+    with pytest.raises(UnavailableError, match=r"after 4 attempts .*: no answer in time"):
+        storage.read_bytes("flaky://x/y")
+    assert fs.num_calls == 4
+
+
+def test_a_storage_that_is_gone_is_waited_for_once_not_by_every_request(flaky: Any) -> None:
+    fs = flaky(*[TimeoutError()] * 999)
+    for _ in range(3):
+        with pytest.raises(UnavailableError):
+            storage.read_bytes("flaky://x/y")
+    assert sum(flaky.waits) == pytest.approx(StorageConfig().timeout_s)
+    fs.failures.clear()
+    assert storage.read_bytes("flaky://x/z") == b"data"
+    fs.failures[:] = [TimeoutError()] * 3
+    assert storage.read_bytes("flaky://x/y") == b"data"  # it has come back, so it is waited for again
+
+
+def test_a_time_limit_bounds_all_requests_of_a_block(flaky: Any) -> None:
+    flaky(*[TimeoutError()] * 999)
+    with storage.time_limit(5.0), pytest.raises(UnavailableError):
+        storage.read_bytes("flaky://x/y")
+    assert 3.0 < sum(flaky.waits) < 5.0
+
+
+def _raised_from(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def _web_answer(status: int) -> Exception:
+    request = aiohttp.RequestInfo(URL("http://host/x"), "GET", CIMultiDictProxy(CIMultiDict()), URL("http://host/x"))
+    return aiohttp.ClientResponseError(request, (), status=status)
+
+
+RETRIED: list[Exception] = [
+    *(OSError(getattr(errno, name), name) for name in ("EMFILE", "ENFILE", "EIO", "ENOTCONN", "ESTALE", "ENETUNREACH")),
+    *(OSError(getattr(errno, name), name) for name in ("EADDRNOTAVAIL", "ENOBUFS", "EHOSTDOWN", "EREMOTEIO")),
+    ConnectionResetError(errno.ECONNRESET, "reset by peer"),
+    socket.gaierror(-3, "Temporary failure in name resolution"),
+    ssl.SSLError(1, "decryption failed or bad record mac"),
+    EOFError(),
+    http.client.IncompleteRead(b"x", 5),
+    zlib.error("incorrect data check"),
+    faults.DamagedBodyError("the body has 3 bytes, the file 5"),
+    *(ServerError(code, 503) for code in ("SlowDown", "SlowDownRead", "ServiceUnavailable", "")),
+    *(ServerError(code, 400) for code in ("RequestTimeout", "BadDigest", "IncompleteBody", "Throttling")),
+    *(ServerError(code, 400) for code in ("KMS.ThrottlingException", "ThrottlingException", "RequestTimeoutException")),
+    *(
+        ServerError(code, 400)
+        for code in ("XAmzContentSHA256Mismatch", "RequestLimitExceeded", "KMS.InternalException")
+    ),
+    *(ServerError(code, 500) for code in ("InternalError", "InternalFailure", "InternalServerError")),
+    ServerError("ConditionalRequestConflict", 409),
+    *(ServerError(str(status), status) for status in (500, 502, 503, 504, 507, 509)),  # of a HEAD: there is no body
+    *(_web_answer(status) for status in (408, 421, 423, 425, 429, 500, 502, 503, 504, 507, 509, 520, 530, 598, 599)),
+    _raised_from(aiohttp.ClientPayloadError("not completed"), aiohttp.http_exceptions.ContentLengthError("not enough")),
+    _raised_from(_web_answer(400), aiohttp.http_exceptions.BadHttpMessage("no header")),  # never said by the server
+    aiohttp.ServerDisconnectedError(),
+    botocore.exceptions.EndpointConnectionError(endpoint_url="http://x"),
+    botocore.exceptions.FlexibleChecksumError(error_msg="expected a, got b"),
+    botocore.exceptions.IncompleteReadError(actual_bytes=1, expected_bytes=2),
+    botocore.exceptions.ReadTimeoutError(endpoint_url="http://x"),
+    botocore.parsers.ResponseParserError("no element found"),
+]
+
+REFUSED: list[tuple[Exception, type[StorageError]]] = [
+    (FileNotFoundError("x"), NotFoundError),
+    (ServerError("NoSuchKey", 404), NotFoundError),
+    (ServerError("404", 404), NotFoundError),
+    (_web_answer(404), NotFoundError),
+    (_web_answer(410), NotFoundError),
+    (ServerError("NoSuchBucket", 404), BucketNotFoundError),
+    (PermissionError("Access Denied"), RefusedError),
+    (PermissionError(errno.EACCES, "Permission denied"), RefusedError),
+    (ServerError("AccessDenied", 403), RefusedError),
+    (ServerError("InvalidRequest", 400), RefusedError),
+    (ServerError("NotImplemented", 501), RefusedError),
+    (_web_answer(403), RefusedError),
+    (_web_answer(302), RefusedError),
+    (ValueError("bad name"), FileError),
+    (OSError(errno.ENAMETOOLONG, "File name too long"), FileError),
+    (ssl.SSLCertVerificationError("certificate has expired"), FileError),
+    *((ServerError(code, 403), StorageError) for code in ("InvalidAccessKeyId", "InvalidClientTokenId")),
+    *((ServerError(code, 403), StorageError) for code in ("SignatureDoesNotMatch", "RequestTimeTooSkewed")),
+    *((ServerError(code, 400), StorageError) for code in ("ExpiredToken", "ExpiredTokenException", "InvalidToken")),
+    (botocore.exceptions.NoCredentialsError(), StorageError),
+    *((OSError(getattr(errno, name), name), StorageError) for name in ("ENOSPC", "EDQUOT", "EROFS")),
+]
+
+
+@pytest.mark.parametrize("error", RETRIED, ids=repr)
+def test_what_may_succeed_next_time_is_tried_again(flaky: Any, error: Exception) -> None:
+    fs = flaky(error)
+    assert storage.read_bytes("flaky://x/y") == b"data"
+    assert fs.num_calls == 2
+    wrapped = flaky(_raised_from(OSError(errno.EIO, "as s3fs passes it on"), error))
+    assert storage.put_new("flaky://x/y", b"x")
+    assert wrapped.num_calls == 2
+
+
+@pytest.mark.parametrize(("error", "kind"), REFUSED, ids=repr)
+def test_other_errors_are_not_retried(flaky: Any, error: Exception, kind: type[StorageError]) -> None:
     fs = flaky(error)
     with pytest.raises(StorageError) as caught:
         storage.read_bytes("flaky://x/y")

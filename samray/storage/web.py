@@ -1,0 +1,130 @@
+"""Bodies of web servers, of which nothing is believed: not their length, not their coding, not that they ever end."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from samray.errors import FileError, TooLargeError
+from samray.storage.faults import DamagedBodyError
+from samray.storage.filesystems import filesystem
+from samray.storage.retrying import attempt_options
+from samray.storage.uris import redact
+
+_PIECE_BYTES: Final = 256 * 1024
+_MOST_SKIPPED_BYTES: Final = 64 * 2**20
+"""Read and thrown away to reach an offset, if the server sends the whole file instead of the range."""
+
+_CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-\d+/(?:\d+|\*)")
+
+Decode = Callable[[bytes], Iterator[bytes]]
+
+
+def read_whole_once(uri: str, max_bytes: int) -> bytes:
+    """The decoded body; memory holds max_bytes and a little. Raises: TooLargeError, FileError, what aiohttp raises."""
+    return _run(uri, _read_whole, uri, max_bytes)
+
+
+def read_range_once(uri: str, offset: int, length: int | None) -> bytes:
+    """`length` bytes from `offset`, fewer at the end of the file. Raises: FileError, what aiohttp raises."""
+    return _run(uri, _read_range, uri, offset, length)
+
+
+def _run(uri: str, coroutine: Callable[..., Any], *args: Any) -> bytes:
+    from fsspec.asyn import sync
+
+    fs = filesystem(uri)
+    data: bytes = sync(fs.loop, coroutine, fs, *args, **attempt_options(fs))
+    return data
+
+
+def _get(fs: Any, session: Any, uri: str, headers: dict[str, str]) -> Any:
+    options = dict(fs.kwargs)
+    headers = {**options.pop("headers", {}), "Accept-Encoding": "identity", **headers}
+    # Not decompressed by aiohttp, which would do it without a bound.
+    return session.get(fs.encode_url(uri), headers=headers, auto_decompress=False, **options)
+
+
+async def _read_whole(fs: Any, uri: str, max_bytes: int) -> bytes:
+    session = await fs.set_session()
+    async with _get(fs, session, uri, {}) as response:
+        fs._raise_not_found_for_status(response, uri)
+        coding = response.headers.get("Content-Encoding", "").strip().lower()
+        length = response.content_length
+        if length is not None and length > max_bytes:
+            response.close()
+            raise TooLargeError(length, f"{redact(uri)} has {length} bytes")
+        body = bytearray()
+        decode = _decoder(coding, uri)
+        async for chunk in response.content.iter_chunked(_PIECE_BYTES):
+            for piece in decode(chunk):
+                body += piece
+                if len(body) > max_bytes:
+                    response.close()
+                    raise TooLargeError(len(body), f"{redact(uri)} has more than {max_bytes} bytes")
+        for piece in decode(b""):
+            body += piece
+    if length is None and not coding and "chunked" not in response.headers.get("Transfer-Encoding", "").lower():
+        await _compare_with_head(fs, session, uri, len(body))
+    return bytes(body)
+
+
+async def _compare_with_head(fs: Any, session: Any, uri: str, num_bytes: int) -> None:
+    """A body that just ends with its connection may have been cut: what HEAD says is all there is to compare with."""
+    async with session.head(fs.encode_url(uri), headers={"Accept-Encoding": "identity"}, allow_redirects=True) as head:
+        promised = head.headers.get("Content-Length", "") if head.status == 200 else ""
+    if promised.isdigit() and int(promised) > num_bytes:
+        raise DamagedBodyError(f"the body ended after {num_bytes} of {promised} bytes")
+
+
+async def _read_range(fs: Any, uri: str, offset: int, length: int | None) -> bytes:
+    session = await fs.set_session()
+    last = "" if length is None else str(offset + length - 1)
+    async with _get(fs, session, uri, {"Range": f"bytes={offset}-{last}"}) as response:
+        if response.status == 416:  # starts at or past the end
+            return b""
+        fs._raise_not_found_for_status(response, uri)
+        if response.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
+            raise FileError(f"{redact(uri)}: the server sends a compressed range, which is not one of the file")
+        skip = offset
+        if response.status == 206:
+            match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+            if match is None or int(match[1]) != offset:
+                raise DamagedBodyError(f"asked for bytes from {offset}, got {response.headers.get('Content-Range')}")
+            skip = 0
+        elif skip > _MOST_SKIPPED_BYTES:
+            response.close()
+            raise FileError(f"{redact(uri)}: the server sends no ranges of files; copy the file to another storage")
+        body = bytearray()
+        async for chunk in response.content.iter_chunked(_PIECE_BYTES):
+            body += chunk[skip:]
+            skip = max(0, skip - len(chunk))
+            if length is not None and len(body) >= length:
+                if response.status != 206 or len(body) > length:
+                    response.close()
+                break
+    return bytes(body if length is None else body[:length])
+
+
+def _decoder(coding: str, uri: str) -> Decode:
+    """Chunks as they were sent -> pieces of the body, each of a bounded size; an empty chunk says that it has ended."""
+    if coding in ("", "identity"):
+        return lambda chunk: iter((chunk,))
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        raise FileError(
+            f"{redact(uri)}: the server sends the body as {coding!r}, though it was asked not to compress it"
+        )
+    inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
+
+    def decode(chunk: bytes) -> Iterator[bytes]:
+        if not chunk:
+            if not inflate.eof:
+                raise DamagedBodyError("the compressed body was cut")
+            return
+        while chunk and not inflate.eof:
+            yield inflate.decompress(chunk, _PIECE_BYTES)
+            chunk = inflate.unconsumed_tail
+
+    return decode
