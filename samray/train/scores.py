@@ -17,10 +17,26 @@ MEMORY_PROMPTS = 65_536
 """Prompts that are kept; then the oldest go. At 256 channels they take 70 MB."""
 SAMPLE_PROMPTS = 4_096
 """Kept prompts that a step learns from, drawn at random."""
+RANKING_WEIGHT = 1.0
+RANKING_TEMPERATURE = 0.03
+"""Scores that differ by much less than this count as equal: a smaller error could turn them around."""
+
+
+def ranking_loss(predicted_iou: Tensor, iou: Tensor) -> Tensor:
+    """1 - the mean IoU of the mask that scores best, made smooth: masks weighted by a softmax of their scores.
+
+    predicted_iou, iou: (K, 3) of the masks of an ambiguous prompt. Returns a scalar in [0, 1]. The squared error alone
+    spends most of what the head can do on prompts where the three masks are alike.
+    """
+    chosen = (predicted_iou / RANKING_TEMPERATURE).softmax(dim=1)
+    return 1 - (chosen * iou).sum(dim=1).mean()
 
 
 class ScoreLoss(nn.Module):
-    """Squared error of the predicted IoUs, as `sam_loss` has it, over prompts of this step and of earlier ones."""
+    """Squared error of the predicted IoUs, as `sam_loss` has it, and `ranking_loss` of the masks of ambiguous prompts.
+
+    Over prompts of this step and of earlier ones.
+    """
 
     def __init__(self, sam: Sam, config: TrainConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -37,10 +53,12 @@ class ScoreLoss(nn.Module):
         total = len(self.memory["ious"])
         pick = torch.randint(total, (min(total, SAMPLE_PROMPTS),), generator=generator, device=generator.device)
         predicted = self.sam.mask_decoder.iou_prediction_head(self.memory["tokens"][pick])
-        loss = (predicted - self.memory["ious"][pick]).square().sum(dim=1).mean()
+        ious = self.memory["ious"][pick]
+        error = (predicted - ious).square().sum(dim=1).mean()
+        loss = error + RANKING_WEIGHT * ranking_loss(predicted[:, 1:], ious[:, 1:])
         first = rounds.first
         assert first is not None
-        figures = {"score_loss": loss.detach(), "iou_scored": first.iou_scored, "iou_oracle": first.iou_oracle}
+        figures = {"score_loss": error.detach(), "iou_scored": first.iou_scored, "iou_oracle": first.iou_oracle}
         return loss, figures
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ from micro import MICRO, settings_of
 from samray.sam.sam import Sam
 from samray.train.interaction import Rounds, draw_course
 from samray.train.losses import actual_iou, mask_losses, sam_loss, trust
+from samray.train.scores import ranking_loss
 
 
 def test_mask_loss_of_undecided_logits_by_hand():
@@ -95,3 +96,13 @@ def test_doubt_weighs_the_loss_of_labelled_images_alone():
     assert rounds.doubt.tolist() == [1, 1, 0, 0]
     plain = settings_of().train
     assert Rounds(Sam(MICRO), plain, draw_course(plain, 0), given, torch.Generator()).doubt is None
+
+
+def test_ranking_loss_is_what_the_chosen_mask_misses():
+    iou = torch.tensor([[0.9, 0.1, 0.2], [0.3, 0.8, 0.5]])
+    assert float(ranking_loss(torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.9, 0.1]]), iou)) == pytest.approx(0.15, abs=1e-4)
+    assert float(ranking_loss(torch.zeros(2, 3), iou)) == pytest.approx(1 - float(iou.mean()), abs=1e-6)
+    scores = torch.zeros(2, 3, requires_grad=True)
+    ranking_loss(scores, iou).backward()
+    assert scores.grad is not None
+    assert scores.grad.argmin(dim=1).tolist() == [0, 1]  # the best mask's score has to rise
