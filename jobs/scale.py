@@ -241,7 +241,9 @@ def one_simulation(actors: int, seconds: float, masks: int, shards: int, images_
     with tempfile.TemporaryDirectory() as folder, CpuWatch() as watch:
         for i in range(256):
             Image.new("RGB", (8, 8), (i, 0, 0)).save(f"{folder}/{i}.png")
-        names = [f"{i % 256}.png" for i in range(num_images)]
+        names = [f"{i}.png" for i in range(num_images)]
+        for i in range(256, num_images):  # equal names would be one image
+            os.link(f"{folder}/{i % 256}.png", f"{folder}/{i}.png")
         Path(folder, "listing.txt").write_text("\n".join(names))
         Path(folder, "log").mkdir()
         # A quarter of a CPU is what an actor reserves of half of one.

@@ -35,6 +35,9 @@ class InputConfig(Settings):
     """Largest encoded image, bytes; a larger one fails, unread, as `too_large`."""
     limit: int | None = Field(default=None, ge=1)
     """Label only the first N images of the sorted input; null labels all."""
+    allow_outside: bool = False
+    """Let a list name files outside of its own folder, and a remote list servers of a private network; for lists that
+    you trust."""
     prompts: str | None = None
     """Clicks and boxes of a person, .jsonl or .parquet: one mask for each of them, in place of the grid's."""
 
@@ -204,6 +207,7 @@ class Config(Settings):
         plain = self.model_dump(mode="json")
         del plain["masks"]["points_per_batch"]
         del plain["input"]["prompts"]
+        del plain["input"]["allow_outside"]
         return {
             "input": plain["input"],
             "model": {key: plain["model"][key] for key in ("name", "dtype")},

@@ -13,9 +13,12 @@ from samray.cli_help import count, two_columns
 from samray.config import Config
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from samray.dataset.joining import News
     from samray.dataset.manifest import Plan
     from samray.dataset.prompt_files import MatchedPrompts
+    from samray.dataset.skipped import Skipped
 
 
 def print_plan(
@@ -28,6 +31,7 @@ def print_plan(
     before = f"{count(num_done, 'image')} in {count(len(done), 'shard')}" if done else "none"
     inputs = dict.fromkeys(generation.identity["input_uri"] for generation in plan.generations)
     rows = [("input", ", ".join(inputs)), ("images", images), ("done before", before), *_news(news), *_prompts(prompts)]
+    rows += skipped_rows(plan.skipped if news is None or news.skipped is None else news.skipped)
     _print(rows, plan.output, config, plan.run["identity"]["model"]["checkpoint_sha256"])
 
 
@@ -44,6 +48,19 @@ def _news(news: News | None) -> list[tuple[str, str]]:
         what = "to be labelled again" if news.redone else "left as they are (--redo-changed labels them again)"
         rows.append(("changed images", f"{news.num_changed:,}, {what}: {', '.join(news.examples)}"))
     return rows
+
+
+def skipped_rows(skipped: Skipped) -> list[tuple[str, str]]:
+    """What the listing of INPUT left out, a line per reason."""
+    return [("left out" if i == 0 else "", line) for i, line in enumerate(skipped.lines())]
+
+
+def problem_rows(listed: pa.Table) -> list[tuple[str, str]]:
+    """Images of which listing says already that they cannot be read: how many, and why the first one."""
+    problems = listed["problem"].drop_null()
+    if not len(problems):
+        return []
+    return [("will fail", f"{count(len(problems), 'image')}; the first: {problems[0].as_py()}")]
 
 
 def _prompts(prompts: MatchedPrompts | None) -> list[tuple[str, str]]:
@@ -72,6 +89,7 @@ def print_dry_run(input: str, output: str, config: Config, *, append: bool = Fal
     from samray.dataset.manifest import load_plan, make_plan
     from samray.dataset.prompt_files import PromptFile
     from samray.dataset.shards import done_shards
+    from samray.dataset.skipped import Skipped
 
     given = None if config.input.prompts is None else PromptFile.read(config.input.prompts)
     if storage.exists(storage.join(output, "_samray", "run.json")):
@@ -87,12 +105,14 @@ def print_dry_run(input: str, output: str, config: Config, *, append: bool = Fal
         matched = given.match(plan.read_images(["uri", "file_name"])) if given else None
         print_plan(plan, done_shards(plan.output), config, news, matched)
         return
-    listed = pa.concat_tables(list_images(input, config.input))
+    skipped = Skipped()
+    listed = pa.concat_tables(list_images(input, config.input, skipped))
     num_images = listed.num_rows
     num_shards = -(-num_images // config.output.images_per_shard)
     images = f"{num_images:,}, to be cut into {count(num_shards, 'shard')} of up to {config.output.images_per_shard}"
     matched = given.match(listed) if given else None
     rows = [("input", input), ("images", images), ("done before", "none"), *_prompts(matched)]
+    rows += skipped_rows(skipped) + problem_rows(listed)
     _print(rows, output, config, None)
 
 

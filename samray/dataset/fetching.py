@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pyarrow as pa
 
 from samray import storage
-from samray.dataset.parquet_images import fetch_rows, too_large
+from samray.dataset.parquet_images import fetch_rows, known_problem, too_large
 from samray.dataset.rows import INPUT_SCHEMA
 from samray.errors import (
     BucketNotFoundError,
@@ -100,7 +100,9 @@ def _fetch_all(items: list[dict[str, Any]], config: InputConfig, timeout_s: floa
     by_container: dict[str, list[int]] = {}
     single: list[int] = []
     for i, item in enumerate(items):
-        if item["row"] is not None:
+        if item["problem"]:
+            fetched[i] = known_problem(item["problem"])
+        elif item["row"] is not None:
             by_container.setdefault(item["container"], []).append(i)
         else:
             single.append(i)
@@ -130,6 +132,29 @@ def _fetch_all(items: list[dict[str, Any]], config: InputConfig, timeout_s: floa
     return [fetched[i] for i in range(len(items))]
 
 
+def _read_member(item: dict[str, Any]) -> bytes:
+    """The bytes of a tar member; fewer where the tar ends earlier. Holes are filled with zeros."""
+    if item["extents"] is None:
+        return storage.read_bytes(item["container"], item["offset"], item["size"], exact=True)
+    try:
+        pieces = [(int(start), int(length)) for start, _, length in (p.partition("+") for p in item["extents"].split())]
+    except ValueError as error:
+        raise FileError("the plan's map of the image's holes is damaged") from error
+    num_stored = sum(length for _, length in pieces)
+    if any(start < 0 or length < 0 or start + length > item["size"] for start, length in pieces):
+        raise FileError("the plan's map of the image's holes is damaged")
+    stored = storage.read_bytes(item["container"], item["offset"], num_stored, exact=True)
+    data = bytearray(item["size"])
+    place = 0
+    for start, length in pieces:
+        piece = stored[place : place + length]
+        if len(piece) < length:
+            return bytes(data[:start]) + piece
+        data[start : start + length] = piece
+        place += length
+    return bytes(data)
+
+
 def _fetch_one(item: dict[str, Any], config: InputConfig) -> bytes | ImageError | Doubt:
     uri, size = item["uri"], item["size"]
     if not uri:
@@ -139,7 +164,7 @@ def _fetch_one(item: dict[str, Any], config: InputConfig) -> bytes | ImageError 
             return storage.read_whole(uri, config.max_bytes, size)
         if size > config.max_bytes:
             return too_large(size, config)
-        return storage.read_bytes(item["container"], item["offset"], size, exact=True)
+        return _read_member(item)
     except TooLargeError as error:
         return too_large(error.size, config)
     except _DOUBT as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -49,6 +49,8 @@ class Generation:
     first_shard: int = 0
     num_changed: int = 0
     """Rows, after the new ones, of earlier images that have changed."""
+    skipped: dict[str, dict[str, int]] = field(default_factory=dict)
+    """What the listing of INPUT left out (`Skipped.counts`)."""
 
     @property
     def num_shards(self) -> int:
@@ -128,6 +130,7 @@ def create_generation(output: str, generation: Generation, new: pa.Table, change
         "images_per_shard": generation.images_per_shard,
         "first_shard": generation.first_shard,
         "num_changed": generation.num_changed,
+        "skipped": generation.skipped,
     }
     sink = pa.BufferOutputStream()
     schema = MANIFEST_SCHEMA.with_metadata({b"samray": json.dumps(own, sort_keys=True).encode()})

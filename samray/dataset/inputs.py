@@ -1,14 +1,17 @@
-"""Which images an input holds, in a fixed order, and the bytes of any of them.
+"""Which images an input holds, in a fixed order.
 
-An input is a folder, prefix or glob, a tar or glob of tars, a manifest with a column of URIs, or Parquet with image
-bytes. All become tables of one schema, `INPUT_SCHEMA`; a slice of such a table is all that fetching needs.
+An input is a folder, prefix or glob, a tar or glob of tars, a list with a column of URIs, or Parquet with image bytes.
+All become a table of one schema, `INPUT_SCHEMA`; a slice of such a table is all that fetching needs. Whatever is left
+out is counted, with the reason (`samray.dataset.skipped`).
 """
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
@@ -16,109 +19,100 @@ import pyarrow.compute as pc
 
 from samray import storage
 from samray.dataset.fetching import fetch_images
+from samray.dataset.no_image import nothing_found, refuse_unreadable_kinds
 from samray.dataset.parquet_images import list_parquet
 from samray.dataset.rows import INPUT_SCHEMA, input_rows
-from samray.dataset.tars import is_compressed_tar, is_tar, list_tar
-from samray.dataset.uri_lists import read_uris, rows_of_uris
-from samray.errors import BucketNotFoundError, ConfigError, NotFoundError
+from samray.dataset.skipped import HIDDEN, NOT_AN_IMAGE, UNUSABLE, Skipped, count_skipped
+from samray.dataset.tars import index_tar
+from samray.dataset.uri_lists import LIST_EXTENSIONS, read_uris
+from samray.dataset.uri_rows import UriRows, is_own_uri, merge_lists, rows_of_uris, with_distinct_names
+from samray.errors import BucketNotFoundError, ConfigError, FileError, NotFoundError
+from samray.images import image_extensions
 
 if TYPE_CHECKING:
     from samray.config import InputConfig
 
-__all__ = ["IMAGE_EXTENSIONS", "INPUT_SCHEMA", "MANIFEST_EXTENSIONS", "fetch_images", "list_images"]
+__all__ = ["IMAGE_EXTENSIONS", "INPUT_SCHEMA", "fetch_images", "list_images"]
 
-IMAGE_EXTENSIONS: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+IMAGE_EXTENSIONS: Final = image_extensions()
 """Names that are taken for images in folders and tars, in any case."""
 
-MANIFEST_EXTENSIONS: Final = (".csv", ".jsonl", ".txt")
-
-_FETCH_THREADS: Final = 16
 _LIST_THREADS: Final = 32
 
 
-def list_images(input_uri: str, config: InputConfig) -> Iterator[pa.Table]:
-    """All images of an input as tables of `INPUT_SCHEMA`, in the input's order: by name, or as the manifest has them.
+def list_images(input_uri: str, config: InputConfig, skipped: Skipped | None = None) -> Iterator[pa.Table]:
+    """All images of an input as a table of `INPUT_SCHEMA`, in the input's order: by name, or as a list has them.
 
+    skipped: where to count what is left out. Of equal URIs one row is made; no two rows have the same file_name.
     Raises: ConfigError where the input holds no image or cannot be understood, StorageError.
     """
-    left = config.limit
-    for table in _list_all(storage.normalize(input_uri), config):
-        if left is not None:
-            table = table.slice(0, left)
-            left -= table.num_rows
-        yield table
-        if left == 0:
-            return
+    skipped = Skipped() if skipped is None else skipped
+    try:
+        input_uri.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"INPUT {input_uri!a}: its name is not UTF-8; rename it, or give a link to it") from error
+    table = _list_all(storage.normalize(input_uri), config, skipped)
+    yield table if config.limit is None else table.slice(0, config.limit)
 
 
-def _list_all(uri: str, config: InputConfig) -> Iterator[pa.Table]:
+def _list_all(uri: str, config: InputConfig, skipped: Skipped) -> pa.Table:
     where = storage.redact(uri)
+    if is_own_uri(uri):
+        folder = storage.normalize(".")
+        written = pa.chunked_array([[uri]], pa.string())
+        return merge_lists([rows_of_uris(written, folder, folder, allow_outside=True)], folder, skipped)
+    refuse_unreadable_kinds(uri)
     try:
         found = _files_table(uri)
     except BucketNotFoundError:  # as a storage that refuses: a run may be resumed when it is back
         raise
     except NotFoundError as error:
         raise ConfigError(
-            f"INPUT {where} does not exist; give a folder, glob, tar, manifest or Parquet file"
+            f"INPUT {where} does not exist; give a folder, glob, tar, list of URIs or Parquet file"
         ) from error
     root = _root(uri)
-    names = found["uri"].to_pylist() if found.num_rows == 1 or _all_containers(found) else []
-    etags = dict(zip(names, found["etag"].to_pylist(), strict=True)) if names else {}
-    if names and all(is_tar(name) for name in names):
-        tables = _in_order(lambda name: _list_tar(name, _container_name(name, uri, root), etags[name]), names)
-        yield from _nonempty(tables, where, "no image in the tar")
-    elif names and all(name.lower().endswith(".parquet") for name in names):
-        tables = _in_order(
-            lambda name: list_parquet(name, _container_name(name, uri, root), config, etags[name]), names
-        )
-        yield from _nonempty(tables, where, "no row in the Parquet file")
-    elif names == [uri] and uri.lower().endswith(MANIFEST_EXTENSIONS):
-        tables = iter([rows_of_uris(read_uris(uri, config.uri_column), root)])
-        yield from _nonempty(tables, where, "no URI in the manifest")
-    else:
-        yield _list_files(uri, root, found)
-
-
-def _in_order(call: Callable[[str], pa.Table], names: list[str]) -> Iterator[pa.Table]:
-    """`call` of each name, many at once: an archive's index is many small reads, each waiting for the network."""
-    pool = ThreadPoolExecutor(min(_LIST_THREADS, len(names)))
-    try:
-        yield from pool.map(call, names)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _nonempty(tables: Iterator[pa.Table], where: str, problem: str) -> Iterator[pa.Table]:
-    num_rows = 0
-    for table in tables:
-        num_rows += table.num_rows
-        yield table
-    if num_rows == 0:
-        raise ConfigError(f"INPUT {where}: {problem}; there is nothing to label")
+    is_file = found.num_rows == 1 and found["uri"][0].as_py() == uri
+    if is_file and (problem := found["problem"][0].as_py()):
+        raise ConfigError(f"INPUT {where} cannot be read: {problem.partition(': ')[2]}")
+    if not is_file:
+        keep = pc.invert(pc.match_substring_regex(_relative(found["uri"], root), r"(^|/)(\.|_samray/)"))
+        count_skipped(found["uri"], keep, HIDDEN, skipped)
+        found = found.filter(keep)
+    # A pattern that spells an extension out means what it says; everything else is narrowed to images.
+    is_glob = storage.has_glob(uri) and root == storage.glob_base(uri)
+    spelled_out = is_file or (is_glob and re.search(r"\.[^./*?\[\]]+$", uri) is not None)
+    kind = _kind(found, spelled_out)
+    if kind is None:
+        return _list_files(uri, root, found, spelled_out, skipped)
+    files = _Containers(uri, root, config, kind)
+    return files.list_all(found, skipped)
 
 
 # --- folders, prefixes, globs --------------------------------------------------------------------------------------
 
 
 def _files_table(uri: str) -> pa.Table:
-    """Columns uri, size and etag of every file that the input names, sorted by URI."""
-    uris: list[str] = []
-    sizes: list[int | None] = []
-    etags: list[str | None] = []
+    """Columns uri, size, etag and problem of every file that the input names, sorted by URI."""
+    columns: dict[str, list[Any]] = {"uri": [], "size": [], "etag": [], "problem": []}
     for entry in storage.list_files(uri):
-        uris.append(entry.uri)
-        sizes.append(entry.size)
-        etags.append(entry.etag)
-    arrays = [pa.array(uris, pa.string()), pa.array(sizes, pa.int64()), pa.array(etags, pa.string())]
-    return pa.table(arrays, ["uri", "size", "etag"]).sort_by("uri")
+        columns["uri"].append(entry.uri)
+        columns["size"].append(entry.size)
+        columns["etag"].append(entry.etag)
+        columns["problem"].append(entry.problem)
+    types = {"size": pa.int64()}
+    arrays = {name: pa.array(values, types.get(name, pa.string())) for name, values in columns.items()}
+    return pa.table(arrays).sort_by("uri")
 
 
-def _all_containers(found: pa.Table) -> bool:
-    """Whether every file is a tar, or every file is Parquet: then what they hold is meant."""
-    return any(
-        pc.all(pc.match_substring_regex(found["uri"], pattern, ignore_case=True)).as_py()
-        for pattern in (r"\.tar$", r"\.parquet$")
-    )
+def _kind(found: pa.Table, spelled_out: bool) -> str | None:
+    """tar, parquet or list if every file is one: then what they hold is meant. None for images."""
+    patterns = {"tar": r"\.tar$", "parquet": r"\.parquet$"}
+    if spelled_out:  # a folder of .txt files holds captions, not lists
+        patterns["list"] = "(" + "|".join(re.escape(e) for e in LIST_EXTENSIONS) + ")$"
+    for kind, pattern in patterns.items():
+        if pc.all(pc.match_substring_regex(found["uri"], pattern, ignore_case=True)).as_py():
+            return kind
+    return None
 
 
 def _root(uri: str) -> str:
@@ -132,61 +126,137 @@ def _relative(uris: Any, root: str) -> Any:
     return pc.utf8_slice_codeunits(uris, start=len(storage.join(root, "")))
 
 
-def _list_files(uri: str, root: str, found: pa.Table) -> pa.Table:
-    where = storage.redact(uri)
-    names = _relative(found["uri"], root)
-    # A pattern that spells an extension out means what it says; everything else is narrowed to images.
-    is_glob = storage.has_glob(uri) and root == storage.glob_base(uri)
-    spelled_out = is_glob and re.search(r"\.[^./*?\[\]]+$", uri) is not None
-    if found.num_rows == 1 and found["uri"][0].as_py() == uri:
-        spelled_out = True
-    keep = pc.invert(pc.match_substring_regex(names, r"(^|/)(\.|_samray/)"))
+def _list_files(uri: str, root: str, found: pa.Table, spelled_out: bool, skipped: Skipped) -> pa.Table:
+    images = found
     if not spelled_out:
         extensions = "|".join(re.escape(e) for e in IMAGE_EXTENSIONS)
-        keep = pc.and_(keep, pc.match_substring_regex(names, f"({extensions})$", ignore_case=True))
-    images = found.filter(keep)
+        keep = pc.match_substring_regex(found["uri"], f"({extensions})$", ignore_case=True)
+        count_skipped(found["uri"], keep, NOT_AN_IMAGE, skipped)
+        images = found.filter(keep)
     if images.num_rows == 0:
-        raise ConfigError(_nothing_found(where, found))
-    if any(is_compressed_tar(name.as_py()) for name in images["uri"].slice(0, 100)):
-        raise ConfigError(
-            f"INPUT {where} is a compressed tar, from which single images cannot be read; "
-            "unpack it, or decompress it to a plain .tar"
-        )
+        raise ConfigError(nothing_found(uri, root, found["uri"]))
     names = _relative(images["uri"], root)
-    return input_rows(images["uri"], names, size=images["size"], etag=images["etag"])
+    return input_rows(images["uri"], names, size=images["size"], etag=images["etag"], problem=images["problem"])
 
 
-def _nothing_found(where: str, found: pa.Table) -> str:
-    looked = f"INPUT {where}: no image found; looked for names ending in {', '.join(IMAGE_EXTENSIONS)}"
-    held = []
-    for extension in (".tar", ".parquet", ".csv", ".jsonl", ".tar.gz", ".tgz"):
-        pattern = re.escape(extension) + "$"
-        number = pc.sum(pc.match_substring_regex(found["uri"], pattern, ignore_case=True)).as_py() or 0
-        if number:
-            held.append(f"{number} {extension}")
-    if held:
-        example = f"{where.rstrip('/')}/*{held[0].split()[1]}"
-        return f"{looked}, but there are {' and '.join(held)} files; name them, as in {example}"
-    if found.num_rows:
-        return f"{looked}, among {found.num_rows} files"
-    return looked + "; there is no file at all"
+# --- tars, Parquet files, lists ------------------------------------------------------------------------------------
 
 
-# --- containers ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one of the files holds."""
+
+    rows: pa.Table | UriRows | None = None
+    skipped: Skipped = field(default_factory=Skipped)
+    error: str | None = None
+    """Why the file, or what follows the rows, cannot be read."""
 
 
-def _container_name(container: str, uri: str, root: str) -> str:
-    """The container's name relative to the input's root, without its extension; "" where it is the whole input."""
-    return "" if container == uri else container[len(storage.join(root, "")) :].rpartition(".")[0]
+@dataclass(frozen=True, slots=True)
+class _Containers:
+    """An input of files that hold images or name them."""
+
+    uri: str
+    root: str
+    config: InputConfig
+    kind: str
+
+    def list_all(self, found: pa.Table, skipped: Skipped) -> pa.Table:
+        """The rows of all of them. Of several files those that cannot be read are counted, with the reason.
+
+        Raises: ConfigError if the only one, or every one, cannot be read, or none holds anything. StorageError.
+        """
+        parts: list[_Part] = []
+        num_rows = 0
+        for part in _in_order(self._list_one, found.to_pylist()):
+            parts.append(part)
+            skipped.update(part.skipped)
+            if part.error is not None:
+                skipped.add(UNUSABLE, part.error)
+            num_rows += 0 if part.rows is None else _table(part.rows).num_rows
+            if self.config.limit is not None and num_rows >= self.config.limit:
+                break
+        self._check(parts, found.num_rows, num_rows)
+        tables = [part.rows for part in parts if isinstance(part.rows, pa.Table)]
+        lists = [part.rows for part in parts if isinstance(part.rows, UriRows)]
+        if lists:
+            tables.append(merge_lists(lists, self.root, skipped))
+            self._refuse_if_outside(tables)
+        rows = pa.concat_tables(tables)
+        return rows if found.num_rows == 1 and self.kind == "parquet" else with_distinct_names(rows)
+
+    def _check(self, parts: list[_Part], num_files: int, num_rows: int) -> None:
+        where = storage.redact(self.uri)
+        errors = [part.error for part in parts if part.error is not None]
+        if num_files == 1 and errors:
+            raise ConfigError(f"INPUT {errors[0]}" if errors[0].startswith(where) else f"INPUT {where}: {errors[0]}")
+        if errors and all(part.rows is None for part in parts):
+            raise ConfigError(f"INPUT {where}: none of its {num_files} {self.kind} files can be read; {errors[0]}")
+        if num_rows == 0:
+            nothing = {"tar": "no image in the tar", "parquet": "no row in the Parquet file"}
+            problem = nothing.get(self.kind, "no URI in the list")
+            raise ConfigError(f"INPUT {where}: {problem}; there is nothing to label")
+
+    def _refuse_if_outside(self, tables: list[pa.Table]) -> None:
+        """Raises: ConfigError if a list may name none of its images: then no row is worth a run."""
+        problems = [table["problem"] for table in tables]
+        if all(pc.all(pc.fill_null(pc.starts_with(p, "not_allowed"), False), min_count=0).as_py() for p in problems):
+            first = next(iter(problems[0].to_pylist())).partition(": ")[2]
+            example = storage.redact(tables[0]["uri"][0].as_py())
+            raise ConfigError(f"INPUT {storage.redact(self.uri)} names only images such as {example}: {first}")
+
+    def _list_one(self, file: dict[str, Any]) -> _Part:
+        uri, etag = file["uri"], file["etag"]
+        if file["problem"]:
+            return _Part(error=f"{storage.redact(uri)}: {file['problem'].partition(': ')[2]}")
+        try:
+            if self.kind == "tar":
+                return self._list_tar(uri, etag)
+            if self.kind == "parquet":
+                return _Part(list_parquet(uri, self._name_of(uri), self.root, self.config, etag))
+            written = read_uris(uri, self.config.uri_column)
+            allow = self.config.allow_outside
+            return _Part(rows_of_uris(written, storage.parent(uri), self.root, allow_outside=allow))
+        except (ConfigError, FileError) as error:
+            return _Part(error=str(error))
+
+    def _name_of(self, container: str) -> str:
+        """Its name relative to the input's root, without its extension; "" where it is the whole input."""
+        return "" if container == self.uri else container[len(storage.join(self.root, "")) :].rpartition(".")[0]
+
+    def _list_tar(self, archive: str, etag: str | None) -> _Part:
+        index = index_tar(archive, IMAGE_EXTENSIONS)
+        members, prefix = index.members, self._name_of(archive)
+        if index.damage is not None and not members:
+            return _Part(None, index.skipped, index.damage)
+        rows = input_rows(
+            pa.array([f"tar://{member.name}::{archive}" for member in members], pa.string()),
+            # Names that lead out of the archive would lead out of an export's folder, too.
+            pa.array(
+                [posixpath.join(prefix, posixpath.normpath(f"//{m.name}").lstrip("/")) for m in members], pa.string()
+            ),
+            size=pa.array([member.size for member in members], pa.int64()),
+            etag=etag,
+            container=archive,
+            offset=pa.array([member.offset for member in members], pa.int64()),
+            extents=_text_or_none([member.extents for member in members]),
+            problem=_text_or_none([member.problem for member in members]),
+        )
+        return _Part(rows, index.skipped, index.damage)
 
 
-def _list_tar(archive: str, prefix: str, etag: str | None) -> pa.Table:
-    members = list_tar(archive, IMAGE_EXTENSIONS)
-    return input_rows(
-        pa.array([f"tar://{member.name}::{archive}" for member in members], pa.string()),
-        pa.array([storage.join(prefix, m.name) if prefix else m.name for m in members], pa.string()),
-        size=pa.array([member.size for member in members], pa.int64()),
-        etag=etag,
-        container=archive,
-        offset=pa.array([member.offset for member in members], pa.int64()),
-    )
+def _table(rows: pa.Table | UriRows) -> pa.Table:
+    return rows.rows if isinstance(rows, UriRows) else rows
+
+
+def _text_or_none(values: list[str | None]) -> pa.Array | None:
+    return pa.array(values, pa.string()) if any(value is not None for value in values) else None
+
+
+def _in_order(call: Callable[[dict[str, Any]], _Part], files: list[dict[str, Any]]) -> Iterator[_Part]:
+    """`call` of each file, many at once: an archive's index is many small reads, each waiting for the network."""
+    pool = ThreadPoolExecutor(min(_LIST_THREADS, len(files)))
+    try:
+        yield from pool.map(call, files)
+    finally:
+        pool.shutdown(cancel_futures=True)

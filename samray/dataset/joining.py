@@ -21,6 +21,7 @@ from samray.dataset.inputs import list_images
 from samray.dataset.manifest import Plan, load_plan, run_identity
 from samray.dataset.rows import take
 from samray.dataset.shards import read_metadata, unmark_success
+from samray.dataset.skipped import Skipped
 from samray.errors import StorageError
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class News:
     """Whether the changed images are to be labelled again."""
     examples: list[str] = field(default_factory=list)
     """URIs of a few changed images."""
+    skipped: Skipped | None = None
+    """What the listing of INPUT left out; None if it was not listed."""
 
 
 def missing_shards(plan: Plan, done: Collection[int]) -> set[int]:
@@ -65,13 +68,15 @@ def compare(plan: Plan, listed: pa.Table) -> tuple[pa.Table, pa.Table]:
     """The rows of `listed` (`INPUT_SCHEMA`) that the plan does not have, and the plan's rows that have changed, with
     the size, etag and place of now (`MANIFEST_SCHEMA`), by shard. Raises: StorageError.
     """
-    held = plan.read_images(["image_id", "shard", "uri", "file_name", "size", "etag"])
+    held = plan.read_images(["image_id", "shard", "uri", "file_name", "size", "etag", "problem"])
     new = listed.filter(pc.is_null(pc.index_in(listed["uri"], value_set=held["uri"])))
     at = pc.index_in(held["uri"], value_set=listed["uri"])
     held, now = held.filter(pc.is_valid(at)), take(listed, pc.drop_null(at))
     differs = pa.chunked_array([pa.repeat(pa.scalar(False), held.num_rows)])
     for mark in ("size", "etag"):
         differs = pc.or_(differs, pc.fill_null(pc.not_equal(held[mark], now[mark]), False))
+    # What a list may name depends on a setting, and links in a tar on its other members.
+    differs = pc.or_(differs, pc.not_equal(pc.fill_null(held["problem"], ""), pc.fill_null(now["problem"], "")))
     held, now = held.filter(differs), now.filter(differs)
     given = {"image_id": held["image_id"], "shard": held["shard"], "file_name": held["file_name"]}
     columns = [given.get(name, now[name] if name in now.schema.names else None) for name in MANIFEST_SCHEMA.names]
@@ -94,7 +99,8 @@ def join_images(
     generation at the same moment, that one counts first and INPUT is compared again. dry_run: only compare.
     Raises: ConfigError where INPUT holds nothing or no image id is left, StorageError.
     """
-    listed = pa.concat_tables(list_images(input_uri, config.input))
+    skipped = Skipped()
+    listed = pa.concat_tables(list_images(input_uri, config.input, skipped))
     for _ in range(_MAX_TRIES):
         new, changed = compare(plan, listed)
         news = News(
@@ -103,6 +109,7 @@ def join_images(
             appended=append,
             redone=redo_changed,
             examples=[storage.redact(uri) for uri in changed["uri"].slice(0, _MAX_EXAMPLES).to_pylist()],
+            skipped=skipped,
         )
         new = new if append else new.slice(0, 0)
         changed = changed if redo_changed else changed.slice(0, 0)
@@ -115,6 +122,7 @@ def join_images(
             images_per_shard=config.output.images_per_shard,
             first_shard=plan.num_shards,
             num_changed=changed.num_rows,
+            skipped=skipped.redacted(),
         )
         rows = build_manifest(new, generation.images_per_shard, plan.read_images(["image_id"])["image_id"])
         place = rows.schema.get_field_index("shard")

@@ -227,13 +227,17 @@ class ContainerIndex:
     """First byte in a tar, row in a Parquet file."""
     sizes: npt.NDArray[np.int64]
     """Bytes in a tar; -1 in a Parquet file."""
+    extents: dict[int, str]
+    """Place in the index -> pieces of a tar member stored with holes."""
 
     def place(self, index: int) -> dict[str, Any] | None:
         """The columns of `INPUT_SCHEMA` that say where an image lies; None for a file of its own."""
         if self.which[index] < 0:
             return None
         name, at, size = self.names[self.which[index]], int(self.at[index]), int(self.sizes[index])
-        return {"container": name, "row": at} if size < 0 else {"container": name, "offset": at, "size": size}
+        if size < 0:
+            return {"container": name, "row": at}
+        return {"container": name, "offset": at, "size": size, "extents": self.extents.get(index)}
 
 
 def read_uris(plan: Plan, index: ImageIndex) -> list[str]:
@@ -258,9 +262,12 @@ def index_containers(plan: Plan, index: ImageIndex) -> ContainerIndex | None:
     coded = names.dictionary_encode().unify_dictionaries().combine_chunks().take(places)  # few names, much text
     offsets, rows, sizes = (np.asarray(column.fill_null(-1).to_numpy(), np.int64) for column in held.columns)
     in_tar = offsets >= 0
+    extents = plan.read_images(["extents"])["extents"].take(places)
+    with_holes = pc.indices_nonzero(pc.is_valid(extents))
     return ContainerIndex(
         coded.dictionary.to_pylist(),
         np.asarray(coded.indices.fill_null(-1).to_numpy(), np.int32),
         np.where(in_tar, offsets, rows),
         np.where(in_tar, sizes, -1),
+        dict(zip(with_holes.to_pylist(), extents.take(with_holes).to_pylist(), strict=True)),
     )

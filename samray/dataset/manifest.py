@@ -37,6 +37,7 @@ from samray.dataset.generations import (
 from samray.dataset.identity import plain, refuse_differences, versions
 from samray.dataset.inputs import list_images
 from samray.dataset.shards import done_shards
+from samray.dataset.skipped import Skipped
 from samray.errors import ConfigError, NotFoundError, StorageError
 
 RUN: Final = "run.json"
@@ -72,6 +73,15 @@ class Plan:
         generation = self._generation_of(shard)
         start = (shard - generation.first_shard) * generation.images_per_shard
         return min(generation.images_per_shard, generation.num_images - start)
+
+    @property
+    def skipped(self) -> Skipped:
+        """What the listings of each INPUT left out, the last listing of each."""
+        by_input = {generation.identity.get("input_uri"): generation.skipped for generation in self.generations}
+        total = Skipped()
+        for counts in by_input.values():
+            total.update(Skipped(counts))
+        return total
 
     def starts(self) -> list[int]:
         """The place of each shard's first image among all, and at the end how many there are."""
@@ -229,10 +239,11 @@ def _write_plan(
     """Manifest, then run.json, unless another driver has put its own there; then that one's."""
     held = read_generation(output, 0)
     if held is None:
-        listed = pa.concat_tables(list_images(input_uri, config.input))
+        skipped = Skipped()
+        listed = pa.concat_tables(list_images(input_uri, config.input, skipped))
         check(listed)
         table = build_manifest(listed, config.output.images_per_shard)
-        own = Generation(0, wanted, table.num_rows, config.output.images_per_shard)
+        own = Generation(0, wanted, table.num_rows, config.output.images_per_shard, skipped=skipped.redacted())
         held = own if create_generation(output, own, table) else read_generation(output, 0)
         if held is None:
             raise StorageError(f"{storage.redact(manifest_uri(output, 0))} was removed while it was being used")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -11,10 +11,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from samray import storage
+from samray.dataset.outside import place_problem
+from samray.dataset.parquet_types import binary_column, is_binary, is_text, text_column
 from samray.dataset.rows import input_rows
 from samray.dataset.tables import open_parquet
-from samray.dataset.uri_lists import rows_of_uris
+from samray.dataset.uri_lists import missing_column
+from samray.dataset.uri_rows import UriRows, rows_of_uris
 from samray.errors import (
+    IMAGE_ERROR_REASONS,
     BucketNotFoundError,
     ConfigError,
     FileError,
@@ -31,47 +35,37 @@ FetchFile = Callable[[str], bytes | ImageError]
 
 _IMAGE_COLUMNS: Final = ("image", "jpeg", "jpg", "png")
 """Looked for, after the configured one, in columns of a type that can hold images."""
+_ROWS_AT_ONCE: Final = 16
 
 
 def image_column(schema: pa.Schema, config: InputConfig) -> str | None:
-    """The column of encoded images: binary, or struct<bytes, path>; None where the Parquet file has none."""
+    """The column of encoded images: bytes, or struct<bytes, path>; None where the Parquet file has none."""
     for name in dict.fromkeys((config.image_column, *_IMAGE_COLUMNS)):
         if name in schema.names:
             kind = schema.field(name).type
-            if _is_binary(kind):
-                return name
-            if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _is_binary(kind.field("bytes").type):
+            in_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+            if is_binary(kind.field("bytes").type if in_struct else kind):
                 return name
     return None
 
 
-def _is_binary(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
-
-
-def list_parquet(uri: str, prefix: str, config: InputConfig, etag: str | None) -> pa.Table:
+def list_parquet(uri: str, prefix: str, root: str, config: InputConfig, etag: str | None) -> pa.Table | UriRows:
     """Rows of a Parquet file: its images where it holds image bytes, else the files that its URI column names.
 
-    etag: the Parquet file's own; the images it holds are taken for changed when it is.
+    prefix: what the images' names start with. root: what a list may name files below. etag: the Parquet file's own;
+    the images it holds are taken for changed when it is. Raises: ConfigError, StorageError.
     """
     where = storage.redact(uri)
     with storage.open_read(uri) as stream:
         try:
             file = open_parquet(stream)
-            schema = file.schema_arrow
-            column = image_column(schema, config)
+            column = image_column(file.schema_arrow, config)
             if column is None:
-                if config.uri_column not in schema.names:
-                    raise ConfigError(
-                        f"INPUT {where} has neither image bytes (a binary or struct<bytes, path> column "
-                        f"input.image_column={config.image_column!r}) nor a column "
-                        f"input.uri_column={config.uri_column!r}; its columns are {', '.join(schema.names)}"
-                    )
-                uris = file.read(columns=[config.uri_column])[config.uri_column]
-                return rows_of_uris(pc.cast(uris, pa.string()), storage.parent(uri))
+                written = _written_uris(file, config)
+                return rows_of_uris(written, storage.parent(uri), root, allow_outside=config.allow_outside)
             names = _names_of_rows(file, column)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise ConfigError(f"INPUT {where} is no Parquet file that can be read: {error}") from error
+        except (pa.ArrowException, KeyError, OSError, ValueError) as error:
+            raise ConfigError(f"{where} cannot be read as Parquet: {error}") from error
         num_rows = file.metadata.num_rows
     places = pa.array(np.arange(num_rows))
     numbers = pc.cast(places, pa.string())
@@ -85,21 +79,35 @@ def list_parquet(uri: str, prefix: str, config: InputConfig, etag: str | None) -
     return input_rows(uris, names, etag=etag, container=uri, row=places)
 
 
+def _written_uris(file: pq.ParquetFile, config: InputConfig) -> pa.ChunkedArray:
+    """The column of URIs. Raises: ValueError where there is none."""
+    schema = file.schema_arrow
+    if config.uri_column not in schema.names:
+        raise ValueError(
+            f"it holds no image bytes (a binary or struct<bytes, path> column, input.image_column="
+            f"{config.image_column!r}), and as a list {missing_column(config.uri_column, schema.names)}"
+        )
+    kind = schema.field(config.uri_column).type
+    if not is_text(kind) and not is_binary(kind):
+        raise ValueError(f"its column {config.uri_column!r} is {kind}, expected text; set input.uri_column")
+    return text_column(file.read(columns=[config.uri_column])[config.uri_column])
+
+
 def _names_of_rows(file: pq.ParquetFile, column: str) -> pa.ChunkedArray | None:
     """The images' own names: a `file_name` column, else the paths of a Hugging Face image column, else None."""
     schema = file.schema_arrow
-    if "file_name" in schema.names and pa.types.is_string(schema.field("file_name").type):
-        names = file.read(columns=["file_name"])["file_name"]
+    if "file_name" in schema.names and (is_text(kind := schema.field("file_name").type) or is_binary(kind)):
+        names = text_column(file.read(columns=["file_name"])["file_name"])
         return None if names.null_count else names
     kind = schema.field(column).type
     if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
-        paths = pc.struct_field(file.read(columns=[f"{column}.path"])[column], "path")
+        paths = text_column(pc.struct_field(file.read(columns=[f"{column}.path"])[column], "path"))
         return None if paths.null_count == len(paths) else paths
     return None
 
 
 def fetch_rows(container: str, rows: list[int], config: InputConfig, fetch_file: FetchFile) -> list[bytes | ImageError]:
-    """Image bytes at these rows of a Parquet file; only the row groups that hold them are read, one at a time."""
+    """Image bytes at these rows of a Parquet file; only their row groups are read, a few rows at a time."""
     try:
         with storage.open_read(container) as stream:
             file = open_parquet(stream)
@@ -114,40 +122,64 @@ def fetch_rows(container: str, rows: list[int], config: InputConfig, fetch_file:
                 wanted = [row for row in rows if start <= row < end]
                 if wanted:
                     try:
-                        images = file.read_row_group(group, columns=[column])[column]
+                        for row, value in _values(file, group, column, start, set(wanted)):
+                            found[row] = _bytes_of(value, storage.parent(container), config, fetch_file)
                     except (pa.ArrowException, OSError) as error:  # damage to this group says nothing of the others
-                        found |= dict.fromkeys(wanted, _unreadable(container, error))
-                    else:
-                        for row in wanted:
-                            found[row] = _bytes_of(images[row - start], storage.parent(container), config, fetch_file)
+                        unread = [row for row in wanted if row not in found]
+                        found |= dict.fromkeys(unread, _unreadable(container, error))
                 start = end
     except (BucketNotFoundError, RefusedError, UnavailableError):
         raise  # perhaps not this file's fault alone
     except NotFoundError as error:
         return [ImageError("missing", str(error))] * len(rows)
-    except (FileError, pa.ArrowException, OSError) as error:
+    except (FileError, pa.ArrowException, KeyError, OSError, ValueError) as error:
         return [_unreadable(container, error)] * len(rows)
     gone = ImageError("missing", f"{storage.redact(container)} has fewer rows than when it was listed")
     return [found.get(row, gone) for row in rows]
+
+
+def _values(
+    file: pq.ParquetFile, group: int, column: str, start: int, wanted: set[int]
+) -> Iterator[tuple[int, pa.Array]]:
+    """Each wanted row of a row group, whose first row is `start`, and an array of its value alone.
+
+    A row group is read in small batches: values that it stores once, and repeats, take their full size in memory.
+    """
+    for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=[group], columns=[column]):
+        for row in range(start, start + batch.num_rows):
+            if row in wanted:
+                yield row, batch.column(0).slice(row - start, 1)
+        start += batch.num_rows
+        if start > max(wanted):
+            return
 
 
 def _unreadable(container: str, error: Exception) -> ImageError:
     return ImageError("unreadable", f"{storage.redact(container)}: {error}")
 
 
-def _bytes_of(value: pa.Scalar, folder: str, config: InputConfig, fetch_file: FetchFile) -> bytes | ImageError:
+def _bytes_of(value: pa.Array, folder: str, config: InputConfig, fetch_file: FetchFile) -> bytes | ImageError:
+    """value: an array of the one image, bytes or struct<bytes, path>."""
     path = None
-    if isinstance(value, pa.StructScalar):
-        if not value.is_valid:
-            return ImageError("missing", "the row holds no image")
-        path = value["path"].as_py() if "path" in value else None
-        value = value["bytes"]
-    if value.is_valid:
-        size = value.as_buffer().size
-        return value.as_py() if size <= config.max_bytes else too_large(size, config)
+    if pa.types.is_struct(value.type):
+        if value.type.get_field_index("path") >= 0:
+            path = text_column(pa.chunked_array([pc.struct_field(value, "path")]))[0].as_py()
+        value = pc.struct_field(value, "bytes")
+    data = binary_column(pa.chunked_array([value]))[0]
+    if data.is_valid:
+        size = data.as_buffer().size
+        return data.as_py() if size <= config.max_bytes else too_large(size, config)
     if path:  # Hugging Face's layout may refer to a file instead of holding its bytes
-        return fetch_file(storage.resolve(folder, path))
+        uri = storage.resolve(folder, path)
+        problem = place_problem(uri, folder, allow_outside=config.allow_outside)
+        return fetch_file(uri) if problem is None else known_problem(problem)
     return ImageError("missing", "the row holds no image")
+
+
+def known_problem(text: str) -> ImageError:
+    """The error of a row whose `problem` says `reason: message`."""
+    reason, _, message = text.partition(": ")
+    return ImageError(reason if reason in IMAGE_ERROR_REASONS else "unreadable", message)
 
 
 def too_large(size: int, config: InputConfig) -> ImageError:

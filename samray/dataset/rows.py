@@ -17,6 +17,10 @@ INPUT_SCHEMA: Final = pa.schema(
         ("container", pa.string()),  # the tar or Parquet file that holds the image; null for a file of its own
         ("offset", pa.int64()),  # first byte in the tar
         ("row", pa.int64()),  # place in the Parquet file
+        # Of a tar member stored with holes: "start+length ..." of its stored pieces, in a row from offset on.
+        ("extents", pa.string()),
+        # Why the image cannot be read, known from listing already, as "reason: message"; null where reading will tell.
+        ("problem", pa.string()),
     ]
 )
 

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from samray.dataset.schema import ImageRecord
+from samray.dataset.skipped import Skipped
 
 
 @dataclass
@@ -124,6 +125,8 @@ class LabelReport(WithFailures):
     num_missing_shards: int = 0
     num_images_not_found: int = 0
     """Images of a file of prompts (`input.prompts`) that the plan does not have."""
+    skipped: dict[str, dict[str, int]] = field(default_factory=dict)
+    """What the listing of INPUT left out: reason -> kind of file -> number (`samray.dataset.skipped`)."""
     wall_s: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
     """Summed over all workers of this run."""
@@ -216,6 +219,8 @@ def print_report(report: LabelReport, console: Console | None = None) -> None:
         table.add_row("failed images", f"{report.num_failed}: {reasons}")
     if report.num_images_not_found:
         table.add_row("not found", f"images with prompts that INPUT does not have: {report.num_images_not_found}")
+    for i, line in enumerate(Skipped(report.skipped).lines()):
+        table.add_row("left out" if i == 0 else "", escape(line))
     if report.stage_seconds:
         busy = f", device busy {100 * report.busy_share:.0f}% of the actors' time" if report.held_seconds else ""
         table.add_row("device time", duration(report.device_seconds) + busy)

@@ -118,6 +118,7 @@ def label_with(
     todo = {shard: shard in retries for shard in range(plan.num_shards) if shard not in done or shard in retries}
 
     report = LabelReport(plan.output, plan.num_images, plan.num_shards, num_shards_skipped=plan.num_shards - len(todo))
+    report.skipped = (plan.skipped if news.skipped is None else news.skipped).redacted()
     report.num_images_not_found = prompts.num_unknown if prompts else 0
     report.gpu_price_per_hour = config.cluster.gpu_price_per_hour
     stopped_by = None

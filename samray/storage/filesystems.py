@@ -10,6 +10,7 @@ from typing import Any
 from samray.config import StorageConfig
 from samray.errors import ConfigError
 from samray.storage import retrying
+from samray.storage.addresses import make_client
 from samray.storage.uris import is_local, scheme_of
 
 _CONNECT_S = 10.0
@@ -96,6 +97,7 @@ def _make_filesystem(scheme: str) -> Any:
 
         timeout = ClientTimeout(total=None, sock_connect=min(_CONNECT_S, stall_s), sock_read=stall_s)
         options["client_kwargs"] = {"timeout": timeout} | dict(conf.get(scheme, {}).get("client_kwargs", {}))
+        options["get_client"] = make_client
     try:
         fs = fsspec.filesystem(scheme, **options)
     except ImportError as error:

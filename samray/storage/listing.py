@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, cast
 
 from samray.errors import ConfigError, NotFoundError
 from samray.storage.filesystems import filesystem
-from samray.storage.reading import etag_of, exists, info_of, is_dir_like, version_of
+from samray.storage.reading import etag_of, exists, info_of, is_dir_like, kind_of_file, version_of
 from samray.storage.retrying import attempt_options, retry
 from samray.storage.uris import glob_base, has_glob, is_local, normalize, redact, scheme_of
 
@@ -30,6 +31,8 @@ class FileEntry:
     uri: str
     size: int | None
     etag: str | None = None
+    problem: str | None = None
+    """Why it cannot be read, as `reason: message`: a FIFO, socket or device, or a name that is not UTF-8."""
 
 
 def list_files(uri: str) -> Iterator[FileEntry]:
@@ -42,22 +45,32 @@ def list_files(uri: str) -> Iterator[FileEntry]:
     Raises: NotFoundError where nothing of that name is there, FileError, StorageError.
     """
     uri = normalize(uri)
-    if has_glob(uri) and not exists(uri):
-        yield from _glob(uri)
-        return
+    if has_glob(uri):
+        _refuse_glob_of_bucket(uri)
+        if not exists(uri):
+            yield from _glob(uri)
+            return
     info = info_of(uri)
     if info.get("type") != "directory":
-        yield FileEntry(uri, None if info.get("size") is None else int(info["size"]), etag_of(info))
+        size = None if info.get("size") is None else int(info["size"])
+        yield FileEntry(uri, size, etag_of(info), info.get("problem"))
     else:
         yield from _walk(uri)
+
+
+def _refuse_glob_of_bucket(uri: str) -> None:
+    """Raises: ConfigError. Before anything is asked of the storage, which would call such a name invalid."""
+    if not is_local(uri) and has_glob(uri.partition("://")[2].partition("/")[0].partition("?")[0]):
+        raise ConfigError(
+            f"{redact(uri)}: the bucket's name cannot be a glob; name one bucket, as in s3://bucket/*, "
+            "and run once for each bucket"
+        )
 
 
 def _glob(pattern: str) -> Iterator[FileEntry]:
     from fsspec.utils import glob_translate
 
     base = glob_base(pattern)
-    if base.endswith(":/") or base.endswith("://"):
-        raise ConfigError(f"{redact(pattern)}: the bucket's name cannot be a glob; name the bucket")
     expression = glob_translate(pattern)
     # fsspec's translation ends in \Z or \z; what lies below a matched folder counts as matched.
     body = re.sub(r"\\[zZ]$", "", expression)
@@ -71,7 +84,7 @@ def _glob(pattern: str) -> Iterator[FileEntry]:
 
 def _walk(folder: str) -> Iterator[FileEntry]:
     if is_local(folder):
-        yield from _walk_local(folder, ())
+        yield from _walk_local(folder)
         return
     fs = filesystem(folder)
     found = retry(
@@ -85,27 +98,43 @@ def _walk(folder: str) -> Iterator[FileEntry]:
             yield FileEntry(f"{scheme}://{path}", None if size is None else int(size), etag_of(info))
 
 
-def _walk_local(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[FileEntry]:
-    status = retry("list", folder, lambda: os.stat(folder))
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        return
-
-    def scan() -> list[os.DirEntry[str]]:
-        with os.scandir(folder) as entries:
-            return list(entries)
-
-    for entry in retry("list", folder, scan):
-        try:
-            if entry.is_dir():
-                yield from _walk_local(entry.path, (*above, identity))
-            elif entry.is_file():
-                status = entry.stat()
-                yield FileEntry(_printable(entry.path), status.st_size, str(status.st_mtime_ns))
-            elif entry.is_symlink():  # dangling: listed, so that it becomes a failed row and not a silent gap
-                yield FileEntry(_printable(entry.path), None)
-        except FileNotFoundError:  # removed while we looked
+def _walk_local(top: str) -> Iterator[FileEntry]:
+    """In no recursion: folders may be nested more deeply than Python calls may."""
+    folders: list[tuple[str, tuple[tuple[int, int], ...]]] = [(top, ())]
+    while folders:
+        folder, above = folders.pop()
+        status = retry("list", folder, lambda: os.stat(folder))  # noqa: B023
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
             continue
+        for entry in retry("list", folder, lambda: _scan(folder)):  # noqa: B023
+            with contextlib.suppress(FileNotFoundError):  # removed while we looked
+                if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
+                    folders.append((entry.path, (*above, identity)))
+                else:
+                    yield _local_entry(entry)
+
+
+def _scan(folder: str) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return list(entries)
+
+
+def _local_entry(entry: os.DirEntry[str]) -> FileEntry:
+    """A file, or what is none but has a name: listed, so that it becomes a failed row and not a silent gap."""
+    path = _printable(entry.path)
+    problem = None
+    if path != entry.path:
+        problem = f"unreadable: the name of {path} is not UTF-8; rename it"
+    try:
+        status = entry.stat()
+    except OSError:
+        if not entry.is_symlink():
+            raise
+        return FileEntry(path, None, problem=problem)  # a dangling link, or one in a circle: reading will say so
+    if not stat.S_ISREG(status.st_mode):
+        return FileEntry(path, None, problem=problem or f"unreadable: {path} is {kind_of_file(status.st_mode)}")
+    return FileEntry(path, status.st_size, str(status.st_mtime_ns), problem)
 
 
 def _printable(path: str) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from collections.abc import Mapping
 from typing import Any, BinaryIO, Final, cast
 
-from samray.errors import NotFoundError, TooLargeError
+from samray.errors import FileError, NotFoundError, TooLargeError
 from samray.storage.faults import DamagedBodyError, server_answer
 from samray.storage.filesystems import filesystem
 from samray.storage.retrying import attempt_options, retry
@@ -74,7 +75,7 @@ def _read_listed(uri: str, size: int) -> bytes:
 
 def _read_once(uri: str, offset: int | None, length: int | None) -> bytes:
     if is_local(uri):
-        with open(uri, "rb") as file:
+        with open_local(uri) as file:
             if offset:
                 file.seek(offset)
             return file.read() if length is None else file.read(length)
@@ -94,6 +95,20 @@ def _read_once(uri: str, offset: int | None, length: int | None) -> bytes:
         if code == "InvalidRange" or status == 416:  # starts at or past the end
             return b""
         raise
+
+
+def open_local(path: str) -> BinaryIO:
+    """A file of this machine. Raises: FileError for a FIFO, socket or device, without opening it; OSError."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a folder, open() says what it is
+        raise FileError(f"cannot read {redact(path)}: it is {kind_of_file(mode)}, expected a file")
+    return open(path, "rb")
+
+
+def kind_of_file(mode: int) -> str:
+    """What `os.stat` says of something that is not a regular file, in words."""
+    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 class _RangeFile(io.RawIOBase):
@@ -139,7 +154,7 @@ def open_read(uri: str, *, size: int | None = None, buffered: bool = True) -> Bi
     """
     uri = normalize(uri)
     if is_local(uri):
-        return retry("read", uri, lambda: open(uri, "rb"))
+        return retry("read", uri, lambda: open_local(uri))
     if size is None:
         size = file_size(uri)
     if size is None:
@@ -189,11 +204,14 @@ def info_of(uri: str) -> dict[str, Any]:
     uri = normalize(uri)
     if is_local(uri):
         status = retry("look up", uri, lambda: os.stat(uri))
-        return {
-            "type": "directory" if os.path.isdir(uri) else "file",
+        info = {
+            "type": "directory" if stat.S_ISDIR(status.st_mode) else "file",
             "size": status.st_size,
             "mtime_ns": status.st_mtime_ns,
         }
+        if info["type"] == "file" and not stat.S_ISREG(status.st_mode):
+            info["problem"] = f"unreadable: {uri} is {kind_of_file(status.st_mode)}"
+        return info
     return retry("look up", uri, lambda: _info_once(uri))
 
 

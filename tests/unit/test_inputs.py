@@ -17,8 +17,9 @@ from samray import storage
 from samray.config import InputConfig
 from samray.dataset import rows, uri_lists
 from samray.dataset.inputs import INPUT_SCHEMA, fetch_images, list_images
+from samray.dataset.skipped import Skipped
 from samray.dataset.tars import list_tar
-from samray.dataset.uri_lists import rows_of_uris
+from samray.dataset.uri_rows import merge_lists, rows_of_uris
 from samray.errors import ConfigError, ImageError, StorageError
 from samray.storage import reading
 
@@ -109,8 +110,8 @@ def test_limit_takes_the_first(storage_root: str) -> None:
     [
         ([], "nowhere", "does not exist"),
         ([], "nowhere/*.jpg", "there is no file at all"),
-        (["a.txt", "b.doc"], "", r"no image found; looked for names ending in \.jpg.*among 2 files"),
-        (["a.tar", "b.json"], "", r"there are 1 \.tar files; name them, as in .*/\*\.tar"),
+        (["a.txt", "b.doc"], "", r"no image found; looked for names ending in \.jpg.*2 files \(1 \.txt, 1 \.doc\)"),
+        (["a.tar", "b.json"], "", r"1 \.tar, 1 \.json\); name them, as in '.*/\*\.tar'"),
         (["a.tar.gz"], "a.tar.gz", "compressed tar"),
         (["a.tgz"], "*.tgz", "compressed tar"),
     ],
@@ -299,7 +300,8 @@ ODD_URIS = [
 
 @pytest.mark.parametrize("folder", ["/", "/data/lists", "s3://bucket", "s3://bucket/lists"])
 def test_uris_of_any_spelling_mean_what_storage_takes_them_for(folder: str) -> None:
-    table = rows_of_uris(pa.chunked_array([ODD_URIS[:7], ODD_URIS[7:], [None, ""], []], pa.string()), folder)
+    uris = pa.chunked_array([ODD_URIS[:7], ODD_URIS[7:], [None, ""], []], pa.string())
+    table = rows_of_uris(uris, folder, folder).rows
     assert table["uri"].to_pylist() == [*(storage.resolve(folder, uri) for uri in ODD_URIS), "", ""]
 
 
@@ -313,7 +315,7 @@ def test_a_long_list_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_listing_takes_the_memory_of_its_uris_alone() -> None:
     uris = pa.chunked_array([pa.array([f"s3://bucket/{i}.jpg" for i in range(400_000)])])
     before = pa.total_allocated_bytes()
-    table = rows_of_uris(uris, "/lists")
+    table = merge_lists([rows_of_uris(uris, "/lists", "/lists")], "/lists", Skipped())
     assert pa.total_allocated_bytes() - before < 2 * uris.nbytes
     assert table["file_name"][-1].as_py() == "399999.jpg"
 
@@ -324,11 +326,12 @@ def test_rows_without_a_usable_uri_stay_rows(tmp_path: Path) -> None:
     assert fetched(listed(str(tmp_path / "x.parquet"))) == [b"a", "missing", "missing", "unreadable"]
 
 
-def test_a_remote_manifest_may_name_local_paths(s3_root: str, tmp_path: Path) -> None:
+def test_a_remote_manifest_names_local_paths_only_if_it_is_trusted(s3_root: str, tmp_path: Path) -> None:
     (tmp_path / "b.jpg").write_bytes(b"b")
     storage.put(f"{s3_root}/x.txt", f"{tmp_path}/b.jpg\na.jpg".encode())
     storage.put(f"{s3_root}/a.jpg", b"a")
-    assert fetched(listed(f"{s3_root}/x.txt")) == [b"b", b"a"]
+    assert fetched(listed(f"{s3_root}/x.txt")) == ["not_allowed", b"a"]
+    assert fetched(listed(f"{s3_root}/x.txt", allow_outside=True)) == [b"b", b"a"]
 
 
 @pytest.mark.parametrize(
@@ -453,7 +456,8 @@ def test_names_that_are_no_utf8_become_failed_rows(tmp_path: Path) -> None:
         pass
     table = listed(str(tmp_path))
     assert table["file_name"].to_pylist() == ["bad-\\udcff.jpg"]
-    assert fetched(table) == ["missing"]
+    assert fetched(table) == ["unreadable"]
+    assert "not UTF-8" in str(fetch_images(table, InputConfig())[0])
 
 
 class _Web(http.server.BaseHTTPRequestHandler):

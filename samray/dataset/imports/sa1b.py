@@ -66,7 +66,9 @@ def _place(file: dict[str, Any], image: dict[str, Any], images_root: str | None)
     if file["photo"] is None:
         return row | {"uri": storage.resolve(storage.parent(file["json"]), name)}
     row |= {"uri": file["photo"], "size": file["photo_size"], "etag": file["photo_etag"]}
-    return row | {"container": file["json"], "offset": file["photo_offset"]} if in_tar else row
+    if in_tar:
+        row |= {"container": file["json"], "offset": file["photo_offset"], "extents": file["photo_extents"]}
+    return row
 
 
 def _bbox_convention(files: list[dict[str, Any]]) -> str:

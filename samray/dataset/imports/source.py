@@ -33,6 +33,7 @@ JSON_FILES: Final = pa.schema(
         ("photo_size", pa.int64()),
         ("photo_etag", pa.string()),
         ("photo_offset", pa.int64()),  # in the tar
+        ("photo_extents", pa.string()),  # in the tar, of a photo stored with holes
     ]
 )
 
@@ -115,11 +116,15 @@ def _list_tar(uri: str) -> pa.Table:
     for member in members:
         if not member.name.lower().endswith(".json"):
             continue
+        if member.problem or member.extents is not None:
+            problem = (member.problem or "unreadable: it is stored with holes").partition(": ")[2]
+            raise ConfigError(f"{storage.redact(uri)}, {member.name}: {problem}; make the tar again without holes")
         row = {"json": uri, "json_offset": member.offset, "json_size": member.size}
         photo = photos.get(member.name.rpartition(".")[0])
-        if photo is not None:
+        if photo is not None and photo.problem is None:
             name = f"tar://{photo.name}::{uri}"
             row |= {"photo": name, "photo_size": photo.size, "photo_offset": photo.offset}
+            row["photo_extents"] = photo.extents
         found.append(row)
     return _table(iter(found))
 

@@ -1,0 +1,119 @@
+"""What a list may name: a list is data, perhaps somebody else's, and says which files samray opens.
+
+Without `input.allow_outside` a list may name
+
+- files of this machine only below its own folder, or the folder that all lists of an INPUT are in,
+- object stores and web servers, with the user's own credentials, but never, from a list that is itself remote, servers
+  of this machine or of a private network, and
+- no filesystem of fsspec's that wraps another one (`zip://`, `generic://`, `simplecache://`, ...).
+
+Link-local addresses, where clouds serve the credentials of a machine, are refused always (`samray.storage.addresses`).
+Symbolic links are followed: they belong to whoever owns the folder.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import cache
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from samray import storage
+from samray.storage.addresses import is_internal, is_link_local
+
+_SERVER: Final = r"^(?P<server>[a-z][a-z0-9+.\-]*://[^/?#]*)"
+_OWN_NETWORKS: Final = frozenset(
+    {"http", "https", "ftp", "ftps", "sftp", "ssh", "smb", "webdav", "webdavs", "webhdfs", "webHDFS", "hdfs"}
+)
+_REMOTE: Final = frozenset(
+    {
+        *("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "ocilake", "oss", "tos", "tosfs", "hf"),
+        *("gdrive", "dropbox", "box", "lakefs", "github", "memory", "pyscript", "dbfs", "msgraph", "sharepoint"),
+        *("onedrive", "dvc", "wandb", "asynchdfs", "root", *_OWN_NETWORKS),
+    }
+)
+_ROWS_AT_ONCE: Final = 2**20
+_NEVER: Final = "not_allowed: {server} is a link-local address, where clouds keep credentials; samray never asks it"
+_SETTING: Final = "if you trust the list, add input.allow_outside=true"
+
+
+def problems_of(places: pa.ChunkedArray, folder: str, *, allow_outside: bool) -> pa.ChunkedArray | None:
+    """Why samray does not open a place, as `not_allowed: message`; null for each that may be opened, None if all may.
+
+    places: normalized URIs, the containers of images within archives. folder: what the list may name files below.
+    """
+    verdicts: dict[str, str | None] = {}
+    parts = [places.slice(start, _ROWS_AT_ONCE) for start in range(0, len(places), _ROWS_AT_ONCE)]
+    found = [_problems_of_part(part, folder, allow_outside, verdicts) for part in parts]
+    if all(problems is None for problems in found):
+        return None
+    nulls = (pa.chunked_array([pa.nulls(len(part), pa.string())]) for part in parts)
+    chunks = (own if own is not None else null for own, null in zip(found, nulls, strict=True))
+    return pa.chunked_array([chunk for column in chunks for chunk in column.chunks], pa.string())
+
+
+def _problems_of_part(
+    places: pa.ChunkedArray, folder: str, allow_outside: bool, verdicts: dict[str, str | None]
+) -> pa.ChunkedArray | None:
+    servers = pc.struct_field(pc.extract_regex(places, _SERVER), "server")
+    named = [server for server in pc.unique(servers).to_pylist() if server]
+    for server in named:
+        if server not in verdicts:
+            verdicts[server] = server_problem(server, folder, allow_outside=allow_outside)
+    refused = [server for server in named if verdicts[server]]
+    problems = None
+    if refused:
+        texts = pa.array([verdicts[server] for server in refused], pa.string())
+        problems = pc.take(texts, pc.index_in(servers, value_set=pa.array(refused, pa.string())))
+    if allow_outside:
+        return problems
+    outside = pc.and_(pc.is_null(servers), pc.not_equal(places, ""))
+    for root in _spellings(folder) if storage.is_local(folder) else ():
+        outside = pc.and_not(outside, pc.starts_with(places, storage.join(root, "")))
+    if not pc.any(outside, min_count=0).as_py():
+        return problems
+    message = f"not_allowed: {_where(folder)}; {_SETTING}"
+    return pc.if_else(outside, message, pa.scalar(None, pa.string()) if problems is None else problems)
+
+
+def place_problem(place: str, folder: str, *, allow_outside: bool) -> str | None:
+    """The same of one place."""
+    problems = problems_of(pa.chunked_array([[place]], pa.string()), folder, allow_outside=allow_outside)
+    return None if problems is None else str(problems[0].as_py())
+
+
+def server_problem(server: str, folder: str, *, allow_outside: bool) -> str | None:
+    """The same of everything on a server, `scheme://host`."""
+    scheme, host = server.split("://", 1)
+    if scheme in _OWN_NETWORKS and is_link_local(host):
+        return _NEVER.format(server=storage.redact(server))
+    if allow_outside:
+        return None
+    if scheme not in _REMOTE and scheme in _known_schemes():
+        return f"not_allowed: a list may not name {scheme}:// places, which open other files; {_SETTING}"
+    same = re.match(_SERVER, folder)
+    is_remote = not storage.is_local(folder)
+    if scheme in _OWN_NETWORKS and is_remote and not (same and same["server"] == server) and is_internal(host):
+        server = storage.redact(server)
+        return f"not_allowed: {server} is on this machine or a private network, and the list is not; {_SETTING}"
+    return None
+
+
+def _where(folder: str) -> str:
+    if storage.is_local(folder):
+        return f"a list may name files of this machine only below {folder}"
+    return "a list that is not on this machine may not name files of this machine"
+
+
+def _spellings(folder: str) -> set[str]:
+    return {folder, os.path.realpath(folder)}
+
+
+@cache
+def _known_schemes() -> frozenset[str]:
+    from fsspec.registry import known_implementations
+
+    return frozenset(known_implementations)
