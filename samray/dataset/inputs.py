@@ -26,7 +26,7 @@ from samray.dataset.skipped import HIDDEN, NOT_AN_IMAGE, UNUSABLE, Skipped, coun
 from samray.dataset.tars import index_tar
 from samray.dataset.uri_lists import LIST_EXTENSIONS, read_uris
 from samray.dataset.uri_rows import UriRows, is_own_uri, merge_lists, rows_of_uris, with_distinct_names
-from samray.errors import BucketNotFoundError, ConfigError, FileError, NotFoundError
+from samray.errors import BucketNotFoundError, ConfigError, FileError, NotFoundError, RefusedError, StorageError
 from samray.images import image_extensions
 
 if TYPE_CHECKING:
@@ -150,6 +150,8 @@ class _Part:
     skipped: Skipped = field(default_factory=Skipped)
     error: str | None = None
     """Why the file, or what follows the rows, cannot be read."""
+    refused: StorageError | None = None
+    """The error, if it may be the storage's and not the file's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +190,9 @@ class _Containers:
     def _check(self, parts: list[_Part], num_files: int, num_rows: int) -> None:
         where = storage.redact(self.uri)
         errors = [part.error for part in parts if part.error is not None]
+        refused = next((part.refused for part in parts if part.refused is not None), None)
+        if refused is not None and all(part.rows is None for part in parts):
+            raise refused
         if num_files == 1 and errors:
             raise ConfigError(f"INPUT {errors[0]}" if errors[0].startswith(where) else f"INPUT {where}: {errors[0]}")
         if errors and all(part.rows is None for part in parts):
@@ -217,6 +222,8 @@ class _Containers:
             written = read_uris(uri, self.config.uri_column)
             allow = self.config.allow_outside
             return _Part(rows_of_uris(written, storage.parent(uri), self.root, allow_outside=allow))
+        except (BucketNotFoundError, RefusedError) as error:
+            return _Part(error=str(error), refused=error)
         except (ConfigError, FileError) as error:
             return _Part(error=str(error))
 
