@@ -84,7 +84,7 @@ def print_dry_run(input: str, output: str, config: Config, *, append: bool = Fal
     """
     import pyarrow as pa
 
-    from samray.dataset.inputs import list_images
+    from samray.dataset.inputs import check_readable, list_images
     from samray.dataset.joining import News, join_images
     from samray.dataset.manifest import load_plan, make_plan
     from samray.dataset.prompt_files import PromptFile
@@ -107,6 +107,7 @@ def print_dry_run(input: str, output: str, config: Config, *, append: bool = Fal
         return
     skipped = Skipped()
     listed = pa.concat_tables(list_images(input, config.input, skipped))
+    check_readable(listed, input)
     num_images = listed.num_rows
     num_shards = -(-num_images // config.output.images_per_shard)
     images = f"{num_images:,}, to be cut into {count(num_shards, 'shard')} of up to {config.output.images_per_shard}"

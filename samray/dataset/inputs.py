@@ -55,6 +55,17 @@ def list_images(input_uri: str, config: InputConfig, skipped: Skipped | None = N
     yield table if config.limit is None else table.slice(0, config.limit)
 
 
+def check_readable(images: pa.Table, input_uri: str) -> None:
+    """Raises: ConfigError if listing says already that none of the images (`INPUT_SCHEMA`) can be read."""
+    if images["problem"].null_count == 0 and images.num_rows:
+        uri, problem = images["uri"][0].as_py(), images["problem"][0].as_py()
+        where = storage.redact(storage.normalize(input_uri))
+        raise ConfigError(
+            f"INPUT {where}: none of its {images.num_rows:,} images can be read; "
+            f"the first is {storage.redact(uri)}: {problem.partition(': ')[2]}"
+        )
+
+
 def _list_all(uri: str, config: InputConfig, skipped: Skipped) -> pa.Table:
     where = storage.redact(uri)
     if is_own_uri(uri):
@@ -183,7 +194,6 @@ class _Containers:
         lists = [part.rows for part in parts if isinstance(part.rows, UriRows)]
         if lists:
             tables.append(merge_lists(lists, self.root, skipped))
-            self._refuse_if_outside(tables)
         rows = pa.concat_tables(tables)
         return rows if found.num_rows == 1 and self.kind == "parquet" else with_distinct_names(rows)
 
@@ -201,14 +211,6 @@ class _Containers:
             nothing = {"tar": "no image in the tar", "parquet": "no row in the Parquet file"}
             problem = nothing.get(self.kind, "no URI in the list")
             raise ConfigError(f"INPUT {where}: {problem}; there is nothing to label")
-
-    def _refuse_if_outside(self, tables: list[pa.Table]) -> None:
-        """Raises: ConfigError if a list may name none of its images: then no row is worth a run."""
-        problems = [table["problem"] for table in tables]
-        if all(pc.all(pc.fill_null(pc.starts_with(p, "not_allowed"), False), min_count=0).as_py() for p in problems):
-            first = next(iter(problems[0].to_pylist())).partition(": ")[2]
-            example = storage.redact(tables[0]["uri"][0].as_py())
-            raise ConfigError(f"INPUT {storage.redact(self.uri)} names only images such as {example}: {first}")
 
     def _list_one(self, file: dict[str, Any]) -> _Part:
         uri, etag = file["uri"], file["etag"]

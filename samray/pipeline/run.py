@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from samray import storage
 from samray.config import Config, load_config
+from samray.dataset.inputs import check_readable
 from samray.dataset.joining import News, join_images, missing_shards, stale_shards
 from samray.dataset.manifest import Plan, load_plan, make_plan
 from samray.dataset.prompt_files import MatchedPrompts, PromptFile
@@ -25,6 +26,7 @@ from samray.pipeline.progress import ProgressView
 from samray.pipeline.report import LabelReport, ShardSummary
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import ray.data
 
     from samray.pipeline.cluster import Sizes
@@ -101,8 +103,13 @@ def label_with(
     joining = append or redo_changed
     given = None if config.input.prompts is None else PromptFile.read(config.input.prompts)
     identity = run_identity(config) | (given.identity if given else {})
-    checks = {"check": given.match} if given else {}
-    plan, news = make_plan(str(input), str(output), config, identity, joining=joining, **checks), News()
+
+    def check(images: pa.Table) -> None:
+        check_readable(images, str(input))
+        if given:
+            given.match(images)
+
+    plan, news = make_plan(str(input), str(output), config, identity, joining=joining, check=check), News()
     if joining and not is_new:
         plan, news = join_images(plan, str(input), config, identity, append=append, redo_changed=redo_changed)
     # Another run may be adding to this output.
