@@ -58,7 +58,7 @@ def label(
         typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings, listed below; they win over file and preset."),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Start from a preset. Without one: tiny for the embedded model, else default.")
+        str | None, typer.Option(help="Start from a preset. Without one, mask settings are the model's own.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of settings, laid over the preset.")] = None,
     retry_failed: Annotated[

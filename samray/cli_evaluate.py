@@ -113,7 +113,7 @@ def proposals(
     data: Data,
     settings: Words = None,
     preset: Annotated[
-        str | None, typer.Option(help="Start from a preset. Without one: tiny for the embedded model, else default.")
+        str | None, typer.Option(help="Start from a preset. Without one, mask settings are the model's own.")
     ] = None,
     min_area: Annotated[int, typer.Option(min=0, metavar="PIXELS", help="Leave out smaller regions.")] = 0,
     limit: Limit = None,

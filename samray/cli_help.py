@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
-from samray.config import SECTIONS, Sections, preset_names, setting_rows
+from samray.config import SECTIONS, Sections, SettingRow, preset_names, setting_rows
 from samray.errors import ConfigError
 from samray.settings import as_typed
 
@@ -52,10 +52,10 @@ class CommandWithSettings(TyperCommand):
         super().format_help(ctx, formatter)
         console = Console()
         for section, cls in self.sections.items():
-            console.print(f"[bold]{section}[/bold]: {escape((cls.__doc__ or '').strip())}")
+            console.print(f"[bold]{section}[/bold]: {escape(' '.join((cls.__doc__ or '').split()))}")
             table = two_columns()
             for row in setting_rows(section, self.sections):
-                default = escape(f"[{_default_in_words(row.default)}]")
+                default = escape(f"[{_default_in_words(row)}]")
                 table.add_row(f"[cyan]{row.name}[/cyan]", f"{escape(row.description)} [dim]{default}[/dim]")
             console.print(table)
         if self.has_presets:
@@ -104,7 +104,13 @@ def count(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
-def _default_in_words(default: Any) -> str:
+def _default_in_words(row: SettingRow) -> str:
+    """`0.7`, or `0.62 for tiny, else 0.88`."""
+    own = [f"{_in_words(default)} for {model}, else " for model, default in row.default_of.items()]
+    return "".join(own) + _in_words(row.default)
+
+
+def _in_words(default: Any) -> str:
     if isinstance(default, float):
         return f"{default:.4g}"
     return f"{default:_}" if isinstance(default, int) and not isinstance(default, bool) else as_typed(default)

@@ -8,8 +8,9 @@ at once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -57,7 +58,11 @@ class ModelConfig(Settings):
 
 
 class MaskConfig(Settings):
-    """Automatic mask generation: the reference's names and defaults, then what its users asked for."""
+    """Automatic mask generation: the reference's names and defaults, then what its users asked for.
+
+    A setting that is not given follows the model: the embedded model has values of its own (`model_masks`), every other
+    model the reference's, which are the defaults here.
+    """
 
     section: ClassVar[str] = "masks"
     points_per_side: int = Field(default=32, ge=1, le=256)
@@ -130,6 +135,23 @@ class MaskConfig(Settings):
             )
         return self
 
+    def for_model(self, name: str) -> MaskConfig:
+        """These settings with every one that is not given as the model of that name has it.
+
+        They remain not given: `for_model` of another name gives that model's. Raises SettingsError where a given
+        setting does not fit the model's own.
+        """
+        given = {key: getattr(self, key) for key in self.model_fields_set}
+        resolved = MaskConfig(**{**model_masks(name), **given})
+        resolved.model_fields_set.intersection_update(given)
+        return resolved
+
+
+@cache
+def model_masks(name: str) -> Mapping[str, Any]:
+    """The mask settings in which a model differs from the reference: those of the preset with the model's name."""
+    return load_yaml_file(preset_path(name))["masks"] if name in preset_names() else {}
+
 
 class OutputConfig(Settings):
     """How the Parquet shards are cut, and when a run counts as failed."""
@@ -186,7 +208,7 @@ class StorageConfig(Settings):
 
 
 class Config(Settings):
-    """All settings of a run."""
+    """All settings of a run. Mask settings that are not given are the model's own."""
 
     model_config = ConfigDict(strict=False)  # a section may be given as a mapping
 
@@ -196,6 +218,30 @@ class Config(Settings):
     output: OutputConfig = OutputConfig()
     cluster: ClusterConfig = ClusterConfig()
     storage: StorageConfig = StorageConfig()
+
+    @model_validator(mode="after")
+    def _masks_follow_the_model(self) -> Config:
+        self.__dict__["masks"] = self.masks.for_model(self.model.name)  # frozen, and not yet in use
+        return self
+
+    def default_identity(self) -> dict[str, Any]:
+        """`identity` of a run of the same model with nothing else set: what a setting counts as in an older run.json
+        that does not have it."""
+        plain = {"input": InputConfig(), "masks": MaskConfig().for_model(self.model.name), "output": OutputConfig()}
+        return self.model_copy(update=plain).identity()
+
+    def as_begun(self, identity: Mapping[str, Any]) -> Config:
+        """These settings, to go on with the run of that identity.
+
+        Older versions began runs from Python with the reference's mask settings whatever the model. Where such a run
+        has them in place of the model's own, those that are not given stay as the run has them.
+        """
+        unset = model_masks(self.model.name).keys() - self.masks.model_fields_set
+        begun = identity.get("masks", {})
+        reference = {key: MaskConfig.model_fields[key].default for key in unset}
+        if not unset or any(begun.get(key, "not there") != value for key, value in reference.items()):
+            return self
+        return self.model_copy(update={"masks": self.masks.model_copy(update=reference)})
 
     def identity(self) -> dict[str, Any]:
         """What determines the output, as plain JSON values; a run resumes only onto an output with the same identity.
@@ -232,17 +278,20 @@ class SettingRow(NamedTuple):
     default: Any
     allowed: str
     description: str
+    default_of: Mapping[str, Any] = {}
+    """Model -> default, of the models that have one of their own."""
 
 
 def setting_rows(section: str, sections: Sections = SECTIONS) -> list[SettingRow]:
     """The settings of one section, in the order they are declared."""
-    fields = sections[section].model_fields
-    return [
-        SettingRow(
-            f"{section}.{key}", f.default, allowed_values(f), " ".join((f.description or "").rstrip(".").split())
-        )
-        for key, f in fields.items()
-    ]
+    rows = []
+    for key, field in sections[section].model_fields.items():
+        description = " ".join((field.description or "").rstrip(".").split())
+        own = {}
+        if sections[section] is MaskConfig:
+            own = {name: model_masks(name)[key] for name in get_args(ModelName) if key in model_masks(name)}
+        rows.append(SettingRow(f"{section}.{key}", field.default, allowed_values(field), description, own))
+    return rows
 
 
 def preset_names() -> list[str]:
@@ -269,15 +318,13 @@ def _preset_dir() -> Path:
 def load_config(preset: str | None = None, file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """The settings of a run: defaults, then the preset, then the file, then the overrides.
 
-    preset None is `tiny` for the embedded model and `default` for every other. overrides are `section.key=value`.
+    overrides are `section.key=value`. Mask settings that none of them gives are the model's own.
     Raises ConfigError that names every bad setting, its value, what is allowed and the nearest valid name.
     """
     own, problems = own_settings(SECTIONS, file, overrides)
-    if preset is None:
-        model = own.get("model", {}).get("name", ModelConfig.model_fields["name"].default)
-        preset = "tiny" if model == "tiny" else "default"
     values: dict[str, dict[str, Any]] = {}
-    problems += _lay_over(values, load_yaml_file(preset_path(preset)), SECTIONS)
+    if preset is not None:
+        problems += _lay_over(values, load_yaml_file(preset_path(preset)), SECTIONS)
     problems += _lay_over(values, own, SECTIONS)
     return Config(**make_sections(SECTIONS, values, problems))
 

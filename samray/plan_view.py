@@ -94,6 +94,7 @@ def print_dry_run(input: str, output: str, config: Config, *, append: bool = Fal
     given = None if config.input.prompts is None else PromptFile.read(config.input.prompts)
     if storage.exists(storage.join(output, "_samray", "run.json")):
         plan = load_plan(output)
+        config = config.as_begun(plan.run["identity"])
         identity = config.identity() | (given.identity if given else {})
         identity["model"]["checkpoint_sha256"] = plan.run["identity"].get("model", {}).get("checkpoint_sha256")
         joining = append or redo_changed

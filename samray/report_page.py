@@ -215,9 +215,10 @@ def settings_tables(
 ) -> tuple[list[tuple[str, str, str]], list[tuple[str, list[tuple[str, str]]]]]:
     """(setting, value, default) of those that are not the default; and all, as (section, [(setting, value)]).
 
-    config: section -> key -> value, as plain JSON holds them.
+    config: section -> key -> value, as plain JSON holds them. Defaults are those of its model.
     """
     changed, everything = [], []
+    model = config.get("model", {}).get("name")
     for section in sections:
         given = config.get(section, {})
         rows = []
@@ -225,7 +226,8 @@ def settings_tables(
             key = row.name.partition(".")[2]
             if key not in given:
                 continue
-            value, default = given[key], list(row.default) if isinstance(row.default, tuple) else row.default
+            value, default = given[key], row.default_of.get(model, row.default)
+            default = list(default) if isinstance(default, tuple) else default
             rows.append((row.name, _shown(value)))
             if value != default:
                 changed.append((row.name, _shown(value), _shown(default)))

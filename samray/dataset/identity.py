@@ -44,9 +44,10 @@ def refuse_differences(
     """Raise ConfigError with each setting that differs.
 
     defaults: the identity of default settings. A setting that only one side has counts as its default on the other,
-    so that an OUTPUT begun before the setting existed can be resumed.
+    so that an OUTPUT begun before the setting existed can be resumed. What is held is redacted again: an older version
+    may have left more of a URI standing.
     """
-    there, asked, default = _flat(held), _flat(wanted), _flat(plain(defaults))
+    there, asked, default = _flat(plain(held)), _flat(wanted), _flat(plain(defaults))
     missing = "not set"
     there, asked = default | there, default | asked
     differences = [

@@ -13,13 +13,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from samray import storage
-from samray.config import Config
 from samray.dataset.generations import (
     FOLDER,
     MANIFEST_SCHEMA,
@@ -39,6 +38,9 @@ from samray.dataset.inputs import list_images
 from samray.dataset.shards import done_shards
 from samray.dataset.skipped import Skipped
 from samray.errors import ConfigError, NotFoundError, StorageError
+
+if TYPE_CHECKING:
+    from samray.config import Config
 
 RUN: Final = "run.json"
 
@@ -173,7 +175,7 @@ def make_plan(
             )
         run = run or _write_plan(input_uri, output, config, wanted, check)
     plan = _plan_of(output, run)
-    _refuse_other_run(plan, wanted, joining)
+    _refuse_other_run(plan, wanted, joining, config.default_identity())
     return plan
 
 
@@ -247,7 +249,7 @@ def _write_plan(
         held = own if create_generation(output, own, table) else read_generation(output, 0)
         if held is None:
             raise StorageError(f"{storage.redact(manifest_uri(output, 0))} was removed while it was being used")
-    refuse_differences(output, held.identity, wanted, Config().identity())
+    refuse_differences(output, held.identity, wanted, config.default_identity())
     run = {"identity": wanted, "input": wanted["input_uri"], "config": config.model_dump(mode="json")}
     return _create_run(output, held, run)
 
@@ -267,13 +269,13 @@ def _create_run(output: str, first: Generation, run: Mapping[str, Any]) -> dict[
     return written
 
 
-def _refuse_other_run(plan: Plan, wanted: dict[str, Any], joining: bool) -> None:
+def _refuse_other_run(plan: Plan, wanted: dict[str, Any], joining: bool, defaults: Mapping[str, Any]) -> None:
     """Raises: ConfigError with each setting that differs from those of the plan."""
     held = dict(plan.run["identity"])
-    inputs = [generation.identity.get("input_uri") for generation in plan.generations]
+    inputs = [plain(generation.identity.get("input_uri")) for generation in plan.generations]
     if joining or wanted["input_uri"] in inputs:
         held["input_uri"] = wanted["input_uri"]
     if joining or plan.run.get("compacted_from"):
         # A new generation is cut as this run says; a compacted one was cut for its readers.
         held["output"] = wanted["output"]
-    refuse_differences(plan.output, held, wanted, Config().identity())
+    refuse_differences(plan.output, held, wanted, defaults)

@@ -74,7 +74,7 @@ class MaskGenerator:
         """frugal: take as little memory as can be beside `points_per_batch`: one crop and one mask at a time."""
         self.model = model
         self.frugal = frugal
-        self.config = config = config or MaskConfig()
+        self.config = config = (config or MaskConfig()).for_model(model.spec.name)
         if config.point_grids is None:
             self._grids = point_grids(
                 config.points_per_side, config.crop_n_layers, config.crop_n_points_downscale_factor

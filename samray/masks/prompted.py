@@ -45,7 +45,7 @@ class PromptedGenerator:
 
     def __init__(self, model: Sam, config: MaskConfig | None = None) -> None:
         self.model = model
-        self.config = config or MaskConfig()
+        self.config = (config or MaskConfig()).for_model(model.spec.name)
         self.stage_seconds = dict.fromkeys(STAGES, 0.0)
 
     @torch.inference_mode()

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from samray.config import Config, MaskConfig, setting_rows
 from samray.dataset.schema import ImageRecord
 from samray.dataset.skipped import Skipped
 
@@ -139,6 +140,8 @@ class LabelReport(WithFailures):
     """0 all there; 1 shards missing or too many failed images; 130 or 143 interrupted, and resumable."""
     problem: str | None = None
     """Why exit_code is not 0, in a sentence."""
+    warning: str | None = None
+    """What looks wrong although all went well, in a sentence."""
 
     @property
     def images_per_s(self) -> float:
@@ -202,6 +205,31 @@ class ImportReport(WithFailures):
         self.add_failures(summary.failures)
 
 
+def no_masks(num_images: int, config: Config) -> str:
+    """The warning that none of so many labelled images has a mask, and what the likely reason is."""
+    images = "the one image" if num_images == 1 else f"any of the {num_images:,} images"
+    found = f"NO MASK was found in {images} labelled"
+    if config.input.prompts is not None:
+        return f"{found}: {config.input.prompts} holds no prompt for them"
+    own = MaskConfig().for_model(config.model.name)
+    strict = [
+        f"{row.name}={getattr(config.masks, key)} (its own: {getattr(own, key)})"
+        for row in setting_rows("masks")
+        if getattr(config.masks, key := row.name.partition(".")[2]) != getattr(own, key)
+    ]
+    if strict:
+        return (
+            f"{found}. These settings are not those that suit the model {config.model.name}: {', '.join(strict)};"
+            " leave them out, or change them, and label into another OUTPUT"
+        )
+    return (
+        f"{found}, with the settings that suit the model {config.model.name}. Look at the images, and at"
+        " model.checkpoint if it is your own. Lower thresholds find more, into another OUTPUT:"
+        f" masks.pred_iou_thresh is {own.pred_iou_thresh:g},"
+        f" masks.stability_score_thresh is {own.stability_score_thresh:g}"
+    )
+
+
 def print_report(report: LabelReport, console: Console | None = None) -> None:
     """The closing summary of a run, for people."""
     console = console or Console(stderr=True)
@@ -230,6 +258,8 @@ def print_report(report: LabelReport, console: Console | None = None) -> None:
     table.add_row("output", escape(report.output))
     if report.problem:
         table.add_row("[red]problem[/red]", escape(report.problem))
+    if report.warning:
+        table.add_row("[bold yellow]WARNING[/bold yellow]", f"[yellow]{escape(report.warning)}[/yellow]")
     console.print(table)
     for line in _next_commands(report):
         console.print(f"  {line}", style="dim", markup=False, highlight=False, soft_wrap=True)

@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 import uuid
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samray import storage
-from samray.config import Config, load_config
+from samray.config import Config
 from samray.dataset.inputs import check_readable
 from samray.dataset.joining import News, join_images, missing_shards, stale_shards
 from samray.dataset.manifest import Plan, load_plan, make_plan
@@ -23,7 +24,7 @@ from samray.dataset.shards import mark_success, shard_versions
 from samray.pipeline.errors_of_ray import plain_error
 from samray.pipeline.history import SAVE_EVERY_S, FailureCounts, failures_of_shards
 from samray.pipeline.progress import ProgressView
-from samray.pipeline.report import LabelReport, ShardSummary
+from samray.pipeline.report import LabelReport, ShardSummary, no_masks
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -60,19 +61,22 @@ def label(
     retry_failed: also label the failed images of finished shards again. append: list input again, and label what the
     output does not have yet, by URI, into new shards; input may be another one than before. redo_changed: list input
     again, and label those images again whose size or etag has changed. progress: show it, on stderr.
-    Without config the settings are those of `samray label` without options.
+    Without config the settings are `Config()`: the embedded model with its own mask settings.
     Raises ConfigError before anything starts, StorageError when storage stays away. A report with exit_code 130 or
     143 means that a signal ended the run early; calling again resumes.
     """
-    return label_with(
+    report = label_with(
         input,
         output,
-        config or load_config(),
+        config or Config(),
         retry_failed=retry_failed,
         append=append,
         redo_changed=redo_changed,
         progress=progress,
     )
+    if report.warning:
+        warnings.warn(report.warning, stacklevel=2)
+    return report
 
 
 def label_with(
@@ -100,6 +104,8 @@ def label_with(
         from samray.sam.checkpoints import check_checkpoint
 
         check_checkpoint(config.model.name, config.model.checkpoint)
+    if not is_new:
+        config = config.as_begun(load_plan(str(output)).run["identity"])
     joining = append or redo_changed
     given = None if config.input.prompts is None else PromptFile.read(config.input.prompts)
     identity = run_identity(config) | (given.identity if given else {})
@@ -137,6 +143,8 @@ def label_with(
             stopped_by = _run_on_ray(run)
             retries -= run.committed
     report.wall_s = time.monotonic() - started
+    if report.num_labelled and not report.num_masks:
+        report.warning = no_masks(report.num_labelled, config)
     return _conclude(plan, config, report, history, retries, stopped_by)
 
 

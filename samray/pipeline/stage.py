@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 
-from samray.config import Config, load_config
+from samray.config import Config
 from samray.dataset.schema import ANNOTATION
 from samray.dataset.tables import code_free
 from samray.errors import ConfigError, ImageError
@@ -37,7 +37,7 @@ def label_dataset(
     Annotation ids are image_id * 65536 + index where ds has an integer column `image_id`, else just the index.
     make_labeler is called once in each actor with config and its number of threads.
     """
-    config = config or load_config()
+    config = config or Config()
     if config.input.prompts is not None:
         raise ConfigError("input.prompts is for samray.label: the images of a data set have no names to find them by")
     if not ray.is_initialized():

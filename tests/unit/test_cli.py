@@ -64,7 +64,7 @@ def test_help_lists_every_setting_with_its_description(capsys: pytest.CaptureFix
         for row in setting_rows(section):
             assert f"{row.name} {row.description} [" in text
     assert "masks.points_per_side" in text
-    assert "[0.88]" in text
+    assert "[0.62 for tiny, else 0.88]" in text
     assert "[100_000_000]" in text
 
 
@@ -207,6 +207,6 @@ def test_dry_run_on_an_output_that_is_there(capsys: pytest.CaptureFixture[str], 
     text = " ".join(capsys.readouterr().err.split())
     assert "images 5 in 3 shards of up to 2" in text
     assert "SHA-256 abababababab..." in text
-    assert "masks.points_per_side: 32 there, 8 now" in fails(
+    assert "masks.points_per_side: 24 there, 8 now" in fails(
         capsys, [*argv, "--preset", "default", "masks.points_per_side=8"], 2
     )

@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 import samray
-from samray.config import SECTIONS, Config, MaskConfig, load_config, preset_names, preset_path, setting_rows
+from samray.config import (
+    SECTIONS,
+    Config,
+    MaskConfig,
+    ModelConfig,
+    load_config,
+    preset_names,
+    preset_path,
+    setting_rows,
+)
 from samray.errors import ConfigError
 from samray.strict_yaml import load_yaml_file, parse_value
 
@@ -34,7 +43,7 @@ def test_mask_defaults_are_the_references() -> None:
 
 
 def test_default_preset_is_the_reference_and_sa1b_is_the_paper() -> None:
-    assert load_config("default").masks == MaskConfig()
+    assert load_config("default", overrides=["model.name=vit_b"]).masks == MaskConfig()
     sa1b = load_config("sa1b")
     assert sa1b.model.name == "vit_h"
     layers = range(sa1b.masks.crop_n_layers + 1)
@@ -62,10 +71,48 @@ def test_presets_are_found_in_an_installed_package_too(tmp_path: Path) -> None:
     assert done.stdout.strip() == str(tmp_path / "samray" / "_presets" / "fast.yaml")
 
 
-def test_preset_follows_the_model_unless_named() -> None:
-    assert load_config().masks == load_config("tiny").masks
+def test_mask_settings_follow_the_model_unless_given() -> None:
+    assert load_config().masks == load_config("tiny").masks == load_config("default").masks
     assert load_config(overrides=["model.name=vit_b"]).masks == MaskConfig()
     assert load_config("tiny", overrides=["model.name=vit_b"]).masks == load_config("tiny").masks
+
+
+@pytest.mark.parametrize("name", ["vit_t", "vit_b", "vit_l", "vit_h"])
+def test_published_models_have_the_references_defaults(name: str) -> None:
+    assert Config(model=ModelConfig(name=name)).masks == MaskConfig()  # type: ignore[arg-type]
+
+
+def test_defaults_are_the_same_from_python_yaml_and_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("cluster:\n  max_actors: 2\n")
+    tiny = load_config("tiny").identity()
+    assert tiny["masks"]["pred_iou_thresh"] == 0.62
+    for config in (Config(), Config(masks=MaskConfig()), load_config(), load_config(file=tmp_path / "run.yaml")):
+        assert config.identity() == tiny
+
+
+def test_given_settings_win_over_the_models_own_and_are_not_changed_by_another_model() -> None:
+    config = Config(masks=MaskConfig(points_per_side=16, pred_iou_thresh=0.88))
+    assert (config.masks.points_per_side, config.masks.pred_iou_thresh) == (16, 0.88)
+    assert (config.masks.stability_score_thresh, config.masks.max_mask_area_fraction) == (0.8, 0.95)
+    assert config.masks.for_model("vit_b") == MaskConfig(points_per_side=16)
+    assert pickle.loads(pickle.dumps(config)).masks.for_model("vit_b") == MaskConfig(points_per_side=16)
+    assert Config(masks=MaskConfig(max_mask_area_fraction=None)).masks.max_mask_area_fraction is None
+
+
+def test_a_given_setting_that_does_not_fit_the_models_own_is_refused() -> None:
+    with pytest.raises(ConfigError, match="points_per_side=24 in crop layer 3"):
+        Config(masks=MaskConfig(crop_n_layers=3, crop_n_points_downscale_factor=3))
+
+
+def test_a_run_begun_with_the_references_thresholds_goes_on_with_them() -> None:
+    """Older versions began runs from Python so, whatever the model."""
+    begun = {**Config().identity(), "masks": MaskConfig().model_dump(mode="json")}
+    assert Config().as_begun(begun).masks == MaskConfig()
+    assert Config().as_begun(Config().identity()) == Config()
+    asked = Config(masks=MaskConfig(points_per_side=16))
+    assert asked.as_begun(begun).masks == MaskConfig(points_per_side=16)
+    chosen = Config(masks=MaskConfig(pred_iou_thresh=0.5))
+    assert chosen.as_begun(begun).masks.pred_iou_thresh == 0.5
 
 
 def test_overrides_over_file_over_preset_over_defaults(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ class DiscSam:
     """As much of Sam as the generator uses. Logits fall by 200 a low-res pixel; small discs have the highest IoU."""
 
     image_size, dtype, device = SIZE, torch.float32, torch.device("cpu")
+    spec = SimpleNamespace(name="disc")
     postprocess = Sam.postprocess
 
     def resize(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
