@@ -14,6 +14,7 @@ from __future__ import annotations
 from samray.storage.filesystems import configure, for_arrow, reset
 from samray.storage.listing import FileEntry, clock, list_files, list_names, list_times, list_versions
 from samray.storage.reading import exists, file_size, file_version, is_dir_like, open_read, read_bytes, read_whole
+from samray.storage.redaction import has_credentials, is_redacted, redact, redact_error
 from samray.storage.retrying import time_limit, timeout_s
 from samray.storage.uris import (
     glob_base,
@@ -24,7 +25,6 @@ from samray.storage.uris import (
     normalize,
     parent,
     place_of,
-    redact,
     resolve,
     scheme_of,
 )
@@ -40,9 +40,11 @@ __all__ = [
     "file_version",
     "for_arrow",
     "glob_base",
+    "has_credentials",
     "has_glob",
     "is_dir_like",
     "is_local",
+    "is_redacted",
     "is_web",
     "join",
     "list_files",
@@ -59,6 +61,7 @@ __all__ = [
     "read_bytes",
     "read_whole",
     "redact",
+    "redact_error",
     "reset",
     "resolve",
     "scheme_of",

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from samray.errors import BucketNotFoundError, FileError, NotFoundError, RefusedError, StorageError, UnavailableError
-from samray.storage.uris import redact
+from samray.storage.redaction import redact, redact_error
 
 
 class Fault(enum.Enum):
@@ -210,7 +210,7 @@ def as_storage_error(error: Exception, doing: str, uri: str, tried: str = "") ->
     """
     where = redact(uri)
     code, status = server_answer(error)
-    said = redact(error).strip().rstrip(".") or type(error).__name__
+    said = redact_error(error, uri).strip().rstrip(".") or type(error).__name__
     if isinstance(error, TimeoutError) and not str(error):
         said = "no answer in time"
     fault = fault_of(error)

@@ -16,8 +16,9 @@ from typing import Any, cast
 from samray.errors import ConfigError, NotFoundError
 from samray.storage.filesystems import filesystem
 from samray.storage.reading import etag_of, exists, info_of, is_dir_like, kind_of_file, version_of
+from samray.storage.redaction import redact
 from samray.storage.retrying import attempt_options, retry
-from samray.storage.uris import glob_base, has_glob, is_local, normalize, redact, scheme_of
+from samray.storage.uris import glob_base, has_glob, is_local, normalize, scheme_of
 
 
 @dataclass(frozen=True, slots=True)

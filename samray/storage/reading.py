@@ -11,8 +11,9 @@ from typing import Any, BinaryIO, Final, cast
 from samray.errors import FileError, NotFoundError, TooLargeError
 from samray.storage.faults import DamagedBodyError, server_answer
 from samray.storage.filesystems import filesystem
+from samray.storage.redaction import redact
 from samray.storage.retrying import attempt_options, retry
-from samray.storage.uris import is_local, is_web, normalize, redact, scheme_of
+from samray.storage.uris import is_local, is_web, normalize, scheme_of
 from samray.storage.web import read_range_once, read_whole_once
 
 _BUFFER_BYTES: Final = 64 * 1024

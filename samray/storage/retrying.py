@@ -19,7 +19,8 @@ from typing import Any, Final, TypeVar
 from samray.config import StorageConfig
 from samray.errors import ConfigError, StorageError
 from samray.storage.faults import Fault, as_storage_error, fault_of, is_conflict
-from samray.storage.uris import place_of, redact
+from samray.storage.redaction import redact, redact_error
+from samray.storage.uris import place_of
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def retry(doing: str, uri: str, call: Callable[[], T]) -> T:
                 tried = f" after {attempt} attempt{'s' * (attempt != 1)} in {time.monotonic() - started:.0f} s"
                 raise as_storage_error(error, doing, uri, tried) from error
             log.info("attempt %d to %s %s failed (%s), next in %.2f s",
-                     attempt, doing, redact(uri), redact(error), wait_s)  # fmt: skip
+                     attempt, doing, redact(uri), redact_error(error, uri), wait_s)  # fmt: skip
         else:
             _answered(place)
             return result

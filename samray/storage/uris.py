@@ -9,11 +9,6 @@ from typing import Final
 
 _SCHEME: Final = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)://")
 _GLOB_CHARS: Final = re.compile(r"[*?\[]")
-_SECRET_QUERY: Final = re.compile(
-    r"(?i)([?&](?:x-(?:amz|goog)-[a-z-]+|awsaccesskeyid|googleaccessid|signature|sig|password"
-    r"|(?:api|[a-z_-]*[_-])?(?:token|key))=)[^&#\s'\"]*"
-)
-_USERINFO: Final = re.compile(r"://[^/\s@'\"]+@")
 
 
 def scheme_of(uri: str) -> str:
@@ -89,11 +84,6 @@ def parent(uri: str) -> str:
 def has_glob(uri: str) -> bool:
     """Whether `uri` holds a character that a glob would give a meaning."""
     return _GLOB_CHARS.search(uri) is not None
-
-
-def redact(text: object) -> str:
-    """`text` without user names, passwords and signatures that a URI in it may hold; for messages and run.json."""
-    return _SECRET_QUERY.sub(r"\1***", _USERINFO.sub("://***@", str(text)))
 
 
 def glob_base(uri: str) -> str:

@@ -10,8 +10,8 @@ from typing import Any, Final
 from samray.errors import FileError, TooLargeError
 from samray.storage.faults import DamagedBodyError
 from samray.storage.filesystems import filesystem
+from samray.storage.redaction import redact
 from samray.storage.retrying import attempt_options
-from samray.storage.uris import redact
 
 _PIECE_BYTES: Final = 256 * 1024
 _MOST_SKIPPED_BYTES: Final = 64 * 2**20

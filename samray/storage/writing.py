@@ -13,8 +13,9 @@ from typing import Any, BinaryIO, Final
 from samray.errors import NotFoundError, StorageError
 from samray.storage.faults import as_storage_error
 from samray.storage.filesystems import filesystem
+from samray.storage.redaction import redact
 from samray.storage.retrying import attempt_options, retry
-from samray.storage.uris import is_local, normalize, redact, scheme_of
+from samray.storage.uris import is_local, normalize, scheme_of
 
 # One PUT holds at most 5 GiB. s3fs would cut larger bodies than twice its chunk size into a multipart upload, whose
 # parts are no single conditional request; a shard is megabytes, so one PUT it is.

@@ -267,7 +267,7 @@ def test_redact_hides_credentials_and_nothing_else() -> None:
     assert storage.redact("sftp://me:secret@host/x") == "sftp://***@host/x"
     signed = "https://h/x.jpg?X-Amz-Credential=AKIA1%2F2&X-Amz-Signature=abc&v=7"
     assert storage.redact(signed) == "https://h/x.jpg?X-Amz-Credential=***&X-Amz-Signature=***&v=7"
-    assert storage.redact("https://h/x?sig=abc%3D&se=2030") == "https://h/x?sig=***&se=2030"
+    assert storage.redact("https://h/x?sig=abc%3D&se=2030") == "https://h/x?sig=***&se=***"
     for name in ("X-Goog-Signature", "X-Goog-Credential", "access_token", "api_key", "X-Amz-Security-Token", "apikey"):
         shown = storage.redact(f"https://h/x?{name}=abc&monkey=7&keyframe=3")
         assert shown == f"https://h/x?{name}=***&monkey=7&keyframe=3", name

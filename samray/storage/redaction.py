@@ -1,0 +1,215 @@
+"""Hide what must not be shown or stored: user names, passwords, tokens and signatures in URIs, and in texts with URIs.
+
+Decided by structure, not by a list of names: everything before the `@` of a URI's host, and every value of its query
+that is not known to be harmless.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+from urllib.parse import quote, unquote
+
+HIDDEN: Final = "***"
+
+_SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]{0,30})://")
+_NO_HOST: Final = frozenset({"file", "local", "memory", "tar", "zip"})
+_CONTAINER_AT_ACCOUNT: Final = frozenset({"abfs", "abfss", "wasb", "wasbs"})
+"""Schemes in which `name@host` is a place, not a user."""
+_BUCKET_FIRST: Final = frozenset({"s3", "s3a", "gs", "gcs", "az", "oss", "r2", "b2"})
+"""Schemes without ports: what follows a colon is a password."""
+_HARMLESS_NAMES: Final = frozenset(
+    """
+    alt bbox bg bucket category class collection crop dataset date day download dpr end ext file file_name fileid
+    filename fit fm fmt fname format frame from h height hl i id ids idx image image_id imageid img index label lang lat
+    layer level limit locale lon mime month n name number offset order p page partnumber path photo photo_id pic picture
+    q quality raw region resize rotate row scale seed size sort split src start sz t tile time to type v version
+    versionid w width x y year z zoom
+    """.split()  # noqa: SIM905  (a list of words)
+)
+"""Parameters that say which image is meant, or in what form."""
+_MOST_HARMLESS: Final = 128
+_SHORT: Final = re.compile(r"[0-9]{1,3}|.|true|false|")
+_QUERY: Final = re.compile(r"[?#;]")
+_PART: Final = re.compile(r"[^&;#]+")
+_PARAMETER: Final = re.compile(r"(?:[^=&;#/\s]{0,100}\?)?(?P<name>[^=&;#?/\s]{0,100})=(?P<value>[^&;#]*)")
+_FREE_QUERY: Final = re.compile(r"\?(?=[^=&;#?/\s]{1,100}=)\S*")
+_HEADER: Final = re.compile(r"(?i)\b(?:bearer|basic)\s+(?P<value>[A-Za-z0-9._~+/=\-]{8,})")
+_HOST: Final = re.compile(
+    r"(?:localhost|\[[0-9a-f:.]+\]|[A-Za-z0-9_\-]+(?:\.[A-Za-z0-9_\-]+)+|[^/@]+:\d{1,5})(?=[/?#]|$)"
+)
+_PORT: Final = re.compile(r"\d{1,5}(?=[/?#]|[\s'\"<>),;:.\]}]|$)")
+_TRAILING: Final = "'\"<>)],.:;}"
+_PLAIN_NAME: Final = re.compile(r"(?i)[^=]*\.(?:jpe?g|png|webp|bmp|tiff?|gif|tar|parquet)")
+
+_HARMLESS_OPTIONS: Final = re.compile(
+    r"(?i)(?:.*(?:url|endpoint|region|block_?size|cache_?type|acl|version|timeout|retries|protocol|addressing_style"
+    r"|profile|project|bucket|host|port|account_name|mode|path|dir|consistency|location))$"
+)
+"""Options of a filesystem, by the end of their names, whose values may be shown."""
+_SECRET_VARIABLE: Final = re.compile(
+    r"(?i)secret|token|passw|credential|access_?key|account_?key|sas|connection_string|api_?key"
+)
+_LEAST_SECRET: Final = 6
+
+Span = tuple[int, int]
+
+
+def redact(text: object) -> str:
+    """`text`, a URI or a text that holds some, with `***` in place of every credential. Idempotent."""
+    text = str(text)
+    return _without(text, _spans(text)) if _may_hold_any(text) else text
+
+
+def has_credentials(uri: str) -> bool:
+    """Whether the URI holds something that `redact` hides and that is not hidden yet."""
+    return _may_hold_any(uri) and redact(uri) != uri
+
+
+def is_redacted(uri: str) -> bool:
+    """Whether credentials of the URI have been hidden: it names an image, but may not be enough to read it."""
+    return f"//{HIDDEN}@" in uri or f"={HIDDEN}" in uri or f"?{HIDDEN}" in uri
+
+
+def redact_error(error: object, uri: str = "") -> str:
+    """The text of an error of a storage client, which may quote the URI that was asked for, in any encoding, or the
+    credentials in the environment."""
+    text = str(error)
+    if uri:
+        text = text.replace(uri, redact(uri))
+    secrets = {*_secrets_of(uri), *_secrets_of_environment()}
+    forms = {form for secret in secrets for form in (secret, unquote(secret), quote(secret, ""), quote(secret))}
+    for form in sorted(forms, key=len, reverse=True):
+        text = text.replace(form, HIDDEN)
+    return redact(text)
+
+
+def _may_hold_any(text: str) -> bool:
+    return "://" in text or "?" in text or "asic " in text.lower() or "earer " in text.lower()
+
+
+def _without(text: str, spans: Iterator[Span]) -> str:
+    shown, last = [], 0
+    for start, end in sorted(spans):
+        if start >= last:
+            shown += [text[last:start], HIDDEN]
+            last = end
+    return "".join(shown) + text[last:]
+
+
+# --- where the credentials are -------------------------------------------------------------------------------------
+
+
+def _spans(text: str) -> Iterator[Span]:
+    """Start and end of each credential in the text."""
+    schemes = list(_SCHEME.finditer(text))
+    yield from _free_spans(text, 0, schemes[0].start() if schemes else len(text))
+    # A text that is one URI may hold spaces; within a sentence a URI ends at the first one.
+    whole = bool(schemes) and schemes[0].start() == 0 and not re.search(r"[:;,.] |\n", text)
+    for i, scheme in enumerate(schemes):
+        start, end = scheme.end(), schemes[i + 1].start() if i + 1 < len(schemes) else len(text)
+        if (length := _userinfo_length(text[start:end], scheme[1].lower(), whole)) > 0:
+            yield start, start + length - 1  # the @ stays
+            start += length
+        uri = text[start:end] if whole else re.match(r"\S*", text[start:end])[0]  # type: ignore[index]
+        if query := _QUERY.search(uri):
+            at = start + query.end()
+            is_web = scheme[1].lower() in ("http", "https")
+            yield from _query_spans(text, at, start + len(uri), whole=whole, bare=is_web and query[0] == "?")
+        yield from _free_spans(text, start + len(uri), end)
+
+
+def _userinfo_length(rest: str, scheme: str, whole: bool) -> int:
+    """How many characters of `rest`, what follows `scheme://`, are user name and password with their @; 0 if none.
+
+    Passwords are taken as people write them: with slashes, `@`, `?`, quotes and spaces that should be encoded.
+    """
+    if scheme in _NO_HOST:
+        return 0
+    user = re.match(r"[^/?#@:\n]*" if whole else r"[^/?#@:\s]*", rest)
+    assert user is not None
+    run = rest if whole else re.match(r"\S*", rest)[0]  # type: ignore[index]
+    if rest[user.end() :].startswith("@"):
+        if scheme in _CONTAINER_AT_ACCOUNT:
+            return 0
+        authority = re.match(r"[^/?#\s]*", rest)
+        assert authority is not None
+        end = authority[0].rindex("@") + 1
+        return end + _userinfo_length(rest[end:], scheme, whole)
+    if not rest[user.end() :].startswith(":"):
+        return 0
+    secret = rest[user.end() + 1 :]
+    at = run.rfind("@") + 1
+    if scheme not in _BUCKET_FIRST and _PORT.match(secret):
+        return at if at and _HOST.match(rest, at) and "/" in rest[at:] else 0
+    if secret[:1].isspace():
+        return 0  # the colon of a sentence
+    if not at:  # a password with spaces
+        line = rest[: rest.find("\n")] if "\n" in rest else rest
+        at = line.rfind("@", 0, 300) + 1
+        return at if at and re.match(r"[A-Za-z0-9_.\-]+(?:[:/?]|$)", line[at:]) else 0
+    return at
+
+
+def _query_spans(text: str, start: int, end: int, *, whole: bool, bare: bool) -> Iterator[Span]:
+    """The values in `name=value&...` from start to end. bare: a query without a name may be a token, too."""
+    for part in _PART.finditer(text, start, end):
+        found = _PARAMETER.match(text, part.start(), end)
+        if found is None:
+            item = part[0] if whole else part[0].rstrip(_TRAILING)
+            if bare and len(item) >= 8 and not _PLAIN_NAME.fullmatch(item) and item.lower() not in _HARMLESS_NAMES:
+                yield part.start(), part.start() + len(item)
+            continue
+        first, last = found.span("value")
+        value = text[first:last]
+        if not whole:
+            value = value.rstrip(_TRAILING)
+        if not _is_harmless(found["name"], value):
+            yield first, first + len(value)
+
+
+def _is_harmless(name: str, value: str) -> bool:
+    if value == HIDDEN or _SHORT.fullmatch(value):
+        return True
+    plain = unquote(value)
+    known = name.lower() in _HARMLESS_NAMES and len(value) <= _MOST_HARMLESS
+    return known and not any(mark in plain for mark in ("://", "=", "?", "@"))
+
+
+def _free_spans(text: str, start: int, end: int) -> Iterator[Span]:
+    """Outside of URIs: queries of paths, as some clients quote them, and headers."""
+    for query in _FREE_QUERY.finditer(text, start, end):
+        yield from _query_spans(text, query.start() + 1, query.end(), whole=False, bare=False)
+    for header in _HEADER.finditer(text, start, end):
+        yield header.span("value")
+
+
+# --- which they are ------------------------------------------------------------------------------------------------
+
+
+def _secrets_of(uri: str) -> Iterator[str]:
+    for start, end in _spans(uri):
+        hidden = uri[start:end]
+        for secret in (hidden, hidden.partition(":")[2]):
+            if len(secret) >= _LEAST_SECRET:
+                yield secret
+
+
+def _secrets_of_environment() -> Iterator[str]:
+    """Keys and passwords that fsspec's configuration (`FSSPEC_*`, ~/.config/fsspec) or the environment holds."""
+    from fsspec.config import conf
+
+    yield from _secret_options(conf)
+    for name, value in os.environ.items():
+        if _SECRET_VARIABLE.search(name) and len(value) >= _LEAST_SECRET and not os.path.exists(value):
+            yield value
+
+
+def _secret_options(options: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _secret_options(value)
+        elif isinstance(value, str) and len(value) >= _LEAST_SECRET and not _HARMLESS_OPTIONS.match(str(name)):
+            yield value
