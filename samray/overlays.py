@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from samray.dataset.runs import Runs, column_intervals, runs_of_image
+from samray.dataset.runs import Runs, batches, column_intervals, runs_of_image
 from samray.errors import StorageError
 
 MAX_MASKS = 600
@@ -54,14 +54,17 @@ def make_overlay(row: Mapping[str, Any], side: int) -> Overlay:
 
     Where a mask cannot be decoded none is shown, and `problem` says why.
     """
-    image, annotations = row["image"], row["annotations"]
+    image, annotations = row["image"], row["annotations"] or []
     original_hw = (image["height"], image["width"])
-    height, width = small_hw(original_hw, side)
+    height, width = small_hw((max(1, original_hw[0] or 0), max(1, original_hw[1] or 0)), side)
     overlay = Overlay(image["file_name"], row["uri"], original_hw, height, width, len(annotations))
+    if any(not mask or mask["area"] is None or mask["segmentation"] is None for mask in annotations):
+        overlay.problem = f"image {image['image_id']} has a mask without area or pixels; `samray verify` says which"
+        return overlay
     shown = sorted(annotations, key=lambda a: -int(a["area"]))[:MAX_MASKS]
     strings = [annotation["segmentation"]["counts"] for annotation in shown]
     try:
-        runs = runs_of_image(image["image_id"], strings, original_hw[0] * original_hw[1])
+        runs = runs_of_image(image["image_id"], strings, original_hw)
     except StorageError as error:
         overlay.problem = str(error)
         return overlay
@@ -96,6 +99,13 @@ def scaled_counts(masks: list[Runs], original_hw: tuple[int, int], target_hw: tu
     masks: run lengths in the frame original_hw, no side smaller than in target_hw. A mask that falls between the
     centres keeps one pixel, so that it can be found.
     """
+    return [
+        counts for batch in batches(masks, original_hw[0]) for counts in _scaled_counts(batch, original_hw, target_hw)
+    ]
+
+
+def _scaled_counts(masks: list[Runs], original_hw: tuple[int, int], target_hw: tuple[int, int]) -> list[str]:
+    """As `scaled_counts`, all at once."""
     height, width = target_hw
     intervals = column_intervals(masks, original_hw[0])
     row_of, column_of = (_nearest(small, large) for small, large in zip(target_hw, original_hw, strict=True))

@@ -11,7 +11,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -21,6 +20,7 @@ from samray.dataset.inputs import fetch_images
 from samray.dataset.lookup import index_containers, index_images, read_row_group, read_shard_footer, read_uris
 from samray.dataset.manifest import Plan, load_plan
 from samray.dataset.rows import INPUT_SCHEMA
+from samray.dataset.runs import Runs, pixels, runs_of_image
 from samray.dataset.shards import shard_uri
 from samray.errors import ConfigError, FileError, ImageError, StorageError
 from samray.images import decode_image
@@ -57,6 +57,8 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
     have moved since they were labelled: what their URIs (or those of their tars and Parquet files) began with, and what
     they begin with now.
 
+    max_mask_bytes: with masks="bool", most bytes of an image's masks, N * H * W; an image of more raises StorageError.
+
     Holds eight bytes an image (28 where images lie in tars or Parquet), the last few row groups and footers read, and
     no open file; storage makes its connections anew in a forked child. So workers may be forked or spawned. An output
     that is changed (`--retry-failed`, `--redo-changed`) is to be opened anew.
@@ -78,6 +80,7 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         max_masks: int | None = None,
         keep_empty: bool = True,
         image_root: tuple[str, str] | None = None,
+        max_mask_bytes: int = 2**30,
     ) -> None:
         if masks not in _MASK_KINDS:
             raise ConfigError(f"masks={masks!r} is none of {', '.join(map(repr, _MASK_KINDS))}")
@@ -94,6 +97,7 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         self.min_stability = min_stability
         self.min_area = min_area
         self.max_masks = max_masks
+        self.max_mask_bytes = max_mask_bytes
         self.image_root = image_root and (storage.normalize(image_root[0]), storage.normalize(image_root[1]))
         self._index = index_images(plan, keep_empty=keep_empty)
         self._containers = index_containers(plan, self._index) if images else None
@@ -174,6 +178,7 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
 
     def _target(self, found: pa.StructArray, record: dict[str, Any]) -> Target:
         """found: the image's annotations."""
+        self._check(found, record)
         keep = self._kept(found)
         boxes = found.field("bbox").flatten().to_numpy().reshape(-1, 4)[keep]
         boxes[:, 2:] += boxes[:, :2] + self._box_extent
@@ -188,11 +193,39 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         }
         if self.masks != "boxes":
             rles = found.field("segmentation").take(pa.array(keep)).to_pylist()
+            hw = record["height"], record["width"]
+            if any(rle["size"] != list(hw) for rle in rles):
+                raise StorageError(_damaged(record, f"a mask that is not of its size, {hw[1]}x{hw[0]}"))
+            runs = runs_of_image(record["image_id"], [rle["counts"] for rle in rles], hw)
             if self.masks == "rle":
                 target["segmentation"] = rles
             else:
-                target["masks"] = _decode(rles, record["height"], record["width"])
+                target["masks"] = self._decode(runs, record)
         return target
+
+    def _check(self, found: pa.StructArray, record: dict[str, Any]) -> None:
+        """Raises: StorageError where a field is empty, or a box has not four numbers: an OUTPUT may be damaged."""
+        needed = [found, *(found.field(name) for name in ("bbox", "area", "segmentation") if name in _names(found))]
+        if any(column.null_count for column in needed) or None in record.values():
+            raise StorageError(_damaged(record, "an empty field"))
+        boxes = found.field("bbox")
+        if boxes.flatten().null_count or any(length != 4 for length in boxes.value_lengths().to_pylist()):
+            raise StorageError(_damaged(record, "a box that is not four numbers"))
+
+    def _decode(self, masks: list[Runs], record: dict[str, Any]) -> Tensor:
+        """(N, H, W) bool."""
+        height, width = record["height"], record["width"]
+        num_bytes = len(masks) * height * width
+        if num_bytes > self.max_mask_bytes:
+            raise StorageError(
+                f"image {record['image_id']} has {len(masks)} masks of {width}x{height} pixels, {num_bytes / 1e9:.1f} "
+                f'GB as bool, and max_mask_bytes allows {self.max_mask_bytes / 1e9:.1f} GB: take masks="rle", bound '
+                "them with max_masks or min_area, or raise max_mask_bytes"
+            )
+        decoded = torch.empty((len(masks), height, width), dtype=torch.bool)
+        for place, runs in enumerate(masks):
+            decoded[place] = torch.from_numpy(pixels(runs, (height, width)))
+        return decoded
 
     def _kept(self, found: pa.StructArray) -> npt.NDArray[np.int64]:
         """Places of the annotations that pass the filters, in their order."""
@@ -254,13 +287,13 @@ def input_config_of(plan: Plan) -> InputConfig:
     return InputConfig(**{name: value for name, value in held.items() if name in InputConfig.model_fields})
 
 
+def _names(found: pa.StructArray) -> list[str]:
+    return [field.name for field in found.type]
+
+
 def _numbers(found: pa.StructArray, name: str) -> npt.NDArray[Any]:
     return np.asarray(found.field(name).to_numpy(zero_copy_only=False))
 
 
-def _decode(rles: list[dict[str, Any]], height: int, width: int) -> Tensor:
-    """(N, H, W) bool."""
-    if not rles:
-        return torch.zeros((0, height, width), dtype=torch.bool)
-    columns = coco_mask.decode(rles).T  # (N, W, H), in memory order
-    return torch.from_numpy(columns).view(torch.bool).transpose(1, 2).contiguous()
+def _damaged(record: dict[str, Any], what: str) -> str:
+    return f"image {record['image_id']} has {what}; `samray verify --deep` finds all such faults"

@@ -1,7 +1,14 @@
-"""COCO's compressed run lengths as numbers, and the runs of a mask's columns; numpy only."""
+"""COCO's compressed run lengths as numbers, pixels, areas and boxes, and the runs of a mask's columns; numpy only.
+
+The one decoder of masks that samray did not just make itself: of an import, and of any OUTPUT, whose Parquet may be
+damaged or made to do harm. pycocotools trusts what it is given: it reads behind the end of a string that stops in the
+middle of a number, and writes behind its memory for runs that sum to more than height * width. So every mask passes
+`checked_runs` first, which also bounds what it may cost.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -10,6 +17,16 @@ import numpy.typing as npt
 from samray.errors import StorageError
 
 Runs = npt.NDArray[np.int64]
+
+MAX_SIDE: Final = 2**20
+"""Longest side of a mask, pixels: one step of some exports is a list of the columns that a mask spans."""
+MAX_PIXELS: Final = 2**30
+"""Most pixels of a mask. pycocotools counts them in 32 bits, from 2^31 on with a sign."""
+MAX_CHARS: Final = 2**24
+"""Longest string of run lengths. SAM's masks have hundreds to thousands of characters; decoding takes 60 bytes each."""
+
+_INTERVALS_AT_ONCE: Final = 2**19
+"""Of masks that are traced together: 400 bytes each, at most."""
 
 _MAX_BITS: Final = 60
 _MAX_RUN: Final = 2**32
@@ -21,10 +38,13 @@ def run_lengths(counts: str) -> Runs | None:
     Groups of five bits, lowest first, as characters from "0" on; the sixth bit says that more follow; from the fourth
     run on each is the difference to the run before the last. Source: pycocotools, rleFrString.
     """
-    groups = np.frombuffer(counts.encode("utf-8", "replace"), dtype=np.uint8).astype(np.int64) - 48
-    if not len(groups) or groups.min() < 0 or groups.max() > 63 or groups[-1] & 32:
+    if not 0 < len(counts) <= MAX_CHARS:
         return None
-    last = np.flatnonzero(groups < 32)  # of each number
+    letters = np.frombuffer(counts.encode("utf-8", "replace"), dtype=np.uint8) - np.uint8(48)  # below "0" wraps: large
+    if letters.max() > 63 or letters[-1] & 32:
+        return None
+    last = np.flatnonzero(letters < 32)  # of each number
+    groups = letters.astype(np.int64)
     first = np.append(0, last[:-1] + 1)
     num_bits = 5 * (last - first + 1)
     if num_bits.max() > _MAX_BITS:
@@ -37,6 +57,66 @@ def run_lengths(counts: str) -> Runs | None:
     runs[1::2] = runs[1::2].cumsum()
     runs[2::2] = runs[2::2].cumsum()
     return runs if np.abs(runs).max() < _MAX_RUN else None
+
+
+def check_size(size: object) -> tuple[int, int]:
+    """Height and width of an image or mask, as whole numbers. Raises: ValueError where they are none or too large."""
+    sides = list(size) if isinstance(size, list | tuple) else [size]
+    if len(sides) != 2 or not all(isinstance(side, int | np.integer) and side > 0 for side in sides):
+        raise ValueError(f"the size {sides!r}: expected height and width in pixels")
+    height, width = int(sides[0]), int(sides[1])
+    if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
+        raise ValueError(
+            f"the size {width}x{height}: at most {MAX_SIDE} pixels a side and {MAX_PIXELS} pixels in all can be handled"
+        )
+    return height, width
+
+
+def checked_runs(counts: object, hw: tuple[int, int]) -> Runs:
+    """The run lengths of a mask of an image of this height and width.
+
+    counts: COCO's compressed string. Returns (N,) int64, none negative, with the sum height * width.
+    Raises: ValueError, a sentence's end, where it is no such mask or a size that cannot be handled.
+    """
+    height, width = check_size(hw)
+    if not isinstance(counts, str):
+        raise ValueError(f"run lengths of type {type(counts).__name__}: expected COCO's compressed string")
+    if len(counts) > MAX_CHARS:
+        raise ValueError(f"a run-length string of {len(counts)} characters: at most {MAX_CHARS} can be handled")
+    runs = run_lengths(counts)
+    if runs is None:
+        raise ValueError("a run-length string that cannot be decoded")
+    if runs.min() < 0:
+        raise ValueError("a run-length string with a negative run")
+    if (total := int(runs.sum())) != height * width:
+        raise ValueError(f"run lengths that sum to {total}, not to {height} * {width}")
+    return runs
+
+
+def pixels(runs: Runs, hw: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """(H, W) bool of checked runs, column by column in memory."""
+    flat = np.zeros(hw[0] * hw[1], dtype=bool)
+    for start, end in zip(*(side.tolist() for side in spans(runs)), strict=True):
+        flat[start:end] = True
+    return flat.reshape(hw[1], hw[0]).T
+
+
+def area(runs: Runs) -> int:
+    """Pixels of a mask."""
+    return int(runs[1::2].sum())
+
+
+def bbox_xywh(runs: Runs, hw: tuple[int, int]) -> list[float]:
+    """The smallest box around a mask of checked runs, as pycocotools' toBbox; zeros for an empty one."""
+    start, end = spans(runs)
+    if not len(start):
+        return [0.0, 0.0, 0.0, 0.0]
+    last = end - 1
+    x0, x1 = int(start[0]) // hw[0], int(last[-1]) // hw[0]
+    one_column = start // hw[0] == last // hw[0]
+    y0 = int(np.where(one_column, start % hw[0], 0).min())
+    y1 = int(np.where(one_column, last % hw[0], hw[0] - 1).max())
+    return [float(x0), float(y0), float(x1 - x0 + 1), float(y1 - y0 + 1)]
 
 
 def spans(runs: Runs) -> tuple[Runs, Runs]:
@@ -60,6 +140,22 @@ def union_area(masks: list[Runs]) -> int:
     reach = np.maximum.accumulate(np.concatenate([end for _, end in pairs])[order])
     before = np.append(0, reach[:-1])
     return int(np.maximum(reach - np.maximum(starts[order], before), 0).sum())
+
+
+def batches(masks: list[Runs], height: int) -> Iterator[list[Runs]]:
+    """The masks in their order, in lists whose `column_intervals` fit into memory; none for no mask."""
+    batch: list[Runs] = []
+    size = 0
+    for runs in masks:
+        start, end = spans(runs)
+        own = int(((end - 1) // height - start // height + 1).sum())
+        if batch and size + own > _INTERVALS_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+        batch.append(runs)
+        size += own
+    if batch:
+        yield batch
 
 
 class Intervals(NamedTuple):
@@ -87,15 +183,19 @@ def column_intervals(masks: list[Runs], height: int) -> Intervals:
     return Intervals(number[which], start[which] // height + step, top, bottom)
 
 
-def runs_of_image(image_id: int, counts: list[str], num_pixels: int) -> list[Runs]:
-    """The run lengths of an image's masks. Raises: StorageError where one is no mask of so many pixels."""
-    found = []
+def runs_of_image(image_id: int, counts: list[str], hw: tuple[int, int]) -> list[Runs]:
+    """The run lengths of an image's masks. Raises: StorageError where one is no mask of that height and width."""
+    masks = []
+    try:
+        check_size(hw)
+    except ValueError as error:
+        raise StorageError(f"image {image_id} has {error}; `samray verify --deep` finds all such faults") from error
     for place, text in enumerate(counts):
-        runs = run_lengths(text)
-        if runs is None or runs.min() < 0 or runs.sum() != num_pixels:
+        try:
+            masks.append(checked_runs(text, hw))
+        except ValueError as error:
             raise StorageError(
-                f"image {image_id}, annotation {place} is no mask of the image's {num_pixels} pixels; "
+                f"image {image_id}, annotation {place} is no mask of its image: it has {error}; "
                 "`samray verify --deep` finds all such faults"
-            )
-        found.append(runs)
-    return found
+            ) from error
+    return masks

@@ -14,13 +14,12 @@ from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pycocotools import mask as coco_mask
 
 from samray import storage
 from samray.dataset import shards
 from samray.dataset.joining import stale_shards
 from samray.dataset.manifest import Plan, load_plan
-from samray.dataset.runs import run_lengths
+from samray.dataset.runs import area, bbox_xywh, check_size, checked_runs
 from samray.dataset.schema import ANNOTATIONS_PER_IMAGE, CHANGES, samray_metadata, schema_of
 from samray.errors import NotFoundError, StorageError
 
@@ -205,21 +204,17 @@ def _check_corrections(which: str, row: dict[str, Any]) -> Iterator[str]:
 
 def check_mask(mask: dict[str, Any], bbox_convention: str) -> str | None:
     """What is wrong with one annotation's mask, area or box; None if nothing is."""
-    size, counts = mask["segmentation"]["size"], mask["segmentation"]["counts"]
-    if len(size) != 2 or min(size) < 1:
-        return f"has the impossible size {size}"
-    runs = run_lengths(counts)
-    if runs is None:
-        return "has a run-length string that cannot be decoded"
-    if runs.min() < 0 or runs.sum() != size[0] * size[1]:  # pycocotools may write past its memory for these
-        return f"has run lengths that sum to {runs.sum()}, not to {size[0]} * {size[1]}"
-    rle = {"size": size, "counts": counts.encode("ascii")}
-    area = int(coco_mask.decode(rle).sum())
-    if area != mask["area"]:
-        return f"has the area {mask['area']}, but {area} pixels"
-    if area == 0:
+    try:
+        hw = check_size(mask["segmentation"]["size"])
+        runs = checked_runs(mask["segmentation"]["counts"], hw)
+    except ValueError as error:
+        return f"has {error}"
+    num_pixels = area(runs)
+    if num_pixels != mask["area"]:
+        return f"has the area {mask['area']}, but {num_pixels} pixels"
+    if num_pixels == 0:
         return "is empty"
-    x, y, w, h = (float(value) for value in coco_mask.toBbox(rle))
+    x, y, w, h = bbox_xywh(runs, hw)
     box = [x, y, w, h] if bbox_convention == "coco" else [x, y, w - 1, h - 1]
     if mask["bbox"] != box:
         return f"has the box {mask['bbox']}, but lies in {box}"

@@ -252,7 +252,7 @@ def _checked(
     if any(region["size"] != list(hw) for region in regions):
         raise ImageError("unreadable", f"{name} holds a region that is not {hw[1]}x{hw[0]} pixels, as the image is")
     try:  # pycocotools may write past its memory for run lengths of another sum
-        runs_of_image(0, [region["counts"] for region in regions], hw[0] * hw[1])
+        runs_of_image(0, [region["counts"] for region in regions], hw)
     except StorageError as error:
         raise ImageError("unreadable", f"{name} holds a region that cannot be decoded: {error}") from error
     return RegionImage(name, pixels, annotators)

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pycocotools import mask as coco_mask
 
 from samray import storage
 from samray.dataset.mask_dataset import MaskDataset
+from samray.dataset.runs import checked_runs, pixels
 from samray.errors import ConfigError, StorageError
 from samray.evaluate.scenes import heldout_scenes
 from samray.scene_paint import Source
@@ -224,7 +224,7 @@ class MaskExamples:
         seen: list[Bool] = []
         # One after the other without putting back, each by its weight: the smallest of exponential waiting times.
         for place in np.argsort(rng.exponential(size=len(rles)) / np.maximum(weights, 1e-9), kind="stable"):
-            mask = view.of_mask(coco_mask.decode(rles[place]).view(bool))
+            mask = view.of_mask(_decode(rles[place]))
             if np.count_nonzero(mask) >= MIN_VISIBLE_PIXELS:
                 seen.append(mask)
             if len(seen) == number:
@@ -249,7 +249,7 @@ class MaskExamples:
             rles, _ = masks_of
             view = whole_view(image.shape[0], image.shape[1], frame.image_size)
             chosen = np.random.default_rng([0, int(index)]).permutation(len(rles))[:_VALIDATION_MASKS]
-            seen = [view.of_mask(coco_mask.decode(rles[i]).view(bool)) for i in chosen]
+            seen = [view.of_mask(_decode(rles[i])) for i in chosen]
             masks = [mask for mask in seen if np.count_nonzero(mask) >= MIN_VISIBLE_PIXELS]
             if masks:
                 num_seen += 1
@@ -265,6 +265,11 @@ class MaskExamples:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._order = lru_cache(2)(self._draw_order)
+
+
+def _decode(rle: dict[str, Any]) -> Bool:
+    """(H, W) bool of COCO's run lengths, as `MaskDataset` has checked them."""
+    return pixels(checked_runs(rle["counts"], rle["size"]), rle["size"])
 
 
 def held_out(uris: list[str], fraction: float) -> npt.NDArray[np.bool_]:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import samray
 from samray import MaskDataset, storage
 from samray.config import load_config
-from samray.dataset import lookup, shards
+from samray.dataset import lookup, mask_dataset, shards
 from samray.dataset.joining import join_images
 from samray.dataset.manifest import Plan, make_plan
 from samray.dataset.schema import ImageRecord, records_to_table
@@ -107,7 +107,7 @@ def test_boxes_only_reads_and_decodes_no_run_lengths(plan: Plan, monkeypatch: py
         return table
 
     monkeypatch.setattr("samray.dataset.mask_dataset.read_row_group", recording)
-    monkeypatch.setattr(coco_mask, "decode", lambda rles: pytest.fail("decoded"))
+    monkeypatch.setattr(mask_dataset, "pixels", lambda *_: pytest.fail("decoded"))
     full = MaskDataset(plan.output, images=False, masks="rle")
     for (_, target), (image, boxes) in zip(full, MaskDataset(plan.output, images=False, masks="boxes"), strict=True):
         assert image is None

@@ -81,7 +81,7 @@ def test_polygons_are_those_of_opencv() -> None:
 
 def test_outlines_of_many_masks_are_those_of_each() -> None:
     runs = [runs_of(blob(seed)) for seed in range(5)]
-    together = outlines([*runs, np.array([HEIGHT * WIDTH])], (HEIGHT, WIDTH))  # the last one empty
+    together = list(outlines([*runs, np.array([HEIGHT * WIDTH])], (HEIGHT, WIDTH)))  # the last one empty
     assert together[-1] == []
     for one, found in zip(runs, together, strict=False):
         (alone,) = outlines([one], (HEIGHT, WIDTH))

@@ -212,7 +212,7 @@ def test_damaged_mask_costs_its_image_only(tmp_path: Path) -> None:
     plan = write_output(str(tmp_path), num_images=2, masks=lambda place: [damaged] if place else nested_masks(0))
     page = page_of(plan)
     assert [len(image["masks"]) for image in images_of(page)] == [3, 0]
-    assert "annotation 0 is no mask of the image" in text_of(page)
+    assert "annotation 0 is no mask of its image" in text_of(page)
 
 
 def test_masks_without_scores_or_points(tmp_path: Path) -> None:

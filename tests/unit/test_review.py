@@ -96,5 +96,5 @@ def test_areas_of_unions() -> None:
     masks = [blob(seed) for seed in range(6)]
     for number in (1, 2, 6):
         counts = [annotation(mask)["segmentation"]["counts"] for mask in masks[:number]]
-        assert union_area(runs_of_image(0, counts, HEIGHT * WIDTH)) == np.any(masks[:number], axis=0).sum()
+        assert union_area(runs_of_image(0, counts, (HEIGHT, WIDTH))) == np.any(masks[:number], axis=0).sum()
     assert union_area([]) == 0

@@ -17,8 +17,9 @@ from pycocotools import mask as coco_mask
 from samray import storage
 from samray.dataset import shards
 from samray.dataset.manifest import Plan
+from samray.dataset.runs import run_lengths
 from samray.dataset.schema import SCHEMA, ImageRecord, records_to_table
-from samray.dataset.verify import check_mask, run_lengths, verify
+from samray.dataset.verify import check_mask, verify
 from samray.errors import ConfigError
 
 

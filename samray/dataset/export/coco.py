@@ -67,9 +67,8 @@ def _annotations(image: LabelledImage, options: ExportOptions) -> Iterator[dict[
     size = [image.height, image.width]
     segmentations: list[Any] = [{"size": size, "counts": counts} for counts in image.counts]
     if options.polygons:
-        masks = outlines(
-            runs_of_image(image.image_id, image.counts, image.width * image.height), (image.height, image.width)
-        )
+        hw = image.height, image.width
+        masks = outlines(runs_of_image(image.image_id, image.counts, hw), hw)
         segmentations = [[join(component).ravel().tolist() for component in components] for components in masks]
     for place, segmentation in enumerate(segmentations):
         own_id = {"attributes": {review.ID_ATTRIBUTE: image.ids[place]}} if options.for_review else {}

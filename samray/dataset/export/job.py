@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from samray import __version__, storage
+from samray.dataset.export.checks import check_rows
 from samray.dataset.export.formats import FORMATS, format_of, sizes_of
 from samray.dataset.export.images import Rows, read_rows
 from samray.dataset.export.names import FOLDER, shared_stems
@@ -172,6 +173,7 @@ def _labelled(job: Job, piece: Piece, done: Done) -> Iterator[pa.Table]:
         done.num_failed += table.num_rows - ok.num_rows
         done.num_masks += pc.sum(pc.list_value_length(ok["annotations"])).as_py() or 0
         if ok.num_rows:
+            check_rows(ok)
             yield ok
 
 

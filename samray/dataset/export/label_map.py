@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from samray.dataset.export.pieces import Done, Files, Job, Piece
 
 MAX_LABEL: Final = 65535
+MAX_PIXELS: Final = 2**28
+"""Of a label map, which is painted in memory: 4 bytes per pixel."""
 
 
 def write(job: Job, piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
@@ -49,7 +51,12 @@ def label_map(image: LabelledImage, on_top: str) -> npt.NDArray[np.uint16]:
             f"image {image.image_id} has {len(image.ids)} masks, and a label map of 16 bits holds {MAX_LABEL}: "
             "label with masks.max_masks, or export to another format"
         )
-    runs = runs_of_image(image.image_id, image.counts, image.width * image.height)
+    runs = runs_of_image(image.image_id, image.counts, (image.height, image.width))
+    if image.width * image.height > MAX_PIXELS:
+        raise ConfigError(
+            f"image {image.image_id} is {image.width}x{image.height}, and a label map has at most {MAX_PIXELS} pixels: "
+            "export to another format"
+        )
     rank = image.area if on_top == "area" else [-score for score in image.predicted_iou]
     pixels = np.zeros(image.width * image.height, dtype=np.uint16)
     for place in sorted(range(len(runs)), key=lambda i: (-rank[i], -i)):  # what is painted last lies on top

@@ -7,12 +7,13 @@ outlines, not with the areas.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from samray.dataset.runs import Runs, column_intervals
+from samray.dataset.runs import Runs, batches, column_intervals
 
 Ring = npt.NDArray[np.int64]
 """(N, 2) x, y of the corners of a closed outline; the first is not repeated at the end."""
@@ -21,12 +22,18 @@ _MAX_NEAREST: Final = 256
 """Rings that are joined where they come closest; a mask of more is noise, for which that would take hours."""
 
 
-def outlines(masks: list[Runs], image_hw: tuple[int, int]) -> list[list[list[Ring]]]:
+def outlines(masks: list[Runs], image_hw: tuple[int, int]) -> Iterator[list[list[Ring]]]:
     """For each mask its components, for each component its outer ring and then its holes.
 
     masks: run lengths that sum to H * W. Components are 4-connected: pixels that touch at a corner only are two.
     Outer rings run counter-clockwise as seen on the screen, holes clockwise. An empty mask has no component.
     """
+    for batch in batches(masks, image_hw[0]):
+        yield from _outlines(batch, image_hw)
+
+
+def _outlines(masks: list[Runs], image_hw: tuple[int, int]) -> list[list[list[Ring]]]:
+    """As `outlines`, all at once."""
     height, width = image_hw
     number, column, top, bottom = column_intervals(masks, height)
     line = height + 1

@@ -42,9 +42,9 @@ def only_sure(image: LabelledImage, options: ExportOptions) -> LabelledImage:
 
 def line(image: LabelledImage, num_left_out: int) -> str:
     """The image's line of the list, as JSON. image: with the masks that are shown."""
-    num_pixels = image.width * image.height
-    covered = union_area(runs_of_image(image.image_id, image.counts, num_pixels))
-    return json.dumps([image.image_id, image.file_name, len(image.ids), num_left_out, 1 - covered / num_pixels])
+    covered = union_area(runs_of_image(image.image_id, image.counts, (image.height, image.width)))
+    uncovered = 1 - covered / (image.width * image.height)
+    return json.dumps([image.image_id, image.file_name, len(image.ids), num_left_out, uncovered])
 
 
 def chunks(lines: Iterable[bytes]) -> Iterator[bytes]:

@@ -74,13 +74,13 @@ def write(job: Job, piece: Piece, tables: Iterator[pa.Table], done: Done) -> Fil
 
 def label_text(image: LabelledImage, tolerance: float | None) -> str:
     """One line a mask that has a pixel. tolerance: of `simplified`, in pixels; None for exact polygons."""
+    hw = image.height, image.width
+    masks = runs_of_image(image.image_id, image.counts, hw)
     # Six digits place a corner within 0.05 pixels of images up to 100,000 wide; written once for each coordinate.
     xs = [f" {x / image.width:.6g}" for x in range(image.width + 1)]
     ys = [f" {y / image.height:.6g}" for y in range(image.height + 1)]
     lines = []
-    for components in outlines(
-        runs_of_image(image.image_id, image.counts, image.width * image.height), (image.height, image.width)
-    ):
+    for components in outlines(masks, hw):
         if tolerance is not None:
             components = [[simplified(ring, tolerance) for ring in rings] for rings in components]
         if components:

@@ -78,7 +78,7 @@ def corrected_record(
         rest: list[Mask] = []
         for mask in row["annotations"]:
             (shown if is_sure(mask["predicted_iou"], mask["stability_score"], confident, stable) else rest).append(mask)
-        runs_of_image(known["image_id"], [mask["segmentation"]["counts"] for mask in shown], hw[0] * hw[1])
+        runs_of_image(known["image_id"], [mask["segmentation"]["counts"] for mask in shown], hw)
         same_as = match_masks(shown, theirs, hw)
 
         kept: dict[int, Mask] = {mask["id"]: mask for mask in rest} if keep_rest else {}

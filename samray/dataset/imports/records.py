@@ -9,14 +9,22 @@ have no place in the SA-1B layout and are dropped.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 from pycocotools import mask as coco_mask
 
-from samray.dataset.runs import run_lengths
+from samray.dataset.runs import MAX_CHARS, Runs, area, bbox_xywh, check_size, checked_runs, spans
 from samray.dataset.schema import ANNOTATIONS_PER_IMAGE, ImageRecord
 from samray.errors import ImageError
+
+_MAX_OUTLINE: Final = 2**22
+"""Longest outline of an annotation's polygons, pixels, and farthest corner."""
+
+_MAX_IMAGE_CHARS: Final = 2**25
+"""Of an image's run-length strings: a polygon of three corners may make a string of megabytes."""
 
 
 def record_of(
@@ -34,6 +42,8 @@ def record_of(
         kept = [mask for mask in found if mask is not None]
         if len(kept) > ANNOTATIONS_PER_IMAGE:
             raise ImageError("unsupported", f"{len(kept)} annotations are more than {ANNOTATIONS_PER_IMAGE}")
+        if (total := sum(len(mask["segmentation"]["counts"]) for mask in kept)) > _MAX_IMAGE_CHARS:
+            raise ImageError("too_large", f"masks with {total} characters of run lengths; at most {_MAX_IMAGE_CHARS}")
     except ImageError as error:
         return failed(planned, error), 0
     return ImageRecord(**known, width=width, height=height, annotations=kept), len(found) - len(kept)
@@ -46,11 +56,25 @@ def failed(planned: Mapping[str, Any], error: ImageError) -> ImageRecord:
 
 
 def image_hw(image: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width in pixels. Raises: ImageError where they are no sizes of an image."""
-    sides = image.get("height"), image.get("width")
-    if not all(isinstance(side, int) and 0 < side < 2**31 for side in sides):
-        raise ImageError("unreadable", f"the image has the impossible height and width {sides}")
-    return sides  # type: ignore[return-value]
+    """Height and width in pixels; whole numbers may be written as floats, as pandas does.
+
+    Raises: ImageError where they are no size of an image, or one too large to handle.
+    """
+    sides = [whole(image.get(name)) for name in ("height", "width")]
+    if None in sides:
+        given = (image.get("height"), image.get("width"))
+        raise ImageError("unreadable", f"the image has the impossible height and width {reprlib.repr(given)}")
+    try:
+        return check_size(sides)
+    except ValueError as error:
+        raise ImageError("unreadable", f"the image has {error}") from error
+
+
+def whole(value: Any) -> int | None:
+    """The whole number that a value is, also as a float; None for everything else."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _annotation(place: int, raw: Any, hw: tuple[int, int], bbox_convention: str) -> dict[str, Any] | None:
@@ -59,15 +83,15 @@ def _annotation(place: int, raw: Any, hw: tuple[int, int], bbox_convention: str)
         counts = counts_of(raw.get("segmentation"), hw)
         if counts is None:
             return None
-        area, bbox = measure(counts, hw, bbox_convention)
-        if area == 0:
+        num_pixels, bbox = measure(counts, hw, bbox_convention)
+        if num_pixels == 0:
             return None
         score = raw.get("predicted_iou", raw.get("score"))
         points = raw.get("point_coords") or []
         return {
             "segmentation": {"size": list(hw), "counts": counts},
             "bbox": bbox,
-            "area": area,
+            "area": num_pixels,
             "predicted_iou": _score(score),
             "stability_score": _score(raw.get("stability_score")),
             "point_coords": [[_finite(x), _finite(y)] for x, y in points],
@@ -97,33 +121,65 @@ def _finite(value: Any) -> float:
 
 
 def counts_of(segmentation: Any, hw: tuple[int, int]) -> str | None:
-    """COCO's compressed run lengths, of whatever form; None where there is no mask. Raises: ValueError and the like."""
+    """COCO's compressed run lengths, of whatever form; None where there is no mask.
+
+    hw: as `image_hw` gives it. Raises: ValueError and the like.
+    """
     if not segmentation:
         return None
     if isinstance(segmentation, list):
         return _counts_of_polygons(segmentation, hw)
     size, counts = segmentation["size"], segmentation["counts"]
-    if list(size) != list(hw):
-        raise ValueError(f"a mask of size {size}, in an image {list(hw)} high and wide")
+    if not isinstance(size, list) or [whole(side) for side in size] != list(hw):
+        raise ValueError(f"a mask of size {reprlib.repr(size)}, in an image {list(hw)} high and wide")
     if isinstance(counts, list):
-        if not all(isinstance(run, int) and run >= 0 for run in counts) or sum(counts) != hw[0] * hw[1]:
-            raise ValueError(f"run lengths that do not sum to {hw[0]} * {hw[1]}")
-        return str(coco_mask.frPyObjects({"size": list(hw), "counts": counts}, *hw)["counts"].decode("ascii"))
-    # Looked at before pycocotools sees it, which may write past its memory for run lengths that do not fit.
-    runs = run_lengths(counts)
-    if runs is None or runs.min() < 0 or runs.sum() != hw[0] * hw[1]:
-        raise ValueError("a run-length string that is no mask of this size")
-    return str(counts)
+        return _compressed(_plain_runs(counts, hw), hw)
+    runs = checked_runs(counts, hw)
+    # A run without a pixel between two others is legal, and ends pycocotools' IoU too early.
+    return _compressed(runs, hw) if np.any(runs[1:] == 0) else str(counts)
+
+
+def _plain_runs(counts: list[Any], hw: tuple[int, int]) -> Runs:
+    """Uncompressed run lengths, as whole numbers that may be written as floats. Raises: ValueError."""
+    if len(counts) > MAX_CHARS:
+        raise ValueError(f"{len(counts)} run lengths: at most {MAX_CHARS} can be handled")
+    runs = [whole(run) for run in counts]
+    # Summed by Python, which does not overflow.
+    if any(run is None or run < 0 for run in runs) or sum(runs) != hw[0] * hw[1]:  # type: ignore[arg-type,operator]
+        raise ValueError(f"run lengths that do not sum to {hw[0]} * {hw[1]}")
+    return np.array(runs, dtype=np.int64)
+
+
+def _compressed(runs: Runs, hw: tuple[int, int]) -> str:
+    """The runs as COCO's string, without runs that hold no pixel but for a first one."""
+    start, end = spans(runs)
+    counts = np.diff(np.stack([start, end], axis=1).ravel(), prepend=0, append=hw[0] * hw[1])
+    if counts[-1] == 0 and len(counts) > 1:  # the runs of a mask that ends in a 1 end with it
+        counts = counts[:-1]
+    return str(coco_mask.frPyObjects({"size": list(hw), "counts": counts}, *hw)["counts"].decode("ascii"))
 
 
 def _counts_of_polygons(polygons: list[Any], hw: tuple[int, int]) -> str | None:
+    if all(isinstance(number, int | float) for number in polygons):  # one polygon, without a list around it
+        polygons = [polygons]
     usable = []
+    outline = 0.0
     for polygon in polygons:
-        numbers = [float(number) for number in polygon]
-        if len(numbers) % 2 or not all(math.isfinite(number) and abs(number) < 2**26 for number in numbers):
+        xy = np.array([float(number) for number in polygon], dtype=np.float64)
+        if len(xy) % 2 or not np.isfinite(xy).all():
             raise ValueError("a polygon that is no list of x, y")
-        if len(numbers) >= 6:  # COCO has a few of one or two points, which hold nothing
-            usable.append(numbers)
+        if len(xy) < 6:  # COCO has a few of one or two points, which hold nothing
+            continue
+        # pycocotools walks along the outline in fifths of a pixel and keeps each step, also far outside of the image.
+        corners = xy.reshape(-1, 2)
+        length = np.abs(np.diff(corners, axis=0, append=corners[:1])).max(axis=1).sum()
+        outline += float(length)
+        if not outline <= _MAX_OUTLINE or np.abs(xy).max() > _MAX_OUTLINE:
+            raise ValueError(
+                f"polygons with an outline of {outline:.3g} pixels or corners as far away, where at most "
+                f"{_MAX_OUTLINE} can be handled"
+            )
+        usable.append(xy.tolist())
     if not usable:
         return None
     return str(coco_mask.merge(coco_mask.frPyObjects(usable, *hw))["counts"].decode("ascii"))
@@ -131,9 +187,9 @@ def _counts_of_polygons(polygons: list[Any], hw: tuple[int, int]) -> str | None:
 
 def measure(counts: str, hw: tuple[int, int], bbox_convention: str) -> tuple[int, list[float]]:
     """Area and box of a sound run-length string. bbox_convention: coco, or sam, whose boxes are one pixel short."""
-    rle = {"size": list(hw), "counts": counts.encode("ascii")}
-    x, y, w, h = (float(value) for value in coco_mask.toBbox(rle))
-    return int(coco_mask.area(rle)), [x, y, w, h] if bbox_convention == "coco" else [x, y, w - 1, h - 1]
+    runs = checked_runs(counts, hw)
+    x, y, w, h = bbox_xywh(runs, hw)
+    return area(runs), [x, y, w, h] if bbox_convention == "coco" else [x, y, w - 1, h - 1]
 
 
 def bbox_convention_of(samples: Iterable[tuple[Any, tuple[int, int]]]) -> str | None:
