@@ -152,6 +152,10 @@ def import_(
         bool,
         typer.Option("--keep-rest", help="--corrects: masks that were not sure enough for the export stay."),
     ] = False,
+    allow_outside: Annotated[
+        bool,
+        typer.Option("--allow-outside", help="Also take images that are not below --images; if you trust SOURCE."),
+    ] = False,
     ray: Ray = None,
     address: Address = None,
     no_progress: NoProgress = False,
@@ -188,6 +192,7 @@ def import_(
             confident=confident,
             stable=stable,
             keep_rest=keep_rest,
+            allow_outside=allow_outside,
             ray=ray,
             address=address,
             progress=not no_progress,
@@ -214,7 +219,9 @@ def import_(
         table.add_row("done before", f"{report.num_shards_skipped:,} of {count(report.num_shards, 'shard')}")
     Console().print(table)
     Console().print(report.output, highlight=False, soft_wrap=True, markup=False)
-    return 0
+    if report.warning:
+        Console(stderr=True).print(f"samray: warning: {report.warning}", highlight=False, soft_wrap=True, markup=False)
+    return int(0 < report.num_images == report.num_failed)
 
 
 def _interrupted() -> int:

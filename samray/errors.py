@@ -15,6 +15,7 @@ IMAGE_ERROR_REASONS: Final = frozenset(
         "truncated",
         "too_large",
         "unsupported",
+        "not_allowed",
         "bad_prompt",
         "out_of_memory",
         "internal",

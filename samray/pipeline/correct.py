@@ -23,6 +23,7 @@ from samray.dataset.export.review import ID_ATTRIBUTE, is_sure
 from samray.dataset.generations import MANIFEST_SCHEMA
 from samray.dataset.imports import coco
 from samray.dataset.imports.corrections import corrected_record, own_id, record_as_it_is
+from samray.dataset.imports.places import printable
 from samray.dataset.imports.source import Source, open_source
 from samray.dataset.manifest import Plan, load_plan, write_plan
 from samray.dataset.rows import places_of
@@ -48,8 +49,7 @@ def correct(
     """Write OUTPUT with the corrections of source, COCO instances JSON, to dest, or finish what a call left undone.
 
     confident, stable: what the export was made with. keep_rest: masks that were not in it stay.
-    Raises: ConfigError before anything is written (without bounds annotations are read later: damage there leaves a
-    plan), StorageError.
+    Raises: ConfigError before anything is written, StorageError.
     """
     started = time.monotonic()
     plan = load_plan(output)
@@ -59,27 +59,30 @@ def correct(
     image_at, num_unknown = _find_images(in_coco, plan, found)
     _refuse_masks_not_shown(found, in_coco, image_at, plan, confident, stable)
     options: dict[str, Any] = {"confident": confident, "stable": stable, "keep_rest": keep_rest}
-    target = _plan(plan, dest, found, fingerprint, options, images_per_shard)
-    done = shard_versions(target.output)
-    todo = [shard for shard in range(target.num_shards) if shard not in done]
-    report = ImportReport(
-        output=storage.redact(target.output),
-        format="coco",
-        num_images=target.num_images,
-        num_shards=target.num_shards,
-        num_shards_skipped=target.num_shards - len(todo),
-        num_corrected=len(image_at),
-        num_unknown_images=num_unknown,
-    )
-    for failures in failures_of_shards(target.output, done).values():
-        report.add_failures(failures)
-    starts = plan.starts()
-    num_done = sum(target.num_images_of(shard) for shard in done)
+    per_shard = images_per_shard or plan.generations[0].images_per_shard
+    is_begun = _check_dest(plan, dest)
+    done = shard_versions(dest) if is_begun else {}
+    ends = [min(start + per_shard, plan.num_images) for start in range(0, plan.num_images, per_shard)]
+    todo = [shard for shard in range(len(ends)) if shard not in done]
+    num_done = sum(ends[shard] - (ends[shard - 1] if shard else 0) for shard in done if shard < len(ends))
     settings = {**options, "bbox_convention": plan.run["identity"].get("masks", {}).get("bbox_convention", "coco")}
-    view = ProgressView(target.num_images, num_done, enabled=progress)
+    view = ProgressView(plan.num_images, num_done, enabled=progress)
     view.note = "correcting"
-    with view:
-        for shard, first, annotations in coco.annotations_of_shards(found, in_coco, target, todo, view.update):
+    with view, coco.sorted_annotations(found, in_coco, ends, todo, view.update) as shards:
+        target = _plan(plan, dest, found, fingerprint, options, per_shard)
+        report = ImportReport(
+            output=storage.redact(target.output),
+            format="coco",
+            num_images=target.num_images,
+            num_shards=target.num_shards,
+            num_shards_skipped=target.num_shards - len(todo),
+            num_corrected=len(image_at),
+            num_unknown_images=num_unknown,
+        )
+        for failures in failures_of_shards(target.output, done).values():
+            report.add_failures(failures)
+        starts = plan.starts()
+        for shard, first, annotations in shards:
             table, _ = rows_between(plan, starts, first, target.num_images_of(shard))
             records, changes = _records(table.to_pylist(), first, image_at, annotations, settings)
             report.num_dropped += changes.pop("dropped", 0)
@@ -128,6 +131,7 @@ def _find_images(in_coco: coco.CocoImages, plan: Plan, source: Source) -> tuple[
     for image in in_coco.images:
         if not isinstance(image["file_name"], str) or not image["file_name"]:
             raise ConfigError(f"{where}: the image {image['id']} has no file_name")
+        image["file_name"] = printable(image["file_name"])
     places = places_of([image["file_name"] for image in in_coco.images], held["file_name"])
     image_at: dict[int, dict[str, Any]] = {}
     place_of: dict[int, int] = {}
@@ -194,20 +198,25 @@ def _refuse_masks_not_shown(
                 )
 
 
+def _check_dest(plan: Plan, dest: str) -> bool:
+    """Whether DEST was begun by an earlier call. Raises: ConfigError where it cannot take the corrected output."""
+    if storage.normalize(dest) == plan.output:
+        raise ConfigError("DEST must be another folder than the OUTPUT that is corrected")
+    is_begun = storage.exists(storage.join(storage.normalize(dest), "_samray", "run.json"))
+    if not is_begun and done_shards(dest):
+        raise ConfigError(f"{storage.redact(dest)} holds shards of which nothing says what they are: give another DEST")
+    return is_begun
+
+
 def _plan(
     plan: Plan,
     dest: str,
     source: Source,
     fingerprint: str,
     options: dict[str, Any],
-    images_per_shard: int | None,
+    per_shard: int,
 ) -> Plan:
     """The plan of the corrected output: the same images. Raises: ConfigError where dest holds something else."""
-    if storage.normalize(dest) == plan.output:
-        raise ConfigError("DEST must be another folder than the OUTPUT that is corrected")
-    if done_shards(dest) and not storage.exists(storage.join(storage.normalize(dest), "_samray", "run.json")):
-        raise ConfigError(f"{storage.redact(dest)} holds shards of which nothing says what they are: give another DEST")
-    per_shard = images_per_shard or plan.generations[0].images_per_shard
     run = copy.deepcopy({key: value for key, value in plan.run.items() if key not in ("generation", "num_images")})
     run["identity"]["output"] = {"images_per_shard": per_shard}
     run["identity"]["corrects"] = {

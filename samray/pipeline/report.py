@@ -196,6 +196,8 @@ class ImportReport(WithFailures):
     num_shards: int = 0
     num_shards_skipped: int = 0
     """Found done."""
+    warning: str = ""
+    """What is likely wrong, though the import went through: no image was found."""
     wall_s: float = 0.0
 
     def add(self, summary: ShardSummary, num_dropped: int) -> None:

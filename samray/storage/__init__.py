@@ -28,9 +28,10 @@ from samray.storage.uris import (
     resolve,
     scheme_of,
 )
-from samray.storage.writing import delete, put, put_chunks, put_new
+from samray.storage.writing import TEMPORARY_PREFIX, delete, put, put_chunks, put_new
 
 __all__ = [
+    "TEMPORARY_PREFIX",
     "FileEntry",
     "clock",
     "configure",

@@ -19,6 +19,9 @@ from samray.storage.uris import is_local, normalize, scheme_of
 
 # One PUT holds at most 5 GiB. s3fs would cut larger bodies than twice its chunk size into a multipart upload, whose
 # parts are no single conditional request; a shard is megabytes, so one PUT it is.
+TEMPORARY_PREFIX: Final = ".samray-"
+"""What the names of files begin with that are not finished yet."""
+
 _MAX_PUT_BYTES: Final = 5 * 2**30
 
 
@@ -126,7 +129,7 @@ def _make_folder(folder: str) -> None:
 
 def _temporary_file(folder: str | None) -> tuple[int, str]:
     """Hidden and with an ending of its own: a torso left by kill -9 is never taken for a shard."""
-    return tempfile.mkstemp(prefix=".samray-", suffix=".tmp", dir=folder)
+    return tempfile.mkstemp(prefix=TEMPORARY_PREFIX, suffix=".tmp", dir=folder)
 
 
 def _sync(file: BinaryIO) -> None:

@@ -180,7 +180,7 @@ def _drawn(place: int, raw: Any, hw: tuple[int, int]) -> tuple[str, int | None] 
             return None
         return counts, own_id(raw.get("attributes"))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise ImageError("unreadable", f"annotation {place} cannot be understood: {error}") from error
+        raise ImageError("unreadable", f"annotation {place} cannot be understood: {str(error)[:300]}") from error
 
 
 def own_id(attributes: Any) -> int | None:

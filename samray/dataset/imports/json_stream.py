@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO, Final
 
 _CHUNK_BYTES: Final = 4 * 2**20
-MAX_VALUE_CHARS: Final = 256 * 2**20
-"""Of one element; the file may be of any size."""
+MAX_VALUE_CHARS: Final = 64 * 2**20
+"""Of one element; the file may be of any size. Parsed, an element takes up to 25 bytes per character."""
 
 _SPACE: Final = " \t\n\r"
+_WORDS: Final = ("true", "false", "null", "-", "NaN", "Infinity", "-Infinity")
+_CUT: Final = re.compile(r"\s*|\.|[eE][+-]?|\\?u?[0-9a-fA-F]{0,4}")
+"""What the end of a file leaves of a number or of an escape."""
+_NEAR_THE_END: Final = 16
+"""Characters: what is wrong so far before the end of what was read is not wrong for want of the rest."""
 
 
 class JsonStream:
@@ -24,33 +30,55 @@ class JsonStream:
         self._text = ""
         self._at = 0
         self._ended = False
+        self._num_bytes = 0
+        self._where = ""
+        """In which list, and after how many of its elements."""
 
-    def items(self) -> Iterator[tuple[str, Any]]:
+    def items(self, bare: str | None = None) -> Iterator[tuple[str, Any]]:
         """(key, element) for each element of a list, (key, value) for each other value, in the file's order.
 
-        Raises: ValueError where the file is no JSON object.
+        bare: the key of the elements of a file that is a list itself; with None such a file is an error.
+        Raises: ValueError where the file is not a JSON object: what is wrong, and where.
         """
+        if bare is not None and self._peek() == "[":
+            yield from self._elements(bare)
+            return
         self._expect("{")
         if self._peek() == "}":
             return
         while True:
             key = self._value()
             if not isinstance(key, str):
-                raise ValueError("the file is no JSON object")
+                raise ValueError("the file is not a JSON object")
             self._expect(":")
             if self._peek() == "[":
-                self._at += 1
-                if self._peek() == "]":
-                    self._at += 1
-                else:
-                    while True:
-                        yield key, self._value()
-                        if self._expect(",]") == "]":
-                            break
+                yield from self._elements(key)
             else:
                 yield key, self._value()
+            self._where = ""
             if self._expect(",}") == "}":
                 return
+
+    def _elements(self, key: str) -> Iterator[tuple[str, Any]]:
+        self._at += 1
+        if self._peek() == "]":
+            self._at += 1
+            return
+        number = 0
+        name = f" {key[:40]!r}" if key else ""
+        while True:
+            self._where = f", inside the list{name}, after {number:,} whole elements"
+            yield key, self._value()
+            number += 1
+            self._where = f", inside the list{name}, after {number:,} whole elements"
+            if self._expect(",]") == "]":
+                return
+
+    def _too_early(self) -> ValueError:
+        return ValueError(
+            f"it ends too early: after {self._num_bytes:,} bytes{self._where}; the file was cut off while it was "
+            "written or copied, so fetch or export it again"
+        )
 
     def _more(self) -> bool:
         """Read on; False at the end of the file."""
@@ -59,7 +87,13 @@ class JsonStream:
         # A value longer than a chunk is tried again with twice as much, so that trying stays linear.
         chunk = self._stream.read(max(_CHUNK_BYTES, len(self._text) - self._at))
         self._ended = not chunk
-        self._text = self._text[self._at :] + self._decode(chunk, self._ended)
+        try:
+            self._text = self._text[self._at :] + self._decode(chunk, self._ended)
+        except UnicodeDecodeError as error:
+            if self._ended:  # in the middle of a character
+                raise self._too_early() from None
+            raise ValueError(f"it is damaged, or not UTF-8, near byte {self._num_bytes + error.start:,}") from None
+        self._num_bytes += len(chunk)
         self._at = 0
         return True
 
@@ -70,14 +104,17 @@ class JsonStream:
                     return self._text[self._at]
                 self._at += 1
             if not self._more():
-                raise ValueError("the file ends too early")
+                raise self._too_early()
 
     def _expect(self, characters: str) -> str:
         found = self._peek()
         if found not in characters:
-            raise ValueError(f"expected {' or '.join(characters)}, found {found!r}")
+            raise ValueError(f"expected {' or '.join(characters)}, found {found!r}, at {self._place(self._at)}")
         self._at += 1
         return found
+
+    def _place(self, at: int) -> str:
+        return f"about byte {self._num_bytes - len(self._text[at:].encode()):,}{self._where}"
 
     def _value(self) -> Any:
         self._peek()
@@ -87,8 +124,23 @@ class JsonStream:
                 if end < len(self._text) or self._ended:  # else a number might go on
                     self._at = end
                     return value
-                problem: Exception = ValueError("the file ends too early")
-            except (ValueError, RecursionError) as error:
-                problem = error
-            if len(self._text) - self._at > MAX_VALUE_CHARS or not self._more():
-                raise ValueError(f"it is damaged: {problem}") from problem
+            except json.JSONDecodeError as error:
+                if not self._may_go_on(error):
+                    raise ValueError(f"it is damaged: {error.msg} at {self._place(error.pos)}") from error
+            except RecursionError:
+                raise ValueError(f"it is nested too deep at {self._place(self._at)}") from None
+            if len(self._text) - self._at > MAX_VALUE_CHARS:
+                raise ValueError(
+                    f"it holds a value of more than {MAX_VALUE_CHARS:,} characters at {self._place(self._at)}"
+                )
+            if not self._more():
+                raise self._too_early()
+
+    def _may_go_on(self, error: json.JSONDecodeError) -> bool:
+        """Whether only the rest of the value is missing."""
+        if error.msg.startswith("Unterminated string"):
+            return True
+        rest = self._text[error.pos :]
+        if not self._ended:
+            return len(rest) < _NEAR_THE_END
+        return any(word.startswith(rest) for word in _WORDS) or _CUT.fullmatch(rest) is not None

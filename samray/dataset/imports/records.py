@@ -98,7 +98,7 @@ def _annotation(place: int, raw: Any, hw: tuple[int, int], bbox_convention: str)
             "crop_box": _four(raw.get("crop_box")) or [0.0, 0.0, float(hw[1]), float(hw[0])],
         }
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise ImageError("unreadable", f"annotation {place} cannot be understood: {error}") from error
+        raise ImageError("unreadable", f"annotation {place} cannot be understood: {str(error)[:300]}") from error
 
 
 def _score(value: Any) -> float:

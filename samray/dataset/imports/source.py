@@ -48,6 +48,13 @@ class Source:
     files: pa.Table
     """`JSON_FILES`, in the order in which their images come."""
 
+    @property
+    def folder(self) -> str:
+        """The folder that all files of the source are below."""
+        if storage.has_glob(self.uri) and not storage.exists(self.uri):
+            return storage.glob_base(self.uri)
+        return storage.parent(self.uri) if self.files["json"][0].as_py() == self.uri else self.uri
+
     def fingerprint(self) -> str:
         """Changes when a file comes, goes or grows: names and sizes, for there may be millions of files."""
         digest = hashlib.sha256()
@@ -135,6 +142,8 @@ def _table(rows: Iterator[dict[str, Any]]) -> pa.Table:
 
 def _format_of(files: pa.Table, where: str) -> str:
     head = read_json(files.slice(0, 1).to_pylist()[0], HEAD_BYTES)
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):  # a list of results
+        return "coco"
     if re.search(rb'"image"\s*:\s*\{', head):
         return "sa1b"
     if re.search(rb'"(images|annotations|categories|info|licenses)"\s*:\s*[\[{]', head):

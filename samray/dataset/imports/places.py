@@ -1,0 +1,114 @@
+"""Where the images of an import are: below one folder, whatever their annotations say.
+
+Annotations are data, perhaps somebody else's. A name such as `/etc/passwd`, `../secret.png`, `file:///...`, a server of
+the own network, or one that a symbolic link leads out of the folder, would show a private picture in a report, or copy
+it into an export. Such an image is a failed row, unless `--allow-outside` says that the annotations are trusted.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, Final
+from urllib.parse import unquote
+
+import pyarrow as pa
+
+from samray import storage
+from samray.errors import FileError, ImageError, StorageError
+
+_LOOKED_FOR: Final = 32
+_TRIED_NAMES: Final = 8
+
+
+def printable(name: str) -> str:
+    """The name with lone surrogates, as Python reads file names that are not UTF-8, written as escapes."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def outside_problem(uri: str, root: str) -> ImageError | None:
+    """Why the image is not to be read; None if it is below the root, also after following symbolic links.
+
+    uri: as `storage.resolve` makes it of the root and a name.
+    """
+    if not uri.startswith(storage.join(storage.normalize(root), "")):
+        return _refusal(root)
+    if not storage.is_local(root):
+        # Servers decode what is escaped, and resolve dots, only after we have looked.
+        return _refusal(root) if ".." in re.split(r"[/\\]", unquote(unquote(uri))) else None
+    with suppress(ValueError, OSError):  # of a name that no file can have, such as one with a NUL
+        if not storage.join(os.path.realpath(uri)).startswith(storage.join(os.path.realpath(root), "")):
+            return _refusal(root)
+    return None
+
+
+def _refusal(root: str) -> ImageError:
+    return ImageError(
+        "not_allowed",
+        f"its annotations name a file that is not below {storage.redact(root)}; if you trust them, add --allow-outside",
+    )
+
+
+def names_of(images: list[dict[str, Any]], roots: list[str]) -> Iterator[str | None]:
+    """The name of each of COCO's images, relative to its root; None for one without any.
+
+    Windows writes backslashes, which are legal in names elsewhere, and LVIS has a `coco_url` instead of a name. Where a
+    name may mean several files, the first few are looked for, and what is found of them decides for all.
+    """
+    spelled = [_spellings(image) for image in images]
+    ambiguous = [(root, names) for root, names in zip(roots, spelled, strict=True) if len(names) > 1][:_TRIED_NAMES]
+    best = 0
+    if ambiguous:
+        found = [sum(_is_there(storage.resolve(root, names[way]), root) for root, names in ambiguous) for way in (0, 1)]
+        best = int(found[1] > found[0])
+    for names in spelled:
+        yield names[min(best, len(names) - 1)] if names else None
+
+
+def _spellings(image: dict[str, Any]) -> list[str]:
+    """What its name may be, the likeliest first."""
+    name = image.get("file_name")
+    if isinstance(name, str) and name:
+        # Asked of the name as it came: escapes have backslashes of their own.
+        return [printable(name.replace("\\", "/")), printable(name)] if "\\" in name else [printable(name)]
+    url = image.get("coco_url")
+    parts = [part for part in re.split(r"[?#]", url)[0].split("/")[3:] if part] if isinstance(url, str) else []
+    return [printable("/".join(parts[-number:])) for number in (2, 1)] if parts else []
+
+
+def _is_there(uri: str, root: str) -> bool:
+    try:
+        return outside_problem(uri, root) is None and storage.exists(uri)
+    except (StorageError, ValueError):
+        return False
+
+
+def missing_images(planned: pa.Table, base: str, allow_outside: bool) -> tuple[int, str]:
+    """How many images were looked for, if none was found, and one of their URIs; (0, "") if one may be there.
+
+    planned: rows of the manifest; some of them, spread over all, are looked for. base: no server is asked for images
+    that are not below it, unless allow_outside.
+    """
+    step = max(1, -(-planned.num_rows // _LOOKED_FOR))
+    places = pa.array(range(0, planned.num_rows, step), pa.int64())
+    rows = planned.select(["uri", "container"]).take(places).to_pylist()
+    if any(row["container"] is not None for row in rows):
+        return 0, ""
+    below = storage.join(base, "")
+    uris = [row["uri"] for row in rows if row["uri"] and (allow_outside or row["uri"].startswith(below))]
+    with ThreadPoolExecutor(_LOOKED_FOR) as pool:
+        if not uris or any(pool.map(_may_be_there, uris)):
+            return 0, ""
+    return len(uris), uris[0]
+
+
+def _may_be_there(uri: str) -> bool:
+    try:
+        return storage.exists(uri)
+    except FileError:
+        return False
+    except StorageError:  # storage does not answer: who knows
+        return True
