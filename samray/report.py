@@ -106,7 +106,9 @@ def _numbers(tables: Iterable[pa.Table]) -> Numbers:
     per_image = masks.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
     flat = masks.flatten()
     width, height = (np.repeat(_floats(image.field(name)), per_image) for name in ("width", "height"))
-    area = _floats(flat.field("area")) / (width * height)
+    with np.errstate(divide="ignore", invalid="ignore"):  # sizes may be damaged; such masks are left out
+        area = _floats(flat.field("area")) / (width * height)
+    area = area[np.isfinite(area)]
     return Numbers(
         num_images=table.num_rows,
         masks_per_image=per_image,
@@ -121,8 +123,11 @@ def _points(coords: pa.ListArray, size_wh: npt.NDArray[np.float64]) -> npt.NDArr
     """The first point of each mask that has one, as parts of its image's size. coords: lists of [x, y]."""
     start, end = coords.offsets.to_numpy()[:-1], coords.offsets.to_numpy()[1:]
     has = end > start
-    first = coords.values.take(pa.array(start[has])).flatten()
-    return np.asarray(_floats(first).reshape(-1, 2) / size_wh[has])
+    first = coords.values.take(pa.array(start[has]))
+    sound = np.asarray(first.value_lengths().fill_null(0).to_numpy(zero_copy_only=False) == 2, bool)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        points = _floats(first.filter(pa.array(sound)).flatten()).reshape(-1, 2) / size_wh[has][sound]
+    return np.asarray(points[np.isfinite(points).all(axis=1)])
 
 
 def _finite(array: pa.Array) -> npt.NDArray[np.float64]:

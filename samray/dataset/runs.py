@@ -9,7 +9,7 @@ middle of a number, and writes behind its memory for runs that sum to more than 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -61,7 +61,7 @@ def run_lengths(counts: str) -> Runs | None:
 
 def check_size(size: object) -> tuple[int, int]:
     """Height and width of an image or mask, as whole numbers. Raises: ValueError where they are none or too large."""
-    sides = list(size) if isinstance(size, list | tuple) else [size]
+    sides: list[Any] = list(size) if isinstance(size, list | tuple) else [size]
     if len(sides) != 2 or not all(isinstance(side, int | np.integer) and side > 0 for side in sides):
         raise ValueError(f"the size {sides!r}: expected height and width in pixels")
     height, width = int(sides[0]), int(sides[1])

@@ -24,6 +24,7 @@ from pycocotools import mask as coco_mask
 import samray
 from samray.cli import main
 from samray.dataset.export.polygons import join, outlines
+from samray.dataset.imports import records
 from samray.dataset.imports.records import counts_of, record_of
 from samray.dataset.manifest import Plan
 from samray.dataset.runs import MAX_CHARS, area, bbox_xywh, checked_runs, pixels, run_lengths
@@ -49,15 +50,15 @@ def output_with(folder: Path, mask: dict[str, Any], hw: tuple[int, int] = (HEIGH
     """Three images; the second one is of that size and has that mask after a sound one."""
     plan = write_output(str(folder), ["a.png", "b.png", "c.png"], masks=lambda place: [annotation(blob(place))])
     rows = read_shard(plan.output, 0).to_pylist()
-    records = [
+    rewritten = [
         ImageRecord(**row["image"], uri=row["uri"], annotations=row["annotations"])
         for row in rows
     ]  # fmt: skip
     image = {**rows[1]["image"], "height": hw[0], "width": hw[1]}
     first = 65536 * image["image_id"]
     masks = [{**SOUND, "id": first}, {**SOUND, **mask, "id": first + 1}]
-    records[1] = ImageRecord(**image, uri=rows[1]["uri"], annotations=masks)
-    replace_shard(plan.output, 0, records_to_table(records, plan.run))
+    rewritten[1] = ImageRecord(**image, uri=rows[1]["uri"], annotations=masks)
+    replace_shard(plan.output, 0, records_to_table(rewritten, plan.run))
     return plan
 
 
@@ -115,7 +116,7 @@ from samray.cli import main
 from samray.dataset.verify import verify
 from test_hostile_masks import CASES, EXPORTS, output_with, many_in_one
 torch.set_num_threads(1)
-plans = [output_with(Path(sys.argv[2]) / str(i), *CASES[name]) for i, name in enumerate(CASES) if name.startswith("2^")]
+plans = [output_with(Path(sys.argv[2]) / str(i), *CASES[name]) for i, name in enumerate(CASES) if name == "2^40 pixels"]
 plans.append(many_in_one(Path(sys.argv[2]) / "many"))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for plan in plans:
@@ -136,24 +137,24 @@ print(json.dumps([before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
 """
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     command = [sys.executable, "-c", script, json.dumps(paths), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     before, after = json.loads(done.stdout.splitlines()[-1])
     assert after < 2 * 2**20, f"{before} KiB, then {after} KiB"
 
 
 def many_in_one(folder: Path) -> Plan:
-    """An image of 2^20 x 2^10 pixels with three masks that cover it, each from a few characters."""
-    hw = (2**10, 2**20)
+    """An image of 2^30 pixels with two masks that cover it, each from a few characters."""
+    hw = (2**13, 2**17)
     plan = output_with(folder, {}, hw)
     rows = read_shard(plan.output, 0).to_pylist()
     mask = covering(hw)
     first = 65536 * rows[1]["image"]["image_id"]
-    records = [
-        ImageRecord(**rows[1]["image"], uri=rows[1]["uri"], annotations=[{**mask, "id": first + i} for i in range(3)])
+    hostile = [
+        ImageRecord(**rows[1]["image"], uri=rows[1]["uri"], annotations=[{**mask, "id": first + i} for i in range(2)])
     ]
     kept = [ImageRecord(**row["image"], uri=row["uri"], annotations=row["annotations"]) for row in rows]
-    replace_shard(plan.output, 0, records_to_table([kept[0], *records, kept[2]], plan.run))
+    replace_shard(plan.output, 0, records_to_table([kept[0], *hostile, kept[2]], plan.run))
     return plan
 
 
@@ -200,11 +201,12 @@ def test_an_image_of_an_impossible_size_is_a_failed_row(hw: tuple[Any, Any]) -> 
     assert (record.error or "").startswith("unreadable: the image has the ")
 
 
-def test_short_polygons_may_not_grow_into_gigabytes() -> None:
+def test_short_polygons_may_not_grow_into_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "MAX_IMAGE_CHARS", 2**20)
     planned = {"image_id": 3, "file_name": "a.png", "uri": "/a.png"}
-    zigzag = [[0, 0, 2**20, 1000, 2**20, 900]]
-    record, _ = record_of(planned, {"height": 1000, "width": 2**20}, [{"segmentation": zigzag}] * 40, "coco")
-    assert (record.error or "").startswith("too_large: masks with ")
+    slope = [[0, 0, 2**17, 1000, 2**17, 900]]
+    record, _ = record_of(planned, {"height": 1000, "width": 2**17}, [{"segmentation": slope}] * 10_000, "coco")
+    assert (record.error or "").startswith("too_large: its masks have more than ")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 * 2**20
 
 
@@ -251,7 +253,7 @@ def test_outlines_filled_again_are_the_mask(mask: np.ndarray) -> None:
 
 
 @given(st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=40), st.integers(1, 9), st.integers(1, 9))
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 def test_any_string_is_a_mask_of_its_size_or_refused(text: str, height: int, width: int) -> None:
     try:
         runs = checked_runs(text, (height, width))
@@ -264,7 +266,7 @@ def test_any_string_is_a_mask_of_its_size_or_refused(text: str, height: int, wid
 
 
 @given(st.lists(st.lists(st.floats(width=32) | st.integers(-50, 50), max_size=10), max_size=3))
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 def test_any_polygon_is_a_mask_or_refused(polygons: list[list[float]]) -> None:
     try:
         counts = counts_of(polygons, (7, 9))

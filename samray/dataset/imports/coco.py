@@ -142,7 +142,7 @@ def planned_images(
     """
     roots = roots_of(source, found, images_root)
     ids = image_ids([image["id"] for image in found.images])
-    rows = []
+    rows: list[dict[str, Any]] = []
     for root, id, image, name in zip(roots, ids, found.images, names_of(found.images, roots), strict=True):
         uri = storage.resolve(root, name) if name else ""
         rows.append({"image_id": id, "file_name": name or printable(str(image["id"])), "uri": uri})

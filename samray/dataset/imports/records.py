@@ -23,7 +23,7 @@ from samray.errors import ImageError
 _MAX_OUTLINE: Final = 2**22
 """Longest outline of an annotation's polygons, pixels, and farthest corner."""
 
-_MAX_IMAGE_CHARS: Final = 2**25
+MAX_IMAGE_CHARS: Final = 2**25
 """Of an image's run-length strings: a polygon of three corners may make a string of megabytes."""
 
 
@@ -38,15 +38,20 @@ def record_of(
     known = {name: planned[name] for name in ("image_id", "file_name", "uri")}
     try:
         height, width = image_hw(image)
-        found = [_annotation(i, raw, (height, width), bbox_convention) for i, raw in enumerate(annotations)]
-        kept = [mask for mask in found if mask is not None]
-        if len(kept) > ANNOTATIONS_PER_IMAGE:
-            raise ImageError("unsupported", f"{len(kept)} annotations are more than {ANNOTATIONS_PER_IMAGE}")
-        if (total := sum(len(mask["segmentation"]["counts"]) for mask in kept)) > _MAX_IMAGE_CHARS:
-            raise ImageError("too_large", f"masks with {total} characters of run lengths; at most {_MAX_IMAGE_CHARS}")
+        kept: list[dict[str, Any]] = []
+        num_chars = 0
+        for i, raw in enumerate(annotations):
+            mask = _annotation(i, raw, (height, width), bbox_convention)
+            if mask is not None:
+                kept.append(mask)
+                num_chars += len(mask["segmentation"]["counts"])
+            if len(kept) > ANNOTATIONS_PER_IMAGE:
+                raise ImageError("unsupported", f"{len(annotations)} annotations are more than {ANNOTATIONS_PER_IMAGE}")
+            if num_chars > MAX_IMAGE_CHARS:
+                raise ImageError("too_large", f"its masks have more than {MAX_IMAGE_CHARS} characters of run lengths")
     except ImageError as error:
         return failed(planned, error), 0
-    return ImageRecord(**known, width=width, height=height, annotations=kept), len(found) - len(kept)
+    return ImageRecord(**known, width=width, height=height, annotations=kept), len(annotations) - len(kept)
 
 
 def failed(planned: Mapping[str, Any], error: ImageError) -> ImageRecord:
@@ -145,7 +150,7 @@ def _plain_runs(counts: list[Any], hw: tuple[int, int]) -> Runs:
         raise ValueError(f"{len(counts)} run lengths: at most {MAX_CHARS} can be handled")
     runs = [whole(run) for run in counts]
     # Summed by Python, which does not overflow.
-    if any(run is None or run < 0 for run in runs) or sum(runs) != hw[0] * hw[1]:  # type: ignore[arg-type,operator]
+    if any(run is None or run < 0 for run in runs) or sum(runs) != hw[0] * hw[1]:  # type: ignore[arg-type]
         raise ValueError(f"run lengths that do not sum to {hw[0]} * {hw[1]}")
     return np.array(runs, dtype=np.int64)
 
