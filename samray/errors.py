@@ -21,7 +21,6 @@ IMAGE_ERROR_REASONS: Final = frozenset(
         "internal",
         "quarantined",
         "unreadable",
-        "not_allowed",
     }
 )
 """The slugs an `ImageError` may carry; reports count failures by them."""
