@@ -34,6 +34,8 @@ class InputConfig(Settings):
     """Most pixels (width x height) an image may have; a larger one fails, undecoded, as `too_large`."""
     max_bytes: int = Field(default=256 * 2**20, ge=1)
     """Largest encoded image, bytes; a larger one fails, unread, as `too_large`."""
+    decode_timeout_s: float = Field(default=60.0, gt=0)
+    """Seconds of CPU time that decoding one image may take; more fails as `timeout`. Raise it for huge images."""
     limit: int | None = Field(default=None, ge=1)
     """Label only the first N images of the sorted input; null labels all."""
     allow_outside: bool = False
@@ -246,14 +248,14 @@ class Config(Settings):
     def identity(self) -> dict[str, Any]:
         """What determines the output, as plain JSON values; a run resumes only onto an output with the same identity.
 
-        Left out: the cluster, how often storage is tried, the shards' compression, and points_per_batch, none of which
-        changes a mask. The checkpoint and the prompts are left out because a file's path may change while its content
-        does not: the pipeline adds their SHA-256.
+        Left out: the cluster, how often storage is tried, time limits, the shards' compression, and points_per_batch,
+        none of which changes a mask. The checkpoint and the prompts are left out because a file's path may change while
+        its content does not: the pipeline adds their SHA-256.
         """
         plain = self.model_dump(mode="json")
         del plain["masks"]["points_per_batch"]
-        del plain["input"]["prompts"]
-        del plain["input"]["allow_outside"]
+        for name in ("prompts", "allow_outside", "decode_timeout_s"):
+            del plain["input"][name]
         return {
             "input": plain["input"],
             "model": {key: plain["model"][key] for key in ("name", "dtype")},

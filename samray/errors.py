@@ -14,6 +14,7 @@ IMAGE_ERROR_REASONS: Final = frozenset(
         "not_an_image",
         "truncated",
         "too_large",
+        "timeout",
         "unsupported",
         "not_allowed",
         "bad_prompt",

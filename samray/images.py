@@ -27,7 +27,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import pillow_heif
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, ImageCms, UnidentifiedImageError
 
 from samray import image_kinds, tiff
 from samray.errors import ImageError
@@ -39,6 +39,7 @@ RGBArray = npt.NDArray[np.uint8]
 Image.init()
 # One thread: an image's time is limited in CPU seconds, and images are decoded side by side.
 pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 FORMATS: Final = tuple(
     name
     for name in ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "HEIF", "ICO", "PSD")

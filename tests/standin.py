@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -56,11 +55,15 @@ class StandIn:
 
 
 class PoisonedGenerator(StandIn):
-    """Ends its process, as a fault in native code would, at an image that starts with POISON."""
+    """Crashes, as by a fault in native code, at an image that starts with POISON, or at every one."""
+
+    def __init__(self, at_every_image: bool = False) -> None:
+        super().__init__()
+        self.at_every_image = at_every_image
 
     def generate(self, images: list[NDArray[np.uint8]]) -> list[list[dict[str, Any]]]:
-        if any(tuple(image[0, 0]) == POISON for image in images):
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.at_every_image or any(tuple(image[0, 0]) == POISON for image in images):
+            os.abort()
         return super().generate(images)
 
 
@@ -88,7 +91,12 @@ def masks_of(image: NDArray[np.uint8]) -> list[dict[str, Any]]:
 
 
 def _labeler(config: Config, num_threads: int, generator: Callable[[], StandIn]) -> ShardLabeler:
-    return ShardLabeler(lambda _: generator(), max_pixels=config.input.max_pixels, num_threads=num_threads)
+    return ShardLabeler(
+        lambda _: generator(),
+        max_pixels=config.input.max_pixels,
+        decode_timeout_s=config.input.decode_timeout_s,
+        num_threads=num_threads,
+    )
 
 
 def make_labeler(config: Config, num_threads: int, seconds: float = 0.0) -> ShardLabeler:
@@ -96,9 +104,14 @@ def make_labeler(config: Config, num_threads: int, seconds: float = 0.0) -> Shar
     return _labeler(config, num_threads, lambda: StandIn(seconds))
 
 
-def make_poisoned_labeler(config: Config, num_threads: int) -> ShardLabeler:
-    """For `label_with`."""
-    return _labeler(config, num_threads, PoisonedGenerator)
+def make_crashing_labeler(config: Config, num_threads: int) -> ShardLabeler:
+    """For `label_with`: crashes at a poisonous image."""
+    return _labeler(config, num_threads, lambda: PoisonedGenerator())
+
+
+def make_sick_labeler(config: Config, num_threads: int) -> ShardLabeler:
+    """For `label_with`: crashes at every image."""
+    return _labeler(config, num_threads, lambda: PoisonedGenerator(at_every_image=True))
 
 
 def make_no_labeler(config: Config, num_threads: int) -> ShardLabeler:

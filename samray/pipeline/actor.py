@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import platform
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,9 @@ from samray.dataset.inputs import fetch_images
 from samray.dataset.schema import records_to_table
 from samray.dataset.tables import to_stream
 from samray.errors import ImageError, SamrayError
+from samray.pipeline.alone import LonelyLabeler
 from samray.pipeline.attempts import ShardAttempts
+from samray.pipeline.child import ChildNotStarted
 from samray.pipeline.faults import DeviceFault
 from samray.pipeline.labeler import EncodedImage, ShardLabeler, build_labeler
 from samray.pipeline.metrics import ActorFigures, record
@@ -42,9 +45,6 @@ LABELLED = pa.schema(
     ]
 )
 
-MAX_QUARANTINED = 4
-"""In one shard. When more kill the process than this, the process is sick, not the images."""
-
 
 class Abandoned(Exception):
     """The run is stopping and has no time left for this shard."""
@@ -67,6 +67,7 @@ class LabelActor:
         self.config = config
         self.run_id = run_id
         self.state = state
+        self.make_labeler = make_labeler
         self.fault: SamrayError | None = None
         self.figures = ActorFigures()
         try:
@@ -86,7 +87,7 @@ class LabelActor:
         attempts.begin()
         images, places = self._unpack(shard, batch)
         try:
-            done = self.labeler.label(images, attempts, functools.partial(self._advance, shard))
+            done = self._label(images, attempts, functools.partial(self._advance, shard))
         except Abandoned:
             attempts.forget()
             return self._row(left_alone)
@@ -95,12 +96,6 @@ class LabelActor:
             logger.exception("the device failed: this labelling process ends, Ray starts another")
             logging.shutdown()
             os._exit(1)
-        num_quarantined = sum(r.error is not None and r.error.startswith("quarantined") for r in done.records)
-        if num_quarantined > MAX_QUARANTINED:
-            raise RuntimeError(
-                f"{num_quarantined} images of shard {shard} ended the labelling process: look for what is wrong with"
-                f" the machine, then remove {attempts.dir} and run again"
-            )
         done.stage_seconds["fetch"] = batch["fetch_s"].to_pylist()[0]
         self.figures.finish(done, self.labeler)
         return self._row(
@@ -113,6 +108,22 @@ class LabelActor:
                 "summary": ShardSummary.of(shard, done).to_json(),
             }
         )
+
+    def _label(
+        self, images: list[EncodedImage], attempts: ShardAttempts, on_progress: Callable[[Labelled], None]
+    ) -> Labelled:
+        if not attempts.careful:
+            return self.labeler.label(images, on_progress)
+        alone = LonelyLabeler(self.config, self.make_labeler, self.labeler.decode)
+        try:
+            return alone.label(images, attempts, on_progress)
+        except ChildNotStarted as error:
+            raise RuntimeError(
+                f"a labelling process on {platform.node()} ends even at a picture that does no harm ({error}): it is"
+                " the machine that is at fault; look for what is wrong with it (memory, driver), then run again"
+            ) from error
+        finally:
+            alone.close()
 
     def _may_begin(self, shard: int) -> bool:
         try:

@@ -1,8 +1,9 @@
-"""The poison guard: durable marks that let a shard outlive an image which kills every process that touches it.
+"""Durable marks that let a shard outlive an image at which whole labelling processes die.
 
-A process that dies takes its memory along, so what it was doing must lie in storage: OUTPUT/_samray/attempts/ holds
-one mark per attempt at a shard. From the third attempt on every image is marked before it is run and unmarked after;
-the one found marked is quarantined, that is, it becomes a failed row instead of being tried again.
+A process that dies takes its memory along, so what it was doing must be in storage: OUTPUT/_samray/attempts/ holds
+one mark per attempt at a shard. From the third attempt on every image is labelled alone, in a child (see `alone`) whose
+death names the image. The image under way is marked, too: if attempts die again and again at the same one, with the
+parent (as when a node runs out of memory), it becomes a failed row instead of being tried for ever.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from samray import storage
 CAREFUL_FROM_ATTEMPT = 3
 """The first attempts run at full speed: most dead actors were pre-empted or killed, not poisoned."""
 
-STRIKES_OF_ANY_RUN = 3
-"""A mark left by an earlier run may be that driver's own death (kill -9, a lost machine), so one is no proof."""
+STRIKES_TO_BLAME = 6
+"""Attempts that must have died at an image, alone, before it is blamed. Pre-emption, a lost machine and kill -9 leave
+the same mark, so a few are no proof."""
 
 
 class ShardAttempts:
-    """The marks of one shard. run_id tells this driver's marks from those of drivers before it.
+    """The marks of one shard. run_id keeps this driver's marks apart from those of drivers before it.
 
     number: of the attempt under way, where `begin` was called elsewhere.
     """
@@ -32,11 +34,10 @@ class ShardAttempts:
         self.number = number
         self._marked: int | None = None
         self._strikes: Counter[int] = Counter()
-        self._strikes_here: Counter[int] = Counter()
 
     @property
     def careful(self) -> bool:
-        """Whether images have to be marked and run one at a time."""
+        """Whether images have to be marked and labelled one at a time."""
         return self.number >= CAREFUL_FROM_ATTEMPT
 
     def begin(self) -> None:
@@ -49,13 +50,15 @@ class ShardAttempts:
             for name in self._names():
                 kind, _, rest = name.removeprefix(self.prefix).partition("-")
                 if kind == "image":
-                    place, run_id = rest.split(".")[:2]
-                    self._strikes[int(place)] += 1
-                    self._strikes_here[int(place)] += run_id == self.run_id
+                    self._strikes[int(rest.partition(".")[0])] += 1
+
+    def strikes(self, place: int) -> int:
+        """Earlier attempts that died while the image at this place of the shard was under way, alone."""
+        return self._strikes[place]
 
     def is_poison(self, place: int) -> bool:
-        """Whether the image at this place of the shard was being run when earlier attempts died."""
-        return self._strikes_here[place] >= 1 or self._strikes[place] >= STRIKES_OF_ANY_RUN
+        """Whether those are enough to blame the image."""
+        return self._strikes[place] >= STRIKES_TO_BLAME
 
     def mark(self, place: int) -> None:
         """Say that the image at this place is about to be run."""

@@ -119,6 +119,9 @@ class Child:
 
 def serve(socket_fd: int, lifeline_fd: int, parent: int, target: str) -> None:
     """The child's side: answer requests until the parent closes the socket or is gone."""
+    for number in (signal.SIGIO, signal.SIGXCPU):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGIO, signal.SIGXCPU))
     # The kernel sends SIGIO, which ends the process also within a decoder, when the parent's end of this is closed.
     fcntl.fcntl(lifeline_fd, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(lifeline_fd, fcntl.F_SETFL, fcntl.fcntl(lifeline_fd, fcntl.F_GETFL) | os.O_ASYNC)

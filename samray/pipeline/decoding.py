@@ -10,11 +10,13 @@ import json
 import math
 import mmap
 import os
+import queue
 import resource
 import signal
 import struct
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -24,7 +26,7 @@ from samray.errors import ImageError
 from samray.images import RGBArray, decode_image
 from samray.pipeline.child import Answer, Buffer, Child, ChildDied, how_it_ended, is_to_blame
 
-BASE_BYTES: Final = 1 << 30
+BASE_BYTES: Final = 512 << 20
 BYTES_PER_PIXEL: Final = 64
 """Memory that a decoder may take, beside some copies of the file: float64 copies of float32 pixels need most."""
 
@@ -48,7 +50,9 @@ class Decoder:
         deaths: list[ChildDied] = []
         while not is_to_blame(deaths):
             if self._child is None:
-                self._child = Child("samray.pipeline.decoding:answer_with", _SETUP.pack(self.max_pixels, self.timeout_s))
+                self._child = Child(
+                    "samray.pipeline.decoding:answer_with", _SETUP.pack(self.max_pixels, self.timeout_s)
+                )
             try:
                 # A process that has the CPU time but not the CPU waits for it: that is not the image's fault.
                 return self._pixels(self._child.ask(data, timeout_s=60 + 20 * self.timeout_s))
@@ -78,6 +82,22 @@ class Decoder:
             raise ImageError(*json.loads(head))
         height, width = _SIZE.unpack(head)
         return np.frombuffer(self._shared, np.uint8, height * width * 3).reshape(height, width, 3).copy()
+
+
+_idle: dict[tuple[int, float], queue.SimpleQueue[Decoder]] = defaultdict(queue.SimpleQueue)
+
+
+def decode_apart(data: Buffer, max_pixels: int, timeout_s: float) -> RGBArray:
+    """As `Decoder`, with one that no other thread of this process uses; there are as many as threads call at once."""
+    idle = _idle[max_pixels, timeout_s]
+    try:
+        decoder = idle.get_nowait()
+    except queue.Empty:
+        decoder = Decoder(max_pixels, timeout_s)
+    try:
+        return decoder(data)
+    finally:
+        idle.put(decoder)
 
 
 def answer_with(setup: bytes) -> Callable[[bytes], Answer]:

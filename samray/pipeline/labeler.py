@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from samray.config import InputConfig
 from samray.dataset.schema import ANNOTATIONS_PER_IMAGE, ImageRecord
 from samray.errors import ImageError, StorageError
-from samray.images import decode_image
+from samray.pipeline.child import ChildNotStarted
+from samray.pipeline.decoding import decode_apart
 from samray.pipeline.faults import DeviceFault, internal_error, is_out_of_memory, one_line, raise_if_fatal
 from samray.pipeline.metrics import reserved_gpus
 from samray.pipeline.report import Labelled
@@ -63,16 +65,6 @@ Work = tuple[np.ndarray, "list[Prompt] | None"]
 """The pixels of an image, and its prompts."""
 
 
-class Guard(Protocol):
-    """What the poison guard answers; see attempts.py."""
-
-    @property
-    def careful(self) -> bool: ...
-    def is_poison(self, place: int) -> bool: ...
-    def mark(self, place: int) -> None: ...
-    def unmark(self, place: int) -> None: ...
-
-
 class MaskSource(Protocol):
     """What the labeler needs of samray.masks.MaskGenerator or, for images with prompts, PromptedGenerator."""
 
@@ -96,13 +88,15 @@ class ShardLabeler:
         make_generator: Callable[[int | None], MaskSource],
         *,
         max_pixels: int,
+        decode_timeout_s: float | None = None,
         num_threads: int = 1,
         device_type: str = "cpu",
     ) -> None:
         """make_generator(points_per_batch) gives a mask generator; None leaves the batch to the generator, and a number
-        is for an image that took too much memory that way."""
+        is for an image that took too much memory that way. decode_timeout_s: None takes the setting's default."""
         self.make_generator = make_generator
         self.max_pixels = max_pixels
+        self.decode_timeout_s = InputConfig().decode_timeout_s if decode_timeout_s is None else decode_timeout_s
         self.device_type = device_type
         self.num_workers = num_threads if device_type == "cpu" else 1
         self.group_images = self.max_group_images = 1 if device_type == "cpu" else GPU_GROUP_IMAGES
@@ -118,18 +112,15 @@ class ShardLabeler:
     def label(
         self,
         images: Sequence[EncodedImage],
-        guard: Guard | None = None,
         on_progress: Callable[[Labelled], None] = lambda batch: None,
     ) -> Labelled:
         """One record for each image, in their order, whatever the images are like.
 
-        Raises DeviceFault, what on_progress raises, and what storage raises when the guard cannot write its marks.
+        Raises DeviceFault, StorageError, and what on_progress raises.
         """
         before = self._stage_seconds()
         done = Labelled()
-        careful = guard if guard is not None and guard.careful else None
-        # Enough that no worker waits for a slow image before its own; in careful mode none but the marked one runs.
-        num_ahead = 0 if careful else 2 * self.num_workers
+        num_ahead = 2 * self.num_workers  # enough that no worker waits for a slow image before its own
         pending: deque[Future[Labelled]] = deque()
 
         def collect(num_left: int) -> None:
@@ -139,7 +130,7 @@ class ShardLabeler:
                 on_progress(batch)
 
         try:
-            for group in self._one_by_one(images, careful) if careful else self._groups(images):
+            for group in self._groups(images):
                 pending.append(self.workers.submit(self._label_group, group))
                 collect(num_ahead)
             collect(0)
@@ -166,7 +157,7 @@ class ShardLabeler:
         while waiting or ahead:
             while waiting and len(ahead) < self.max_group_images + 1:
                 image = waiting.popleft()
-                ahead.append((image, self.decoders.submit(self._decode, image)))
+                ahead.append((image, self.decoders.submit(self.decode, image)))
             image, future = ahead.popleft()
             decoded = future.result()
             size = decoded.shape[0] * decoded.shape[1] if isinstance(decoded, np.ndarray) else 0
@@ -178,27 +169,19 @@ class ShardLabeler:
         if group:
             yield group
 
-    def _one_by_one(self, images: Sequence[EncodedImage], guard: Guard) -> Iterator[list[Decoded]]:
-        """As _groups, with every image marked from before it is decoded until after it is labelled."""
-        for place, image in enumerate(images):
-            if guard.is_poison(place):
-                yield [(image, ImageError("quarantined", "the process died each time it came to this image"))]
-                continue
-            guard.mark(place)
-            yield [(image, self._decode(image))]
-            guard.unmark(place)
-
-    def _decode(self, image: EncodedImage) -> np.ndarray | ImageError:
+    def decode(self, image: EncodedImage) -> np.ndarray | ImageError:
         """Pixels, or why there are none. Part of the row boundary: only storage that fails as a whole is raised."""
         try:
             data = image.data() if callable(image.data) else image.data
             if isinstance(data, ImageError | np.ndarray):
                 return data
-            return decode_image(data, self.max_pixels)
+            return decode_apart(data, self.max_pixels, self.decode_timeout_s)
         except ImageError as error:
             return error
         except StorageError:
             raise
+        except ChildNotStarted as error:
+            raise DeviceFault(f"no process for decoding can be started: {error}") from error
         except MemoryError:
             return ImageError("out_of_memory", "the decoded image does not fit into memory")
         except Exception as error:
@@ -333,6 +316,7 @@ def build_labeler(config: Config, num_threads: int) -> ShardLabeler:
     return ShardLabeler(
         make_generator,
         max_pixels=config.input.max_pixels,
+        decode_timeout_s=config.input.decode_timeout_s,
         num_threads=num_threads,
         device_type=model.device.type,
     )

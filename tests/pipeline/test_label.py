@@ -15,11 +15,9 @@ from outputs import attempts_left, check_every_image_once, rows_of
 
 from samray import storage
 from samray.dataset.shards import SUCCESS, done_shards, shard_uri
-from samray.errors import ConfigError, SamrayError
+from samray.errors import ConfigError
 from samray.pipeline import history
 from samray.pipeline import run as run_module
-from samray.pipeline.actor import MAX_QUARANTINED
-from samray.pipeline.attempts import STRIKES_OF_ANY_RUN, ShardAttempts
 from samray.pipeline.report import LabelReport
 
 Label = Callable[..., LabelReport]
@@ -217,38 +215,8 @@ def test_more_shards_than_actors_and_one_cpu_for_all(tmp_path: Path, label: Labe
     assert done_shards(str(tmp_path / "out")) == set(range(9))
 
 
-def test_an_image_that_kills_its_process_is_quarantined(tmp_path: Path, label: Label) -> None:
-    images = _images()
-    poison = standin.make_image(7, first_pixel=standin.POISON)
-    source = _put_folder(str(tmp_path), {**images, NAMES[2]: poison})
-
-    report = label(source, tmp_path / "out", make_labeler=standin.make_poisoned_labeler)
-
-    rows = {row["image"]["file_name"]: row for row in rows_of(str(tmp_path / "out"))}
-    assert [name for name, row in rows.items() if row["status"] == "failed"] == [NAMES[2]]
-    assert rows[NAMES[2]]["error"].startswith("quarantined: ")
-    assert report.failures == {"quarantined": 1}
-    assert report.num_labelled == 5
-    assert attempts_left(str(tmp_path / "out")) == {}
-
-
 def test_a_model_that_cannot_be_had_ends_the_run_with_its_own_sentence(tmp_path: Path, label: Label) -> None:
     source = _put_folder(str(tmp_path), _images())
     with pytest.raises(ConfigError) as caught:
         label(source, tmp_path / "out", make_labeler=standin.make_no_labeler)
     assert str(caught.value) == "model.device: cuda was asked for"
-
-
-def test_a_sick_machine_does_not_quarantine_a_whole_data_set(tmp_path: Path, label: Label) -> None:
-    """Where every image seems to kill its process, it is not the images."""
-    images = {f"img_{i:03d}.png": standin.make_image(i) for i in range(MAX_QUARANTINED + 2)}
-    source, output = _put_folder(str(tmp_path), images), str(tmp_path / "out")
-    for run in range(STRIKES_OF_ANY_RUN):
-        attempts = ShardAttempts(output, 0, f"earlier{run}")
-        attempts.begin()
-        for place in range(MAX_QUARANTINED + 1):
-            attempts.mark(place)
-
-    with pytest.raises(SamrayError, match="ended the labelling process"):
-        label(source, output, "output.images_per_shard=100")
-    assert done_shards(output) == set()
