@@ -16,8 +16,8 @@ ROOT = Path(samray.__file__).resolve().parent
 
 LAYERS = [
     {"errors", "precision", "scene_paint"},
-    {"settings", "strict_yaml"},
-    {"config", "prompts"},
+    {"settings", "strict_yaml", "tiff"},
+    {"config", "image_kinds", "prompts"},
     {"cli_help", "figures", "images", "kernels", "scenes", "storage"},
     {"sam"},
     {"dataset", "masks"},
