@@ -85,7 +85,7 @@ def images() -> Iterator[EncodedImage]:
 def test_every_format_is_decoded_before_it_is_damaged() -> None:
     for kind in FORMATS:
         for seed in range(5):
-            assert decode_image(sound_image(kind, seed), 10_000).shape in ((24, 32, 3), (32, 24, 3))
+            assert decode_image(sound_image(kind, seed), 10_000).shape in ((24, 32, 3), (32, 24, 3), (18, 24, 3))
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this build of Pillow has no AVIF; the pinned wheels have it")
