@@ -18,7 +18,7 @@ from rich.table import Table
 from samray import __version__
 from samray.cli_evaluate import evaluate_app
 from samray.cli_export import COMMANDS as EXPORT_COMMANDS
-from samray.cli_help import Command, CommandWithSettings, HelpfulGroup, split_settings
+from samray.cli_help import Command, CommandWithSettings, HelpfulGroup, refuse_expanded_glob, split_settings
 from samray.cli_output import COMMANDS, Output
 from samray.config import load_config
 from samray.errors import ConfigError, SamrayError, StorageError
@@ -92,6 +92,7 @@ def label(
       samray label photos/ labels/ model.name=vit_b input.prompts=clicks.jsonl
     """
     overrides, (input, output, *extra) = split_settings([input, output, *(settings or ())], ["INPUT", "OUTPUT"])
+    refuse_expanded_glob([input, output, *extra])
     overrides += extra  # not settings, and refused as such
     if address is not None:
         overrides.append(f"cluster.address={address}")

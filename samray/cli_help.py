@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, ClassVar
@@ -89,6 +90,25 @@ def split_settings(words: list[str], needed: list[str], sections: Sections = SEC
     if len(others) < len(needed):
         raise ConfigError(f"Missing argument '{needed[len(others)]}' (see samray --help)")
     return settings, others
+
+
+def refuse_expanded_glob(words: list[str]) -> None:
+    """Raises: ConfigError if INPUT and OUTPUT are more than two words that exist: the shell expanded a pattern.
+
+    words: what is not a setting.
+    """
+    there = [word for word in words if Path(word).exists()]
+    if len(words) <= 2 or not any(word in there for word in words[1:-1]):
+        return
+    files = [Path(word) for word in there if Path(word).is_file()] or [Path(words[0])]
+    endings = {path.suffix for path in files}
+    folder = Path(os.path.commonpath([path.parent for path in files]))
+    pattern = folder / f"*{endings.pop() if len(endings) == 1 else ''}"
+    shown = ", ".join(words[:3]) + ", ..." * (len(words) > 3)
+    raise ConfigError(
+        f"expected INPUT and OUTPUT, got {len(words)} words: {shown}; "
+        f"if the shell expanded a pattern, put it in quotes: '{pattern}'"
+    )
 
 
 def two_columns() -> Table:

@@ -210,3 +210,41 @@ def test_dry_run_on_an_output_that_is_there(capsys: pytest.CaptureFixture[str], 
     assert "masks.points_per_side: 24 there, 8 now" in fails(
         capsys, [*argv, "--preset", "default", "masks.points_per_side=8"], 2
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        (["in/a.jpg", "in/b.jpg", "labels"], "in/*.jpg"),
+        (["in/a.jpg", "in/b.jpg", "in/c.png", "labels", "masks.max_masks=3"], "in/*"),
+        (["in/a.jpg", "in/b.jpg", "in/d/x.jpg"], "in/*.jpg"),
+        (["in/a.jpg", "in/d", "labels"], "in/*.jpg"),
+    ],
+)
+def test_a_pattern_that_the_shell_expanded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], pattern: str
+) -> None:
+    (tmp_path / "in" / "d").mkdir(parents=True)
+    for name in ("a.jpg", "b.jpg", "c.png", "d/x.jpg"):
+        (tmp_path / "in" / name).write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    assert main(["label", *words]) == 2
+    error = capsys.readouterr().err
+    assert "expected INPUT and OUTPUT" in error
+    assert f"put it in quotes: '{pattern}'" in error
+    assert not (tmp_path / "labels").exists()
+
+
+def test_a_dry_run_says_what_is_left_out_and_what_will_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.jpg", "b.svg", "c.svg", ".hidden.jpg"):
+        (tmp_path / "in" / name).write_bytes(b"")
+    (tmp_path / "in" / "list.txt").write_text("a.jpg\n../x.jpg\n./a.jpg\n")
+    assert main(["label", str(tmp_path / "in"), str(tmp_path / "out"), "--dry-run"]) == 0
+    error = " ".join(capsys.readouterr().err.split())
+    assert "left out 1 .jpg: hidden" in error
+    assert "2 .svg, 1 .txt: not images by their ending" in error
+    assert main(["label", str(tmp_path / "in" / "list.txt"), str(tmp_path / "out"), "--dry-run"]) == 0
+    error = " ".join(capsys.readouterr().err.split())
+    assert "left out 1 .jpg: listed more than once" in error
+    assert "will fail 1 image; the first: not_allowed: a list may name files of this machine only below" in error
