@@ -1,11 +1,13 @@
 """Decoding in a process of its own, with limits on CPU time and memory.
 
 A picture of a few megabytes may take minutes or gigabytes to decode, and nothing in this process could stop that. In a
-child the kernel does. Pixels come back in shared memory, which is kept and grows: fresh pages cost more than the copy.
+child the kernel does. Pixels come back in shared memory. That of small images is kept, as fresh pages cost more than
+copying out of it; that of large ones goes to the caller as it is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
@@ -29,6 +31,9 @@ from samray.pipeline.child import Answer, Buffer, Child, ChildDied, how_it_ended
 BASE_BYTES: Final = 512 << 20
 BYTES_PER_PIXEL: Final = 64
 """Memory that a decoder may take, beside some copies of the file: float64 copies of float32 pixels need most."""
+
+KEPT_BYTES: Final = 16 << 20
+"""Largest shared memory that a decoder keeps for the next image."""
 
 _SETUP: Final = struct.Struct("<Qd")
 _SIZE: Final = struct.Struct("<II")
@@ -73,15 +78,20 @@ class Decoder:
 
     def _pixels(self, answer: Answer) -> RGBArray:
         head, fd = answer
-        if fd is not None:  # new shared memory, larger than the last
-            try:
-                self._shared = mmap.mmap(fd, 0)
-            finally:
-                os.close(fd)
         if head.startswith(b"["):
             raise ImageError(*json.loads(head))
         height, width = _SIZE.unpack(head)
-        return np.frombuffer(self._shared, np.uint8, height * width * 3).reshape(height, width, 3).copy()
+        shared = self._shared
+        if fd is not None:
+            try:
+                shared = mmap.mmap(fd, 0)
+            finally:
+                os.close(fd)
+        pixels = np.frombuffer(shared, np.uint8, height * width * 3).reshape(height, width, 3)
+        if pixels.nbytes > KEPT_BYTES:
+            return pixels
+        self._shared = shared
+        return pixels.copy()
 
 
 _idle: dict[tuple[int, float], queue.SimpleQueue[Decoder]] = defaultdict(queue.SimpleQueue)
@@ -129,20 +139,22 @@ class _Shared:
         self.buffer: Any = b""
 
     def put(self, pixels: RGBArray) -> int | None:
-        """Copy the pixels there. Returns the descriptor of new memory if the old was too small, else None."""
-        fd = None
-        if len(self.buffer) < pixels.nbytes:
-            self.buffer = b""
+        """Copy the pixels there. Returns the descriptor of new memory if what is kept is too small, else None."""
+        buffer, fd = self.buffer, None
+        if pixels.nbytes > len(buffer):
             fd = _memory(pixels.nbytes)
-            self.buffer = mmap.mmap(fd, pixels.nbytes)
-        np.frombuffer(self.buffer, np.uint8, pixels.size)[:] = pixels.reshape(-1)
+            buffer = mmap.mmap(fd, pixels.nbytes)
+            if pixels.nbytes <= KEPT_BYTES:
+                self.buffer = buffer
+        np.frombuffer(buffer, np.uint8, pixels.size)[:] = pixels.reshape(-1)
         return fd
 
 
 def _limit(what: int, value: int) -> None:
     """Set the soft limit, as far as the hard limit allows."""
     hard = resource.getrlimit(what)[1]
-    resource.setrlimit(what, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+    with contextlib.suppress(ValueError, OSError):  # macOS has no limit of the address space
+        resource.setrlimit(what, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
 def _memory(num_bytes: int) -> int:
