@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from pycocotools import mask as coco_mask
 
 # A script's own folder is on the path; the folder above it, which holds samray in a checkout, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from samray.dataset.tables import open_parquet
 from samray.evaluate.points import centre
 
 COLUMNS = ("image_id", "width", "height", "jpeg", "annotators")
@@ -73,8 +73,9 @@ def _annotation(counts: str, number: int, width: int, height: int) -> dict[str, 
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    for batch in pq.ParquetFile(file).iter_batches(ROWS_AT_ONCE, columns=list(COLUMNS)):
-        yield from batch.to_pylist()
+    with file.open("rb") as stream:
+        for batch in open_parquet(stream).iter_batches(ROWS_AT_ONCE, columns=list(COLUMNS)):
+            yield from batch.to_pylist()
 
 
 if __name__ == "__main__":

@@ -18,9 +18,7 @@ Output = Annotated[
 
 def verify(
     output: Output,
-    deep: Annotated[
-        bool, typer.Option("--deep", help="Also decode every mask and recompute its area and box.")
-    ] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Also check every mask's run lengths, area and box.")] = False,
 ) -> int:
     """Check that every planned image is in OUTPUT exactly once, and that its masks are sound."""
     from samray.dataset.verify import verify as run_verify
@@ -30,7 +28,10 @@ def verify(
     table.add_row("images", f"{found.num_images:,}")
     table.add_row("masks", f"{found.num_masks:,}")
     table.add_row("failed images", f"{found.num_failed:,}")
-    table.add_row("checked", "rows, ids, and every mask decoded" if deep else "rows and ids (--deep decodes the masks)")
+    table.add_row("checked", "bytes, rows, ids" + (", and every mask" if deep else " (--deep: also every mask)"))
+    if found.num_without_checksum:
+        number = count(found.num_without_checksum, "shard")
+        table.add_row("no checksum", f"{number}, by an older samray: some damage to them cannot be seen")
     table.add_row(
         "result", "[green]sound[/green]" if found.ok else f"[red]{count(len(found.problems), 'problem')}[/red]"
     )

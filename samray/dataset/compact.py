@@ -34,7 +34,7 @@ from samray.dataset.shards import (
     shard_name,
     shard_versions,
 )
-from samray.errors import ConfigError
+from samray.errors import ConfigError, StorageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +82,7 @@ def compact(
             num_failed += sum(stats["failures"].values())
         num_done += target.num_images_of(shard)
         on_progress(num_done, target.num_images)
+    refuse_replaced(plan, fingerprint, dest)
     mark_success(dest, num_images=target.num_images, num_failed=num_failed)
     return CompactReport(
         dest=dest,
@@ -98,7 +99,7 @@ def look_at_finished(plan: Plan) -> tuple[str, int]:
     Raises: ConfigError where one is missing or waits to be labelled again, StorageError.
     """
     where = storage.redact(plan.output)
-    done = shard_versions(plan.output)
+    done = {shard: version for shard, version in shard_versions(plan.output).items() if shard < plan.num_shards}
     missing = len(missing_shards(plan, done))
     if missing:
         raise ConfigError(f"{where} is not finished: {missing} of {plan.num_shards} shards are missing; run it first")
@@ -107,6 +108,22 @@ def look_at_finished(plan: Plan) -> tuple[str, int]:
     sizes = storage.list_names(storage.join(plan.output, FOLDER))
     held = [(shard, version, sizes.get(shard_name(shard))) for shard, version in sorted(done.items())]
     return hashlib.sha256(json.dumps(held).encode()).hexdigest(), sum(sizes.values())
+
+
+def refuse_replaced(plan: Plan, fingerprint: str, dest: str) -> None:
+    """Look once more, when all of an output was read, whether it still is what `look_at_finished` saw.
+
+    Raises: StorageError if a shard was replaced: what was read may mix old rows with new ones.
+    """
+    try:
+        unchanged = look_at_finished(plan)[0] == fingerprint
+    except ConfigError:  # a shard is gone, or waits to be labelled again
+        unchanged = False
+    if not unchanged:
+        raise StorageError(
+            f"shards of {storage.redact(plan.output)} were replaced while they were read, so {storage.redact(dest)} "
+            "may mix old rows with new ones and is not marked as finished; delete it and run again"
+        )
 
 
 def _plan_of(plan: Plan, dest: str, images_per_shard: int, fingerprint: str) -> Plan:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from samray import storage
 from samray.dataset.rows import INPUT_SCHEMA, take
 from samray.dataset.schema import MAX_IMAGE_ID
+from samray.dataset.seals import leave_room, seal
 from samray.dataset.tables import open_parquet
 from samray.errors import ConfigError, NotFoundError, StorageError
 
@@ -134,12 +135,13 @@ def create_generation(output: str, generation: Generation, new: pa.Table, change
     }
     sink = pa.BufferOutputStream()
     schema = MANIFEST_SCHEMA.with_metadata({b"samray": json.dumps(own, sort_keys=True).encode()})
-    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
+        leave_room(writer)
         writer.write_table(new.cast(MANIFEST_SCHEMA), row_group_size=generation.rows_per_group)
         if changed is not None and changed.num_rows:
             assert changed.num_rows == generation.num_changed, (changed.num_rows, generation)
             writer.write_table(changed.cast(MANIFEST_SCHEMA), row_group_size=_ROWS_PER_GROUP)
-    return storage.put_new(manifest_uri(output, generation.number), bytes(sink.getvalue()))
+    return storage.put_new(manifest_uri(output, generation.number), seal(sink.getvalue()))
 
 
 # --- reading them --------------------------------------------------------------------------------------------------
@@ -148,20 +150,31 @@ def create_generation(output: str, generation: Generation, new: pa.Table, change
 def read_generation(output: str, number: int) -> Generation | None:
     """What a manifest says of itself; None where there is none. Raises: ConfigError, StorageError."""
     try:
-        held = _with_manifest(output, number, lambda file: _own(file.schema_arrow.metadata))
+        own = _with_manifest(output, number, lambda file: _own(file.schema_arrow.metadata))
     except NotFoundError:
         return None
-    if not {"identity", "num_images", "images_per_shard"} <= held.keys():
+    if not {"identity", "num_images", "images_per_shard"} <= own.keys():
         uri = storage.redact(manifest_uri(output, number))
         raise ConfigError(f"{uri} was not written by samray; give another OUTPUT")
-    return Generation(number, **held)
+    return Generation(number, **own)
 
 
 def _own(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
-    found = json.loads((metadata or {}).get(b"samray", b"{}"))
+    """The arguments of `Generation` that a manifest's metadata hold. Raises: ValueError if a value cannot be."""
+    try:
+        found = json.loads((metadata or {}).get(b"samray", b"{}"))
+    except RecursionError as error:
+        raise ValueError("its samray metadata are nested too deeply") from error
     if not isinstance(found, dict):
-        raise ValueError("its samray metadata are no object")
-    return found
+        raise ValueError("its samray metadata are not an object")
+    least = {"num_images": 0, "images_per_shard": 1, "first_shard": 0, "num_changed": 0}
+    for name, number in least.items():
+        value = found.get(name, number)
+        if type(value) is not int or value < number:
+            raise ValueError(f"its samray metadata have {name}={value!r}, expected a whole number from {number} on")
+    if not isinstance(found.get("identity", {}), dict):
+        raise ValueError("its samray metadata have an identity that is not an object")
+    return {name: found[name] for name in ("identity", *least) if name in found}
 
 
 def read_generations(output: str) -> list[Generation]:

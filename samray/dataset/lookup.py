@@ -19,7 +19,8 @@ from samray.dataset.generations import check_manifest, manifest_uri
 from samray.dataset.manifest import Plan, load_plan
 from samray.dataset.rows import take
 from samray.dataset.schema import check_columns
-from samray.dataset.shards import FOLDER, damage_is_told, shard_name, shard_number, shard_uri
+from samray.dataset.seals import seal_of
+from samray.dataset.shards import FOLDER, damage_is_told, read_success, shard_name, shard_number, shard_uri
 from samray.dataset.tables import footer_bytes, open_parquet, parse_footer
 from samray.errors import ConfigError, NotFoundError, StorageError
 
@@ -131,7 +132,10 @@ def read_footer(uri: str, size: int | None) -> pq.FileMetaData:
 
 
 def read_shard_footer(output: str, shard: int, size: int | None) -> pq.FileMetaData:
-    """The footer of a shard, as `read_footer` reads it. Raises: NotFoundError, StorageError, also for other columns."""
+    """The footer of a shard, as `read_footer` reads it.
+
+    Raises: NotFoundError, StorageError, also if the file has other columns.
+    """
     uri = shard_uri(output, shard)
     footer = read_footer(uri, size)
     with damage_is_told(uri):
@@ -161,6 +165,8 @@ class ImageIndex:
     """In the shard's file."""
     sizes: npt.NDArray[np.int64]
     """Of each shard of the plan, in bytes; 0 where it is not there."""
+    digests: dict[int, str | None]
+    """The checksum (`samray.dataset.seals`) of each shard that is there; None for a shard without."""
 
 
 def index_images(plan: Plan, *, keep_empty: bool = True) -> ImageIndex:
@@ -181,13 +187,31 @@ def index_images(plan: Plan, *, keep_empty: bool = True) -> ImageIndex:
         missing = plan.num_shards - len(done)
         log.warning("%s: %d of %d shards are not there yet; their images are left out", where, missing, plan.num_shards)
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = list(pool.map(lambda shard: _wanted_rows(plan, int(shard), int(sizes[shard]), keep_empty), done))
+        looked = list(pool.map(lambda shard: _wanted_rows(plan, int(shard), int(sizes[shard]), keep_empty), done))
+    found = [rows for rows, _ in looked]
+    digests = {int(shard): digest for shard, (_, digest) in zip(done, looked, strict=True)}
+    _warn_of_replaced(plan, digests)
     if not any(len(rows) for rows in found):
         raise ConfigError(f"{where} holds no labelled image{'' if keep_empty else ' with a mask'} yet")
-    return ImageIndex(np.repeat(done.astype(np.int32), [len(rows) for rows in found]), np.concatenate(found), sizes)
+    shards = np.repeat(done.astype(np.int32), [len(rows) for rows in found])
+    return ImageIndex(shards, np.concatenate(found), sizes, digests)
 
 
-def _wanted_rows(plan: Plan, shard: int, size: int, keep_empty: bool) -> npt.NDArray[np.int32]:
+def _warn_of_replaced(plan: Plan, digests: dict[int, str | None]) -> None:
+    """Say so if shards are not the files that `_SUCCESS` names: a run that replaces some is at work, or was ended."""
+    success = read_success(plan.output)
+    named = enumerate(success.digests if success else ())
+    replaced = [shard for shard, digest in named if digest is not None and digests.get(shard, digest) != digest]
+    if replaced:
+        log.warning(
+            "%s: %d of %d shards were replaced since _SUCCESS was written (%s, ...); run the same command again to "
+            "finish what replaced them",
+            storage.redact(plan.output), len(replaced), plan.num_shards, shard_name(replaced[0]),
+        )  # fmt: skip
+
+
+def _wanted_rows(plan: Plan, shard: int, size: int, keep_empty: bool) -> tuple[npt.NDArray[np.int32], str | None]:
+    """The rows of a shard to keep, and its checksum."""
     uri = shard_uri(plan.output, shard)
     footer = read_shard_footer(plan.output, shard, size)
     if footer.num_rows != plan.num_images_of(shard):
@@ -209,7 +233,7 @@ def _wanted_rows(plan: Plan, shard: int, size: int, keep_empty: bool) -> npt.NDA
             keep = keep & _numpy(pc.greater(pc.list_value_length(table["annotations"]), 0))
         wanted.append(start + np.flatnonzero(keep))
         start += num_rows
-    return np.concatenate([np.empty(0, np.int64), *wanted]).astype(np.int32)
+    return np.concatenate([np.empty(0, np.int64), *wanted]).astype(np.int32), seal_of(footer)
 
 
 def _numpy(array: pa.ChunkedArray) -> npt.NDArray[np.bool_]:

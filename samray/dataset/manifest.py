@@ -102,7 +102,9 @@ class Plan:
             table = read_group(self.output, generation, group)
             self._groups = {(generation.number, group): table}  # the last one: shards mostly come in order
         rows = table.slice(first, self.num_images_of(shard))
-        assert pc.all(pc.equal(rows["shard"], shard)).as_py(), f"manifest and plan disagree about shard {shard}"
+        if rows.num_rows != self.num_images_of(shard) or not pc.all(pc.equal(rows["shard"], shard)).as_py():
+            uri = storage.redact(manifest_uri(self.output, generation.number))
+            raise StorageError(f"{uri} is damaged or was edited: its rows of shard {shard} are not those planned")
         for changed in self._changed(shard, after=generation.number):
             rows = with_rows(rows, changed)
         return rows
@@ -228,9 +230,11 @@ def _read_run(output: str) -> dict[str, Any] | None:
         run = json.loads(storage.read_bytes(uri))
         if not {"identity", "num_images", "images_per_shard"} <= run.keys():
             raise ValueError("it is not samray's")
+        if not (isinstance(run["identity"], dict) and isinstance(run.get("config", {}), dict)):
+            raise ValueError("its settings are not an object")
     except NotFoundError:
         return None
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{storage.redact(uri)} cannot be understood: {error}; give another OUTPUT") from error
     return dict(run)
 

@@ -21,6 +21,7 @@ from samray.dataset.lookup import index_containers, index_images, read_row_group
 from samray.dataset.manifest import Plan, load_plan
 from samray.dataset.rows import INPUT_SCHEMA
 from samray.dataset.runs import Runs, pixels, runs_of_image
+from samray.dataset.seals import seal_of
 from samray.dataset.shards import shard_uri
 from samray.errors import ConfigError, FileError, ImageError, StorageError
 from samray.images import decode_image
@@ -158,6 +159,11 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
     def _read_footer(self, shard: int) -> tuple[pq.FileMetaData, npt.NDArray[np.int64]]:
         """A shard's footer, and the first row of each of its row groups."""
         footer = read_shard_footer(self.output, shard, int(self._index.sizes[shard]))
+        if seal_of(footer) != self._index.digests.get(shard):
+            raise StorageError(
+                f"{storage.redact(shard_uri(self.output, shard))} was replaced since this data set was opened: open it "
+                "again"
+            )
         num_rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
         return footer, np.cumsum([0, *num_rows[:-1]])
 

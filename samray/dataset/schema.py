@@ -162,8 +162,14 @@ def with_stats(table: pa.Table, stats: Mapping[str, Any]) -> pa.Table:
 
 
 def samray_metadata(schema: pa.Schema) -> dict[str, Any]:
-    """What `shard_metadata` and `with_stats` put there; empty for a file that samray did not write."""
-    found = json.loads((schema.metadata or {}).get(b"samray", b"{}"))
+    """What `shard_metadata` and `with_stats` put there; empty for a file that samray did not write.
+
+    Raises: ValueError if it is damaged.
+    """
+    try:
+        found = json.loads((schema.metadata or {}).get(b"samray", b"{}"))
+    except RecursionError as error:
+        raise ValueError("its samray metadata are nested too deeply") from error
     return found if isinstance(found, dict) else {}
 
 

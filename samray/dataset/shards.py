@@ -9,7 +9,10 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Final
 
 import pyarrow as pa
@@ -17,9 +20,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from samray import storage
+from samray.dataset.generations import read_generations
 from samray.dataset.schema import CORRECTED_SCHEMA, SCHEMA, check_columns, samray_metadata, with_stats
+from samray.dataset.seals import leave_room, seal, seal_of, unsealed
 from samray.dataset.tables import open_parquet
-from samray.errors import StorageError
+from samray.errors import NotFoundError, StorageError
 
 FOLDER: Final = "annotations"
 SUCCESS: Final = "_SUCCESS"
@@ -28,6 +33,7 @@ _PAGE_BYTES: Final = 128 * 1024
 _MIN_GROUP_BYTES: Final = 128 * 1024
 _FOOTER_BYTES_PER_GROUP: Final = 1700
 """What a row group of 16 columns adds to the footer, as measured."""
+_NUM_THREADS: Final = 32
 _LOOKED_UP: Final = ["image.image_id", "image.file_name", "status"]
 """Columns with statistics. Those of run-length strings and scores would double the footer, and nobody looks by them."""
 
@@ -53,6 +59,7 @@ def shard_bytes(table: pa.Table, compression_level: int = 3) -> bytes:
     by ranges.
     """
     assert table.schema.equals(SCHEMA) or table.schema.equals(CORRECTED_SCHEMA), table.schema
+    table = unsealed(table)
     num_rows = rows_per_group(table)
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
@@ -64,11 +71,13 @@ def shard_bytes(table: pa.Table, compression_level: int = 3) -> bytes:
         write_page_index=True,
         write_statistics=_LOOKED_UP,
         use_dictionary=["status", "error"],  # run-length strings never repeat
+        write_page_checksum=True,
     ) as writer:
+        leave_room(writer)
         for start in range(0, max(1, table.num_rows), num_rows):
             # In one chunk: where a table's chunks end is no part of its rows, but would show in the pages.
             writer.write_table(table.slice(start, num_rows).combine_chunks(), row_group_size=num_rows)
-    return bytes(sink.getvalue())
+    return seal(sink.getvalue())
 
 
 def rows_per_group(table: pa.Table) -> int:
@@ -89,7 +98,13 @@ def commit_shard(
     output: str, shard: int, table: pa.Table, stats: Mapping[str, Any] | None = None, *, compression_level: int = 3
 ) -> int:
     """Put a finished shard in its place; its bytes, or 0 if it is there already: success, too. Raises: StorageError."""
-    data = shard_bytes(table if stats is None else with_stats(table, stats), compression_level)
+    return put_shard(
+        output, shard, shard_bytes(table if stats is None else with_stats(table, stats), compression_level)
+    )
+
+
+def put_shard(output: str, shard: int, data: bytes) -> int:
+    """`commit_shard` of the bytes that `shard_bytes` made."""
     return len(data) if storage.put_new(shard_uri(output, shard), data) else 0
 
 
@@ -152,10 +167,82 @@ def damage_is_told(uri: str) -> Iterator[None]:
         ) from error
 
 
-def mark_success(output: str, **counts: int) -> None:
-    """Say that every shard is there. Whoever calls this has looked. Raises: StorageError."""
-    data = json.dumps({**counts, "num_shards": len(done_shards(output))}, sort_keys=True).encode()
-    storage.put(storage.join(storage.normalize(output), SUCCESS), data + b"\n")
+@dataclass(frozen=True, slots=True)
+class Success:
+    """What `_SUCCESS` says. Those that samray wrote until 0.1 have no generation and no digests."""
+
+    num_shards: int | None = None
+    num_failed: int | None = None
+    generation: int | None = None
+    """The last one of the plan."""
+    digests: tuple[str | None, ...] = ()
+    """The checksum (`seals.seal_of`) of each shard, by number; None for a shard without."""
+
+    def marks(self, num_shards: int, generation: int) -> bool:
+        """Whether it speaks of a plan of so many shards, the last of this generation."""
+        return self.num_shards == num_shards and self.generation in (None, generation)
+
+
+def read_success(output: str) -> Success | None:
+    """None if there is no `_SUCCESS`; one that is damaged says nothing. Raises: StorageError."""
+    try:
+        found = json.loads(storage.read_bytes(storage.join(storage.normalize(output), SUCCESS)))
+        numbers = {name: found.get(name) for name in ("num_shards", "num_failed", "generation")}
+        if any(type(value) not in (int, NoneType) for value in numbers.values()):
+            return Success()
+        return Success(**numbers, digests=tuple(found.get("shards") or ()))
+    except NotFoundError:
+        return None
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return Success()
+
+
+def mark_success(
+    output: str,
+    *,
+    seen: Mapping[int, str | None] | None = None,
+    generation: int | None = None,
+    digests: Mapping[int, str | None] | None = None,
+    **counts: int,
+) -> bool:
+    """Say in `_SUCCESS` that every shard is there, with a checksum of each. The caller has looked at them.
+
+    seen: shard -> version (`shard_versions`), generation: of the plan, both as the caller looked at them. If another
+    process has changed the output since, or does so now, there is no mark: False. digests: checksums that are known
+    of just these versions; others are read from the shards. Raises: ConfigError, StorageError.
+    """
+    last, num_shards, versions = _look(output)
+    if generation not in (None, last) or (seen is not None and dict(seen) != versions):
+        return False
+    known = dict(digests or {})
+    unknown = [shard for shard in versions if shard not in known]
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        known.update(zip(unknown, pool.map(lambda shard: read_digest(output, shard), unknown), strict=True))
+    marks: dict[str, Any] = {**counts, "num_shards": len(versions), "generation": last}
+    marks["shards"] = [known.get(shard) for shard in range(num_shards)]
+    data = json.dumps(marks, sort_keys=True).encode() + b"\n"
+    uri = storage.join(storage.normalize(output), SUCCESS)
+    storage.put(uri, data)
+    if _look(output) == (last, num_shards, versions):
+        return True
+    with suppress(NotFoundError):
+        if storage.read_bytes(uri) == data:  # not what the other process marked
+            storage.delete(uri)
+    return False
+
+
+def _look(output: str) -> tuple[int, int, dict[int, str | None]]:
+    """The plan's last generation and number of shards, and the versions of those that are there."""
+    generations = read_generations(storage.normalize(output))
+    num_shards = sum(generation.num_shards for generation in generations)
+    versions = {shard: version for shard, version in shard_versions(output).items() if shard < num_shards}
+    return generations[-1].number, num_shards, versions
+
+
+def read_digest(output: str, shard: int) -> str | None:
+    """A shard's checksum, from its footer; None if it has none. Raises: StorageError."""
+    with open_shard(output, shard) as file:
+        return seal_of(file.metadata)
 
 
 def unmark_success(output: str) -> None:

@@ -6,7 +6,6 @@ One LIST tells which shards are there and when each was written, by the storage'
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -19,8 +18,7 @@ from samray.dataset.manifest import Plan, load_plan
 from samray.dataset.pace import pace_of
 from samray.dataset.sample import Footer, read_footers
 from samray.dataset.schema import STATS_SECONDS
-from samray.dataset.shards import FOLDER, SUCCESS, shard_number
-from samray.errors import NotFoundError
+from samray.dataset.shards import FOLDER, read_success, shard_number
 
 MAX_FOOTERS: Final = 200
 """Of more shards than this a sample is read."""
@@ -177,10 +175,8 @@ def _state(plan: Plan, num_done: int, num_begun: int, quiet_s: float | None, pat
 
 
 def _marked(plan: Plan) -> bool:
-    try:
-        return bool(json.loads(storage.read_bytes(storage.join(plan.output, SUCCESS)))["num_shards"] == plan.num_shards)
-    except (NotFoundError, ValueError, KeyError, TypeError):
-        return False
+    success = read_success(plan.output)
+    return success is not None and success.marks(plan.num_shards, plan.last_generation)
 
 
 def _from_footers(plan: Plan, done: Mapping[int, float | None], num_done: int, held: Footers) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from samray import storage
-from samray.dataset.compact import look_at_finished, rows_between
+from samray.dataset.compact import look_at_finished, refuse_replaced, rows_between
 from samray.dataset.export.review import ID_ATTRIBUTE, is_sure
 from samray.dataset.generations import MANIFEST_SCHEMA
 from samray.dataset.imports import coco
@@ -93,6 +93,7 @@ def correct(
             num_done += target.num_images_of(shard)
             view.update(num_done=num_done, num_failed=report.num_failed)
     report.num_dropped += in_coco.num_unknown
+    refuse_replaced(plan, fingerprint, target.output)
     mark_success(target.output, num_images=target.num_images, num_failed=report.num_failed)
     report.wall_s = time.monotonic() - started
     return report

@@ -13,14 +13,16 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from samray import storage
 from samray.dataset.generations import FOLDER
-from samray.dataset.shards import SUCCESS, read_metadata, read_shard
+from samray.dataset.schema import samray_metadata
+from samray.dataset.seals import is_intact, leave_room, seal, seal_of
+from samray.dataset.shards import open_shard, read_success
 from samray.dataset.tables import read_parquet
 from samray.errors import NotFoundError, StorageError
 from samray.pipeline.report import reason_of
@@ -35,7 +37,10 @@ SAVE_EVERY_S: Final = 60.0
 SAVE_PATIENCE_S: Final = 5.0
 """The run does not wait longer for counts that only save time."""
 
-_SCHEMA: Final = pa.schema([("shard", pa.int32()), ("version", pa.string()), ("failures", pa.string())])
+_SCHEMA: Final = pa.schema(
+    [("shard", pa.int32()), ("version", pa.string()), ("failures", pa.string()), ("digest", pa.string())]
+)
+"""digest: the shard's checksum (`samray.dataset.seals`), for `_SUCCESS`; null for a shard without."""
 
 
 class FailureCounts:
@@ -43,7 +48,8 @@ class FailureCounts:
 
     def __init__(self, output: str) -> None:
         self.uri = storage.join(output, FOLDER, "failures.parquet")
-        self._kept: dict[int, tuple[str, str]] = {}
+        self._kept: dict[int, list[Any]] = {}
+        """Shard -> version, failures as JSON, digest."""
         self._saved_at = time.monotonic()
         self._is_saved = True
 
@@ -53,13 +59,13 @@ class FailureCounts:
         counts = cls(output)
         try:
             data = storage.read_bytes(counts.uri)
+            if is_intact(data) is False:
+                return counts
             table = read_parquet(data).select(_SCHEMA.names).cast(_SCHEMA)
         except (NotFoundError, pa.ArrowException, KeyError, OSError, ValueError):
             return counts
-        counts._kept = {
-            shard: (version, failures)
-            for shard, version, failures in zip(*(table[name].to_pylist() for name in _SCHEMA.names), strict=True)
-        }
+        columns = (table[name].to_pylist() for name in _SCHEMA.names)
+        counts._kept = {shard: kept for shard, *kept in zip(*columns, strict=True)}
         return counts
 
     def get(self, shard: int, version: str | None) -> dict[str, int] | None:
@@ -67,10 +73,15 @@ class FailureCounts:
         kept = self._kept.get(shard)
         return None if kept is None or kept[0] != version else dict(json.loads(kept[1]))
 
-    def set(self, shard: int, version: str | None, failures: Mapping[str, int]) -> None:
+    def digests(self, versions: Mapping[int, str | None]) -> dict[int, str | None]:
+        """The checksums of these very files (shard -> version), as far as anything is known of them."""
+        kept = {shard: self._kept.get(shard) for shard in versions}
+        return {shard: one[2] for shard, one in kept.items() if one is not None and one[0] == versions[shard]}
+
+    def set(self, shard: int, version: str | None, failures: Mapping[str, int], digest: str | None = None) -> None:
         """Keep what is known of this version of a shard's file; nothing where storage knows no versions."""
         if version is not None:
-            self._kept[shard] = (version, json.dumps(failures))
+            self._kept[shard] = [version, json.dumps(failures), digest]
             self._is_saved = False
 
     def save(self, every_s: float = 0.0) -> None:
@@ -78,12 +89,14 @@ class FailureCounts:
         if self._is_saved or time.monotonic() < self._saved_at + every_s:
             return
         shards = sorted(self._kept)
-        versions, failures = ([self._kept[shard][i] for shard in shards] for i in range(2))
+        columns = [[self._kept[shard][i] for shard in shards] for i in range(3)]
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.table([shards, versions, failures], schema=_SCHEMA), sink, compression="zstd")
+        with pq.ParquetWriter(sink, _SCHEMA, compression="zstd") as writer:
+            leave_room(writer)
+            writer.write_table(pa.table([shards, *columns], schema=_SCHEMA))
         try:
             with storage.time_limit(SAVE_PATIENCE_S):
-                storage.put(self.uri, bytes(sink.getvalue()))
+                storage.put(self.uri, seal(sink.getvalue()))
             self._is_saved = True
         except StorageError as error:  # without them a resume is slower, and all else the same
             logger.warning("%s", error)
@@ -104,26 +117,26 @@ def failures_of_shards(
     failures = {shard: kept.get(shard, version) for shard, version in done.items()}
     unknown = [shard for shard, counts in failures.items() if counts is None]
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        for shard, counts in zip(unknown, pool.map(lambda shard: _failures_of(output, shard), unknown), strict=True):
+        looked = pool.map(lambda shard: _look_at(output, shard), unknown)
+        for shard, (counts, digest) in zip(unknown, looked, strict=True):
             # Replaced between the listing and now, it is the old version's file that these counts are said of: that
             # version is gone, and nobody will ask for it.
-            kept.set(shard, done[shard], counts)
+            kept.set(shard, done[shard], counts, digest)
             failures[shard] = counts
     kept.save()
     return {shard: counts or {} for shard, counts in failures.items()}
 
 
 def _success_without_failures(output: str, num_shards: int) -> bool:
-    try:
-        counts = json.loads(storage.read_bytes(storage.join(output, SUCCESS)))
-    except (NotFoundError, ValueError):
-        return False
-    return bool(counts.get("num_failed") == 0) and counts.get("num_shards") == num_shards
+    success = read_success(output)
+    return success is not None and (success.num_failed, success.num_shards) == (0, num_shards)
 
 
-def _failures_of(output: str, shard: int) -> dict[str, int]:
-    stats = read_metadata(output, shard).get("stats", {})
-    if "failures" in stats:
-        return dict(stats["failures"])
-    errors = read_shard(output, shard, ["error"])["error"].to_pylist()
-    return dict(Counter(reason_of(error) for error in errors if error is not None))
+def _look_at(output: str, shard: int) -> tuple[dict[str, int], str | None]:
+    """Reason -> number of failed images of a shard, and its checksum. Reads rows only if the footer is silent."""
+    with open_shard(output, shard) as file:
+        stats = samray_metadata(file.schema_arrow).get("stats", {})
+        if "failures" in stats:
+            return dict(stats["failures"]), seal_of(file.metadata)
+        errors = file.read(columns=["error"])["error"].drop_null().to_pylist()
+        return dict(Counter(reason_of(error) for error in errors)), seal_of(file.metadata)

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 POLL_S = 0.5
 
+MAX_LOOKS = 3
+"""At an output that other runs change while this one ends."""
+
 GIVE_UP_S = 20.0
 """How long a labeler may take, after the drain's time is up, to come to the end of a group of images and notice."""
 
@@ -271,7 +274,7 @@ def _drive(dataset: ray.data.Dataset, run: _Run, state: Any, stop: StopRequest) 
                     run.report.add(summary)
                     num_failed += sum(summary.failures.values())
                     run.committed.add(row["shard"])
-                    run.history.set(row["shard"], row["version"], json.loads(row["failures"]))
+                    run.history.set(row["shard"], row["version"], json.loads(row["failures"]), row["digest"])
                     num_committed += 0 if run.todo[row["shard"]] else run.plan.num_images_of(row["shard"])
             if stop.signum is not None:
                 deadline = deadline or time.monotonic() + run.config.cluster.drain_timeout_s
@@ -341,17 +344,27 @@ def _conclude(
 ) -> LabelReport:
     """Look again at what is there; that, and nothing counted on the way, decides how the run ended.
 
-    `_SUCCESS` stands for the whole output: a run to whose output another one has added meanwhile leaves it to that one.
+    `_SUCCESS` stands for the whole output, and for the very files that were looked at: if another run changes some in
+    the meantime, it is looked at again, and then left to that run.
     """
-    versions = {shard: v for shard, v in shard_versions(plan.output).items() if shard < plan.num_shards}
-    failures = Counter[str]()
-    for of_shard in failures_of_shards(plan.output, versions, history, trust_success=False).values():
-        failures.update(of_shard)
+    for _ in range(MAX_LOOKS):
+        versions = {shard: v for shard, v in shard_versions(plan.output).items() if shard < plan.num_shards}
+        failures = Counter[str]()
+        for of_shard in failures_of_shards(plan.output, versions, history, trust_success=False).values():
+            failures.update(of_shard)
+        num_missing = len(missing_shards(plan, versions)) + len(stale_shards(plan, versions))
+        if num_missing or mark_success(
+            plan.output,
+            seen=versions,
+            generation=plan.last_generation,
+            digests=history.digests(versions),
+            num_images=plan.num_images,
+            num_failed=failures.total(),
+        ):
+            break
     report.add_failures(failures)
-    report.num_missing_shards = len(missing_shards(plan, versions)) + len(stale_shards(plan, versions))
+    report.num_missing_shards = num_missing
     allowed = config.output.max_failed_fraction
-    if report.num_missing_shards == 0 and load_plan(plan.output).last_generation == plan.last_generation:
-        mark_success(plan.output, num_images=plan.num_images, num_failed=report.num_failed)
     if stopped_by is not None and report.num_missing_shards:
         report.exit_code = stopped_by.exit_code
         report.problem = f"interrupted with {report.num_missing_shards} of {plan.num_shards} shards to do"

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from samray import storage
-from samray.dataset.schema import samray_metadata
-from samray.dataset.shards import commit_shard, read_shard, replace_shard, shard_uri
+from samray.dataset.schema import samray_metadata, with_stats
+from samray.dataset.seals import digest_in
+from samray.dataset.shards import put_shard, read_shard, shard_bytes, shard_uri
 from samray.dataset.tables import from_stream
 from samray.pipeline.attempts import ShardAttempts
 from samray.pipeline.metrics import record, record_stages
@@ -29,6 +30,7 @@ WRITTEN = pa.schema(
         ("summary", pa.string()),  # of the images just labelled
         ("failures", pa.string()),  # of the shard as it now lies: JSON, reason -> number of images
         ("version", pa.string()),  # of the file of which failures says so; null where another try's file was there
+        ("digest", pa.string()),  # the checksum in that file
     ]
 )
 
@@ -51,11 +53,14 @@ def write_shard(batch: pa.Table, *, plan: Plan, config: Config, run_id: str) -> 
         old = read_shard(plan.output, shard)
         table = put_rows(old, labelled["places"], table)
         stats = merged_stats(samray_metadata(old.schema).get("stats", {}), summary, table)
-        num_bytes = replace_shard(plan.output, shard, table, stats, compression_level=compression_level)
+        data = shard_bytes(with_stats(table, stats), compression_level)
+        storage.put(shard_uri(plan.output, shard), data)
+        num_bytes = len(data)
     else:
         stats = summary.to_dict()
         assert table.num_rows == plan.num_images_of(shard), (shard, table.num_rows)  # rows out = images in
-        num_bytes = commit_shard(plan.output, shard, table, stats, compression_level=compression_level)
+        data = shard_bytes(with_stats(table, stats), compression_level)
+        num_bytes = put_shard(plan.output, shard, data)
     version = _version_of(plan.output, shard, num_bytes)
     ShardAttempts(plan.output, shard, run_id, number=labelled["attempt"]).clear()
     write_s = time.monotonic() - started
@@ -64,7 +69,7 @@ def write_shard(batch: pa.Table, *, plan: Plan, config: Config, run_id: str) -> 
     record_stages({"write": write_s})
     seconds = {**summary.stage_seconds, "write": write_s}
     row = {"shard": shard, "summary": replace(summary, stage_seconds=seconds).to_json()}
-    row |= {"failures": json.dumps(stats["failures"]), "version": version}
+    row |= {"failures": json.dumps(stats["failures"]), "version": version, "digest": digest_in(data)}
     return pa.Table.from_pylist([row], schema=WRITTEN)
 
 

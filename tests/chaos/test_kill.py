@@ -84,12 +84,12 @@ class _Finder(importlib.abc.MetaPathFinder):
         load = spec.loader.exec_module
         def exec_module(module):
             load(module)
-            commit = module.commit_shard
-            def commit_shard(output, shard, *args, **kwargs):
+            put = module.put_shard
+            def put_shard(output, shard, data):
                 if shard == 2:
                     raise RuntimeError("the disk is on fire")
-                return commit(output, shard, *args, **kwargs)
-            module.commit_shard = commit_shard
+                return put(output, shard, data)
+            module.put_shard = put_shard
         spec.loader.exec_module = exec_module
         return spec
 

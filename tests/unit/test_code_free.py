@@ -214,7 +214,7 @@ def redo(plan: Plan, folder: Path) -> None:
     for retry_failed in (False, True):
         source = source_table(dict.fromkeys(range(plan.num_shards), retry_failed))
         for i in range(source.num_rows):
-            fetch_shard(source.slice(i, 1), plan=plan, config=InputConfig(), retry_failed=retry_failed)
+            fetch_shard(source.slice(i, 1), plan=plan, config=load_config(), retry_failed=retry_failed)
 
 
 def look(plan: Plan, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from labelled import make_output
@@ -21,13 +22,13 @@ EXPECTED = {0: {"not_an_image": 1}, 1: {}, 2: {}}
 def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The shards whose own metadata were read."""
     shards: list[int] = []
-    read_metadata = history.read_metadata
+    open_shard = history.open_shard
 
-    def watched(output: str, shard: int) -> dict[str, object]:
+    def watched(output: str, shard: int) -> Any:
         shards.append(shard)
-        return read_metadata(output, shard)
+        return open_shard(output, shard)
 
-    monkeypatch.setattr(history, "read_metadata", watched)
+    monkeypatch.setattr(history, "open_shard", watched)
     return shards
 
 

@@ -30,7 +30,8 @@ from samray.dataset.manifest import Plan
 from samray.dataset.runs import MAX_CHARS, area, bbox_xywh, checked_runs, pixels, run_lengths
 from samray.dataset.schema import ImageRecord, records_to_table
 from samray.dataset.shards import read_shard, replace_shard
-from samray.dataset.verify import check_mask, verify
+from samray.dataset.verify import verify
+from samray.dataset.verify_rows import check_mask
 from samray.errors import ImageError, StorageError
 from samray.evaluate.regions import RegionData
 

@@ -19,7 +19,8 @@ from samray.dataset import shards
 from samray.dataset.manifest import Plan
 from samray.dataset.runs import run_lengths
 from samray.dataset.schema import SCHEMA, ImageRecord, records_to_table
-from samray.dataset.verify import check_mask, verify
+from samray.dataset.verify import verify
+from samray.dataset.verify_rows import check_mask
 from samray.errors import ConfigError
 
 
@@ -38,6 +39,7 @@ def rewritten(plan: Plan, shard: int, change: Callable[[list[dict[str, Any]]], A
     change(rows)
     changed = pa.Table.from_pylist(rows, schema=SCHEMA).replace_schema_metadata(table.schema.metadata)
     shards.replace_shard(plan.output, shard, changed)
+    shards.mark_success(plan.output)
 
 
 def first_mask(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -58,7 +60,24 @@ SHALLOW: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], str]] = {
     "no width": (lambda rows: rows[0]["image"].update(width=0), "is ok, but 0x"),
     "annotation id": (lambda rows: first_mask(rows).update(id=5), "image 5, annotation 0 has the id 5"),
     "mask size": (lambda rows: rows[1]["image"].update(height=99), "is a mask of size"),
-    "score": (lambda rows: first_mask(rows).update(predicted_iou=float("nan")), "a score that is no number"),
+    "score": (lambda rows: first_mask(rows).update(predicted_iou=float("nan")), "a score that is not a number"),
+    "high score": (
+        lambda rows: first_mask(rows).update(predicted_iou=1.5),
+        "predicted_iou 1.5, expected -0.25 to 1.25",
+    ),
+    "low score": (lambda rows: first_mask(rows).update(stability_score=-0.1), "a score out of range: stability_score"),
+    "NaN box": (lambda rows: first_mask(rows)["bbox"].__setitem__(2, float("nan")), "a box that is not four finite"),
+    "short box": (lambda rows: first_mask(rows)["bbox"].pop(), "a box that is not four finite numbers: bbox"),
+    "box outside": (lambda rows: first_mask(rows).update(bbox=[0.0, 0.0, 99.0, 1.0]), "a box outside of the image"),
+    "crop box": (
+        lambda rows: first_mask(rows).update(crop_box=[-1.0, 0.0, 1.0, 1.0]),
+        "outside of the image: crop_box",
+    ),
+    "points": (lambda rows: first_mask(rows).update(point_coords=[[1.0]]), "points that are not pairs"),
+    "no box": (lambda rows: first_mask(rows).update(bbox=[None] * 4), "has an empty field"),
+    "no image": (lambda rows: rows[1].update(image=None), "a row has an image without id, size or name"),
+    "no status": (lambda rows: rows[1].update(status=None), "unknown status None"),
+    "null masks": (lambda rows: rows[1].update(annotations=None), "'ok' and None masks"),
 }
 
 
@@ -96,7 +115,7 @@ def test_missing_foreign_and_torn_shards(storage_root: str) -> None:
     assert len(problems) == 5, problems
     for part in (
         "shard-000000.parquet is missing",
-        "shard-000001.parquet is no Parquet file",
+        "shard-000001.parquet cannot be read as Parquet",
         "_SUCCESS is there, but only 2 of 3",
         "annotations/shard-000007.parquet is not in the plan",
         "annotations/notes.txt is not in the plan",
@@ -118,6 +137,7 @@ def test_shards_of_another_run_are_noticed(tmp_path: Path) -> None:
     plan = finished_output(str(tmp_path))
     other = records_to_table(records_for(plan, 1), {**plan.run, "identity": {"masks": {}}})
     shards.replace_shard(plan.output, 1, other)
+    shards.mark_success(plan.output)
     assert verify(plan.output).problems == ["shard-000001.parquet was written by a run with other settings"]
 
 
@@ -129,6 +149,7 @@ def test_failed_rows_are_counted_and_no_problem(tmp_path: Path) -> None:
         image_id=row["image_id"], width=0, height=0, file_name=row["file_name"], uri=row["uri"], error="empty: no bytes"
     )
     shards.replace_shard(plan.output, 2, records_to_table(records, plan.run))
+    shards.mark_success(plan.output)
     report = verify(plan.output, deep=True)
     assert (report.ok, report.num_failed, report.num_masks) == (True, 1, 18)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, Final
@@ -29,8 +29,8 @@ from samray.dataset.export.pieces import Done, ExportOptions, Files, Job, Piece,
 from samray.dataset.joining import stale_shards
 from samray.dataset.manifest import Plan
 from samray.dataset.shards import FOLDER as SHARDS
-from samray.dataset.shards import shard_number
-from samray.errors import ConfigError, NotFoundError
+from samray.dataset.shards import shard_number, shard_versions
+from samray.errors import ConfigError, NotFoundError, StorageError
 
 MAX_LISTED: Final = 1_000_000
 """Of an export of more images the marks are believed: DEST is not listed to see whether each file is still there,
@@ -50,6 +50,7 @@ def open_job(plan: Plan, dest: str, name: str, options: ExportOptions, *, partia
     dest = storage.normalize(dest)
     fmt = format_of(name, options)
     sizes = _shard_sizes(plan)
+    versions = shard_versions(plan.output)
     missing = plan.num_shards - len(sizes)
     if missing and not partial:
         raise ConfigError(
@@ -66,7 +67,15 @@ def open_job(plan: Plan, dest: str, name: str, options: ExportOptions, *, partia
         raise ConfigError(f"{storage.redact(plan.output)} holds no finished shard yet: there is nothing to export")
     shards = [Rows(shard, 0, (n := plan.num_images_of(shard)), n) for shard in sorted(sizes)]
     stems = shared_stems(plan, fmt.stem_of) if fmt.names_files else {}
-    job = Job(plan=plan, dest=dest, format=name, options=options, stems=stems)
+    job = Job(
+        plan=plan,
+        dest=dest,
+        format=name,
+        options=options,
+        shards=tuple(sorted(sizes)),
+        fingerprint=_fingerprint({shard: versions.get(shard) for shard in sizes}),
+        stems=stems,
+    )
     fmt.check(job)
     _claim(job, sizes)
     return job, list(cut(shards, *sizes_of(name, options)))
@@ -76,6 +85,10 @@ def _shard_sizes(plan: Plan) -> dict[int, int]:
     names = storage.list_names(storage.join(plan.output, SHARDS))
     numbers = ((shard_number(name), size) for name, size in names.items())
     return {number: size for number, size in numbers if number is not None and number < plan.num_shards}
+
+
+def _fingerprint(versions: Mapping[int, str | None]) -> str:
+    return hashlib.sha256(json.dumps(sorted(versions.items())).encode()).hexdigest()
 
 
 def _claim(job: Job, sizes: dict[int, int]) -> None:
@@ -90,6 +103,7 @@ def _claim(job: Job, sizes: dict[int, int]) -> None:
         "run": plan.run["identity"],
         "num_images": plan.num_images,
         "shards": hashlib.sha256(shards).hexdigest(),
+        "versions": job.fingerprint,
     }
     uri = storage.join(dest, FOLDER, "export.json")
     where = storage.redact(dest)
@@ -108,7 +122,9 @@ def _claim(job: Job, sizes: dict[int, int]) -> None:
                 f"DEST {where} holds another export ({key}: {held.get(key)} there, {wanted[key]} now): "
                 "give another DEST"
             )
-    if (held.get("num_images"), held.get("shards")) != (wanted["num_images"], wanted["shards"]):
+    counted = {key: held.get(key) for key in ("num_images", "shards", "versions")}
+    counted["versions"] = counted["versions"] or job.fingerprint  # samray 0.1 did not write it
+    if counted != {key: wanted[key] for key in counted}:
         raise ConfigError(
             f"{storage.redact(plan.output)} has changed since the export in {where} was begun: give another DEST"
         )
@@ -216,6 +232,13 @@ def assemble(job: Job, pieces: list[Piece]) -> list[str]:
 
 
 def mark_finished(job: Job, **counts: int) -> None:
-    """Say in DEST/_export/_SUCCESS that all is there. Raises: StorageError."""
+    """Say in DEST/_export/_SUCCESS that all is there. Raises: StorageError, also if a shard was replaced since."""
+    versions = shard_versions(job.plan.output)
+    if _fingerprint({shard: versions.get(shard) for shard in job.shards}) != job.fingerprint:
+        raise StorageError(
+            f"shards of {storage.redact(job.plan.output)} were replaced while they were exported, so "
+            f"{storage.redact(job.dest)} may mix old rows with new ones and is not marked as finished; delete it and "
+            "export again"
+        )
     data = json.dumps(counts, sort_keys=True).encode()
     storage.put(storage.join(job.dest, FOLDER, "_SUCCESS"), data + b"\n")

@@ -68,6 +68,10 @@ class Job:
     format: str
     """A name in `FORMATS`."""
     options: ExportOptions
+    shards: tuple[int, ...] = ()
+    """What is exported."""
+    fingerprint: str = ""
+    """Changes if one of the shards is replaced."""
     stems: dict[int, str] = field(default_factory=dict)
 
     def stem(self, image: LabelledImage) -> str:
