@@ -29,6 +29,8 @@ FOLDER: Final = "_samray"
 
 MANIFEST_SCHEMA: Final = pa.schema([("image_id", pa.int64()), ("shard", pa.int32()), *INPUT_SCHEMA])
 
+_REQUIRED: Final = ("image_id", "shard", "uri", "file_name", "size")
+
 _ROWS_PER_GROUP: Final = 16384
 _ROWS_AT_ONCE: Final = 2**20
 """Beyond the table itself, what is made of its rows on the way is held for so many of them."""
@@ -247,11 +249,15 @@ def _conform(table: pa.Table) -> pa.Table:
 
 
 def check_manifest(schema: pa.Schema) -> None:
-    """Check that a file has the columns of a manifest; samray 0.1 had no etag. Raises: ValueError."""
+    """Check that a file has the columns of a manifest, so that its readers may take their types for granted.
+
+    Those of older versions lack some, which then count as null. Raises: ValueError.
+    """
     for column in MANIFEST_SCHEMA:
-        if column.name != "etag" and schema.get_field_index(column.name) < 0:
-            raise ValueError(f"it has no column {column.name!r}, or several")
-        if column.name in schema.names and schema.field(column.name).type != column.type:
+        number = schema.names.count(column.name)
+        if number > 1 or (not number and column.name in _REQUIRED):
+            raise ValueError(f"it has {number} columns {column.name!r}, expected one")
+        if number and schema.field(column.name).type != column.type:
             kind = schema.field(column.name).type
             raise ValueError(f"the column {column.name!r} is of type {kind}, expected {column.type}")
 

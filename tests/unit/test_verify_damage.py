@@ -262,3 +262,14 @@ def test_shards_of_another_output(tmp_path: Path) -> None:
     assert "shard-000001.parquet was written by a run with other settings" in problems
     storage.put(shards.shard_uri(plan.output, 1), storage.read_bytes(shards.shard_uri(plan.output, 0)))
     assert any("image 0 is not in the plan of this shard" in problem for problem in verify(plan.output).problems)
+
+
+def test_manifests_of_older_versions_lack_columns(plan: Plan) -> None:
+    uri = generations.manifest_uri(plan.output, 0)
+    table = open_parquet(storage.read_bytes(uri)).read()
+    later = [name for name in table.schema.names if name not in ("image_id", "shard", "uri", "file_name", "size")]
+    sink = pa.BufferOutputStream()
+    pq.write_table(seals.unsealed(table.drop_columns(later)), sink)
+    storage.put(uri, bytes(sink.getvalue()))
+    assert verify(plan.output).problems == []
+    assert verify(plan.output, deep=True).ok
