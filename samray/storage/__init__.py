@@ -28,7 +28,7 @@ from samray.storage.uris import (
     resolve,
     scheme_of,
 )
-from samray.storage.writing import TEMPORARY_PREFIX, delete, put, put_chunks, put_new
+from samray.storage.writing import TEMPORARY_PREFIX, delete, put, put_chunks, put_new, remove_leftovers
 
 __all__ = [
     "TEMPORARY_PREFIX",
@@ -63,6 +63,7 @@ __all__ = [
     "read_whole",
     "redact",
     "redact_error",
+    "remove_leftovers",
     "reset",
     "resolve",
     "scheme_of",

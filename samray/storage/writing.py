@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import tempfile
 import threading
@@ -17,11 +18,12 @@ from samray.storage.redaction import redact
 from samray.storage.retrying import attempt_options, retry
 from samray.storage.uris import is_local, normalize, scheme_of
 
-# One PUT holds at most 5 GiB. s3fs would cut larger bodies than twice its chunk size into a multipart upload, whose
-# parts are no single conditional request; a shard is megabytes, so one PUT it is.
 TEMPORARY_PREFIX: Final = ".samray-"
 """What the names of files begin with that are not finished yet."""
+_TEMPORARY_SUFFIX: Final = ".tmp"
 
+# One PUT holds at most 5 GiB. s3fs would cut larger bodies than twice its chunk size into a multipart upload, whose
+# parts are no single conditional request; a shard is megabytes, so one PUT it is.
 _MAX_PUT_BYTES: Final = 5 * 2**30
 
 
@@ -72,12 +74,12 @@ def put_chunks(uri: str, chunks: Iterable[bytes]) -> None:
                     file.write(chunk)
             with _plain_errors(uri):
                 _sync(file)
-        if folder is None:
-            retry("write", uri, lambda: filesystem(uri).put_file(temporary, uri))
-        else:
-            with _plain_errors(uri):
-                os.replace(temporary, uri)
-                _sync_folder(folder)
+            if folder is None:
+                retry("write", uri, lambda: filesystem(uri).put_file(temporary, uri))
+            else:
+                with _plain_errors(uri):
+                    os.replace(temporary, uri)
+                    _sync_folder(folder)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -110,10 +112,10 @@ def _write_local(path: str, data: bytes, *, replace: bool) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             _sync(file)
-        if replace:
-            os.replace(temporary, path)
-        else:
-            _link_new(temporary, path)
+            if replace:
+                os.replace(temporary, path)
+            else:
+                _link_new(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -128,8 +130,55 @@ def _make_folder(folder: str) -> None:
 
 
 def _temporary_file(folder: str | None) -> tuple[int, str]:
-    """Hidden and with an ending of its own: a torso left by kill -9 is never taken for a shard."""
-    return tempfile.mkstemp(prefix=TEMPORARY_PREFIX, suffix=".tmp", dir=folder)
+    """Hidden and with an ending of its own: a torso left by kill -9 is never taken for a shard.
+
+    Locked as long as it is open, and open until it has its final name: `remove_leftovers` takes it for one otherwise.
+    """
+    while True:
+        handle, path = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, suffix=_TEMPORARY_SUFFIX, dir=folder)
+        with contextlib.suppress(OSError):  # some network mounts know no locks; nothing is removed there either
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            return handle, path
+        os.close(handle)  # removed between its making and its lock
+
+
+def remove_leftovers(folder: str | None, *, recursive: bool = True) -> int:
+    """Remove the unfinished files that killed processes left in a folder; files that are being written stay.
+
+    folder: on this machine, or a mount; elsewhere there are none, and nothing is done. None: where files for object
+    stores are spooled. Returns how many were removed. Never raises.
+    """
+    if folder is None:
+        folder, recursive = tempfile.gettempdir(), False
+    elif is_local(folder):
+        folder = normalize(folder)
+    else:
+        return 0
+    num_removed = 0
+    for path, folders, names in os.walk(folder):
+        if not recursive:
+            folders.clear()
+        for name in names:
+            if name.startswith(TEMPORARY_PREFIX) and name.endswith(_TEMPORARY_SUFFIX):
+                num_removed += _remove_unlocked(os.path.join(path, name))
+    return num_removed
+
+
+def _remove_unlocked(path: str) -> bool:
+    """Remove a file that no process holds a lock on."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
 
 
 def _sync(file: BinaryIO) -> None:

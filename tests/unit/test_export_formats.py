@@ -257,14 +257,16 @@ def test_equal_names_in_folders_and_of_other_endings_stay_apart(tmp_path: Path) 
 
 def test_yolo_finds_the_labels_of_images_in_folders_called_images(tmp_path: Path) -> None:
     names = ["a.png", "images/b.png", "new\nline.png", "train/images/c.png", "train/images_/c.png"]
+    names += ["dot./d.png", "line\u2028separator.png", "page\x0cbreak.png", "next\x85line.png"]
     plan = write_output(str(tmp_path), names)
-    with pytest.raises(ConfigError, match=r"3 images lie in a folder `images` or have a line break.*with-images"):
+    with pytest.raises(ConfigError, match=r"7 images are in a folder `images` or .* have a line break.*with-images"):
         export(plan, tmp_path / "linked", "yolo")
     assert not (tmp_path / "linked").exists()
     export(plan, tmp_path / "yolo", "yolo", with_images=True)
     listed = (tmp_path / "yolo" / "train.txt").read_text().splitlines()
     assert len(listed) == len(set(listed)) == len(names)
     for line in listed:
+        assert "./" not in line.removeprefix("./")
         assert (tmp_path / "yolo" / line).is_file()
         before, _, after = f"/yolo/{line}".rpartition("/images/")  # as YOLO's own tools do
         assert (tmp_path / f"{before}/labels/{after}".lstrip("/")).with_suffix(".txt").is_file()

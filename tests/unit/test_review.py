@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from reviewed import NAMES, export, five_images, rows_of, square
 
 import samray
 from samray.dataset.export import job as export_job
-from samray.dataset.export.review import is_sure
+from samray.dataset.export.review import chunks, is_sure, plain_cell
 from samray.dataset.manifest import Plan
 from samray.dataset.runs import runs_of_image, union_area
 from samray.errors import ConfigError
@@ -98,3 +100,32 @@ def test_areas_of_unions() -> None:
         counts = [annotation(mask)["segmentation"]["counts"] for mask in masks[:number]]
         assert union_area(runs_of_image(0, counts, (HEIGHT, WIDTH))) == np.any(masks[:number], axis=0).sum()
     assert union_area([]) == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "=1+1",
+        "+1",
+        "-1+1|cmd",
+        "@SUM(A1)",
+        " =1",
+        "\t=1",
+        "\r=1",
+        "\n=1",
+        "\uff1d1",
+        "\x00=1",
+        "\ufeff=1",
+        "'=1",
+        '"=1',
+    ],
+)
+def test_no_name_is_a_formula_in_a_spreadsheet(name: str) -> None:
+    (header, line) = csv.reader(io.StringIO(b"".join(chunks([json.dumps([0, name, 1, 0, 0.5]).encode()])).decode(), ""))
+    assert header[1] == "file_name"
+    assert line == ["0", f"'{name}", "1", "0", "0.5000"]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a=b.png", "a-b/c+d@e.png", "0=.png", "(1).png", "\u00fc.png"])
+def test_other_names_are_as_they_are(name: str) -> None:
+    assert plain_cell(name) == name

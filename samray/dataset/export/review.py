@@ -2,7 +2,8 @@
 
 review.csv has a line an image: image_id, file_name, kept (masks in the export), left_out (masks that were not sure
 enough) and uncovered, the share of the picture under no kept mask, from 0 to 1. It is sorted by that, the largest
-first, and then by left_out: the image that needs a person most is at the top.
+first, and then by left_out: the image that needs a person most is at the top. A name that a spreadsheet would take for
+a formula has an apostrophe before it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 ID_ATTRIBUTE: Final = "samray_id"
 """The name under which a mask's id goes to a person's tool, and comes back where the tool keeps it."""
+
+_FORMULA: Final = re.compile(r"[\s\x00-\x1f\ufeff\u200b'\"]*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
+"""Equals, plus, minus and at, also full-width ones, after what programs leave out on reading."""
 
 COLUMNS: Final = ("image_id", "file_name", "kept", "left_out", "uncovered")
 
@@ -56,5 +61,10 @@ def chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
         writer = csv.writer(text, lineterminator="\n")
         if start == 0:
             writer.writerow(COLUMNS)
-        writer.writerows([*row[:4], f"{row[4]:.4f}"] for row in rows[start : start + 1000])
+        writer.writerows([row[0], plain_cell(row[1]), *row[2:4], f"{row[4]:.4f}"] for row in rows[start : start + 1000])
         yield text.getvalue().encode()
+
+
+def plain_cell(text: str) -> str:
+    """The text so that no spreadsheet takes it for a formula: with an apostrophe before what one might begin with."""
+    return f"'{text}" if _FORMULA.match(text) else text

@@ -8,7 +8,6 @@ for the labels of an image where the last `/images/` of its path is `/labels/`: 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
@@ -29,13 +28,17 @@ if TYPE_CHECKING:
     from samray.dataset.export.pieces import Done, Files, Job, Piece
 
 
-_IN_THE_WAY: Final = r"(^|/)images/|[\r\n]"
-"""Of names that YOLO's tools would read as others."""
+_LINE_ENDS: Final = r"\r\n\x0b\x0c\x1c\x1d\x1e\x{85}\x{2028}\x{2029}"
+_IN_THE_WAY: Final = rf"(^|/)images/|[{_LINE_ENDS}]|\./|\s$"
+"""Of names that YOLO's tools would read as others: they split lists as Python's `splitlines`, strip the whole, and
+replace each `./`. RE2, as Arrow has it."""
 
 
 def stem_of(file_name: str) -> str:
-    """As `names.stem_of`, without what YOLO's tools would misread: no folder `images`, no end of a line."""
-    *folders, name = names.stem_of(re.sub(r"[\r\n]", "_", file_name)).split("/")
+    """As `names.stem_of`, without what YOLO's tools would misread: no folder `images`, no end of a line, no `./`."""
+    one_line = "_".join(f"{file_name}.".splitlines()).removesuffix(".")
+    *folders, name = names.stem_of(one_line).split("/")
+    folders = [f"{folder[:-1]}_" if folder.endswith(".") else folder for folder in folders]
     return "/".join([*("images_" if folder == "images" else folder for folder in folders), name])
 
 
@@ -43,8 +46,9 @@ def check(job: Job) -> None:
     """Raises: ConfigError where an image would find no labels, or another's, and is not copied under another name."""
     if not job.options.with_images and (number := _num_in_the_way(job)):
         raise ConfigError(
-            f"{number} images lie in a folder `images` or have a line break in their name, and YOLO would look for "
-            "their labels elsewhere: --with-images copies the images under names of their own"
+            f"{number} images are in a folder `images` or one whose name ends with a dot, or have a line break or a "
+            "space at the end of their name, and YOLO would look for their labels elsewhere: --with-images copies the "
+            "images under names of their own"
         )
     if job.stems and not job.options.with_images:
         raise ConfigError(
