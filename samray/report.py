@@ -63,6 +63,7 @@ def write_report(output: str, out: str | None = None, *, num_images: int = 24, a
     overlays = _overlays(plan, _choose(drawn, num_images), num_images)
     page = render(plan, len(done), counts, numbers, overlays, examples, agreement)
     place = out or storage.join(plan.output, "_samray", "report.html")
+    storage.remove_leftovers(storage.parent(place), recursive=False)
     storage.put(place, page.encode("utf-8"))
     return place
 

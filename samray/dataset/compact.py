@@ -67,6 +67,7 @@ def compact(
         raise ConfigError(f"DEST must not lie within OUTPUT/{FOLDER}, where readers look for shards")
     fingerprint, num_bytes = look_at_finished(plan)
     target = _plan_of(plan, dest, max(1, plan.num_images * file_bytes // max(1, num_bytes)), fingerprint)
+    storage.remove_leftovers(dest)
     done = done_shards(dest)
     starts = plan.starts()
     num_failed = 0

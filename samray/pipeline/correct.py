@@ -230,5 +230,6 @@ def _plan(
         "corrects": plan.run["identity"].get("corrects"),
     }
     run["images_per_shard"] = per_shard
+    storage.remove_leftovers(dest)
     images = plan.read_images([name for name in MANIFEST_SCHEMA.names if name != "shard"])
     return write_plan(dest, images, per_shard, run)

@@ -141,6 +141,7 @@ def _plan_there(output: str, identity: dict[str, Any]) -> Plan | None:
             raise ConfigError(
                 f"{where} holds another run or import ({key}: {held.get(key)} there, {wanted} now): give another OUTPUT"
             )
+    storage.remove_leftovers(plan.output)
     return plan
 
 

@@ -121,6 +121,7 @@ def label_with(
     plan, news = make_plan(str(input), str(output), config, identity, joining=joining, check=check), News()
     if joining and not is_new:
         plan, news = join_images(plan, str(input), config, identity, append=append, redo_changed=redo_changed)
+    storage.remove_leftovers(plan.output)
     # Another run may be adding to this output.
     versions = {shard: v for shard, v in shard_versions(plan.output).items() if shard < plan.num_shards}
     done = set(versions)

@@ -143,18 +143,13 @@ def _temporary_file(folder: str | None) -> tuple[int, str]:
         os.close(handle)  # removed between its making and its lock
 
 
-def remove_leftovers(folder: str | None, *, recursive: bool = True) -> int:
+def remove_leftovers(folder: str, *, recursive: bool = True) -> int:
     """Remove the unfinished files that killed processes left in a folder; files that are being written stay.
 
-    folder: on this machine, or a mount; elsewhere there are none, and nothing is done. None: where files for object
-    stores are spooled. Returns how many were removed. Never raises.
+    Object stores have none, but files for them were spooled on this machine: those are removed. Returns how many were.
+    Never raises.
     """
-    if folder is None:
-        folder, recursive = tempfile.gettempdir(), False
-    elif is_local(folder):
-        folder = normalize(folder)
-    else:
-        return 0
+    folder, recursive = (normalize(folder), recursive) if is_local(folder) else (tempfile.gettempdir(), False)
     num_removed = 0
     for path, folders, names in os.walk(folder):
         if not recursive:

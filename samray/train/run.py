@@ -63,6 +63,7 @@ def train(
     _check_trainable(settings)
     mixture = open_data(uris, settings)
     store = Store(str(output))
+    storage.remove_leftovers(store.output)
     num_images = [(uri, part.num_images) for uri, part in zip(uris, mixture.parts, strict=True)]
     identity = full_identity(settings, spec.name, num_images)
     is_new = store.claim(identity, settings.model_dump(mode="json"), TrainSettings().identity())

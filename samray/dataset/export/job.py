@@ -78,6 +78,7 @@ def open_job(plan: Plan, dest: str, name: str, options: ExportOptions, *, partia
     )
     fmt.check(job)
     _claim(job, sizes)
+    storage.remove_leftovers(dest)
     return job, list(cut(shards, *sizes_of(name, options)))
 
 

@@ -12,9 +12,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Final
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO, Final, cast
 
 import pyarrow as pa
 
@@ -205,18 +204,18 @@ def sorted_annotations(
     if not todo:
         yield iter(())  # and the files need not be read
         return
-    with TemporaryDirectory(prefix="samray-import-") as folder:
-        yield _shards(_sort(source, found, ends, todo, Path(folder), progress), ends)
+    with ExitStack() as boxes:
+        yield _shards(_sort(source, found, ends, todo, boxes, progress), ends)
 
 
-def _shards(boxes: dict[Path, list[int]], ends: list[int]) -> Shards:
-    for box, shards in boxes.items():
+def _shards(boxes: list[tuple[BinaryIO, list[int]]], ends: list[int]) -> Shards:
+    for box, shards in boxes:
         by_place: dict[int, list[Any]] = {}
-        with open(box, "rb") as lines:
-            for line in lines:
+        with box:
+            box.seek(0)
+            for line in box:
                 number, _, text = line.partition(b"\t")
                 by_place.setdefault(int(number), []).append(json.loads(text))
-        box.unlink()
         for shard in shards:
             first = ends[shard - 1] if shard else 0
             own = {place: by_place.pop(place) for place in range(first, ends[shard]) if place in by_place}
@@ -224,33 +223,37 @@ def _shards(boxes: dict[Path, list[int]], ends: list[int]) -> Shards:
 
 
 def _sort(
-    source: Source, found: CocoImages, ends: list[int], todo: list[int], folder: Path, progress: Callable[[], None]
-) -> dict[Path, list[int]]:
-    """Write each annotation of a shard to do into a box; returns which shards a box is for, in order."""
-    shards_of: dict[Path, list[int]] = {}
-    box_of: dict[int, Path] = {}
+    source: Source, found: CocoImages, ends: list[int], todo: list[int], stack: ExitStack, progress: Callable[[], None]
+) -> list[tuple[BinaryIO, list[int]]]:
+    """Write each annotation of a shard to do into a box; returns the boxes, each with its shards, in order.
+
+    The boxes are files without a name: of a killed process none is left behind.
+    """
+    boxes: list[tuple[BinaryIO, list[int]]] = []
+    box_of: dict[int, BinaryIO] = {}
     for number, shard in enumerate(sorted(todo)):
-        box_of[shard] = folder / f"{number * min(_MAX_BOXES, len(todo)) // len(todo):04d}"
-        shards_of.setdefault(box_of[shard], []).append(shard)
-    with ExitStack() as stack:
-        files = {box: stack.enter_context(open(box, "wb")) for box in shards_of}
-        for uri, places in zip(source.files["json"].to_pylist(), found.place_of, strict=True):
-            for number, (key, value) in enumerate(_items(uri)):
-                if key not in _ANNOTATIONS:
-                    continue
-                place = _place_of(places, value)
-                if place is None:
-                    found.num_unknown += 1
-                    found.example = reprlib.repr(value.get("image_id") if isinstance(value, dict) else value)
-                    continue
-                found.num_known += 1
-                found.num_with_mask += bool(value.get("segmentation"))
-                box = box_of.get(bisect_right(ends, place))
-                if box is not None:
-                    files[box].write(b"%d\t%s\n" % (place, _dumped(value, uri)))
-                if number % 10_000 == 0:
-                    progress()
-    return shards_of
+        if number * min(_MAX_BOXES, len(todo)) // len(todo) == len(boxes):
+            file = TemporaryFile()  # noqa: SIM115: the stack closes it
+            boxes.append((cast(BinaryIO, stack.enter_context(file)), []))
+        boxes[-1][1].append(shard)
+        box_of[shard] = boxes[-1][0]
+    for uri, places in zip(source.files["json"].to_pylist(), found.place_of, strict=True):
+        for number, (key, value) in enumerate(_items(uri)):
+            if key not in _ANNOTATIONS:
+                continue
+            place = _place_of(places, value)
+            if place is None:
+                found.num_unknown += 1
+                found.example = reprlib.repr(value.get("image_id") if isinstance(value, dict) else value)
+                continue
+            found.num_known += 1
+            found.num_with_mask += bool(value.get("segmentation"))
+            box = box_of.get(bisect_right(ends, place))
+            if box is not None:
+                box.write(b"%d\t%s\n" % (place, _dumped(value, uri)))
+            if number % 10_000 == 0:
+                progress()
+    return boxes
 
 
 def _dumped(value: Any, uri: str) -> bytes:
