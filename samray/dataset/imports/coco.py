@@ -233,7 +233,7 @@ def _sort(
     box_of: dict[int, BinaryIO] = {}
     for number, shard in enumerate(sorted(todo)):
         if number * min(_MAX_BOXES, len(todo)) // len(todo) == len(boxes):
-            file = TemporaryFile()  # noqa: SIM115: the stack closes it
+            file = TemporaryFile()  # noqa: SIM115
             boxes.append((cast(BinaryIO, stack.enter_context(file)), []))
         boxes[-1][1].append(shard)
         box_of[shard] = boxes[-1][0]
