@@ -61,7 +61,11 @@ def chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
         writer = csv.writer(text, lineterminator="\n")
         if start == 0:
             writer.writerow(COLUMNS)
-        writer.writerows([row[0], plain_cell(row[1]), *row[2:4], f"{row[4]:.4f}"] for row in rows[start : start + 1000])
+        quoting_writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        for row in rows[start : start + 1000]:
+            cells = [row[0], plain_cell(row[1]), *row[2:4], f"{row[4]:.4f}"]
+            # Python 3.11 quotes no carriage return, and readers would end the line there.
+            (quoting_writer if "\r" in row[1] else writer).writerow(cells)
         yield text.getvalue().encode()
 
 
