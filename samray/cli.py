@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from samray import __version__
+from samray import __version__, storage
 from samray.cli_evaluate import evaluate_app
 from samray.cli_export import COMMANDS as EXPORT_COMMANDS
 from samray.cli_help import Command, CommandWithSettings, HelpfulGroup, refuse_expanded_glob, split_settings
@@ -257,8 +257,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _fail(message: str, exit_code: int) -> int:
     if os.environ.get("SAMRAY_DEBUG", "") not in ("", "0") and sys.exc_info()[0] is not None:
-        traceback.print_exc()
+        print(storage.redact_error(traceback.format_exc()), end="", file=sys.stderr)
     console = Console(stderr=True)
     console.print("samray: ", style="bold red", end="")
-    console.print(message, markup=False, highlight=False, soft_wrap=True)
+    console.print(storage.redact_error(message), markup=False, highlight=False, soft_wrap=True)
     return exit_code

@@ -84,6 +84,7 @@ def print_dry_run(input: str, output: str, config: Config, *, append: bool = Fal
     """
     import pyarrow as pa
 
+    from samray.dataset.credentials import hide
     from samray.dataset.inputs import check_readable, list_images
     from samray.dataset.joining import News, join_images
     from samray.dataset.manifest import load_plan, make_plan
@@ -109,6 +110,7 @@ def print_dry_run(input: str, output: str, config: Config, *, append: bool = Fal
     skipped = Skipped()
     listed = pa.concat_tables(list_images(input, config.input, skipped))
     check_readable(listed, input)
+    listed, _ = hide(listed)
     num_images = listed.num_rows
     num_shards = -(-num_images // config.output.images_per_shard)
     images = f"{num_images:,}, to be cut into {count(num_shards, 'shard')} of up to {config.output.images_per_shard}"

@@ -38,6 +38,11 @@ _DOUBT: Final = (RefusedError, BucketNotFoundError, UnavailableError)
 Sample = Callable[[], list[str]]
 """Gives files from all over the input."""
 
+NO_CREDENTIALS: Final = (
+    "{} can be read only with credentials, which no OUTPUT keeps: label again with an INPUT that lists it, or make the"
+    " image readable without them (image_root names another place to loaders)"
+)
+
 _FETCH_THREADS: Final = 16
 _MAX_PROBES: Final = 8
 """Other files asked for, all at once, when one is refused."""
@@ -102,6 +107,8 @@ def _fetch_all(items: list[dict[str, Any]], config: InputConfig, timeout_s: floa
     for i, item in enumerate(items):
         if item["problem"]:
             fetched[i] = known_problem(item["problem"])
+        elif storage.is_redacted(_file_of(item)):
+            fetched[i] = ImageError("missing", NO_CREDENTIALS.format(item["uri"]))
         elif item["row"] is not None:
             by_container.setdefault(item["container"], []).append(i)
         else:

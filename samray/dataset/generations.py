@@ -54,6 +54,8 @@ class Generation:
     """Rows, after the new ones, of earlier images that have changed."""
     skipped: dict[str, dict[str, int]] = field(default_factory=dict)
     """What the listing of INPUT left out (`Skipped.counts`)."""
+    num_hidden: int = 0
+    """URIs and containers that the manifest keeps without their credentials (`samray.dataset.credentials`)."""
 
     @property
     def num_shards(self) -> int:
@@ -134,6 +136,7 @@ def create_generation(output: str, generation: Generation, new: pa.Table, change
         "first_shard": generation.first_shard,
         "num_changed": generation.num_changed,
         "skipped": generation.skipped,
+        "num_hidden": generation.num_hidden,
     }
     sink = pa.BufferOutputStream()
     schema = MANIFEST_SCHEMA.with_metadata({b"samray": json.dumps(own, sort_keys=True).encode()})

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from samray import storage
+from samray.dataset.credentials import hide, hide_known
 from samray.dataset.generations import MANIFEST_SCHEMA, Generation, build_manifest, create_generation
 from samray.dataset.inputs import list_images
 from samray.dataset.manifest import Plan, load_plan, run_identity
@@ -69,8 +70,9 @@ def compare(plan: Plan, listed: pa.Table) -> tuple[pa.Table, pa.Table]:
     the size, etag and place of now (`MANIFEST_SCHEMA`), by shard. Raises: StorageError.
     """
     held = plan.read_images(["image_id", "shard", "uri", "file_name", "size", "etag", "problem"])
-    new = listed.filter(pc.is_null(pc.index_in(listed["uri"], value_set=held["uri"])))
-    at = pc.index_in(held["uri"], value_set=listed["uri"])
+    uris = hide_known(held["uri"])
+    new = listed.filter(pc.is_null(pc.index_in(listed["uri"], value_set=uris)))
+    at = pc.index_in(uris, value_set=listed["uri"])
     held, now = held.filter(pc.is_valid(at)), take(listed, pc.drop_null(at))
     differs = pa.chunked_array([pa.repeat(pa.scalar(False), held.num_rows)])
     for mark in ("size", "etag"):
@@ -100,7 +102,7 @@ def join_images(
     Raises: ConfigError where INPUT holds nothing or no image id is left, StorageError.
     """
     skipped = Skipped()
-    listed = pa.concat_tables(list_images(input_uri, config.input, skipped))
+    listed, credentials = hide(pa.concat_tables(list_images(input_uri, config.input, skipped)))
     for _ in range(_MAX_TRIES):
         new, changed = compare(plan, listed)
         news = News(
@@ -123,6 +125,7 @@ def join_images(
             first_shard=plan.num_shards,
             num_changed=changed.num_rows,
             skipped=skipped.redacted(),
+            num_hidden=len(credentials),
         )
         rows = build_manifest(new, generation.images_per_shard, plan.read_images(["image_id"])["image_id"])
         place = rows.schema.get_field_index("shard")

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from samray import storage
+from samray.dataset.credentials import hide
 from samray.dataset.generations import (
     FOLDER,
     MANIFEST_SCHEMA,
@@ -202,10 +203,11 @@ def write_plan(output_uri: str, images: pa.Table, images_per_shard: int, run: Ma
     included. Where the same plan lies there already, it is taken. Raises: ConfigError where another does, StorageError.
     """
     output = storage.normalize(output_uri)
+    images, credentials = hide(images)
     places = pa.array(range(images.num_rows), pa.int64())
     shards = pc.cast(pc.divide(places, images_per_shard), pa.int32())
     table = images.append_column("shard", shards).select(MANIFEST_SCHEMA.names)
-    first = Generation(0, plain(run["identity"]), table.num_rows, images_per_shard)
+    first = Generation(0, plain(run["identity"]), table.num_rows, images_per_shard, num_hidden=len(credentials))
     if not create_generation(output, first, table):
         held = read_generation(output, 0)
         if held != first:
@@ -246,10 +248,17 @@ def _write_plan(
     held = read_generation(output, 0)
     if held is None:
         skipped = Skipped()
-        listed = pa.concat_tables(list_images(input_uri, config.input, skipped))
+        listed, credentials = hide(pa.concat_tables(list_images(input_uri, config.input, skipped)))
         check(listed)
         table = build_manifest(listed, config.output.images_per_shard)
-        own = Generation(0, wanted, table.num_rows, config.output.images_per_shard, skipped=skipped.redacted())
+        own = Generation(
+            0,
+            wanted,
+            table.num_rows,
+            config.output.images_per_shard,
+            skipped=skipped.redacted(),
+            num_hidden=len(credentials),
+        )
         held = own if create_generation(output, own, table) else read_generation(output, 0)
         if held is None:
             raise StorageError(f"{storage.redact(manifest_uri(output, 0))} was removed while it was being used")

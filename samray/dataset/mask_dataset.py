@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from samray import storage
 from samray.config import InputConfig
-from samray.dataset.inputs import fetch_images
+from samray.dataset.fetching import NO_CREDENTIALS, fetch_images
 from samray.dataset.lookup import index_containers, index_images, read_row_group, read_shard_footer, read_uris
 from samray.dataset.manifest import Plan, load_plan
 from samray.dataset.rows import INPUT_SCHEMA
@@ -271,7 +271,10 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
     def _encoded(self, index: int, uri: str) -> bytes:
         place = None if self._containers is None else self._containers.place(index)
         if place is None:
-            return storage.read_bytes(self._moved(uri))
+            uri = self._moved(uri)
+            if storage.is_redacted(uri):
+                raise ImageError("missing", NO_CREDENTIALS.format(uri))
+            return storage.read_bytes(uri)
         row = {**place, "uri": uri, "container": self._moved(place["container"])}
         (data,) = fetch_images(pa.Table.from_pylist([row], INPUT_SCHEMA), self._input)
         if isinstance(data, ImageError):

@@ -104,7 +104,9 @@ class PromptFile:
         """
         folder = storage.parent(self.uri)
         wanted = {
-            "uri": [storage.resolve(folder, row.name) if row.column == "uri" else None for row in self.rows],
+            "uri": [
+                storage.redact(storage.resolve(folder, row.name)) if row.column == "uri" else None for row in self.rows
+            ],
             "file_name": [row.name if row.column == "file_name" else None for row in self.rows],
         }
         places = places_of(wanted["uri"], images["uri"]) | places_of(wanted["file_name"], images["file_name"])

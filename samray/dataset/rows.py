@@ -8,6 +8,8 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from samray import storage
+
 INPUT_SCHEMA: Final = pa.schema(
     [
         ("uri", pa.string()),  # what the output records; tar members as fsspec writes them, tar://member::archive
@@ -23,6 +25,8 @@ INPUT_SCHEMA: Final = pa.schema(
         ("problem", pa.string()),
     ]
 )
+
+MAY_HOLD_CREDENTIALS: Final = r"://.*[@?;#]"
 
 _CHUNK_ROWS: Final = 65536
 _ROWS_AT_ONCE: Final = 2**20
@@ -51,6 +55,16 @@ def take(held: pa.Table | pa.ChunkedArray, places: Any) -> Any:
     taken = held.cast(pa.large_string()).take(places)
     parts = [taken.slice(start, _ROWS_AT_ONCE) for start in range(0, len(taken), _ROWS_AT_ONCE)]
     chunks = [chunk.cast(pa.string()) for part in parts for chunk in part.chunks]
+    return pa.chunked_array(chunks, pa.string())
+
+
+def redact_all(uris: pa.ChunkedArray) -> pa.ChunkedArray:
+    """`storage.redact` of each; fast for those without a sign of credentials."""
+    if not pc.any(pc.match_substring_regex(uris, MAY_HOLD_CREDENTIALS), min_count=0).as_py():
+        return uris
+    chunks = (
+        pa.array([uri and storage.redact(uri) for uri in chunk.to_pylist()], pa.string()) for chunk in uris.chunks
+    )
     return pa.chunked_array(chunks, pa.string())
 
 

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from samray import storage
 from samray.dataset.outside import place_problem, problems_of
-from samray.dataset.rows import input_rows, take
+from samray.dataset.rows import input_rows, redact_all, take
 from samray.dataset.skipped import REPEATED, Skipped
 from samray.dataset.tars import TarMember, index_tar
 from samray.errors import FileError, NotFoundError
@@ -147,6 +147,7 @@ def merge_lists(lists: Sequence[UriRows], root: str, skipped: Skipped) -> pa.Tab
     if below.null_count:
         places = pa.chunked_array([chunk for part in lists for chunk in part.places.chunks], pa.string())
         unnamed = pc.if_else(pc.is_null(below), places, None) if below.null_count < len(below) else places
+        unnamed = redact_all(unnamed)  # before the scheme is cut off, by which user names and passwords are known
         names = pc.utf8_slice_codeunits(unnamed, start=len(_shared_folder(unnamed)))
         below = pc.coalesce(below, names) if below.null_count < len(below) else names
     rows = rows.set_column(rows.schema.get_field_index("file_name"), "file_name", _without_signatures(below))
@@ -230,7 +231,7 @@ def _without_signatures(names: pa.ChunkedArray) -> pa.ChunkedArray:
 def _without_signature(name: str) -> str:
     redacted = storage.redact(name)
     path = name.partition("?")[0]
-    return path if redacted != name and path.lower().endswith(image_extensions()) else redacted
+    return path if storage.is_redacted(redacted) and path.lower().endswith(image_extensions()) else redacted
 
 
 def _resolved(written: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import ray
 
 from samray import storage
+from samray.dataset.credentials import reveal
 from samray.dataset.inputs import fetch_images
 from samray.dataset.schema import records_to_table
 from samray.dataset.tables import to_stream
@@ -143,6 +144,7 @@ class LabelActor:
     def _unpack(self, shard: int, batch: pa.Table) -> tuple[list[EncodedImage], list[int]]:
         images = batch["images"].combine_chunks().values
         data = images.field("data")
+        credentials = json.loads(batch["credentials"].to_pylist()[0] or "{}")
         columns = ("place", "image_id", "file_name", "uri", "reason", "message", "prompts")
         encoded, places = [], []
         for i, row in enumerate(zip(*(images.field(c).to_pylist() for c in columns), strict=True)):
@@ -153,15 +155,16 @@ class LabelActor:
             elif data[i].is_valid:
                 source = data[i].as_buffer().to_pybytes()
             else:
-                source = functools.partial(self._fetch_late, shard, place)
+                source = functools.partial(self._fetch_late, shard, place, credentials)
             prompts = None if given is None else [Prompt.parse(value) for value in json.loads(given)]
             encoded.append(EncodedImage(image_id, file_name, uri, source, prompts))
             places.append(place)
         return encoded, places
 
-    def _fetch_late(self, shard: int, place: int) -> bytes | ImageError:
-        rows = self.plan.read_shard(shard).slice(place, 1)
-        (data,) = fetch_images(rows, self.config.input, functools.partial(sample_files, self.plan))
+    def _fetch_late(self, shard: int, place: int, credentials: dict[str, str]) -> bytes | ImageError:
+        rows = reveal(self.plan.read_shard(shard).slice(place, 1), credentials)
+        sample = functools.partial(sample_files, self.plan, credentials)
+        (data,) = fetch_images(rows, self.config.input, sample)
         if isinstance(data, bytes):
             record("samray_encoded_bytes", len(data))
         return data

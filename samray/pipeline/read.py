@@ -19,6 +19,7 @@ import ray.data
 from ray.data.block import BlockMetadata
 
 from samray import storage
+from samray.dataset.credentials import reveal
 from samray.dataset.inputs import fetch_images
 from samray.dataset.schema import samray_metadata
 from samray.dataset.shards import read_shard
@@ -30,15 +31,18 @@ if TYPE_CHECKING:
     from samray.dataset.manifest import Plan
     from samray.prompts import Prompt
 
-SOURCE = pa.schema([("shard", pa.int64()), ("retry", pa.bool_()), ("prompts", pa.string())])
+SOURCE = pa.schema(
+    [("shard", pa.int64()), ("retry", pa.bool_()), ("prompts", pa.string()), ("credentials", pa.string())]
+)
 """retry: the shard is finished, and only some of its images are to be labelled again. prompts: of a person, as JSON,
-place in the shard -> list; null in a run without."""
+place in the shard -> list; null in a run without. credentials: of `read_credentials`, as JSON; null if none."""
 
 FETCHED = pa.schema(
     [
         ("shard", pa.int64()),
         ("retry", pa.bool_()),
         ("fetch_s", pa.float64()),
+        ("credentials", pa.string()),  # as in SOURCE, for what is left to the labeler
         (
             "images",
             pa.large_list(
@@ -74,14 +78,20 @@ def shards_to_do(table: pa.Table) -> ray.data.Dataset:
     return dataset
 
 
-def source_table(todo: Mapping[int, bool], prompts: Mapping[int, Mapping[int, list[Prompt]]] | None = None) -> pa.Table:
+def source_table(
+    todo: Mapping[int, bool],
+    prompts: Mapping[int, Mapping[int, list[Prompt]]] | None = None,
+    credentials: Mapping[int, Mapping[str, str]] = {},
+) -> pa.Table:
     """A row of SOURCE for each shard; todo says whether it is finished, and only some of its images are to be redone.
 
     Paths stay in the manifest: the fetch stage reads them there. prompts: shard -> place in it -> list; they travel
-    with the shard, so that no worker reads their file, which may change meanwhile.
+    with the shard, so that no worker reads their file, which may change meanwhile. credentials: shard -> those of its
+    images, which are kept nowhere else.
     """
     given = [None] * len(todo) if prompts is None else [_to_json(prompts[shard]) for shard in todo]
-    return pa.table([list(todo), list(todo.values()), given], schema=SOURCE)
+    secrets = [json.dumps(credentials[shard]) if shard in credentials else None for shard in todo]
+    return pa.table([list(todo), list(todo.values()), given, secrets], schema=SOURCE)
 
 
 def _to_json(prompts: Mapping[int, list[Prompt]]) -> str:
@@ -124,6 +134,7 @@ def fetch_shard(batch: pa.Table, *, plan: Plan, config: Config, retry_failed: bo
     shard = source["shard"]
     started = time.monotonic()
     table = plan.read_shard(shard)
+    credentials = json.loads(source["credentials"] or "{}")
     prompts = None if source["prompts"] is None else json.loads(source["prompts"])
     places = places_to_redo(plan, shard, retry_failed) if source["retry"] else list(range(table.num_rows))
     images: list[dict[str, Any]] = []
@@ -133,9 +144,8 @@ def fetch_shard(batch: pa.Table, *, plan: Plan, config: Config, retry_failed: bo
         rows = table.take(part)
         known = [row["size"] or 0 for row in rows.select(["size"]).to_pylist()]
         ahead = num_bytes + sum(known) <= MAX_BYTES_AHEAD
-        fetched = (
-            fetch_images(rows, config.input, functools.partial(sample_files, plan)) if ahead else [None] * len(part)
-        )
+        sample = functools.partial(sample_files, plan, credentials)
+        fetched = fetch_images(reveal(rows, credentials), config.input, sample) if ahead else [None] * len(part)
         num_bytes += sum(len(data) for data in fetched if isinstance(data, bytes))
         for place, row, data in zip(part, rows.to_pylist(), fetched, strict=True):
             failed = isinstance(data, ImageError)
@@ -152,6 +162,7 @@ def fetch_shard(batch: pa.Table, *, plan: Plan, config: Config, retry_failed: bo
                 }
             )
     row = {"shard": shard, "retry": source["retry"], "fetch_s": time.monotonic() - started, "images": images}
+    row["credentials"] = source["credentials"]
     return pa.Table.from_pylist([row], schema=FETCHED)
 
 
@@ -160,15 +171,20 @@ SAMPLED_SHARDS = 8
 SAMPLED_FILES_PER_SHARD = 4
 
 
-def sample_files(plan: Plan) -> list[str]:
-    """Files of a few images from all over the plan, to see whether the input can be read at all."""
+def sample_files(plan: Plan, credentials: Mapping[str, str]) -> list[str]:
+    """Files of a few images from all over the plan, to see whether the input can be read at all.
+
+    credentials: of one shard; files that need others are left out.
+    """
     shards = {plan.num_shards * i // SAMPLED_SHARDS for i in range(SAMPLED_SHARDS)}
     files: list[str] = []
     for shard in sorted(shards):
         rows = plan.read_shard(shard).select(["container", "uri"]).to_pylist()
         step = -(-len(rows) // SAMPLED_FILES_PER_SHARD)
         files += [row["container"] or row["uri"] for row in rows[::step]]
-    return [file for file in dict.fromkeys(files) if file]
+    files += credentials
+    files = [credentials.get(file, file) for file in dict.fromkeys(files) if file]
+    return [file for file in files if not storage.is_redacted(file)]
 
 
 def places_to_redo(plan: Plan, shard: int, retry_failed: bool) -> list[int]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from samray import storage
 from samray.config import Config
+from samray.dataset.credentials import read_credentials
 from samray.dataset.inputs import check_readable
 from samray.dataset.joining import News, join_images, missing_shards, stale_shards
 from samray.dataset.manifest import Plan, load_plan, make_plan
@@ -143,7 +144,8 @@ def label_with(
         num_done = sum(plan.num_images_of(shard) for shard in done)
         with ProgressView(plan.num_images, num_done, enabled=progress) as view:
             by_shard = prompts.by_shard(plan, todo) if prompts else None
-            run = _Run(plan, config, todo, by_shard, retry_failed, report, history, view, make_labeler)
+            credentials = read_credentials(plan, str(input), config, todo)
+            run = _Run(plan, config, todo, by_shard, credentials, retry_failed, report, history, view, make_labeler)
             stopped_by = _run_on_ray(run)
             retries -= run.committed
     report.wall_s = time.monotonic() - started
@@ -169,6 +171,8 @@ class _Run:
     """Shard -> whether it is finished, and only some of its images are to be labelled again."""
     prompts: Mapping[int, Mapping[int, list[Prompt]]] | None
     """Of a person: shard -> place in it -> list."""
+    credentials: Mapping[int, Mapping[str, str]]
+    """Shard -> those in the URIs of its images, which the plan does not keep."""
     retry_failed: bool
     report: LabelReport
     history: FailureCounts
@@ -206,7 +210,7 @@ def build_pipeline(run: _Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
 
     run_id = uuid.uuid4().hex[:12]
     one_shard: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "udf_modifying_row_count": False}
-    shards: Any = shards_to_do(source_table(run.todo, run.prompts))
+    shards: Any = shards_to_do(source_table(run.todo, run.prompts, run.credentials))
     fetched = shards.map_batches(
         fetch_shard,
         fn_kwargs={"plan": run.plan, "config": run.config, "retry_failed": run.retry_failed},

@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote
 
 HIDDEN: Final = "***"
 
-_SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]{0,30})://")
+_SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]{1,30}):/{1,2}")
 _NO_HOST: Final = frozenset({"file", "local", "memory", "tar", "zip"})
 _CONTAINER_AT_ACCOUNT: Final = frozenset({"abfs", "abfss", "wasb", "wasbs"})
 """Schemes in which `name@host` is a place, not a user."""
@@ -87,7 +87,7 @@ def redact_error(error: object, uri: str = "") -> str:
 
 
 def _may_hold_any(text: str) -> bool:
-    return "://" in text or "?" in text or "asic " in text.lower() or "earer " in text.lower()
+    return ":/" in text or "?" in text or "asic " in text.lower() or "earer " in text.lower()
 
 
 def _without(text: str, spans: Iterator[Span]) -> str:

@@ -68,6 +68,7 @@ FORMS = {
     "row of Parquet": f"s3://K:{S}@b/x.parquet#row=3",
     "chain": f"simplecache::s3://KEY:a/{S}@bucket/x.jpg",
     "scheme in capitals": f"HTTPS://user:{S}@host/x.jpg",
+    "one slash": f"s3:/KEY:a/{S}@bucket/x.jpg",
     "both": f"https://user:{S}@host/x.jpg?sig={S}",
 }
 TEXTS = {
