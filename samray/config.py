@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from samray.errors import ConfigError
-from samray.settings import Settings, SettingsError, allowed_values, did_you_mean
+from samray.settings import Settings, SettingsError, allowed_values, as_typed, did_you_mean
 from samray.strict_yaml import load_yaml_file, parse_value
 
 ModelName = Literal["tiny", "vit_t", "vit_b", "vit_l", "vit_h"]
@@ -338,6 +338,10 @@ def own_settings(
 
     Raises ConfigError where the file cannot be read.
     """
+    if isinstance(overrides, str | Mapping) or not all(isinstance(override, str) for override in overrides):
+        raise ConfigError(
+            f"overrides takes a list of texts, such as {_as_overrides(overrides)}; it got a {type(overrides).__name__}"
+        )
     own: dict[str, dict[str, Any]] = {}
     problems = [] if file is None else _lay_over(own, load_yaml_file(Path(file)), sections)
     for override in overrides:
@@ -346,6 +350,19 @@ def own_settings(
         except ConfigError as error:
             problems.append(str(error))
     return own, problems
+
+
+def _as_overrides(given: Any) -> list[str]:
+    """What was probably meant by overrides that are not a list of texts."""
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, Mapping) or not given:
+        return ["masks.points_per_side=16"]
+    texts = []
+    for name, value in given.items():
+        values = {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, Mapping) else {name: value}
+        texts += [f"{key}={as_typed(one)}" for key, one in values.items()]
+    return texts
 
 
 def make_sections(

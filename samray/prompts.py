@@ -33,6 +33,12 @@ class Prompt:
     """x, y, w, h."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.points, tuple | list) or any(_is_coordinate(point) for point in self.points):
+            raise ConfigError(
+                f"points is {str(self.points)[:60]}, not a list of points; write one point as points=((x, y),)"
+            )
+        if not isinstance(self.labels, tuple | list):
+            raise ConfigError(f"labels is {str(self.labels)[:60]}, not a list; write one label as labels=(1,)")
         for point in self.points:
             if len(point) != 2 or not all(map(_is_coordinate, point)):
                 raise ConfigError(f"the point {list(point)} is no [x, y] of pixels")

@@ -6,13 +6,16 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 import annotated_types
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from samray.errors import ConfigError
+
+_MOST_SHOWN: Final = 200
+"""Characters of a wrong value in a message."""
 
 
 class SettingsError(ConfigError):
@@ -102,6 +105,15 @@ def _sentence(cls: type[Settings], problem: Any) -> str:
         return f"there is no setting {name}{did_you_mean(name, [prefix + valid for valid in cls.model_fields])}"
     value = problem["input"]
     shown = repr(value) if isinstance(value, str) else as_typed(value)
+    if len(shown) > _MOST_SHOWN:
+        shown = f"{shown[:_MOST_SHOWN]}..."
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+        example = next(iter(field.annotation.model_fields))
+        text = repr(value) if isinstance(value, str) else "..."
+        return (
+            f"{name} = {shown} is not allowed; {name} is a section of settings, as in"
+            f' Config({name}={{"{example}": {text}}}), or {name}.{example}=... on the command line'
+        )
     return f"{name} = {shown} is not allowed; it takes {allowed_values(field)}"
 
 

@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
 from samray.errors import ConfigError
 
+_MAX_DEPTH: Final = 16
+_MAX_BYTES: Final = 16 * 2**20
+
 
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's core scalars; PyYAML's own are 1.1's (`no` is false, `1e-3` is text, `010` is 8)."""
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        mark: Any = event.start_mark
+        if isinstance(event, yaml.AliasEvent):  # a few lines of them make gigabytes
+            problem = f"aliases (*{event.anchor}) are not allowed: write the value out"
+            raise yaml.composer.ComposerError(None, None, problem, mark)
+        if self._depth == _MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"nested deeper than {_MAX_DEPTH} levels", mark)
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -64,7 +83,15 @@ def load_yaml_file(path: Path) -> dict[str, Any]:
     a mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        if not path.is_file() and path.exists():
+            raise ConfigError(f"the configuration file {path} is a folder, a pipe or a device; name a YAML file")
+        with path.open("rb") as stream:
+            data = stream.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise ConfigError(
+                f"the configuration file {path} has more than {_MAX_BYTES >> 20} MiB; is it the right one?"
+            )
+        text = data.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ConfigError(f"cannot read the configuration file {path}: {why}") from None
@@ -93,8 +120,10 @@ def parse_value(text: str) -> Any:
     if text[:1] in ("[", "{", '"', "'"):
         try:
             return yaml.load(text, Loader=_StrictLoader)
+        except yaml.composer.ComposerError as error:
+            raise ConfigError(f"cannot read the value {text[:60]}: {error.problem}") from None
         except yaml.YAMLError:
-            raise ConfigError(f"cannot read the value {text}: a bracket or a quote does not close") from None
+            raise ConfigError(f"cannot read the value {text[:200]}: a bracket or a quote does not close") from None
     loader = _StrictLoader("")
     tag = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
     try:

@@ -172,14 +172,16 @@ def _own(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
         raise ValueError("its samray metadata are nested too deeply") from error
     if not isinstance(found, dict):
         raise ValueError("its samray metadata are not an object")
-    least = {"num_images": 0, "images_per_shard": 1, "first_shard": 0, "num_changed": 0}
+    least = {"num_images": 0, "images_per_shard": 1, "first_shard": 0, "num_changed": 0, "num_hidden": 0}
     for name, number in least.items():
         value = found.get(name, number)
         if type(value) is not int or value < number:
             raise ValueError(f"its samray metadata have {name}={value!r}, expected a whole number from {number} on")
     if not isinstance(found.get("identity", {}), dict):
         raise ValueError("its samray metadata have an identity that is not an object")
-    return {name: found[name] for name in ("identity", *least) if name in found}
+    if not isinstance(found.get("skipped", {}), dict):
+        raise ValueError("its samray metadata have skipped that is not an object")
+    return {name: found[name] for name in ("identity", "skipped", *least) if name in found}
 
 
 def read_generations(output: str) -> list[Generation]:

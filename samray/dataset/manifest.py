@@ -39,6 +39,7 @@ from samray.dataset.inputs import list_images
 from samray.dataset.shards import done_shards
 from samray.dataset.skipped import Skipped
 from samray.errors import ConfigError, NotFoundError, StorageError
+from samray.strict_json import parse_json
 
 if TYPE_CHECKING:
     from samray.config import Config
@@ -229,7 +230,7 @@ def _plan_of(output: str, run: dict[str, Any]) -> Plan:
 def _read_run(output: str) -> dict[str, Any] | None:
     uri = storage.join(output, FOLDER, RUN)
     try:
-        run = json.loads(storage.read_bytes(uri))
+        run = parse_json(storage.read_bytes(uri))
         if not {"identity", "num_images", "images_per_shard"} <= run.keys():
             raise ValueError("it is not samray's")
         if not (isinstance(run["identity"], dict) and isinstance(run.get("config", {}), dict)):

@@ -112,6 +112,11 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         return len(self._index.rows)
 
     def __getitem__(self, index: int) -> Any:
+        if isinstance(index, slice):
+            raise TypeError(
+                f"a MaskDataset gives one image per index; for several write"
+                f" torch.utils.data.Subset(dataset, range(*{index}.indices(len(dataset))))"
+            )
         index = range(len(self))[index]  # negative ones, and IndexError, as lists have them
         image = self.image(index) if self.images else None
         target = self.target(index)

@@ -9,7 +9,6 @@ may be that of several.
 from __future__ import annotations
 
 import hashlib
-import json
 from bisect import bisect_right
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -18,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Final
 import pyarrow as pa
 
 from samray import storage
-from samray.dataset.rows import places_of
+from samray.dataset.rows import places_of, redact_all
 from samray.dataset.tables import read_parquet
 from samray.errors import ConfigError, NotFoundError
 from samray.prompts import Prompt
+from samray.strict_json import parse_json
 
 if TYPE_CHECKING:
     from samray.dataset.manifest import Plan
@@ -109,7 +109,9 @@ class PromptFile:
             ],
             "file_name": [row.name if row.column == "file_name" else None for row in self.rows],
         }
-        places = places_of(wanted["uri"], images["uri"]) | places_of(wanted["file_name"], images["file_name"])
+        places = places_of(wanted["uri"], redact_all(images["uri"])) | places_of(
+            wanted["file_name"], images["file_name"]
+        )
         by_place: dict[int, list[Prompt]] = {}
         unknown = []
         for number, row in enumerate(self.rows):
@@ -146,7 +148,7 @@ def _values(uri: str, data: bytes) -> Iterator[tuple[str, Any]]:
         if kind == "jsonl":
             for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
                 if line.strip():
-                    yield f"line {number}", json.loads(line)
+                    yield f"line {number}", parse_json(line)
         elif kind == "parquet":
             table = read_parquet(data)
             table = table.select([name for name in _COLUMNS if name in table.schema.names])

@@ -9,6 +9,8 @@ from typing import Any, Final
 
 import pyarrow as pa
 
+from samray.strict_json import parse_json
+
 ANNOTATIONS_PER_IMAGE: Final = 65536
 """Annotation id = image_id * 65536 + index, so ids are unique over the data set without any counting."""
 
@@ -156,7 +158,7 @@ def shard_metadata(run: Mapping[str, Any]) -> dict[bytes, bytes]:
 def with_stats(table: pa.Table, stats: Mapping[str, Any]) -> pa.Table:
     """The table with figures of how it was made (stage seconds, device, ...) added to its `samray` metadata."""
     metadata = dict(table.schema.metadata or {})
-    own = json.loads(metadata.get(b"samray", b"{}"))
+    own = parse_json(metadata.get(b"samray", b"{}"))
     metadata[b"samray"] = _dumps({**own, "stats": dict(stats)})
     return table.replace_schema_metadata(metadata)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import io
-import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -18,6 +17,7 @@ import pyarrow.json
 
 from samray import storage
 from samray.errors import ConfigError
+from samray.strict_json import parse_json
 
 LIST_EXTENSIONS: Final = (".csv", ".jsonl", ".txt")
 
@@ -112,7 +112,7 @@ def _parse_jsonl(data: bytes, column: str) -> pa.Array:
     uris = []
     for number, line in enumerate(data.splitlines(), start=1):
         if line.strip():
-            row = json.loads(line)
+            row = parse_json(line)
             uri = row.get(column) if isinstance(row, dict) else row
             if not isinstance(uri, str | None):
                 raise ValueError(f"line {number} is not an object with text in {column!r}")
@@ -122,6 +122,6 @@ def _parse_jsonl(data: bytes, column: str) -> pa.Array:
 
 def _keys_of_first(data: bytes) -> list[str]:
     try:
-        return list(json.loads(data[: data.find(b"\n") + 1 or len(data)]))
+        return list(parse_json(data[: data.find(b"\n") + 1 or len(data)]))
     except (ValueError, TypeError, RecursionError):
         return []

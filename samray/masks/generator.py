@@ -27,6 +27,7 @@ from samray.kernels import enabled
 from samray.masks import rle
 from samray.masks.candidates import Candidates
 from samray.masks.crops import Crop, make_crops, touches_crop_edge
+from samray.masks.images import check_images
 from samray.masks.nms import box_nms
 from samray.masks.points import Float64, point_grids
 from samray.masks.records import Mask, choose, to_record, wanted_areas
@@ -95,6 +96,7 @@ class MaskGenerator:
         predicted_iou, stability_score, point_coords [[x, y]], crop_box [x, y, w, h]. An image without masks gives an
         empty list. Raises ValueError for what is no such image.
         """
+        check_images(images)
         views = [view for i, image in enumerate(images) for view in self._views(i, image)]
         results: list[Future[list[dict[str, Any]]]] = []
         found: list[Candidates] = []
@@ -120,8 +122,6 @@ class MaskGenerator:
         return make_crops(image_hw, self.config.crop_n_layers, self.config.crop_overlap_ratio)
 
     def _views(self, image_index: int, image: Image) -> list[_View]:
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-            raise ValueError(f"an image is a uint8 array (H, W, 3); got {image.dtype} {image.shape}")
         image_hw = _hw(image)
         crops = self._crops(image_hw)
         return [_View(image_index, image_hw, j, crop, j == len(crops) - 1) for j, crop in enumerate(crops)]

@@ -21,6 +21,7 @@ from samray.config import MaskConfig
 from samray.errors import ImageError
 from samray.masks import rle
 from samray.masks.crops import Crop
+from samray.masks.images import check_images
 from samray.masks.records import Mask, to_record
 from samray.masks.scores import MASK_THRESHOLD, above, stability_scores
 from samray.prompts import Prompt
@@ -58,6 +59,11 @@ class PromptedGenerator:
         Raises: ImageError (`bad_prompt`) that names the first prompt that lies outside of its image, or of which comes
         no pixel; ValueError for what is no such image.
         """
+        check_images(images)
+        if isinstance(prompts, Prompt) or any(isinstance(own, Prompt) for own in prompts):
+            raise ValueError(
+                "prompts takes a list per image, as in generate([image], [[prompt]]); got prompts themselves"
+            )
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images, but prompts for {len(prompts)}")
         for image, own in zip(images, prompts, strict=True):
@@ -146,8 +152,6 @@ class PromptedGenerator:
 
 
 def _check(image: Image, prompts: Sequence[Prompt]) -> None:
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-        raise ValueError(f"an image is a uint8 array (H, W, 3); got {image.dtype} {image.shape}")
     for place, prompt in enumerate(prompts):
         problem = prompt.problem_in(width=image.shape[1], height=image.shape[0])
         if problem is not None:

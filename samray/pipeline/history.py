@@ -26,6 +26,7 @@ from samray.dataset.shards import open_shard, read_success
 from samray.dataset.tables import read_parquet
 from samray.errors import NotFoundError, StorageError
 from samray.pipeline.report import reason_of
+from samray.strict_json import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class FailureCounts:
     def get(self, shard: int, version: str | None) -> dict[str, int] | None:
         """Reason -> number of failed images of a shard's file; None where nothing is known of that very file."""
         kept = self._kept.get(shard)
-        return None if kept is None or kept[0] != version else dict(json.loads(kept[1]))
+        return None if kept is None or kept[0] != version else dict(parse_json(kept[1]))
 
     def digests(self, versions: Mapping[int, str | None]) -> dict[int, str | None]:
         """The checksums of these very files (shard -> version), as far as anything is known of them."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -228,6 +230,38 @@ def test_yaml_files_are_read_strictly(tmp_path: Path, text: str, words: list[str
     message = refusal(file=file)
     for word in words:
         assert word in message
+
+
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{b}: &{b} [*{a}, *{a}]\n" for a, b in itertools.pairwise("abcdefghijklmnopqrstuvwxyz")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (BOMB, "line 2, column 8: aliases (*a) are not allowed"),
+        ("masks: &m {max_masks: 3}\noutput: *m\n", "aliases (*m) are not allowed"),
+        ("a: &a [*a]\n", "aliases (*a) are not allowed"),
+        ("masks: " + "[" * 100_000, "nested deeper than 16 levels"),
+        ("masks: " + "{a: " * 100_000, "nested deeper than 16 levels"),
+        ("\n".join("  " * i + "a:" for i in range(2_000)), "nested deeper than 16 levels"),
+        ("#" * (17 * 2**20), "more than 16 MiB"),
+    ],
+)
+def test_yaml_bombs_are_refused_in_a_sentence(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    message = refusal(file=tmp_path / "run.yaml")
+    assert words in message
+    assert len(message) < 500
+    assert "nested deeper" in refusal(overrides=[f"masks.point_grids={'[' * 10_000}"])
+    assert "aliases" in refusal(overrides=["masks.point_grids=[&a [1], *a]"])
+
+
+def test_a_configuration_that_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
+        assert "a folder, a pipe or a device" in refusal(file=path)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

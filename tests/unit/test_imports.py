@@ -15,7 +15,7 @@ import samray
 ROOT = Path(samray.__file__).resolve().parent
 
 LAYERS = [
-    {"errors", "precision", "scene_paint"},
+    {"errors", "precision", "scene_paint", "strict_json"},
     {"settings", "strict_yaml", "tiff"},
     {"config", "image_kinds", "prompts"},
     {"cli_help", "figures", "images", "kernels", "scenes", "storage"},

@@ -273,3 +273,9 @@ def test_a_path_is_no_part_of_the_settings_identity() -> None:
 def test_a_data_set_takes_no_prompts() -> None:
     with pytest.raises(ConfigError, match=r"input\.prompts is for samray\.label"):
         label_dataset(None, load_config(overrides=["input.prompts=a.jsonl"]))  # type: ignore[arg-type]
+
+
+def test_json_that_is_nested_too_deeply_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "deep.jsonl").write_text('{"uri": "a", "prompts": ' + "[" * 200_000 + "]" * 200_000 + "}\n")
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        PromptFile.read(str(tmp_path / "deep.jsonl"))

@@ -31,6 +31,7 @@ from samray.dataset.manifest import Plan
 from samray.dataset.shards import FOLDER as SHARDS
 from samray.dataset.shards import shard_number, shard_versions
 from samray.errors import ConfigError, NotFoundError, StorageError
+from samray.strict_json import parse_json
 
 MAX_LISTED: Final = 1_000_000
 """Of an export of more images the marks are believed: DEST is not listed to see whether each file is still there,
@@ -133,7 +134,7 @@ def _claim(job: Job, sizes: dict[int, int]) -> None:
 
 def _read_json(uri: str) -> dict[str, Any] | None:
     try:
-        found = json.loads(storage.read_bytes(uri))
+        found = parse_json(storage.read_bytes(uri))
     except NotFoundError:
         return None
     except ValueError as error:
