@@ -70,6 +70,8 @@ def fetch_images(rows: pa.Table, config: InputConfig, sample: Sample | None = No
     """
     items = rows.select(INPUT_SCHEMA.names).to_pylist()
     fetched = _fetch_all(items, config, storage.timeout_s())
+    if sample and len(items) >= _ENOUGH and all(isinstance(d, ImageError) and d.reason == "missing" for d in fetched):
+        _raise_if_the_disk_is_gone([_file_of(item) for item in items], sample)
     doubts = {i: data for i, data in enumerate(fetched) if isinstance(data, _DOUBT)}
     if doubts:
         readable = [_file_of(items[i]) for i, data in enumerate(fetched) if isinstance(data, bytes)]
@@ -142,7 +144,7 @@ def _fetch_all(items: list[dict[str, Any]], config: InputConfig, timeout_s: floa
 def _read_member(item: dict[str, Any]) -> bytes:
     """The bytes of a tar member; fewer where the tar ends earlier. Holes are filled with zeros."""
     if item["extents"] is None:
-        return storage.read_bytes(item["container"], item["offset"], item["size"], exact=True)
+        return storage.read_bytes(item["container"], item["offset"], item["size"])
     try:
         pieces = [(int(start), int(length)) for start, _, length in (p.partition("+") for p in item["extents"].split())]
     except ValueError as error:
@@ -150,7 +152,7 @@ def _read_member(item: dict[str, Any]) -> bytes:
     num_stored = sum(length for _, length in pieces)
     if any(start < 0 or length < 0 or start + length > item["size"] for start, length in pieces):
         raise FileError("the plan's map of the image's holes is damaged")
-    stored = storage.read_bytes(item["container"], item["offset"], num_stored, exact=True)
+    stored = storage.read_bytes(item["container"], item["offset"], num_stored)
     data = bytearray(item["size"])
     place = 0
     for start, length in pieces:
@@ -223,6 +225,16 @@ def _raise_if_nothing_is_readable(
         ) from error
 
 
+def _raise_if_the_disk_is_gone(files: list[str], sample: Sample) -> None:
+    """Files of a disk that is not mounted are not refused, but missing, and so are all others of the input."""
+    if all(storage.is_local(file) for file in files):
+        error = UnavailableError(
+            f"not one of {len(files)} files that INPUT names is there any more, such as {storage.redact(files[0])}; "
+            "check that the disk is mounted, then run the same command again"
+        )
+        _raise_if_nothing_is_readable([(file, error) for file in files], [], sample)
+
+
 def _any_is_readable(uris: Iterable[str]) -> bool:
     """Whether one of the first few of these files can be read now."""
     chosen = list(dict.fromkeys(uris))[:_MAX_PROBES]
@@ -241,7 +253,7 @@ def _is_readable(uri: str) -> bool:
             if storage.is_web(uri):  # may send no ranges, or compressed ones
                 storage.read_whole(uri, _PROBE_WEB_BYTES)
             else:
-                storage.read_bytes(uri, 0, _PROBE_BYTES, exact=True)
+                storage.read_bytes(uri, 0, _PROBE_BYTES)
         except TooLargeError:
             return True
         except (StorageError, ConfigError):

@@ -108,7 +108,9 @@ def label_with(
         from samray.sam.checkpoints import check_checkpoint
 
         check_checkpoint(config.model.name, config.model.checkpoint)
-    if not is_new:
+    if is_new:
+        storage.check_output(str(output))
+    else:
         config = config.as_begun(load_plan(str(output)).run["identity"])
     joining = append or redo_changed
     given = None if config.input.prompts is None else PromptFile.read(config.input.prompts)
@@ -141,6 +143,8 @@ def label_with(
     report.gpu_price_per_hour = config.cluster.gpu_price_per_hour
     stopped_by = None
     if todo:
+        if not is_new:
+            storage.check_output(plan.output)
         num_done = sum(plan.num_images_of(shard) for shard in done)
         with ProgressView(plan.num_images, num_done, enabled=progress) as view:
             by_shard = prompts.by_shard(plan, todo) if prompts else None

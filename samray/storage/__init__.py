@@ -6,7 +6,8 @@ literally: a `*`, `?`, `[`, `%` or `#` in a name is just a character. Local file
 `AWS_ACCESS_KEY_ID`, ...) and from fsspec's own configuration (`FSSPEC_S3_...`); none is ever put into a message.
 
 `put_new` is what makes a shard appear exactly once: on local disks a finished temporary file is hard-linked to its
-name, which fails if the name is taken; on object stores it is one conditional PUT of finished bytes.
+name, which fails if the name is taken; on object stores it is one conditional PUT of finished bytes; on filesystems
+that write in place a finished temporary file is renamed. `check_output` names a storage that can do none of this.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from samray.storage.uris import (
     resolve,
     scheme_of,
 )
-from samray.storage.writing import TEMPORARY_PREFIX, delete, put, put_chunks, put_new, remove_leftovers
+from samray.storage.writing import TEMPORARY_PREFIX, check_output, delete, put, put_chunks, put_new, remove_leftovers
 
 __all__ = [
     "TEMPORARY_PREFIX",
     "FileEntry",
+    "check_output",
     "clock",
     "configure",
     "delete",

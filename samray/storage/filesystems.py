@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from typing import Any
+from typing import Any, Final
 
 from samray.config import StorageConfig
 from samray.errors import ConfigError
@@ -13,7 +13,9 @@ from samray.storage import retrying
 from samray.storage.addresses import make_client
 from samray.storage.uris import is_local, scheme_of
 
-_CONNECT_S = 10.0
+_CONNECT_S: Final = 10.0
+SCHEMES_OF_HOSTS: Final = frozenset({"ftp", "hdfs", "sftp", "smb", "ssh", "webhdfs"})
+"""Their filesystems take host, port and user from the URI."""
 
 _filesystems: dict[str, Any] = {}
 _filesystems_lock = threading.Lock()
@@ -54,13 +56,28 @@ def configure(settings: StorageConfig) -> None:
 
 
 def filesystem(uri: str) -> Any:
-    """The process's one fsspec filesystem for the URI's scheme, made on first use and shared by all threads."""
-    scheme = scheme_of(uri)
+    """The process's one fsspec filesystem for the URI's scheme, made on first use and shared by all threads.
+
+    One for each host, if a filesystem is a connection to one.
+    """
+    key = _key_of(uri)
     with _filesystems_lock:
-        fs = _filesystems.get(scheme)
+        fs = _filesystems.get(key)
         if fs is None:
-            fs = _filesystems[scheme] = _make_filesystem(scheme)
+            fs = _filesystems[key] = _make_filesystem(scheme_of(uri), uri)
         return fs
+
+
+def reconnect(uri: str) -> None:
+    """Make the next request open a connection of its own, if the filesystem is one connection that may be broken."""
+    if scheme_of(uri) in SCHEMES_OF_HOSTS:
+        with _filesystems_lock:
+            _filesystems.pop(_key_of(uri), None)
+
+
+def _key_of(uri: str) -> str:
+    scheme = scheme_of(uri)
+    return "/".join(uri.split("/", 3)[:3]) if scheme in SCHEMES_OF_HOSTS else scheme
 
 
 def for_arrow(uri: str) -> tuple[Any, str]:
@@ -76,7 +93,7 @@ def for_arrow(uri: str) -> tuple[Any, str]:
     return PyFileSystem(FSSpecHandler(own)), own._strip_protocol(uri)
 
 
-def _make_filesystem(scheme: str) -> Any:
+def _make_filesystem(scheme: str, uri: str) -> Any:
     import fsspec
     from fsspec.config import conf
 
@@ -99,6 +116,8 @@ def _make_filesystem(scheme: str) -> Any:
         options["client_kwargs"] = {"timeout": timeout} | dict(conf.get(scheme, {}).get("client_kwargs", {}))
         options["get_client"] = make_client
     try:
+        if scheme in SCHEMES_OF_HOSTS:
+            options |= fsspec.get_filesystem_class(scheme)._get_kwargs_from_urls(uri)
         fs = fsspec.filesystem(scheme, **options)
     except ImportError as error:
         raise ConfigError(f"{scheme}:// needs a package that is not installed: {error}") from error

@@ -14,7 +14,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, cast
 
 from samray.errors import ConfigError, NotFoundError
-from samray.storage.filesystems import filesystem
+from samray.storage.filesystems import SCHEMES_OF_HOSTS, filesystem
 from samray.storage.reading import etag_of, exists, info_of, is_dir_like, kind_of_file, version_of
 from samray.storage.redaction import redact
 from samray.storage.retrying import attempt_options, retry
@@ -95,7 +95,10 @@ def _walk(folder: str) -> Iterator[FileEntry]:
     for name, info in found.items():
         if info.get("type") == "file" and not name.endswith("/"):
             size = info.get("size")
-            path = fs.unstrip_protocol(name).partition("://")[2]  # under the name that was asked for: s3a, not s3
+            if scheme in SCHEMES_OF_HOSTS:  # fsspec's names there begin below the host
+                path = folder.split("/", 3)[2] + "/" + name.lstrip("/")
+            else:
+                path = fs.unstrip_protocol(name).partition("://")[2]  # under the name that was asked for: s3a, not s3
             yield FileEntry(f"{scheme}://{path}", None if size is None else int(size), etag_of(info))
 
 

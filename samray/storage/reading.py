@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, Final, cast
 
 from samray.errors import FileError, NotFoundError, TooLargeError
 from samray.storage.faults import DamagedBodyError, server_answer
-from samray.storage.filesystems import filesystem
+from samray.storage.filesystems import SCHEMES_OF_HOSTS, filesystem
 from samray.storage.redaction import redact
 from samray.storage.retrying import attempt_options, retry
 from samray.storage.uris import is_local, is_web, normalize, scheme_of
@@ -19,10 +19,9 @@ from samray.storage.web import read_range_once, read_whole_once
 _BUFFER_BYTES: Final = 64 * 1024
 
 
-def read_bytes(uri: str, offset: int | None = None, length: int | None = None, *, exact: bool = False) -> bytes:
-    """The file's bytes, or `length` of them from `offset`; fewer if the file ends earlier.
+def read_bytes(uri: str, offset: int | None = None, length: int | None = None) -> bytes:
+    """The file's bytes, or `length` of them from `offset`; fewer only if the file ends earlier.
 
-    exact: the file was seen to have them all, so an answer with fewer was cut, unless the file is shorter now.
     Raises: NotFoundError, FileError, StorageError.
     """
     uri = normalize(uri)
@@ -33,9 +32,9 @@ def read_bytes(uri: str, offset: int | None = None, length: int | None = None, *
         data = _read_once(uri, offset, length)
         if length is not None and len(data) > length:
             raise DamagedBodyError(f"asked for {length} bytes, got {len(data)}")
-        if exact and length is not None and len(data) < length and not is_local(uri):
-            size = _info_once(uri).get("size")
-            if size is None or (offset or 0) + len(data) < min(int(size), (offset or 0) + length):
+        if length is not None and len(data) < length and not is_local(uri):
+            size = _info_once(uri).get("size")  # the file's end, or an answer that was cut?
+            if size is not None and (offset or 0) + len(data) < min(int(size), (offset or 0) + length):
                 raise DamagedBodyError(f"the answer ended after {len(data)} of {length} bytes")
         return data
 
@@ -83,6 +82,8 @@ def _read_once(uri: str, offset: int | None, length: int | None) -> bytes:
     if is_web(uri):
         return read_range_once(uri, offset or 0, length)
     fs = filesystem(uri)
+    if scheme_of(uri) in SCHEMES_OF_HOSTS:  # fsspec's FTP would ask for a file of that whole name
+        uri = fs._strip_protocol(uri)
     if offset is None and length is None:
         # Without max_concurrency=1 s3fs asks for the size first: two requests where one does.
         options = {"max_concurrency": 1} if scheme_of(uri) in ("s3", "s3a") else {}
@@ -139,7 +140,7 @@ class _RangeFile(io.RawIOBase):
         length = min(len(view), self._size - self._position)
         if length <= 0:
             return 0
-        data = read_bytes(self._uri, self._position, length, exact=True)
+        data = read_bytes(self._uri, self._position, length)
         view[: len(data)] = data
         self._position += len(data)
         return len(data)

@@ -20,7 +20,7 @@ from samray.config import StorageConfig
 from samray.errors import ConfigError, StorageError
 from samray.storage.faults import Fault, as_storage_error, fault_of, is_conflict
 from samray.storage.redaction import redact, redact_error
-from samray.storage.uris import place_of
+from samray.storage.uris import place_of, scheme_of
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class _Limit(threading.local):
 _limit = _Limit()
 _outages: dict[str, tuple[float, float]] = {}
 _outages_lock = threading.Lock()
+_ftp_lock = threading.RLock()
 
 
 def use(settings: StorageConfig) -> None:
@@ -100,6 +101,8 @@ def retry(doing: str, uri: str, call: Callable[[], T]) -> T:
     Raises: FileError or NotFoundError if it is this file that is refused, UnavailableError if every attempt failed,
     StorageError if no request will succeed; FileExistsError from `call` passes.
     """
+    from samray.storage import filesystems  # which needs this module itself
+
     started = time.monotonic()
     place = place_of(uri)
     attempt = 0
@@ -108,7 +111,8 @@ def retry(doing: str, uri: str, call: Callable[[], T]) -> T:
         attempt += 1
         _limit.attempt_until = started + _settings.timeout_s
         try:
-            result = call()
+            with _ftp_lock if scheme_of(uri) == "ftp" else contextlib.nullcontext():  # one connection, one request
+                result = call()
         except (StorageError, ConfigError):
             raise
         except Exception as error:  # every fsspec backend raises its own types; nothing is swallowed here
@@ -122,6 +126,7 @@ def retry(doing: str, uri: str, call: Callable[[], T]) -> T:
             if isinstance(error, TimeoutError) and not str(error) and seen is not None:
                 error = seen  # what the server said before says more than that time is up
             seen = error
+            filesystems.reconnect(uri)
             if wait_s is None:
                 tried = f" after {attempt} attempt{'s' * (attempt != 1)} in {time.monotonic() - started:.0f} s"
                 raise as_storage_error(error, doing, uri, tried) from error
@@ -163,6 +168,6 @@ def _answered(place: str) -> None:
 
 def forget_outages() -> None:
     """Begin with a clean slate, as a forked child and a process with new endpoints do."""
-    global _outages_lock
-    _outages_lock = threading.Lock()
+    global _outages_lock, _ftp_lock
+    _outages_lock, _ftp_lock = threading.Lock(), threading.RLock()
     _outages.clear()

@@ -8,15 +8,17 @@ import fcntl
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, Final
 
-from samray.errors import NotFoundError, StorageError
+from samray.errors import ConfigError, NotFoundError, StorageError
 from samray.storage.faults import as_storage_error
 from samray.storage.filesystems import filesystem
+from samray.storage.reading import read_bytes
 from samray.storage.redaction import redact
 from samray.storage.retrying import attempt_options, retry
-from samray.storage.uris import is_local, normalize, scheme_of
+from samray.storage.uris import is_local, join, normalize, parent, scheme_of
 
 TEMPORARY_PREFIX: Final = ".samray-"
 """What the names of files begin with that are not finished yet."""
@@ -25,6 +27,9 @@ _TEMPORARY_SUFFIX: Final = ".tmp"
 # One PUT holds at most 5 GiB. s3fs would cut larger bodies than twice its chunk size into a multipart upload, whose
 # parts are no single conditional request; a shard is megabytes, so one PUT it is.
 _MAX_PUT_BYTES: Final = 5 * 2**30
+
+_OBJECT_STORES: Final = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"})
+"""Schemes under which fsspec writes a file by one request, or by one that completes it."""
 
 
 def put_new(uri: str, data: bytes) -> bool:
@@ -75,7 +80,7 @@ def put_chunks(uri: str, chunks: Iterable[bytes]) -> None:
             with _plain_errors(uri):
                 _sync(file)
             if folder is None:
-                retry("write", uri, lambda: filesystem(uri).put_file(temporary, uri))
+                retry("write", uri, lambda: _put_file_once(temporary, uri))
             else:
                 with _plain_errors(uri):
                     os.replace(temporary, uri)
@@ -94,8 +99,74 @@ def _plain_errors(uri: str) -> Iterator[None]:
         raise as_storage_error(error, "write", uri) from error
 
 
+def check_output(folder: str) -> None:
+    """Write one key twice in a folder of an object store, which has to refuse the second write. Leaves nothing behind.
+
+    On this machine's own disks nothing is written: there a link is what refuses.
+    Raises: ConfigError if the storage is not fit for an output, FileError, StorageError.
+    """
+    folder = normalize(folder)
+    if is_local(folder) or not _puts_whole(filesystem(folder), folder):
+        return
+    uri = join(folder, f".samray-probe-{uuid.uuid4().hex}")
+    try:
+        put_new(uri, b"first")
+        if put_new(uri, b"second") or read_bytes(uri) != b"first":
+            raise ConfigError(
+                f"OUTPUT {redact(folder)}: the storage creates a file that is there (it ignores If-None-Match), "
+                "so two workers could overwrite each other's shards; give an OUTPUT with conditional writes"
+            )
+    finally:
+        delete(uri)
+
+
+def _puts_whole(fs: Any, uri: str) -> bool:
+    """Whether a file appears there whole or not at all; False if it has to be written under another name and renamed.
+
+    Raises: ConfigError if neither can be had: a process that is killed would leave half a file that counts as done.
+    """
+    from fsspec.spec import AbstractFileSystem
+
+    if scheme_of(uri) in _OBJECT_STORES:
+        return True
+    if type(fs).mv is AbstractFileSystem.mv:  # copies, and deletes what it has copied
+        raise ConfigError(
+            f"{redact(uri)}: files on {scheme_of(uri)}:// are written in place and cannot be renamed, so a process "
+            "that is killed would leave half a file that counts as done; give an OUTPUT on a disk or an object store"
+        )
+    return False
+
+
+def _write_and_rename(fs: Any, uri: str, write: Callable[[str], None], *, replace: bool) -> None:
+    """Have `write` write another file in the folder, then give it its name. Raises: FileExistsError."""
+    folder = parent(uri)
+    fs.makedirs(folder, exist_ok=True)
+    if not replace and fs.exists(uri):
+        raise FileExistsError(errno.EEXIST, "already there", redact(uri))
+    temporary = join(folder, f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}{_TEMPORARY_SUFFIX}")
+    try:
+        write(temporary)
+        # Of two writers at the same instant the second may replace the first with its own finished bytes.
+        fs.mv(temporary, uri)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            fs.rm_file(temporary)
+        raise
+
+
+def _put_file_once(source: str, uri: str) -> None:
+    fs = filesystem(uri)
+    if _puts_whole(fs, uri):
+        fs.put_file(source, uri)
+    else:
+        _write_and_rename(fs, uri, lambda temporary: fs.put_file(source, temporary), replace=True)
+
+
 def _pipe(uri: str, data: bytes, mode: str) -> None:
     fs = filesystem(uri)
+    if not _puts_whole(fs, uri):
+        _write_and_rename(fs, uri, lambda temporary: fs.pipe_file(temporary, data), replace=mode == "overwrite")
+        return
     options: dict[str, Any] = {"mode": mode}
     if scheme_of(uri) in ("s3", "s3a"):
         if len(data) >= _MAX_PUT_BYTES:

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import standin
 from fault_proxy import FaultProxy, running_proxy
 from s3_server import BUCKET, S3Server
 
 from samray import storage
-from samray.config import InputConfig, StorageConfig
+from samray.config import InputConfig, StorageConfig, load_config
 from samray.dataset.inputs import INPUT_SCHEMA, fetch_images, list_images
-from samray.errors import ImageError, StorageError
+from samray.errors import ConfigError, ImageError, StorageError
+from samray.pipeline.run import label_with
 from samray.storage.retrying import forget_outages
 
 TRANSIENT = (
@@ -131,3 +134,16 @@ def test_s3_a_fault_that_stays_ends_the_run(s3: FaultProxy, s3_input: str, kind:
     s3.spoil(fault, kind)
     with pytest.raises(StorageError):
         ASK[kind](s3_input)
+
+
+def test_a_store_that_creates_a_key_twice_is_no_output(s3: FaultProxy, s3_input: str, tmp_path: Path) -> None:
+    output = f"s3://{BUCKET}/fault-matrix/{os.urandom(6).hex()}"
+    storage.check_output(output)
+    s3.ignores_conditions = True
+    with pytest.raises(ConfigError, match="conditional writes"):
+        storage.check_output(output)
+    (tmp_path / "weights").write_bytes(b"none")
+    config = load_config(None, None, [f"model.checkpoint={tmp_path / 'weights'}"])
+    with pytest.raises(ConfigError, match="conditional writes"):
+        label_with(s3_input, output, config, progress=False, make_labeler=standin.make_labeler)
+    assert storage.list_names(output) == {}

@@ -460,6 +460,20 @@ def test_names_that_are_no_utf8_become_failed_rows(tmp_path: Path) -> None:
     assert "not UTF-8" in str(fetch_images(table, InputConfig())[0])
 
 
+def test_a_disk_that_is_not_mounted_is_no_images_fault(tmp_path: Path) -> None:
+    folder = tmp_path / "disk"
+    write(str(folder), *(f"{i}.jpg" for i in range(6)))
+    table = listed(str(folder))
+    uris = table["uri"].to_pylist()
+    for i in range(4):
+        (folder / f"{i}.jpg").unlink()
+    found = fetch_images(table.slice(0, 4), InputConfig(), lambda: uris)
+    assert [data.reason for data in found if isinstance(data, ImageError)] == ["missing"] * 4  # others are there
+    folder.rename(tmp_path / "unmounted")
+    with pytest.raises(StorageError, match="check that the disk is mounted"):
+        fetch_images(table, InputConfig(), lambda: uris)
+
+
 class _Web(http.server.BaseHTTPRequestHandler):
     """Serves a picture, and fails where that is in the name."""
 

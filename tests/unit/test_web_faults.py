@@ -29,7 +29,7 @@ FILES = {f"{i}.png": f"{i}.png".encode() * 3000 for i in range(6)}
 
 TRANSIENT = (
     *("408", "421", "423", "425", "429", "500", "502", "503", "504", "507", "509", "520", "530", "599"),
-    *("no answer", "reset", "garbage", "stall", "stall in body", "cut", "cut chunked"),
+    *("no answer", "reset", "garbage", "stall", "stall in body", "cut", "cut chunked", "short"),
 )
 
 
