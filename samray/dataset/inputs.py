@@ -51,6 +51,8 @@ def list_images(input_uri: str, config: InputConfig, skipped: Skipped | None = N
         input_uri.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"INPUT {input_uri!a}: its name is not UTF-8; rename it, or give a link to it") from error
+    if not input_uri.strip() or "\0" in input_uri:  # an unset variable of the shell would be the current folder
+        raise ConfigError(f"INPUT is {input_uri!r}; give a folder, glob, tar, list of URIs or Parquet file")
     table = _list_all(storage.normalize(input_uri), config, skipped)
     yield table if config.limit is None else table.slice(0, config.limit)
 

@@ -87,7 +87,8 @@ def nothing_found(uri: str, root: str, found: pa.ChunkedArray) -> str:
     kinds = ", ".join(f"{number} {ending}" for ending, number in ordered[:5]) + ", ..." * (len(ordered) > 5)
     looked += f", among {len(names)} files ({kinds})" if len(found) else f"; below {storage.redact(root)} are {kinds}"
     wanted = (*image_extensions(), *_READABLE) if not len(found) else _READABLE
-    readable = next((ending for ending, _ in ordered if ending in wanted and ending != ".txt"), None)
+    there = [ending for ending in wanted if counts[ending] and ending != ".txt"]
+    readable = max(there, key=lambda ending: counts[ending], default=None)  # the first in `wanted` of the most frequent
     if readable is None:
         return looked
     same = [name for name in names if name.lower().endswith(readable)]

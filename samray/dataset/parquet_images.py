@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
@@ -59,6 +60,9 @@ def list_parquet(uri: str, prefix: str, root: str, config: InputConfig, etag: st
     with storage.open_read(uri) as stream:
         try:
             file = open_parquet(stream)
+            columns = Counter(file.schema_arrow.names)
+            if repeated := [name for name, number in columns.items() if number > 1]:
+                raise ValueError(f"several of its columns have the same name: {', '.join(sorted(repeated))[:200]}")
             column = image_column(file.schema_arrow, config)
             if column is None:
                 written = _written_uris(file, config)

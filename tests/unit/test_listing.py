@@ -573,6 +573,8 @@ def test_files_that_are_no_image_are_refused_at_once(tmp_path: Path, name: str) 
         ("zip://*.png::photos.zip", "chains filesystems"),
         ("simplecache::s3://b/x", "does not exist"),
         ("bad-\udcff", "its name is not UTF-8"),
+        ("", "INPUT is ''"),
+        ("a\0b", "INPUT is 'a"),
     ],
 )
 def test_inputs_that_cannot_be(uri: str, message: str) -> None:
@@ -587,13 +589,16 @@ def test_inputs_that_cannot_be(uri: str, message: str) -> None:
         ("x.csv", b"label\turi\n1\ta.png\n", r"separated by '\\t'.*expected commas"),
         ("x.csv", b"label,url\n1,a.png\n", "no column 'uri'.*columns are label, url;.*input.uri_column=url"),
         ("x.jsonl", b'{"label": 1, "file_name": "a.png"}\n', "no column 'uri'.*input.uri_column=file_name"),
+        ("two.parquet", None, "several of its columns have the same name: uri"),
         ("x.parquet", None, "no column 'uri'.*columns are caption, url;.*input.uri_column=url"),
     ],
 )
 def test_lists_without_the_column_say_which_they_have(
     tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
-    if content is None:
+    if name == "two.parquet":
+        pq.write_table(pa.Table.from_arrays([["a.png"], ["b.png"]], ["uri", "uri"]), tmp_path / name)
+    elif content is None:
         pq.write_table(pa.table({"caption": ["x"], "url": ["a.png"]}), tmp_path / name)
     else:
         (tmp_path / name).write_bytes(content)
@@ -610,6 +615,7 @@ def test_lists_without_the_column_say_which_they_have(
         (["1.TAR", "x.json"], "", "*.TAR"),
         (["a/b/1.png"], "*.jpg", "a/b/*.png"),
         (["lists/1.csv", "lists/2.csv"], "", "lists/*.csv"),
+        (["0.json", "0.parquet", "0.tar"], "", "*.tar"),
     ],
 )
 def test_the_pattern_that_is_suggested_finds_the_files(
