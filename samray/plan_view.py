@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 from rich.markup import escape
 
 from samray import storage
 from samray.cli_help import count, two_columns
-from samray.config import Config
+from samray.config import Config, MaskConfig
+from samray.pipeline.report import duration
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
     from samray.dataset.manifest import Plan
     from samray.dataset.prompt_files import MatchedPrompts
     from samray.dataset.skipped import Skipped
+
+
+_CORE_SECONDS: Final = {
+    "tiny": (0.3, 0.004), "vit_t": (2, 0.05), "vit_b": (12, 0.05), "vit_l": (30, 0.05), "vit_h": (55, 0.05)
+}  # fmt: skip
+"""Seconds of one core for a pass of the image encoder and for a prompt, from the measurements in the README."""
+_LONG_S: Final = 24 * 3600
+_MANY_PROMPTS: Final = 50_000
 
 
 def print_plan(
@@ -32,13 +41,15 @@ def print_plan(
     inputs = dict.fromkeys(generation.identity["input_uri"] for generation in plan.generations)
     rows = [("input", ", ".join(inputs)), ("images", images), ("done before", before), *_news(news), *_prompts(prompts)]
     rows += skipped_rows(plan.skipped if news is None or news.skipped is None else news.skipped)
-    _print(rows, plan.output, config, plan.run["identity"]["model"]["checkpoint_sha256"])
+    _print(rows, plan.output, config, plan.run["identity"]["model"]["checkpoint_sha256"], plan.num_images - num_done)
 
 
 def _news(news: News | None) -> list[tuple[str, str]]:
     """What the comparison of INPUT with the plan found, and what becomes of it."""
     if news is None:
         return []
+    if not news.listed:
+        return [("new images", "not looked for: INPUT was not listed again; --append adds what is new")]
     rows = []
     if news.num_new:
         rows.append(
@@ -117,18 +128,72 @@ def print_dry_run(input: str, output: str, config: Config, *, append: bool = Fal
     matched = given.match(listed) if given else None
     rows = [("input", input), ("images", images), ("done before", "none"), *_prompts(matched)]
     rows += skipped_rows(skipped) + problem_rows(listed)
-    _print(rows, output, config, None)
+    _print(rows, output, config, None, num_images)
 
 
-def _print(rows: list[tuple[str, str]], output: str, config: Config, checkpoint_sha256: str | None) -> None:
+def _print(
+    rows: list[tuple[str, str]], output: str, config: Config, checkpoint_sha256: str | None, num_images: int
+) -> None:
     model = f"{config.model.name}, {config.model.checkpoint or 'its own weights'}"
     if checkpoint_sha256:
         model += f" (SHA-256 {checkpoint_sha256[:12]}...)"
-    rows += [("model", model), ("masks", _masks(config)), ("runs on", _where(config)), ("output", output)]
+    rows += [("model", model), ("masks", _masks(config)), *cost_rows(config, num_images)]
+    rows += [("runs on", _where(config)), ("output", output)]
     table = two_columns()
     for name, value in rows:
         table.add_row(f"[bold]{name}[/bold]", escape(storage.redact(value)))
     Console(stderr=True, highlight=False).print(table, soft_wrap=True)
+
+
+def cost_rows(config: Config, num_images: int) -> list[tuple[str, str]]:
+    """What the run costs, as far as it can be known before: prompts per image, time on CPUs, weights to download.
+
+    num_images: that are left to label.
+    """
+    rows = []
+    if config.input.prompts is None:
+        passes, prompts = work_per_image(config.masks)
+        rows.append(("work", f"{count(prompts, 'prompt')} per image, image encoder run {count(passes, 'time')}"))
+        each = _cpu_seconds(config, passes, prompts)
+        if each is not None and num_images:
+            seconds = each * num_images
+            words = f"very roughly {duration(seconds)} on these CPUs for {count(num_images, 'image')}"
+            if seconds > _LONG_S:
+                fewer = "fewer masks.points_per_side or masks.crop_n_layers, a smaller model.name or GPUs take less"
+                words = f"WARNING: {words}; {fewer}"
+            rows.append(("time", words))
+        elif prompts > _MANY_PROMPTS:
+            rows.append(
+                ("WARNING", f"{count(prompts, 'prompt')} per image take long on any GPU: SA-1B was made with 3,072")
+            )
+    if config.model.checkpoint is None:
+        from samray.sam.checkpoints import list_models
+
+        missing = [row for row in list_models() if row.name == config.model.name and row.present is None]
+        rows += [("download", f"{row.size_mb:,.0f} MB of weights, once per machine") for row in missing]
+    return rows
+
+
+def work_per_image(masks: MaskConfig) -> tuple[int, int]:
+    """Passes of the image encoder and point prompts that an image takes: layer i has 4^i crops."""
+    layers = range(masks.crop_n_layers + 1)
+    if masks.point_grids is not None:
+        points = [len(grid) for grid in masks.point_grids]
+    else:
+        points = [int(masks.points_per_side / masks.crop_n_points_downscale_factor**layer) ** 2 for layer in layers]
+    return sum(4**layer for layer in layers), sum(points[layer] * 4**layer for layer in layers)
+
+
+def _cpu_seconds(config: Config, passes: int, prompts: int) -> float | None:
+    """An image's, within a factor of three or so; None if the run is not on this machine's CPUs."""
+    if config.cluster.address or os.environ.get("RAY_ADDRESS") or config.model.name not in _CORE_SECONDS:
+        return None
+    import torch
+
+    if torch.cuda.is_available() and config.model.device != "cpu":
+        return None
+    encode, decode = _CORE_SECONDS[config.model.name]
+    return (passes * encode + prompts * decode) / len(os.sched_getaffinity(0))
 
 
 def _masks(config: Config) -> str:

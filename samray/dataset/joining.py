@@ -37,6 +37,8 @@ _NUM_THREADS: Final = 32
 class News:
     """What INPUT holds that the plan does not, and what was done about it."""
 
+    listed: bool = False
+    """Whether INPUT was listed at all."""
     num_new: int = 0
     num_changed: int = 0
     appended: bool = False
@@ -106,6 +108,7 @@ def join_images(
     for _ in range(_MAX_TRIES):
         new, changed = compare(plan, listed)
         news = News(
+            listed=True,
             num_new=new.num_rows,
             num_changed=changed.num_rows,
             appended=append,

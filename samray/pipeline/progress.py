@@ -30,6 +30,7 @@ class ProgressView:
         self.note = "starting Ray"
         self._first_image_at: tuple[float, int] | None = None
         self._logged_at = time.monotonic()
+        self._num_logged = num_done_before
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
@@ -55,6 +56,8 @@ class ProgressView:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+        elif self.enabled and self.num_done != self._num_logged:  # the last line is where the run came to
+            print(f"samray: {self._line(time.monotonic())}", file=self.file, flush=True)
 
     def update(self, *, num_done: int | None = None, num_failed: int | None = None, note: str | None = None) -> None:
         """Show where the run is; cheap enough to call often."""
@@ -72,7 +75,7 @@ class ProgressView:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=self.note, completed=self.num_done, rate=self._rate(now))
         elif self.enabled and now - self._logged_at >= LOG_EVERY_S:
-            self._logged_at = now
+            self._logged_at, self._num_logged = now, self.num_done
             print(f"samray: {self._line(now)}", file=self.file, flush=True)
 
     def _line(self, now: float) -> str:

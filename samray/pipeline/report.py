@@ -241,8 +241,8 @@ def print_report(report: LabelReport, console: Console | None = None) -> None:
     skipped = f" ({report.num_shards_skipped} of {report.num_shards} shards were done before)"
     table.add_row("images", f"{report.num_images}" + skipped * bool(report.num_shards_skipped))
     if report.num_labelled:
-        rate = f"{report.num_labelled} in {duration(report.wall_s)}, {report.images_per_s:.2f} images/s"
-        table.add_row("labelled now", rate)
+        rate = f"{report.images_per_s:.2f} images/s with the start of Ray"
+        table.add_row("labelled now", f"{report.num_labelled} in {duration(report.wall_s)}, {rate}")
         table.add_row("masks", f"{report.num_masks}, {report.num_masks / report.num_labelled:.1f} an image")
     if report.num_failed:
         reasons = ", ".join(f"{number} {reason}" for reason, number in report.failures.items())

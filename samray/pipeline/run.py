@@ -121,7 +121,7 @@ def label_with(
         if given:
             given.match(images)
 
-    plan, news = make_plan(str(input), str(output), config, identity, joining=joining, check=check), News()
+    plan, news = make_plan(str(input), str(output), config, identity, joining=joining, check=check), News(listed=is_new)
     if joining and not is_new:
         plan, news = join_images(plan, str(input), config, identity, append=append, redo_changed=redo_changed)
     storage.remove_leftovers(plan.output)

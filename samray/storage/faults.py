@@ -13,10 +13,12 @@ import re
 import socket
 import ssl
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from samray.errors import BucketNotFoundError, FileError, NotFoundError, RefusedError, StorageError, UnavailableError
 from samray.storage.redaction import redact, redact_error
+from samray.storage.uris import is_local
 
 
 class Fault(enum.Enum):
@@ -233,6 +235,9 @@ def as_storage_error(error: Exception, doing: str, uri: str, tried: str = "") ->
             f"cannot {doing} {where}{tried}: {said}; "
             "check that the storage and its endpoint can be reached, then run the same command again"
         )
+    if isinstance(error, NotADirectoryError) and is_local(uri):
+        file = next((str(path) for path in Path(uri).parents if path.is_file()), uri)
+        return FileError(f"cannot {doing} {where}: {redact(file)} is a file; expected a folder, or a name that is free")
     if isinstance(error, PermissionError) or status in (401, 403):
         return RefusedError(
             f"cannot {doing} {where}: permission denied ({code or said}); grant it, or use another place"
