@@ -23,12 +23,12 @@ MAX_SIDE: Final = 2**20
 MAX_PIXELS: Final = 2**30
 """Most pixels of a mask. pycocotools counts them in 32 bits, from 2^31 on with a sign."""
 MAX_CHARS: Final = 2**24
-"""Longest string of run lengths. SAM's masks have hundreds to thousands of characters; decoding takes 60 bytes each."""
+"""Longest string of run lengths: SAM's masks have hundreds to thousands of characters. Decoding takes up to 60 bytes each."""
 
 _INTERVALS_AT_ONCE: Final = 2**19
 """Of masks that are traced together: 400 bytes each, at most."""
 
-_MAX_BITS: Final = 60
+_MAX_LETTERS: Final = 12
 _MAX_RUN: Final = 2**32
 
 
@@ -44,14 +44,16 @@ def run_lengths(counts: str) -> Runs | None:
     if letters.max() > 63 or letters[-1] & 32:
         return None
     last = np.flatnonzero(letters < 32)  # of each number
-    groups = letters.astype(np.int64)
     first = np.append(0, last[:-1] + 1)
-    num_bits = 5 * (last - first + 1)
-    if num_bits.max() > _MAX_BITS:
+    num_letters = last - first + 1
+    if (most := int(num_letters.max())) > _MAX_LETTERS:
         return None
-    shift = 5 * (np.arange(len(groups)) - np.repeat(first, last - first + 1))
-    runs: Runs = np.add.reduceat((groups & 31) << shift, first)
-    runs -= (groups[last] >= 16).astype(np.int64) << num_bits
+    runs: Runs = (letters[first] & 31).astype(np.int64)
+    for place in range(1, most):  # of most numbers one or two letters
+        longer = np.flatnonzero(num_letters > place)
+        runs[longer] |= (letters[first[longer] + place] & 31).astype(np.int64) << 5 * place
+    negative = np.flatnonzero(letters[last] >= 16)
+    runs[negative] -= np.int64(1) << 5 * num_letters[negative]
     if np.abs(runs).max() > 2 * _MAX_RUN:  # before they are summed, which might overflow
         return None
     runs[1::2] = runs[1::2].cumsum()

@@ -101,6 +101,20 @@ def test_evaluate_counts_a_failed_image(hostile_output: Plan) -> None:
     assert not isinstance(three, ImageError)
 
 
+def test_corrections_take_no_lie_over(hostile_output: Plan, tmp_path: Path) -> None:
+    images = [{"id": i, "width": WIDTH, "height": HEIGHT, "file_name": f"{name}.png"} for i, name in enumerate("abc")]
+    annotations = [{"image_id": 1, "segmentation": [[1, 1, 9, 1, 9, 9]]}]
+    source = tmp_path / "corrected.json"
+    source.write_text(json.dumps({"images": images, "annotations": annotations}))
+    options: dict[str, Any] = {"corrects": hostile_output.output, "progress": False}
+    try:
+        samray.import_(str(source), str(tmp_path / "out"), **options)
+    except StorageError as error:
+        assert str(error).startswith("image 1")  # noqa: PT017
+    else:  # of another size than the person's image
+        assert [row["status"] for row in read_shard(str(tmp_path / "out"), 0).to_pylist()] == ["ok", "failed", "ok"]
+
+
 def test_the_report_shows_the_others(hostile_output: Plan, tmp_path: Path) -> None:
     assert main(["report", hostile_output.output, "--out", str(tmp_path / "report.html")]) == 0
 

@@ -22,7 +22,7 @@ from samray.dataset.export.review import ID_ATTRIBUTE, is_sure
 from samray.dataset.imports.records import counts_of, image_hw, measure
 from samray.dataset.runs import runs_of_image
 from samray.dataset.schema import ANNOTATIONS_PER_IMAGE, ImageRecord
-from samray.errors import ImageError
+from samray.errors import ImageError, StorageError
 
 MATCH_IOU: Final = 0.5
 """Least IoU of a person's mask with the one that it is taken for."""
@@ -78,6 +78,11 @@ def corrected_record(
         rest: list[Mask] = []
         for mask in row["annotations"]:
             (shown if is_sure(mask["predicted_iou"], mask["stability_score"], confident, stable) else rest).append(mask)
+        if any(mask["segmentation"]["size"] != list(hw) for mask in row["annotations"]):
+            raise StorageError(
+                f"image {known['image_id']} has a mask that is not of its size, {hw[1]}x{hw[0]}; "
+                "`samray verify --deep` finds all such faults"
+            )
         runs_of_image(known["image_id"], [mask["segmentation"]["counts"] for mask in shown], hw)
         same_as = match_masks(shown, theirs, hw)
 
