@@ -23,7 +23,7 @@ MAX_SIDE: Final = 2**20
 MAX_PIXELS: Final = 2**30
 """Most pixels of a mask. pycocotools counts them in 32 bits, from 2^31 on with a sign."""
 MAX_CHARS: Final = 2**24
-"""Longest string of run lengths: SAM's masks have hundreds to thousands of characters. Decoding takes up to 60 bytes each."""
+"""Longest string of run lengths: SAM's have hundreds to thousands of characters. Decoding takes up to 60 bytes each."""
 
 _INTERVALS_AT_ONCE: Final = 2**19
 """Of masks that are traced together: 400 bytes each, at most."""
