@@ -37,7 +37,7 @@ _REMOTE: Final = frozenset(
 )
 _ROWS_AT_ONCE: Final = 2**20
 _NEVER: Final = "not_allowed: {server} is a link-local address, where clouds keep credentials; samray never asks it"
-_SETTING: Final = "if you trust the list, add input.allow_outside=true"
+_SETTING: Final = "if you trust the list, add input.allow_outside=true (and --redo-changed to an OUTPUT that is begun)"
 
 
 def problems_of(places: pa.ChunkedArray, folder: str, *, allow_outside: bool) -> pa.ChunkedArray | None:

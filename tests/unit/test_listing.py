@@ -628,3 +628,52 @@ def test_the_pattern_that_is_suggested_finds_the_files(
         listed(tmp_path / given)
     assert f"name them, as in '{tmp_path / pattern}'" in str(caught.value)
     assert list(tmp_path.glob(pattern))
+
+
+# --- what was left out stays with the output -----------------------------------------------------------------------
+
+
+def test_plan_and_summary_keep_what_was_left_out(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from samray.config import Config
+    from samray.dataset.joining import join_images
+    from samray.dataset.manifest import load_plan, make_plan
+    from samray.pipeline.report import LabelReport, print_report
+
+    folder, out = tmp_path / "in", str(tmp_path / "out")
+    folder.mkdir()
+    for name in ("a.jpg", "notes.txt"):
+        (folder / name).write_bytes(b"x")
+    config = Config()
+    make_plan(str(folder), out, config, config.identity())
+    plan = load_plan(out)
+    assert plan.skipped.lines() == ["1 .txt: not images by their ending"]
+    for name in ("b.jpg", "more.txt"):
+        (folder / name).write_bytes(b"x")
+    plan, news = join_images(plan, str(folder), config, config.identity(), append=True, redo_changed=False)
+    assert news.skipped is not None
+    assert news.skipped.lines() == ["2 .txt: not images by their ending"]
+    assert load_plan(out).skipped.lines() == ["2 .txt: not images by their ending"]
+    sink = io.StringIO()
+    print_report(LabelReport(out, 2, 1, skipped=plan.skipped.redacted()), Console(file=sink, width=100))
+    assert "left out" in sink.getvalue()
+    assert "2 .txt: not images by their ending" in sink.getvalue()
+
+
+def test_an_image_that_a_setting_lets_in_has_changed(tmp_path: Path) -> None:
+    """So `--redo-changed input.allow_outside=true` labels what was refused before, without another OUTPUT."""
+    from samray.config import Config
+    from samray.dataset.joining import join_images
+    from samray.dataset.manifest import make_plan
+
+    (tmp_path / "in").mkdir()
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    (tmp_path / "in" / "x.txt").write_text("../secret.png\na.png\n")
+    source, out, config = str(tmp_path / "in" / "x.txt"), str(tmp_path / "out"), Config()
+    plan = make_plan(source, out, config, config.identity())
+    assert str(fetch_images(plan.read_shard(0), config.input)[0]).startswith("not_allowed")
+    trusting = Config(input=InputConfig(allow_outside=True))
+    plan, news = join_images(plan, source, trusting, trusting.identity(), append=False, redo_changed=True)
+    assert news.num_changed == 1
+    assert fetch_images(plan.read_shard(0), trusting.input)[0] == b"secret"
