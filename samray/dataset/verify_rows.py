@@ -12,7 +12,7 @@ import pyarrow as pa
 from samray.dataset.runs import area, bbox_xywh, check_size, checked_runs
 from samray.dataset.schema import ANNOTATIONS_PER_IMAGE, CHANGES
 
-PREDICTED_IOU_RANGE: Final = (-0.25, 1.25)
+PREDICTED_IOU_RANGE: Final = (-0.4, 1.4)
 """SAM's head estimates an IoU without a bound; what is further away than this from [0, 1] is no such estimate."""
 
 

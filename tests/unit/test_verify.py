@@ -63,7 +63,7 @@ SHALLOW: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], str]] = {
     "score": (lambda rows: first_mask(rows).update(predicted_iou=float("nan")), "a score that is not a number"),
     "high score": (
         lambda rows: first_mask(rows).update(predicted_iou=1.5),
-        "predicted_iou 1.5, expected -0.25 to 1.25",
+        "predicted_iou 1.5, expected -0.4 to 1.4",
     ),
     "low score": (lambda rows: first_mask(rows).update(stability_score=-0.1), "a score out of range: stability_score"),
     "NaN box": (lambda rows: first_mask(rows)["bbox"].__setitem__(2, float("nan")), "a box that is not four finite"),
