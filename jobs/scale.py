@@ -15,7 +15,6 @@ import argparse
 import functools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -231,11 +230,10 @@ def make_sleeper(config: Config, num_threads: int, seconds: float, masks: int, l
 
 def one_simulation(actors: int, seconds: float, masks: int, shards: int, images_per_shard: int) -> dict[str, Any]:
     """One number of actors, in a process of its own, whose CPU time is then the driver's."""
-    import ray
     from PIL import Image
 
-    from samray.pipeline.cluster import start_local_ray
     from samray.pipeline.run import label_with
+    from samray.pipeline.session import local_ray
 
     num_images = actors * shards * images_per_shard
     with tempfile.TemporaryDirectory() as folder, CpuWatch() as watch:
@@ -247,8 +245,7 @@ def one_simulation(actors: int, seconds: float, masks: int, shards: int, images_
         Path(folder, "listing.txt").write_text("\n".join(names))
         Path(folder, "log").mkdir()
         # A quarter of a CPU is what an actor reserves of half of one.
-        temp_dir = start_local_ray(num_cpus=actors // 2 + 4, num_gpus=actors, object_store_memory=2**30)
-        try:
+        with local_ray(num_cpus=actors // 2 + 4, num_gpus=actors, object_store_memory=2**30):
             config = load_config(
                 "tiny",
                 None,
@@ -261,9 +258,6 @@ def one_simulation(actors: int, seconds: float, masks: int, shards: int, images_
             report = label_with(
                 f"{folder}/listing.txt", f"{folder}/output", config, progress=False, make_labeler=make_labeler
             )
-        finally:
-            ray.shutdown()
-            shutil.rmtree(temp_dir, ignore_errors=True)
         assert report.num_labelled == num_images, report
         logs = [
             [tuple(map(float, line.split())) for line in path.read_text().splitlines()]
@@ -329,14 +323,14 @@ def start(shards: int, ways: list[str]) -> dict[str, Any]:
     """
     import ray.data
 
-    from samray.pipeline.cluster import IO_CPUS, data_settings, start_local_ray
+    from samray.pipeline.cluster import IO_CPUS, data_settings
     from samray.pipeline.read import shards_to_do, source_table
+    from samray.pipeline.session import local_ray
 
     def put_as_blocks(table: Any) -> Any:
         return ray.data.from_blocks([table.slice(i, 1) for i in range(len(table))])
 
-    temp_dir = start_local_ray(num_cpus=2, object_store_memory=2**30)
-    try:
+    with local_ray(num_cpus=2, object_store_memory=2**30):
         figures: dict[str, Any] = {"shards": shards}
         with data_settings(load_config("tiny").cluster):
             for make in (way for way in (shards_to_do, put_as_blocks) if way.__name__ in ways):
@@ -352,9 +346,6 @@ def start(shards: int, ways: list[str]) -> dict[str, Any]:
                     "seconds": time.perf_counter() - wall,
                     "cpu_seconds": time.process_time() - cpu,
                 }
-    finally:
-        ray.shutdown()
-        shutil.rmtree(temp_dir, ignore_errors=True)
     return figures
 
 

@@ -1,8 +1,21 @@
-"""`python -m samray`: the command line where the `samray` script is not on the path."""
+"""The `samray` script, and `python -m samray` where it is not on the path."""
 
+from __future__ import annotations
+
+import signal
 import sys
 
-from samray.cli import main
+
+def run() -> None:
+    """The command line, which Ctrl-C ends without a traceback also while it is being imported and when it is over."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from samray.cli import main
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(code)
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -5,9 +5,13 @@ Heavy modules are imported inside the commands, so that `samray --help` answers 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -239,8 +243,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = app(argv, prog_name="samray", standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except typer.Abort:
-        return 130
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 130)
     except ConfigError as error:
         return _fail(str(error), 2)
     except StorageError as error:
@@ -259,6 +263,20 @@ def _fail(message: str, exit_code: int) -> int:
     if os.environ.get("SAMRAY_DEBUG", "") not in ("", "0") and sys.exc_info()[0] is not None:
         print(storage.redact_error(traceback.format_exc()), end="", file=sys.stderr)
     console = Console(stderr=True)
-    console.print("samray: ", style="bold red", end="")
-    console.print(storage.redact_error(message), markup=False, highlight=False, soft_wrap=True)
+    with _no_interrupts():
+        console.print("samray: ", style="bold red", end="")
+        console.print(storage.redact_error(message), markup=False, highlight=False, soft_wrap=True)
     return exit_code
+
+
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Whoever presses Ctrl-C again and again is to read why it ended, not where."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

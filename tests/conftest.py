@@ -7,15 +7,59 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from leftovers import SERVICE, Leftovers, private_temporary_folder
 from s3_server import BUCKET, S3Server, make_bucket, running_s3, weed_binary
 
 from samray import storage
 from samray.config import StorageConfig
+
+_last: Leftovers | None = None
+"""At the end of the last test."""
+_baseline = Leftovers()
+"""What fixtures of a wider scope than one test have brought with them."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    context = private_temporary_folder()
+    context.__enter__()
+    config.add_cleanup(lambda: context.__exit__(None, None, None))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
+    """What a fixture of a wider scope starts may outlive the test that happens to be the first to ask for it."""
+    if fixturedef.scope == "function" or SERVICE in os.environ:
+        return (yield)
+    before = Leftovers.look()
+    os.environ[SERVICE] = fixturedef.argname
+    try:
+        return (yield)
+    finally:
+        os.environ.pop(SERVICE, None)
+        after = Leftovers.look()
+        _baseline.ports |= after.ports - before.ports
+        _baseline.folders |= after.folders - before.folders
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """No test leaves a Ray, an orphan, a listening socket or a run's folder behind."""
+    global _last
+    before = _last or Leftovers.look()
+    yield
+    after = Leftovers.look()
+    before.ports |= _baseline.ports
+    before.folders |= _baseline.folders
+    if after.since(before):
+        after = after.wait_for_the_last(before)
+    _last = after
+    assert not after.since(before), "left behind:\n" + "\n".join(after.since(before))
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ from samray.pipeline.child import ChildNotStarted
 from samray.pipeline.faults import DeviceFault
 from samray.pipeline.labeler import EncodedImage, ShardLabeler, build_labeler
 from samray.pipeline.metrics import ActorFigures, record
+from samray.pipeline.processes import end_with_ray
 from samray.pipeline.read import sample_files
 from samray.pipeline.report import Labelled, ShardSummary
 from samray.prompts import Prompt
@@ -64,6 +65,7 @@ class LabelActor:
         make_labeler: Callable[[Config, int], ShardLabeler] = build_labeler,
     ) -> None:
         storage.configure(config.storage)
+        end_with_ray()
         self.plan = plan
         self.config = config
         self.run_id = run_id

@@ -1,23 +1,18 @@
-"""Which Ray the pipeline runs on, how many actors fit, and Ray Data's settings."""
+"""How many actors fit on the cluster, and Ray Data's settings."""
 
 from __future__ import annotations
 
 import logging
 import math
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.data
 
-import samray
 from samray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,7 +24,8 @@ IO_CPUS = 0.05
 ACTOR_CPUS_LEFT = 0.25
 """Actors reserve this much less than they use, so that even on one core there is room for fetch and write tasks."""
 
-QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+WHOLE_CPU_LEFT = 1.0
+"""The same in a pipeline of somebody else: Ray Data's tasks, such as those of read_images, each take a whole CPU."""
 
 MAX_THREADS_PER_CPU_ACTOR = 4
 MAX_THREADS_PER_GPU_ACTOR = 8
@@ -50,11 +46,16 @@ class Sizes:
 
 
 def choose_sizes(
-    config: ClusterConfig, nodes: list[dict[str, float]], num_shards: int, device: str | None = None
+    config: ClusterConfig,
+    nodes: list[dict[str, float]],
+    num_shards: int,
+    device: str | None = None,
+    *,
+    cpus_left: float = ACTOR_CPUS_LEFT,
 ) -> Sizes:
     """nodes: each one's resources, as Ray names them. No more actors than shards. device: model.device.
 
-    Raises ConfigError where no actor fits on any node and none can be expected to appear.
+    cpus_left: CPUs that each actor uses and does not reserve, for the stages before and after it.
     """
     num_gpus = sum(node.get("GPU", 0.0) for node in nodes)
     actor_gpus = config.num_gpus_per_actor
@@ -68,11 +69,12 @@ def choose_sizes(
         threads = max(1, min([MAX_THREADS_PER_GPU_ACTOR, *(int(share) for share in shares)]))
     else:
         threads = max(1, min(MAX_THREADS_PER_CPU_ACTOR, int(max((n.get("CPU", 0.0) for n in nodes), default=1))))
-    actor_cpus = max((config.num_cpus_per_actor or threads) - ACTOR_CPUS_LEFT, 0.25)
-    room = sum(
-        int(min(node.get("CPU", 0.0) / actor_cpus, node["GPU"] / actor_gpus if actor_gpus else math.inf))
-        for node in fitting
-    )
+    used_cpus = config.num_cpus_per_actor or threads
+    actor_cpus = max(used_cpus - cpus_left, 0.0 if cpus_left >= 1 else 0.25)
+    if cpus_left >= 1:  # each actor leaves a CPU: no more of them than there are CPUs to use
+        room = num_places(nodes, used_cpus, actor_gpus, 0.0)
+    else:
+        room = num_places(nodes, actor_cpus, actor_gpus, 2 * IO_CPUS)
     max_actors = min(config.max_actors or max(room, config.min_actors), num_shards)
     return Sizes(
         min_actors=min(config.min_actors, max_actors),
@@ -85,111 +87,52 @@ def choose_sizes(
     )
 
 
+def num_places(nodes: list[dict[str, float]], cpus: float, gpus: float, spare_cpus: float) -> int:
+    """How many actors that reserve so much fit on the nodes, with spare_cpus left on one of them for other stages."""
+    places, too_many = 0, math.inf
+    for node in nodes:
+        cpus_here, gpus_here = node.get("CPU", 0.0), node.get("GPU", 0.0)
+        limits = [have / need for have, need in ((cpus_here, cpus), (gpus_here, gpus)) if need]
+        here = int(min(limits) + 1e-9) if limits else sys.maxsize
+        places += here
+        if cpus_here >= spare_cpus:
+            missing = spare_cpus - (cpus_here - here * cpus)
+            too_many = min(too_many, math.ceil(missing / cpus - 1e-9) if missing > 0 and cpus else 0)
+    return max(0, int(places - min(too_many, places)))
+
+
 def cluster_nodes() -> list[dict[str, float]]:
     """Resources of each node that is alive."""
     nodes: Any = ray.nodes
     return [node["Resources"] for node in nodes() if node["Alive"]]
 
 
-def check_fits(sizes: Sizes, nodes: list[dict[str, float]], device: str | None = None) -> None:
-    """Raises ConfigError when no node can hold one actor: on a cluster that does not grow it would wait forever.
+def check_fits(
+    sizes: Sizes, nodes: list[dict[str, float]], device: str | None = None, *, spare_cpus: float = 2 * IO_CPUS
+) -> Sizes:
+    """sizes, with no more actors than fit on the nodes: for a Ray that does not grow, where others would wait forever.
 
-    device: model.device; a GPU that no node has is refused as well.
+    device: model.device. spare_cpus: what the other stages need. Raises: ConfigError if not even min_actors fit, or if
+    no node has the GPU that device names.
     """
     if device is not None and device.startswith("cuda") and not any(node.get("GPU", 0) for node in nodes):
         raise ConfigError(f"model.device = {device!r} is not possible: there is no GPU here; leave it out, or give cpu")
-    needed = f"{sizes.actor_cpus:g} CPUs" + f" and {sizes.actor_gpus:g} GPUs" * bool(sizes.actor_gpus)
-    if not any(n.get("CPU", 0) >= sizes.actor_cpus and n.get("GPU", 0) >= sizes.actor_gpus for n in nodes):
-        held = "; ".join(f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes)
+    number = device.partition(":")[2] if device is not None and device.startswith("cuda") else ""
+    if number.isdecimal() and int(number) >= sizes.actor_gpus > 0:
         raise ConfigError(
-            f"an actor needs {needed}, but the nodes have {held}: lower cluster.num_cpus_per_actor or"
-            " cluster.num_gpus_per_actor"
+            f"model.device = {device!r} is not possible: an actor sees only the {sizes.actor_gpus:g} GPUs that it"
+            " reserves, counted from 0; give cuda, and choose GPUs with CUDA_VISIBLE_DEVICES"
         )
-
-
-@contextmanager
-def running_ray(config: ClusterConfig) -> Iterator[bool]:
-    """Ray, ready to use. Yields whether it is a local one of our own, which ends with the block.
-
-    In this order: the Ray this process is connected to already; config.address; RAY_ADDRESS, which a submitted job
-    finds set; else a Ray of our own on this machine. Workers of an existing cluster keep its environment: credentials
-    are never sent along.
-    """
-    if ray.is_initialized():
-        yield False
-        return
-    address = config.address or os.environ.get("RAY_ADDRESS")
-    if address:
-        try:
-            ray.init(address, runtime_env=_code_to_ship(), **QUIET)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"there is no Ray cluster to join at {address}: {error}") from error
-        try:
-            yield False
-        finally:
-            ray.shutdown()
-        return
-    temp_dir = start_local_ray()
-    try:
-        yield True
-    finally:
-        ray.shutdown()
-        shutil.rmtree(temp_dir, ignore_errors=True)
-
-
-def start_local_ray(**options: Any) -> str:
-    """A quiet Ray on this machine, whose workers import what this process can. Returns its folder of logs."""
-    # Ray keeps its sockets here, and a socket's path may have 107 bytes: hence not in a long TMPDIR.
-    parent = tempfile.gettempdir()
-    temp_dir = tempfile.mkdtemp(prefix="samray-", dir=parent if len(parent) <= 30 else "/tmp")
-    # Ray passes on the script's folder and the current one, not what else sys.path holds (a checkout, say).
-    import_path = os.pathsep.join(str(Path(entry or ".").absolute()) for entry in sys.path)
-    # Ray's C++ side else warns on our stderr that every actor of Ray Data has an argument in the object store.
-    level = os.environ.get("RAY_BACKEND_LOG_LEVEL", "fatal")
-    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < (os.cpu_count() or 1):
-        options.setdefault("num_cpus", len(os.sched_getaffinity(0)))  # of taskset and batch systems Ray knows nothing
-    with _environment(PYTHONPATH=import_path, RAY_BACKEND_LOG_LEVEL=level), _no_log_level_notice():
-        ray.init("local", include_dashboard=False, _temp_dir=temp_dir, **QUIET, **options)
-    return temp_dir
-
-
-@contextmanager
-def _no_log_level_notice() -> Iterator[None]:
-    """Drop the line in which Ray's C++ side tells on stderr that it obeys RAY_BACKEND_LOG_LEVEL; keep all others."""
-    with tempfile.TemporaryFile() as caught:
-        stderr = os.dup(2)
-        os.dup2(caught.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            caught.seek(0)
-            os.write(2, b"".join(line for line in caught if b"RAY_BACKEND_LOG_LEVEL" not in line))
-
-
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Environment variables for the processes that are started in the block."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _code_to_ship() -> dict[str, Any] | None:
-    """A source checkout has to travel to the nodes; an installed package is expected there, a job brings its own."""
-    package = Path(samray.__file__).parent
-    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    if in_job or package.parent.name in ("site-packages", "dist-packages"):
-        return None
-    return {"py_modules": [str(package)]}
+    places = num_places(nodes, sizes.actor_cpus, sizes.actor_gpus, spare_cpus)
+    if places < sizes.min_actors:
+        needed = f"{sizes.actor_cpus:g} CPUs" + f" and {sizes.actor_gpus:g} GPUs" * bool(sizes.actor_gpus)
+        held = "; ".join(f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes)
+        who = "an actor needs" if sizes.min_actors == 1 else f"{sizes.min_actors} actors (cluster.min_actors) each need"
+        raise ConfigError(
+            f"{who} {needed}, and reading and writing need {spare_cpus:g} CPUs, but the nodes have {held}: lower"
+            " cluster.min_actors, cluster.num_cpus_per_actor or cluster.num_gpus_per_actor"
+        )
+    return replace(sizes, max_actors=min(sizes.max_actors, places))
 
 
 @contextmanager

@@ -62,6 +62,8 @@ class StopRequest:
     """What signals have asked of the driver."""
 
     signum: int | None = None
+    """The first one."""
+    num_signals: int = 0
 
     @property
     def exit_code(self) -> int:
@@ -74,14 +76,16 @@ class StopRequest:
 def stop_on_signals() -> Iterator[StopRequest]:
     """SIGINT and SIGTERM ask for a drain; the second one raises KeyboardInterrupt, which ends the run at once.
 
-    Outside the main thread Python allows no handlers: there, nothing is caught.
+    More of them, while it ends, do nothing: Ray is to be shut down, not left half-way. Outside the main thread Python
+    allows no handlers: there, nothing is caught.
     """
     request = StopRequest()
 
     def on_signal(signum: int, frame: FrameType | None) -> None:
-        if request.signum is not None:
+        request.num_signals += 1
+        if request.num_signals == 2:
             raise KeyboardInterrupt
-        request.signum = signum
+        request.signum = request.signum or signum
 
     if threading.current_thread() is not threading.main_thread():
         yield request

@@ -12,6 +12,7 @@ from samray.dataset.export.job import assemble, find_done, mark_finished, open_j
 from samray.dataset.export.pieces import Done, ExportOptions
 from samray.dataset.manifest import load_plan
 from samray.pipeline.fan_out import run_tasks, wants_ray
+from samray.pipeline.preflight import check_fan_out
 from samray.pipeline.progress import ProgressView
 
 
@@ -83,6 +84,7 @@ def export(
         confident=confident,
         stable=stable,
     )
+    check_fan_out(str(dest), ray, address)
     job, pieces = open_job(load_plan(str(output)), str(dest), format, options, partial=partial)
     found = find_done(job, pieces)
     report = ExportReport(storage.redact(job.dest), format, num_pieces=len(pieces), num_pieces_skipped=len(found))

@@ -34,8 +34,9 @@ def run_tasks(task: Callable[[T], R], items: Iterable[T], *, on_ray: bool, addre
     import ray.data
 
     from samray.config import ClusterConfig
-    from samray.pipeline.cluster import data_settings, running_ray
+    from samray.pipeline.cluster import data_settings
     from samray.pipeline.errors_of_ray import plain_error
+    from samray.pipeline.session import running_ray
 
     config = ClusterConfig(address=address)
     with running_ray(config), data_settings(config):
@@ -51,6 +52,9 @@ def run_tasks(task: Callable[[T], R], items: Iterable[T], *, on_ray: bool, addre
 
 
 def _run_one(batch: pa.Table, *, task: Callable[[Any], Any]) -> pa.Table:
+    from samray.pipeline.processes import end_with_ray
+
+    end_with_ray()
     (data,) = batch["data"].to_pylist()
     return _pickled(task(pickle.loads(data)))
 

@@ -24,6 +24,7 @@ from samray.errors import ConfigError, ImageError
 from samray.pipeline.correct import correct
 from samray.pipeline.fan_out import run_tasks, wants_ray
 from samray.pipeline.history import failures_of_shards
+from samray.pipeline.preflight import check_fan_out
 from samray.pipeline.progress import ProgressView
 from samray.pipeline.report import ImportReport, Labelled, ShardSummary
 
@@ -70,6 +71,7 @@ def import_(
     found = open_source(str(source), format)
     per_shard = OutputConfig(**({} if images_per_shard is None else {"images_per_shard": images_per_shard}))
     root = None if images is None else storage.normalize(str(images))
+    check_fan_out(str(output), ray if found.format == "sa1b" else False, address)
     in_coco = coco.read_images(found) if found.format == "coco" else None
     identity = {
         "imported": found.format,

@@ -290,8 +290,11 @@ def make_record(
     )
 
 
-def build_labeler(config: Config, num_threads: int) -> ShardLabeler:
-    """The labeler of an actor of Ray's: loads the model, where nothing else is set onto a GPU that it has reserved."""
+def build_labeler(config: Config, num_threads: int, checkpoint_sha256: str | None = None) -> ShardLabeler:
+    """The labeler of an actor of Ray's: loads the model, where nothing else is set onto a GPU that it has reserved.
+
+    Raises: ConfigError if the weights are not those with checkpoint_sha256, or cannot be loaded.
+    """
     import torch
 
     from samray.masks.generator import MaskGenerator
@@ -302,7 +305,9 @@ def build_labeler(config: Config, num_threads: int) -> ShardLabeler:
     device = config.model.device
     if device is None and reserved_gpus() == 0:
         device = "cpu"  # Ray hides no GPU from an actor that has reserved none
-    model: Sam = load_model(config.model.name, config.model.checkpoint, device, config.model.dtype)
+    model: Sam = load_model(
+        config.model.name, config.model.checkpoint, device, config.model.dtype, sha256=checkpoint_sha256
+    )
 
     def make_generator(points_per_batch: int | None) -> MaskSource:
         masks: MaskConfig = config.masks

@@ -25,6 +25,7 @@ from samray.dataset.schema import samray_metadata
 from samray.dataset.shards import read_shard
 from samray.errors import ImageError
 from samray.pipeline.cluster import IO_CPUS
+from samray.pipeline.processes import end_with_ray
 
 if TYPE_CHECKING:
     from samray.config import Config
@@ -130,6 +131,7 @@ def _read_task(table: pa.Table) -> ray.data.ReadTask:
 def fetch_shard(batch: pa.Table, *, plan: Plan, config: Config, retry_failed: bool) -> pa.Table:
     """Stage 2. One row of SOURCE in, one of FETCHED out: bytes, or the reason why there are none, for each image."""
     storage.configure(config.storage)
+    end_with_ray()
     (source,) = batch.to_pylist()
     shard = source["shard"]
     started = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import queue
 import threading
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from samray import storage
 from samray.config import Config
 from samray.dataset.credentials import read_credentials
+from samray.dataset.destination import check_is_folder
 from samray.dataset.inputs import check_readable
 from samray.dataset.joining import News, join_images, missing_shards, stale_shards
 from samray.dataset.manifest import Plan, load_plan, make_plan
@@ -24,6 +26,7 @@ from samray.dataset.prompt_files import MatchedPrompts, PromptFile
 from samray.dataset.shards import mark_success, shard_versions
 from samray.pipeline.errors_of_ray import plain_error
 from samray.pipeline.history import SAVE_EVERY_S, FailureCounts, failures_of_shards
+from samray.pipeline.preflight import check_label
 from samray.pipeline.progress import ProgressView
 from samray.pipeline.report import LabelReport, ShardSummary, no_masks
 
@@ -102,17 +105,16 @@ def label_with(
     """
     started = time.monotonic()
     storage.configure(config.storage)
+    check_is_folder(str(output))
     is_new = not storage.exists(storage.join(str(output), "_samray", "run.json"))
-    if make_labeler is None and is_new:
-        # Before the plan is made, for it would tie the output to weights that do not fit.
-        from samray.sam.checkpoints import check_checkpoint
-
-        check_checkpoint(config.model.name, config.model.checkpoint)
-    if is_new:
-        storage.check_output(str(output))
-    else:
+    if not is_new:
         config = config.as_begun(load_plan(str(output)).run["identity"])
     joining = append or redo_changed
+    with_model = make_labeler is None
+    if is_new or joining:  # before anything is written: it would tie OUTPUT to what cannot be done
+        check_label(str(input), str(output), config, with_model=with_model, is_new=is_new)
+    if is_new:
+        storage.check_output(str(output))
     given = None if config.input.prompts is None else PromptFile.read(config.input.prompts)
     identity = run_identity(config) | (given.identity if given else {})
 
@@ -143,6 +145,8 @@ def label_with(
     report.gpu_price_per_hour = config.cluster.gpu_price_per_hour
     stopped_by = None
     if todo:
+        if not (is_new or joining):
+            check_label(str(input), str(output), config, with_model=with_model, is_new=False)
         if not is_new:
             storage.check_output(plan.output)
         num_done = sum(plan.num_images_of(shard) for shard in done)
@@ -188,15 +192,17 @@ class _Run:
 
 def _run_on_ray(run: _Run) -> StopRequest | None:
     """Label the shards of run.todo; returns the signal that ended it early, if one did."""
-    from samray.pipeline.cluster import check_fits, choose_sizes, cluster_nodes, data_settings, running_ray
+    from samray.pipeline.cluster import check_fits, choose_sizes, cluster_nodes, data_settings
     from samray.pipeline.control import start_run_state, stop_on_signals
+    from samray.pipeline.session import running_ray
 
     config = run.config.cluster
     run.view.update(note="starting Ray")
-    with running_ray(config) as own, stop_on_signals() as stop, data_settings(config):
+    # Signals first: a Ctrl-C while Ray starts or ends would leave a part of it behind.
+    with stop_on_signals() as stop, running_ray(config) as is_fixed, data_settings(config):
         sizes = choose_sizes(config, cluster_nodes(), len(run.todo), run.config.model.device)
-        if own:
-            check_fits(sizes, cluster_nodes(), run.config.model.device)
+        if is_fixed:
+            sizes = check_fits(sizes, cluster_nodes(), run.config.model.device)
         state = start_run_state()
         _drive(build_pipeline(run, sizes, state), run, state, stop)
         return stop if stop.signum is not None else None
@@ -213,6 +219,7 @@ def build_pipeline(run: _Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
     from samray.pipeline.write import write_shard
 
     run_id = uuid.uuid4().hex[:12]
+    sha256 = run.plan.run["identity"]["model"].get("checkpoint_sha256")
     one_shard: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "udf_modifying_row_count": False}
     shards: Any = shards_to_do(source_table(run.todo, run.prompts, run.credentials))
     fetched = shards.map_batches(
@@ -230,7 +237,7 @@ def build_pipeline(run: _Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
             "run_id": run_id,
             "state": state,
             "num_threads": sizes.num_threads,
-            "make_labeler": run.make_labeler or build_labeler,
+            "make_labeler": run.make_labeler or functools.partial(build_labeler, checkpoint_sha256=sha256),
         },
         compute=ray.data.ActorPoolStrategy(min_size=sizes.min_actors, max_size=sizes.max_actors),
         num_cpus=sizes.actor_cpus,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,12 @@ from samray.config import Config
 from samray.dataset.schema import ANNOTATION
 from samray.dataset.tables import code_free
 from samray.errors import ConfigError, ImageError
-from samray.pipeline.cluster import choose_sizes, cluster_nodes
+from samray.pipeline.cluster import WHOLE_CPU_LEFT, check_fits, choose_sizes, cluster_nodes
 from samray.pipeline.labeler import EncodedImage, ShardLabeler, build_labeler
 from samray.pipeline.metrics import ActorFigures
+from samray.pipeline.processes import end_with_ray
+from samray.pipeline.session import ensure_ray
+from samray.sam.checkpoints import checkpoint_sha256
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -28,21 +32,27 @@ def label_dataset(
     ds: Dataset,
     config: Config | None = None,
     *,
-    make_labeler: Callable[[Config, int], ShardLabeler] = build_labeler,
+    make_labeler: Callable[[Config, int], ShardLabeler] | None = None,
 ) -> Dataset:
     """ds with the columns `annotations`, `status` and `error` added; lazy, as every stage of Ray Data.
 
     The images are in the column config.input.image_column, else in `bytes` or `image`: encoded bytes, Hugging Face's
     struct<bytes, path>, or RGB or grey uint8 arrays. An image that cannot be labelled has status `failed` and a reason.
     Annotation ids are image_id * 65536 + index where ds has an integer column `image_id`, else just the index.
-    make_labeler is called once in each actor with config and its number of threads.
+    make_labeler is called once in each actor with config and its number of threads. Each actor leaves one of its CPUs
+    to the stages before and after this one. Raises: ConfigError for settings that can never be run.
     """
     config = config or Config()
     if config.input.prompts is not None:
         raise ConfigError("input.prompts is for samray.label: the images of a data set have no names to find them by")
-    if not ray.is_initialized():
-        ray.init()
-    sizes = choose_sizes(config.cluster, cluster_nodes(), 1_000_000, config.model.device)
+    if make_labeler is None:  # every actor is to load the weights that this machine sees
+        sha256 = checkpoint_sha256(config.model.name, config.model.checkpoint)
+        make_labeler = functools.partial(build_labeler, checkpoint_sha256=sha256)
+    is_fixed = ensure_ray(config.cluster)
+    nodes, device = cluster_nodes(), config.model.device
+    sizes = choose_sizes(config.cluster, nodes, 1_000_000, device, cpus_left=WHOLE_CPU_LEFT)
+    if is_fixed:
+        sizes = check_fits(sizes, nodes, device, spare_cpus=WHOLE_CPU_LEFT)
     return ds.map_batches(
         DatasetLabeler,
         fn_constructor_kwargs={"config": config, "num_threads": sizes.num_threads, "make_labeler": make_labeler},
@@ -58,9 +68,8 @@ def label_dataset(
 class DatasetLabeler:
     """Ray Data's callable for label_dataset: a table of images in, the same table with the labels out."""
 
-    def __init__(
-        self, config: Config, num_threads: int, make_labeler: Callable[[Config, int], ShardLabeler] = build_labeler
-    ) -> None:
+    def __init__(self, config: Config, num_threads: int, make_labeler: Callable[[Config, int], ShardLabeler]) -> None:
+        end_with_ray()
         self.image_column = config.input.image_column
         self.figures = ActorFigures()
         self.labeler = make_labeler(config, num_threads)

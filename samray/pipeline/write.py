@@ -18,6 +18,7 @@ from samray.dataset.shards import put_shard, read_shard, shard_bytes, shard_uri
 from samray.dataset.tables import from_stream
 from samray.pipeline.attempts import ShardAttempts
 from samray.pipeline.metrics import record, record_stages
+from samray.pipeline.processes import end_with_ray
 from samray.pipeline.report import ShardSummary, reason_of
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def write_shard(batch: pa.Table, *, plan: Plan, config: Config, run_id: str) -> 
 
     A shard that is already there was committed by another try at the same images: that is success.
     """
+    end_with_ray()
     (labelled,) = batch.to_pylist()
     shard: int = labelled["shard"]
     if labelled["attempt"] == 0:

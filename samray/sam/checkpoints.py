@@ -45,12 +45,15 @@ def load_model(
     checkpoint: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    *,
+    sha256: str | None = None,
 ) -> Sam:
     """A Sam in evaluation mode whose parameters take no gradients.
 
     name: a row of MODELS. checkpoint: a file, a Hugging Face folder or any fsspec URI; None means the published
     weights, downloaded once per node, or for `tiny` the embedded ones. device: None is the GPU where there is one.
     dtype: float32 (the default), bfloat16, float16, or `auto`, which is bfloat16 on a GPU and float32 elsewhere.
+    sha256: what the weights file must have, in hex; None takes any.
 
     Raises ConfigError when the model, the file or its keys are not what they should be, StorageError when the storage
     behind a URI fails.
@@ -59,7 +62,9 @@ def load_model(
     chosen_device = _device(device)
     chosen_dtype = _dtype(dtype, chosen_device)
     path = resolve_checkpoint(name, checkpoint)
-    return build(spec, read_state_dict(path), str(path)).to(chosen_device).narrow(chosen_dtype)
+    with fetch.unchanged(path, sha256):
+        model = build(spec, read_state_dict(path), str(path))
+    return model.to(chosen_device).narrow(chosen_dtype)
 
 
 def build(spec: ModelSpec, state: Mapping[str, Tensor], origin: str) -> Sam:
@@ -166,15 +171,28 @@ def _resolve_given(checkpoint: str) -> Path:
     return path
 
 
+def check_device(device: str | None, *, here: bool = True) -> None:
+    """Raises: ConfigError if device cannot be had; here: on this machine, else on none at all."""
+    if device is not None:
+        _device(device) if here else _parse_device(device)
+
+
+def _parse_device(device: str | torch.device) -> torch.device:
+    try:
+        chosen = torch.device(device)
+        if chosen.type in ("cpu", "cuda") or torch.empty(0, device=chosen).device.type != "meta":
+            return chosen
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise ConfigError(
+            f"model.device: {device!r} is not a device of this PyTorch, expected cpu, cuda or cuda:N"
+        ) from error
+    raise ConfigError(f"model.device: {device!r} computes nothing, expected cpu, cuda or cuda:N")
+
+
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"model.device: {device!r} is no device of PyTorch's, expected cpu, cuda or cuda:N"
-        ) from error
+    chosen = _parse_device(device)
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"model.device: {device} was asked for, and PyTorch sees {torch.cuda.device_count()} GPUs")
     return chosen

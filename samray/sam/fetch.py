@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from samray.errors import ConfigError, StorageError
 _log = logging.getLogger(__name__)
 
 _PIECE_BYTES = 32 * 1024 * 1024
+_MAX_TRIES = 3
 _SMALL_FILE_BYTES = 32 * 1024 * 1024  # hashed in a blink: not worth a cache entry
 
 
@@ -59,17 +61,30 @@ def fetch_remote(uri: str) -> Path:
 
     Raises NotFoundError when there is no such object, and StorageError when it cannot be had.
     """
-    version = storage.file_version(uri) or storage.file_size(uri)
-    key = hashlib.sha256(f"{uri}\n{version}".encode()).hexdigest()[:16]
-    path = published_path(f"{key}-{uri.partition('?')[0].rpartition('/')[2]}")
-    _fetch(uri, path)
-    return path
+    for _ in range(_MAX_TRIES):
+        version = _version(uri)
+        key = hashlib.sha256(f"{uri}\n{version}".encode()).hexdigest()[:16]
+        path = published_path(f"{key}-{uri.partition('?')[0].rpartition('/')[2]}")
+        try:
+            _fetch(uri, path, version=version)
+            return path
+        except _Replaced:
+            continue
+    raise StorageError(f"{storage.redact(uri)} was replaced each time it was downloaded ({_MAX_TRIES} times)")
+
+
+class _Replaced(Exception):
+    """The object changed between the first and the last byte of its download."""
+
+
+def _version(uri: str) -> str:
+    return str(storage.file_version(uri) or storage.file_size(uri))
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a local file, remembered for large files by path, inode, size and modification time."""
+    """SHA-256 of a local file, remembered for large files by path, inode, size and times of its last change."""
     stat = path.stat()
-    identity = [str(path.absolute()), stat.st_ino, stat.st_size, stat.st_mtime_ns]
+    identity = _identity(path)
     key = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
     entry = cache_dir() / "sha256" / f"{key}.json"
     if stat.st_size > _SMALL_FILE_BYTES:
@@ -86,6 +101,31 @@ def file_sha256(path: Path) -> str:
             part.write_text(json.dumps({"identity": identity, "sha256": digest}))
             part.replace(entry)
     return digest
+
+
+def _identity(path: Path) -> list[str | int]:
+    """Differs after every change; ctime too, for a program may set mtime back and not ctime."""
+    stat = path.stat()
+    return [str(path.absolute()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+@contextlib.contextmanager
+def unchanged(path: Path, sha256: str | None) -> Iterator[None]:
+    """The block reads a file with this SHA-256, from its first byte to its last; None: any file.
+
+    Raises: ConfigError if it is another file, or if it was replaced while the block read it.
+    """
+    before = _identity(path)
+    found = sha256 if sha256 is None else file_sha256(path)
+    if found != sha256:
+        raise ConfigError(
+            f"{path} on {socket.gethostname()} does not hold this run's weights: their SHA-256 is {sha256}, that of the"
+            f" file {found}. The file was replaced, or differs between machines: put the run's weights back, or give"
+            " another OUTPUT for these"
+        )
+    yield
+    if sha256 is not None and _identity(path) != before:
+        raise ConfigError(f"{path} was replaced while it was loaded; put this run's weights back and run again")
 
 
 @contextlib.contextmanager
@@ -106,17 +146,20 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _fetch(uri: str, path: Path, expected_sha256: str | None = None) -> None:
+def _fetch(uri: str, path: Path, expected_sha256: str | None = None, version: str | None = None) -> None:
     """Makes `path` be there. A file appears whole, so one that is there needs no lock and no writable folder."""
     if path.exists():
         return
     with _locked(path):
         if not path.exists():
-            _download(uri, path, expected_sha256)
+            _download(uri, path, expected_sha256, version)
 
 
-def _download(uri: str, path: Path, expected_sha256: str | None = None) -> None:
-    """Streams `uri` to disk beside `path` and renames it once it is whole; the caller holds the lock."""
+def _download(uri: str, path: Path, expected_sha256: str | None, version: str | None) -> None:
+    """Streams `uri` to disk next to `path` and renames it once it is whole; the caller holds the lock.
+
+    Raises: _Replaced if the object is not of this version any more: pieces of two would make a mixture.
+    """
     part = path.with_name(path.name + ".part")
     _log.info("downloading %s to %s", storage.redact(uri), path)
     try:
@@ -125,6 +168,8 @@ def _download(uri: str, path: Path, expected_sha256: str | None = None) -> None:
             raise ConfigError(
                 f"{storage.redact(uri)} came damaged or was changed: expected SHA-256 {expected_sha256}, found {found}"
             )
+        if version is not None and (_version(uri) != version or not _is_same_again(uri, part)):
+            raise _Replaced
         part.replace(path)
     except OSError as error:  # of the local disk: `storage` raises its own kind
         raise ConfigError(
@@ -132,6 +177,18 @@ def _download(uri: str, path: Path, expected_sha256: str | None = None) -> None:
         ) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _is_same_again(uri: str, part: Path) -> bool:
+    """Whether a store that knows no versions gives the same bytes a second time; a version says so without reading."""
+    if storage.file_version(uri) is not None:
+        return True
+    again = part.with_name(part.name + ".again")
+    try:
+        _stream(uri, again)
+        return file_sha256(again) == file_sha256(part)
+    finally:
+        again.unlink(missing_ok=True)
 
 
 def _stream(uri: str, part: Path) -> None:

@@ -95,6 +95,9 @@ class ExampleMaker:
     """Numbers of examples to examples: what a data actor runs."""
 
     def __init__(self, mixture: Any, frame: Frame, pace: Pace | None = None) -> None:
+        from samray.pipeline.processes import end_with_ray
+
+        end_with_ray()
         if not isinstance(mixture, Mixture):
             import ray
 

@@ -107,6 +107,7 @@ def check_settings(settings: TrainSettings) -> ModelSpec:
 class Learner:
     """The model, its running average, the optimizer and the position.
 
+    identity: of the run (train.json); the weights it begins with must be those of which it holds the SHA-256.
     image_size: of the input, pixels. state: as `Store.read_state` gives it, None to begin. wrap: what makes the loss a
     parallel one. stream: this worker's number. keeps_average: whether this worker holds the average; one is enough.
     """
@@ -116,6 +117,7 @@ class Learner:
         settings: TrainSettings,
         spec: ModelSpec,
         *,
+        identity: Mapping[str, Any] | None = None,
         image_size: int,
         device: torch.device,
         state: Mapping[str, Any] | None = None,
@@ -131,9 +133,10 @@ class Learner:
         self.sam = Sam(dataclasses.replace(spec, image_size=image_size))
         teacher = None
         if config.distill_from is not None:
-            teacher = load_model(config.distill_from, config.distill_checkpoint, device)
+            sha256 = (identity or {}).get("train", {}).get("distill_checkpoint_sha256")
+            teacher = load_model(config.distill_from, config.distill_checkpoint, device, sha256=sha256)
         if state is None:
-            self._begin(settings, teacher)
+            self._begin(settings, teacher, (identity or {}).get("model", {}).get("checkpoint_sha256"))
         else:
             self.sam.load_state_dict(state["model"])
             self.means.sums, self.means.count = dict(state["sums"]), state["count"]
@@ -157,10 +160,10 @@ class Learner:
         loss: nn.Module = self.scores or self.interaction
         self.loss: nn.Module = wrap(loss if teacher is None else DistillationLoss(self.sam, teacher, dtype))
 
-    def _begin(self, settings: TrainSettings, teacher: Sam | None) -> None:
+    def _begin(self, settings: TrainSettings, teacher: Sam | None, sha256: str | None) -> None:
         """The first weights: random, or those of a checkpoint; what a teacher does not teach is taken from it."""
         if not self.config.from_scratch:
-            begun = load_model(settings.model.name, settings.model.checkpoint, device="cpu")
+            begun = load_model(settings.model.name, settings.model.checkpoint, device="cpu", sha256=sha256)
             self.sam.load_state_dict(begun.state_dict())
         if teacher is not None:
             self.sam.prompt_encoder.load_state_dict(teacher.prompt_encoder.state_dict())

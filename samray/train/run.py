@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from samray import storage
 from samray.config import ClusterConfig
+from samray.dataset.destination import check_writable
 from samray.errors import ConfigError, SamrayError, StorageError
+from samray.pipeline.preflight import machine_nodes
+from samray.pipeline.processes import end_with_ray
 from samray.train.data import DATA_CPUS, SCENES, example_stream, open_data, output_of
 from samray.train.learner import Learner, check_settings, frame_of, size_due
 from samray.train.loop import Worker, run_leg
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
 
 LEG_STEPS = 4096
 """Steps of a leg at most: the driver hands each step's block to Ray Data before the first begins."""
+MAX_STARTS = 3
+"""Starts of the workers, one after the other, of which none came to a step."""
 POLL_S = 0.5
 BEAT_S = 0.25
 """Seconds between two words of the first worker with the driver."""
@@ -66,18 +71,39 @@ def train(
     storage.remove_leftovers(store.output)
     num_images = [(uri, part.num_images) for uri, part in zip(uris, mixture.parts, strict=True)]
     identity = full_identity(settings, spec.name, num_images)
+    is_done = store.read_position().progress(settings.train) >= 1
+    if not is_done:
+        _check_start(store.output, settings, mixture)
     is_new = store.claim(identity, settings.model_dump(mode="json"), TrainSettings().identity())
     stopped_by = None
-    if store.read_position().progress(settings.train) < 1:
+    if not is_done:
         try:
             with TrainView(settings.train.batch_size, enabled=progress) as view:
-                stopped_by = _run_on_ray(_Run(mixture, settings, store, view))
+                stopped_by = _run_on_ray(_Run(mixture, settings, identity, store, view))
         except SamrayError:
             if is_new:
                 with contextlib.suppress(StorageError):
                     store.give_back()
             raise
     return _conclude(store, settings, num_images, stopped_by)
+
+
+def _check_start(output: str, settings: TrainSettings, mixture: Mixture) -> None:
+    """Raises: ConfigError if a training could not start: disk, weights, Ray, workers that have no place, or DATA of
+    which no image can be read (StorageError: their storage is why)."""
+    from samray.sam.checkpoints import check_checkpoint
+
+    check_writable(output)
+    if not settings.train.from_scratch:
+        check_checkpoint(settings.model.name, settings.model.checkpoint)
+    if settings.train.distill_from is not None:
+        check_checkpoint(settings.train.distill_from, settings.train.distill_checkpoint)
+    frame = frame_of(check_settings(settings), 64)
+    for part in mixture.parts:
+        part.example(0, frame)
+    nodes = machine_nodes(ClusterConfig(address=settings.cluster.address))
+    if nodes is not None:
+        choose_sizes(settings, nodes, can_grow=False)
 
 
 def full_identity(settings: TrainSettings, model: str, num_images: Sequence[tuple[str, int | None]]) -> dict[str, Any]:
@@ -122,6 +148,8 @@ def _absolute(settings: TrainSettings) -> TrainSettings:
 class _Run:
     mixture: Mixture
     settings: TrainSettings
+    identity: dict[str, Any]
+    """As `full_identity` gives it."""
     store: Store
     view: TrainView
 
@@ -197,19 +225,20 @@ def _run_on_ray(run: _Run) -> StopRequest | None:
     """Leg after leg, until the budget is used up; returns the signal that ended it early, if one did."""
     import ray
 
-    from samray.pipeline.cluster import cluster_nodes, data_settings, running_ray
+    from samray.pipeline.cluster import cluster_nodes, data_settings
     from samray.pipeline.control import stop_on_signals
+    from samray.pipeline.session import running_ray
 
     config = run.settings.train
     cluster = ClusterConfig(address=run.settings.cluster.address)
     run.view.update(note="starting Ray")
     with (
-        running_ray(cluster) as own,
         stop_on_signals() as stop,
+        running_ray(cluster) as is_fixed,
         data_settings(cluster),
-        _ray_folder(run, own) as folder,
+        _ray_folder(run, is_fixed) as folder,
     ):
-        sizes = choose_sizes(run.settings, cluster_nodes(), can_grow=not own)
+        sizes = choose_sizes(run.settings, cluster_nodes(), can_grow=not is_fixed)
         mixture = ray.put(run.mixture)
         while stop.signum is None and (before := run.store.read_position()).progress(config) < 1:
             trainer = _make_trainer(run, sizes, mixture, before, folder)
@@ -260,6 +289,7 @@ def _make_trainer(run: _Run, sizes: Sizes, mixture: Any, position: Position, fol
 
     arguments = {
         "settings": settings,
+        "identity": run.identity,
         "store": store,
         "mixture": mixture,
         "image_size": image_size,
@@ -292,7 +322,31 @@ def _make_trainer(run: _Run, sizes: Sizes, mixture: Any, position: Position, fol
 
 
 def _work(arguments: dict[str, Any]) -> None:
-    """One worker's leg; what Ray Train runs."""
+    """One worker's leg; what Ray Train runs. The driver hears of what another try would not help, and ends it."""
+    import ray
+    import ray.train
+
+    from samray.pipeline.errors_of_ray import plain_error
+
+    end_with_ray()
+    monitor = arguments["monitor"]
+    if ray.train.get_context().get_world_rank() == 0 and ray.get(monitor.begin.remote()) > MAX_STARTS:
+        problem = SamrayError(
+            f"the training worker died {MAX_STARTS} times before its first step: most often the memory is too small for"
+            " model and batch (lower train.batch_size, or take a smaller model.name); Ray's log of the worker says more"
+        )
+        ray.get(monitor.give_up.remote(problem))
+        raise problem
+    try:
+        _train_leg(arguments)
+    except Exception as error:
+        problem = plain_error(error)
+        if isinstance(problem, ConfigError):
+            ray.get(monitor.give_up.remote(ConfigError(str(problem))))
+        raise
+
+
+def _train_leg(arguments: dict[str, Any]) -> None:
     import ray
     import ray.train
     import ray.train.torch
@@ -308,6 +362,7 @@ def _work(arguments: dict[str, Any]) -> None:
     learner = Learner(
         settings,
         spec,
+        identity=arguments["identity"],
         image_size=arguments["image_size"],
         device=device,
         state=store.read_state(),
@@ -390,8 +445,12 @@ def _drive(fit: Callable[[], object], monitor: Any, run: _Run, stop: StopRequest
             monitor.stop.remote()
             if time.monotonic() > deadline:
                 return
+        problem = None
         with contextlib.suppress(ray.exceptions.RayError):
+            problem = ray.get(monitor.why_given_up.remote(), timeout=5.0)
             line = ray.get(monitor.read.remote(), timeout=5.0) or line
+        if problem is not None:  # Ray Train would start the workers again
+            raise problem
         note = "stopping" if stop.signum is not None else "training" if line else "starting the workers"
         run.view.update(line, note=note)
     if outcome and outcome[0] is not None and stop.signum is None:

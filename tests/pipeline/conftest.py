@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import functools
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import standin
 from s3_server import weed_binary
 
 from samray.config import Config, load_config
-from samray.pipeline.cluster import start_local_ray
 from samray.pipeline.report import LabelReport
 from samray.pipeline.run import label_with
+from samray.pipeline.session import local_ray as running_local_ray
 
 
 @pytest.fixture(scope="session")
@@ -25,10 +23,8 @@ def local_ray(request: pytest.FixtureRequest) -> Iterator[None]:
     """A local Ray of two CPUs."""
     if weed_binary() is not None:
         request.getfixturevalue("s3_server")  # first: workers have the environment that Ray was started with
-    temp_dir = start_local_ray(num_cpus=2, object_store_memory=200 * 2**20)
-    yield
-    ray.shutdown()
-    shutil.rmtree(temp_dir, ignore_errors=True)
+    with running_local_ray(num_cpus=2, object_store_memory=200 * 2**20):
+        yield
 
 
 @pytest.fixture(scope="session")

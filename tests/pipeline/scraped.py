@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import shutil
 import sys
 import threading
 import time
@@ -18,14 +17,13 @@ from pathlib import Path
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(2, str(Path(__file__).resolve().parents[2]))
 
-import ray
 import standin
 from prometheus_client.parser import text_string_to_metric_families
 from s3_server import free_ports
 
 from samray.config import load_config
-from samray.pipeline.cluster import start_local_ray
 from samray.pipeline.run import label_with
+from samray.pipeline.session import local_ray
 
 Samples = list[tuple[str, dict[str, str], float]]
 PATIENCE_S = 60.0
@@ -46,9 +44,6 @@ def total(samples: Samples, name: str) -> float:
 def main(input: str, output: str, images: str, *overrides: str) -> None:
     (port,) = free_ports(1)
     quick = {"metrics_report_interval_ms": 300}
-    temp_dir = start_local_ray(
-        num_cpus=2, num_gpus=1, object_store_memory=100 * 2**20, _metrics_export_port=port, _system_config=quick
-    )
     under_way: Samples = []
     over = threading.Event()
 
@@ -59,8 +54,9 @@ def main(input: str, output: str, images: str, *overrides: str) -> None:
             except OSError:  # the agent is not there yet
                 continue
 
-    threading.Thread(target=watch, daemon=True).start()
-    try:
+    options = {"num_gpus": 1, "_metrics_export_port": port, "_system_config": quick}
+    with local_ray(num_cpus=2, object_store_memory=100 * 2**20, **options):
+        threading.Thread(target=watch, daemon=True).start()
         config = load_config(None, None, [f"model.checkpoint={__file__}", "output.max_failed_fraction=1.0", *overrides])
         make_labeler = functools.partial(standin.make_labeler, seconds=0.1)
         report = label_with(input, output, config, make_labeler=make_labeler, progress=False)
@@ -76,10 +72,7 @@ def main(input: str, output: str, images: str, *overrides: str) -> None:
             samples = scrape(port)
         figures = {**dataclasses.asdict(report), "busy_share": report.busy_share, "cost": report.cost}
         print(json.dumps({"report": figures, "under_way": under_way, "samples": samples}))
-    finally:
         over.set()
-        ray.shutdown()
-        shutil.rmtree(temp_dir, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -114,8 +114,11 @@ def test_duration(seconds: float, text: str) -> None:
 
 
 def test_a_gpu_that_no_node_has_is_refused() -> None:
-    for device, nodes in ((None, LAPTOP), ("cpu", LAPTOP), ("cuda:1", [{"CPU": 4.0, "GPU": 2.0}])):
+    two_gpus = [{"CPU": 4.0, "GPU": 2.0}]
+    for device, nodes in ((None, LAPTOP), ("cpu", LAPTOP), ("cuda:0", two_gpus)):
         check_fits(choose_sizes(ClusterConfig(), nodes, num_shards=1), nodes, device)
+    with pytest.raises(ConfigError, match="an actor sees only the 1 GPUs that it reserves"):
+        check_fits(choose_sizes(ClusterConfig(), two_gpus, num_shards=1), two_gpus, "cuda:1")
     with pytest.raises(ConfigError, match=r"model.device = 'cuda' is not possible: there is no GPU here"):
         check_fits(choose_sizes(ClusterConfig(), LAPTOP, num_shards=1), LAPTOP, "cuda")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import tarfile
 from collections.abc import Callable
@@ -14,11 +15,14 @@ import standin
 from outputs import attempts_left, check_every_image_once, rows_of
 
 from samray import storage
-from samray.dataset.shards import SUCCESS, done_shards, shard_uri
+from samray.config import Config
+from samray.dataset.shards import SUCCESS, done_shards, read_metadata, shard_uri
 from samray.errors import ConfigError
 from samray.pipeline import history
 from samray.pipeline import run as run_module
 from samray.pipeline.report import LabelReport
+from samray.pipeline.run import label_with
+from samray.sam.checkpoints import resolve_checkpoint
 
 Label = Callable[..., LabelReport]
 NAMES = [f"img_{i:03d}.png" for i in range(6)]
@@ -220,3 +224,25 @@ def test_a_model_that_cannot_be_had_ends_the_run_with_its_own_sentence(tmp_path:
     with pytest.raises(ConfigError) as caught:
         label(source, tmp_path / "out", make_labeler=standin.make_no_labeler)
     assert str(caught.value) == "model.device: cuda was asked for"
+
+
+def test_actors_refuse_weights_that_are_not_those_of_the_plan(
+    tmp_path: Path, tiny_checkpoint: Path, local_ray: None, config: Callable[..., Config]
+) -> None:
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(tiny_checkpoint.read_bytes())
+    source, output = _put_folder(str(tmp_path), _images()), str(tmp_path / "out")
+    settings = config(f"model.checkpoint={weights}", "model.device=cpu", "masks.points_per_side=2")
+
+    def run(on_plan: Callable[..., None] = lambda *anything: None) -> LabelReport:
+        return label_with(source, output, settings, progress=False, on_plan=on_plan)
+
+    with pytest.raises(ConfigError, match="does not hold this run's weights"):
+        run(lambda *anything: weights.write_bytes(resolve_checkpoint().read_bytes()))
+    assert done_shards(output) == set()
+
+    weights.write_bytes(tiny_checkpoint.read_bytes())
+    assert run().num_images == len(NAMES)
+    for shard in done_shards(output):
+        model = read_metadata(output, shard)["identity"]["model"]
+        assert model["checkpoint_sha256"] == hashlib.sha256(tiny_checkpoint.read_bytes()).hexdigest()

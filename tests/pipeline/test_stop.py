@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 import standin
-from drivers import driver, has_shards, send, wait_until
+from drivers import DRIVE, driver, has_shards, send, wait_until
 from outputs import attempts_left, check_every_image_once
 
 from samray import storage
@@ -58,3 +60,23 @@ def test_a_shard_that_takes_longer_than_the_drain_is_given_up(tmp_path: Path) ->
 
     assert done_shards(output) == set()
     assert attempts_left(output) == {}  # called off, so it does not count against the images
+
+
+@pytest.mark.parametrize("moment", ["starting Ray", "labelling"])
+def test_ctrl_c_again_and_again_prints_no_traceback(moment: str, tmp_path: Path) -> None:
+    source, output = str(tmp_path / "in"), str(tmp_path / "out")
+    standin.write_images(source, NUM_IMAGES)
+    program = (str(DRIVE),) if moment == "labelling" else ("-m", "samray", "label")
+    arguments = (source, output, "1.0") if moment == "labelling" else (source, output, "model.device=cpu")
+
+    with driver(tmp_path / "log", *arguments, program=program) as running:
+        wait_until(lambda: moment in running.text(), running)
+        while running.process.poll() is None:
+            running.look_around()
+            send(running, signal.SIGINT, group=True)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.process.wait(0.3)
+        assert running.process.returncode in (130, -signal.SIGINT), running.text()
+        assert "Traceback" not in running.text()
+        assert "KeyboardInterrupt" not in running.text()
+        assert not running.clean_up(patience_s=10)

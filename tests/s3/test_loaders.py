@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 import uuid
@@ -154,19 +153,15 @@ def some_ray(request: pytest.FixtureRequest) -> Iterator[None]:
     """The Ray that other tests of this process have started, or one of its own."""
     import ray
 
-    from samray.pipeline.cluster import start_local_ray
+    from samray.pipeline.session import local_ray
 
     if weed_binary() is not None:
         request.getfixturevalue("s3_server")  # first: workers have the environment that Ray was started with
     if ray.is_initialized():
         yield
         return
-    temp_dir = start_local_ray(num_cpus=2, object_store_memory=100 * 2**20)
-    try:
+    with local_ray(num_cpus=2, object_store_memory=100 * 2**20):
         yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(temp_dir, ignore_errors=True)
 
 
 def test_ray_data(some_ray: None, recipe: Callable[[str], dict[str, Any]], plan: Plan, truth: Rows) -> None:

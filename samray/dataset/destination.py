@@ -1,0 +1,88 @@
+"""Whether a run may write where it is told to: asked before anything is written or started."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Final
+
+from samray import storage
+from samray.errors import ConfigError
+
+MIN_FREE_BYTES: Final = 64 * 2**20
+"""Free disk space below which a run does not start: a few shards, and what Ray keeps of them on their way."""
+
+_SAME_STORE: Final = {"s3a": "s3", "gcs": "gs"}
+
+
+def check_apart(input_uri: str, output_uri: str) -> None:
+    """Raises: ConfigError if INPUT is inside OUTPUT, or OUTPUT inside INPUT: one would be listed with the other.
+
+    A glob without `**` ends at its own folders; OUTPUT may be below those.
+    """
+    source = storage.normalize(input_uri)
+    is_glob = storage.has_glob(source) and not (storage.is_local(source) and os.path.exists(source))
+    root, output = _place(storage.glob_base(source) if is_glob else source), _place(output_uri)
+    where = f"(INPUT {storage.redact(input_uri)}, OUTPUT {storage.redact(output_uri)})"
+    if root == output:
+        raise ConfigError(f"INPUT and OUTPUT are the same folder {where}: give OUTPUT a folder of its own")
+    if _is_inside(root, output):
+        raise ConfigError(f"INPUT is inside OUTPUT {where}: give OUTPUT a folder of its own, next to INPUT")
+    if _is_inside(output, root) and (not is_glob or "**" in source):
+        raise ConfigError(
+            f"OUTPUT is inside INPUT {where}: the next listing would find it; give a folder next to INPUT"
+        )
+
+
+def _place(uri: str) -> str:
+    uri = storage.normalize(uri)
+    if storage.is_local(uri):
+        return os.path.realpath(uri)
+    scheme, rest = uri.split("://", 1)
+    return f"{_SAME_STORE.get(scheme, scheme)}://{rest}"
+
+
+def _is_inside(uri: str, folder: str) -> bool:
+    return uri.startswith(folder.rstrip("/") + "/")
+
+
+def check_writable(output_uri: str, *folders: str) -> None:
+    """Raises: ConfigError if OUTPUT on a local disk is a file, may not be written to, or has no space left.
+
+    folders: those below OUTPUT that will be written to. Remote storage says so itself at the first write.
+    """
+    output = storage.normalize(output_uri)
+    if not storage.is_local(output):
+        return
+    for folder in (output, *(os.path.join(output, name) for name in folders)):
+        there = check_is_folder(folder)
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"OUTPUT {output} cannot be written: this user may not write to {there} (permissions, or a read-only"
+                " disk); give another folder, or have its permissions changed"
+            )
+        check_space(there, f"OUTPUT {output}")
+
+
+def check_is_folder(output_uri: str) -> Path:
+    """The nearest folder of a local OUTPUT that is there. Raises: ConfigError if OUTPUT is, or is below, a file."""
+    output = storage.normalize(output_uri)
+    there = Path(output)
+    while storage.is_local(output) and not os.path.lexists(there):
+        there = there.parent
+    if storage.is_local(output) and not there.is_dir():
+        raise ConfigError(f"OUTPUT {output} cannot be written: {there} is a file; give the name of a folder")
+    return there
+
+
+def check_space(folder: Path, what: str) -> None:
+    """Raises: ConfigError if the disk of a folder is full, by bytes or by number of files."""
+    free = shutil.disk_usage(folder).free
+    if free < MIN_FREE_BYTES:
+        raise ConfigError(
+            f"{what}: the disk of {folder} has {free / 2**20:.0f} MiB left, and a run needs at least"
+            f" {MIN_FREE_BYTES // 2**20} MiB; free some, or give a folder on another disk"
+        )
+    if hasattr(os, "statvfs") and (disk := os.statvfs(folder)).f_files and not disk.f_favail:
+        raise ConfigError(f"{what}: the disk of {folder} has no room for another file (no free inodes)")

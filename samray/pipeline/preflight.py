@@ -1,0 +1,76 @@
+"""What can be known before Ray starts and before OUTPUT is written to: a start that fails claims nothing."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from samray.dataset.destination import check_apart, check_space, check_writable
+
+_MANY_SHARDS: Final = 1_000_000
+"""How many there will be is not known yet."""
+
+if TYPE_CHECKING:
+    from samray.config import ClusterConfig, Config
+
+
+def check_label(input_uri: str, output_uri: str, config: Config, *, with_model: bool, is_new: bool) -> None:
+    """Raises: ConfigError if a run could not start or could not end: places, disk, weights, device, Ray.
+
+    with_model: whether the actors load the model that config names. is_new: whether OUTPUT holds no run yet.
+    """
+    if is_new:
+        check_apart(input_uri, output_uri)
+    check_writable(output_uri, "_samray", "annotations")
+    if with_model:
+        from samray.sam.checkpoints import check_checkpoint
+
+        check_checkpoint(config.model.name, config.model.checkpoint)
+    _check_ray(config, with_model)
+
+
+def check_fan_out(output_uri: str, ray_wanted: bool | None, address: str | None) -> None:
+    """Raises: ConfigError if OUTPUT cannot be written, or a cluster that is named does not answer.
+
+    ray_wanted: False if all is done in this process; then no cluster is asked.
+    """
+    from samray.config import ClusterConfig
+
+    check_writable(output_uri)
+    named = address or os.environ.get("RAY_ADDRESS")
+    if ray_wanted is not False and named:
+        machine_nodes(ClusterConfig(address=address))
+
+
+def _check_ray(config: Config, with_model: bool) -> None:
+    from samray.pipeline.cluster import check_fits, choose_sizes
+    from samray.sam.checkpoints import check_device
+
+    nodes, device = machine_nodes(config.cluster), config.model.device
+    if with_model:
+        check_device(device, here=nodes is not None)
+    if nodes is not None:
+        check_fits(choose_sizes(config.cluster, nodes, _MANY_SHARDS, device), nodes, device)
+
+
+def machine_nodes(config: ClusterConfig) -> list[dict[str, float]] | None:
+    """The nodes of the Ray that `running_ray` will give, if it is a Ray of this machine alone; None of a cluster.
+
+    Raises: ConfigError if a cluster that is to be joined does not answer, or if this machine's disk is full.
+    """
+    import ray
+
+    from samray.pipeline.address import check_cluster
+    from samray.pipeline.cluster import cluster_nodes
+    from samray.pipeline.session import cluster_address, is_fixed, this_machine
+
+    if ray.is_initialized():
+        return cluster_nodes() if is_fixed() else None
+    address = cluster_address(config)
+    if address is not None:
+        check_cluster(address)
+        return None
+    check_space(Path(tempfile.gettempdir()), "the local Ray's folder (TMPDIR)")
+    return [this_machine()]

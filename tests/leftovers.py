@@ -1,0 +1,88 @@
+"""What a test must not leave behind: processes of Ray, orphans, listening sockets, folders of runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+RUN = "SAMRAY_TEST_RUN"
+"""Environment variable of all that these tests start, however deep below them, and also when its parent is gone."""
+SERVICE = "SAMRAY_TEST_SERVICE"
+"""Environment variable of what a fixture of a wider scope than one test has started."""
+
+FOLDERS = ("samray-*", ".samray-*", "ray*", "drive-*", "head-*", "session_*")
+PATIENCE_S = 20.0
+
+
+@dataclass
+class Leftovers:
+    """What is there now that is no service of a wider scope."""
+
+    processes: dict[int, str] = field(default_factory=dict)
+    ports: set[int] = field(default_factory=set)
+    folders: set[str] = field(default_factory=set)
+
+    @classmethod
+    def look(cls) -> Leftovers:
+        """Of this run of the tests."""
+        here = psutil.Process()
+        ours = {child.pid for child in here.children(recursive=True)} | {here.pid}
+        processes = {}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                environment = process.environ()
+                if environment.get(RUN) != os.environ[RUN] or SERVICE in environment or process.pid == here.pid:
+                    continue
+                # A child of these tests may be there to serve the next one, a Ray or an orphan may not.
+                if "SAMRAY_RAY_FOLDER" in environment or process.ppid() not in ours:
+                    processes[process.pid] = " ".join(process.cmdline())[:200]
+        listening = {c.laddr.port for c in here.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+        temporary = Path(tempfile.gettempdir())
+        folders = {str(path) for name in FOLDERS for path in temporary.glob(name) if path.is_dir()}
+        return cls(processes, listening, folders)
+
+    def since(self, before: Leftovers) -> list[str]:
+        """What has come since, a line each."""
+        return [
+            *(f"process {pid}: {what}" for pid, what in self.processes.items() if pid not in before.processes),
+            *(f"listening on port {port}" for port in sorted(self.ports - before.ports)),
+            *sorted(self.folders - before.folders),
+        ]
+
+    def wait_for_the_last(self, before: Leftovers) -> Leftovers:
+        """Give processes that are just ending the time to; kills what stays. Returns what there was to wait for."""
+        left = []
+        for pid in self.processes.keys() - before.processes.keys():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.append(psutil.Process(pid))
+        _, alive = psutil.wait_procs(left, timeout=PATIENCE_S)
+        after = Leftovers.look()
+        for process in alive:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        return after
+
+
+@contextlib.contextmanager
+def private_temporary_folder() -> Iterator[None]:
+    """A TMPDIR of this run of the tests alone, so that what is left in it is ours; short, for Ray's sockets."""
+    os.environ[RUN] = uuid.uuid4().hex
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # where pytest keeps the last runs' tmp_path
+    before = os.environ.get("TMPDIR")
+    with tempfile.TemporaryDirectory(prefix="st-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        os.environ["TMPDIR"] = folder
+        tempfile.tempdir = None
+        try:
+            yield
+        finally:
+            os.environ.pop("TMPDIR")
+            if before is not None:
+                os.environ["TMPDIR"] = before
+            tempfile.tempdir = None

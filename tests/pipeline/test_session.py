@@ -1,0 +1,88 @@
+"""A Ray of our own: small ones label what a data set holds, nobody else gets in, and nothing is left."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import standin
+
+from samray.pipeline import session
+
+CPUS = ["1", "2", "3", "4"]
+
+
+@pytest.fixture(scope="module")
+def rays(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """What on_small_rays.py says, with a home and a folder for temporary files of its own."""
+    images = tmp_path_factory.mktemp("images")
+    standin.write_images(str(images), 3)
+    with tempfile.TemporaryDirectory(prefix="st-", dir="/tmp") as folder:  # short: Ray's sockets are in it
+        home, temporary = Path(folder, "h"), Path(folder, "t")
+        home.mkdir()
+        temporary.mkdir()
+        environment = {**os.environ, "HOME": str(home), "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+        for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+            environment.pop(name, None)
+        script = Path(__file__).with_name("on_small_rays.py")
+        done = subprocess.run(
+            [sys.executable, str(script), str(images), *CPUS],
+            env=environment, capture_output=True, text=True, timeout=500, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-5000:]
+        yield {**json.loads(done.stdout.splitlines()[-1]), "home": sorted(map(str, home.rglob("*")))}
+
+
+@pytest.mark.parametrize("cpus", CPUS)
+def test_a_data_set_is_labelled_however_few_cpus_there_are(rays: dict[str, Any], cpus: str) -> None:
+    assert rays[cpus]["labelled"] == {"read_images": ["ok"] * 3, "read_binary_files": ["ok"] * 3}
+
+
+@pytest.mark.parametrize("cpus", CPUS)
+def test_ray_listens_on_loopback_only(rays: dict[str, Any], cpus: str) -> None:
+    listening = rays[cpus]["listening"]
+    assert {"gcs_server", "raylet"} <= {name for name, _, _ in listening}
+    assert len(listening) >= 6, "the agents and the workers listen too"
+    assert [one for one in listening if one[1] not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")] == []
+
+
+@pytest.mark.parametrize("cpus", CPUS)
+def test_no_other_user_gets_at_its_files(rays: dict[str, Any], cpus: str) -> None:
+    folders = rays[cpus]["folders"]
+    root = min(folders, key=len)
+    assert folders[root] == 0o700
+    session_folders = {path: mode for path, mode in folders.items() if path.endswith(("/ray", "/sockets", "/logs"))}
+    assert len(session_folders) >= 3
+    assert set(session_folders.values()) == {0o700}
+    assert rays[cpus]["token"] == [0o600, 64]
+
+
+def test_nothing_is_left(rays: dict[str, Any]) -> None:
+    for cpus in CPUS:
+        assert rays[cpus]["processes_left"] == []
+        assert rays[cpus]["files_left"] == []
+        assert rays[cpus]["environment_left"] == []
+    assert [path for path in rays["home"] if ".ray" in path] == [], "`ray start --head` would ask for that token"
+
+
+def test_folders_of_dead_runs_are_removed_and_others_stay(tmp_path: Path) -> None:
+    dead, alive, foreign, elsewhere = (tmp_path / name for name in ("samray-dead", "samray-alive", "samray-x", "kept"))
+    for folder in (dead, alive, foreign, elsewhere):
+        (folder / "ray" / "logs").mkdir(parents=True)
+    for folder in (dead, alive, elsewhere):
+        (folder / "lock").touch()
+    (dead / "ray" / "link").symlink_to(elsewhere)
+    (tmp_path / "samray-link").symlink_to(elsewhere)
+    with (alive / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        session._remove_folders_of_dead_runs(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "samray-alive", "samray-link", "samray-x"]
+    assert (elsewhere / "ray" / "logs").is_dir()
