@@ -340,9 +340,9 @@ def _work(arguments: dict[str, Any]) -> None:
     try:
         _train_leg(arguments)
     except Exception as error:
-        problem = plain_error(error)
-        if isinstance(problem, ConfigError):
-            ray.get(monitor.give_up.remote(ConfigError(str(problem))))
+        plain = plain_error(error)
+        if isinstance(plain, ConfigError):
+            ray.get(monitor.give_up.remote(ConfigError(str(plain))))
         raise
 
 
