@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import os
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +21,10 @@ SERVICE = "SAMRAY_TEST_SERVICE"
 
 FOLDERS = ("samray-*", ".samray-*", "ray*", "drive-*", "head-*", "session_*")
 PATIENCE_S = 20.0
+SETTLED_S = 5.0
+
+_not_ours: set[int] = set()
+"""Processes that are not looked at again: this runs twice for each of some thousand tests."""
 
 
 @dataclass
@@ -33,19 +39,29 @@ class Leftovers:
     def look(cls) -> Leftovers:
         """Of this run of the tests."""
         here = psutil.Process()
-        ours = {child.pid for child in here.children(recursive=True)} | {here.pid}
-        processes = {}
-        for process in psutil.process_iter():
+        processes, ours = {}, set[int]()
+        for pid in psutil.pids():
+            if pid in _not_ours:
+                continue
             with contextlib.suppress(psutil.Error, OSError):
+                process = psutil.Process(pid)
+                if process.status() == psutil.STATUS_ZOMBIE:  # ended; some machines never collect them
+                    _not_ours.add(pid)
+                    continue
                 environment = process.environ()
                 if environment.get(RUN) != os.environ[RUN] or SERVICE in environment or process.pid == here.pid:
+                    # A process has the environment of its parent until it has started its own program.
+                    if time.time() - process.create_time() > SETTLED_S:
+                        _not_ours.add(pid)
                     continue
                 # A child of these tests may be there to serve the next one, a Ray or an orphan may not.
+                ours = ours or {child.pid for child in here.children(recursive=True)} | {here.pid}
                 if "SAMRAY_RAY_FOLDER" in environment or process.ppid() not in ours:
                     processes[process.pid] = " ".join(process.cmdline())[:200]
         listening = {c.laddr.port for c in here.net_connections("inet") if c.status == psutil.CONN_LISTEN}
         temporary = Path(tempfile.gettempdir())
-        folders = {str(path) for name in FOLDERS for path in temporary.glob(name) if path.is_dir()}
+        names = [name for name in os.listdir(temporary) if any(fnmatch.fnmatch(name, kind) for kind in FOLDERS)]
+        folders = {str(temporary / name) for name in names if (temporary / name).is_dir()}
         return cls(processes, listening, folders)
 
     def since(self, before: Leftovers) -> list[str]:
