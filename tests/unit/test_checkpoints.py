@@ -219,7 +219,7 @@ def test_a_state_dict_holds_tensors_alone(tmp_path: Path) -> None:
         ({"name": "vit_bb"}, r"'vit_bb' is not one of tiny, .*did you mean vit_b\?"),
         ({"dtype": "float64"}, "not one of auto, float32, bfloat16, float16"),
         ({"dtype": torch.float64}, "not one of auto, float32, bfloat16, float16"),
-        ({"device": "gpu"}, "no device of PyTorch's"),
+        ({"device": "gpu"}, "not a device of this PyTorch"),
         ({"device": "cuda:99"}, r"PyTorch sees \d+ GPUs"),
         ({"checkpoint": "/nowhere/sam.pth"}, "there is no file /nowhere/sam.pth"),
         ({"checkpoint": "memory://nowhere/sam.pth"}, "does not exist"),
