@@ -87,7 +87,7 @@ def test_published_models_have_the_references_defaults(name: str) -> None:
 def test_defaults_are_the_same_from_python_yaml_and_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("cluster:\n  max_actors: 2\n")
     tiny = load_config("tiny").identity()
-    assert tiny["masks"]["pred_iou_thresh"] == 0.62
+    assert tiny["masks"]["pred_iou_thresh"] == 0.5
     for config in (Config(), Config(masks=MaskConfig()), load_config(), load_config(file=tmp_path / "run.yaml")):
         assert config.identity() == tiny
 
