@@ -503,6 +503,18 @@ def test_ordinary_places_may_be_named(tmp_path: Path) -> None:
     assert listed(tmp_path / "x.txt")[0]["problem"].null_count == len(uris)
 
 
+def test_a_list_may_spell_its_folder_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real" / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "real" / "in" / "sub" / "a.png").write_bytes(b"a")
+    (tmp_path / "real" / "b.png").write_bytes(b"b")
+    (tmp_path / "home").symlink_to("real")
+    (tmp_path / "real" / "in" / "x.txt").write_text(f"{tmp_path}/home/in/sub/a.png\n{tmp_path}/home/b.png\n")
+    for folder in ("real", "home"):
+        inside, outside = fetched(tmp_path / folder / "in" / "x.txt")
+        assert inside == b"a"
+        assert str(outside).startswith("not_allowed")
+
+
 def test_a_list_from_elsewhere_names_no_private_server() -> None:
     from samray.dataset.outside import place_problem
 

@@ -480,6 +480,13 @@ def _web_answer(status: int) -> Exception:
     return aiohttp.ClientResponseError(request, (), status=status)
 
 
+def _google_answer(status: int, message: str) -> Exception:
+    """As gcsfs raises it."""
+    error = Exception(f"{message}, {status}")
+    vars(error).update(code=status, message=message)
+    return error
+
+
 RETRIED: list[Exception] = [
     *(OSError(getattr(errno, name), name) for name in ("EMFILE", "ENFILE", "EIO", "ENOTCONN", "ESTALE", "ENETUNREACH")),
     *(OSError(getattr(errno, name), name) for name in ("EADDRNOTAVAIL", "ENOBUFS", "EHOSTDOWN", "EREMOTEIO")),
@@ -499,11 +506,13 @@ RETRIED: list[Exception] = [
     ),
     *(ServerError(code, 500) for code in ("InternalError", "InternalFailure", "InternalServerError")),
     ServerError("ConditionalRequestConflict", 409),
+    *(ServerError(code, status) for code, status in (("NoSuchUpload", 404), ("InvalidPart", 400))),  # it starts again
     *(ServerError(str(status), status) for status in (500, 502, 503, 504, 507, 509)),  # of a HEAD: there is no body
     *(_web_answer(status) for status in (408, 421, 423, 425, 429, 500, 502, 503, 504, 507, 509, 520, 530, 598, 599)),
     _raised_from(aiohttp.ClientPayloadError("not completed"), aiohttp.http_exceptions.ContentLengthError("not enough")),
     _raised_from(_web_answer(400), aiohttp.http_exceptions.BadHttpMessage("no header")),  # never said by the server
     aiohttp.ServerDisconnectedError(),
+    _google_answer(403, "Rate limit: userRateLimitExceeded"),
     botocore.exceptions.EndpointConnectionError(endpoint_url="http://x"),
     botocore.exceptions.FlexibleChecksumError(error_msg="expected a, got b"),
     botocore.exceptions.IncompleteReadError(actual_bytes=1, expected_bytes=2),
@@ -527,7 +536,12 @@ REFUSED: list[tuple[Exception, type[StorageError]]] = [
     (_web_answer(302), RefusedError),
     (ValueError("bad name"), FileError),
     (OSError(errno.ENAMETOOLONG, "File name too long"), FileError),
-    (ssl.SSLCertVerificationError("certificate has expired"), FileError),
+    (aiohttp.InvalidURL("http://["), FileError),
+    # A certificate, a device, a ticket or a client of another library: every other file may fail the same way.
+    (ssl.SSLCertVerificationError("certificate has expired"), RefusedError),
+    (ssl.SSLCertVerificationError(1, "certificate has expired"), RefusedError),
+    *((OSError(getattr(errno, name), name), RefusedError) for name in ("ENODEV", "EKEYEXPIRED", "ENOKEY", "EUCLEAN")),
+    (RuntimeError("session closed"), RefusedError),
     *((ServerError(code, 403), StorageError) for code in ("InvalidAccessKeyId", "InvalidClientTokenId")),
     *((ServerError(code, 403), StorageError) for code in ("SignatureDoesNotMatch", "RequestTimeTooSkewed")),
     *((ServerError(code, 400), StorageError) for code in ("ExpiredToken", "ExpiredTokenException", "InvalidToken")),

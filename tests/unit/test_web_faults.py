@@ -90,6 +90,12 @@ BOMB = gzip.compress(bytes(200_000_000), 1)
 BOMB_DEFLATE = zlib.compress(bytes(200_000_000), 1)
 """A million bytes that are two hundred as decoded."""
 
+COMPLETE = {
+    "webp": b"RIFF\x58\0\0\0WEBP" + b"x" * 84,
+    "avif": b"\0\0\0\x10ftypavif\0\0\0\0" + b"\0\0\0\x01mdat\0\0\0\0\0\0\0\x50" + b"x" * 64,
+}
+"""Whole by the lengths that they hold."""
+
 ODD: dict[str, Callable[[_Files], None]] = {
     "endless": lambda h: h.pour(bytes(100_000)),
     "endless-gzip": lambda h: h.pour(_STORED_BLOCK, first=b"\x1f\x8b\x08\0\0\0\0\0\0\3", **_GZIP),
@@ -104,6 +110,13 @@ ODD: dict[str, Callable[[_Files], None]] = {
     "cut-until-close": lambda h: h.answer(
         200, b"picture" * (50 if h.command == "GET" else 100), **(_CLOSE if h.command == "GET" else {})
     ),
+    **{
+        f"{which}.{name}": lambda h, body=body: h.answer(
+            200, body if h.command == "GET" else bytes(900), **(_CLOSE if h.command == "GET" else {})
+        )
+        for name, whole in COMPLETE.items()
+        for which, body in (("other-form", whole), ("cut-other-form", whole[:-3]))
+    },
     "wrong-range": lambda h: h.answer(206, b"x" * 10, **{"Content-Range": "bytes 0-9/100"}),
 }
 _STORED_BLOCK = b"\0\xff\xff\0\0" + bytes(65535)
@@ -246,6 +259,13 @@ def test_max_bytes_bounds_every_body(proxy: FaultProxy, web: str, name: str) -> 
 def test_compressed_bodies_are_decoded(proxy: FaultProxy, web: str) -> None:
     whole = b"picture" * 100
     assert fetched(rows_of(f"{web}/gzip.png", f"{web}/zlib.png", f"{web}/until-close")) == [whole] * 3
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_a_picture_in_a_smaller_form_than_head_speaks_of_is_whole(proxy: FaultProxy, web: str, name: str) -> None:
+    short_patience()
+    assert fetched(rows_of(f"{web}/other-form.{name}")) == [COMPLETE[name]]
+    assert fetched(rows_of(f"{web}/cut-other-form.{name}"), [f"{web}/0.png"]) == ["unreadable"]
 
 
 @pytest.mark.parametrize(
