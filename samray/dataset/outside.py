@@ -95,7 +95,7 @@ def _leads_inside(places: pa.ChunkedArray, outside: Any, folder: str) -> Any:
     folders = pc.replace_substring_regex(places, r"(?s)/[^/]*$", "/")
     root = storage.join(os.path.realpath(folder), "")
     named = pc.unique(folders.filter(outside)).to_pylist()
-    inside = [name for name in named if storage.join(os.path.realpath(name), "").startswith(root)]
+    inside = [name for name in named if "\0" not in name and storage.join(os.path.realpath(name), "").startswith(root)]
     return pc.is_in(folders, value_set=pa.array(inside, pa.string()))
 
 

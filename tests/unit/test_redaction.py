@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from samray import storage
+from samray.dataset.rows import redact_all
 
 S = "sEcReT"  # every form below holds it, and what is shown must not
 
@@ -47,6 +50,7 @@ FORMS = {
     "key": f"https://h/x.jpg?key={S}",
     "hmac": f"https://h/x.jpg?w=640&hmac={S}&h=480",
     "a name that nobody knows": f"https://h/x.jpg?zzz={S}",
+    "a hash under the name of a size": f"https://h/x.jpg?w=640&h=0123456789abcdef{S}",
     "an encoded name": f"https://h/x.jpg?%73ig={S}",
     "an array": f"https://h/x.jpg?sig[]={S}",
     "upper case": f"https://h/x.jpg?SIG={S}",
@@ -120,6 +124,8 @@ def test_credentials_are_hidden_in_sentences(form: str) -> None:
         "tar://a:b@c.jpg::/data/x.tar",
         "s3://b/img_????.png",
         "hdfs://namenode:8020/a/b@2x.jpg",
+        "http://[::1]:9000/bucket/img@2x.jpg",
+        "http://[fe80::1%eth0]/bucket/img@2x.jpg",
         "cannot read s3://bucket: it does not exist; write to me@example.org",
         "there is no setting masks.x; did you mean masks.y?",
         "Basic English, bearer of news",
@@ -129,6 +135,25 @@ def test_all_else_is_left(harmless: str) -> None:
     assert storage.redact(harmless) == harmless
     assert not storage.has_credentials(harmless)
     assert not storage.is_redacted(harmless)
+
+
+@pytest.mark.parametrize(
+    ("uri", "is_fast"),
+    [
+        ("https://host:80/a/b.jpg?w=640&H=-4.5&", True),
+        ("https://host/ü.jpg?id=abc_DEF~1&page=2", True),
+        ("https://host/x.jpg?", True),
+        ("x.jpg?v=7", True),
+        ("https://host/x.jpg?w=640&sig=abcdef", False),
+        ("https://host/x.jpg?w=640#a", False),
+        *((form, False) for form in FORMS.values()),
+    ],
+)
+def test_the_fast_pattern_matches_nothing_that_is_hidden(uri: str, is_fast: bool) -> None:
+    assert pc.match_substring_regex(pa.scalar(uri), storage.HARMLESS_QUERY).as_py() == is_fast
+    assert not is_fast or storage.redact(uri) == uri
+    texts = pa.chunked_array([[None, uri], [], ["s3://b/x", uri]], pa.string())
+    assert redact_all(texts).to_pylist() == [None, storage.redact(uri), "s3://b/x", storage.redact(uri)]
 
 
 def test_what_remains_says_which_file_is_meant() -> None:
