@@ -43,8 +43,8 @@ _SERVICE_CODES: Final[dict[str, Fault]] = {
         Fault.RETRY,
         """BadDigest BandwidthLimitExceeded Busy ClientDisconnected ConditionalRequestConflict ContentSHA256Mismatch
         DependencyTimeoutException IncompleteBody InvalidPart KMSInternalException KeyUnavailableException
-        LimitExceededException Md5Mismatch NoSuchUpload OperationAborted PriorRequestNotComplete ProvisionedThroughputExceededException
-        TransactionInProgressException XAmzContentChecksumMismatch
+        LimitExceededException Md5Mismatch NoSuchUpload OperationAborted PriorRequestNotComplete
+        ProvisionedThroughputExceededException TransactionInProgressException XAmzContentChecksumMismatch
         XAmzContentSHA256Mismatch XMinioServerNotInitialized""",
     ),
     **_codes(Fault.MISSING, "BlobNotFound NoSuchKey NoSuchVersion"),

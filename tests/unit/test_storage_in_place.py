@@ -7,17 +7,21 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
+from exported import export, ten_images
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from samray import storage
+from samray.dataset.compact import compact
+from samray.dataset.manifest import write_plan
 from samray.errors import ConfigError, NotFoundError
 from samray.storage.filesystems import filesystem
 
@@ -136,3 +140,18 @@ def test_what_can_be_neither_is_no_output(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="written in place and cannot be renamed"):
             write()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_export_compact_and_import_probe_their_storage_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = ten_images(str(tmp_path))
+    pipe_file = MemoryFileSystem.pipe_file
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", lambda fs, path, data, mode, **_: pipe_file(fs, path, data))
+    writers: dict[str, Callable[[str], object]] = {
+        "export": lambda dest: export(plan, dest, "coco"),
+        "compact": lambda dest: compact(plan.output, dest, 10**6),
+        "import": lambda dest: write_plan(dest, plan.read_images(["uri"]), 10, plan.run),
+    }
+    for name, write in writers.items():
+        with pytest.raises(ConfigError, match="conditional writes"):
+            write(f"memory://unconditional/{name}")
+    assert storage.list_names("memory://unconditional") == {}
