@@ -1,4 +1,4 @@
-"""What lies in a folder, below a prefix, or matches a glob."""
+"""List the files in a folder, below a prefix, or that match a glob."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def list_files(uri: str) -> Iterator[FileEntry]:
     """Every file below a folder or prefix, or the files that a glob matches, in no promised order.
 
     A URI that names something as it stands is never taken for a glob. In a glob `*` and `?` stay within one path
-    segment, `**` spans any number of them; what lies below a matched folder is matched, too. Symbolic links to
+    segment, `**` spans any number of them; files below a matched folder are matched, too. Symbolic links to
     folders are followed, but never in a circle.
 
-    Raises: NotFoundError where nothing of that name is there, FileError, StorageError.
+    Raises: NotFoundError if nothing has that name, FileError, StorageError.
     """
     uri = normalize(uri)
     if has_glob(uri):
@@ -103,7 +103,7 @@ def _walk(folder: str) -> Iterator[FileEntry]:
 
 
 def _walk_local(top: str) -> Iterator[FileEntry]:
-    """In no recursion: folders may be nested more deeply than Python calls may."""
+    """Iterative: folders may be nested more deeply than Python calls."""
     folders: list[tuple[str, tuple[tuple[int, int], ...]]] = [(top, ())]
     while folders:
         folder, above = folders.pop()

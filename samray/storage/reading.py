@@ -166,9 +166,9 @@ def open_read(uri: str, *, size: int | None = None, buffered: bool = True) -> Bi
 
 
 def file_size(uri: str) -> int | None:
-    """The file's size in bytes; None where the server does not tell.
+    """The file's size in bytes; None if the server does not say.
 
-    Raises: NotFoundError where there is no such file (a folder of that name is none), FileError, StorageError.
+    Raises: NotFoundError if there is no such file or it is a folder, FileError, StorageError.
     """
     info = info_of(uri)
     if info.get("type") == "directory":
@@ -192,13 +192,13 @@ def file_version(uri: str) -> str | None:
 
 
 def version_of(info: Mapping[str, Any]) -> str | None:
-    """Of what a filesystem says of a file; the same whether it was listed or looked up by itself."""
+    """The version in a filesystem's info of a file; the same whether the file was listed or looked up."""
     etag = etag_of(info)
     return None if etag is None else f"{info.get('size')} {etag}"
 
 
 def etag_of(info: Mapping[str, Any]) -> str | None:
-    """The first of the marks that the storage keeps of a file's version; None where it keeps none."""
+    """Entity tag, generation or modification time, whichever the storage keeps; None if it keeps none."""
     return next((str(info[mark]).strip('"') for mark in _VERSION_MARKS if info.get(mark)), None)
 
 

@@ -39,7 +39,7 @@ _settings = StorageConfig()
 
 
 class _Limit(threading.local):
-    """Of the request under way in this thread."""
+    """Time limits of the current request of this thread."""
 
     until = float("inf")
     """By time.monotonic(), as `time_limit` has it."""

@@ -1,4 +1,4 @@
-"""Bodies of web servers, of which nothing is believed: not their length, not their coding, not that they ever end."""
+"""Read from web servers. Nothing they claim is trusted: lengths, encodings, or that a body ever ends."""
 
 from __future__ import annotations
 
