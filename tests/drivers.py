@@ -75,19 +75,22 @@ class Driver:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def clean_up(self, patience_s: float = 0.0) -> list[int]:
-        """End the driver and all it started; returns the pids that were still there after patience_s."""
+    def clean_up(self, patience_s: float = 0.0) -> list[str]:
+        """End the driver and all it started; returns what was still there after patience_s, a line each."""
         self.look_around()
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
         _, alive = psutil.wait_procs(list(self.family.values()), timeout=patience_s)
+        left = []
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+                if process.status() != psutil.STATUS_ZOMBIE:  # ended; some machines never collect them
+                    left.append(f"{process.pid} {process.status()} {' '.join(process.cmdline())[:300]}")
+                    process.kill()
         psutil.wait_procs(alive, timeout=10)
         shutil.rmtree(self.temp_dir, ignore_errors=True)
-        return [process.pid for process in alive]
+        return left
 
 
 @contextlib.contextmanager

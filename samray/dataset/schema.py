@@ -168,7 +168,10 @@ def samray_metadata(schema: pa.Schema) -> dict[str, Any]:
 
     Raises: ValueError if it is damaged.
     """
-    found = parse_json((schema.metadata or {}).get(b"samray", b"{}"))
+    try:
+        found = json.loads((schema.metadata or {}).get(b"samray", b"{}"))
+    except RecursionError as error:
+        raise ValueError("its samray metadata are nested too deeply") from error
     return found if isinstance(found, dict) else {}
 
 

@@ -172,12 +172,13 @@ def _private_folder() -> Iterator[Path]:
 
 
 def _remove_folders_of_dead_runs(parent: Path) -> None:
-    """The kernel drops the lock of a process that dies, however it dies."""
+    """And end what is left of their Rays. The kernel drops the lock of a process that dies, however it dies."""
     for folder in parent.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError, Timeout):
             if folder.is_symlink() or folder.stat().st_uid != os.getuid() or not (folder / _LOCK).is_file():
                 continue
             with FileLock(folder / _LOCK, timeout=0):
+                _kill(_processes_of(folder))
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -226,10 +227,14 @@ def _end_ray(folder: Path) -> None:
         ray.shutdown()
     finally:
         _, alive = psutil.wait_procs(_processes_of(folder), timeout=_LEAVE_S)
-        for process in alive:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(alive, timeout=_LEAVE_S)
+        _kill(alive)
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(processes, timeout=_LEAVE_S)
 
 
 def _processes_of(folder: Path) -> list[psutil.Process]:

@@ -71,7 +71,7 @@ def test_nothing_is_left(rays: dict[str, Any]) -> None:
     assert [path for path in rays["home"] if ".ray" in path] == [], "`ray start --head` would ask for that token"
 
 
-def test_folders_of_dead_runs_are_removed_and_others_stay(tmp_path: Path) -> None:
+def test_what_dead_runs_left_is_ended_and_removed_and_others_stay(tmp_path: Path) -> None:
     dead, alive, foreign, elsewhere = (tmp_path / name for name in ("samray-dead", "samray-alive", "samray-x", "kept"))
     for folder in (dead, alive, foreign, elsewhere):
         (folder / "ray" / "logs").mkdir(parents=True)
@@ -79,8 +79,16 @@ def test_folders_of_dead_runs_are_removed_and_others_stay(tmp_path: Path) -> Non
         (folder / "lock").touch()
     (dead / "ray" / "link").symlink_to(elsewhere)
     (tmp_path / "samray-link").symlink_to(elsewhere)
+    left, running = (
+        subprocess.Popen(["sleep", "100"], env={**os.environ, "SAMRAY_RAY_FOLDER": str(folder)})
+        for folder in (dead, alive)
+    )
     with (alive / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         session._remove_folders_of_dead_runs(tmp_path)
+    assert running.poll() is None
+    running.kill()
+    running.wait()
+    assert left.poll() is not None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "samray-alive", "samray-link", "samray-x"]
     assert (elsewhere / "ray" / "logs").is_dir()
