@@ -125,7 +125,7 @@ def count(number: int, thing: str) -> str:
 
 
 def _default_in_words(row: SettingRow) -> str:
-    """`0.7`, or `0.62 for tiny, else 0.88`."""
+    """`0.7`, or `0.5 for tiny, else 0.88`."""
     own = [f"{_in_words(default)} for {model}, else " for model, default in row.default_of.items()]
     return "".join(own) + _in_words(row.default)
 

@@ -201,7 +201,7 @@ class StorageConfig(Settings):
     """How long storage is tried again; then an image fails if others can be read, and if none can, the run ends."""
 
     section: ClassVar[str] = "storage"
-    timeout_s: float = Field(default=90.0, gt=0)
+    timeout_s: float = Field(default=75.0, gt=0)
     """Seconds to try one image or file again; raise it to wait out outages, lower it for links to many dead hosts."""
     max_attempts: int | None = Field(default=None, ge=1)
     """Most requests for one image or file; null tries for storage.timeout_s."""

@@ -22,6 +22,7 @@ import re
 import struct
 import warnings
 import zlib
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -81,6 +82,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
+@cache
 def image_extensions() -> tuple[str, ...]:
     """File name endings, lower case with the dot, of the formats that `decode_image` reads; sorted."""
     known = Image.registered_extensions()

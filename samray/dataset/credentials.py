@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from samray import storage
 from samray.dataset.inputs import list_images
-from samray.dataset.rows import MAY_HOLD_CREDENTIALS
+from samray.dataset.rows import may_hold_credentials
 from samray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -95,10 +95,9 @@ def read_credentials(plan: Plan, input_uri: str, config: Config, shards: Iterabl
 
 def _hidden(uris: pa.ChunkedArray) -> dict[str, str]:
     """URI -> the same without its credentials, for those that hold any."""
-    candidates = (
-        uris.filter(pc.fill_null(pc.match_substring_regex(uris, MAY_HOLD_CREDENTIALS), False)).unique().to_pylist()
-    )
-    hidden = {uri: storage.redact(uri) for uri in candidates if storage.has_credentials(uri)}
+    candidates = uris.filter(may_hold_credentials(uris)).unique().to_pylist()
+    redacted = ((uri, storage.redact(uri)) for uri in candidates)
+    hidden = {uri: shown for uri, shown in redacted if shown != uri}
     times = Counter(hidden.values())
     return {uri: shown if times[shown] == 1 else f"{shown}#image={_hash(uri)}" for uri, shown in hidden.items()}
 

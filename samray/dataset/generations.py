@@ -24,6 +24,7 @@ from samray.dataset.schema import MAX_IMAGE_ID
 from samray.dataset.seals import leave_room, seal
 from samray.dataset.tables import open_parquet
 from samray.errors import ConfigError, NotFoundError, StorageError
+from samray.strict_json import parse_json
 
 FOLDER: Final = "_samray"
 
@@ -166,10 +167,7 @@ def read_generation(output: str, number: int) -> Generation | None:
 
 def _own(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
     """The arguments of `Generation` that a manifest's metadata hold. Raises: ValueError if a value cannot be."""
-    try:
-        found = json.loads((metadata or {}).get(b"samray", b"{}"))
-    except RecursionError as error:
-        raise ValueError("its samray metadata are nested too deeply") from error
+    found = parse_json((metadata or {}).get(b"samray", b"{}"))
     if not isinstance(found, dict):
         raise ValueError("its samray metadata are not an object")
     least = {"num_images": 0, "images_per_shard": 1, "first_shard": 0, "num_changed": 0, "num_hidden": 0}

@@ -204,6 +204,7 @@ def write_plan(output_uri: str, images: pa.Table, images_per_shard: int, run: Ma
     included. Where the same plan lies there already, it is taken. Raises: ConfigError where another does, StorageError.
     """
     output = storage.normalize(output_uri)
+    storage.check_output(output)
     images, credentials = hide(images)
     places = pa.array(range(images.num_rows), pa.int64())
     shards = pc.cast(pc.divide(places, images_per_shard), pa.int32())

@@ -79,10 +79,24 @@ def _problems_of_part(
     outside = pc.and_(pc.is_null(servers), pc.not_equal(places, ""))
     for root in _spellings(folder) if storage.is_local(folder) else ():
         outside = pc.and_not(outside, pc.starts_with(places, storage.join(root, "")))
+    if storage.is_local(folder) and pc.any(outside, min_count=0).as_py():
+        outside = pc.and_not(outside, _leads_inside(places, outside, folder))
     if not pc.any(outside, min_count=0).as_py():
         return problems
     message = f"not_allowed: {_where(folder)}; {_SETTING}"
     return pc.if_else(outside, message, pa.scalar(None, pa.string()) if problems is None else problems)
+
+
+def _leads_inside(places: pa.ChunkedArray, outside: Any, folder: str) -> Any:
+    """Whether a place is below `folder` once the links in its path are followed.
+
+    A shell gives /home/me where the system says /gpfs/home/me, and lists hold either.
+    """
+    folders = pc.replace_substring_regex(places, r"(?s)/[^/]*$", "/")
+    root = storage.join(os.path.realpath(folder), "")
+    named = pc.unique(folders.filter(outside)).to_pylist()
+    inside = [name for name in named if "\0" not in name and storage.join(os.path.realpath(name), "").startswith(root)]
+    return pc.is_in(folders, value_set=pa.array(inside, pa.string()))
 
 
 def _shared_start(places: pa.ChunkedArray) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import pyarrow as pa
@@ -25,8 +25,6 @@ INPUT_SCHEMA: Final = pa.schema(
         ("problem", pa.string()),
     ]
 )
-
-MAY_HOLD_CREDENTIALS: Final = r"://.*[@?;#]"
 
 _CHUNK_ROWS: Final = 65536
 _ROWS_AT_ONCE: Final = 2**20
@@ -59,12 +57,28 @@ def take(held: pa.Table | pa.ChunkedArray, places: Any) -> Any:
 
 
 def redact_all(uris: pa.ChunkedArray) -> pa.ChunkedArray:
-    """`storage.redact` of each; fast for those without a sign of credentials."""
-    if not pc.any(pc.match_substring_regex(uris, MAY_HOLD_CREDENTIALS), min_count=0).as_py():
-        return uris
-    chunks = (
-        pa.array([uri and storage.redact(uri) for uri in chunk.to_pylist()], pa.string()) for chunk in uris.chunks
-    )
+    """`storage.redact` of each that is not null; in Python only of those that may hold credentials."""
+    return map_some(uris, may_hold_credentials(uris), storage.redact)
+
+
+def may_hold_credentials(uris: pa.ChunkedArray, sign: str = r":/.*[@?;#]") -> pa.ChunkedArray:
+    """Whether each may hold credentials. False for null. sign: pattern of what those that may all hold."""
+    signs = pc.fill_null(pc.match_substring_regex(uris, sign), False)
+    if not pc.any(signs, min_count=0).as_py():
+        return signs
+    return pc.and_not(signs, pc.fill_null(pc.match_substring_regex(uris, storage.HARMLESS_QUERY), False))
+
+
+def map_some(texts: pa.ChunkedArray, chosen: pa.ChunkedArray, call: Callable[[str], str]) -> pa.ChunkedArray:
+    """`texts` with `call` of each where `chosen` is true."""
+    if not pc.any(chosen, min_count=0).as_py():
+        return texts
+    chunks, start = [], 0
+    for chunk in texts.chunks:
+        mask = pa.concat_arrays(chosen.slice(start, len(chunk)).chunks) if len(chunk) else pa.array([], pa.bool_())
+        changed = pa.array([call(text) for text in chunk.filter(mask).to_pylist()], pa.string())
+        chunks.append(pc.replace_with_mask(chunk, mask, changed))
+        start += len(chunk)
     return pa.chunked_array(chunks, pa.string())
 
 

@@ -168,10 +168,7 @@ def samray_metadata(schema: pa.Schema) -> dict[str, Any]:
 
     Raises: ValueError if it is damaged.
     """
-    try:
-        found = json.loads((schema.metadata or {}).get(b"samray", b"{}"))
-    except RecursionError as error:
-        raise ValueError("its samray metadata are nested too deeply") from error
+    found = parse_json((schema.metadata or {}).get(b"samray", b"{}"))
     return found if isinstance(found, dict) else {}
 
 

@@ -25,6 +25,7 @@ from samray.dataset.schema import CORRECTED_SCHEMA, SCHEMA, check_columns, samra
 from samray.dataset.seals import leave_room, seal, seal_of, unsealed
 from samray.dataset.tables import open_parquet
 from samray.errors import NotFoundError, StorageError
+from samray.strict_json import parse_json
 
 FOLDER: Final = "annotations"
 SUCCESS: Final = "_SUCCESS"
@@ -186,14 +187,14 @@ class Success:
 def read_success(output: str) -> Success | None:
     """None if there is no `_SUCCESS`; one that is damaged says nothing. Raises: StorageError."""
     try:
-        found = json.loads(storage.read_bytes(storage.join(storage.normalize(output), SUCCESS)))
+        found = parse_json(storage.read_bytes(storage.join(storage.normalize(output), SUCCESS)))
         numbers = {name: found.get(name) for name in ("num_shards", "num_failed", "generation")}
         if any(type(value) not in (int, NoneType) for value in numbers.values()):
             return Success()
         return Success(**numbers, digests=tuple(found.get("shards") or ()))
     except NotFoundError:
         return None
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError):
         return Success()
 
 

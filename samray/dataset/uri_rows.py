@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from samray import storage
 from samray.dataset.outside import place_problem, problems_of
-from samray.dataset.rows import input_rows, redact_all, take
+from samray.dataset.rows import input_rows, map_some, may_hold_credentials, redact_all, take
 from samray.dataset.skipped import REPEATED, Skipped
 from samray.dataset.tars import TarMember, index_tar
 from samray.errors import FileError, NotFoundError
@@ -222,10 +222,7 @@ def _without_signatures(names: pa.ChunkedArray) -> pa.ChunkedArray:
 
     A query without a secret stays: it may be what tells two images apart.
     """
-    if not pc.any(pc.match_substring(names, "?"), min_count=0).as_py():
-        return names
-    chunks = (map(_without_signature, chunk.to_pylist()) for chunk in names.chunks)
-    return pa.chunked_array([pa.array(chunk, pa.string()) for chunk in chunks], pa.string())
+    return map_some(names, may_hold_credentials(names, r"\?"), _without_signature)
 
 
 def _without_signature(name: str) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from samray.storage.filesystems import configure, for_arrow, reset
 from samray.storage.listing import FileEntry, clock, list_files, list_names, list_times, list_versions
 from samray.storage.reading import exists, file_size, file_version, is_dir_like, open_read, read_bytes, read_whole
-from samray.storage.redaction import has_credentials, is_redacted, redact, redact_error
+from samray.storage.redaction import HARMLESS_QUERY, has_credentials, is_redacted, redact, redact_error
 from samray.storage.retrying import time_limit, timeout_s
 from samray.storage.uris import (
     glob_base,
@@ -32,6 +32,7 @@ from samray.storage.uris import (
 from samray.storage.writing import TEMPORARY_PREFIX, check_output, delete, put, put_chunks, put_new, remove_leftovers
 
 __all__ = [
+    "HARMLESS_QUERY",
     "TEMPORARY_PREFIX",
     "FileEntry",
     "check_output",

@@ -42,9 +42,9 @@ _SERVICE_CODES: Final[dict[str, Fault]] = {
     **_codes(
         Fault.RETRY,
         """BadDigest BandwidthLimitExceeded Busy ClientDisconnected ConditionalRequestConflict ContentSHA256Mismatch
-        DependencyTimeoutException IncompleteBody KMSInternalException KeyUnavailableException LimitExceededException
-        Md5Mismatch OperationAborted PriorRequestNotComplete ProvisionedThroughputExceededException
-        TransactionInProgressException XAmzContentChecksumMismatch
+        DependencyTimeoutException IncompleteBody InvalidPart KMSInternalException KeyUnavailableException
+        LimitExceededException Md5Mismatch NoSuchUpload OperationAborted PriorRequestNotComplete
+        ProvisionedThroughputExceededException TransactionInProgressException XAmzContentChecksumMismatch
         XAmzContentSHA256Mismatch XMinioServerNotInitialized""",
     ),
     **_codes(Fault.MISSING, "BlobNotFound NoSuchKey NoSuchVersion"),
@@ -64,6 +64,9 @@ _THROTTLING: Final = re.compile(
     r"|InsufficientResources|Overload"
 )
 """Codes that mean "later", in the many spellings of services that speak S3."""
+
+_RATE_LIMIT: Final = re.compile(r"[rR]ateLimitExceeded")
+"""Google's reason for a 403 that means "later"."""
 
 _HTTP_STATUS: Final[dict[int, Fault]] = {
     **dict.fromkeys((408, 409, 420, 421, 423, 425, 429, 449, 460, 499), Fault.RETRY),
@@ -89,6 +92,8 @@ _ERRNO: Final[dict[int, Fault]] = {
     **_errnos(Fault.RUN, "EDQUOT ENOSPC EROFS"),
 }
 """Every other number is Fault.FILE."""
+_OWN_ERRNO: Final = frozenset(_errnos(Fault.FILE, "EFBIG EILSEQ EINVAL EISDIR ELOOP ENAMETOOLONG ENOTDIR EOVERFLOW"))
+"""Those that say something about this file alone. A lost device or an expired ticket is an error of all of them."""
 
 # By name, not imported: local files need none of these packages. The first line that fits the class or a base counts.
 _EXCEPTIONS: Final[tuple[tuple[re.Pattern[str], Fault], ...]] = tuple(
@@ -171,6 +176,8 @@ def fault_of(error: BaseException) -> Fault:
         return _SERVICE_CODES[code]
     if _THROTTLING.search(code):
         return Fault.RETRY
+    if status == 403 and any(_RATE_LIMIT.search(str(cause)) for cause in _causes(error)):
+        return Fault.RETRY
     if status:
         return _HTTP_STATUS.get(status, Fault.FILE)
     for cause in _causes(error):
@@ -244,4 +251,14 @@ def as_storage_error(error: Exception, doing: str, uri: str, tried: str = "") ->
         )
     if code or status:
         return RefusedError(f"cannot {doing} {where}: {said}")
-    return FileError(f"cannot {doing} {where}: {said}")
+    if _is_of_one_file(error):
+        return FileError(f"cannot {doing} {where}: {said}")
+    return RefusedError(f"cannot {doing} {where}: {said}")  # perhaps every other file fails the same way
+
+
+def _is_of_one_file(error: Exception) -> bool:
+    """Whether an error that no server sent is certainly about this file: its name or its kind."""
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ssl.SSLError):
+        return error.errno in _OWN_ERRNO
+    # Clients raise ValueError for impossible names. OpenSSL's errors are ValueErrors, too.
+    return isinstance(error, ValueError) and not isinstance(error, ssl.SSLError)

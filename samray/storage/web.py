@@ -17,6 +17,8 @@ _PIECE_BYTES: Final = 256 * 1024
 _MOST_SKIPPED_BYTES: Final = 64 * 2**20
 """Read and thrown away to reach an offset, if the server sends the whole file instead of the range."""
 
+_MOST_BOXES: Final = 1000
+
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-\d+/(?:\d+|\*)")
 
 Decode = Callable[[bytes], Iterator[bytes]]
@@ -71,9 +73,33 @@ async def _read_whole(fs: Any, uri: str, max_bytes: int) -> bytes:
 
 
 def _ends_as_picture(body: bytearray) -> bool:
-    """Whether this is a JPEG or PNG that ends as one, as nearly all are that come whole."""
+    """Whether this is a JPEG, PNG, WebP, AVIF or HEIC file that is complete by its own account.
+
+    Then HEAD is not asked, which may speak of another form: some servers send WebP or AVIF in place of a larger file.
+    """
     end = bytes(body[-64:])
-    return (body[:2] == b"\xff\xd8" and b"\xff\xd9" in end) or (body[:4] == b"\x89PNG" and b"IEND" in end)
+    if body[:2] == b"\xff\xd8":
+        return b"\xff\xd9" in end
+    if body[:4] == b"\x89PNG":
+        return b"IEND" in end
+    if body[:4] == b"RIFF":
+        return len(body) - 8 == int.from_bytes(body[4:8], "little")
+    return body[4:8] == b"ftyp" and _ends_with_box(body)
+
+
+def _ends_with_box(body: bytearray) -> bool:
+    """Whether the last of the ISO boxes (length, name, content) ends where the body does."""
+    place = 0
+    for _ in range(_MOST_BOXES):
+        if len(body) - place < 8:
+            break
+        length = int.from_bytes(body[place : place + 4], "big")
+        if length == 1:  # the length follows in 8 bytes
+            length = int.from_bytes(body[place + 8 : place + 16], "big")
+        if length < 8:
+            return False
+        place += length
+    return place == len(body)
 
 
 async def _compare_with_head(fs: Any, session: Any, uri: str, num_bytes: int) -> None:

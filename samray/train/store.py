@@ -30,6 +30,7 @@ from torch import Tensor
 from samray import storage
 from samray.dataset.identity import plain, refuse_differences, versions
 from samray.errors import ConfigError, NotFoundError, StorageError
+from samray.strict_json import parse_json
 from samray.train.settings import TrainConfig
 
 RUN_FILE, WEIGHTS_FILE, POSITION_FILE = "train.json", "weights.safetensors", "position.json"
@@ -109,7 +110,7 @@ class Store:
     def read_run(self) -> dict[str, Any] | None:
         """train.json; None where there is none. Raises: ConfigError where it is not ours, StorageError."""
         try:
-            run = json.loads(storage.read_bytes(self.uri(RUN_FILE)))
+            run = parse_json(storage.read_bytes(self.uri(RUN_FILE)))
             if not isinstance(run, dict) or "identity" not in run:
                 raise ValueError("it is not samray's")
         except NotFoundError:

@@ -113,6 +113,7 @@ def _claim(job: Job, sizes: dict[int, int]) -> None:
     if held is None:
         if next(storage.list_files(dest), None) if storage.is_dir_like(dest) else storage.exists(dest):
             raise ConfigError(f"DEST {where} is not empty, and what it holds is no samray export: give another DEST")
+        storage.check_output(dest)
         full = {**wanted, "output": storage.redact(plan.output), "samray_version": __version__}
         storage.put_new(uri, json.dumps(full, indent=2, sort_keys=True).encode() + b"\n")
         held = _read_json(uri) or {}

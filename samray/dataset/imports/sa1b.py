@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import posixpath
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from samray.dataset.imports.records import bbox_convention_of, failed, image_hw,
 from samray.dataset.imports.source import HEAD_BYTES, Source, image_ids, read_json
 from samray.dataset.schema import ImageRecord
 from samray.errors import ConfigError, FileError, ImageError
+from samray.strict_json import parse_json
 
 _THREADS: Final = 32
 _SAMPLES: Final = 20
@@ -58,10 +58,10 @@ def _image_of(file: dict[str, Any]) -> dict[str, Any]:
     image: Any = None
     if match:
         with contextlib.suppress(ValueError):  # a name may hold a brace, too
-            image = json.loads(match[1])
+            image = parse_json(match[1])
     try:
         image = _whole_json(file)["image"] if image is None else image
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         return {}
     return image if isinstance(image, dict) else {}
 
@@ -71,7 +71,7 @@ def _whole_json(file: dict[str, Any]) -> Any:
     text = _read_or_error(file)
     if isinstance(text, ImageError):
         raise ValueError(text.message)
-    return json.loads(text)
+    return parse_json(text)
 
 
 def _id_of(image: dict[str, Any]) -> Any:
@@ -157,9 +157,9 @@ def _record(row: dict[str, Any], text: bytes | ImageError, bbox_convention: str)
     if isinstance(text, ImageError):
         return failed(row, text), 0
     try:
-        content = json.loads(text)
+        content = parse_json(text)
         image, annotations = dict(content["image"]), list(content["annotations"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         why = f"{type(error).__name__}: {str(error)[:200]}"  # the repr of some errors quotes all they were given
         return failed(row, ImageError("unreadable", f"its JSON is not SA-1B's: {why}")), 0
     return record_of(row, image, annotations, bbox_convention)
