@@ -162,6 +162,11 @@ def _main_tiff_picture(data: bytes) -> tuple[bytes, tiff.Directory | None]:
             "unsupported", "this is a raw camera file (DNG, NEF, CR2, ARW or the like); develop it to JPEG, PNG or TIFF"
         )
     main = tiff.main_picture(found)
+    if main is not None and main.is_misread(tiff.is_big_endian(data)):
+        raise ImageError(
+            "unsupported",
+            f"this TIFF has {main.describe()}, in a layout that is not decoded; convert it to 8-bit JPEG or PNG",
+        )
     return (data if main is None or main is found[0] else tiff.starting_at(data, main)), main
 
 
@@ -215,9 +220,7 @@ def _unidentified(data: bytes) -> ImageError:
     except _DECODE_ERRORS as error:
         said = _said(error)
     if kind == "PSD" or _REFUSALS.search(said):
-        return ImageError(
-            "unsupported", f"this kind of {kind} is not decoded ({said}); convert it to 8-bit JPEG or PNG"
-        )
+        return _unsupported(kind, said)
     return ImageError("unreadable", f"the header of this {kind} is damaged ({said}); copy it again from its source")
 
 
@@ -235,9 +238,7 @@ def _decode_error(data: bytes, error: Exception) -> ImageError:
     said = _said(error)
     kind = image_kinds.kind_of(data)
     if isinstance(error, NotImplementedError) or _REFUSALS.search(said.lower()):
-        return ImageError(
-            "unsupported", f"this kind of {kind} is not decoded ({said}); convert it to 8-bit JPEG or PNG"
-        )
+        return _unsupported(kind, said)
     is_cut = image_kinds.is_cut(data)
     if is_cut is None:
         is_cut = isinstance(error, EOFError) or "truncated" in said.lower() or "not enough" in said.lower()

@@ -29,8 +29,8 @@ from samray.dataset.inputs import fetch_images
 from samray.dataset.manifest import Plan, load_plan
 from samray.dataset.shards import done_shards
 from samray.errors import ConfigError, ImageError, SamrayError, StorageError
-from samray.images import decode_image
 from samray.overlays import Overlay, jpeg_uri, make_overlay
+from samray.pipeline.decoding import decode_apart
 from samray.report_page import Counts, Figure, Numbers, render
 
 MAX_GALLERY_BYTES: Final = 13_000_000
@@ -193,7 +193,7 @@ def _photo(planned: pa.Table, overlay: Overlay, settings: InputConfig) -> str:
     (data,) = fetch_images(planned, settings)
     if isinstance(data, ImageError):
         raise data
-    pixels = decode_image(data, settings.max_pixels)
+    pixels = decode_apart(data, settings.max_pixels, settings.decode_timeout_s)
     if pixels.shape[:2] != overlay.original_hw:
         raise ImageError("unreadable", f"it is {pixels.shape[1]} x {pixels.shape[0]} pixels now, and was another then")
     return jpeg_uri(pixels, (overlay.height, overlay.width))

@@ -21,6 +21,7 @@ _NEW_SUBFILE_TYPE: Final = 254
 _OLD_SUBFILE_TYPE: Final = 255
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _SAMPLES: Final = 277
+_PLANAR: Final = 284
 _STRIP_OFFSETS, _STRIP_SIZES, _TILE_OFFSETS, _TILE_SIZES = 273, 279, 324, 325
 _SUB_IFDS: Final = 330
 _SAMPLE_FORMAT: Final = 339
@@ -86,13 +87,27 @@ class Directory:
     def bits(self) -> int:
         return self.value(_BITS, 1)
 
+    @property
+    def is_planar(self) -> bool:
+        """Whether each channel is stored on its own, one after the other."""
+        return self.value(_PLANAR, 1) == 2 and self.value(_SAMPLES, 1) > 1
+
+    def is_misread(self, is_big_endian: bool) -> bool:
+        """Whether Pillow (13.0) decodes it without an error, to wrong pixels; a test holds which."""
+        is_compressed = self.value(_COMPRESSION, 1) != 1
+        if self.is_planar:
+            # Samples of 16 bits are taken for two of 8; of grey and alpha, alpha is taken for grey.
+            return (self.bits > 8 and not is_compressed) or (self.value(_SAMPLES, 1) == 2 and is_compressed)
+        # libtiff has swapped the bytes already, and Pillow swaps them again.
+        return is_big_endian and is_compressed and self.bits > 8 and (self.sample_format != 1 or self.bits > 16)
+
     def describe(self) -> str:
         """The layout of its samples in words."""
         samples = self.value(_SAMPLES, 1)
         kind = _SAMPLE_FORMATS.get(self.sample_format, "samples of an unknown kind")
         return (
             f"{samples} value{'s' * (samples != 1)} per pixel, {self.bits}-bit {kind},"
-            f" compression {self.value(_COMPRESSION, 1)}"
+            f" compression {self.value(_COMPRESSION, 1)}{', channels stored one after the other' * self.is_planar}"
         )
 
 
@@ -115,6 +130,10 @@ def directories(data: bytes) -> list[Directory]:
         found.append(directory)
         todo = [*directory.tags.get(_SUB_IFDS, ())[:MAX_DIRECTORIES], directory.next, *todo]
     return found
+
+
+def is_big_endian(data: bytes) -> bool:
+    return data[:2] == b"MM"
 
 
 def is_raw_photo(data: bytes, found: list[Directory]) -> bool:

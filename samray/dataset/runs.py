@@ -1,4 +1,4 @@
-"""COCO's compressed run lengths as numbers, pixels, areas and boxes, and the runs of a mask's columns; numpy only.
+"""COCO's compressed run lengths as numbers, pixels, areas and boxes, and the runs of a mask's columns, without torch.
 
 The one decoder of masks that samray did not just make itself: of an import, and of any OUTPUT, whose Parquet may be
 damaged or made to do harm. pycocotools trusts what it is given: it reads behind the end of a string that stops in the
@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from samray.errors import StorageError
 
@@ -24,6 +25,9 @@ MAX_PIXELS: Final = 2**30
 """Most pixels of a mask. pycocotools counts them in 32 bits, from 2^31 on with a sign."""
 MAX_CHARS: Final = 2**24
 """Longest string of run lengths: SAM's have hundreds to thousands of characters. Decoding takes up to 60 bytes each."""
+
+_CHARS_AT_ONCE: Final = 2**17
+"""Characters of run lengths that are checked together, unless one string is longer: they fit into a CPU's cache."""
 
 _INTERVALS_AT_ONCE: Final = 2**19
 """Of masks that are traced together: 400 bytes each, at most."""
@@ -43,6 +47,19 @@ def run_lengths(counts: str) -> Runs | None:
     letters = np.frombuffer(counts.encode("utf-8", "replace"), dtype=np.uint8) - np.uint8(48)  # below "0" wraps: large
     if letters.max() > 63 or letters[-1] & 32:
         return None
+    runs = _numbers(letters)
+    if runs is None:
+        return None
+    runs[1::2] = runs[1::2].cumsum()
+    runs[2::2] = runs[2::2].cumsum()
+    return runs if np.abs(runs).max() < _MAX_RUN else None
+
+
+def _numbers(letters: npt.NDArray[np.uint8]) -> Runs | None:
+    """The numbers as they are written, before differences are summed; None if one is too large for a sum.
+
+    letters: of six bits each, the last one of a number.
+    """
     last = np.flatnonzero(letters < 32)  # of each number
     first = np.append(0, last[:-1] + 1)
     num_letters = last - first + 1
@@ -54,11 +71,7 @@ def run_lengths(counts: str) -> Runs | None:
         runs[longer] |= (letters[first[longer] + place] & 31).astype(np.int64) << 5 * place
     negative = np.flatnonzero(letters[last] >= 16)
     runs[negative] -= np.int64(1) << 5 * num_letters[negative]
-    if np.abs(runs).max() > 2 * _MAX_RUN:  # before they are summed, which might overflow
-        return None
-    runs[1::2] = runs[1::2].cumsum()
-    runs[2::2] = runs[2::2].cumsum()
-    return runs if np.abs(runs).max() < _MAX_RUN else None
+    return None if np.abs(runs).max() > 2 * _MAX_RUN else runs
 
 
 def check_size(size: object) -> tuple[int, int]:
@@ -93,6 +106,53 @@ def checked_runs(counts: object, hw: tuple[int, int]) -> Runs:
     if (total := int(runs.sum())) != height * width:
         raise ValueError(f"run lengths that sum to {total}, not to {height} * {width}")
     return runs
+
+
+def all_sound(counts: pa.Array, num_pixels: npt.NDArray[np.int64]) -> bool:
+    """Whether `checked_runs` takes every one of these strings; many are checked at once, in a tenth of the time.
+
+    counts: N strings, none null. num_pixels: (N,) height * width of each, as `check_size` allows them.
+    """
+    strings = counts.cast(pa.large_binary())
+    _, offset_buffer, text = strings.buffers()
+    if len(strings) == 0:
+        return True
+    bounds = np.frombuffer(offset_buffer, np.int64)[strings.offset : strings.offset + len(strings) + 1]
+    lengths = np.diff(bounds)
+    if lengths.min() == 0 or lengths.max() > MAX_CHARS:
+        return False
+    letters = np.frombuffer(text, np.uint8)
+    start = 0
+    while start < len(lengths):
+        end = max(start + 1, int(np.searchsorted(bounds, bounds[start] + _CHARS_AT_ONCE, side="right")) - 1)
+        first, last = int(bounds[start]), int(bounds[end])
+        if not _are_sound(letters[first:last], bounds[start : end + 1] - first, num_pixels[start:end]):
+            return False
+        start = end
+    return True
+
+
+def _are_sound(text: npt.NDArray[np.uint8], bounds: Runs, num_pixels: Runs) -> bool:
+    """As `all_sound`. text: the strings, one after the other. bounds: (N + 1,) where each begins, and the end."""
+    letters = text - np.uint8(48)
+    if letters.max() > 63 or (letters[bounds[1:] - 1] & 32).any():
+        return False
+    runs = _numbers(letters)
+    if runs is None:
+        return False
+    # From the fourth run of a mask on, each is the difference to the run before the last: summed over all masks, in
+    # two interleaved sums, less what the masks before had summed up to. 2^24 numbers of 2^33 fit into 64 bits.
+    begin = np.append(0, (letters < 32).cumsum()[bounds[1:] - 1])  # the first number of each mask
+    num_runs = np.diff(begin)
+    begin = begin[:-1]
+    sums = np.zeros(len(runs) + 1, np.int64)
+    sums[1::2], sums[2::2] = runs[0::2].cumsum(), runs[1::2].cumsum()
+    is_odd = (np.arange(len(runs)) - np.repeat(begin, num_runs)) & 1
+    values = sums[1:] - np.where(is_odd, np.repeat(sums[begin], num_runs), np.repeat(sums[begin + 1], num_runs))
+    values[begin] = runs[begin]
+    if values.min() < 0 or values.max() >= _MAX_RUN:
+        return False
+    return bool((np.add.reduceat(values, begin) == num_pixels).all())
 
 
 def pixels(runs: Runs, hw: tuple[int, int]) -> npt.NDArray[np.bool_]:

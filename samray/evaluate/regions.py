@@ -30,7 +30,8 @@ from samray.dataset.runs import runs_of_image
 from samray.dataset.shards import FOLDER, damage_is_told, shard_number
 from samray.dataset.tables import open_parquet
 from samray.errors import IMAGE_ERROR_REASONS, ConfigError, ImageError, NotFoundError, StorageError
-from samray.images import RGBArray, decode_image
+from samray.images import RGBArray
+from samray.pipeline.decoding import decode_apart
 
 Bool = npt.NDArray[np.bool_]
 Rle = dict[str, Any]
@@ -244,7 +245,7 @@ def _checked(
     name = storage.redact(name)
     if _holds_null([hw, annotators]):
         raise ImageError("unreadable", f"the row of {name} lacks its size or part of a region")
-    pixels = decode_image(data, config.max_pixels)
+    pixels = decode_apart(data, config.max_pixels, config.decode_timeout_s)
     if pixels.shape[:2] != hw:
         is_now = f"{pixels.shape[1]}x{pixels.shape[0]}"
         raise ImageError("unreadable", f"{name} is {is_now} pixels, but its regions are for {hw[1]}x{hw[0]}")

@@ -94,12 +94,12 @@ class Decoder:
         return pixels.copy()
 
 
-_idle: dict[tuple[int, float], queue.SimpleQueue[Decoder]] = defaultdict(queue.SimpleQueue)
+_idle: dict[tuple[int, int, float], queue.SimpleQueue[Decoder]] = defaultdict(queue.SimpleQueue)
 
 
 def decode_apart(data: Buffer, max_pixels: int, timeout_s: float) -> RGBArray:
     """As `Decoder`, with one that no other thread of this process uses; there are as many as threads call at once."""
-    idle = _idle[max_pixels, timeout_s]
+    idle = _idle[os.getpid(), max_pixels, timeout_s]  # a forked process leaves its parent's decoders alone
     try:
         decoder = idle.get_nowait()
     except queue.Empty:

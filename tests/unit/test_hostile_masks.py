@@ -12,8 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from handmade import HEIGHT, WIDTH, annotation, blob, write_output
 from hostile import FAR, LIES, SIZES, SOUND, N, covering, rle, string_of
@@ -23,6 +25,7 @@ from pycocotools import mask as coco_mask
 
 import samray
 from samray.cli import main
+from samray.dataset import runs
 from samray.dataset.export.polygons import join, outlines
 from samray.dataset.imports import records
 from samray.dataset.imports.records import counts_of, record_of
@@ -295,3 +298,33 @@ def test_a_string_may_be_long_but_not_endless() -> None:
     with pytest.raises(ValueError, match="at most"):
         checked_runs("0" * (MAX_CHARS + 1), (HEIGHT, WIDTH))
     assert run_lengths("0" * (MAX_CHARS + 1)) is None
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.text(st.characters(min_codepoint=44, max_codepoint=114), max_size=20) | masks(), st.integers(1, 9)
+        ),
+        max_size=6,
+    ),
+    st.integers(1, 60),
+)
+@settings(deadline=None, max_examples=300)
+def test_many_strings_are_checked_as_each_one_is(some: list[tuple[Any, int]], at_once: int) -> None:
+    strings, sizes = [], []
+    for value, side in some:
+        if isinstance(value, str):
+            strings.append(value)
+            sizes.append((side, side))
+        else:
+            strings.append(coco_mask.encode(np.asfortranarray(value.astype(np.uint8)))["counts"].decode())
+            sizes.append(value.shape)
+    sound = True
+    for text, hw in zip(strings, sizes, strict=True):
+        try:
+            checked_runs(text, hw)
+        except ValueError:
+            sound = False
+    with mock.patch.object(runs, "_CHARS_AT_ONCE", at_once):
+        counts = pa.array(["before", *strings], pa.string())[1:]
+        assert runs.all_sound(counts, np.array([h * w for h, w in sizes], np.int64)) == sound

@@ -255,3 +255,28 @@ def test_no_byte_of_a_private_file_is_in_an_error(start: bytes) -> None:
     words = b"correcthorse batterystaple 8812764 " * 40
     error = str(error_of(start + words))
     assert not any(word in error for word in ("correct", "horse", "battery", "staple", "8812764"))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        tiff((np.arange(36, dtype=np.uint16).reshape(3, 4, 3) * 1800, {273: (8, 32, 56), 279: (24,) * 3, 284: 2})),
+        tiff((np.zeros((3, 4, 4), np.uint16), {262: 5, 273: (8, 32, 56, 80), 279: (24,) * 4, 284: 2})),
+        None,
+    ],
+    ids=["planar 16-bit RGB", "planar 16-bit CMYK", "compressed big-endian floats"],
+)
+def test_layouts_that_pillow_decodes_to_wrong_pixels_are_refused(data: bytes | None) -> None:
+    found = error_of(_big_endian_floats() if data is None else data)
+    assert found.reason == "unsupported"
+    assert "in a layout that is not decoded" in found.message
+
+
+def _big_endian_floats() -> bytes:
+    """A deflated TIFF of 2x2 floats, most significant byte first."""
+    packed = zlib.compress(np.array([[0, 0.5], [0.5, 1]], ">f4").tobytes())
+    tags = {256: 2, 257: 2, 258: 32, 259: 8, 262: 1, 273: 8, 277: 1, 278: 2, 279: len(packed), 339: 3}
+    start = 8 + len(packed) + len(packed) % 2
+    entries = b"".join(struct.pack(">HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"MM\0*" + struct.pack(">I", start) + packed + bytes(len(packed) % 2)
+    return head + struct.pack(">H", len(tags)) + entries + bytes(4)

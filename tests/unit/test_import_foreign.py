@@ -395,3 +395,27 @@ def test_memory_of_a_value_is_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(json_stream, "_CHUNK_BYTES", 100)
     with pytest.raises(ValueError, match="a value of more than 1,000 characters"):
         list(json_stream.JsonStream(io.BytesIO(b'{"images": ["' + b"x" * 5000)).items())
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_polygons_may_be_lists_of_points(tmp_path: Path, nested: bool) -> None:
+    points = [[1, 1], [6, 1], [6, 6], [1, 6]]
+    flat = [number for point in points for number in point]
+    picture(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        size = {"width": image.width, "height": image.height}
+    masks = [
+        {"id": i, "image_id": 1, "segmentation": segmentation}
+        for i, segmentation in enumerate([[flat], [points] if nested else points])
+    ]
+    source = write(tmp_path, [{"id": 1, "file_name": "a.png", **size}], masks)
+    (row,) = imported(source, tmp_path / "out")
+    flat_mask, points_mask = row["annotations"]
+    assert points_mask["segmentation"] == flat_mask["segmentation"]
+
+
+@pytest.mark.parametrize("rest", [b"x", b"{}", b"\0"])
+def test_a_file_that_goes_on_after_its_end_is_not_half_read(tmp_path: Path, rest: bytes) -> None:
+    (tmp_path / "two.json").write_bytes(whole_file() + b"\n" + rest)
+    with pytest.raises(ConfigError, match="goes on with"):
+        samray.import_(tmp_path / "two.json", tmp_path / "out", progress=False)

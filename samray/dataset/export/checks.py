@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from samray.dataset.runs import check_size, checked_runs
+from samray.dataset.runs import all_sound, check_size, checked_runs
 from samray.errors import StorageError
 
 
@@ -40,6 +40,9 @@ def check_rows(table: pa.Table) -> None:
             raise _fault(images[int(image_of[unsound.argmax()])].as_py(), what)
     sides = masks.field("segmentation").field("size").flatten().to_numpy(zero_copy_only=False).reshape(-1, 2)
     counts = masks.field("segmentation").field("counts")
+    true_sides = np.array(sizes, np.int64).reshape(-1, 2)[image_of]
+    if np.array_equal(sides, true_sides) and all_sound(counts, true_sides.prod(axis=1)):
+        return
     for place, (index, size, text) in enumerate(zip(image_of.tolist(), sides.tolist(), counts, strict=True)):
         try:
             if tuple(size) != sizes[index]:

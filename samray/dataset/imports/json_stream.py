@@ -42,9 +42,16 @@ class JsonStream:
         """
         if bare is not None and self._peek() == "[":
             yield from self._elements(bare)
-            return
+        else:
+            yield from self._members()
+        self._where = ""
+        if (found := self._next_character()) is not None:
+            raise ValueError(f"it goes on with {found!r} after its end, at {self._place(self._at)}; expected one value")
+
+    def _members(self) -> Iterator[tuple[str, Any]]:
         self._expect("{")
         if self._peek() == "}":
+            self._at += 1
             return
         while True:
             key = self._value()
@@ -98,13 +105,20 @@ class JsonStream:
         return True
 
     def _peek(self) -> str:
+        found = self._next_character()
+        if found is None:
+            raise self._too_early()
+        return found
+
+    def _next_character(self) -> str | None:
+        """The next one that is not space, without taking it; None at the end of the file."""
         while True:
             while self._at < len(self._text):
                 if self._text[self._at] not in _SPACE:
                     return self._text[self._at]
                 self._at += 1
             if not self._more():
-                raise self._too_early()
+                return None
 
     def _expect(self, characters: str) -> str:
         found = self._peek()

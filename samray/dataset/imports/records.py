@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, Final
 
 import numpy as np
@@ -167,9 +168,13 @@ def _compressed(runs: Runs, hw: tuple[int, int]) -> str:
 def _counts_of_polygons(polygons: list[Any], hw: tuple[int, int]) -> str | None:
     if all(isinstance(number, int | float) for number in polygons):  # one polygon, without a list around it
         polygons = [polygons]
+    elif len(polygons) > 2 and all(_is_point(point) for point in polygons):  # one polygon of [x, y] pairs
+        polygons = [list(chain.from_iterable(polygons))]
     usable = []
     outline = 0.0
     for polygon in polygons:
+        if polygon and all(_is_point(point) for point in polygon):
+            polygon = list(chain.from_iterable(polygon))
         xy = np.array([float(number) for number in polygon], dtype=np.float64)
         if len(xy) % 2 or not np.isfinite(xy).all():
             raise ValueError("a polygon that is no list of x, y")
@@ -188,6 +193,10 @@ def _counts_of_polygons(polygons: list[Any], hw: tuple[int, int]) -> str | None:
     if not usable:
         return None
     return str(coco_mask.merge(coco_mask.frPyObjects(usable, *hw))["counts"].decode("ascii"))
+
+
+def _is_point(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and not any(isinstance(number, list) for number in value)
 
 
 def measure(counts: str, hw: tuple[int, int], bbox_convention: str) -> tuple[int, list[float]]:
