@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 import types
@@ -32,6 +33,7 @@ def label_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append({"input": input, "output": output, "config": config, **rest})
         return types.SimpleNamespace(exit_code=0)
 
+    importlib.import_module("samray.plan_view")  # it needs the real report, which is replaced below
     monkeypatch.setitem(sys.modules, "samray.pipeline.run", types.SimpleNamespace(label_with=label_with))
     monkeypatch.setitem(sys.modules, "samray.pipeline.report", types.SimpleNamespace(print_report=lambda report: None))
     return calls
