@@ -71,6 +71,18 @@ class StopRequest:
         assert self.signum is not None
         return 128 + self.signum
 
+    def listen(self) -> None:
+        """Handle the signals from here on; once more after `ray.init`, which sets a handler of its own for SIGTERM."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._on_signal)
+            signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self.num_signals += 1
+        if self.num_signals == 2:
+            raise KeyboardInterrupt
+        self.signum = self.signum or signum
+
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
@@ -80,17 +92,11 @@ def stop_on_signals() -> Iterator[StopRequest]:
     allows no handlers: there, nothing is caught.
     """
     request = StopRequest()
-
-    def on_signal(signum: int, frame: FrameType | None) -> None:
-        request.num_signals += 1
-        if request.num_signals == 2:
-            raise KeyboardInterrupt
-        request.signum = request.signum or signum
-
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    previous = {signum: signal.signal(signum, on_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
+    previous = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    request.listen()
     try:
         yield request
     finally:

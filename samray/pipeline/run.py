@@ -200,6 +200,7 @@ def _run_on_ray(run: _Run) -> StopRequest | None:
     run.view.update(note="starting Ray")
     # Signals first: a Ctrl-C while Ray starts or ends would leave a part of it behind.
     with stop_on_signals() as stop, running_ray(config) as is_fixed, data_settings(config):
+        stop.listen()
         sizes = choose_sizes(config, cluster_nodes(), len(run.todo), run.config.model.device)
         if is_fixed:
             sizes = check_fits(sizes, cluster_nodes(), run.config.model.device)

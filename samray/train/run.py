@@ -238,6 +238,7 @@ def _run_on_ray(run: _Run) -> StopRequest | None:
         data_settings(cluster),
         _ray_folder(run, is_fixed) as folder,
     ):
+        stop.listen()
         sizes = choose_sizes(run.settings, cluster_nodes(), can_grow=not is_fixed)
         mixture = ray.put(run.mixture)
         while stop.signum is None and (before := run.store.read_position()).progress(config) < 1:

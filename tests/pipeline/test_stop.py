@@ -70,7 +70,10 @@ def test_ctrl_c_again_and_again_prints_no_traceback(moment: str, tmp_path: Path)
     arguments = (source, output, "1.0") if moment == "labelling" else (source, output, "model.device=cpu")
 
     with driver(tmp_path / "log", *arguments, program=program) as running:
-        wait_until(lambda: moment in running.text(), running)
+        if moment == "labelling":
+            wait_until(lambda: moment in running.text(), running)
+        else:
+            wait_until(lambda: bool(running.workers("gcs/gcs_server")), running)
         while running.process.poll() is None:
             running.look_around()
             send(running, signal.SIGINT, group=True)
