@@ -65,12 +65,12 @@ def test_page_tells_what_was_found(storage_root: str) -> None:
         "mask decoder 3.00 s 67%",
         "image encoder 1.50 s 33%",
         "None: every image was labelled.",
-        "masks.points_per_side 8 32",  # setting, value, default
-        "masks.pred_iou_thresh 0.88",
+        "masks.points_per_side 8 24",  # setting, value, default of the model
+        "masks.crop_nms_thresh 0.7",
     ):
         assert words in text
     changed = text[text.index("Not the default") : text.index("Model and run")]
-    assert "pred_iou_thresh" not in changed
+    assert "crop_nms_thresh" not in changed
     assert [image["name"] for image in images_of(page)] == [f"photo {i}.png" for i in range(6)]
     assert storage.exists(storage.join(plan.output, "_samray", "report.html"))
 
