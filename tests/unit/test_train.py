@@ -195,7 +195,7 @@ def test_a_run_can_begin_with_weights(tmp_path: Path):
 
 def test_a_distilled_encoder_learns_its_teachers_embeddings(monkeypatch: pytest.MonkeyPatch):
     teacher = Sam(replace(MICRO, encoder=replace(MICRO.encoder, dims=(16, 16, 32)))).eval().requires_grad_(False)
-    monkeypatch.setattr("samray.train.learner.load_model", lambda name, checkpoint, device: teacher)
+    monkeypatch.setattr("samray.train.learner.load_model", lambda *args, **options: teacher)
     overrides = ("train.distill_from=vit_h", "train.steps=10000", "train.warmup_steps=1")
     learner = learner_of(*overrides)
     batch = next(batches_of(settings_of()))
