@@ -154,7 +154,7 @@ def test_a_resume_opens_no_shard_to_count_failures(
     broken = NAMES[1]
     source, output = _put_folder(storage_root, {**images, broken: images[broken][:100]}), f"{storage_root}/out"
     label(source, output)
-    monkeypatch.setattr(history, "read_metadata", lambda output, shard: pytest.fail(f"opened shard {shard}"))
+    monkeypatch.setattr(history, "_look_at", lambda output, shard: pytest.fail(f"opened shard {shard}"))
     assert label(source, output).failures == {"truncated": 1}
     storage.put(storage.join(source, broken), images[broken])
     assert label(source, output, retry_failed=True).failures == {}
