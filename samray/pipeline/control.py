@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,6 +84,13 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signum = self.signum or signum
 
+    def on_ignored(self, ignored: Any) -> None:
+        """Python drops an interrupt that comes inside a finalizer or a lock's own code: the next signal raises again."""
+        if ignored.exc_type is KeyboardInterrupt:
+            self.num_signals = 1
+        else:
+            sys.__unraisablehook__(ignored)
+
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
@@ -97,8 +105,10 @@ def stop_on_signals() -> Iterator[StopRequest]:
         return
     previous = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     request.listen()
+    unraisable, sys.unraisablehook = sys.unraisablehook, request.on_ignored
     try:
         yield request
     finally:
+        sys.unraisablehook = unraisable
         for signum, handler in previous.items():
             signal.signal(signum, handler)

@@ -288,7 +288,7 @@ def test_an_actor_takes_a_gpu_only_where_it_has_reserved_one(monkeypatch: pytest
     class Loaded(Exception):
         pass
 
-    def load(name: str, checkpoint: str | None, device: str | None, dtype: str) -> None:
+    def load(name: str, checkpoint: str | None, device: str | None, dtype: str, **options: object) -> None:
         raise Loaded(device)
 
     monkeypatch.setattr(checkpoints, "load_model", load)
