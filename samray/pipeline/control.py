@@ -85,7 +85,7 @@ class StopRequest:
         self.signum = self.signum or signum
 
     def on_ignored(self, ignored: Any) -> None:
-        """Python drops an interrupt that comes inside a finalizer or a lock's own code: the next signal raises again."""
+        """Python drops an interrupt that comes in a finalizer or a lock: the next signal raises again."""
         if ignored.exc_type is KeyboardInterrupt:
             self.num_signals = 1
         else:
