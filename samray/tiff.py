@@ -34,7 +34,7 @@ _RAW_PHOTOMETRIC: Final = (32803, 34892)
 """Colour filter array and LinearRaw: sensor values, which are not a picture before they are developed."""
 
 _RAW_COMPRESSION: Final = (32767, 32769, 32770, 34713, 65000, 65535)
-"""Of Sony, Epson, Samsung, Nikon, Kodak and Pentax."""
+"""Tags of Sony, Epson, Samsung, Nikon, Kodak and Pentax."""
 
 _SAMPLE_FORMATS: Final = {
     1: "unsigned integers",

@@ -30,7 +30,7 @@ _CHARS_AT_ONCE: Final = 2**17
 """Characters of run lengths that are checked together, unless one string is longer: they fit into a CPU's cache."""
 
 _INTERVALS_AT_ONCE: Final = 2**19
-"""Of masks that are traced together: 400 bytes each, at most."""
+"""Masks that are traced together: 400 bytes each, at most."""
 
 _MAX_LETTERS: Final = 12
 _MAX_RUN: Final = 2**32

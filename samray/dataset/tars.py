@@ -50,7 +50,7 @@ class TarMember:
     offset: int
     size: int
     extents: str | None = None
-    """Of a file stored with holes: `start+length` of each stored piece; they follow each other from `offset` on."""
+    """For a file stored with holes: `start+length` of each stored piece; they follow each other from `offset` on."""
     problem: str | None = None
     """Why there are no bytes to read, as `reason: message`."""
 

@@ -14,7 +14,7 @@ from samray.settings import Settings
 
 LAST_BLOCKS = "last_blocks:"
 SCORES = "iou_head"
-"""Of train.trainable: what predicts the masks' IoUs, and nothing else."""
+"""Value of train.trainable: what predicts the masks' IoUs, and nothing else."""
 
 
 class DataConfig(Settings):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MAX_LABEL: Final = 65535
 MAX_PIXELS: Final = 2**28
-"""Of a label map, which is painted in memory: 4 bytes per pixel."""
+"""Largest label map, which is painted in memory: 4 bytes per pixel."""
 
 
 def write(job: Job, piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:

@@ -21,7 +21,7 @@ _MAX_PART_BYTES: Final = 200
 """Of a file's or folder's name; filesystems take 255, and an image id and an ending may follow."""
 
 _MAX_STEM_BYTES: Final = 700
-"""Of a whole path below DEST: object stores take keys of 1024 bytes, DEST included, filesystems 4096."""
+"""Longest path below DEST: object stores take keys of 1024 bytes, DEST included, filesystems 4096."""
 
 _ENDINGS: Final = (".json", ".png", ".txt", ".jpg")
 """What exports put behind a stem; with copies of the images also what their names end with."""

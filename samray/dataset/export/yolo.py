@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _LINE_ENDS: Final = r"\r\n\x0b\x0c\x1c\x1d\x1e\x{85}\x{2028}\x{2029}"
 _IN_THE_WAY: Final = rf"(^|/)images/|[{_LINE_ENDS}]|\./|\s$"
-"""Of names that YOLO's tools would read as others: they split lists as Python's `splitlines`, strip the whole, and
+"""Names that YOLO's tools would read as others: they split lists as Python's `splitlines`, strip the whole, and
 replace each `./`. RE2, as Arrow has it."""
 
 
