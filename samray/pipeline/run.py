@@ -198,8 +198,9 @@ def _run_on_ray(run: _Run) -> StopRequest | None:
 
     config = run.config.cluster
     run.view.update(note="starting Ray")
-    # Signals first: a Ctrl-C while Ray starts or ends would leave a part of it behind.
-    with stop_on_signals() as stop, running_ray(config) as is_fixed, data_settings(config):
+    # Signals first: a Ctrl-C while Ray starts or ends would leave a part of it behind. Ray Data's settings before Ray:
+    # cut off by a second Ctrl-C, it logs tracebacks until Ray is gone.
+    with stop_on_signals() as stop, data_settings(config), running_ray(config) as is_fixed:
         stop.listen()
         sizes = choose_sizes(config, cluster_nodes(), len(run.todo), run.config.model.device)
         if is_fixed:
@@ -324,9 +325,14 @@ def _drive(dataset: ray.data.Dataset, run: _Run, state: Any, stop: StopRequest) 
 
 
 def _stream(dataset: ray.data.Dataset, rows: queue.SimpleQueue[Any], halt: threading.Event) -> None:
-    """Run the data set, putting its rows, and at the end None or the error, where the driver's main thread waits."""
-    import ray
+    """Run the data set, putting its rows, and at the end None or the error, where the driver's main thread waits.
 
+    If that thread is cut off, this one finds Ray gone: it must not start another.
+    """
+    import ray
+    from ray._private import auto_init_hook
+
+    before, auto_init_hook.enable_auto_connect = auto_init_hook.enable_auto_connect, False
     try:
         bundle: Any
         # iter_batches has three threads hand each other what one row a shard does not need.
@@ -339,6 +345,8 @@ def _stream(dataset: ray.data.Dataset, rows: queue.SimpleQueue[Any], halt: threa
         rows.put(None)
     except BaseException as error:  # whatever it is, the main thread is the one to raise it
         rows.put(error)
+    finally:
+        auto_init_hook.enable_auto_connect = before
 
 
 def _waiting(rows: queue.SimpleQueue[Any]) -> Iterator[Any]:
