@@ -6,6 +6,7 @@ python tests/drive.py INPUT OUTPUT SECONDS_PER_IMAGE [section.key=value ...]
 from __future__ import annotations
 
 import functools
+import signal
 import sys
 from pathlib import Path
 
@@ -25,10 +26,16 @@ def main(input: str, output: str, seconds: str, *overrides: str) -> int:
     base += ["cluster.max_actors=1", "cluster.num_cpus_per_actor=1"]
     config = load_config(None, None, [*base, *overrides])
     make_labeler = functools.partial(standin.make_labeler, seconds=float(seconds))
-    report = label_with(input, output, config, make_labeler=make_labeler)
+    try:
+        report = label_with(input, output, config, make_labeler=make_labeler)
+    except KeyboardInterrupt:  # as the command line does
+        print("interrupted", file=sys.stderr)
+        return 130
     print_report(report)
     return report.exit_code
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    code = main(*sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as `samray.__main__` does
+    sys.exit(code)
