@@ -127,7 +127,7 @@ def test_what_lies_outside_of_its_image_is_named_before_anything_is_encoded(sam:
 
 def test_images_that_are_none_and_lists_that_do_not_fit(sam: Sam) -> None:
     generator = PromptedGenerator(sam)
-    with pytest.raises(ValueError, match=r"uint8 array \(H, W, 3\); got float32 \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"uint8 arrays \(H, W, 3\); images\[0\] is float32 \(4, 4\)"):
         generator.generate([np.zeros((4, 4), np.float32)], [[]])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="1 images, but prompts for 0"):
         generator.generate([blobs(20, WIDE)], [])
