@@ -2,7 +2,7 @@
 
 A list of signed URLs, or an INPUT such as `https://user:password@host/photos/`, gives URIs that are secrets themselves.
 The plan keeps them without (`hide`), so nothing made of it holds any. To read the images, the driver lists INPUT again,
-which also means that URLs signed anew are used, and hands the URIs to the workers with each shard (`reveal`).
+which also means that URLs with new signatures are used, and hands the URIs to the workers with each shard (`reveal`).
 """
 
 from __future__ import annotations

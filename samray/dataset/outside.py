@@ -8,7 +8,7 @@ Without `input.allow_outside` a list may name
 - no filesystem of fsspec's that wraps another one (`zip://`, `generic://`, `simplecache://`, ...).
 
 Link-local addresses, where clouds serve the credentials of a machine, are refused always (`samray.storage.addresses`).
-Symbolic links are followed: they belong to whoever owns the folder.
+Symbolic links are followed: they belong to the owner of the folder.
 """
 
 from __future__ import annotations

@@ -246,7 +246,7 @@ def column_intervals(masks: list[Runs], height: int) -> Intervals:
 
 
 def runs_of_image(image_id: int, counts: list[str], hw: tuple[int, int]) -> list[Runs]:
-    """The run lengths of an image's masks. Raises: StorageError where one is no mask of that height and width."""
+    """The run lengths of an image's masks. Raises: StorageError if one does not fit that height and width."""
     masks = []
     try:
         check_size(hw)

@@ -17,7 +17,7 @@ REPEATED: Final = "listed more than once"
 REPLACED: Final = "replaced by a later tar member of the same name"
 SPECIAL: Final = "not regular files"
 UNUSABLE: Final = "unusable"
-"""Of archives and lists among others that can be read; each comes with its sentence."""
+"""Archives and lists that cannot be read, among others that can; each comes with its sentence."""
 
 _MAX_KINDS: Final = 50
 _OTHERS: Final = "others"

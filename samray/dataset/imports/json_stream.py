@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, Final
 
 _CHUNK_BYTES: Final = 4 * 2**20
 MAX_VALUE_CHARS: Final = 64 * 2**20
-"""Of one element; the file may be of any size. Parsed, an element takes up to 25 bytes per character."""
+"""Limit for one element; the file may be of any size. Parsed, an element takes up to 25 bytes per character."""
 
 _SPACE: Final = " \t\n\r"
 _WORDS: Final = ("true", "false", "null", "-", "NaN", "Infinity", "-Infinity")

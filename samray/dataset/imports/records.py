@@ -25,7 +25,7 @@ _MAX_OUTLINE: Final = 2**22
 """Longest outline of an annotation's polygons, pixels, and farthest corner."""
 
 MAX_IMAGE_CHARS: Final = 2**25
-"""Of an image's run-length strings: a polygon of three corners may make a string of megabytes."""
+"""Limit for the run-length strings of one image: a polygon of three corners may make a string of megabytes."""
 
 
 def record_of(

@@ -22,7 +22,7 @@ from samray.strict_json import parse_json
 _THREADS: Final = 32
 _SAMPLES: Final = 20
 MAX_JSON_BYTES: Final = 64 * 2**20
-"""Of one image's file; parsed, JSON takes up to 25 bytes per character."""
+"""Limit for the file of one image; parsed, JSON takes up to 25 bytes per character."""
 _READ_AHEAD_BYTES: Final = 4 * 2**20
 """Larger files are read one by one."""
 
