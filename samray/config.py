@@ -155,6 +155,12 @@ def model_masks(name: str) -> Mapping[str, Any]:
     return load_yaml_file(preset_path(name))["masks"] if name in preset_names() else {}
 
 
+_FORMER_MASKS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
+    "tiny": ({"pred_iou_thresh": 0.62},),  # samray 0.1
+}
+"""Values that earlier versions had in `model_masks`. The reference's count too: 0.1 used them from Python."""
+
+
 class OutputConfig(Settings):
     """How the Parquet shards are cut, and when a run counts as failed."""
 
@@ -235,15 +241,16 @@ class Config(Settings):
     def as_begun(self, identity: Mapping[str, Any]) -> Config:
         """These settings, to go on with the run of that identity.
 
-        Older versions began runs from Python with the reference's mask settings whatever the model. Where such a run
-        has them in place of the model's own, those that are not given stay as the run has them.
+        Mask settings that are not given stay as the run has them if an older version chose them for this model.
         """
         unset = model_masks(self.model.name).keys() - self.masks.model_fields_set
         begun = identity.get("masks", {})
         reference = {key: MaskConfig.model_fields[key].default for key in unset}
-        if not unset or any(begun.get(key, "not there") != value for key, value in reference.items()):
-            return self
-        return self.model_copy(update={"masks": self.masks.model_copy(update=reference)})
+        for former in (reference, *_FORMER_MASKS.get(self.model.name, ())):
+            values = {key: former.get(key, getattr(self.masks, key)) for key in unset}
+            if unset and all(begun.get(key, "not there") == value for key, value in values.items()):
+                return self.model_copy(update={"masks": self.masks.model_copy(update=values)})
+        return self
 
     def identity(self) -> dict[str, Any]:
         """What determines the output, as plain JSON values; a run resumes only onto an output with the same identity.
@@ -327,6 +334,8 @@ def load_config(preset: str | None = None, file: str | Path | None = None, overr
     values: dict[str, dict[str, Any]] = {}
     if preset is not None:
         problems += _lay_over(values, load_yaml_file(preset_path(preset)), SECTIONS)
+        if own.get("model", {}).get("name", preset) == preset == values.get("model", {}).get("name"):
+            values.pop("masks", None)  # the model's own anyway; not given, they can follow a run of an older version
     problems += _lay_over(values, own, SECTIONS)
     return Config(**make_sections(SECTIONS, values, problems))
 

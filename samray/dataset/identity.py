@@ -56,10 +56,14 @@ def refuse_differences(
         if there.get(key, missing) != asked.get(key, missing)
     ]
     if differences:
+        advice = "use those settings to finish it, or give another OUTPUT for these"
+        if "model.checkpoint_sha256" in {key for key in there if there[key] != asked.get(key)}:
+            advice += (
+                ". Weights are compared by their content: model.checkpoint=FILE gives those of the run. The embedded"
+                " model's change with samray's version: they are samray/weights/tiny.safetensors of the version before"
+            )
         raise ConfigError(
-            f"{storage.redact(output)} belongs to a run with other settings:\n"
-            + "\n".join(differences)
-            + "\nuse those settings to finish it, or give another OUTPUT for these"
+            f"{storage.redact(output)} belongs to a run with other settings:\n" + "\n".join(differences) + f"\n{advice}"
         )
 
 

@@ -100,10 +100,11 @@ def test_progress_off_a_terminal_is_lines() -> None:
         view.update(note="labelling")
         view.update(num_done=4)
         view.update(num_done=5)
-    assert file.getvalue() == "samray: labelling, 2/8 images (25%)\n"
+        assert file.getvalue() == "samray: labelling, 2/8 images (25%)\n", "one line in ten seconds"
+    assert file.getvalue().endswith("\nsamray: labelling, 5/8 images (62%)\n"), "and one at the end"
     with ProgressView(8, 0, file=file, enabled=False) as view:
         view.update(note="labelling")
-    assert file.getvalue().count("\n") == 1
+    assert file.getvalue().count("\n") == 2
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def rays(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         home.mkdir()
         temporary.mkdir()
         environment = {**os.environ, "HOME": str(home), "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
-        for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
             environment.pop(name, None)
         script = Path(__file__).with_name("on_small_rays.py")
         done = subprocess.run(

@@ -19,7 +19,7 @@ def test_each_shard_is_a_block_of_its_own(local_ray: None, number: int) -> None:
         blocks: Any = list(shards_to_do(source_table(todo)).iter_batches(batch_size=None, batch_format="pyarrow"))
     assert [block.num_rows for block in blocks] == [1] * number
     rows = [row for block in blocks for row in block.to_pylist()]
-    expected = [{"shard": shard, "retry": retry, "prompts": None} for shard, retry in todo.items()]
+    expected = [{"shard": s, "retry": retry, "prompts": None, "credentials": None} for s, retry in todo.items()]
     assert sorted(rows, key=lambda row: row["shard"]) == expected
 
 

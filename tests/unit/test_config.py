@@ -308,3 +308,14 @@ def test_every_setting_is_described() -> None:
             assert row.description
             assert row.allowed
             assert len(row.description) <= 130
+
+
+@pytest.mark.parametrize("preset", [None, "tiny"])
+def test_a_run_of_an_older_version_keeps_the_thresholds_that_were_the_models_own(preset: str | None) -> None:
+    config = load_config(preset)
+    begun = config.identity()
+    begun["masks"] = {**begun["masks"], "pred_iou_thresh": 0.62}
+    assert config.as_begun(begun).masks.pred_iou_thresh == 0.62
+    assert load_config(preset, None, ["masks.pred_iou_thresh=0.5"]).as_begun(begun).masks.pred_iou_thresh == 0.5
+    begun["masks"]["pred_iou_thresh"] = 0.61  # somebody chose that
+    assert config.as_begun(begun).masks.pred_iou_thresh == 0.5
