@@ -1,4 +1,4 @@
-"""The measurements behind the README's figures. Each prints JSON with the machine and the versions.
+"""The measurements behind docs/benchmarks.md. Each prints JSON with the machine and the versions.
 
     python jobs/benchmark.py decoder             our decoder against the published one: 64 prompts, one process
     python jobs/benchmark.py generator           all masks of an image, by samray (also in bfloat16) and its peers

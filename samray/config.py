@@ -280,7 +280,7 @@ SECTIONS: Sections = {
 
 
 class SettingRow(NamedTuple):
-    """One setting as `--help` and the README list it."""
+    """One setting as `--help` and the documentation list it."""
 
     name: str
     """Dotted, as typed on the command line."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _CORE_SECONDS: Final = {
     "tiny": (0.3, 0.004), "vit_t": (2, 0.05), "vit_b": (12, 0.05), "vit_l": (30, 0.05), "vit_h": (55, 0.05)
 }  # fmt: skip
-"""Seconds of one core for a pass of the image encoder and for a prompt, from the measurements in the README."""
+"""Seconds of one core for a pass of the image encoder and for a prompt, from the measurements in docs/benchmarks.md."""
 _LONG_S: Final = 24 * 3600
 _MANY_PROMPTS: Final = 50_000
 

@@ -37,7 +37,7 @@ class Settings(BaseModel):
         strict=True,
         allow_inf_nan=False,
         protected_namespaces=(),
-        use_attribute_docstrings=True,  # the line below a field is its description, in --help and in the README
+        use_attribute_docstrings=True,  # the line below a field is its description, in --help and in the documentation
     )
     section: ClassVar[str] = ""
 

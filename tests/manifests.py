@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pages
 import pytest
 import yaml
 
@@ -103,11 +104,10 @@ def entrypoint(path: Path) -> str:
 
 
 def told_commands() -> Iterator[tuple[str, str]]:
-    """(where, command): each `samray label|demo` and `ray job submit` of the README's blocks and the comments."""
+    """(where, command): each `samray label|demo` and `ray job submit` of the README, docs/ and the comments."""
     texts = {path.name: path.read_text() for path in MANIFESTS}
     comments = {name: "\n".join(re.findall(r"^ *# *(.*)", text, re.M)) for name, text in texts.items()}
-    readme = "\n".join(re.findall(r"^```bash\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.M | re.S))
-    for where, text in [*comments.items(), ("README.md", readme)]:
+    for where, text in [*comments.items(), *((page, text) for page, _, text in pages.blocks("bash"))]:
         for line in re.sub(r"\\\n\s*", "", text).splitlines():
             quoted = re.findall(r"`((?:samray (?:label|demo)|ray job submit) [^`]+)`", line)
             if re.match(r"(samray (label|demo)|ray job submit) ", line):

@@ -37,7 +37,8 @@ def label_dataset(
     """ds with the columns `annotations`, `status` and `error` added; lazy, as every stage of Ray Data.
 
     The images are in the column config.input.image_column, else in `bytes` or `image`: encoded bytes, Hugging Face's
-    struct<bytes, path>, or RGB or grey uint8 arrays. An image that cannot be labelled has status `failed` and a reason.
+    `struct<bytes, path>`, or RGB or grey uint8 arrays. An image that cannot be labelled has status `failed`, with a
+    reason.
     Annotation ids are image_id * 65536 + index where ds has an integer column `image_id`, else just the index.
     make_labeler is called once in each actor with config and its number of threads. Each actor leaves one of its CPUs
     to the stages before and after this one. Raises: ConfigError for settings that can never be run.

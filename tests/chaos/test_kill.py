@@ -30,7 +30,7 @@ def _source(root: str, num_images: int = NUM_IMAGES) -> tuple[str, str, dict[str
 
 
 def test_kill_9_of_the_driver_again_and_again(storage_root: str, tmp_path: Path) -> None:
-    """SAMRAY_CHAOS_ROUNDS=10 for the figure in the README."""
+    """SAMRAY_CHAOS_ROUNDS=10 for the figure in docs/benchmarks.md."""
     num_shards = 4 * ROUNDS + 4  # at 0.15 s an image a round gets to two or three of them before it is killed
     source, output, images = _source(storage_root, 4 * num_shards)
     rng = random.Random(os.environ.get("SAMRAY_CHAOS_SEED", "7"))

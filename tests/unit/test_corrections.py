@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from handmade import HEIGHT, WIDTH, annotation, decoded, write_output
+from pages import block
 from reviewed import HW, NAMES, a_person, export, five_images, import_, masks_of, rows_of, square, write
 
 import samray
@@ -193,23 +194,18 @@ def test_the_convention_of_boxes_is_kept(tmp_path: Path) -> None:
     assert mask["bbox"] == [3, 4, 4, 4]
 
 
-def test_the_commands_of_the_readme_run(
+def test_the_commands_of_the_docs_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme = (Path(samray.__file__).parents[1] / "README.md").read_text()
-
-    def block(mark: str) -> list[str]:
-        return readme.partition(f"<!-- {mark} -->\n```")[2].partition("```")[0].splitlines()[1:]
-
     monkeypatch.chdir(tmp_path)
     plan = write_output(str(tmp_path), ["a/cat.jpg", "dog.jpg"], masks=masks_of)
     (tmp_path / "in").rename("photos")
     (tmp_path / "out").rename("round2")
-    Path("clicks.jsonl").write_text("\n".join(block("clicks.jsonl")))
-    (assisted,) = block("phase 1")
+    Path("clicks.jsonl").write_text(block("clicks.jsonl")[1])
+    (assisted,) = block("phase 1")[1].splitlines()
     assert main([*shlex.split(assisted)[1:], "--dry-run"]) == 0
     assert "prompts 2, on 1 image" in " ".join(capsys.readouterr().err.split())
-    automatic, there, back = block("phase 2")
+    automatic, there, back = block("phase 2")[1].splitlines()
     assert main([*shlex.split(automatic.replace("round2", "other"))[1:], "--dry-run"]) == 0
     assert main(shlex.split(there)[1:]) == 0
     Path("review/instances.json").rename("corrected.json")

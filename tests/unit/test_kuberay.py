@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import pages
 import pytest
 import yaml
 from manifests import (
@@ -126,12 +127,15 @@ def test_entrypoints_are_samrays(path: Path, commands: Commands) -> None:
 
 def test_told_commands_are_samrays(commands: Commands) -> None:
     told = list(told_commands())
-    assert {where for where, _ in told} >= {"README.md", GPU_CLUSTER.name, KIND_JOB.name}
+    assert {where for where, _ in told} >= {"README.md", "docs/deployment/ray.md", GPU_CLUSTER.name, KIND_JOB.name}
     for _, command in told:
         if command.startswith("ray job submit"):
             options, command = split_submission(command)
             check_submission(options)
-        commands.run(command)
+        if command.startswith("python jobs/train.py "):
+            pages.parse(command)
+        else:
+            commands.run(command)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,152 @@
+"""The documentation site builds strictly, its links lead somewhere, it fetches nothing, and its commands parse."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pages
+import pytest
+import typer
+
+import samray
+from samray import cli, errors
+from samray.config import SECTIONS, setting_rows
+from samray.train.settings import TRAIN_SECTIONS
+
+CONFIG = pages.REPOSITORY / "docs" / "site" / "mkdocs.yml"
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed: pip install 'samray[test]'"
+)
+
+
+class Page(HTMLParser):
+    """What a page links to, what it loads, its anchors and its text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.loads: list[str] = []
+        self.anchors: set[str] = set()
+        self.text = ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value for name, value in attrs if value}
+        if "id" in values:
+            self.anchors.add(values["id"])
+        if tag == "a" and "href" in values:
+            self.links.append(values["href"])
+        elif tag in ("img", "script", "link", "iframe"):
+            self.loads += [values[name] for name in ("src", "href") if name in values]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Page]:
+    """The pages of the site, built strictly: a warning fails."""
+    folder = tmp_path_factory.mktemp("site")
+    environment = {**os.environ, "PYTHONPATH": str(pages.REPOSITORY), "NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(CONFIG), "-d", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return {path: Page(path) for path in sorted(folder.rglob("*.html")) if path.name != "404.html"}
+
+
+def page_of(site: dict[Path, Page], name: str) -> Page:
+    (found,) = (page for path, page in site.items() if path.as_posix().endswith(f"/{name}.html"))
+    return found
+
+
+def test_every_link_leads_to_a_file_and_an_anchor(site: dict[Path, Page]) -> None:
+    broken = []
+    for path, page in site.items():
+        for link in [*page.links, *page.loads]:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = path if not parts.path else (path.parent / unquote(parts.path)).resolve()
+            target = target / "index.html" if target.is_dir() else target
+            if not target.exists() or (target in site and parts.fragment not in {"", *site[target].anchors}):
+                broken.append((path.name, link))
+    assert broken == []
+    assert sum(len(page.links) for page in site.values()) > 500
+
+
+def test_no_page_loads_anything_from_another_host(site: dict[Path, Page]) -> None:
+    for path, page in site.items():
+        assert [link for link in page.loads if urlsplit(link).netloc] == [], path
+    styles = [style for path in site for style in path.parent.glob("assets/**/*.css")]
+    assert styles
+    assert all("fonts.googleapis.com" not in style.read_text() for style in styles)
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (pages.REPOSITORY / "README.md").read_text()):
+        assert (pages.REPOSITORY / link).exists(), link
+
+
+def test_the_reference_has_every_command_setting_name_and_error(site: dict[Path, Page]) -> None:
+    commands, settings, api, faults = (
+        " ".join(page_of(site, f"reference/{name}").text.split()) for name in ("cli", "settings", "api", "errors")
+    )
+    for name in command_names():
+        assert f" {name} " in commands, name
+    for sections in (SECTIONS, TRAIN_SECTIONS):
+        for section in sections:
+            for row in setting_rows(section, sections):
+                assert row.name in settings
+                assert row.description.replace("`", "") in settings
+    assert {f"samray.{name}" for name in samray.__all__} <= page_of(site, "reference/api").anchors
+    for name in samray.__all__:
+        doc = " ".join((inspect.getdoc(getattr(samray, name)) or "").split())
+        assert re.sub(r"[`\-* ]", "", doc) in re.sub(r"[\-* ]", "", api), name
+    for name in ("StorageError", "TooLargeError", *errors.IMAGE_ERROR_REASONS):
+        assert name in faults, name
+
+
+def command_names() -> list[str]:
+    def walk(group: Any, name: str) -> list[str]:
+        parts = [[f"{name} {key}"] if not hasattr(one, "commands") else walk(one, f"{name} {key}")
+                 for key, one in group.commands.items()]  # fmt: skip
+        return [name for part in parts for name in part]
+
+    return walk(typer.main.get_command(cli.app), "samray")
+
+
+@pytest.mark.parametrize(("page", "line"), pages.commands(r"samray \w|python jobs/(autolabel|train|evaluate)"))
+def test_every_command_parses(page: str, line: str) -> None:
+    """Its options are the command's, and its settings are settings."""
+    pages.parse(line)
+
+
+@pytest.mark.parametrize(("page", "line"), pages.commands(r"(samray|ray job|python jobs/)"))
+def test_no_command_names_a_file_of_the_repository_that_is_not_there(page: str, line: str) -> None:
+    for word in re.findall(r"\b(?:jobs|configs)/\S+", line):
+        assert (pages.REPOSITORY / word).exists(), word
+
+
+def test_every_command_has_an_example() -> None:
+    lines = " ".join(line for _, line in pages.commands("samray "))
+    assert [name for name in command_names() if name not in lines] == []
+
+
+def test_blocks_of_json_and_yaml_are_sound() -> None:
+    import yaml
+
+    for _, _, text in pages.blocks("yaml"):
+        assert yaml.safe_load(text)
+    for _, _, text in pages.blocks("json"):
+        assert all(json.loads(line) for line in text.splitlines())
