@@ -56,7 +56,7 @@ def commands() -> str:
         records = [one.get_help_record(context) for one in command.params if one.name != "help"]
         rows = [(f"`{record[0]}`", " ".join(record[1].split())) for record in records if record]
         text = f"## {name}\n\n```text\n{name} {usage}\n```\n\n{help_as_markdown(escape(command.help or ''))}\n"
-        parts.append(text + ("\n" + table(("", ""), rows) + "\n" if rows else ""))
+        parts.append(text + ("\n" + table(("argument or option", "meaning"), rows) + "\n" if rows else ""))
     return "\n".join(parts)
 
 
