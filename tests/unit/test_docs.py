@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import json
 import os
+import pydoc
 import re
 import subprocess
 import sys
@@ -91,6 +92,20 @@ def test_no_page_loads_anything_from_another_host(site: dict[Path, Page]) -> Non
     styles = [style for path in site for style in path.parent.glob("assets/**/*.css")]
     assert styles
     assert all("fonts.googleapis.com" not in style.read_text() for style in styles)
+
+
+def test_the_readme_is_short() -> None:
+    assert len((pages.REPOSITORY / "README.md").read_bytes()) <= 10_000
+
+
+def test_paths_and_names_in_the_text_exist() -> None:
+    """Files of the repository, and names of Python, wherever they are written as code."""
+    for page in pages.PAGES:
+        for code in re.findall(r"`([^`\n]+)`", page.read_text()):
+            if re.fullmatch(r"(samray|jobs|configs|tests|docs)/[\w./-]+", code):
+                assert (pages.REPOSITORY / code).exists(), f"{page.name}: {code}"
+            elif re.fullmatch(r"samray(\.\w+)+", code):
+                assert pydoc.locate(code) is not None, f"{page.name}: {code}"
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:
