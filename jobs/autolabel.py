@@ -11,6 +11,6 @@ from pathlib import Path
 if __name__ == "__main__":
     # A script's own folder is on the path, the folder above it, where samray lies in a checkout, is not.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from samray.cli import main
+    from samray.cli.main import main
 
     sys.exit(main(["label", *sys.argv[1:]]))

@@ -37,8 +37,8 @@ from measuring import measure, timed  # noqa: E402
 
 import samray  # noqa: E402
 from samray.config import load_config  # noqa: E402
-from samray.dataset.inputs import list_images  # noqa: E402
-from samray.images import decode_image  # noqa: E402
+from samray.inputs.decode import decode_image  # noqa: E402
+from samray.inputs.listing import list_images  # noqa: E402
 from samray.sam.sam import Sam  # noqa: E402
 from samray.sam.spec import MODELS  # noqa: E402
 
@@ -219,7 +219,7 @@ def _busy_once_running(output: str) -> float | None:
 
     Without the shard in which it did so least: that is the one that waited for the model to load.
     """
-    from samray.dataset.shards import done_shards, read_metadata
+    from samray.output.shards import done_shards, read_metadata
 
     stats = [read_metadata(output, shard)["stats"] for shard in done_shards(output)]
     stats.sort(key=lambda one: one["held_seconds"] - one["device_seconds"])
@@ -229,7 +229,7 @@ def _busy_once_running(output: str) -> float | None:
 
 def extract(parquet: Path, folder: Path, limit: int | None) -> dict[str, Any]:
     """Write the photographs of a Parquet file with the columns file_name and jpeg as files."""
-    from samray.dataset.tables import read_parquet
+    from samray.storage.tables import read_parquet
 
     with open(parquet, "rb") as stream:
         table = read_parquet(stream, ["file_name", "jpeg"]).slice(0, limit)

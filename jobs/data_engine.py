@@ -31,10 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import samray
 from samray.config import load_config
-from samray.dataset.shards import done_shards, read_shard
 from samray.evaluate.points import evaluate_points
 from samray.evaluate.proposals import best_ious
 from samray.evaluate.regions import RegionImage
+from samray.output.shards import done_shards, read_shard
 from samray.train.run import train
 from samray.train.settings import load_train_settings
 

@@ -71,7 +71,7 @@ def export(images: int, masks: int, format: str, polygons: bool) -> dict[str, An
 REPORT_CODE = """
 import json, os, re, sys, time
 start = time.perf_counter()
-from samray.report import write_report
+from samray.report.output import write_report
 page = write_report(*sys.argv[1:3])
 seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time()}
 peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
@@ -87,8 +87,8 @@ def report(images: int, masks: int, file_mb: int, folder: Path | None) -> dict[s
     from PIL import Image
     from synthetic_output import HEIGHT, WIDTH, write_synthetic_output
 
-    from samray.dataset.compact import compact
-    from samray.scenes import make_scene
+    from samray.output.compact import compact
+    from samray.scenes.scene import make_scene
 
     with tempfile.TemporaryDirectory() as temporary:
         root = folder or Path(temporary)
@@ -147,8 +147,8 @@ def read(rows: int, masks: int, shapes: int, uri: str | None) -> dict[str, Any]:
 def _one_image(output: str, rows: int, count: Callable[[], int]) -> dict[str, Any]:
     """What `read_image` and `MaskDataset` fetch, by a counter of bytes so far."""
     from samray import storage
-    from samray.dataset.lookup import read_footer
-    from samray.dataset.shards import shard_uri
+    from samray.output.lookup import read_footer
+    from samray.output.shards import shard_uri
 
     uri = shard_uri(output, 0)
     size = storage.file_size(uri) or 0

@@ -29,8 +29,9 @@ import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from samray.config import MaskConfig  # noqa: E402
-from samray.masks import MaskGenerator, rle  # noqa: E402
+from samray.masks import MaskGenerator  # noqa: E402
 from samray.masks import generator as masks_generator  # noqa: E402
+from samray.rle import encode as rle  # noqa: E402
 from samray.sam.sam import Sam  # noqa: E402
 from samray.sam.spec import MODELS  # noqa: E402
 

@@ -30,7 +30,7 @@ from PIL import Image
 # A script's own folder is on the path, the folder above it, where samray lies in a checkout, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from samray.masks.rle import box_xyxy, compress, encode_array
+from samray.rle.encode import box_xyxy, compress, encode_array
 from samray.train.regions import SIDE, region_tree
 
 COSTS = tuple(np.geomspace(12, 400, 8).tolist())

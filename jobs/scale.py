@@ -47,7 +47,7 @@ PLAN_CODE = (
     FIGURES_CODE
     + """
 from samray.config import load_config
-from samray.dataset.manifest import make_plan
+from samray.output.plan import make_plan
 from samray.pipeline.run import run_identity
 config = load_config("tiny")
 plan = make_plan(*sys.argv[1:], config, run_identity(config))
@@ -135,9 +135,9 @@ def finish_shards(output: str, left: int, failed: float) -> int:
     """Put small valid shards where the plan has some, but for the last `left`. Returns how many images failed."""
     import numpy as np
 
-    from samray.dataset.manifest import load_plan
-    from samray.dataset.schema import ImageRecord, records_to_table, with_stats
-    from samray.dataset.shards import FOLDER, shard_bytes, shard_name
+    from samray.output.plan import load_plan
+    from samray.output.schema import ImageRecord, records_to_table, with_stats
+    from samray.output.shards import FOLDER, shard_bytes, shard_name
     from samray.pipeline.report import ShardSummary
 
     plan = load_plan(output)
@@ -232,8 +232,8 @@ def one_simulation(actors: int, seconds: float, masks: int, shards: int, images_
     """One number of actors, in a process of its own, whose CPU time is then the driver's."""
     from PIL import Image
 
+    from samray.cluster.session import local_ray
     from samray.pipeline.run import label_with
-    from samray.pipeline.session import local_ray
 
     num_images = actors * shards * images_per_shard
     with tempfile.TemporaryDirectory() as folder, CpuWatch() as watch:
@@ -323,9 +323,9 @@ def start(shards: int, ways: list[str]) -> dict[str, Any]:
     """
     import ray.data
 
-    from samray.pipeline.cluster import IO_CPUS, data_settings
-    from samray.pipeline.read import shards_to_do, source_table
-    from samray.pipeline.session import local_ray
+    from samray.cluster.session import local_ray
+    from samray.cluster.sizes import IO_CPUS, data_settings
+    from samray.pipeline.fetch import shards_to_do, source_table
 
     def put_as_blocks(table: Any) -> Any:
         return ray.data.from_blocks([table.slice(i, 1) for i in range(len(table))])

@@ -19,10 +19,10 @@ from scipy import ndimage
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from samray.config import load_config
-from samray.dataset.generations import MANIFEST_SCHEMA
-from samray.dataset.manifest import write_plan
-from samray.dataset.schema import ANNOTATION, ANNOTATIONS_PER_IMAGE, SCHEMA, shard_metadata
-from samray.dataset.shards import commit_shard, mark_success
+from samray.output.manifests import MANIFEST_SCHEMA
+from samray.output.plan import write_plan
+from samray.output.schema import ANNOTATION, ANNOTATIONS_PER_IMAGE, SCHEMA, shard_metadata
+from samray.output.shards import commit_shard, mark_success
 
 HEIGHT, WIDTH = 1500, 2250
 POOL = 1000

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from samray.cluster.session import running_ray
+from samray.cluster.sizes import cluster_nodes
 from samray.config import ClusterConfig
-from samray.pipeline.cluster import cluster_nodes
-from samray.pipeline.session import running_ray
 from samray.train.data import ExampleMaker, open_data
 from samray.train.learner import Learner, check_settings, frame_of
 from samray.train.run import choose_sizes, train

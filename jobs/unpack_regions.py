@@ -23,8 +23,8 @@ from pycocotools import mask as coco_mask
 # A script's own folder is on the path; the folder above it, which holds samray in a checkout, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from samray.dataset.tables import open_parquet
 from samray.evaluate.points import centre
+from samray.storage.tables import open_parquet
 
 COLUMNS = ("image_id", "width", "height", "jpeg", "annotators")
 ROWS_AT_ONCE = 8

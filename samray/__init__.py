@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from samray.config import Config, MaskConfig, load_config
-    from samray.dataset.lookup import read_image
-    from samray.dataset.mask_dataset import MaskDataset
     from samray.errors import ConfigError, ImageError, SamrayError, StorageError
+    from samray.exports.export import ExportReport, export
+    from samray.imports.import_ import import_
     from samray.masks.generator import MaskGenerator
     from samray.masks.prompted import PromptedGenerator
-    from samray.pipeline.export import ExportReport, export
-    from samray.pipeline.import_ import import_
+    from samray.output.lookup import read_image
+    from samray.output.mask_dataset import MaskDataset
+    from samray.pipeline.dataset_stage import label_dataset
     from samray.pipeline.report import ImportReport, LabelReport
     from samray.pipeline.run import label
-    from samray.pipeline.stage import label_dataset
     from samray.prompts import Prompt
     from samray.sam.checkpoints import load_model
 
@@ -29,8 +29,8 @@ _HOMES = {
     "Config": "samray.config",
     "MaskConfig": "samray.config",
     "load_config": "samray.config",
-    "read_image": "samray.dataset.lookup",
-    "MaskDataset": "samray.dataset.mask_dataset",
+    "read_image": "samray.output.lookup",
+    "MaskDataset": "samray.output.mask_dataset",
     "ConfigError": "samray.errors",
     "ImageError": "samray.errors",
     "SamrayError": "samray.errors",
@@ -38,13 +38,13 @@ _HOMES = {
     "MaskGenerator": "samray.masks.generator",
     "PromptedGenerator": "samray.masks.prompted",
     "Prompt": "samray.prompts",
-    "ExportReport": "samray.pipeline.export",
+    "ExportReport": "samray.exports.export",
     "ImportReport": "samray.pipeline.report",
     "LabelReport": "samray.pipeline.report",
-    "export": "samray.pipeline.export",
-    "import_": "samray.pipeline.import_",
+    "export": "samray.exports.export",
+    "import_": "samray.imports.import_",
     "label": "samray.pipeline.run",
-    "label_dataset": "samray.pipeline.stage",
+    "label_dataset": "samray.pipeline.dataset_stage",
     "load_model": "samray.sam.checkpoints",
 }
 """Public name -> the module it lives in."""

@@ -9,7 +9,7 @@ import sys
 def run() -> None:
     """The command line, which Ctrl-C ends without a traceback also while it is being imported and when it is over."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from samray.cli import main
+    from samray.cli.main import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code = main()

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from samray.config.base import did_you_mean
 from samray.errors import ConfigError
-from samray.settings import did_you_mean
 
 _KEYS: Final = ("points", "labels", "box")
 

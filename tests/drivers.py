@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from samray.dataset.shards import done_shards
+from samray.output.shards import done_shards
 
 DRIVE = Path(__file__).parent / "drive.py"
 

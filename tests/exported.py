@@ -8,8 +8,8 @@ import numpy as np
 from handmade import write_output
 
 import samray
-from samray.dataset.manifest import Plan
-from samray.pipeline.export import ExportReport
+from samray.exports.export import ExportReport
+from samray.output.plan import Plan
 
 NAMES = [f"photo {i:02d}.png" for i in range(10)]
 

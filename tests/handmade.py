@@ -12,9 +12,9 @@ from standin import make_image
 
 from samray import storage
 from samray.config import load_config
-from samray.dataset.manifest import Plan, make_plan
-from samray.dataset.schema import ImageRecord, records_to_table
-from samray.dataset.shards import commit_shard, done_shards, mark_success, read_shard
+from samray.output.plan import Plan, make_plan
+from samray.output.schema import ImageRecord, records_to_table
+from samray.output.shards import commit_shard, done_shards, mark_success, read_shard
 
 HEIGHT, WIDTH = 24, 31
 

@@ -14,12 +14,12 @@ from PIL import Image
 
 from samray import storage
 from samray.config import Config, load_config
-from samray.dataset.inputs import fetch_images
-from samray.dataset.manifest import Plan, make_plan
-from samray.dataset.schema import ImageRecord, records_to_table
-from samray.dataset.shards import commit_shard, done_shards, mark_success
 from samray.errors import ImageError
-from samray.images import decode_image
+from samray.inputs.decode import decode_image
+from samray.inputs.listing import fetch_images
+from samray.output.plan import Plan, make_plan
+from samray.output.schema import ImageRecord, records_to_table
+from samray.output.shards import commit_shard, done_shards, mark_success
 
 BROKEN = 3
 """Of the images of `make_output` this one cannot be decoded, and so is a failed row."""

@@ -12,7 +12,7 @@ import pages
 import pytest
 import yaml
 
-from samray import cli
+from samray.cli.main import main as cli
 from samray.config import Config
 from samray.pipeline.report import LabelReport
 
@@ -142,7 +142,7 @@ class Commands:
         self.capsys = capsys
         self.begun: list[tuple[str, str, Config]] = []
         monkeypatch.setattr("samray.pipeline.run.label_with", self._label)
-        monkeypatch.setattr("samray.demo.run_demo", self._demo)
+        monkeypatch.setattr("samray.cli.demo.run_demo", self._demo)
 
     def _label(self, input: str, output: str, config: Config, **options: Any) -> LabelReport:
         self.begun.append((input, output, config))

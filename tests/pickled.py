@@ -12,7 +12,7 @@ import ray.data  # noqa: F401  (registers the extension type whose values are un
 from ray.data._internal.object_extensions.arrow import ArrowPythonObjectArray, ArrowPythonObjectType
 
 from samray import storage
-from samray.dataset.tables import open_parquet
+from samray.storage.tables import open_parquet
 
 
 class Pickle:

@@ -9,9 +9,9 @@ from pycocotools import mask as coco_mask
 
 from samray import storage
 from samray.config import Config, load_config
-from samray.dataset import shards
-from samray.dataset.manifest import Plan, make_plan
-from samray.dataset.schema import ImageRecord, records_to_table
+from samray.output import shards
+from samray.output.plan import Plan, make_plan
+from samray.output.schema import ImageRecord, records_to_table
 
 
 def config_of(*overrides: str) -> Config:

@@ -13,9 +13,9 @@ from pycocotools import mask as coco_mask
 
 from samray import storage
 from samray.config import load_config
-from samray.dataset.manifest import Plan, make_plan
-from samray.dataset.schema import ImageRecord, records_to_table
-from samray.dataset.shards import commit_shard, mark_success
+from samray.output.plan import Plan, make_plan
+from samray.output.schema import ImageRecord, records_to_table
+from samray.output.shards import commit_shard, mark_success
 
 HEIGHT, WIDTH = 60, 80
 IMAGES_PER_SHARD = 2

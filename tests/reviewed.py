@@ -10,8 +10,8 @@ import numpy as np
 from handmade import HEIGHT, WIDTH, annotation, read_rows, write_output
 
 import samray
-from samray.dataset.manifest import Plan
-from samray.dataset.verify import verify
+from samray.output.plan import Plan
+from samray.output.verify import verify
 from samray.pipeline.report import ImportReport
 
 NAMES = ["a/0.png", "a/1.png", "b/0.png", "c.png", "d.png"]

@@ -11,10 +11,10 @@ from PIL import Image
 
 from samray import storage
 from samray.config import load_config
-from samray.dataset.manifest import Plan, make_plan
-from samray.dataset.schema import ImageRecord, records_to_table
-from samray.dataset.shards import commit_shard, mark_success
-from samray.scenes import Scene, make_scene
+from samray.output.plan import Plan, make_plan
+from samray.output.schema import ImageRecord, records_to_table
+from samray.output.shards import commit_shard, mark_success
+from samray.scenes.scene import Scene, make_scene
 
 
 def paint(number: int, size: tuple[int, int] = (48, 64), first_seed: int = 0) -> list[Scene]:

@@ -22,7 +22,7 @@ from samray.errors import ConfigError
 from samray.evaluate.points import Answers
 from samray.evaluate.proposals import best_ious
 from samray.evaluate.regions import Bool, RegionImage, Rle, RleMasks, areas
-from samray.images import RGBArray
+from samray.inputs.decode import RGBArray
 
 FORMATS: Final = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 """What a sheet may be written as, by the ending of its name."""

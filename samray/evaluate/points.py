@@ -20,7 +20,7 @@ from samray.errors import ImageError
 from samray.evaluate import MIN_AREA
 from samray.evaluate.failures import Failures
 from samray.evaluate.regions import Bool, RegionImage, RleMasks, large_enough
-from samray.images import RGBArray
+from samray.inputs.decode import RGBArray
 from samray.masks.scores import MASK_THRESHOLD, above, areas
 from samray.sam.sam import Sam
 

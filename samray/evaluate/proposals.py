@@ -25,7 +25,7 @@ from pycocotools.cocoeval import COCOeval
 from samray.errors import ImageError
 from samray.evaluate.failures import Failures
 from samray.evaluate.regions import RegionImage, Rle, areas, large_enough
-from samray.images import RGBArray
+from samray.inputs.decode import RGBArray
 
 MAX_MASKS: Final = (10, 100, 1000)
 """Of an image, the best-scored ones."""

@@ -22,16 +22,16 @@ from pycocotools import mask as coco_mask
 
 from samray import storage
 from samray.config import InputConfig
-from samray.dataset.inputs import fetch_images
-from samray.dataset.manifest import RUN, Plan, load_plan
-from samray.dataset.mask_dataset import input_config_of
-from samray.dataset.rows import INPUT_SCHEMA
-from samray.dataset.runs import runs_of_image
-from samray.dataset.shards import FOLDER, damage_is_told, shard_number
-from samray.dataset.tables import open_parquet
 from samray.errors import IMAGE_ERROR_REASONS, ConfigError, ImageError, NotFoundError, StorageError
-from samray.images import RGBArray
-from samray.pipeline.decoding import decode_apart
+from samray.inputs.decode import RGBArray
+from samray.inputs.decode_apart import decode_apart
+from samray.inputs.listing import fetch_images
+from samray.inputs.rows import INPUT_SCHEMA
+from samray.output.mask_dataset import input_config_of
+from samray.output.plan import RUN, Plan, load_plan
+from samray.output.shards import FOLDER, damage_is_told, shard_number
+from samray.rle.runs import runs_of_image
+from samray.storage.tables import open_parquet
 
 Bool = npt.NDArray[np.bool_]
 Rle = dict[str, Any]

@@ -7,8 +7,8 @@ from typing import Any
 
 from samray.evaluate.points import answer_clicks, mean_ious
 from samray.sam.sam import Sam
-from samray.scene_paint import Source, Split
-from samray.scenes import Scene, make_scene
+from samray.scenes.paint import Source, Split
+from samray.scenes.scene import Scene, make_scene
 
 
 def heldout_scenes(

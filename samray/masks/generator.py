@@ -23,8 +23,6 @@ import torch
 from torch import Tensor
 
 from samray.config import MaskConfig
-from samray.kernels import enabled
-from samray.masks import rle
 from samray.masks.candidates import Candidates
 from samray.masks.crops import Crop, make_crops, touches_crop_edge
 from samray.masks.images import check_images
@@ -32,9 +30,11 @@ from samray.masks.nms import box_nms
 from samray.masks.points import Float64, point_grids
 from samray.masks.records import Mask, choose, to_record, wanted_areas
 from samray.masks.regions import remove_small_regions
-from samray.masks.rle import Counts
 from samray.masks.scores import MASK_THRESHOLD, above, areas, mask_boxes, stability_scores
 from samray.masks.windows import upsample_occupied
+from samray.rle import encode as rle
+from samray.rle.encode import Counts
+from samray.sam.kernels import enabled
 from samray.sam.sam import Decoded, Sam, input_size
 from samray.sam.transformer import ImageTokens
 
@@ -243,7 +243,7 @@ class MaskGenerator:
         """Low-res logits (M, 4h, 4w) to (M, 6) float64: stability score, area, box xyxy in the crop (inclusive)."""
         offset, input_hw = self.config.stability_score_offset, self._input_hw(crop)
         if enabled(logits.device):
-            from samray.kernels.measure import measure
+            from samray.sam.kernels.measure import measure
 
             return measure(logits, self.model.image_size, input_hw, crop.hw, MASK_THRESHOLD, offset)
         if self._masks_at_once(crop) == 1:  # a large image: most of its pixels are far from any one mask

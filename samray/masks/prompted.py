@@ -19,12 +19,12 @@ from torch import Tensor
 
 from samray.config import MaskConfig
 from samray.errors import ImageError
-from samray.masks import rle
 from samray.masks.crops import Crop
 from samray.masks.images import check_images
 from samray.masks.records import Mask, to_record
 from samray.masks.scores import MASK_THRESHOLD, above, stability_scores
 from samray.prompts import Prompt
+from samray.rle import encode as rle
 from samray.sam.sam import Sam, input_size
 
 Image = npt.NDArray[np.uint8]

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from samray.config import MaskConfig
-from samray.masks import rle
 from samray.masks.crops import Crop
 from samray.masks.nms import mask_nms
+from samray.rle import encode as rle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,25 +14,25 @@ import pyarrow as pa
 import ray
 
 from samray import storage
-from samray.dataset.credentials import reveal
-from samray.dataset.inputs import fetch_images
-from samray.dataset.schema import records_to_table
-from samray.dataset.tables import to_stream
+from samray.cluster.processes import end_with_ray
 from samray.errors import ImageError, SamrayError
+from samray.inputs.child import ChildNotStarted
+from samray.inputs.listing import fetch_images
+from samray.output.credentials import reveal
+from samray.output.schema import records_to_table
 from samray.pipeline.alone import LonelyLabeler
 from samray.pipeline.attempts import ShardAttempts
-from samray.pipeline.child import ChildNotStarted
 from samray.pipeline.faults import DeviceFault
+from samray.pipeline.fetch import sample_files
 from samray.pipeline.labeler import EncodedImage, ShardLabeler, build_labeler
 from samray.pipeline.metrics import ActorFigures, record
-from samray.pipeline.processes import end_with_ray
-from samray.pipeline.read import sample_files
 from samray.pipeline.report import Labelled, ShardSummary
 from samray.prompts import Prompt
+from samray.storage.tables import to_stream
 
 if TYPE_CHECKING:
     from samray.config import Config
-    from samray.dataset.manifest import Plan
+    from samray.output.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class LabelActor:
             logging.shutdown()
             os._exit(1)
         done.stage_seconds["fetch"] = batch["fetch_s"].to_pylist()[0]
-        self.figures.finish(done, self.labeler)
+        self.figures.finish(done, self.labeler.num_workers)
         return self._row(
             {
                 "shard": shard,
@@ -135,7 +135,7 @@ class LabelActor:
             return True  # without the state actor there is no progress to show, but there is work to do
 
     def _advance(self, shard: int, batch: Labelled) -> None:
-        self.figures.add(batch, self.labeler)
+        self.figures.add(batch, self.labeler.num_workers)
         try:
             keep_on = ray.get(self.state.advance.remote(shard, len(batch.records)))
         except ray.exceptions.RayError:

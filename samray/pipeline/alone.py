@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from samray.errors import ImageError
+from samray.inputs.child import Answer, Child, ChildDied, ChildNotStarted, how_it_ended, is_to_blame
 from samray.pipeline.attempts import ShardAttempts
-from samray.pipeline.child import Answer, Child, ChildDied, ChildNotStarted, how_it_ended, is_to_blame
 from samray.pipeline.labeler import EncodedImage, ShardLabeler, make_record
 from samray.pipeline.metrics import reserved_gpus
 from samray.pipeline.report import Labelled

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from samray.config import InputConfig
-from samray.dataset.schema import ANNOTATIONS_PER_IMAGE, ImageRecord
 from samray.errors import ImageError, StorageError
-from samray.pipeline.child import ChildNotStarted
-from samray.pipeline.decoding import decode_apart
+from samray.inputs.child import ChildNotStarted
+from samray.inputs.decode_apart import decode_apart
+from samray.output.schema import ANNOTATIONS_PER_IMAGE, ImageRecord
 from samray.pipeline.faults import DeviceFault, internal_error, is_out_of_memory, one_line, raise_if_fatal
 from samray.pipeline.metrics import reserved_gpus
 from samray.pipeline.report import Labelled

@@ -11,12 +11,10 @@ import logging
 import time
 from collections import Counter as Tally
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from samray.pipeline.report import Labelled, reason_of
-
-if TYPE_CHECKING:
-    from samray.pipeline.labeler import ShardLabeler
+from samray.output.schema import reason_of
+from samray.pipeline.report import Labelled
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +84,7 @@ class ActorFigures:
     def __init__(self) -> None:
         self._shard_from = self._counted_to = time.monotonic()
 
-    def add(self, batch: Labelled, labeler: ShardLabeler) -> None:
+    def add(self, batch: Labelled, num_workers: int) -> None:
         """Count images just labelled, and the time since the last ones."""
         record("samray_images", len(batch.records))
         record("samray_masks", sum(len(r.annotations) for r in batch.records))
@@ -97,14 +95,14 @@ class ActorFigures:
         record("samray_batch_room_images", batch.batch_room)
         record("samray_device_busy_seconds", batch.device_seconds)
         now = time.monotonic()
-        record("samray_device_held_seconds", (now - self._counted_to) * labeler.num_workers)
+        record("samray_device_held_seconds", (now - self._counted_to) * num_workers)
         self._counted_to = now
 
-    def finish(self, shard: Labelled, labeler: ShardLabeler) -> None:
+    def finish(self, shard: Labelled, num_workers: int) -> None:
         """Count the stages of a shard that is done, and write down how long the actor existed for it."""
         now = time.monotonic()
         held_s, self._shard_from = now - self._shard_from, now
-        shard.held_seconds = held_s * labeler.num_workers
+        shard.held_seconds = held_s * num_workers
         shard.gpu_seconds = held_s * reserved_gpus()
         record("samray_shard_seconds", held_s)
         record_stages(shard.stage_seconds)

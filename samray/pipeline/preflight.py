@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from samray.dataset.destination import check_apart, check_space, check_writable
+from samray.output.destination import check_apart, check_space, check_writable
 
 _MANY_SHARDS: Final = 1_000_000
 """How many there will be is not known yet."""
@@ -45,7 +45,7 @@ def check_fan_out(output_uri: str, ray_wanted: bool | None, address: str | None)
 
 
 def _check_ray(config: Config, with_model: bool) -> None:
-    from samray.pipeline.cluster import check_fits, choose_sizes
+    from samray.cluster.sizes import check_fits, choose_sizes
     from samray.sam.checkpoints import check_device
 
     nodes, device = machine_nodes(config.cluster), config.model.device
@@ -62,9 +62,9 @@ def machine_nodes(config: ClusterConfig) -> list[dict[str, float]] | None:
     """
     import ray
 
-    from samray.pipeline.address import check_cluster
-    from samray.pipeline.cluster import cluster_nodes
-    from samray.pipeline.session import cluster_address, is_fixed, this_machine
+    from samray.cluster.address import check_cluster
+    from samray.cluster.session import cluster_address, is_fixed, this_machine
+    from samray.cluster.sizes import cluster_nodes
 
     if ray.is_initialized():
         return cluster_nodes() if is_fixed() else None

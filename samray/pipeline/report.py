@@ -12,8 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from samray.config import Config, MaskConfig, setting_rows
-from samray.dataset.schema import ImageRecord
-from samray.dataset.skipped import Skipped
+from samray.inputs.skipped import Skipped
+from samray.output.schema import ImageRecord, reason_of
+from samray.text import cost_in_words, duration
 
 
 @dataclass
@@ -90,11 +91,6 @@ class ShardSummary:
         return cls(**json.loads(text))
 
 
-def reason_of(error: str) -> str:
-    """The slug at the start of an `error` column: `truncated` of `truncated: 12 bytes missing`."""
-    return error.partition(":")[0]
-
-
 @dataclass(kw_only=True)
 class WithFailures:
     """Failed images of a whole output, earlier runs included."""
@@ -127,7 +123,7 @@ class LabelReport(WithFailures):
     num_images_not_found: int = 0
     """Images of a file of prompts (`input.prompts`) that the plan does not have."""
     skipped: dict[str, dict[str, int]] = field(default_factory=dict)
-    """What the listing of INPUT left out: reason -> kind of file -> number (`samray.dataset.skipped`)."""
+    """What the listing of INPUT left out: reason -> kind of file -> number (`samray.inputs.skipped`)."""
     wall_s: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
     """Summed over all workers of this run."""
@@ -275,19 +271,6 @@ def _stages(stage_seconds: dict[str, float]) -> str:
     )
 
 
-def cost_in_words(gpu_seconds: float, price_per_hour: float, num_images: int) -> str:
-    """`1.23, 45.60 per million images at 2.00 per GPU hour (0.62 GPU hours held)`."""
-    if gpu_seconds <= 0:
-        return "none: no actor held a GPU"
-    cost = gpu_seconds / 3600 * price_per_hour
-    each = f"{_money(1e6 * cost / num_images)} per million images at {_money(price_per_hour)} per GPU hour"
-    return f"{_money(cost)}, {each} ({gpu_seconds / 3600:.2g} GPU hours held)"
-
-
-def _money(amount: float) -> str:
-    return f"{amount:,.2f}" if amount >= 0.1 or amount == 0 else f"{amount:.2g}"
-
-
 def _next_commands(report: LabelReport) -> list[str]:
     if report.exit_code in (130, 143):
         return ["the same command again goes on from here"]
@@ -295,13 +278,3 @@ def _next_commands(report: LabelReport) -> list[str]:
         return ["the same command again labels what is missing"]
     retry = ["the same command with --retry-failed tries the failed images again"] * bool(report.num_failed)
     return [*retry, f"samray verify {report.output}", f"samray report {report.output}"]
-
-
-def duration(seconds: float) -> str:
-    """`850 ms`, `12.3 s`, `4 min 5 s`, `3 h 2 min`."""
-    if seconds < 1:
-        return f"{1000 * seconds:.0f} ms"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

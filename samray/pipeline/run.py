@@ -16,26 +16,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samray import storage
+from samray.cluster.errors import plain_error
 from samray.config import Config
-from samray.dataset.credentials import read_credentials
-from samray.dataset.destination import check_is_folder
-from samray.dataset.inputs import check_readable
-from samray.dataset.joining import News, join_images, missing_shards, stale_shards
-from samray.dataset.manifest import Plan, load_plan, make_plan
-from samray.dataset.prompt_files import MatchedPrompts, PromptFile
-from samray.dataset.shards import mark_success, shard_versions
-from samray.pipeline.errors_of_ray import plain_error
-from samray.pipeline.history import SAVE_EVERY_S, FailureCounts, failures_of_shards
+from samray.inputs.listing import check_readable
+from samray.inputs.prompt_file import MatchedPrompts, PromptFile
+from samray.output.append import News, join_images, missing_shards, stale_shards
+from samray.output.credentials import read_credentials
+from samray.output.destination import check_is_folder
+from samray.output.failures import SAVE_EVERY_S, FailureCounts, failures_of_shards
+from samray.output.plan import Plan, load_plan, make_plan
+from samray.output.shards import mark_success, shard_versions
+from samray.pipeline.metrics import record
 from samray.pipeline.preflight import check_label
-from samray.pipeline.progress import ProgressView
 from samray.pipeline.report import LabelReport, ShardSummary, no_masks
+from samray.progress import ProgressView
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import ray.data
 
-    from samray.pipeline.cluster import Sizes
-    from samray.pipeline.control import StopRequest
+    from samray.cluster.control import StopRequest
+    from samray.cluster.sizes import Sizes
     from samray.pipeline.labeler import ShardLabeler
     from samray.prompts import Prompt
 
@@ -192,9 +193,9 @@ class _Run:
 
 def _run_on_ray(run: _Run) -> StopRequest | None:
     """Label the shards of run.todo; returns the signal that ended it early, if one did."""
-    from samray.pipeline.cluster import check_fits, choose_sizes, cluster_nodes, data_settings
-    from samray.pipeline.control import start_run_state, stop_on_signals
-    from samray.pipeline.session import running_ray
+    from samray.cluster.control import start_run_state, stop_on_signals
+    from samray.cluster.session import running_ray
+    from samray.cluster.sizes import check_fits, choose_sizes, cluster_nodes, data_settings
 
     config = run.config.cluster
     run.view.update(note="starting Ray")
@@ -214,10 +215,10 @@ def build_pipeline(run: _Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
     """The five stages, of which the plan is the first: source, fetch, label, write. One row is one shard throughout."""
     import ray.data
 
+    from samray.cluster.sizes import IO_CPUS
     from samray.pipeline.actor import LabelActor
-    from samray.pipeline.cluster import IO_CPUS
+    from samray.pipeline.fetch import fetch_shard, shards_to_do, source_table
     from samray.pipeline.labeler import build_labeler
-    from samray.pipeline.read import fetch_shard, shards_to_do, source_table
     from samray.pipeline.write import write_shard
 
     run_id = uuid.uuid4().hex[:12]
@@ -277,6 +278,9 @@ def _drive(dataset: ray.data.Dataset, run: _Run, state: Any, stop: StopRequest) 
 
     def show(num_done: int) -> None:
         run.view.update(num_done=num_done, num_failed=num_failed)
+        record("samray_run_images", run.plan.num_images)
+        record("samray_run_images_done", num_done)
+        record("samray_run_images_failed", num_failed)
 
     try:
         while True:

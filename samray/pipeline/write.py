@@ -12,18 +12,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from samray import storage
-from samray.dataset.schema import samray_metadata, with_stats
-from samray.dataset.seals import digest_in
-from samray.dataset.shards import put_shard, read_shard, shard_bytes, shard_uri
-from samray.dataset.tables import from_stream
+from samray.cluster.processes import end_with_ray
+from samray.output.schema import reason_of, samray_metadata, with_stats
+from samray.output.seals import digest_in
+from samray.output.shards import put_shard, read_shard, shard_bytes, shard_uri
 from samray.pipeline.attempts import ShardAttempts
 from samray.pipeline.metrics import record, record_stages
-from samray.pipeline.processes import end_with_ray
-from samray.pipeline.report import ShardSummary, reason_of
+from samray.pipeline.report import ShardSummary
+from samray.storage.tables import from_stream
 
 if TYPE_CHECKING:
     from samray.config import Config
-    from samray.dataset.manifest import Plan
+    from samray.output.plan import Plan
 
 WRITTEN = pa.schema(
     [

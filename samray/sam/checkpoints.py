@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from samray import storage
+from samray.config.base import did_you_mean
 from samray.errors import ConfigError, NotFoundError, StorageError
-from samray.precision import auto_dtype
 from samray.sam import fetch
 from samray.sam.formats import read_state_dict
+from samray.sam.precision import auto_dtype
 from samray.sam.sam import Sam
 from samray.sam.spec import MODELS, ModelSpec
-from samray.settings import did_you_mean
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HF_FILES = ("model.safetensors", "pytorch_model.bin")

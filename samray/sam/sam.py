@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from samray.precision import exact_convolutions
 from samray.sam.image_encoder import ImageEncoderViT
 from samray.sam.mask_decoder import DecoderState, MaskDecoder
+from samray.sam.precision import exact_convolutions
 from samray.sam.prompt_encoder import PromptEncoder
 from samray.sam.spec import ModelSpec, VitSpec
 from samray.sam.tiny_vit import TinyViT

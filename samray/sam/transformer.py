@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samray.kernels import MAX_TOKENS, enabled
+from samray.sam.kernels import MAX_TOKENS, enabled
 
 
 class Attention(nn.Module):
@@ -190,7 +190,7 @@ class TwoWayBlock(nn.Module):
         what depends on keys, only the positions', (heads, head_dim, L). tokens and values: (N, T, C) as in
         `image_to_tokens`. Returns (N, L, C).
         """
-        from samray.kernels.image_to_tokens import image_to_tokens
+        from samray.sam.kernels.image_to_tokens import image_to_tokens
 
         attn = self.cross_attn_image_to_token
         k = attn.split(attn.centred_keys(tokens))  # (N, H, T, d)

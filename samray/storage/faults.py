@@ -2,7 +2,7 @@
 
 One table each for the server's own codes, HTTP statuses, errno and the exceptions of client libraries, asked in this
 order: the more precise answer first. Whatever may succeed next time is tried again. A file is blamed for good only when
-it is missing; for any other refusal `samray.dataset.fetching` first looks whether other files can still be read.
+it is missing; for any other refusal `samray.inputs.fetch` first looks whether other files can still be read.
 """
 
 from __future__ import annotations

@@ -126,3 +126,6 @@ def _make_filesystem(scheme: str, uri: str) -> Any:
     if scheme in ("s3", "s3a"):
         fs.retries = 1
     return fs
+
+
+retrying.reconnect_with(reconnect)

@@ -223,3 +223,12 @@ def _secret_options(options: Mapping[str, Any]) -> Iterator[str]:
             yield from _secret_options(value)
         elif isinstance(value, str) and len(value) >= _LEAST_SECRET and not _HARMLESS_OPTIONS.match(str(name)):
             yield value
+
+
+def redact_json(value: Any) -> Any:
+    """The same value as JSON would give it back, without the credentials that its texts may hold."""
+    if isinstance(value, Mapping):
+        return {redact(str(key)): redact_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact_json(item) for item in value]
+    return redact(value) if isinstance(value, str) else value

@@ -35,6 +35,8 @@ _SLOWEST_BYTES_PER_S: Final = 100_000
 
 T = TypeVar("T")
 
+_reconnect: Callable[[str], None] | None = None
+
 _settings = StorageConfig()
 
 
@@ -95,14 +97,18 @@ def attempt_options(fs: Any, num_bytes: int | None = None) -> dict[str, float]:
     return {} if left == float("inf") else {"timeout": max(0.01, left)}
 
 
+def reconnect_with(reconnect: Callable[[str], None]) -> None:
+    """What closes the connections to a URI's server after each failed attempt."""
+    global _reconnect
+    _reconnect = reconnect
+
+
 def retry(doing: str, uri: str, call: Callable[[], T]) -> T:
     """Call until it succeeds, fails for good, or its time or `storage.max_attempts` is up.
 
     Raises: FileError or NotFoundError if it is this file that is refused, UnavailableError if every attempt failed,
     StorageError if no request will succeed; FileExistsError from `call` passes.
     """
-    from samray.storage import filesystems  # which needs this module itself
-
     started = time.monotonic()
     place = place_of(uri)
     attempt = 0
@@ -126,7 +132,8 @@ def retry(doing: str, uri: str, call: Callable[[], T]) -> T:
             if isinstance(error, TimeoutError) and not str(error) and seen is not None:
                 error = seen  # what the server said before says more than that time is up
             seen = error
-            filesystems.reconnect(uri)
+            if _reconnect is not None:
+                _reconnect(uri)
             if wait_s is None:
                 tried = f" after {attempt} attempt{'s' * (attempt != 1)} in {time.monotonic() - started:.0f} s"
                 raise as_storage_error(error, doing, uri, tried) from error

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from samray.scenes import Bool
+from samray.scenes.scene import Bool
 
 RGB = npt.NDArray[np.uint8]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from samray.evaluate.points import centre
-from samray.scenes import Bool
+from samray.scenes.scene import Bool
 
 BOX_NOISE = 0.1
 MAX_BOX_NOISE_PIXELS = 20

@@ -13,7 +13,7 @@ from PIL import Image
 from scipy import ndimage
 
 from samray.errors import ConfigError
-from samray.scene_paint import Split
+from samray.scenes.paint import Split
 
 CUTOUT_SIDE = 192
 PHOTO_SIDE = 1024

@@ -18,8 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from samray import storage
-from samray.dataset.shards import FOLDER
 from samray.errors import ConfigError
+from samray.output.shards import FOLDER
 from samray.train.cutouts import CutoutSource
 from samray.train.examples import Frame, MaskExamples, SceneExamples
 from samray.train.mixture import Examples, Mixture
@@ -95,7 +95,7 @@ class ExampleMaker:
     """Numbers of examples to examples: what a data actor runs."""
 
     def __init__(self, mixture: Any, frame: Frame, pace: Pace | None = None) -> None:
-        from samray.pipeline.processes import end_with_ray
+        from samray.cluster.processes import end_with_ray
 
         end_with_ray()
         if not isinstance(mixture, Mixture):
@@ -135,7 +135,7 @@ def example_stream(
     mixture: also as Ray's reference to it. num_workers: that train. num_actors: that make the examples. monitor: what
     knows how far the training is.
 
-    Made within `samray.pipeline.cluster.data_settings`, which keep blocks whole.
+    Made within `samray.cluster.sizes.data_settings`, which keep blocks whole.
     """
     import ray.data
 

@@ -19,12 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from samray import storage
-from samray.dataset.mask_dataset import MaskDataset
-from samray.dataset.runs import checked_runs, pixels
 from samray.errors import ConfigError, StorageError
 from samray.evaluate.scenes import heldout_scenes
-from samray.scene_paint import Source
-from samray.scenes import Bool, Scene, make_scene
+from samray.output.mask_dataset import MaskDataset
+from samray.rle.runs import checked_runs, pixels
+from samray.scenes.paint import Source
+from samray.scenes.scene import Bool, Scene, make_scene
 from samray.train.augment import View, draw_view, jitter_colour, whole_view
 from samray.train.clicks import first_prompts
 from samray.train.settings import DataConfig

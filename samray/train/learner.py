@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from samray.errors import ConfigError
-from samray.precision import auto_dtype
 from samray.sam.checkpoints import find_spec, load_model
+from samray.sam.precision import auto_dtype
 from samray.sam.sam import Sam
 from samray.sam.spec import ModelSpec, TinyVitSpec
 from samray.train.examples import Frame

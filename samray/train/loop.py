@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from samray.evaluate.scenes import evaluate_clicks
-from samray.scenes import Scene
+from samray.scenes.scene import Scene
 from samray.train.curves import draw_curves
 from samray.train.interaction import Batch
 from samray.train.learner import Learner

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from samray.errors import ConfigError
-from samray.scenes import Scene
+from samray.scenes.scene import Scene
 from samray.train.examples import Arrays, Frame
 
 CYCLE = 1024

@@ -15,8 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from samray import storage
-from samray.cli_help import two_columns
-from samray.pipeline.report import duration
+from samray.text import duration, two_columns
 from samray.train.store import CURVES_FILE, WEIGHTS_FILE, Store
 
 LOG_EVERY_S = 10.0

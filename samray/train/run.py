@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samray import storage
+from samray.cluster.processes import end_with_ray
 from samray.config import ClusterConfig
-from samray.dataset.destination import check_writable
 from samray.errors import ConfigError, SamrayError, StorageError
+from samray.output.destination import check_writable
 from samray.pipeline.preflight import machine_nodes
-from samray.pipeline.processes import end_with_ray
 from samray.train.data import DATA_CPUS, SCENES, example_stream, open_data, output_of
 from samray.train.learner import Learner, check_settings, frame_of, size_due
 from samray.train.loop import Worker, run_leg
@@ -36,7 +36,7 @@ from samray.train.store import Position, Store
 if TYPE_CHECKING:
     import ray.data
 
-    from samray.pipeline.control import StopRequest
+    from samray.cluster.control import StopRequest
 
 LEG_STEPS = 4096
 """Steps of a leg at most: the driver hands each step's block to Ray Data before the first begins."""
@@ -225,9 +225,9 @@ def _run_on_ray(run: _Run) -> StopRequest | None:
     """Leg after leg, until the budget is used up; returns the signal that ended it early, if one did."""
     import ray
 
-    from samray.pipeline.cluster import cluster_nodes, data_settings
-    from samray.pipeline.control import stop_on_signals
-    from samray.pipeline.session import running_ray
+    from samray.cluster.control import stop_on_signals
+    from samray.cluster.session import running_ray
+    from samray.cluster.sizes import cluster_nodes, data_settings
 
     config = run.settings.train
     cluster = ClusterConfig(address=run.settings.cluster.address)
@@ -279,7 +279,7 @@ def _make_trainer(run: _Run, sizes: Sizes, mixture: Any, position: Position, fol
 
     def stream() -> ray.data.Dataset:
         """Called for each group of workers: after a death the position is a later one."""
-        from samray.pipeline.cluster import data_settings
+        from samray.cluster.sizes import data_settings
 
         first = store.read_position().step
         with data_settings(ClusterConfig()):
@@ -327,7 +327,7 @@ def _work(arguments: dict[str, Any]) -> None:
     import ray
     import ray.train
 
-    from samray.pipeline.errors_of_ray import plain_error
+    from samray.cluster.errors import plain_error
 
     end_with_ray()
     monitor = arguments["monitor"]
@@ -460,7 +460,7 @@ def _drive(fit: Callable[[], object], monitor: Any, run: _Run, stop: StopRequest
 
 def plain_train_error(error: BaseException) -> BaseException:
     """Our own error out of Ray Train's wrapping, or one that says in a line what Ray's says in a hundred."""
-    from samray.pipeline.errors_of_ray import plain_error
+    from samray.cluster.errors import plain_error
 
     failures = getattr(error, "worker_failures", None)
     inner = next(iter(failures.values())) if failures else error

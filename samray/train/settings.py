@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from samray.config import ModelConfig, Sections, make_sections, own_settings
+from samray.config.base import Settings
 from samray.errors import ConfigError
-from samray.settings import Settings
 
 LAST_BLOCKS = "last_blocks:"
 SCORES = "iou_head"

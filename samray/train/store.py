@@ -28,9 +28,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from samray import storage
-from samray.dataset.identity import plain, refuse_differences, versions
 from samray.errors import ConfigError, NotFoundError, StorageError
-from samray.strict_json import parse_json
+from samray.output.identity import refuse_differences, versions
+from samray.storage.redaction import redact_json
+from samray.storage.strict_json import parse_json
 from samray.train.settings import TrainConfig
 
 RUN_FILE, WEIGHTS_FILE, POSITION_FILE = "train.json", "weights.safetensors", "position.json"
@@ -81,7 +82,7 @@ class Store:
         defaults: the identity of default settings, for those that a run begun earlier did not know.
         Raises: ConfigError where it is another, StorageError.
         """
-        wanted = plain(identity)
+        wanted = redact_json(identity)
         run, is_new = self.read_run(), False
         if run is None:
             if storage.exists(self.uri(POSITION_FILE)):
@@ -89,7 +90,7 @@ class Store:
                     f"{storage.redact(self.output)} holds {POSITION_FILE}, but no {RUN_FILE} that says what it is; give"
                     " another OUTPUT, or empty this one"
                 )
-            full = {"identity": wanted, "settings": plain(settings), **versions(_PACKAGES)}
+            full = {"identity": wanted, "settings": redact_json(settings), **versions(_PACKAGES)}
             is_new = storage.put_new(self.uri(RUN_FILE), json.dumps(full, indent=2, sort_keys=True).encode() + b"\n")
             run = self.read_run() or full
         run["identity"].get("data", {}).pop("image_root", None)  # stood there once

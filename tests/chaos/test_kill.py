@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "pipeline"))
 from outputs import check_every_image_once
 
 from samray import storage
-from samray.dataset.shards import done_shards
+from samray.output.shards import done_shards
 
 NUM_IMAGES = 24
 ROUNDS = int(os.environ.get("SAMRAY_CHAOS_ROUNDS", "2"))
@@ -77,7 +77,7 @@ import importlib.abc, importlib.util
 
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name != "samray.dataset.shards":
+        if name != "samray.output.shards":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

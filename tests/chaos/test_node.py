@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "pipeline"))
 from outputs import rows_of
 
 from samray import storage
-from samray.dataset.shards import done_shards, shard_uri
+from samray.output.shards import done_shards, shard_uri
 
 NUM_IMAGES = 32
 NUM_SHARDS = 16

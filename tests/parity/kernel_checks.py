@@ -20,9 +20,9 @@ from torch import Tensor
 from weights import SMALL, blobs, random_sam
 
 from samray.config import MaskConfig
-from samray.kernels import MAX_TOKENS, image_to_tokens, measure
 from samray.masks import MaskGenerator
 from samray.masks.crops import Crop
+from samray.sam.kernels import MAX_TOKENS, image_to_tokens, measure
 from samray.sam.sam import Sam
 from samray.sam.transformer import TwoWayTransformer
 

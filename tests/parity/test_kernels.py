@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from samray.errors import ConfigError
-from samray.kernels import MAX_TOKENS, enabled
+from samray.sam.kernels import MAX_TOKENS, enabled
 
 CHECKS = Path(__file__).with_name("kernel_checks.py")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -53,7 +53,7 @@ def test_kernels_on_a_gpu() -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU is needed to compile for one; the interpreter takes much that the compiler does not."""
-    from samray.kernels import image_to_tokens, measure
+    from samray.sam.kernels import image_to_tokens, measure
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types = {"logits": "*fp32", "found": "*i32", "low_scale_y": "fp32", "low_scale_x": "fp32", "scale_y": "fp32"}

@@ -12,10 +12,10 @@ import pytest
 import standin
 from s3_server import weed_binary
 
+from samray.cluster.session import local_ray as running_local_ray
 from samray.config import Config, load_config
 from samray.pipeline.report import LabelReport
 from samray.pipeline.run import label_with
-from samray.pipeline.session import local_ray as running_local_ray
 
 
 @pytest.fixture(scope="session")

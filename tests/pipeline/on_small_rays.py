@@ -20,9 +20,9 @@ import psutil
 import ray.data
 import standin
 
+from samray.cluster.session import local_ray
 from samray.config import load_config
-from samray.pipeline.session import local_ray
-from samray.pipeline.stage import label_dataset
+from samray.pipeline.dataset_stage import label_dataset
 
 
 def label(folder: str) -> dict[str, list[str]]:

@@ -10,8 +10,8 @@ import standin
 from PIL import Image
 
 from samray import storage
-from samray.dataset.shards import done_shards, read_shard
-from samray.dataset.verify import verify
+from samray.output.shards import done_shards, read_shard
+from samray.output.verify import verify
 
 
 def rows_of(output: str) -> list[dict[str, Any]]:

@@ -21,9 +21,9 @@ import standin
 from prometheus_client.parser import text_string_to_metric_families
 from s3_server import free_ports
 
+from samray.cluster.session import local_ray
 from samray.config import load_config
 from samray.pipeline.run import label_with
-from samray.pipeline.session import local_ray
 
 Samples = list[tuple[str, dict[str, str], float]]
 PATIENCE_S = 60.0

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from outputs import attempts_left, rows_of
 
 from samray.config import Config, load_config
-from samray.dataset.shards import done_shards
 from samray.errors import SamrayError
+from samray.inputs.child import ChildNotStarted
+from samray.output.shards import done_shards
 from samray.pipeline.alone import LonelyLabeler
 from samray.pipeline.attempts import STRIKES_TO_BLAME, ShardAttempts
-from samray.pipeline.child import ChildNotStarted
 from samray.pipeline.labeler import EncodedImage, ShardLabeler
 from samray.pipeline.report import Labelled, LabelReport
 
@@ -41,7 +41,7 @@ class Preempted(standin.StandIn):
             with self.log.open("ab") as log:
                 log.write(b".")
             mine = psutil.Process()
-            in_child = "samray.pipeline.child" in " ".join(mine.cmdline())
+            in_child = "samray.inputs.child" in " ".join(mine.cmdline())
             os.kill(mine.ppid() if in_child else mine.pid, signal.SIGKILL)
             signal.pause()
         return super().generate(images)

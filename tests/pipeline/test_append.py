@@ -9,9 +9,9 @@ from outputs import check_every_image_once, rows_of
 
 from samray import storage
 from samray.config import Config
-from samray.dataset.joining import News, join_images
-from samray.dataset.manifest import Plan, load_plan
-from samray.dataset.shards import SUCCESS, done_shards, read_shard, replace_shard, shard_uri, unmark_success
+from samray.output.append import News, join_images
+from samray.output.plan import Plan, load_plan
+from samray.output.shards import SUCCESS, done_shards, read_shard, replace_shard, shard_uri, unmark_success
 from samray.pipeline.report import LabelReport
 from samray.pipeline.run import run_identity
 

@@ -13,10 +13,10 @@ from outputs import rows_of
 from PIL import Image
 
 from samray.config import Config
-from samray.dataset.shards import shard_uri
 from samray.errors import ConfigError
 from samray.evaluate.proposals import best_ious
 from samray.masks.prompted import PromptedGenerator
+from samray.output.shards import shard_uri
 from samray.pipeline import run as run_module
 from samray.pipeline.run import label_with
 from samray.prompts import Prompt

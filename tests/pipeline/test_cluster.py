@@ -7,11 +7,12 @@ import io
 import pytest
 from rich.console import Console
 
+from samray.cluster.sizes import IO_CPUS, Sizes, check_fits, choose_sizes
 from samray.config import ClusterConfig
 from samray.errors import ConfigError
-from samray.pipeline.cluster import IO_CPUS, Sizes, check_fits, choose_sizes
-from samray.pipeline.progress import ProgressView
-from samray.pipeline.report import LabelReport, ShardSummary, duration, print_report
+from samray.pipeline.report import LabelReport, ShardSummary, print_report
+from samray.progress import ProgressView
+from samray.text import duration
 
 LAPTOP = [{"CPU": 2.0}]
 GPU_CLUSTER = [{"CPU": 0.0}, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 32.0, "GPU": 4.0}]

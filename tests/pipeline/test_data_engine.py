@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from samray.dataset.shards import done_shards, read_shard
+from samray.output.shards import done_shards, read_shard
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 

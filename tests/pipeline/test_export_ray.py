@@ -10,10 +10,10 @@ from handmade import write_output
 
 import samray
 from samray import storage
-from samray.dataset.export import job as export_job
-from samray.dataset.verify import verify
+from samray.cluster.tasks import RAY_FROM_IMAGES, wants_ray
 from samray.errors import StorageError
-from samray.pipeline.fan_out import RAY_FROM_IMAGES, wants_ray
+from samray.exports import job as export_job
+from samray.output.verify import verify
 
 NAMES = [f"photo {i:02d}.png" for i in range(10)]
 

@@ -11,7 +11,7 @@ from outputs import rows_of
 from ray_nodes import Head, running_head
 
 from samray import storage
-from samray.dataset.shards import done_shards, shard_uri
+from samray.output.shards import done_shards, shard_uri
 
 NUM_IMAGES = 60  # some 13 s of two cores: a faster machine must not be done before the job is stopped
 

@@ -16,9 +16,9 @@ from outputs import attempts_left, check_every_image_once, rows_of
 
 from samray import storage
 from samray.config import Config
-from samray.dataset.shards import SUCCESS, done_shards, read_metadata, shard_uri
 from samray.errors import ConfigError
-from samray.pipeline import history
+from samray.output import failures as history
+from samray.output.shards import SUCCESS, done_shards, read_metadata, shard_uri
 from samray.pipeline import run as run_module
 from samray.pipeline.report import LabelReport
 from samray.pipeline.run import label_with

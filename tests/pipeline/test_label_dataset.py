@@ -16,8 +16,8 @@ from PIL import Image
 
 import samray
 from samray.config import Config, load_config
-from samray.pipeline import stage
-from samray.pipeline.stage import images_of, label_dataset
+from samray.pipeline import dataset_stage as stage
+from samray.pipeline.dataset_stage import images_of, label_dataset
 
 
 def _pixels(data: bytes) -> Any:

@@ -15,10 +15,10 @@ import standin
 from rich.console import Console
 
 from samray.config import ClusterConfig, load_config
-from samray.dataset.schema import samray_metadata
-from samray.dataset.shards import read_shard
-from samray.dataset.status import run_status
 from samray.errors import ConfigError
+from samray.output.schema import samray_metadata
+from samray.output.shards import read_shard
+from samray.output.status import run_status
 from samray.pipeline import metrics
 from samray.pipeline.report import LabelReport, ShardSummary, print_report
 

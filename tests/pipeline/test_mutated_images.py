@@ -15,7 +15,7 @@ from PIL import Image, features
 
 from samray.config import load_config
 from samray.errors import IMAGE_ERROR_REASONS
-from samray.images import decode_image
+from samray.inputs.decode import decode_image
 from samray.pipeline.labeler import EncodedImage
 
 NUM_IMAGES = 1000

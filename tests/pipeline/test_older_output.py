@@ -16,10 +16,10 @@ from s3_server import S3Server, make_bucket
 
 import samray
 from samray import storage
-from samray.dataset.compact import compact
-from samray.dataset.shards import SUCCESS, shard_uri
-from samray.dataset.status import run_status
 from samray.errors import ConfigError
+from samray.output.compact import compact
+from samray.output.shards import SUCCESS, shard_uri
+from samray.output.status import run_status
 from samray.pipeline.report import LabelReport
 
 BEFORE = Path(__file__).resolve().parents[1] / "older_output"

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import samray
-from samray.scenes import make_scene
+from samray.scenes.scene import make_scene
 
 NOTEBOOK = pages.REPOSITORY / "docs" / "notebook.ipynb"
 

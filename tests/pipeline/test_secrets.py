@@ -18,7 +18,7 @@ import standin
 
 import samray
 from samray import storage
-from samray.cli import main
+from samray.cli.main import main
 from samray.errors import ConfigError
 from samray.pipeline.report import LabelReport, print_report
 
@@ -199,7 +199,7 @@ def test_an_output_of_an_older_version_keeps_its_urls_and_resumes(
     listed = write_list(tmp_path / "list.txt", site, OLD, NAMES)
     output = tmp_path / "out"
     with monkeypatch.context() as older:
-        older.setattr("samray.dataset.manifest.hide", lambda images: (images, {}))
+        older.setattr("samray.output.plan.hide", lambda images: (images, {}))
         label(listed, output)
     (output / "annotations" / "shard-000000.parquet").unlink()
     assert label(listed, output).num_labelled == 4
@@ -218,8 +218,8 @@ def test_prompts_find_signed_urls(label: Label, site: str, tmp_path: Path) -> No
 
 def test_a_signed_tar_and_a_signed_parquet_file(label: Label, tmp_path: Path) -> None:
     """Their members' URIs hold the container's."""
-    from samray.dataset.credentials import hide, reveal
-    from samray.dataset.rows import input_rows
+    from samray.inputs.rows import input_rows
+    from samray.output.credentials import hide, reveal
 
     tar = f"https://me:{PASSWORD}@h/x.tar"
     rows = input_rows(

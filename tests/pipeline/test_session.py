@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import standin
 
-from samray.pipeline import session
+from samray.cluster import session
 
 CPUS = ["1", "2", "3", "4"]
 

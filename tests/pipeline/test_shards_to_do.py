@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from samray.cluster.sizes import data_settings
 from samray.config import load_config
-from samray.pipeline.cluster import data_settings
-from samray.pipeline.read import SHARDS_PER_TASK, shards_to_do, source_table
+from samray.pipeline.fetch import SHARDS_PER_TASK, shards_to_do, source_table
 from samray.prompts import Prompt
 
 

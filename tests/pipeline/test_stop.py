@@ -13,7 +13,7 @@ from drivers import DRIVE, driver, has_shards, send, wait_until
 from outputs import attempts_left, check_every_image_once
 
 from samray import storage
-from samray.dataset.shards import done_shards
+from samray.output.shards import done_shards
 
 NUM_IMAGES = 120  # half a minute and more: much longer than the first shard takes to be committed
 

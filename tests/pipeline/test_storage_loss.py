@@ -13,10 +13,11 @@ from fault_proxy import FaultProxy, running_proxy
 from outputs import check_every_image_once
 from standin import make_image
 
-from samray import cli, storage
+from samray import storage
+from samray.cli.main import main as cli
 from samray.config import StorageConfig
-from samray.dataset.shards import done_shards, read_shard
 from samray.errors import StorageError
+from samray.output.shards import done_shards, read_shard
 from samray.pipeline.report import LabelReport
 
 NUM_IMAGES = 24

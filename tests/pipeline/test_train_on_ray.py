@@ -23,10 +23,10 @@ from scene_outputs import paint, write_scenes
 
 import samray
 from samray import storage
-from samray.cli import main
+from samray.cli.main import main
+from samray.cluster.sizes import data_settings
 from samray.config import ClusterConfig
 from samray.errors import ConfigError
-from samray.pipeline.cluster import data_settings
 from samray.sam.spec import MODELS
 from samray.train.data import ExampleMaker, example_stream, open_data
 from samray.train.examples import Frame

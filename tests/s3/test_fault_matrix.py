@@ -18,8 +18,8 @@ from s3_server import BUCKET, S3Server
 
 from samray import storage
 from samray.config import InputConfig, StorageConfig, load_config
-from samray.dataset.inputs import INPUT_SCHEMA, fetch_images, list_images
 from samray.errors import ConfigError, ImageError, StorageError
+from samray.inputs.listing import INPUT_SCHEMA, fetch_images, list_images
 from samray.pipeline.run import label_with
 from samray.storage.retrying import forget_outages
 

@@ -21,9 +21,9 @@ from s3_server import BUCKET, weed_binary
 
 import samray
 from samray import storage
-from samray.dataset import shards
-from samray.dataset.manifest import Plan
-from samray.dataset.schema import SCHEMA
+from samray.output import shards
+from samray.output.plan import Plan
+from samray.output.schema import SCHEMA
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -157,7 +157,7 @@ def some_ray(request: pytest.FixtureRequest) -> Iterator[None]:
     """The Ray that other tests of this process have started, or one of its own."""
     import ray
 
-    from samray.pipeline.session import local_ray
+    from samray.cluster.session import local_ray
 
     if weed_binary() is not None:
         request.getfixturevalue("s3_server")  # first: workers have the environment that Ray was started with

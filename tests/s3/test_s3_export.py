@@ -9,7 +9,7 @@ from handmade import write_output
 
 import samray
 from samray import storage
-from samray.dataset.verify import verify
+from samray.output.verify import verify
 
 NAMES = [f"photo {i}.png" for i in range(7)]
 

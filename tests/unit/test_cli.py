@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from samray.cli import main
-from samray.cli_help import EXIT_CODES
+from samray.cli.help import EXIT_CODES
+from samray.cli.main import main
 from samray.config import SECTIONS, Config, setting_rows
 from samray.errors import ConfigError, SamrayError, StorageError
 
@@ -33,7 +33,7 @@ def label_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append({"input": input, "output": output, "config": config, **rest})
         return types.SimpleNamespace(exit_code=0)
 
-    importlib.import_module("samray.plan_view")  # it needs the real report, which is replaced below
+    importlib.import_module("samray.cli.plan_view")  # it needs the real report, which is replaced below
     monkeypatch.setitem(sys.modules, "samray.pipeline.run", types.SimpleNamespace(label_with=label_with))
     monkeypatch.setitem(sys.modules, "samray.pipeline.report", types.SimpleNamespace(print_report=lambda report: None))
     return calls
@@ -195,7 +195,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(capsys: pytest.CaptureFixtur
 
 def test_dry_run_on_an_output_that_is_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from samray.config import load_config
-    from samray.dataset.manifest import make_plan
+    from samray.output.plan import make_plan
 
     (tmp_path / "in").mkdir()
     for i in range(5):

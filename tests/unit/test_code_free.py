@@ -20,19 +20,21 @@ from ray.data.extensions import ArrowTensorArray
 import samray
 from samray import storage
 from samray.config import InputConfig, load_config
-from samray.dataset import generations, shards, status, tables
-from samray.dataset.compact import compact
-from samray.dataset.inputs import fetch_images, list_images
-from samray.dataset.manifest import Plan, load_plan
-from samray.dataset.mask_dataset import MaskDataset
-from samray.dataset.prompt_files import PromptFile
-from samray.dataset.verify import verify
 from samray.errors import ConfigError, ImageError, SamrayError
 from samray.evaluate.regions import RegionData
-from samray.pipeline.history import FailureCounts
-from samray.pipeline.read import fetch_shard, source_table
-from samray.pipeline.stage import DatasetLabeler, images_of
-from samray.report import write_report
+from samray.inputs.listing import fetch_images, list_images
+from samray.inputs.prompt_file import PromptFile
+from samray.output import manifests as generations
+from samray.output import shards, status
+from samray.output.compact import compact
+from samray.output.failures import FailureCounts
+from samray.output.mask_dataset import MaskDataset
+from samray.output.plan import Plan, load_plan
+from samray.output.verify import verify
+from samray.pipeline.dataset_stage import DatasetLabeler, images_of
+from samray.pipeline.fetch import fetch_shard, source_table
+from samray.report.output import write_report
+from samray.storage import tables
 from samray.train.data import open_data
 from samray.train.examples import Frame
 from samray.train.settings import TrainSettings
@@ -62,7 +64,7 @@ OPENERS = {
     *("FeatherDataset", "scan_parquet", "read_record_batch", "dataset", "ORCFile", "deserialize_pandas"),
 }
 ALLOWED = {
-    "samray/dataset/tables.py": OPENERS,
+    "samray/storage/tables.py": OPENERS,
     "jobs/outputs.py": {"dataset", "scan_parquet"},  # measures other readers, on an output that it made itself
 }
 
@@ -84,7 +86,7 @@ def test_only_one_module_opens_parquet_and_arrow() -> None:
     for path in files:
         allowed = ALLOWED.get(str(path.relative_to(ROOT)), set())
         others = [call for call in calls_that_open(path) if call.split(": ")[1] not in allowed]
-        assert not others, f"{path}: {others}; use samray.dataset.tables"
+        assert not others, f"{path}: {others}; use samray.storage.tables"
 
 
 def test_other_formats_that_can_hold_code_are_read_without_it() -> None:

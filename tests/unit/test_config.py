@@ -24,8 +24,8 @@ from samray.config import (
     preset_path,
     setting_rows,
 )
+from samray.config.yaml import load_yaml_file, parse_value
 from samray.errors import ConfigError
-from samray.strict_yaml import load_yaml_file, parse_value
 
 
 def refusal(**sources: object) -> str:

@@ -12,11 +12,11 @@ import pytest
 from reviewed import a_person, export, five_images, import_, rows_of, write
 
 import samray
-from samray.cli import main
-from samray.dataset.schema import CORRECTED_SCHEMA, samray_metadata
-from samray.dataset.shards import read_shard, replace_shard
-from samray.dataset.verify import verify
+from samray.cli.main import main
 from samray.errors import ConfigError
+from samray.output.schema import CORRECTED_SCHEMA, samray_metadata
+from samray.output.shards import read_shard, replace_shard
+from samray.output.verify import verify
 
 
 @pytest.fixture

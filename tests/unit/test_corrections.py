@@ -16,16 +16,16 @@ from reviewed import HW, NAMES, a_person, export, five_images, import_, masks_of
 
 import samray
 from samray import storage
-from samray.cli import main
-from samray.dataset.imports.corrections import corrected_record, match_masks, own_id
-from samray.dataset.joining import join_images
-from samray.dataset.manifest import Plan
-from samray.dataset.runs import run_lengths
-from samray.dataset.schema import SCHEMA, shard_metadata
-from samray.dataset.shards import commit_shard, mark_success, read_shard
-from samray.dataset.verify import verify
+from samray.cli.main import main
 from samray.errors import ConfigError, StorageError
-from samray.pipeline import correct as correct_module
+from samray.imports import correct as correct_module
+from samray.imports.corrections import corrected_record, match_masks, own_id
+from samray.output.append import join_images
+from samray.output.plan import Plan
+from samray.output.schema import SCHEMA, shard_metadata
+from samray.output.shards import commit_shard, mark_success, read_shard
+from samray.output.verify import verify
+from samray.rle.runs import run_lengths
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_a_second_round_adds_to_what_the_first_one_says(plan: Plan, tmp_path: Pa
     one = rows_of(tmp_path / "out1")["a/0.png"]
     assert (indices(one), marks(one)) == ([0, 2, 3, 5], {1: "left_out", 4: "removed", 5: "added"})
 
-    corrected = samray.dataset.manifest.load_plan(str(tmp_path / "out1"))
+    corrected = samray.output.plan.load_plan(str(tmp_path / "out1"))
     second = export(corrected, tmp_path / "2", confident=0.9)
     redraw(second, lambda index: index not in (0, 5), square(2, 15))
     mended = {**second["annotations"][0], **annotation(square(16, 0, 6))}

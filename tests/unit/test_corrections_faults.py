@@ -10,11 +10,11 @@ import pytest
 from handmade import HEIGHT, WIDTH, annotation, blob, write_output
 from reviewed import NAMES, export, five_images, import_, masks_of, rows_of, write
 
-from samray.cli import main
-from samray.dataset.imports import corrections
-from samray.dataset.manifest import Plan
-from samray.dataset.shards import shard_uri
+from samray.cli.main import main
 from samray.errors import ConfigError
+from samray.imports import corrections
+from samray.output.plan import Plan
+from samray.output.shards import shard_uri
 
 
 @pytest.fixture

@@ -19,10 +19,11 @@ import pytest
 from PIL import Image
 
 from samray.errors import ImageError
-from samray.images import decode_image
-from samray.pipeline import child, decoding
-from samray.pipeline.child import CRASHES_TO_BLAME, KILLS_TO_BLAME, Answer, Child, ChildDied, ChildNotStarted
-from samray.pipeline.decoding import Decoder, decode_apart
+from samray.inputs import child
+from samray.inputs import decode_apart as decoding
+from samray.inputs.child import CRASHES_TO_BLAME, KILLS_TO_BLAME, Answer, Child, ChildDied, ChildNotStarted
+from samray.inputs.decode import decode_image
+from samray.inputs.decode_apart import Decoder, decode_apart
 
 LIMIT = 4_000_000
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,14 +127,14 @@ def test_an_image_at_which_the_child_ends_each_time_is_quarantined(
 
 def test_without_a_child_no_image_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ChildNotStarted):
-        Child("samray.pipeline.decoding:no_such_function", b"")
+        Child("samray.inputs.decode_apart:no_such_function", b"")
     monkeypatch.setattr(child.sys, "executable", "/nowhere/python")
     with pytest.raises(ChildNotStarted):
         Decoder(LIMIT, 60.0)(encoded())
 
 
 def test_a_child_that_gives_no_answer_is_ended() -> None:
-    stuck = Child("samray.pipeline.decoding:answer_with", decoding._SETUP.pack(LIMIT, 600.0))
+    stuck = Child("samray.inputs.decode_apart:answer_with", decoding._SETUP.pack(LIMIT, 600.0))
     os.kill(stuck.pid, signal.SIGSTOP)
     with pytest.raises(ChildDied) as caught:
         stuck.ask(encoded(), timeout_s=0.2)
@@ -146,7 +147,7 @@ def test_a_child_ends_with_its_parent_whatever_it_does(busy: bool, tmp_path: Pat
     slow.write_bytes(many_scans(20_000))
     code = f"""
 import threading, time
-from samray.pipeline.decoding import Decoder
+from samray.inputs.decode_apart import Decoder
 decoder = Decoder({LIMIT}, 600.0)
 decoder({encoded()!r})
 if {busy}: threading.Thread(target=decoder, args=(open({str(slow)!r}, 'rb').read(),), daemon=True).start()
@@ -163,7 +164,8 @@ time.sleep(600)
 
 def test_the_child_imports_neither_torch_nor_ray() -> None:
     code = (
-        "import sys; import samray.pipeline.decoding; print({'torch', 'ray', 'pyarrow', 'pydantic'} & set(sys.modules))"
+        "import sys; import samray.inputs.decode_apart as _;"
+        " print({'torch', 'ray', 'pyarrow', 'pydantic'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "set()"

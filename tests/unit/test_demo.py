@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from samray.cli.demo import _encode as encode
+from samray.cli.demo import compare, make_scenes, write_scenes
 from samray.config import load_config
-from samray.dataset.manifest import make_plan
-from samray.dataset.schema import ImageRecord, records_to_table
-from samray.dataset.shards import commit_shard
-from samray.demo import _encode as encode
-from samray.demo import compare, make_scenes, write_scenes
 from samray.errors import ConfigError
 from samray.evaluate.proposals import best_ious
+from samray.output.plan import make_plan
+from samray.output.schema import ImageRecord, records_to_table
+from samray.output.shards import commit_shard
 
 
 def test_scenes_are_written_once_and_stay_the_same(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ from marked import (
 )
 from PIL import Image
 
-from samray import cli_evaluate
-from samray.cli import main
+from samray.cli import evaluate as cli_evaluate
+from samray.cli.main import main
 from samray.errors import ConfigError
 from samray.evaluate.pictures import Sheet, click_sheet, offer_clicks, offer_masks, picture_format, proposal_sheet
 from samray.evaluate.points import evaluate_points

@@ -8,7 +8,7 @@ from micro import MICRO
 from samray.evaluate.points import centre
 from samray.evaluate.scenes import evaluate_clicks
 from samray.sam.sam import Sam
-from samray.scenes import Scene, make_scene
+from samray.scenes.scene import Scene, make_scene
 
 pytestmark = pytest.mark.usefixtures("micro_model")
 

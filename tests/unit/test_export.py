@@ -11,13 +11,13 @@ from handmade import write_output
 from pycocotools.coco import COCO
 
 from samray import storage
-from samray.cli import main
-from samray.dataset.export import images, pieces
-from samray.dataset.export import job as export_job
-from samray.dataset.export.images import Rows
-from samray.dataset.manifest import Plan
-from samray.dataset.shards import read_shard
+from samray.cli.main import main
 from samray.errors import ConfigError, StorageError
+from samray.exports import images, pieces
+from samray.exports import job as export_job
+from samray.exports.images import Rows
+from samray.output.plan import Plan
+from samray.output.shards import read_shard
 
 
 @pytest.fixture
@@ -77,11 +77,11 @@ def test_an_export_that_died_goes_on_and_redoes_nothing(
         done.append(piece.number)
         return real(job, piece)
 
-    monkeypatch.setattr("samray.pipeline.export.run_piece", dies_after_two)
+    monkeypatch.setattr("samray.exports.export.run_piece", dies_after_two)
     with pytest.raises(StorageError, match="the power went"):
         export(plan, tmp_path / "half", format, **options)
     before = {name: (tmp_path / "half" / name).stat().st_mtime_ns for name in contents(tmp_path / "half")}
-    monkeypatch.setattr("samray.pipeline.export.run_piece", counts)
+    monkeypatch.setattr("samray.exports.export.run_piece", counts)
     report = export(plan, tmp_path / "half", format, **options)
     assert sorted(done) == list(range(5))  # each piece once, over both runs
     assert report.num_pieces_skipped == 2
@@ -129,7 +129,7 @@ def test_no_fragment_stays_and_a_torn_assembly_leaves_no_file(
         yield next(real(*args))
         raise StorageError("the power went")
 
-    monkeypatch.setattr("samray.dataset.export.coco.read_fragments", torn)
+    monkeypatch.setattr("samray.exports.coco.read_fragments", torn)
     with pytest.raises(StorageError, match="the power went"):
         export(plan, tmp_path / "coco", "coco")
     assert [f.name for f in (tmp_path / "coco").iterdir()] == ["_export"]

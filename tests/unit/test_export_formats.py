@@ -21,12 +21,12 @@ from pycocotools.cocoeval import COCOeval
 from standin import make_image
 
 from samray.config import load_config
-from samray.dataset.export import label_map, yolo
-from samray.dataset.export.images import LabelledImage
-from samray.dataset.export.names import stem_of
-from samray.dataset.joining import join_images
-from samray.dataset.manifest import Plan
 from samray.errors import ConfigError
+from samray.exports import label_map, yolo
+from samray.exports.images import LabelledImage
+from samray.exports.names import stem_of
+from samray.output.append import join_images
+from samray.output.plan import Plan
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import pytest
 from labelled import make_output
 
 from samray import storage
-from samray.dataset.manifest import Plan
-from samray.dataset.schema import with_stats
-from samray.dataset.shards import read_shard, replace_shard, shard_versions, unmark_success
-from samray.pipeline import history
-from samray.pipeline.history import FailureCounts, failures_of_shards
+from samray.output import failures as history
+from samray.output.failures import FailureCounts, failures_of_shards
+from samray.output.plan import Plan
+from samray.output.schema import with_stats
+from samray.output.shards import read_shard, replace_shard, shard_versions, unmark_success
 
 EXPECTED = {0: {"not_an_image": 1}, 1: {}, 2: {}}
 

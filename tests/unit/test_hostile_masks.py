@@ -24,19 +24,19 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 import samray
-from samray.cli import main
-from samray.dataset import runs
-from samray.dataset.export.polygons import join, outlines
-from samray.dataset.imports import records
-from samray.dataset.imports.records import counts_of, record_of
-from samray.dataset.manifest import Plan
-from samray.dataset.runs import MAX_CHARS, area, bbox_xywh, checked_runs, pixels, run_lengths
-from samray.dataset.schema import ImageRecord, records_to_table
-from samray.dataset.shards import read_shard, replace_shard
-from samray.dataset.verify import verify
-from samray.dataset.verify_rows import check_mask
+from samray.cli.main import main
 from samray.errors import ImageError, StorageError
 from samray.evaluate.regions import RegionData
+from samray.imports import records
+from samray.imports.records import counts_of, record_of
+from samray.output.plan import Plan
+from samray.output.schema import ImageRecord, records_to_table
+from samray.output.shards import read_shard, replace_shard
+from samray.output.verify import verify
+from samray.output.verify_rows import check_mask
+from samray.rle import runs
+from samray.rle.polygons import join, outlines
+from samray.rle.runs import MAX_CHARS, area, bbox_xywh, checked_runs, pixels, run_lengths
 
 EXPORTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sa1b": ("sa1b", {}),
@@ -142,8 +142,8 @@ from pathlib import Path
 sys.path[:0] = json.loads(sys.argv[1])
 import samray
 from samray.errors import SamrayError
-from samray.cli import main
-from samray.dataset.verify import verify
+from samray.cli.main import main
+from samray.output.verify import verify
 from test_hostile_masks import CASES, EXPORTS, output_with, many_in_one, peak_kib
 torch.set_num_threads(1)
 plans = [output_with(Path(sys.argv[2]) / str(i), *CASES[name]) for i, name in enumerate(CASES) if name == "2^40 pixels"]

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageCms, ImageFile, features
 
 from samray.errors import ImageError
-from samray.images import decode_image, image_extensions, is_of_size
+from samray.inputs.decode import decode_image, image_extensions, is_of_size
 
 LIMIT = 100_000_000
 ROOT = Path(__file__).resolve().parents[2]
@@ -286,7 +286,7 @@ def test_nothing_is_printed_about_damaged_files() -> None:
 import io, random
 from PIL import Image
 from samray.errors import ImageError
-from samray.images import decode_image, is_of_size
+from samray.inputs.decode import decode_image, is_of_size
 sink = io.BytesIO(); Image.new("RGB", (30, 20)).save(sink, "TIFF"); good = sink.getvalue()
 sink = io.BytesIO(); Image.new("RGB", (30, 20)).save(sink, "JPEG", exif=b"Exif\\0\\0II*\\0\\xff\\xff\\xff\\xff")
 decode_image(sink.getvalue(), 10**8)

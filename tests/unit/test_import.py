@@ -18,18 +18,18 @@ from pycocotools import mask as coco_mask
 from standin import make_image
 
 import samray
-from samray.cli import main
-from samray.dataset.imports import json_stream
-from samray.dataset.imports.json_stream import JsonStream
-from samray.dataset.imports.records import bbox_convention_of
-from samray.dataset.imports.source import image_ids
-from samray.dataset.inputs import fetch_images
-from samray.dataset.manifest import load_plan
-from samray.dataset.runs import run_lengths
-from samray.dataset.shards import done_shards, read_shard
-from samray.dataset.verify import verify
+from samray.cli.main import main
 from samray.errors import ConfigError, StorageError
-from samray.pipeline.import_ import ImportReport
+from samray.imports import json_stream
+from samray.imports.import_ import ImportReport
+from samray.imports.json_stream import JsonStream
+from samray.imports.records import bbox_convention_of
+from samray.imports.source import image_ids
+from samray.inputs.listing import fetch_images
+from samray.output.plan import load_plan
+from samray.output.shards import done_shards, read_shard
+from samray.output.verify import verify
+from samray.rle.runs import run_lengths
 
 NAMES = ["a/0 first.png", "a/1.tif", "b/1.png", "b/2.png", "c.png", "d.png", "e.png"]
 
@@ -312,7 +312,7 @@ def test_conventions_of_boxes() -> None:
 def test_an_import_that_died_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
     plan = write_output(str(tmp_path), NAMES)
     samray.export(plan.output, tmp_path / "there", format=format, progress=False)
-    from samray.pipeline import import_ as module
+    from samray.imports import import_ as module
 
     real, committed = module.commit_shard, []
 

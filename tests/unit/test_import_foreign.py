@@ -15,11 +15,11 @@ from PIL import Image
 
 import samray
 from samray import storage
-from samray.cli import main
-from samray.dataset.imports import json_stream
-from samray.dataset.shards import done_shards
-from samray.dataset.verify import verify
+from samray.cli.main import main
 from samray.errors import ConfigError
+from samray.imports import json_stream
+from samray.output.shards import done_shards
+from samray.output.verify import verify
 
 H, W = 30, 40
 IMAGE: dict[str, Any] = {"id": 1, "width": W, "height": H, "file_name": "a.png"}

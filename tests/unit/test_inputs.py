@@ -15,12 +15,13 @@ import pytest
 
 from samray import storage
 from samray.config import InputConfig
-from samray.dataset import rows, uri_lists
-from samray.dataset.inputs import INPUT_SCHEMA, fetch_images, list_images
-from samray.dataset.skipped import Skipped
-from samray.dataset.tars import list_tar
-from samray.dataset.uri_rows import merge_lists, rows_of_uris
 from samray.errors import ConfigError, ImageError, StorageError
+from samray.inputs import rows
+from samray.inputs import uri_list as uri_lists
+from samray.inputs.listing import INPUT_SCHEMA, fetch_images, list_images
+from samray.inputs.skipped import Skipped
+from samray.inputs.tar import list_tar
+from samray.inputs.uri_rows import merge_lists, rows_of_uris
 from samray.storage import reading
 
 

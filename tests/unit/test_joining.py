@@ -11,12 +11,13 @@ import pytest
 
 from samray import storage
 from samray.config import Config, load_config
-from samray.dataset.compact import compact
-from samray.dataset.generations import Generation, create_generation, image_ids, manifest_uri
-from samray.dataset.joining import News, join_images
-from samray.dataset.manifest import Plan, load_plan, make_plan
-from samray.dataset.schema import ImageRecord, records_to_table
-from samray.dataset.shards import (
+from samray.errors import ConfigError, StorageError
+from samray.output.append import News, join_images
+from samray.output.compact import compact
+from samray.output.manifests import Generation, create_generation, image_ids, manifest_uri
+from samray.output.plan import Plan, load_plan, make_plan
+from samray.output.schema import ImageRecord, records_to_table
+from samray.output.shards import (
     SUCCESS,
     commit_shard,
     done_shards,
@@ -26,8 +27,7 @@ from samray.dataset.shards import (
     replace_shard,
     shard_uri,
 )
-from samray.dataset.verify import verify
-from samray.errors import ConfigError, StorageError
+from samray.output.verify import verify
 
 
 def config_of(images_per_shard: int = 4) -> Config:

@@ -37,8 +37,8 @@ from manifests import (
     told_commands,
 )
 
+from samray.cluster.sizes import IO_CPUS, check_fits, choose_sizes
 from samray.config import ClusterConfig
-from samray.pipeline.cluster import IO_CPUS, check_fits, choose_sizes
 from samray.pipeline.run import GIVE_UP_S, LEAVE_S
 
 CRDS = REPOSITORY.parent / "shared" / "data" / "kuberay"

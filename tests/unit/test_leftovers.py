@@ -15,10 +15,10 @@ from exported import ten_images
 
 import samray
 from samray import storage
-from samray.dataset.compact import compact
-from samray.dataset.imports import coco
-from samray.dataset.verify import verify
-from samray.report import write_report
+from samray.imports import coco
+from samray.output.compact import compact
+from samray.output.verify import verify
+from samray.report.output import write_report
 from samray.storage import writing
 
 
@@ -118,7 +118,7 @@ def test_annotations_that_are_sorted_have_no_names(tmp_path: Path, monkeypatch: 
     source = tmp_path / "in" / "instances.json"
     source.parent.mkdir()
     source.write_text(json.dumps({"images": [image], "annotations": [{"image_id": 1, "segmentation": []}] * 5}))
-    from samray.dataset.imports.source import open_source
+    from samray.imports.source import open_source
 
     opened = open_source(str(source), None)
     found = coco.read_images(opened)

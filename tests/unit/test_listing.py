@@ -20,12 +20,12 @@ import pytest
 from PIL import Image
 
 from samray.config import InputConfig
-from samray.dataset import tars
-from samray.dataset.inputs import IMAGE_EXTENSIONS, check_readable, fetch_images, list_images
-from samray.dataset.skipped import UNUSABLE, Skipped
-from samray.dataset.tars import index_tar
 from samray.errors import ConfigError, ImageError
-from samray.images import decode_image
+from samray.inputs import tar as tars
+from samray.inputs.decode import decode_image
+from samray.inputs.listing import IMAGE_EXTENSIONS, check_readable, fetch_images, list_images
+from samray.inputs.skipped import UNUSABLE, Skipped
+from samray.inputs.tar import index_tar
 
 
 def listed(uri: object, **settings: Any) -> tuple[pa.Table, Skipped]:
@@ -518,7 +518,7 @@ def test_a_list_may_spell_its_folder_through_a_link(tmp_path: Path) -> None:
 
 
 def test_a_list_from_elsewhere_names_no_private_server() -> None:
-    from samray.dataset.outside import place_problem
+    from samray.inputs.outside import place_problem
 
     for place in ("http://127.0.0.1/a", "http://10.0.0.1/a", "http://localhost:80/a", "http://nas/a", "http://[::1]/a",
                   "http://0x7f.1/a", "http://printer.local/a", "sftp://192.168.0.1/a", "/etc/passwd"):  # fmt: skip
@@ -651,8 +651,8 @@ def test_plan_and_summary_keep_what_was_left_out(tmp_path: Path) -> None:
     from rich.console import Console
 
     from samray.config import Config
-    from samray.dataset.joining import join_images
-    from samray.dataset.manifest import load_plan, make_plan
+    from samray.output.append import join_images
+    from samray.output.plan import load_plan, make_plan
     from samray.pipeline.report import LabelReport, print_report
 
     folder, out = tmp_path / "in", str(tmp_path / "out")
@@ -678,8 +678,8 @@ def test_plan_and_summary_keep_what_was_left_out(tmp_path: Path) -> None:
 def test_an_image_that_a_setting_lets_in_has_changed(tmp_path: Path) -> None:
     """So `--redo-changed input.allow_outside=true` labels what was refused before, without another OUTPUT."""
     from samray.config import Config
-    from samray.dataset.joining import join_images
-    from samray.dataset.manifest import make_plan
+    from samray.output.append import join_images
+    from samray.output.plan import make_plan
 
     (tmp_path / "in").mkdir()
     (tmp_path / "secret.png").write_bytes(b"secret")

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from samray import storage
 from samray.config import InputConfig
-from samray.dataset.generations import build_manifest
-from samray.dataset.inputs import fetch_images, list_images
-from samray.dataset.skipped import Skipped
-from samray.dataset.tars import index_tar
-from samray.dataset.uri_rows import later_copies, merge_lists, rows_of_uris, with_distinct_names
 from samray.errors import ConfigError, ImageError
+from samray.inputs.listing import fetch_images, list_images
+from samray.inputs.skipped import Skipped
+from samray.inputs.tar import index_tar
+from samray.inputs.uri_rows import later_copies, merge_lists, rows_of_uris, with_distinct_names
+from samray.output.manifests import build_manifest
 
 FAST = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 

@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader
 import samray
 from samray import MaskDataset, storage
 from samray.config import load_config
-from samray.dataset import lookup, mask_dataset, shards
-from samray.dataset.joining import join_images
-from samray.dataset.manifest import Plan, make_plan
-from samray.dataset.schema import ImageRecord, records_to_table
-from samray.dataset.verify import verify
 from samray.errors import ConfigError, StorageError
-from samray.images import decode_image
+from samray.inputs.decode import decode_image
+from samray.output import lookup, mask_dataset, shards
+from samray.output.append import join_images
+from samray.output.plan import Plan, make_plan
+from samray.output.schema import ImageRecord, records_to_table
+from samray.output.verify import verify
 
 IDS = [i for i in range(10) if i != BROKEN]
 
@@ -106,7 +106,7 @@ def test_boxes_only_reads_and_decodes_no_run_lengths(plan: Plan, monkeypatch: py
         read.append([field.name for field in table.schema.field("annotations").type.value_type])
         return table
 
-    monkeypatch.setattr("samray.dataset.mask_dataset.read_row_group", recording)
+    monkeypatch.setattr("samray.output.mask_dataset.read_row_group", recording)
     monkeypatch.setattr(mask_dataset, "pixels", lambda *_: pytest.fail("decoded"))
     full = MaskDataset(plan.output, images=False, masks="rle")
     for (_, target), (image, boxes) in zip(full, MaskDataset(plan.output, images=False, masks="boxes"), strict=True):
@@ -331,8 +331,8 @@ def test_random_access_reads_one_group_and_holds_a_few(large: Plan, monkeypatch:
         reads.append(group)
         return original(uri, size, footer, group, columns)
 
-    monkeypatch.setattr("samray.dataset.lookup.read_row_group", recording)
-    monkeypatch.setattr("samray.dataset.mask_dataset.read_row_group", recording)
+    monkeypatch.setattr("samray.output.lookup.read_row_group", recording)
+    monkeypatch.setattr("samray.output.mask_dataset.read_row_group", recording)
     dataset = MaskDataset(large.output, images=False, masks="boxes")
     with_failed = len(reads)
     assert 0 < with_failed <= 4  # the narrow status column of the groups in which an image failed, and no other

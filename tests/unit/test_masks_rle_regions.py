@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from samray.masks import rle
 from samray.masks.regions import remove_small_regions
+from samray.rle import encode as rle
 
 Bool = NDArray[np.bool_]
 

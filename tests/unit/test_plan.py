@@ -13,12 +13,12 @@ from planned import config_of, finished_output, make_input
 
 from samray import storage
 from samray.config import Config
-from samray.dataset import manifest
-from samray.dataset.generations import MANIFEST_SCHEMA, Generation, build_manifest, create_generation, image_ids
-from samray.dataset.manifest import Plan, load_plan, make_plan
-from samray.dataset.rows import input_rows
-from samray.dataset.schema import MAX_IMAGE_ID
 from samray.errors import ConfigError
+from samray.inputs.rows import input_rows
+from samray.output import plan as manifest
+from samray.output.manifests import MANIFEST_SCHEMA, Generation, build_manifest, create_generation, image_ids
+from samray.output.plan import Plan, load_plan, make_plan
+from samray.output.schema import MAX_IMAGE_ID
 
 
 def test_a_plan_cuts_the_input_into_shards(storage_root: str) -> None:

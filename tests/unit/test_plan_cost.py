@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from samray.cli import main
+from samray.cli.main import main
+from samray.cli.plan_view import cost_rows, work_per_image
 from samray.config import Config, MaskConfig, load_config
-from samray.pipeline.progress import ProgressView
-from samray.plan_view import cost_rows, work_per_image
+from samray.progress import ProgressView
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def test_dry_run_states_prompts_and_download(
 
 
 def test_a_rerun_says_that_input_was_not_listed_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from samray.dataset.manifest import make_plan
+    from samray.output.plan import make_plan
 
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"x")

@@ -8,8 +8,8 @@ from exported import fill
 from handmade import HEIGHT, WIDTH, annotation, blob
 from pycocotools import mask as coco_mask
 
-from samray.dataset.export.polygons import join, outlines, simplified
-from samray.dataset.runs import run_lengths
+from samray.rle.polygons import join, outlines, simplified
+from samray.rle.runs import run_lengths
 
 
 def runs_of(mask: np.ndarray) -> np.ndarray:

@@ -10,8 +10,8 @@ import threading
 import pytest
 import torch
 
-from samray import precision
-from samray.precision import auto_dtype, exact_convolutions
+from samray.sam import precision
+from samray.sam.precision import auto_dtype, exact_convolutions
 from samray.sam.sam import Sam
 from samray.sam.spec import MODELS
 
@@ -95,7 +95,7 @@ def test_whoever_allows_tf32_has_it(choice: str, allowed: bool) -> None:
     code = f"""
 import torch
 {choice}
-from samray.precision import exact_convolutions, products_in_tf32
+from samray.sam.precision import exact_convolutions, products_in_tf32
 assert products_in_tf32() == {allowed}
 before = torch.backends.cudnn.conv.fp32_precision
 with exact_convolutions(torch.device("cuda")):

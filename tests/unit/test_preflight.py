@@ -17,12 +17,13 @@ import ray
 import standin
 
 from samray import storage
+from samray.cluster import address, session
 from samray.config import load_config
-from samray.dataset import destination
-from samray.dataset.destination import check_apart, check_writable
 from samray.errors import ConfigError
-from samray.pipeline import address, run, session
-from samray.pipeline.import_ import import_
+from samray.imports.import_ import import_
+from samray.output import destination
+from samray.output.destination import check_apart, check_writable
+from samray.pipeline import run
 from samray.train.run import train
 from samray.train.settings import load_train_settings
 

@@ -13,13 +13,13 @@ from handmade import write_output
 from standin import make_image
 
 from samray import storage
-from samray.cli import main
+from samray.cli.main import main
 from samray.config import load_config
-from samray.dataset.manifest import make_plan
-from samray.dataset.prompt_files import PromptFile
 from samray.errors import ConfigError
+from samray.inputs.prompt_file import PromptFile
+from samray.output.plan import make_plan
+from samray.pipeline.dataset_stage import label_dataset
 from samray.pipeline.report import LabelReport, print_report
-from samray.pipeline.stage import label_dataset
 from samray.prompts import Prompt
 
 CLICK = {"points": [[3, 4.5]], "labels": [1]}

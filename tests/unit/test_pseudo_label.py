@@ -18,7 +18,7 @@ from PIL import Image
 from scipy import ndimage
 
 import samray
-from samray.dataset.verify import verify
+from samray.output.verify import verify
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 

@@ -14,20 +14,20 @@ from labelled import label_missing, make_input, make_output
 import samray
 from samray import storage
 from samray.config import load_config
-from samray.dataset import compact as compact_module
-from samray.dataset import seals, shards
-from samray.dataset.compact import compact
-from samray.dataset.export import job as export_job
-from samray.dataset.joining import join_images
-from samray.dataset.manifest import Plan, load_plan
-from samray.dataset.mask_dataset import MaskDataset
-from samray.dataset.schema import samray_metadata, with_stats
-from samray.dataset.status import run_status
-from samray.dataset.verify import verify
 from samray.errors import ConfigError, StorageError
-from samray.pipeline import correct as correct_module
+from samray.exports import job as export_job
+from samray.imports import correct as correct_module
+from samray.output import compact as compact_module
+from samray.output import seals, shards
+from samray.output.append import join_images
+from samray.output.compact import compact
+from samray.output.failures import FailureCounts
+from samray.output.mask_dataset import MaskDataset
+from samray.output.plan import Plan, load_plan
+from samray.output.schema import samray_metadata, with_stats
+from samray.output.status import run_status
+from samray.output.verify import verify
 from samray.pipeline import run
-from samray.pipeline.history import FailureCounts
 from samray.pipeline.report import LabelReport
 
 

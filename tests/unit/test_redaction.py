@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 import pytest
 
 from samray import storage
-from samray.dataset.rows import redact_all
+from samray.inputs.rows import redact_all
 
 S = "sEcReT"  # every form below holds it, and what is shown must not
 

@@ -13,17 +13,17 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from report_outputs import HEIGHT, WIDTH, annotation, block, nested_masks, write_output
 
-import samray.report
+import samray.report.output
 from samray import storage
-from samray.cli import main
-from samray.dataset import sample
-from samray.dataset.manifest import Plan
-from samray.dataset.runs import run_lengths
-from samray.dataset.shards import shard_uri
+from samray.cli.main import main
 from samray.errors import ConfigError, StorageError
-from samray.figures import heat_map, histogram
-from samray.overlays import scaled_counts
-from samray.report import open_page, write_report
+from samray.output import sample
+from samray.output.plan import Plan
+from samray.output.shards import shard_uri
+from samray.report.figures import heat_map, histogram
+from samray.report.output import open_page, write_report
+from samray.report.overlays import scaled_counts
+from samray.rle.runs import run_lengths
 
 
 def page_of(plan: Plan, **options: Any) -> str:
@@ -176,7 +176,7 @@ def test_gallery_goes_from_few_masks_to_many(tmp_path: Path) -> None:
 
 def test_gallery_ends_before_the_page_gets_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = write_output(str(tmp_path))
-    monkeypatch.setattr(samray.report, "MAX_GALLERY_BYTES", 4000)
+    monkeypatch.setattr(samray.report.output, "MAX_GALLERY_BYTES", 4000)
     assert 1 <= len(images_of(page_of(plan))) < 6
 
 
@@ -201,10 +201,10 @@ def test_images_that_cannot_be_reached_are_not_tried_one_by_one(
         tried.append(rows)
         raise StorageError("s3://elsewhere does not answer")
 
-    monkeypatch.setattr(samray.report, "fetch_images", fetch)
+    monkeypatch.setattr(samray.report.output, "fetch_images", fetch)
     page = page_of(plan)
     assert page.count("The image cannot be read now: s3://elsewhere does not answer") == len(images_of(page)) == 20
-    assert len(tried) <= samray.report._PHOTO_THREADS
+    assert len(tried) <= samray.report.output._PHOTO_THREADS
 
 
 def test_damaged_mask_costs_its_image_only(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from report_outputs import HEIGHT, WIDTH, nested_masks, write_output
 
-from samray.dataset.shards import read_shard
-from samray.report import write_report
+from samray.output.shards import read_shard
+from samray.report.output import write_report
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page

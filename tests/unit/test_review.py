@@ -15,11 +15,11 @@ from pycocotools.coco import COCO
 from reviewed import NAMES, export, five_images, rows_of, square
 
 import samray
-from samray.dataset.export import job as export_job
-from samray.dataset.export.review import chunks, is_sure, plain_cell
-from samray.dataset.manifest import Plan
-from samray.dataset.runs import runs_of_image, union_area
 from samray.errors import ConfigError
+from samray.exports import job as export_job
+from samray.exports.review import chunks, is_sure, plain_cell
+from samray.output.plan import Plan
+from samray.rle.runs import runs_of_image, union_area
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ import pytest
 import ray
 
 from samray import storage
+from samray.cluster.control import StopRequest
 from samray.config import load_config
-from samray.dataset.manifest import Plan
+from samray.output.plan import Plan
 from samray.pipeline import run
-from samray.pipeline.control import StopRequest
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from samray import scenes
 from samray.errors import ConfigError
-from samray.scenes import MIN_VISIBLE_PIXELS, make_scene
+from samray.scenes import scene as scenes
+from samray.scenes.scene import MIN_VISIBLE_PIXELS, make_scene
 from samray.train.cutouts import CUTOUT_SIDE, CutoutSource
 
 

@@ -14,9 +14,9 @@ from planned import mask_of
 from pycocotools import mask as coco_mask
 
 from samray import storage
-from samray.dataset import shards
-from samray.dataset.schema import SCHEMA, ImageRecord, records_to_table, samray_metadata, with_stats
 from samray.errors import StorageError
+from samray.output import shards
+from samray.output.schema import SCHEMA, ImageRecord, records_to_table, samray_metadata, with_stats
 
 RUN: dict[str, Any] = {"samray_version": "1", "identity": {"masks": {"bbox_convention": "coco"}, "seed": 1}}
 

@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from samray import status_view, storage
-from samray.cli import main
+from samray import storage
+from samray.cli import status_view
+from samray.cli.main import main
+from samray.cli.status_view import line, sentence, table
 from samray.config import load_config
-from samray.dataset import sample, shards, status
-from samray.dataset.generations import Generation, create_generation
-from samray.dataset.manifest import Plan, make_plan
-from samray.dataset.schema import ImageRecord, records_to_table
-from samray.dataset.status import Footers, Status, run_status
-from samray.status_view import line, sentence, table
+from samray.output import sample, shards, status
+from samray.output.manifests import Generation, create_generation
+from samray.output.plan import Plan, make_plan
+from samray.output.schema import ImageRecord, records_to_table
+from samray.output.status import Footers, Status, run_status
 
 PER_SHARD = 2
 

@@ -20,9 +20,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from samray import storage
-from samray.dataset.compact import compact
-from samray.dataset.manifest import write_plan
 from samray.errors import ConfigError, NotFoundError
+from samray.output.compact import compact
+from samray.output.plan import write_plan
 from samray.storage.filesystems import filesystem
 
 

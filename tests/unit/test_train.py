@@ -13,9 +13,9 @@ from micro import CPU, FRAME, MICRO, batches_of, learner_of, settings_of
 from safetensors import safe_open
 
 from samray import storage
-from samray.dataset.identity import plain
 from samray.errors import ConfigError
 from samray.sam.sam import Sam
+from samray.storage.redaction import redact_json
 from samray.train import loop, run, scores
 from samray.train.data import open_data
 from samray.train.interaction import draw_course
@@ -326,7 +326,7 @@ def test_a_run_is_known_by_its_data_in_their_order_and_by_no_credential(tmp_path
             store.claim(full_identity(settings, "micro", other), {})
         assert "SECRET" not in str(refused.value)
     assert "SECRET" not in (tmp_path / "train.json").read_text()
-    assert "SECRET" not in json.dumps(plain({"s3://KEY:SECRET@bucket": 1})), "nor as a key"
+    assert "SECRET" not in json.dumps(redact_json({"s3://KEY:SECRET@bucket": 1})), "nor as a key"
 
 
 def test_a_teacher_is_known_by_its_content(tmp_path: Path):

@@ -8,7 +8,7 @@ import torch
 from micro import MICRO, batches_of, learner_of, settings_of
 
 from samray.sam.sam import Sam
-from samray.scenes import make_scene
+from samray.scenes.scene import make_scene
 from samray.train.clicks import corrective_clicks, first_prompts
 from samray.train.interaction import Rounds, draw_course, normalise, seed_of
 from samray.train.settings import TrainConfig

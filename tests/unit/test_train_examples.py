@@ -13,7 +13,7 @@ from scene_outputs import paint, write_scenes
 
 from samray import storage
 from samray.errors import ConfigError
-from samray.scenes import Scene, make_scene
+from samray.scenes.scene import Scene, make_scene
 from samray.train.augment import View, draw_view, jitter_colour, whole_view
 from samray.train.data import blocks, open_data, output_of
 from samray.train.examples import Frame, MaskExamples, SceneExamples, area_downsample, held_out

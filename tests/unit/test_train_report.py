@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from micro import settings_of
 
-from samray.cli import main
+from samray.cli.main import main
 from samray.errors import ConfigError
+from samray.report.training import MAX_VALIDATIONS, write_train_report
 from samray.train.run import full_identity
 from samray.train.store import Position, Store
-from samray.train_report import MAX_VALIDATIONS, write_train_report
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ from planned import finished_output, mask_of, records_for
 from pycocotools import mask as coco_mask
 
 from samray import storage
-from samray.dataset import shards
-from samray.dataset.manifest import Plan
-from samray.dataset.runs import run_lengths
-from samray.dataset.schema import SCHEMA, ImageRecord, records_to_table
-from samray.dataset.verify import verify
-from samray.dataset.verify_rows import check_mask
 from samray.errors import ConfigError
+from samray.output import shards
+from samray.output.plan import Plan
+from samray.output.schema import SCHEMA, ImageRecord, records_to_table
+from samray.output.verify import verify
+from samray.output.verify_rows import check_mask
+from samray.rle.runs import run_lengths
 
 
 @pytest.mark.parametrize("deep", [False, True])

@@ -12,13 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 from planned import finished_output, records_for
 
-from samray import cli_output, storage
-from samray.dataset import generations, seals, shards
-from samray.dataset.manifest import Plan, load_plan
-from samray.dataset.schema import SCHEMA, records_to_table, with_stats
-from samray.dataset.tables import open_parquet
-from samray.dataset.verify import verify
+from samray import storage
+from samray.cli import output as cli_output
 from samray.errors import SamrayError
+from samray.output import manifests as generations
+from samray.output import seals, shards
+from samray.output.plan import Plan, load_plan
+from samray.output.schema import SCHEMA, records_to_table, with_stats
+from samray.output.verify import verify
+from samray.storage.tables import open_parquet
 
 NUM_FLIPS = 200
 

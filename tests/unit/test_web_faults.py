@@ -20,8 +20,8 @@ from fault_proxy import FaultProxy, running_proxy
 
 from samray import storage
 from samray.config import InputConfig, StorageConfig
-from samray.dataset.inputs import INPUT_SCHEMA, fetch_images, list_images
 from samray.errors import ImageError, StorageError, UnavailableError
+from samray.inputs.listing import INPUT_SCHEMA, fetch_images, list_images
 from samray.storage.retrying import forget_outages
 
 STALL_S = 0.8

@@ -1,0 +1,1 @@
+"""The command line: parse, call, print; errors become one sentence and an exit code."""

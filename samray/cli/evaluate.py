@@ -1,0 +1,269 @@
+"""The commands `samray evaluate points` and `samray evaluate proposals`: what they take and print."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+
+from samray import __version__, storage
+from samray.cli.help import CommandWithSettings, HelpfulGroup, split_settings
+from samray.config import SECTIONS, Config, Sections, load_config
+from samray.errors import ConfigError, SamrayError
+from samray.evaluate import MIN_AREA
+from samray.text import count, two_columns
+
+if TYPE_CHECKING:
+    from samray.evaluate.failures import Failures
+    from samray.evaluate.pictures import Sheet
+
+evaluate_app = typer.Typer(
+    name="evaluate",
+    help="Say how good a model is on images whose regions are known.",
+    cls=HelpfulGroup,
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+)
+
+_PACKAGES = ("torch", "numpy", "pycocotools")
+
+Data = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA",
+        help="Images with known regions: an OUTPUT of samray, or Parquet in its layout or in BSDS500's (columns jpeg, "
+        "annotators): a file, folder, prefix or glob.",
+    ),
+]
+Words = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings, listed below.")]
+Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N images of DATA.")]
+Json = Annotated[
+    str | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON, too; - prints only them.")
+]
+Picture = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Write a contact sheet to look at (.png, .jpg), worst to best.")
+]
+NoProgress = Annotated[bool, typer.Option("--no-progress", help="No bar.")]
+
+
+class PointsCommand(CommandWithSettings):
+    sections: ClassVar[Sections] = {"model": SECTIONS["model"]}
+
+
+class ProposalsCommand(CommandWithSettings):
+    sections: ClassVar[Sections] = {name: SECTIONS[name] for name in ("model", "masks")}
+
+
+@evaluate_app.command(cls=PointsCommand)
+def points(
+    data: Data,
+    settings: Words = None,
+    min_area: Annotated[int, typer.Option(min=0, metavar="PIXELS", help="Leave out smaller regions.")] = MIN_AREA,
+    limit: Limit = None,
+    json: Json = None,
+    picture: Picture = None,
+    no_progress: NoProgress = False,
+) -> int:
+    """One click at the centre of each region: how well does the answer fit? (SAM paper, section 7.1)
+
+    The click is the pixel farthest from the outside of the region. miou: mean IoU over regions of the mask that the
+    model scores best; miou_oracle: of the best of its three masks. Where several annotators marked an image, each
+    one's regions count. At the image's own resolution.
+
+    Examples:
+
+      samray evaluate points bsds500/val.parquet
+
+      samray evaluate points labels/ model.name=vit_b model.checkpoint=s3://weights/sam_vit_b_01ec64.pth --json -
+    """
+    from samray.evaluate.pictures import click_sheet, offer_clicks
+    from samray.evaluate.points import evaluate_points
+
+    words, config = _settings([data, *(settings or ())], None, PointsCommand.sections)
+    run = _Run(words, limit, config, json, picture)
+    sheet = click_sheet() if picture else None
+    with run.bar(not no_progress) as on_image:
+        figures = evaluate_points(
+            run.model,
+            run.images,
+            min_area=min_area,
+            on_image=on_image,
+            on_answers=lambda image, answers: offer_clicks(sheet, image, answers) if sheet else None,
+        )
+    rows = [
+        ("mean IoU", f"{figures['miou']:.4f} of the mask that the model scores best"),
+        ("", f"{figures['miou_oracle']:.4f} of the best of its three (oracle)"),
+        ("regions", f"{figures['num_regions']:,} of at least {count(min_area, 'pixel')}, a click each"),
+    ]
+    run.finish({**figures, "min_area": min_area}, rows, sheet)
+    return 0
+
+
+@evaluate_app.command(cls=ProposalsCommand)
+def proposals(
+    data: Data,
+    settings: Words = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Start from a preset. Without one, mask settings are the model's own.")
+    ] = None,
+    min_area: Annotated[int, typer.Option(min=0, metavar="PIXELS", help="Leave out smaller regions.")] = 0,
+    limit: Limit = None,
+    json: Json = None,
+    picture: Picture = None,
+    no_progress: NoProgress = False,
+) -> int:
+    """All masks of an image as proposals: how many of its regions do they cover?
+
+    Average recall over IoU 0.50 to 0.95 of the 10, 100 and 1000 masks of an image with the highest predicted IoU, by
+    pycocotools, class-agnostic. An image that several annotators marked counts once for each of them. The thresholds of
+    the masks are those of `samray label`: lower ones give more masks, and so more recall.
+
+    Examples:
+
+      samray evaluate proposals labels/ --limit 200 --picture sheet.jpg
+
+      samray evaluate proposals bsds500/val.parquet model.name=vit_b masks.box_nms_thresh=0.9 masks.pred_iou_thresh=0.5
+    """
+    from samray.evaluate.pictures import offer_masks, proposal_sheet
+    from samray.evaluate.proposals import evaluate_proposals
+    from samray.masks.generator import MaskGenerator
+
+    words, config = _settings([data, *(settings or ())], preset, ProposalsCommand.sections)
+    run = _Run(words, limit, config, json, picture)
+    sheet = proposal_sheet() if picture else None
+    with run.bar(not no_progress) as on_image:
+        figures = evaluate_proposals(
+            MaskGenerator(run.model, config.masks),
+            run.images,
+            min_area=min_area,
+            on_image=on_image,
+            on_masks=lambda image, masks: offer_masks(sheet, image, masks) if sheet else None,
+        )
+    by_size = {size: figures[f"ar_1000_{size}"] for size in ("small", "medium", "large")}
+    sizes = ", ".join(f"{size} {'-' if math.isnan(recall) else f'{recall:.4f}'}" for size, recall in by_size.items())
+    rows = [
+        ("AR@10", f"{figures['ar_10']:.4f}"),
+        ("AR@100", f"{figures['ar_100']:.4f}"),
+        ("AR@1000", f"{figures['ar_1000']:.4f}; {sizes}"),
+        ("regions", f"{figures['num_regions']:,}"),
+        ("masks", f"{figures['num_masks']:,}, {figures['num_masks'] / max(figures['num_images'], 1):.1f} an image"),
+    ]
+    run.finish({**figures, "min_area": min_area, "masks": config.masks.model_dump(mode="json")}, rows, sheet)
+    return 0
+
+
+# --- what the commands share -----------------------------------------------------------------------------------------
+
+
+def _settings(words: list[str], preset: str | None, sections: Sections) -> tuple[str, Config]:
+    """DATA and the settings, from the words as typed. Raises: ConfigError, also for a setting without a part here."""
+    overrides, (data, *extra) = split_settings(words, ["DATA"])
+    for word in overrides:
+        if word.partition(".")[0] not in sections:
+            raise ConfigError(f"{word} has no part in this; it takes settings of {' and '.join(sections)}")
+    return data, load_config(preset, None, overrides + extra)
+
+
+class _Run:
+    """DATA and a model, and where the figures go. What is wrong with DATA is told before a model is downloaded."""
+
+    def __init__(self, data: str, limit: int | None, config: Config, json: str | None, picture: str | None) -> None:
+        from samray.evaluate.failures import Failures
+        from samray.evaluate.pictures import picture_format
+        from samray.evaluate.regions import RegionData
+        from samray.sam.checkpoints import load_model
+
+        self.config, self.json, self.picture = config, json, picture
+        self.picture_format = picture_format(picture) if picture else ""
+        self.images = RegionData(data, limit)
+        own = config.model
+        self.model = load_model(own.name, own.checkpoint, own.device, own.dtype)
+        self.failures = Failures()
+        self.seconds = 0.0
+
+    @contextmanager
+    def bar(self, enabled: bool) -> Iterator[Callable[[Failures], None]]:
+        """Shows, on a terminal, how many images are done; gives what is to be called after each."""
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not (enabled and console.is_terminal)) as bar:
+            task = bar.add_task("images", total=len(self.images))
+            began = time.monotonic()
+
+            def on_image(failures: Failures) -> None:
+                self.failures = failures
+                failed = f", {len(failures)} failed" if len(failures) else ""
+                bar.update(task, advance=1, description=f"images{failed}")
+
+            yield on_image
+            self.seconds = time.monotonic() - began
+
+    def finish(self, figures: dict[str, Any], rows: list[tuple[str, str]], sheet: Sheet | None) -> None:
+        """Print the figures, or where they are to be JSON on stdout only that; write what is to be written.
+
+        Raises: SamrayError where there is nothing to tell, StorageError.
+        """
+        examples = self.failures.examples
+        told = "; ".join(f"{number} {reason} ({examples[reason]})" for reason, number in figures["failures"].items())
+        if figures["num_images"] == 0:
+            raise SamrayError(f"none of {count(figures['num_failed'], 'image')} could be used: {told}")
+        if figures["num_regions"] == 0:
+            least = count(max(figures["min_area"], 1), "pixel")
+            raise SamrayError(f"DATA {self.images.where} has no region of at least {least}; see --min-area and --limit")
+        if self.json == "-":
+            print(self._as_json(figures), end="")
+        else:
+            table = two_columns()
+            for row in rows:
+                table.add_row(*row)
+            table.add_row("images", f"{figures['num_images']:,}")
+            if told:
+                table.add_row("failed images", f"{figures['num_failed']:,}: {escape(told)}")
+            table.add_row("model", f"{self.config.model.name}, {escape(self._checkpoint() or 'its own weights')}")
+            table.add_row("time", f"{self.seconds:.1f} s on {self.model.device}")
+            Console(highlight=False).print(table)
+        if self.json not in (None, "-"):
+            storage.put(storage.normalize(str(self.json)), self._as_json(figures).encode())
+        if self.picture and sheet is not None:
+            storage.put(storage.normalize(self.picture), sheet.encode(self.picture_format))
+
+    def _checkpoint(self) -> str | None:
+        given = self.config.model.checkpoint
+        return None if given is None else storage.redact(given)
+
+    def _as_json(self, figures: dict[str, Any]) -> str:
+        """The figures, and what they were measured with and on."""
+        from samray.sam.checkpoints import checkpoint_sha256
+
+        own = self.config.model
+        whole = {
+            **{key: _plain(value) for key, value in figures.items()},
+            "model": own.name,
+            "checkpoint": self._checkpoint(),
+            "checkpoint_sha256": checkpoint_sha256(own.name, own.checkpoint),
+            "data": self.images.where,
+            "layout": self.images.layout,
+            "device": str(self.model.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "seconds": round(self.seconds, 3),
+            "versions": {
+                "samray": __version__,
+                "python": platform.python_version(),
+                **{package: metadata.version(package) for package in _PACKAGES},
+            },
+        }
+        return jsonlib.dumps(whole, indent=2) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no NaN: null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,233 @@
+"""The commands `samray export` and `samray import`: what they take and print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from samray.cli.output import Output
+from samray.text import count, two_columns
+
+
+class OnTop(StrEnum):
+    """What decides which mask of a label map lies on top."""
+
+    area = "area"
+    predicted_iou = "predicted_iou"
+
+
+Ray = Annotated[
+    bool | None,
+    typer.Option(
+        "--ray/--no-ray",
+        help="Fan out as Ray Data tasks, or work in this process; else by size.",
+    ),
+]
+Address = Annotated[str | None, typer.Option(help="Ray cluster to join (auto, host:port or ray://...); implies --ray.")]
+Confident = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, metavar="IOU", help="coco, for a person to correct: masks of this predicted IoU or more."
+    ),
+]
+Stable = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, metavar="SCORE", help="coco, for a person to correct: masks this stable or more."),
+]
+NoProgress = Annotated[bool, typer.Option("--no-progress", help="No bar and no progress lines.")]
+
+
+def export(
+    output: Output,
+    dest: Annotated[str, typer.Argument(metavar="DEST", help="An empty folder or prefix (local, s3://, ...).")],
+    format: Annotated[str, typer.Option("--format", "-f", help="sa1b, coco, yolo, flat or label-map.")],
+    images_per_file: Annotated[
+        int | None, typer.Option(min=1, help="coco: several files of so many images. sa1b --tar, flat: images a file.")
+    ] = None,
+    polygons: Annotated[bool, typer.Option("--polygons", help="coco: exact polygons in place of RLE.")] = False,
+    tar: Annotated[bool, typer.Option("--tar", help="sa1b: pack sa_000000.tar, ... as published.")] = False,
+    with_images: Annotated[bool, typer.Option("--with-images", help="sa1b, yolo: copy the images, too.")] = False,
+    simplify: Annotated[
+        float | None, typer.Option(help="yolo: drop corners within so many pixels; smaller files, not exact.")
+    ] = None,
+    partitions: Annotated[
+        int | None, typer.Option(min=1, help="flat: Hive folders image_bucket=K, K = image_id mod this.")
+    ] = None,
+    on_top: Annotated[
+        OnTop | None,
+        typer.Option(help="label-map: the smaller mask lies on top (so by itself), or the better one."),
+    ] = None,
+    confident: Confident = None,
+    stable: Stable = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Export what is there of an unfinished OUTPUT.")] = False,
+    ray: Ray = None,
+    address: Address = None,
+    no_progress: NoProgress = False,
+) -> int:
+    """Write the masks of OUTPUT to DEST in the format of another tool.
+
+    sa1b: one JSON file an image. coco: instances JSON for pycocotools. yolo: segmentation text files. flat: Parquet
+    with one row a mask. label-map: 16-bit PNGs. Failed images are left out. The same command again finishes what is
+    missing and redoes nothing; another format, other options or a changed OUTPUT are refused.
+
+    Examples:
+
+      samray export labels/ coco/ --format coco
+
+      samray export s3://bucket/labels s3://bucket/flat --format flat --partitions 16 --address auto
+
+      samray export labels/ yolo/ --format yolo --with-images
+
+      samray export labels/ cvat/ --format coco --confident 0.9 --stable 0.95
+    """
+    from samray.exports.export import export as run_export
+
+    try:
+        report = run_export(
+            output,
+            dest,
+            format=format,
+            images_per_file=images_per_file,
+            tar=tar,
+            with_images=with_images,
+            polygons=polygons,
+            partitions=partitions,
+            on_top=on_top.value if on_top else None,
+            simplify=simplify,
+            confident=confident,
+            stable=stable,
+            partial=partial,
+            ray=ray,
+            address=address,
+            progress=not no_progress,
+        )
+    except KeyboardInterrupt:
+        return _interrupted()
+    table = two_columns()
+    table.add_row("images", f"{report.num_images:,}")
+    table.add_row("masks", f"{report.num_masks:,}")
+    if report.num_left_out:
+        table.add_row("left out", f"{count(report.num_left_out, 'mask')} that are not sure enough")
+    if report.num_failed:
+        table.add_row("left out", f"{count(report.num_failed, 'failed image')}")
+    if report.num_unreadable:
+        table.add_row(
+            "not copied",
+            f"{count(report.num_unreadable, 'image')} that cannot be read any more, or have another size now",
+        )
+    if report.num_pieces_skipped:
+        table.add_row("done before", f"{report.num_pieces_skipped:,} of {count(report.num_pieces, 'piece')}")
+    for name in report.files[:3]:
+        table.add_row("file", name)
+    if len(report.files) > 3:
+        table.add_row("", f"and {len(report.files) - 3:,} more")
+    Console().print(table)
+    Console().print(report.dest, highlight=False, soft_wrap=True, markup=False)
+    return 0
+
+
+def import_(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="JSON files: a folder, prefix, glob or file; for SA-1B tars, too.")
+    ],
+    output: Output,
+    format: Annotated[
+        str | None, typer.Option("--format", "-f", help="sa1b or coco; if not said, SOURCE is looked into.")
+    ] = None,
+    images: Annotated[
+        str | None, typer.Option(help="Where the images lie that SOURCE names, if not beside its JSON files.")
+    ] = None,
+    images_per_shard: Annotated[int | None, typer.Option(min=1, help="Images a Parquet shard; else 64.")] = None,
+    corrects: Annotated[
+        str | None,
+        typer.Option(metavar="LABELS", help="The output of which SOURCE is an export that a person corrected."),
+    ] = None,
+    confident: Confident = None,
+    stable: Stable = None,
+    keep_rest: Annotated[
+        bool,
+        typer.Option("--keep-rest", help="--corrects: masks that were not sure enough for the export stay."),
+    ] = False,
+    allow_outside: Annotated[
+        bool,
+        typer.Option("--allow-outside", help="Also take images that are not below --images; if you trust SOURCE."),
+    ] = False,
+    ray: Ray = None,
+    address: Address = None,
+    no_progress: NoProgress = False,
+) -> int:
+    """Turn annotations of SA-1B or COCO into an OUTPUT like those of `samray label`.
+
+    SA-1B: JSON files, one an image, or the published tars. COCO: instances JSON of any size, with compressed or plain
+    RLE or polygons. Every other command then works on OUTPUT. Annotations get ids of their own, areas and boxes are
+    measured again, categories and iscrowd are dropped: the SA-1B layout has no place for them. The same command again
+    finishes what is missing.
+
+    --corrects: OUTPUT gets LABELS as a person corrected it, and a column `corrections` that says what was changed; give
+    --confident and --stable as for the export. Masks are found again by the attribute samray_id, or else by their
+    pixels (IoU of 0.5 or more), and keep their ids; new ones get new ids. Images that SOURCE does not have stay.
+
+    Examples:
+
+      samray import 'sa1b/sa_0000*.tar' labels/
+
+      samray import instances_val2017.json labels/ --images val2017/
+
+      samray import corrected.json labels-2/ --corrects labels/ --confident 0.9 --stable 0.95
+    """
+    from samray.imports.import_ import import_ as run_import
+
+    try:
+        report = run_import(
+            source,
+            output,
+            format=format,
+            images=images,
+            images_per_shard=images_per_shard,
+            corrects=corrects,
+            confident=confident,
+            stable=stable,
+            keep_rest=keep_rest,
+            allow_outside=allow_outside,
+            ray=ray,
+            address=address,
+            progress=not no_progress,
+        )
+    except KeyboardInterrupt:
+        return _interrupted()
+    table = two_columns()
+    table.add_row("images", f"{report.num_images:,} ({report.format})")
+    table.add_row("masks", f"{report.num_masks:,}")
+    if report.num_corrected:
+        table.add_row("corrected", f"{count(report.num_corrected, 'image')}; the others stay as they were")
+        for change in ("unchanged", "changed", "added", "removed", "left_out"):
+            if report.changes.get(change):
+                why = ", not sure enough (--keep-rest keeps them)" * (change == "left_out")
+                table.add_row(change.replace("_", " "), f"{count(report.changes[change], 'mask')}{why}")
+    if report.num_unknown_images:
+        table.add_row("not found", f"{count(report.num_unknown_images, 'image')} of SOURCE that LABELS does not have")
+    if report.num_dropped:
+        table.add_row("dropped", f"{count(report.num_dropped, 'annotation')} without a pixel or without an image")
+    if report.num_failed:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in report.failures.items())
+        table.add_row("failed images", f"{report.num_failed:,}: {reasons}")
+    if report.num_shards_skipped:
+        table.add_row("done before", f"{report.num_shards_skipped:,} of {count(report.num_shards, 'shard')}")
+    Console().print(table)
+    Console().print(report.output, highlight=False, soft_wrap=True, markup=False)
+    if report.warning:
+        Console(stderr=True).print(f"samray: warning: {report.warning}", highlight=False, soft_wrap=True, markup=False)
+    return int(0 < report.num_images == report.num_failed)
+
+
+def _interrupted() -> int:
+    Console(stderr=True).print("samray: interrupted; the same command goes on from here", style="bold red")
+    return 130
+
+
+COMMANDS: list[Callable[..., int]] = [export, import_]
+"""In the order in which `samray --help` lists them."""

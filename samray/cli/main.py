@@ -1,0 +1,282 @@
+"""The command line. Thin: it parses, explains, and turns errors into one sentence and an exit code.
+
+Heavy modules are imported inside the commands, so that `samray --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from samray import __version__, storage
+from samray.cli.evaluate import evaluate_app
+from samray.cli.export import COMMANDS as EXPORT_COMMANDS
+from samray.cli.help import Command, CommandWithSettings, HelpfulGroup, refuse_expanded_glob, split_settings
+from samray.cli.output import COMMANDS, Output
+from samray.config import load_config
+from samray.errors import ConfigError, SamrayError, StorageError
+from samray.train.settings import TRAIN_SECTIONS, load_train_settings
+
+app = typer.Typer(
+    name="samray",
+    help="Label a bucket of images with Segment Anything: Ray in the middle, SA-1B Parquet out.\n\n"
+    "Start with [bold]samray demo[/bold]; it needs no download. Then [bold]samray label INPUT OUTPUT[/bold].",
+    cls=HelpfulGroup,
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+Input = Annotated[
+    str,
+    typer.Argument(
+        metavar="INPUT",
+        help="Images: a folder, prefix or glob (local, s3://, gs://, ...), a tar or a glob of tars, a manifest "
+        "(.parquet, .csv, .jsonl, .txt with a uri column), or Parquet with image bytes.",
+    ),
+]
+
+
+DEMO_FOLDER = "samray-demo"
+
+
+@app.command(cls=CommandWithSettings)
+def label(
+    input: Input,
+    output: Output,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings, listed below; they win over file and preset."),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Start from a preset. Without one, mask settings are the model's own.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of settings, laid over the preset.")] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try the images again that failed earlier.")
+    ] = False,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add the images of INPUT that OUTPUT does not have yet, in new shards.")
+    ] = False,
+    redo_changed: Annotated[
+        bool, typer.Option("--redo-changed", help="Label the images of INPUT again whose size or etag has changed.")
+    ] = False,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join; short for cluster.address=...")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is written.")] = False,
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="No bar and no progress lines.")] = False,
+) -> int:
+    """Find the objects in every image of INPUT and write their masks to OUTPUT.
+
+    One row an image, in the SA-1B layout, in Parquet shards. The same command again finishes what is missing and
+    redoes nothing; other settings on the same OUTPUT are refused.
+
+    Examples:
+
+      samray label photos/ labels/
+
+      samray label s3://bucket/photos s3://bucket/labels --preset sa1b cluster.num_gpus_per_actor=1
+
+      samray label 'photos/*.tar' labels/ model.name=vit_b masks.points_per_side=16
+
+      samray label s3://bucket/photos s3://bucket/labels --preset sa1b --append
+
+      samray label photos/ labels/ model.name=vit_b input.prompts=clicks.jsonl
+    """
+    overrides, (input, output, *extra) = split_settings([input, output, *(settings or ())], ["INPUT", "OUTPUT"])
+    refuse_expanded_glob([input, output, *extra])
+    overrides += extra  # not settings, and refused as such
+    if address is not None:
+        overrides.append(f"cluster.address={address}")
+    resolved = load_config(preset, config, overrides)
+    if dry_run:
+        from samray.cli.plan_view import print_dry_run
+
+        print_dry_run(input, output, resolved, append=append, redo_changed=redo_changed)
+        return 0
+    from samray.cli.plan_view import print_plan
+    from samray.pipeline.report import print_report
+    from samray.pipeline.run import label_with
+
+    try:
+        report = label_with(
+            input,
+            output,
+            resolved,
+            retry_failed=retry_failed,
+            append=append,
+            redo_changed=redo_changed,
+            progress=not no_progress,
+            on_plan=lambda plan, done, news, prompts: print_plan(plan, done, resolved, news, prompts),
+        )
+    except KeyboardInterrupt:  # before the run listens for it, or the second one
+        return _fail("interrupted; the same command goes on from here", 130)
+    print_report(report)
+    return report.exit_code
+
+
+class TrainCommand(CommandWithSettings):
+    """Lists the settings of training."""
+
+    sections = TRAIN_SECTIONS
+    has_presets = False
+
+
+@app.command(cls=TrainCommand)
+def train(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DATA... OUTPUT [SECTION.KEY=VALUE]...",
+            help="DATA: outputs of `samray label` or `samray import`, or the word `scenes` (painted ones); several are "
+            "mixed. OUTPUT: a folder or prefix for weights, state and metrics. Settings are listed below.",
+        ),
+    ],
+    config: Annotated[Path | None, typer.Option(help="A YAML file of settings.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join; short for cluster.address=...")] = None,
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="No bar and no progress lines.")] = False,
+) -> int:
+    """Train a model on labelled images: what `samray label` writes is what this reads.
+
+    The same command again goes on where the last one stopped; other settings on the same OUTPUT are refused.
+
+    OUTPUT gets weights.safetensors, for `samray label ... model.checkpoint=`, and curves.png.
+
+    Examples:
+
+      samray train labels/ weights/
+
+      samray train s3://bucket/labels s3://bucket/weights model.name=vit_b train.trainable=decoder train.steps=5000
+
+      samray train labels/ scenes weights/ data.shares=[3,1] train.minutes=60 train.steps=null
+    """
+    overrides, places = split_settings(words, ["DATA", "OUTPUT"], TRAIN_SECTIONS)
+    if address is not None:
+        overrides.append(f"cluster.address={address}")
+    resolved = load_train_settings(config, overrides)
+    from samray.train.progress import print_train_report
+    from samray.train.run import train as run_train
+
+    try:
+        report = run_train(places[:-1], places[-1], resolved, progress=not no_progress)
+    except KeyboardInterrupt:  # before the run listens for it, or the second one
+        return _fail("interrupted; the same command goes on from here", 130)
+    print_train_report(report)
+    return report.exit_code
+
+
+@app.command(cls=CommandWithSettings)
+def demo(
+    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where scenes, labels and report go.")] = Path(
+        DEMO_FOLDER
+    ),
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings as for `samray label`.")
+    ] = None,
+    num_scenes: Annotated[int, typer.Option("--scenes", min=1, max=1000, help="How many scenes to make.")] = 12,
+    show: Annotated[bool, typer.Option("--open", help="Open the report in the browser at the end.")] = False,
+) -> int:
+    """Make sample scenes with known masks, label them with the embedded model, and say how well that went.
+
+    It ends with a report: one HTML page to look at, to be opened in any browser.
+    """
+    overrides, places = split_settings([str(directory), *(settings or ())], [])
+    directory = Path(places[0]) if places else Path(DEMO_FOLDER)
+    overrides += places[1:]
+    config = load_config(None, None, overrides)
+    from samray.cli.demo import run_demo
+
+    return run_demo(directory, config, num_scenes, show=show)
+
+
+for _command in [*COMMANDS, *EXPORT_COMMANDS]:
+    app.command(_command.__name__.strip("_").replace("_", "-"), cls=Command)(_command)
+
+
+app.add_typer(evaluate_app, name="evaluate")
+
+
+@app.command(cls=Command)
+def models() -> int:
+    """List the models: size, licence, where the weights come from, and which are on this machine."""
+    from samray.sam.checkpoints import list_models
+
+    rows = list_models()
+    table = Table(box=None, pad_edge=False)
+    for title in ("name", "parameters", "file", "licence", "here", "from"):
+        table.add_column(title, justify="right" if title in ("parameters", "file") else "left")
+    for row in rows:
+        here = "[green]yes[/green]" if row.present else "no" if row.url else "[red]missing[/red]"
+        size = f"{row.size_mb:,.1f} MB" if row.size_mb else ""
+        table.add_row(row.name, f"{row.parameters / 1e6:.1f} M", size, row.licence, here, row.source)
+    console = Console()
+    console.print(table)
+    console.print("\nweights", style="bold")
+    for row in rows:
+        if row.present or row.url:
+            console.print(f"  {row.name:6}  {row.present or row.url}", highlight=False, soft_wrap=True, markup=False)
+    return 0
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> int:
+    if version:
+        print(__version__)
+        raise typer.Exit
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code. `jobs/autolabel.py` comes through here too."""
+    try:
+        code = app(argv, prog_name="samray", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 130)
+    except ConfigError as error:
+        return _fail(str(error), 2)
+    except StorageError as error:
+        return _fail(str(error), 3)
+    except SamrayError as error:
+        return _fail(str(error), 1)
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
+            usage = error.format_message()
+            return _fail(f"{usage.rstrip('.')} (see samray --help)", 2) if usage else 2
+        text = " ".join(str(error).split()) or "no message"
+        return _fail(f"unexpected {type(error).__name__}: {text} (SAMRAY_DEBUG=1 shows where)", 1)
+
+
+def _fail(message: str, exit_code: int) -> int:
+    if os.environ.get("SAMRAY_DEBUG", "") not in ("", "0") and sys.exc_info()[0] is not None:
+        print(storage.redact_error(traceback.format_exc()), end="", file=sys.stderr)
+    console = Console(stderr=True)
+    with _no_interrupts():
+        console.print("samray: ", style="bold red", end="")
+        console.print(storage.redact_error(message), markup=False, highlight=False, soft_wrap=True)
+    return exit_code
+
+
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Whoever presses Ctrl-C again and again is to read why it ended, not where."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,142 @@
+"""The commands on an OUTPUT that lies there: what `samray verify`, `report` and their like take and print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from samray.text import count, two_columns
+
+Output = Annotated[
+    str, typer.Argument(metavar="OUTPUT", help="A folder or prefix that holds, or is to hold, the labels.")
+]
+
+
+def verify(
+    output: Output,
+    deep: Annotated[bool, typer.Option("--deep", help="Also check every mask's run lengths, area and box.")] = False,
+) -> int:
+    """Check that every planned image is in OUTPUT exactly once, and that its masks are sound."""
+    from samray.output.verify import verify as run_verify
+
+    found = run_verify(output, deep=deep)
+    table = two_columns()
+    table.add_row("images", f"{found.num_images:,}")
+    table.add_row("masks", f"{found.num_masks:,}")
+    table.add_row("failed images", f"{found.num_failed:,}")
+    table.add_row("checked", "bytes, rows, ids" + (", and every mask" if deep else " (--deep: also every mask)"))
+    if found.num_without_checksum:
+        number = count(found.num_without_checksum, "shard")
+        table.add_row("no checksum", f"{number}, by an older samray: some damage to them cannot be seen")
+    table.add_row(
+        "result", "[green]sound[/green]" if found.ok else f"[red]{count(len(found.problems), 'problem')}[/red]"
+    )
+    console = Console()
+    console.print(table)
+    for problem in found.problems[:20]:
+        console.print(f"  {problem}", markup=False, highlight=False, soft_wrap=True)
+    if len(found.problems) > 20:
+        console.print(f"  and {len(found.problems) - 20} more")
+    return 0 if found.ok else 1
+
+
+def report(
+    output: Output,
+    out: Annotated[str | None, typer.Option(help="Where to write the page. [OUTPUT/_samray/report.html]")] = None,
+    images: Annotated[int, typer.Option(min=0, max=200, help="Images to show with their masks.")] = 24,
+    show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+) -> int:
+    """Write one self-contained HTML page about OUTPUT, to be opened in any browser, also without a network.
+
+    OUTPUT may also be that of `samray train`: curves, validations, data, settings (OUTPUT/report.html).
+
+    Images with their masks to point at, isolate, filter and colour by score; masks an image, predicted IoU, stability,
+    area and click points as distributions; where the time went; failures by reason; settings. Of a large OUTPUT the
+    counts are exact and the distributions estimated from images drawn at random: it takes seconds.
+
+    Examples:
+
+      samray report labels/ --open
+
+      samray report s3://bucket/labels --out report.html --images 60
+    """
+    from samray.report.output import open_page, write_report
+    from samray.report.training import write_train_report
+    from samray.train.store import is_training
+
+    place = write_train_report(output, out) if is_training(output) else write_report(output, out, num_images=images)
+    Console().print(place, highlight=False, soft_wrap=True, markup=False)
+    if show and not open_page(place):
+        Console(stderr=True).print("there is no screen here to open it on, or it does not lie here", highlight=False)
+    return 0
+
+
+def status(
+    output: Output,
+    watch: Annotated[
+        float | None,
+        typer.Option(min=0.1, metavar="SECONDS", help="Look again every so often, until the run is finished."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a look, for machines.")] = False,
+    gpu_price: Annotated[
+        float | None,
+        typer.Option(min=0, help="Of one GPU for an hour, instead of the run's cluster.gpu_price_per_hour."),
+    ] = None,
+) -> int:
+    """Say how far the run that writes OUTPUT is: images done, rate, time left, masks, failures, cost.
+
+    From any machine that can read OUTPUT, while the run goes on or after. Reads what is listed and the ends of at most
+    200 shards. The exit code is 0 whatever the state; `state` in --json is one of not begun, running, stalled, unmarked
+    (every shard is there, but not _SUCCESS) and finished.
+
+    Examples:
+
+      samray status s3://bucket/labels --watch 30
+
+      samray status labels/ --json | jq .eta_s
+    """
+    from samray.cli.status_view import show_status
+
+    show_status(output, watch_s=watch, as_json=json, gpu_price_per_hour=gpu_price)
+    return 0
+
+
+def compact(
+    output: Output,
+    dest: Annotated[str, typer.Argument(metavar="DEST", help="An empty folder or prefix (local, s3://, ...).")],
+    file_size: Annotated[int, typer.Option(min=1, metavar="MB", help="About how large the files are to be.")] = 128,
+) -> int:
+    """Write the rows of a finished OUTPUT into DEST, in a few large files in place of many small ones.
+
+    DEST is an output of its own: same plan, ids and rows, in larger shards. OUTPUT is not touched, since object stores
+    cannot swap a set of files in one step: readers have the old set until you give them the new one, and `_SUCCESS` in
+    DEST says when. The same command again finishes what is missing. Then OUTPUT may go: --append works on DEST.
+
+    Example:
+
+      samray compact s3://bucket/labels s3://bucket/labels-compact --file-size 256
+    """
+    from rich.progress import Progress
+
+    from samray.output.compact import compact as run_compact
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("images", total=None)
+        done = run_compact(
+            output, dest, file_size * 10**6, lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    table = two_columns()
+    table.add_row("images", f"{done.num_images:,}")
+    skipped = f" ({done.num_files_skipped} were there)" * bool(done.num_files_skipped)
+    table.add_row("files", f"{done.num_files:,}{skipped}, before {done.num_files_before:,}")
+    table.add_row("output", escape(done.dest))
+    Console().print(table)
+    return 0
+
+
+COMMANDS: list[Callable[..., int]] = [status, verify, report, compact]
+"""In the order in which `samray --help` lists them."""

@@ -1,0 +1,217 @@
+"""What a run is about to do, printed before it starts, or instead of it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+
+from rich.console import Console
+from rich.markup import escape
+
+from samray import storage
+from samray.config import Config, MaskConfig
+from samray.text import count, duration, two_columns
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from samray.inputs.prompt_file import MatchedPrompts
+    from samray.inputs.skipped import Skipped
+    from samray.output.append import News
+    from samray.output.plan import Plan
+
+
+_CORE_SECONDS: Final = {
+    "tiny": (0.3, 0.004), "vit_t": (2, 0.05), "vit_b": (12, 0.05), "vit_l": (30, 0.05), "vit_h": (55, 0.05)
+}  # fmt: skip
+"""Seconds of one core for a pass of the image encoder and for a prompt, from the measurements in docs/benchmarks.md."""
+_LONG_S: Final = 24 * 3600
+_MANY_PROMPTS: Final = 50_000
+
+
+def print_plan(
+    plan: Plan, done: set[int], config: Config, news: News | None = None, prompts: MatchedPrompts | None = None
+) -> None:
+    """The plan that is about to be worked on, on stderr. done: shards that an earlier run finished."""
+    num_done = sum(plan.num_images_of(shard) for shard in done if shard < plan.num_shards)
+    most = max(generation.images_per_shard for generation in plan.generations)
+    images = f"{plan.num_images:,} in {count(plan.num_shards, 'shard')} of up to {most}"
+    before = f"{count(num_done, 'image')} in {count(len(done), 'shard')}" if done else "none"
+    inputs = dict.fromkeys(generation.identity["input_uri"] for generation in plan.generations)
+    rows = [("input", ", ".join(inputs)), ("images", images), ("done before", before), *_news(news), *_prompts(prompts)]
+    rows += skipped_rows(plan.skipped if news is None or news.skipped is None else news.skipped)
+    _print(rows, plan.output, config, plan.run["identity"]["model"]["checkpoint_sha256"], plan.num_images - num_done)
+
+
+def _news(news: News | None) -> list[tuple[str, str]]:
+    """What the comparison of INPUT with the plan found, and what becomes of it."""
+    if news is None:
+        return []
+    if not news.listed:
+        return [("new images", "not looked for: INPUT was not listed again; --append adds what is new")]
+    rows = []
+    if news.num_new:
+        rows.append(
+            ("new images", f"{news.num_new:,}, {'added' if news.appended else 'left out (--append adds them)'}")
+        )
+    if news.num_changed:
+        what = "to be labelled again" if news.redone else "left as they are (--redo-changed labels them again)"
+        rows.append(("changed images", f"{news.num_changed:,}, {what}: {', '.join(news.examples)}"))
+    return rows
+
+
+def skipped_rows(skipped: Skipped) -> list[tuple[str, str]]:
+    """What the listing of INPUT left out, a line per reason."""
+    return [("left out" if i == 0 else "", line) for i, line in enumerate(skipped.lines())]
+
+
+def problem_rows(listed: pa.Table) -> list[tuple[str, str]]:
+    """Images of which listing says already that they cannot be read: how many, and why the first one."""
+    problems = listed["problem"].drop_null()
+    if not len(problems):
+        return []
+    return [("will fail", f"{count(len(problems), 'image')}; the first: {problems[0].as_py()}")]
+
+
+def _prompts(prompts: MatchedPrompts | None) -> list[tuple[str, str]]:
+    """What a person's prompts are for, and which images of theirs are not there."""
+    if prompts is None:
+        return []
+    rows = [("prompts", f"{prompts.num_prompts:,}, on {count(len(prompts.by_place), 'image')}")]
+    if prompts.num_unknown:
+        shown = ", ".join(prompts.unknown) + ", ..." * (prompts.num_unknown > len(prompts.unknown))
+        rows.append(
+            ("not found", f"{count(prompts.num_unknown, 'image')} with prompts that INPUT does not have: {shown}")
+        )
+    return rows
+
+
+def print_dry_run(input: str, output: str, config: Config, *, append: bool = False, redo_changed: bool = False) -> None:
+    """The plan of a run that is not to be made, on stderr. Nothing is written, and no weights are downloaded.
+
+    append, redo_changed: as for `samray.label`; INPUT is compared with the plan that lies there.
+    Raises ConfigError and StorageError as the run itself would on this input and output.
+    """
+    import pyarrow as pa
+
+    from samray.inputs.listing import check_readable, list_images
+    from samray.inputs.prompt_file import PromptFile
+    from samray.inputs.skipped import Skipped
+    from samray.output.append import News, join_images
+    from samray.output.credentials import hide
+    from samray.output.plan import load_plan, make_plan
+    from samray.output.shards import done_shards
+
+    given = None if config.input.prompts is None else PromptFile.read(config.input.prompts)
+    if storage.exists(storage.join(output, "_samray", "run.json")):
+        plan = load_plan(output)
+        config = config.as_begun(plan.run["identity"])
+        identity = config.identity() | (given.identity if given else {})
+        identity["model"]["checkpoint_sha256"] = plan.run["identity"].get("model", {}).get("checkpoint_sha256")
+        joining = append or redo_changed
+        plan, news = make_plan(input, output, config, identity, joining=joining), News()  # only compares
+        if joining:
+            plan, news = join_images(
+                plan, input, config, identity, append=append, redo_changed=redo_changed, dry_run=True
+            )
+        matched = given.match(plan.read_images(["uri", "file_name"])) if given else None
+        print_plan(plan, done_shards(plan.output), config, news, matched)
+        return
+    skipped = Skipped()
+    listed = pa.concat_tables(list_images(input, config.input, skipped))
+    check_readable(listed, input)
+    listed, _ = hide(listed)
+    num_images = listed.num_rows
+    num_shards = -(-num_images // config.output.images_per_shard)
+    images = f"{num_images:,}, to be cut into {count(num_shards, 'shard')} of up to {config.output.images_per_shard}"
+    matched = given.match(listed) if given else None
+    rows = [("input", input), ("images", images), ("done before", "none"), *_prompts(matched)]
+    rows += skipped_rows(skipped) + problem_rows(listed)
+    _print(rows, output, config, None, num_images)
+
+
+def _print(
+    rows: list[tuple[str, str]], output: str, config: Config, checkpoint_sha256: str | None, num_images: int
+) -> None:
+    model = f"{config.model.name}, {config.model.checkpoint or 'its own weights'}"
+    if checkpoint_sha256:
+        model += f" (SHA-256 {checkpoint_sha256[:12]}...)"
+    rows += [("model", model), ("masks", _masks(config)), *cost_rows(config, num_images)]
+    rows += [("runs on", _where(config)), ("output", output)]
+    table = two_columns()
+    for name, value in rows:
+        table.add_row(f"[bold]{name}[/bold]", escape(storage.redact(value)))
+    Console(stderr=True, highlight=False).print(table, soft_wrap=True)
+
+
+def cost_rows(config: Config, num_images: int) -> list[tuple[str, str]]:
+    """What the run costs, as far as it can be known before: prompts per image, time on CPUs, weights to download.
+
+    num_images: that are left to label.
+    """
+    rows = []
+    if config.input.prompts is None:
+        passes, prompts = work_per_image(config.masks)
+        rows.append(("work", f"{count(prompts, 'prompt')} per image, image encoder run {count(passes, 'time')}"))
+        each = _cpu_seconds(config, passes, prompts)
+        if each is not None and num_images:
+            seconds = each * num_images
+            words = f"very roughly {duration(seconds)} on these CPUs for {count(num_images, 'image')}"
+            if seconds > _LONG_S:
+                fewer = "fewer masks.points_per_side or masks.crop_n_layers, a smaller model.name or GPUs take less"
+                words = f"WARNING: {words}; {fewer}"
+            rows.append(("time", words))
+        elif prompts > _MANY_PROMPTS:
+            rows.append(
+                ("WARNING", f"{count(prompts, 'prompt')} per image take long on any GPU: SA-1B was made with 3,072")
+            )
+    if config.model.checkpoint is None:
+        from samray.sam.checkpoints import list_models
+
+        missing = [row for row in list_models() if row.name == config.model.name and row.present is None]
+        rows += [("download", f"{row.size_mb:,.0f} MB of weights, once per machine") for row in missing]
+    return rows
+
+
+def work_per_image(masks: MaskConfig) -> tuple[int, int]:
+    """Passes of the image encoder and point prompts that an image takes: layer i has 4^i crops."""
+    layers = range(masks.crop_n_layers + 1)
+    if masks.point_grids is not None:
+        points = [len(grid) for grid in masks.point_grids]
+    else:
+        points = [int(masks.points_per_side / masks.crop_n_points_downscale_factor**layer) ** 2 for layer in layers]
+    return sum(4**layer for layer in layers), sum(points[layer] * 4**layer for layer in layers)
+
+
+def _cpu_seconds(config: Config, passes: int, prompts: int) -> float | None:
+    """An image's, within a factor of three or so; None if the run is not on this machine's CPUs."""
+    if config.cluster.address or os.environ.get("RAY_ADDRESS") or config.model.name not in _CORE_SECONDS:
+        return None
+    import torch
+
+    if torch.cuda.is_available() and config.model.device != "cpu":
+        return None
+    encode, decode = _CORE_SECONDS[config.model.name]
+    return (passes * encode + prompts * decode) / len(os.sched_getaffinity(0))
+
+
+def _masks(config: Config) -> str:
+    if config.input.prompts is not None:
+        return f"one for each prompt of {config.input.prompts}"
+    masks = config.masks
+    points = "points of your own" if masks.point_grids else f"{masks.points_per_side} x {masks.points_per_side} points"
+    crops = f", {count(masks.crop_n_layers, 'layer')} of crops" if masks.crop_n_layers else ""
+    return f"{points}{crops}, predicted IoU > {masks.pred_iou_thresh:g}, stability >= {masks.stability_score_thresh:g}"
+
+
+def _where(config: Config) -> str:
+    cluster = config.cluster
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        most = f"at most {cluster.max_actors}" if cluster.max_actors else "as many as fit"
+        return f"the Ray cluster at {address}: {count(cluster.min_actors, 'actor')} at least, {most}"
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    gpus = f", {count(num_gpus, 'GPU')}" if num_gpus else ", no GPU"
+    return f"this machine: {count(len(os.sched_getaffinity(0)), 'CPU core')}{gpus}"

@@ -1,0 +1,290 @@
+"""Which Ray this process runs on: the one it is connected to, a cluster that it joins, or a private one of its own.
+
+A Ray of our own listens on loopback only, asks for a token that no other run knows, keeps its files in a folder that
+no other user can enter, and leaves neither processes nor files behind.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+import ray
+from filelock import FileLock, Timeout
+from ray._private import ray_constants, worker
+from ray._private.utils import get_num_cpus
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
+
+import samray
+from samray.cluster.address import check_cluster
+from samray.config import ClusterConfig
+from samray.errors import ConfigError, SamrayError
+
+QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+
+MAX_PARENT_CHARS: Final = 24
+"""Ray keeps its sockets in its folder, and a socket's path may have 107 bytes: a longer TMPDIR is left for /tmp."""
+
+_PREFIX: Final = "samray-"
+_LOCK: Final = "lock"
+_MARK: Final = "SAMRAY_RAY_FOLDER"
+"""Environment variable of all processes of a Ray of ours."""
+
+_LEAVE_S: Final = 5.0
+"""How long Ray's processes may take to end by themselves when their driver has ended."""
+
+
+@contextlib.contextmanager
+def running_ray(config: ClusterConfig) -> Iterator[bool]:
+    """Ray, ready to use. Yields whether no node can be added to it, as is true of a Ray on this machine alone.
+
+    In this order: the Ray this process is connected to already; config.address; RAY_ADDRESS, which a submitted job
+    finds set; else a Ray of our own, which ends with the block. Workers of an existing cluster keep its environment:
+    credentials are never sent along. Raises: ConfigError if there is no cluster at the address.
+    """
+    if ray.is_initialized():
+        yield is_fixed()
+        return
+    address = cluster_address(config)
+    if address is None:
+        with local_ray():
+            yield True
+        return
+    check_cluster(address)
+    try:
+        ray.init(address, runtime_env=_code_to_ship(), **QUIET)
+    except Exception as error:
+        raise ConfigError(f"the Ray cluster at {address} cannot be joined: {error}") from error
+    try:
+        yield False
+    finally:
+        ray.shutdown()
+
+
+def cluster_address(config: ClusterConfig) -> str | None:
+    """The cluster to join; None for a Ray of our own."""
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    return None if address in (None, "", "local") else address
+
+
+def is_fixed() -> bool:
+    """Whether the Ray that this process is connected to was started by it, for this machine alone."""
+    node = worker._global_node
+    return node is not None and bool(node.ray_init_cluster)
+
+
+def this_machine() -> dict[str, float]:
+    """The resources that a Ray of our own will have: the CPUs and GPUs this process may use."""
+    import torch
+
+    return {"CPU": float(num_cpus()), "GPU": float(torch.cuda.device_count())}
+
+
+def num_cpus() -> int:
+    """CPUs that this process may use. Ray knows of containers, and nothing of taskset and batch systems."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, int(get_num_cpus())))
+
+
+def ensure_ray(config: ClusterConfig) -> bool:
+    """As `running_ray`, until the process ends."""
+    stack = contextlib.ExitStack()
+    is_ours = not ray.is_initialized()
+    fixed = stack.enter_context(running_ray(config))
+    if is_ours:
+        atexit.register(stack.close)
+    return fixed
+
+
+@contextlib.contextmanager
+def local_ray(**options: Any) -> Iterator[None]:
+    """A quiet Ray on this machine, whose workers import what this process can. options: of `ray.init`."""
+    options.setdefault("num_cpus", num_cpus())
+    with _private_folder() as folder, _token_of_our_own(folder):
+        try:
+            _start(folder, **options)
+            yield
+        finally:
+            _end_ray(folder)
+
+
+def _start(folder: Path, **options: Any) -> None:
+    """Ray gives its servers 30 s to start, which is not always enough on a busy machine: a second time they may do.
+
+    Raises: SamrayError, ValueError for options.
+    """
+    # Ray passes on the script's folder and the current one, not what else sys.path holds (a checkout, say).
+    import_path = os.pathsep.join(str(Path(entry or ".").absolute()) for entry in sys.path)
+    # Ray's C++ side else warns on our stderr that every actor of Ray Data has an argument in the object store.
+    level = os.environ.get("RAY_BACKEND_LOG_LEVEL", "fatal")
+    for is_last in (False, True):
+        try:
+            with (
+                _environment(**{"PYTHONPATH": import_path, "RAY_BACKEND_LOG_LEVEL": level, _MARK: str(folder)}),
+                _on_loopback(),
+                _no_log_level_notice(),
+            ):
+                ray.init("local", include_dashboard=False, _temp_dir=str(folder / "ray"), **QUIET, **options)
+            return
+        except ValueError:
+            raise
+        except Exception as error:
+            if is_last:
+                raise SamrayError(
+                    f"Ray did not start on this machine ({error}): its processors may be overloaded, or its memory or"
+                    " its disk full; the same command again tries once more"
+                ) from error
+            _end_ray(folder)
+
+
+@contextlib.contextmanager
+def _private_folder() -> Iterator[Path]:
+    """A folder of this run, which no other user can enter; removed at the end, or by a later run if this one dies.
+
+    Ray opens every folder that it makes in it to all users, again and again: the one around them keeps those out.
+    """
+    parent = Path(tempfile.gettempdir())
+    if len(str(parent)) > MAX_PARENT_CHARS:
+        parent = Path("/tmp")
+    _remove_folders_of_dead_runs(parent)
+    # Locked before it has the name that later runs look for.
+    new = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent))
+    lock = FileLock(new / _LOCK, mode=0o600)
+    lock.acquire()
+    folder = new.rename(parent / new.name.removeprefix("."))
+    try:
+        yield folder
+    finally:
+        lock.release()
+        _remove(folder)
+
+
+def _remove_folders_of_dead_runs(parent: Path) -> None:
+    """And end what is left of their Rays. The kernel drops the lock of a process that dies, however it dies."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError, Timeout):
+            if folder.is_symlink() or folder.stat().st_uid != os.getuid() or not (folder / _LOCK).is_file():
+                continue
+            with FileLock(folder / _LOCK, timeout=0):
+                _kill(_processes_of(folder))
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """A process that is just ending may still write a last line of its log."""
+    deadline = time.monotonic() + _LEAVE_S
+    while folder.exists() and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05 * folder.exists())
+
+
+@contextlib.contextmanager
+def _token_of_our_own(folder: Path) -> Iterator[None]:
+    """Whoever talks to this Ray needs a token that only its own processes know; ~/.ray/auth_token stays as it is."""
+    token = folder / "auth_token"
+    with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    with _environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_AUTH_TOKEN=None):
+        _forget_token()
+        yield
+    _forget_token()
+
+
+def _forget_token() -> None:
+    """Make Ray read mode and token from the environment again; in this order, or a thread of Ray's may end us."""
+    RayConfig.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """All servers of a Ray started in the block listen on loopback only, as Ray does by itself on a Mac."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    sockets = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    try:
+        with _environment(**{ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0", **sockets}):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _end_ray(folder: Path) -> None:
+    """Shut Ray down, and see to it that its processes are gone: one may hang in its exit, holding a GPU's memory."""
+    try:
+        ray.shutdown()
+    finally:
+        _, alive = psutil.wait_procs(_processes_of(folder), timeout=_LEAVE_S)
+        _kill(alive)
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(processes, timeout=_LEAVE_S)
+
+
+def _processes_of(folder: Path) -> list[psutil.Process]:
+    """The servers and workers of the Ray with this folder, also those whose parent has died."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(_MARK) == str(folder):
+                found.append(process)
+    return found
+
+
+@contextlib.contextmanager
+def _no_log_level_notice() -> Iterator[None]:
+    """Drop the line in which Ray's C++ side tells on stderr that it obeys RAY_BACKEND_LOG_LEVEL; keep all others."""
+    with tempfile.TemporaryFile() as caught:
+        stderr = os.dup(2)
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            caught.seek(0)
+            os.write(2, b"".join(line for line in caught if b"RAY_BACKEND_LOG_LEVEL" not in line))
+
+
+@contextlib.contextmanager
+def _environment(**values: str | None) -> Iterator[None]:
+    """Environment variables for the processes that are started in the block; None: not set."""
+    before = {name: os.environ.get(name) for name in values}
+    _set(values)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _code_to_ship() -> dict[str, Any] | None:
+    """A source checkout has to travel to the nodes; an installed package is expected there, a job brings its own."""
+    package = Path(samray.__file__).parent
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    if in_job or package.parent.name in ("site-packages", "dist-packages"):
+        return None
+    return {"py_modules": [str(package)]}

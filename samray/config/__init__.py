@@ -1,0 +1,44 @@
+"""The settings: sections, presets, and the one way to load them."""
+
+from __future__ import annotations
+
+from samray.config.load import (
+    SECTIONS,
+    Sections,
+    SettingRow,
+    load_config,
+    make_sections,
+    own_settings,
+    setting_rows,
+)
+from samray.config.presets import preset_names, preset_path
+from samray.config.sections import (
+    ClusterConfig,
+    Config,
+    InputConfig,
+    MaskConfig,
+    ModelConfig,
+    OutputConfig,
+    StorageConfig,
+    model_masks,
+)
+
+__all__ = [
+    "SECTIONS",
+    "ClusterConfig",
+    "Config",
+    "InputConfig",
+    "MaskConfig",
+    "ModelConfig",
+    "OutputConfig",
+    "Sections",
+    "SettingRow",
+    "StorageConfig",
+    "load_config",
+    "make_sections",
+    "model_masks",
+    "own_settings",
+    "preset_names",
+    "preset_path",
+    "setting_rows",
+]

@@ -1,0 +1,153 @@
+"""Settings from presets, YAML files and `section.key=value` overrides, laid over the defaults in that order.
+
+Nothing is guessed: an unknown key, a wrong type or a value out of range is a ConfigError before anything starts, and
+the error names all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from samray.config.base import Settings, SettingsError, allowed_values, as_typed, did_you_mean
+from samray.config.presets import preset_path
+from samray.config.sections import (
+    ClusterConfig,
+    Config,
+    InputConfig,
+    MaskConfig,
+    ModelConfig,
+    ModelName,
+    OutputConfig,
+    StorageConfig,
+    model_masks,
+)
+from samray.config.yaml import load_yaml_file, parse_value
+from samray.errors import ConfigError
+
+Sections = Mapping[str, type[Settings]]
+
+SECTIONS: Sections = {
+    cls.section: cls for cls in (InputConfig, ModelConfig, MaskConfig, OutputConfig, ClusterConfig, StorageConfig)
+}
+"""Of `samray label`; `samray train` has its own (`samray.train.settings`)."""
+
+
+class SettingRow(NamedTuple):
+    """One setting as `--help` and the documentation list it."""
+
+    name: str
+    """Dotted, as typed on the command line."""
+    default: Any
+    allowed: str
+    description: str
+    default_of: Mapping[str, Any] = {}
+    """Model -> default, of the models that have one of their own."""
+
+
+def setting_rows(section: str, sections: Sections = SECTIONS) -> list[SettingRow]:
+    """The settings of one section, in the order they are declared."""
+    rows = []
+    for key, field in sections[section].model_fields.items():
+        description = " ".join((field.description or "").rstrip(".").split())
+        own = {}
+        if sections[section] is MaskConfig:
+            own = {name: model_masks(name)[key] for name in get_args(ModelName) if key in model_masks(name)}
+        rows.append(SettingRow(f"{section}.{key}", field.default, allowed_values(field), description, own))
+    return rows
+
+
+def load_config(preset: str | None = None, file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The settings of a run: defaults, then the preset, then the file, then the overrides.
+
+    overrides are `section.key=value`. Mask settings that none of them gives are the model's own.
+    Raises ConfigError that names every bad setting, its value, what is allowed and the nearest valid name.
+    """
+    own, problems = own_settings(SECTIONS, file, overrides)
+    values: dict[str, dict[str, Any]] = {}
+    if preset is not None:
+        problems += _lay_over(values, load_yaml_file(preset_path(preset)), SECTIONS)
+        if own.get("model", {}).get("name", preset) == preset == values.get("model", {}).get("name"):
+            values.pop("masks", None)  # the model's own anyway; not given, they can follow a run of an older version
+    problems += _lay_over(values, own, SECTIONS)
+    return Config(**make_sections(SECTIONS, values, problems))
+
+
+def own_settings(
+    sections: Sections, file: str | Path | None, overrides: Sequence[str]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What a file and `section.key=value` overrides say, by section, the overrides on top; and what is wrong with it.
+
+    Raises ConfigError where the file cannot be read.
+    """
+    if isinstance(overrides, str | Mapping) or not all(isinstance(override, str) for override in overrides):
+        raise ConfigError(
+            f"overrides takes a list of texts, such as {_as_overrides(overrides)}; it got a {type(overrides).__name__}"
+        )
+    own: dict[str, dict[str, Any]] = {}
+    problems = [] if file is None else _lay_over(own, load_yaml_file(Path(file)), sections)
+    for override in overrides:
+        try:
+            problems += _lay_over(own, _parse_override(override, sections), sections)
+        except ConfigError as error:
+            problems.append(str(error))
+    return own, problems
+
+
+def _as_overrides(given: Any) -> list[str]:
+    """What was probably meant by overrides that are not a list of texts."""
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, Mapping) or not given:
+        return ["masks.points_per_side=16"]
+    texts = []
+    for name, value in given.items():
+        values = {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, Mapping) else {name: value}
+        texts += [f"{key}={as_typed(one)}" for key, one in values.items()]
+    return texts
+
+
+def make_sections(
+    sections: Sections, values: Mapping[str, Mapping[str, Any]], problems: Sequence[str]
+) -> dict[str, Any]:
+    """The sections with these values, by name. Raises SettingsError with `problems` and those of the values."""
+    made: dict[str, Any] = {}
+    all_problems = list(problems)
+    for section, cls in sections.items():
+        try:
+            made[section] = cls(**values.get(section, {}))
+        except SettingsError as error:
+            all_problems += error.problems
+    if all_problems:
+        raise SettingsError(all_problems)
+    return made
+
+
+def _parse_override(override: str, sections: Sections) -> dict[str, Any]:
+    """`masks.points_per_side=16` as {"masks": {"points_per_side": 16}}."""
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and key):
+        every = {row.name.partition(".")[2]: row.name for s in sections for row in setting_rows(s, sections)}
+        bare = name.strip().rpartition(".")[2]  # a setting without its section is the likeliest slip
+        near = f"; did you mean {every[bare]}?" if bare in every else did_you_mean(bare, every.values())
+        raise ConfigError(f"{override!r} is not of the form section.key=value{near}")
+    try:
+        return {section: {key: parse_value(text)}}
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def _lay_over(values: dict[str, dict[str, Any]], more: dict[str, Any], sections: Sections) -> list[str]:
+    """Write `more` over `values`, section by section; what cannot be laid over is returned as problems."""
+    problems = []
+    for section, settings in more.items():
+        if section not in sections:
+            near = did_you_mean(section, sections)
+            problems.append(f"there is no section {section}{near}; sections are {', '.join(sections)}")
+        elif settings is not None and not isinstance(settings, dict):
+            problems.append(f"{section} = {settings!r} is not allowed; it takes settings, one a line below it")
+        else:
+            values.setdefault(section, {}).update(settings or {})
+    return problems

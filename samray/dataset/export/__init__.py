@@ -1,1 +1,0 @@
-"""An output in other tools' formats, piece by piece: `job` runs it, `formats` is the table of them."""

@@ -1,0 +1,85 @@
+"""Rows that are exported are sound: an OUTPUT may be damaged, or come from somebody else.
+
+Other tools trust what they read: pycocotools writes outside of its memory for run lengths that do not fit their size.
+So nothing is passed on that samray would not decode itself.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from samray.errors import StorageError
+from samray.rle.runs import all_sound, check_size, checked_runs
+
+
+def check_rows(table: pa.Table) -> None:
+    """table: of `SCHEMA`, none of its images failed. Raises: StorageError that names the first image at fault."""
+    images = table["image"].combine_chunks()
+    annotations = table["annotations"].combine_chunks()
+    sizes = []
+    for image, uri in zip(images.to_pylist(), table["uri"].to_pylist(), strict=True):
+        if image is None or None in image.values() or uri is None:
+            raise _fault(image, "an empty field")
+        try:
+            sizes.append(check_size([image["height"], image["width"]]))
+        except ValueError as error:
+            raise _fault(image, str(error)) from error
+    if annotations.null_count:
+        raise _fault(images[pc.index(annotations.is_null(), True).as_py()].as_py(), "no list of masks")
+    masks = annotations.flatten()
+    image_of = pc.list_parent_indices(annotations).to_numpy()
+    for unsound, what in (
+        (_holds_null(masks), "an empty field"),
+        (_not_of_length(masks.field("bbox"), 4) | _not_of_length(masks.field("crop_box"), 4), "a box of other than 4"),
+        (_not_of_length(masks.field("segmentation").field("size"), 2), "a mask's size of other than 2 numbers"),
+        (_unsound_points(masks.field("point_coords")), "a point of other than 2 numbers"),
+    ):
+        if unsound.any():
+            raise _fault(images[int(image_of[unsound.argmax()])].as_py(), what)
+    sides = masks.field("segmentation").field("size").flatten().to_numpy(zero_copy_only=False).reshape(-1, 2)
+    counts = masks.field("segmentation").field("counts")
+    true_sides = np.array(sizes, np.int64).reshape(-1, 2)[image_of]
+    if np.array_equal(sides, true_sides) and all_sound(counts, true_sides.prod(axis=1)):
+        return
+    for place, (index, size, text) in enumerate(zip(image_of.tolist(), sides.tolist(), counts, strict=True)):
+        try:
+            if tuple(size) != sizes[index]:
+                raise ValueError(f"a mask of size {size}, where the image is {list(sizes[index])} high and wide")
+            checked_runs(text.as_py(), sizes[index])
+        except ValueError as error:
+            raise _fault(
+                images[index].as_py(), f"{error} (annotation {place - int(image_of.searchsorted(index))})"
+            ) from error
+
+
+def _fault(image: dict[str, object] | None, what: str) -> StorageError:
+    which = "an image" if image is None else f"image {image['image_id']}"
+    return StorageError(f"{which} has {what}: it cannot be exported; `samray verify --deep` finds all such faults")
+
+
+def _holds_null(values: pa.Array) -> np.ndarray:
+    """(N,) bool: which structs are null, or have a field that is."""
+    found = np.asarray(values.is_null().to_numpy(zero_copy_only=False), bool)
+    if pa.types.is_struct(values.type):
+        for number in range(values.type.num_fields):
+            found = found | _holds_null(values.field(number))
+    return found
+
+
+def _not_of_length(lists: pa.Array, length: int) -> np.ndarray:
+    """(N,) bool: which lists have another length or an element that is null."""
+    lengths = pc.fill_null(pc.list_value_length(lists), -1).to_numpy(zero_copy_only=False)
+    unsound = np.asarray(lengths != length, bool)
+    values = pc.is_null(lists.flatten()).to_numpy(zero_copy_only=False)
+    if values.any():
+        unsound[pc.list_parent_indices(lists).to_numpy()[values]] = True
+    return unsound
+
+
+def _unsound_points(lists: pa.Array) -> np.ndarray:
+    """(N,) bool: which lists of points hold one that is not two numbers."""
+    unsound = np.zeros(len(lists), bool)
+    unsound[pc.list_parent_indices(lists).to_numpy()[_not_of_length(lists.flatten(), 2)]] = True
+    return unsound

@@ -1,0 +1,108 @@
+"""COCO instances: one JSON file, or one for every --images-per-file images.
+
+The one category is "object", with the id 1. An annotation's id is OUTPUT's plus 1, for COCOeval takes an id of 0 for no
+match. Masks are compressed run lengths as they lie, or polygons that cover exactly the same pixels, one a component and
+holes joined to it by bridges of no width. Scores, points and crop boxes are kept under their own names, which COCO's
+readers skip.
+
+With --confident or --stable the file is for a person, who mends what it holds and adds what it lacks. Then it has only
+the masks that are sure enough, and `review` says what is left to do. CVAT loads it as "COCO 1.0", which is read by
+datumaro: it wants an integer iscrowd and a category_id other than 0, takes compressed run lengths and plain ones,
+finds images by file_name, and gives ids anew. All of that holds for any export; only an attribute
+that the label declares comes back, so OUTPUT's id is in one, `samray_id` (`samray import --corrects`).
+Source: cvat/apps/dataset_manager/formats/coco.py and bindings.py (`import_dm_annotations`), datumaro's coco base.
+
+A piece makes two fragments, of images and of annotations, because a COCO file holds all of the one before all of the
+other; `chunks` streams them into one file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+from samray import __version__
+from samray.exports import review
+from samray.exports.images import LabelledImage, images_of
+from samray.exports.pieces import read_fragments
+from samray.rle.polygons import join, outlines
+from samray.rle.runs import runs_of_image
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from samray.exports.pieces import Done, ExportOptions, Files, Job, Piece
+
+CATEGORY: Final = {"id": 1, "name": "object", "supercategory": "object"}
+
+
+def write(job: Job, piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
+    """The piece's images and annotations, as the insides of two JSON lists."""
+    images: list[str] = []
+    annotations: list[str] = []
+    left_to_do: list[str] = []
+    options = job.options
+    for table in tables:
+        for image in images_of(table):
+            if options.for_review:
+                sure = review.only_sure(image, options)
+                left_to_do.append(review.line(sure, num_left_out := len(image.ids) - len(sure.ids)))
+                done.num_masks -= num_left_out
+                done.num_left_out += num_left_out
+                image = sure
+            images.append(json.dumps(_image(image)))
+            annotations += map(json.dumps, _annotations(image, options))
+    yield piece.fragment("images"), ",\n".join(images).encode()
+    yield piece.fragment("annotations"), ",\n".join(annotations).encode()
+    if options.for_review:
+        yield piece.fragment("review"), "\n".join(left_to_do).encode()
+
+
+def _image(image: LabelledImage) -> dict[str, Any]:
+    return {"id": image.image_id, "width": image.width, "height": image.height, "file_name": image.file_name}
+
+
+def _annotations(image: LabelledImage, options: ExportOptions) -> Iterator[dict[str, Any]]:
+    size = [image.height, image.width]
+    segmentations: list[Any] = [{"size": size, "counts": counts} for counts in image.counts]
+    if options.polygons:
+        hw = image.height, image.width
+        masks = outlines(runs_of_image(image.image_id, image.counts, hw), hw)
+        segmentations = [[join(component).ravel().tolist() for component in components] for components in masks]
+    for place, segmentation in enumerate(segmentations):
+        own_id = {"attributes": {review.ID_ATTRIBUTE: image.ids[place]}} if options.for_review else {}
+        yield {
+            "id": image.ids[place] + 1,
+            "image_id": image.image_id,
+            "category_id": CATEGORY["id"],
+            "iscrowd": 0,
+            "bbox": image.bbox[place],
+            "area": image.area[place],
+            "segmentation": segmentation,
+            "predicted_iou": image.predicted_iou[place],
+            "stability_score": image.stability_score[place],
+            "point_coords": image.point_coords[place],
+            "crop_box": image.crop_box[place],
+            **own_id,
+        }
+
+
+def assembled(job: Job, file: int) -> list[str]:
+    """The COCO file that a piece goes into, and the list of what is left for a person to do there."""
+    number = f"-{file:06d}" if job.options.images_per_file else ""
+    return [f"instances{number}.json", *[f"review{number}.csv"] * job.options.for_review]
+
+
+def chunks(job: Job, name: str, pieces: list[Piece]) -> Iterator[bytes]:
+    """A COCO file, streamed from its pieces' fragments; or the list, which is sorted."""
+    if name.startswith("review"):
+        yield from review.chunks(read_fragments(job, pieces, "review", b"\n"))
+        return
+    info = {"description": "Masks without classes, exported by samray", "version": __version__}
+    yield b'{"info": ' + json.dumps(info).encode() + b',\n"licenses": [],\n'
+    yield b'"categories": ' + json.dumps([CATEGORY]).encode() + b',\n"images": [\n'
+    yield from read_fragments(job, pieces, "images", b",\n")
+    yield b'\n],\n"annotations": [\n'
+    yield from read_fragments(job, pieces, "annotations", b",\n")
+    yield b"\n]}\n"

@@ -1,0 +1,109 @@
+"""`samray.export`: an output in another tool's format."""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from samray import storage
+from samray.cluster.tasks import run_tasks, wants_ray
+from samray.exports.job import assemble, find_done, mark_finished, open_job, run_piece
+from samray.exports.pieces import Done, ExportOptions
+from samray.output.plan import load_plan
+from samray.pipeline.preflight import check_fan_out
+from samray.progress import ProgressView
+
+
+@dataclass
+class ExportReport:
+    """What `samray.export` did."""
+
+    dest: str
+    format: str
+    num_images: int = 0
+    """In DEST; failed ones are left out."""
+    num_masks: int = 0
+    num_left_out: int = 0
+    """Masks of those images that are not confident or stable enough."""
+    num_failed: int = 0
+    """Failed images of OUTPUT, left out."""
+    num_unreadable: int = 0
+    """Images that were to be copied, and could not be read any more."""
+    num_pieces: int = 0
+    num_pieces_skipped: int = 0
+    """Found done."""
+    files: list[str] = field(default_factory=list)
+    """Names below DEST of the files that hold many images; those of single images are too many to list."""
+    wall_s: float = 0.0
+
+    def add(self, done: Done) -> None:
+        """Count a finished piece."""
+        self.num_images += done.num_images
+        self.num_masks += done.num_masks
+        self.num_left_out += done.num_left_out
+        self.num_failed += done.num_failed
+        self.num_unreadable += done.num_unreadable
+
+
+def export(
+    output: str | Path,
+    dest: str | Path,
+    *,
+    format: str,
+    images_per_file: int | None = None,
+    tar: bool = False,
+    with_images: bool = False,
+    polygons: bool = False,
+    partitions: int | None = None,
+    on_top: str | None = None,
+    simplify: float | None = None,
+    confident: float | None = None,
+    stable: float | None = None,
+    partial: bool = False,
+    ray: bool | None = None,
+    address: str | None = None,
+    progress: bool = True,
+) -> ExportReport:
+    """Export output to dest, or finish an export that lies there half done. `samray export --help` tells the options.
+
+    format: sa1b, coco, yolo, flat or label-map. partial: export what is there of an output that is not finished.
+    ray: fan out as Ray Data tasks (None: for large outputs, or where address names a cluster).
+    Raises: ConfigError before anything is written, StorageError when storage stays away.
+    """
+    started = time.monotonic()
+    options = ExportOptions(
+        images_per_file=images_per_file,
+        tar=tar,
+        with_images=with_images,
+        polygons=polygons,
+        partitions=partitions,
+        on_top=on_top,
+        simplify=simplify,
+        confident=confident,
+        stable=stable,
+    )
+    check_fan_out(str(dest), ray, address)
+    job, pieces = open_job(load_plan(str(output)), str(dest), format, options, partial=partial)
+    found = find_done(job, pieces)
+    report = ExportReport(storage.redact(job.dest), format, num_pieces=len(pieces), num_pieces_skipped=len(found))
+    for mark in found.values():
+        report.add(mark)
+    todo = [piece for piece in pieces if piece.number not in found]
+    images_of = {piece.number: piece.num_images for piece in pieces}
+    num_done = sum(images_of[number] for number in found)
+    total = sum(images_of.values())
+    view = ProgressView(total, num_done, enabled=progress)
+    view.note = "exporting"
+    with view:
+        on_ray = bool(todo) and wants_ray(ray, address, total - num_done)
+        for done in run_tasks(functools.partial(run_piece, job), todo, on_ray=on_ray, address=address):
+            report.add(done)
+            num_done += images_of[done.piece]
+            view.update(num_done=num_done, num_failed=report.num_failed)
+        view.update(note="putting files together")
+        report.files = assemble(job, pieces)
+    mark_finished(job, num_images=report.num_images, num_masks=report.num_masks, num_failed=report.num_failed)
+    report.wall_s = time.monotonic() - started
+    return report

@@ -1,0 +1,92 @@
+"""A flat table: Parquet with one row a mask, for SQL.
+
+With --partitions N it lies in N Hive folders, `image_bucket=K` with K = image_id mod N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    from samray.exports.pieces import Done, Files, Job, Piece
+
+FLAT: Final = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("file_name", pa.string()),
+        ("uri", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("mask_id", pa.int64()),
+        *((name, pa.float64()) for name in ("bbox_x", "bbox_y", "bbox_w", "bbox_h")),
+        ("area", pa.int64()),
+        ("predicted_iou", pa.float64()),
+        ("stability_score", pa.float64()),
+        *((name, pa.float64()) for name in ("point_x", "point_y", "crop_x", "crop_y", "crop_w", "crop_h")),
+        ("size", pa.list_(pa.int32())),
+        ("counts", pa.string()),
+    ]
+)
+
+_ROWS_PER_GROUP: Final = 16384
+
+
+def write(job: Job, piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
+    """The piece's masks: one Parquet file, or one in each folder that has any."""
+    buckets = job.options.partitions
+    writers: dict[int, tuple[pa.BufferOutputStream, pq.ParquetWriter]] = {}
+    waiting: list[pa.Table] = []
+    num_waiting = 0
+
+    def flush() -> None:
+        rows = pa.concat_tables(waiting)
+        for bucket, own in _by_bucket(rows, buckets) if buckets else [(0, rows)]:
+            if bucket not in writers:
+                sink = pa.BufferOutputStream()
+                writers[bucket] = sink, pq.ParquetWriter(sink, FLAT, compression="zstd", write_page_index=True)
+            writers[bucket][1].write_table(own)
+        waiting.clear()
+
+    for table in tables:
+        waiting.append(flat_rows(table))
+        num_waiting += waiting[-1].num_rows
+        if num_waiting >= _ROWS_PER_GROUP:
+            flush()
+            num_waiting = 0
+    if waiting:
+        flush()
+    for bucket, (sink, writer) in sorted(writers.items()):
+        writer.close()
+        folder = f"image_bucket={bucket}/" if buckets else ""
+        yield f"{folder}part-{piece.number:06d}.parquet", bytes(sink.getvalue())
+
+
+def _by_bucket(rows: pa.Table, buckets: int) -> Iterator[tuple[int, pa.Table]]:
+    bucket_of = rows["image_id"].to_numpy() % buckets
+    for bucket in np.unique(bucket_of).tolist():
+        yield bucket, rows.filter(pa.array(bucket_of == bucket))
+
+
+def flat_rows(table: pa.Table) -> pa.Table:
+    """The masks of a table of `SCHEMA`, none of it failed, as rows of `FLAT`. Of several points the first is taken."""
+    annotations = table["annotations"].combine_chunks()
+    masks = annotations.flatten()
+    image = table["image"].combine_chunks()
+    of_image = pc.list_parent_indices(annotations)
+    columns = {name: image.field(name).take(of_image) for name in ("image_id", "file_name", "width", "height")}
+    columns["uri"] = table["uri"].combine_chunks().take(of_image)
+    columns["mask_id"] = masks.field("id")
+    for prefix in ("bbox", "crop"):
+        box = masks.field("crop_box" if prefix == "crop" else "bbox")
+        columns |= {f"{prefix}_{side}": pc.list_element(box, place) for place, side in enumerate("xywh")}
+    columns |= {name: masks.field(name) for name in ("area", "predicted_iou", "stability_score")}
+    points = pc.list_flatten(pc.list_slice(masks.field("point_coords"), 0, 1, return_fixed_size_list=True))
+    columns |= {f"point_{side}": pc.list_element(points, place) for place, side in enumerate("xy")}
+    columns |= {name: masks.field("segmentation").field(name) for name in ("size", "counts")}
+    return pa.Table.from_arrays([columns[name] for name in FLAT.names], schema=FLAT)

@@ -1,0 +1,123 @@
+"""The rows of an output as exports want them: streamed, and column by column rather than as nested Python objects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from samray import storage
+from samray.errors import NotFoundError, StorageError
+from samray.output.schema import check_columns
+from samray.output.shards import shard_uri
+from samray.storage.tables import open_parquet
+
+ROWS_AT_ONCE: Final = 64
+_SMALL_SHARD_ROWS: Final = 512
+"""A remote shard of no more rows is fetched by one request, of a larger one only what is needed."""
+
+
+class Rows(NamedTuple):
+    """Rows start to stop (exclusive) of a shard that has num_rows."""
+
+    shard: int
+    start: int
+    stop: int
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledImage:
+    """An image and its masks; the lists have one item a mask, as the columns of `ANNOTATION` hold them."""
+
+    image_id: int
+    width: int
+    height: int
+    file_name: str
+    uri: str
+    ids: list[int]
+    counts: list[str]
+    bbox: list[list[float]]
+    area: list[int]
+    predicted_iou: list[float]
+    stability_score: list[float]
+    point_coords: list[list[list[float]]]
+    crop_box: list[list[float]]
+
+    def of_masks(self, places: Sequence[int]) -> LabelledImage:
+        """The image with those of its masks only, in that order."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        lists: dict[str, Any] = {name: [v[i] for i in places] for name, v in values if isinstance(v, list)}
+        return replace(self, **lists)
+
+
+def read_rows(output: str, parts: Sequence[Rows]) -> Iterator[pa.Table]:
+    """The rows in order, at most `ROWS_AT_ONCE` at a time. Only the row groups that hold them are read.
+
+    Raises: NotFoundError where a shard is not there, StorageError where it cannot be read or has other rows.
+    """
+    for part in parts:
+        uri = shard_uri(output, part.shard)
+        num_left = part.stop - part.start
+        try:
+            small = not storage.is_local(uri) and part.num_rows <= _SMALL_SHARD_ROWS
+            source = pa.BufferReader(storage.read_bytes(uri)) if small else storage.open_read(uri)
+            with source, open_parquet(source) as file:
+                check_columns(file.schema_arrow)
+                for table in _slices(file, part):
+                    num_left -= table.num_rows
+                    yield table
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if isinstance(error, NotFoundError):
+                raise
+            raise StorageError(f"shard {storage.redact(uri)} is damaged: {error}; delete it and run again") from error
+        if num_left:
+            raise StorageError(f"shard {storage.redact(uri)} has fewer rows than planned; `samray verify` says more")
+
+
+def _slices(file: pq.ParquetFile, part: Rows) -> Iterator[pa.Table]:
+    start = 0
+    for group in range(file.num_row_groups):
+        end = start + file.metadata.row_group(group).num_rows
+        if start < part.stop and end > part.start:
+            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[group]):
+                first, last = max(part.start - start, 0), min(part.stop - start, batch.num_rows)
+                if first < last:
+                    yield pa.Table.from_batches([batch.slice(first, last - first)])
+                start += batch.num_rows
+        start = end
+
+
+def images_of(table: pa.Table) -> Iterator[LabelledImage]:
+    """The rows of a table of `SCHEMA`, none of them failed."""
+    images = table["image"].to_pylist()
+    uris = table["uri"].to_pylist()
+    annotations = table["annotations"].combine_chunks()
+    ends = annotations.value_lengths().to_numpy(zero_copy_only=False).cumsum().tolist()
+    masks = annotations.flatten()
+    columns: dict[str, Any] = {
+        "ids": masks.field("id").to_numpy().tolist(),
+        "counts": masks.field("segmentation").field("counts").to_pylist(),
+        "bbox": _fours(masks.field("bbox")),
+        "area": masks.field("area").to_numpy().tolist(),
+        "predicted_iou": masks.field("predicted_iou").to_numpy().tolist(),
+        "stability_score": masks.field("stability_score").to_numpy().tolist(),
+        "point_coords": masks.field("point_coords").to_pylist(),
+        "crop_box": _fours(masks.field("crop_box")),
+    }
+    start = 0
+    for image, uri, end in zip(images, uris, ends, strict=True):
+        own: dict[str, Any] = {name: values[start:end] for name, values in columns.items()}
+        yield LabelledImage(**image, uri=uri, **own)
+        start = end
+
+
+def _fours(boxes: pa.ListArray) -> list[list[float]]:
+    values = boxes.flatten().to_numpy(zero_copy_only=False)
+    if len(values) != 4 * len(boxes) or not np.all(boxes.value_lengths().to_numpy(zero_copy_only=False) == 4):
+        return list(boxes.to_pylist())
+    return list(values.reshape(-1, 4).tolist())

@@ -1,0 +1,247 @@
+"""An export as a job that may be ended at any moment and goes on where it stopped.
+
+The images are cut into pieces. A piece's files are written, each whole or not at all, and then its mark, which names
+them: a piece whose mark and files are there is done, and everything else is done (again). Formats with large files of
+many images write fragments below DEST/_export, which are put together, streaming, once all of a file's pieces are done.
+
+DEST/_export/export.json says what is exported and how: another export into the same DEST is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from samray import __version__, storage
+from samray.errors import ConfigError, NotFoundError, StorageError
+from samray.exports.checks import check_rows
+from samray.exports.formats import FORMATS, format_of, sizes_of
+from samray.exports.images import Rows, read_rows
+from samray.exports.names import FOLDER, shared_stems
+from samray.exports.pieces import Done, ExportOptions, Files, Job, Piece, cut
+from samray.output.append import stale_shards
+from samray.output.plan import Plan
+from samray.output.shards import FOLDER as SHARDS
+from samray.output.shards import shard_number, shard_versions
+from samray.storage.strict_json import parse_json
+
+MAX_LISTED: Final = 1_000_000
+"""Of an export of more images the marks are believed: DEST is not listed to see whether each file is still there,
+only the fragments and what is put together of them."""
+
+_PUT_THREADS: Final = 16
+
+# --- before ---------------------------------------------------------------------------------------------------------
+
+
+def open_job(plan: Plan, dest: str, name: str, options: ExportOptions, *, partial: bool) -> tuple[Job, list[Piece]]:
+    """The job and its pieces, all of them. Writes DEST/_export/export.json unless it is there.
+
+    Raises: ConfigError where OUTPUT is not finished (and partial is not asked for) or DEST holds something else,
+    StorageError.
+    """
+    dest = storage.normalize(dest)
+    fmt = format_of(name, options)
+    sizes = _shard_sizes(plan)
+    versions = shard_versions(plan.output)
+    missing = plan.num_shards - len(sizes)
+    if missing and not partial:
+        raise ConfigError(
+            f"{missing} of {plan.num_shards} shards of {storage.redact(plan.output)} are missing: finish the run, "
+            "or export what is there with --partial"
+        )
+    stale = set() if partial else stale_shards(plan, sizes)
+    if stale:
+        raise ConfigError(
+            f"{len(stale)} of {plan.num_shards} shards of {storage.redact(plan.output)} wait to be labelled again: "
+            "finish the run, or export what is there with --partial"
+        )
+    if not sizes:
+        raise ConfigError(f"{storage.redact(plan.output)} holds no finished shard yet: there is nothing to export")
+    shards = [Rows(shard, 0, (n := plan.num_images_of(shard)), n) for shard in sorted(sizes)]
+    stems = shared_stems(plan, fmt.stem_of) if fmt.names_files else {}
+    job = Job(
+        plan=plan,
+        dest=dest,
+        format=name,
+        options=options,
+        shards=tuple(sorted(sizes)),
+        fingerprint=_fingerprint({shard: versions.get(shard) for shard in sizes}),
+        stems=stems,
+    )
+    fmt.check(job)
+    _claim(job, sizes)
+    storage.remove_leftovers(dest)
+    return job, list(cut(shards, *sizes_of(name, options)))
+
+
+def _shard_sizes(plan: Plan) -> dict[int, int]:
+    names = storage.list_names(storage.join(plan.output, SHARDS))
+    numbers = ((shard_number(name), size) for name, size in names.items())
+    return {number: size for number, size in numbers if number is not None and number < plan.num_shards}
+
+
+def _fingerprint(versions: Mapping[int, str | None]) -> str:
+    return hashlib.sha256(json.dumps(sorted(versions.items())).encode()).hexdigest()
+
+
+def _claim(job: Job, sizes: dict[int, int]) -> None:
+    """Say in DEST what it holds from now on, or see that it says so already. sizes: of the shards, bytes."""
+    plan, dest = job.plan, job.dest
+    shards = json.dumps(sorted(sizes.items())).encode()
+    wanted = {
+        "format": job.format,
+        "options": {
+            name: value for name, value in asdict(job.options).items() if value is not None and value is not False
+        },
+        "run": plan.run["identity"],
+        "num_images": plan.num_images,
+        "shards": hashlib.sha256(shards).hexdigest(),
+        "versions": job.fingerprint,
+    }
+    uri = storage.join(dest, FOLDER, "export.json")
+    where = storage.redact(dest)
+    held = _read_json(uri)
+    if held is None:
+        if next(storage.list_files(dest), None) if storage.is_dir_like(dest) else storage.exists(dest):
+            raise ConfigError(f"DEST {where} is not empty, and what it holds is no samray export: give another DEST")
+        storage.check_output(dest)
+        full = {**wanted, "output": storage.redact(plan.output), "samray_version": __version__}
+        storage.put_new(uri, json.dumps(full, indent=2, sort_keys=True).encode() + b"\n")
+        held = _read_json(uri) or {}
+    if held.get("run") != wanted["run"]:
+        raise ConfigError(f"DEST {where} holds an export of another run's masks: give another DEST")
+    for key in ("format", "options"):
+        if held.get(key) != wanted[key]:
+            raise ConfigError(
+                f"DEST {where} holds another export ({key}: {held.get(key)} there, {wanted[key]} now): "
+                "give another DEST"
+            )
+    counted = {key: held.get(key) for key in ("num_images", "shards", "versions")}
+    counted["versions"] = counted["versions"] or job.fingerprint  # samray 0.1 did not write it
+    if counted != {key: wanted[key] for key in counted}:
+        raise ConfigError(
+            f"{storage.redact(plan.output)} has changed since the export in {where} was begun: give another DEST"
+        )
+
+
+def _read_json(uri: str) -> dict[str, Any] | None:
+    try:
+        found = parse_json(storage.read_bytes(uri))
+    except NotFoundError:
+        return None
+    except ValueError as error:
+        raise ConfigError(f"{storage.redact(uri)} cannot be understood: {error}; give another DEST") from error
+    return found if isinstance(found, dict) else {}
+
+
+def find_done(job: Job, pieces: list[Piece]) -> dict[int, Done]:
+    """Piece -> what its mark says, for each that is finished and whose files are still there. Raises: StorageError."""
+    marks = storage.list_names(storage.join(job.dest, FOLDER, "done"))
+    marked = [piece for piece in pieces if piece.mark.rpartition("/")[2] in marks]
+    if not marked:
+        return {}
+    with ThreadPoolExecutor(_PUT_THREADS) as pool:
+        held = list(pool.map(lambda piece: _read_json(storage.join(job.dest, piece.mark)), marked))
+    done = [(piece, Done(**mark)) for piece, mark in zip(marked, held, strict=True) if mark is not None]
+    pieces_folder = f"{FOLDER}/pieces/"
+    believed = job.plan.num_images > MAX_LISTED
+    if believed and not FORMATS[job.format].assembled(job, 0):
+        return {piece.number: mark for piece, mark in done}
+    if believed:  # a format with fragments has only few files that do not lie in folders
+        there = {pieces_folder + name for name in storage.list_names(storage.join(job.dest, FOLDER, "pieces"))}
+        there |= storage.list_names(job.dest).keys()
+    else:
+        start = len(storage.join(job.dest, ""))
+        there = {entry.uri[start:] for entry in storage.list_files(job.dest)}
+    found = {}
+    for piece, mark in done:
+        assembled = all(name in there for name in FORMATS[job.format].assembled(job, piece.file))
+        looked_for = (name for name in mark.files if not believed or name.startswith(pieces_folder))
+        missing = (name for name in looked_for if name not in there)
+        if all(assembled and name.startswith(pieces_folder) for name in missing):
+            found[piece.number] = mark
+    return found
+
+
+# --- a piece --------------------------------------------------------------------------------------------------------
+
+
+def run_piece(job: Job, piece: Piece) -> Done:
+    """Write the piece's files and then its mark. Raises: ConfigError, StorageError."""
+    done = Done(piece.number)
+    for name in _put_all(job.dest, FORMATS[job.format].write(job, piece, _labelled(job, piece, done), done)):
+        done.files.append(name)
+    storage.put(storage.join(job.dest, piece.mark), json.dumps(asdict(done)).encode())
+    return done
+
+
+def _labelled(job: Job, piece: Piece, done: Done) -> Iterator[pa.Table]:
+    """The rows of images that did not fail, counted on the way."""
+    for table in read_rows(job.plan.output, piece.rows):
+        ok = table.filter(pc.equal(table["status"], "ok"))
+        done.num_images += ok.num_rows
+        done.num_failed += table.num_rows - ok.num_rows
+        done.num_masks += pc.sum(pc.list_value_length(ok["annotations"])).as_py() or 0
+        if ok.num_rows:
+            check_rows(ok)
+            yield ok
+
+
+def _put_all(dest: str, files: Files) -> Iterator[str]:
+    """Write the files, some at once: each waits for the disk or the network. Yields the names of those written."""
+    waiting: deque[tuple[str, Future[None]]] = deque()
+    with ThreadPoolExecutor(_PUT_THREADS) as pool:
+        for name, data in files:
+            waiting.append((name, pool.submit(storage.put, storage.join(dest, name), data)))
+            if len(waiting) > _PUT_THREADS:
+                first, future = waiting.popleft()
+                future.result()
+                yield first
+        for name, future in waiting:
+            future.result()
+            yield name
+
+
+# --- after ----------------------------------------------------------------------------------------------------------
+
+
+def assemble(job: Job, pieces: list[Piece]) -> list[str]:
+    """Put the files together that consist of fragments, and then remove those. Returns the files' names.
+
+    Every piece is done. Raises: StorageError.
+    """
+    by_file: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        by_file.setdefault(piece.file, []).append(piece)
+    names: list[str] = []
+    fragments = storage.list_names(storage.join(job.dest, FOLDER, "pieces"))
+    for file, own in sorted(by_file.items()):
+        for name in FORMATS[job.format].assembled(job, file):
+            names.append(name)
+            if not storage.exists(storage.join(job.dest, name)):
+                storage.put_chunks(storage.join(job.dest, name), FORMATS[job.format].chunks(job, name, own))
+    with ThreadPoolExecutor(_PUT_THREADS) as pool:
+        list(pool.map(lambda name: storage.delete(storage.join(job.dest, FOLDER, "pieces", name)), fragments))
+    return names
+
+
+def mark_finished(job: Job, **counts: int) -> None:
+    """Say in DEST/_export/_SUCCESS that all is there. Raises: StorageError, also if a shard was replaced since."""
+    versions = shard_versions(job.plan.output)
+    if _fingerprint({shard: versions.get(shard) for shard in job.shards}) != job.fingerprint:
+        raise StorageError(
+            f"shards of {storage.redact(job.plan.output)} were replaced while they were exported, so "
+            f"{storage.redact(job.dest)} may mix old rows with new ones and is not marked as finished; delete it and "
+            "export again"
+        )
+    data = json.dumps(counts, sort_keys=True).encode()
+    storage.put(storage.join(job.dest, FOLDER, "_SUCCESS"), data + b"\n")

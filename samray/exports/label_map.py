@@ -1,0 +1,66 @@
+"""Label maps: NAME.png of 16 bits, 0 where no mask is, else which one; and NAME.json, which names the masks.
+
+Label k is the k-th mask of the image. Masks may overlap, a label map may not: on top lies the smaller one, or with
+--on-top predicted_iou the better one; of equals the earlier.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from samray.errors import ConfigError
+from samray.exports.images import LabelledImage, images_of
+from samray.rle.runs import runs_of_image, spans
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from samray.exports.pieces import Done, Files, Job, Piece
+
+MAX_LABEL: Final = 65535
+MAX_PIXELS: Final = 2**28
+"""Largest label map, which is painted in memory: 4 bytes per pixel."""
+
+
+def write(job: Job, piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
+    """The piece's PNG and JSON files. Raises: ConfigError where an image has more masks than there are labels."""
+    for table in tables:
+        for image in images_of(table):
+            labels = label_map(image, job.options.on_top or "area")
+            buffer = io.BytesIO()
+            Image.fromarray(labels).save(buffer, format="PNG")
+            visible = np.bincount(labels.ravel(), minlength=len(image.ids) + 1).tolist()
+            masks = [{"label": i + 1, "id": id, "visible_area": visible[i + 1]} for i, id in enumerate(image.ids)]
+            about = {"image_id": image.image_id, "file_name": image.file_name, "masks": masks}
+            stem = job.stem(image)
+            yield f"{stem}.png", buffer.getvalue()
+            yield f"{stem}.json", json.dumps(about).encode()
+
+
+def label_map(image: LabelledImage, on_top: str) -> npt.NDArray[np.uint16]:
+    """(H, W) uint16 labels, 0 for background. on_top: area or predicted_iou."""
+    if len(image.ids) > MAX_LABEL:
+        raise ConfigError(
+            f"image {image.image_id} has {len(image.ids)} masks, and a label map of 16 bits holds {MAX_LABEL}: "
+            "label with masks.max_masks, or export to another format"
+        )
+    runs = runs_of_image(image.image_id, image.counts, (image.height, image.width))
+    if image.width * image.height > MAX_PIXELS:
+        raise ConfigError(
+            f"image {image.image_id} is {image.width}x{image.height}, and a label map has at most {MAX_PIXELS} pixels: "
+            "export to another format"
+        )
+    rank = image.area if on_top == "area" else [-score for score in image.predicted_iou]
+    pixels = np.zeros(image.width * image.height, dtype=np.uint16)
+    for place in sorted(range(len(runs)), key=lambda i: (-rank[i], -i)):  # what is painted last lies on top
+        label = place + 1
+        for start, end in zip(*(side.tolist() for side in spans(runs[place])), strict=True):
+            pixels[start:end] = label
+    return np.ascontiguousarray(pixels.reshape(image.width, image.height).T)

@@ -1,0 +1,99 @@
+"""Names of the files that an export writes for an image: below DEST, and never the same for two images."""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from samray.output.plan import Plan
+from samray.storage import TEMPORARY_PREFIX
+
+FOLDER: Final = "_export"
+"""Below DEST: what the export remembers of itself."""
+
+_MAX_PART_BYTES: Final = 200
+"""Of a file's or folder's name; filesystems take 255, and an image id and an ending may follow."""
+
+_MAX_STEM_BYTES: Final = 700
+"""Longest path below DEST: object stores take keys of 1024 bytes, DEST included, filesystems 4096."""
+
+_ENDINGS: Final = (".json", ".png", ".txt", ".jpg")
+"""What exports put behind a stem; with copies of the images also what their names end with."""
+
+
+def stem_of(file_name: str) -> str:
+    """`a/b` of `a/b.jpg`: the path without its last ending, and without any part that would lead out of DEST."""
+    parts = [part for part in file_name.replace("\0", "_").split("/") if part not in ("", ".", "..")]
+    if parts and parts[0].lower() == FOLDER:  # some filesystems take no notice of case
+        parts[0] = "images"
+    parts = ["_" + part[1:] if part.startswith(TEMPORARY_PREFIX) else part for part in parts]
+    stem = posixpath.splitext("/".join(parts))[0] or "image"
+    if len(data := stem.encode()) > _MAX_STEM_BYTES and "/" in stem:
+        stem = f"long-names/{hashlib.sha256(data).hexdigest()[:16]}-{stem.rpartition('/')[2]}"
+    return "/".join(map(_short, stem.split("/")))
+
+
+def _short(part: str) -> str:
+    """Cut where with an ending it might be longer than filesystems take, and then never like another one."""
+    data = part.encode()
+    if len(data) <= _MAX_PART_BYTES:
+        return part
+    return f"{data[:_MAX_PART_BYTES].decode(errors='ignore')}-{hashlib.sha256(data).hexdigest()[:12]}"
+
+
+def extension_of(file_name: str) -> str:
+    """`.jpg` of `a/b.jpg`; empty where there is none."""
+    return posixpath.splitext(file_name)[1]
+
+
+def shared_stems(plan: Plan, stem_of: Callable[[str], str] = stem_of) -> dict[int, str]:
+    """image_id -> stem with the id appended, for each image that would share its stem with another; mostly empty.
+
+    Names that differ only in case count as the same, as some filesystems have it. Also images whose file would have the
+    name of a folder: of `a.jpg` and `a.json/b.jpg` the first.
+    """
+    images = plan.read_images(["image_id", "file_name"])
+    names = (stem_of(name).lower() for chunk in images["file_name"].chunks for name in chunk.to_pylist())
+    hashes = np.fromiter(map(hash, names), dtype=np.int64, count=images.num_rows)
+    values, counts = np.unique(hashes, return_counts=True)
+    renamed = np.isin(hashes, values[counts > 1])
+    folders = _dotted_folders(images["file_name"], stem_of)
+    if folders:
+        names = (name for chunk in images["file_name"].chunks for name in chunk.to_pylist())
+        renamed |= np.fromiter((_is_in_the_way(stem_of(n), n, folders) for n in names), bool, images.num_rows)
+    if not renamed.any():
+        return {}
+    taken = set(values.tolist())
+    stems: dict[int, str] = {}
+    for place in np.flatnonzero(renamed).tolist():
+        image_id, name = images["image_id"][place].as_py(), images["file_name"][place].as_py()
+        stem = f"{stem_of(name)}-{image_id}"
+        while hash(stem.lower()) in taken or _is_in_the_way(stem, name, folders):
+            stem += "_"
+        taken.add(hash(stem.lower()))
+        stems[image_id] = stem
+    return stems
+
+
+def _dotted_folders(names: pa.ChunkedArray, stem_of: Callable[[str], str]) -> set[str]:
+    """The folders of stems, in lower case, that a file might be called: those with a dot in their name; mostly none."""
+    dotted = names.filter(pc.match_substring_regex(names, r"\.[^/]*/"))
+    folders: set[str] = set()
+    for chunk in dotted.chunks:
+        for name in chunk.to_pylist():
+            folder = posixpath.dirname(stem_of(name).lower())
+            while folder and folder not in folders:
+                folders.add(folder)
+                folder = posixpath.dirname(folder)
+    return {folder for folder in folders if "." in posixpath.basename(folder)}
+
+
+def _is_in_the_way(stem: str, file_name: str, folders: set[str]) -> bool:
+    """Whether a file of this stem would have the name of a folder."""
+    return any((stem + ending).lower() in folders for ending in (*_ENDINGS, extension_of(file_name)))

@@ -1,0 +1,53 @@
+"""Copies of the images themselves, for formats in which they lie beside their labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import pyarrow as pa
+
+from samray.config import InputConfig
+from samray.errors import ImageError
+from samray.exports.images import LabelledImage
+from samray.exports.names import extension_of
+from samray.inputs.decode import is_of_size
+from samray.inputs.listing import fetch_images
+
+if TYPE_CHECKING:
+    from samray.exports.pieces import Done, Job, Piece
+
+_IMAGES_AT_ONCE: Final = 16
+
+
+class Photo(NamedTuple):
+    """An encoded image, as it lies in the input."""
+
+    extension: str
+    data: bytes
+
+
+def photos_of(
+    job: Job, piece: Piece, images: Iterable[LabelledImage], done: Done
+) -> Iterator[tuple[LabelledImage, Photo | None]]:
+    """The images, each with its bytes where --with-images asks for them and their size is still as it was labelled.
+
+    Raises: StorageError where the storage as a whole fails.
+    """
+    if not job.options.with_images:
+        yield from ((image, None) for image in images)
+        return
+    planned = pa.concat_tables(job.plan.read_shard(r.shard).slice(r.start, r.stop - r.start) for r in piece.rows)
+    place_of = {image_id: place for place, image_id in enumerate(planned["image_id"].to_pylist())}
+    config = InputConfig(**job.plan.run["identity"].get("input", {}))
+    rest = iter(images)
+    while some := list(islice(rest, _IMAGES_AT_ONCE)):
+        rows = planned.take([place_of[image.image_id] for image in some])
+        for image, data in zip(some, fetch_images(rows, config), strict=True):
+            if isinstance(data, ImageError) or not is_of_size(data, image.width, image.height):
+                done.num_unreadable += 1
+                yield image, None
+            else:
+                extension = extension_of(image.file_name)
+                yield image, Photo(extension if extension[1:].isalnum() else ".jpg", data)

@@ -1,0 +1,131 @@
+"""What an export is made of: a job, cut into pieces, each with the files and the mark that say when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from samray import storage
+from samray.exports.images import LabelledImage, Rows
+from samray.exports.names import FOLDER, stem_of
+from samray.output.plan import Plan
+
+Files = Iterator[tuple[str, bytes]]
+"""Names relative to DEST, and what they are to hold."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """Choices of some formats; None or False where a format knows none or is to choose."""
+
+    images_per_file: int | None = None
+    tar: bool = False
+    with_images: bool = False
+    polygons: bool = False
+    partitions: int | None = None
+    on_top: str | None = None
+    simplify: float | None = None
+    confident: float | None = None
+    """Least predicted IoU of the masks that are exported."""
+    stable: float | None = None
+    """Least stability score."""
+
+    @property
+    def for_review(self) -> bool:
+        """Whether the file is for a person, who is to mend what it holds and add what it lacks."""
+        return self.confident is not None or self.stable is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some of the images: what one task exports, and what is redone when it was not finished."""
+
+    number: int
+    file: int
+    """The number of the file it goes to, where a file holds many pieces."""
+    rows: tuple[Rows, ...]
+
+    @property
+    def num_images(self) -> int:
+        """Failed ones included."""
+        return sum(part.stop - part.start for part in self.rows)
+
+    def fragment(self, kind: str) -> str:
+        """The name of what this piece contributes to a file that is put together later."""
+        return f"{FOLDER}/pieces/{self.number:06d}.{kind}"
+
+    @property
+    def mark(self) -> str:
+        return f"{FOLDER}/done/{self.number:06d}.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One export. Small and picklable: workers get it whole."""
+
+    plan: Plan
+    dest: str
+    format: str
+    """A name in `FORMATS`."""
+    options: ExportOptions
+    shards: tuple[int, ...] = ()
+    """What is exported."""
+    fingerprint: str = ""
+    """Changes if one of the shards is replaced."""
+    stems: dict[int, str] = field(default_factory=dict)
+
+    def stem(self, image: LabelledImage) -> str:
+        """The name of the image's file in DEST, without an ending."""
+        return self.stems.get(image.image_id) or stem_of(image.file_name)
+
+
+@dataclass(slots=True)
+class Done:
+    """A finished piece, as its mark says."""
+
+    piece: int
+    num_images: int = 0
+    num_masks: int = 0
+    num_left_out: int = 0
+    """Masks that are not confident or stable enough."""
+    num_failed: int = 0
+    """Failed images, left out."""
+    num_unreadable: int = 0
+    """Images that were to be copied, and could not be read any more."""
+    files: list[str] = field(default_factory=list)
+
+
+def cut(shards: Iterable[Rows], per_piece: int, per_file: int | None) -> Iterator[Piece]:
+    """Pieces of per_piece images, in order; none reaches over the end of a file of per_file images."""
+    rows: list[Rows] = []
+    number = place = in_piece = 0
+
+    def piece() -> Piece:
+        return Piece(number, (place - 1) // per_file if per_file else 0, tuple(rows))
+
+    for shard in shards:
+        start = shard.start
+        while start < shard.stop:
+            room = per_piece - in_piece
+            if per_file:
+                room = min(room, per_file - place % per_file)
+            stop = min(shard.stop, start + room)
+            rows.append(Rows(shard.shard, start, stop, shard.num_rows))
+            place, in_piece, start = place + stop - start, in_piece + stop - start, stop
+            if in_piece == per_piece or (per_file and place % per_file == 0):
+                yield piece()
+                rows, in_piece, number = [], 0, number + 1
+    if rows:
+        yield piece()
+
+
+def read_fragments(job: Job, pieces: list[Piece], kind: str, separator: bytes) -> Iterator[bytes]:
+    """The pieces' fragments of this kind, with the separator between those that hold anything."""
+    first = True
+    for piece in pieces:
+        data = storage.read_bytes(storage.join(job.dest, piece.fragment(kind)))
+        if data:
+            if not first:
+                yield separator
+            yield data
+            first = False

@@ -1,0 +1,82 @@
+"""SA-1B: one JSON file an image, with the names, types and order of fields of the published data set.
+
+`a/b.jpg` becomes `a/b.json`, with --with-images beside a copy of the image, as SA-1B is packed; --tar packs whole
+pieces into `sa_000000.tar` and so on. Boxes are as they lie in OUTPUT: with `masks.bbox_convention=sam` they are one
+pixel short, as SA-1B's are.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from samray.exports.images import LabelledImage, images_of
+from samray.exports.photos import photos_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from samray.exports.pieces import Done, Files, Job, Piece
+
+
+def write(job: Job, piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
+    """The piece's JSON files and images, or one tar of them."""
+    files = _members(job, piece, tables, done)
+    if not job.options.tar:
+        yield from files
+        return
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for name, data in files:
+            member = tarfile.TarInfo(name)  # no times, no owners: the same images make the same bytes
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    yield f"sa_{piece.number:06d}.tar", buffer.getvalue()
+
+
+def _members(job: Job, piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
+    for table in tables:
+        for image, photo in photos_of(job, piece, images_of(table), done):
+            stem = job.stem(image)
+            if photo is not None:
+                yield stem + photo.extension, photo.data
+            yield f"{stem}.json", json.dumps(record_of(image)).encode()
+
+
+def record_of(image: LabelledImage) -> dict[str, Any]:
+    """What SA-1B's JSON file of the image holds."""
+    size = [image.height, image.width]
+    return {
+        "image": {
+            "image_id": image.image_id,
+            "width": image.width,
+            "height": image.height,
+            "file_name": image.file_name,
+        },
+        "annotations": [
+            {
+                "bbox": bbox,
+                "area": area,
+                "segmentation": {"size": size, "counts": counts},
+                "predicted_iou": predicted_iou,
+                "point_coords": point_coords,
+                "crop_box": crop_box,
+                "id": id,
+                "stability_score": stability_score,
+            }
+            for id, counts, bbox, area, predicted_iou, stability_score, point_coords, crop_box in zip(
+                image.ids,
+                image.counts,
+                image.bbox,
+                image.area,
+                image.predicted_iou,
+                image.stability_score,
+                image.point_coords,
+                image.crop_box,
+                strict=True,
+            )
+        ],
+    }

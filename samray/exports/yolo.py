@@ -1,0 +1,107 @@
+"""YOLO segmentation: labels/NAME.txt, one line a mask, `0 x1 y1 x2 y2 ...`, in parts of the image's width and height.
+
+A mask is one polygon along the edges of its pixels; holes and further components hang on it by bridges of no width, so
+that filling it gives the mask back, pixel by pixel. train.txt lists the images as images/NAME: copied there by
+--with-images, else to be linked there. An image without masks has an empty file: it is background. YOLO's tools look
+for the labels of an image where the last `/images/` of its path is `/labels/`: no further folder may have that name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+import pyarrow.compute as pc
+
+from samray.errors import ConfigError
+from samray.exports import names
+from samray.exports.images import LabelledImage, images_of
+from samray.exports.names import extension_of
+from samray.exports.photos import photos_of
+from samray.exports.pieces import read_fragments
+from samray.rle.polygons import join, outlines, simplified
+from samray.rle.runs import runs_of_image
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from samray.exports.pieces import Done, Files, Job, Piece
+
+
+_LINE_ENDS: Final = r"\r\n\x0b\x0c\x1c\x1d\x1e\x{85}\x{2028}\x{2029}"
+_IN_THE_WAY: Final = rf"(^|/)images/|[{_LINE_ENDS}]|\./|\s$"
+"""Names that YOLO's tools would read as others: they split lists as Python's `splitlines`, strip the whole, and
+replace each `./`. RE2, as Arrow has it."""
+
+
+def stem_of(file_name: str) -> str:
+    """As `names.stem_of`, without what YOLO's tools would misread: no folder `images`, no end of a line, no `./`."""
+    one_line = "_".join(f"{file_name}.".splitlines()).removesuffix(".")
+    *folders, name = names.stem_of(one_line).split("/")
+    folders = [f"{folder[:-1]}_" if folder.endswith(".") else folder for folder in folders]
+    return "/".join([*("images_" if folder == "images" else folder for folder in folders), name])
+
+
+def check(job: Job) -> None:
+    """Raises: ConfigError where an image would find no labels, or another's, and is not copied under another name."""
+    if not job.options.with_images and (number := _num_in_the_way(job)):
+        raise ConfigError(
+            f"{number} images are in a folder `images` or one whose name ends with a dot, or have a line break or a "
+            "space at the end of their name, and YOLO would look for their labels elsewhere: --with-images copies the "
+            "images under names of their own"
+        )
+    if job.stems and not job.options.with_images:
+        raise ConfigError(
+            f"{len(job.stems)} images have names that differ in their ending or case only, and YOLO finds labels by "
+            "the name without it: --with-images copies the images under names of their own"
+        )
+
+
+def _num_in_the_way(job: Job) -> int:
+    file_names = job.plan.read_images(["file_name"])["file_name"]
+    return int(pc.sum(pc.match_substring_regex(file_names, _IN_THE_WAY)).as_py() or 0)
+
+
+def write(job: Job, piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
+    """The piece's label files and images, and its lines of train.txt."""
+    lines = []
+    for table in tables:
+        for image, photo in photos_of(job, piece, images_of(table), done):
+            stem = job.stems.get(image.image_id) or stem_of(image.file_name)
+            if photo is not None:
+                yield f"images/{stem}{photo.extension}", photo.data
+            if photo is not None or not job.options.with_images:
+                lines.append(f"./images/{stem}{photo.extension if photo else extension_of(image.file_name)}\n")
+            yield f"labels/{stem}.txt", label_text(image, job.options.simplify).encode()
+    yield piece.fragment("train"), "".join(lines).encode()
+
+
+def label_text(image: LabelledImage, tolerance: float | None) -> str:
+    """One line a mask that has a pixel. tolerance: of `simplified`, in pixels; None for exact polygons."""
+    hw = image.height, image.width
+    masks = runs_of_image(image.image_id, image.counts, hw)
+    # Six digits place a corner within 0.05 pixels of images up to 100,000 wide; written once for each coordinate.
+    xs = [f" {x / image.width:.6g}" for x in range(image.width + 1)]
+    ys = [f" {y / image.height:.6g}" for y in range(image.height + 1)]
+    lines = []
+    for components in outlines(masks, hw):
+        if tolerance is not None:
+            components = [[simplified(ring, tolerance) for ring in rings] for rings in components]
+        if components:
+            polygon = join([join(rings) for rings in components])
+            lines.append("0" + "".join([xs[x] + ys[y] for x, y in polygon.tolist()]) + "\n")
+    return "".join(lines)
+
+
+def assembled(job: Job, file: int) -> list[str]:
+    """What is made of all pieces."""
+    return ["train.txt", "data.yaml"]
+
+
+def chunks(job: Job, name: str, pieces: list[Piece]) -> Iterator[bytes]:
+    """The list of images, and the file that YOLO's tools are given."""
+    if name == "train.txt":
+        yield from read_fragments(job, pieces, "train", b"")
+    else:
+        yield b"# Exported by samray. val is the same list: split train.txt to hold images back.\n"
+        yield b"train: train.txt\nval: train.txt\nnames:\n  0: object\n"

@@ -1,0 +1,278 @@
+"""COCO instances: one JSON file or several, of any size, whose annotations come in any order.
+
+The files are read as a stream, twice: for their images, which make the plan, and for their annotations, which are
+spooled to this machine's disk, sorted into boxes of neighbouring shards, until a box's shards can be written.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO, Final, cast
+
+import pyarrow as pa
+
+from samray import storage
+from samray.errors import ConfigError, ImageError
+from samray.imports.json_stream import JsonStream
+from samray.imports.places import names_of, outside_problem, printable
+from samray.imports.records import bbox_convention_of, image_hw, whole
+from samray.imports.source import Source, image_ids
+from samray.output.manifests import MANIFEST_SCHEMA
+
+_MAX_BOXES: Final = 200
+"""Files open at once while annotations are sorted."""
+
+_SAMPLES: Final = 100
+
+_RESULTS: Final = ""
+"""The key of the elements of a file that is a list: results, as pycocotools' loadRes takes them."""
+
+_ANNOTATIONS: Final = ("annotations", _RESULTS)
+
+
+@dataclass
+class CocoImages:
+    """The images of all files, in their order."""
+
+    images: list[dict[str, Any]] = field(default_factory=list)
+    """id, width, height, file_name and coco_url; ids that are whole numbers are int, however they are written."""
+    file_of: list[int] = field(default_factory=list)
+    """For each image the number of its file."""
+    place_of: list[dict[Any, int]] = field(default_factory=list)
+    """For each file: COCO's id -> place. Of a list of results the images are those of the other files."""
+    samples: list[tuple[int, Any]] = field(default_factory=list)
+    """The first annotations, each with its file's number."""
+    num_known: int = 0
+    """Annotations of images that are there."""
+    num_unknown: int = 0
+    """Annotations of images that are not there."""
+    num_with_mask: int = 0
+    """Annotations of images that are there, with anything in `segmentation`."""
+    example: str = ""
+    """The image_id of an annotation whose image is not there."""
+
+
+def read_images(source: Source) -> CocoImages:
+    """The images of the source. Raises: ConfigError where a file is not COCO's, StorageError."""
+    found = CocoImages()
+    results: list[int] = []
+    for number, uri in enumerate(source.files["json"].to_pylist()):
+        places: dict[Any, int] = {}
+        is_results = False
+        for key, value in _items(uri):
+            is_results = is_results or key == _RESULTS
+            if (places or is_results) and key != "images" and len(found.samples) >= _SAMPLES:
+                break  # what follows is not needed now
+            if key == "images":
+                _add_image(found, number, places, value, storage.redact(uri))
+            elif key in _ANNOTATIONS and len(found.samples) < _SAMPLES:
+                found.samples.append((number, value))
+        if is_results:
+            results.append(number)
+        elif not places:
+            raise ConfigError(
+                f"{storage.redact(uri)} holds no list of images: it is not COCO's instances JSON; "
+                "give --format sa1b if it is SA-1B's"
+            )
+        found.place_of.append(places)
+    if results:
+        _join_results(source, found, results)
+    return found
+
+
+def _add_image(found: CocoImages, number: int, places: dict[Any, int], value: Any, where: str) -> None:
+    id = _key(value.get("id")) if isinstance(value, dict) else None
+    if id is None:
+        raise ConfigError(f"{where} holds an image without an id: {reprlib.repr(value)}")
+    if id in places:
+        raise ConfigError(f"{where} holds two images with the id {reprlib.repr(id)}")
+    places[id] = len(found.images)
+    found.images.append({name: value.get(name) for name in ("width", "height", "file_name", "coco_url")} | {"id": id})
+    found.file_of.append(number)
+
+
+def _key(id: Any) -> int | str | None:
+    """An id as images and annotations have it alike: pandas writes 1.0 for 1, other tools "1"."""
+    if isinstance(id, str):
+        return int(id) if len(id) < 20 and id.isascii() and id.isdigit() and str(int(id)) == id else id
+    return whole(id)
+
+
+def _join_results(source: Source, found: CocoImages, results: list[int]) -> None:
+    """Let lists of results speak of the images of the other files. Raises: ConfigError where that cannot be."""
+    first = storage.redact(source.files["json"][results[0]].as_py())
+    if not found.images:
+        raise ConfigError(
+            f"{first} is a list of results, which does not say the names and sizes of its images: give a folder or "
+            "glob as SOURCE that also holds the JSON file with those images"
+        )
+    everything: dict[Any, int] = {}
+    for places in found.place_of:
+        if not everything.keys().isdisjoint(places):
+            raise ConfigError(
+                f"{first} is a list of results, and several of the other files have images with the same ids: "
+                "import it with the one file that it belongs to"
+            )
+        everything |= places
+    for number in results:
+        found.place_of[number] = everything
+
+
+def _items(uri: str) -> Iterator[tuple[str, Any]]:
+    with storage.open_read(uri) as stream:
+        try:
+            yield from JsonStream(stream).items(_RESULTS)
+        except ValueError as error:
+            raise ConfigError(f"{storage.redact(uri)} is not JSON that can be read: {error}") from error
+
+
+def planned_images(
+    source: Source, found: CocoImages, images_root: str | None, allow_outside: bool
+) -> tuple[pa.Table, str]:
+    """The images as `MANIFEST_SCHEMA` has them, without shards, and the convention that the source's boxes follow.
+
+    images_root: where `file_name` lies; without it, the folder of the JSON file. Raises: ConfigError.
+    """
+    roots = roots_of(source, found, images_root)
+    ids = image_ids([image["id"] for image in found.images])
+    rows: list[dict[str, Any]] = []
+    for root, id, image, name in zip(roots, ids, found.images, names_of(found.images, roots), strict=True):
+        uri = storage.resolve(root, name) if name else ""
+        rows.append({"image_id": id, "file_name": name or printable(str(image["id"])), "uri": uri})
+    where = f"SOURCE {storage.redact(source.uri)}"
+    if not any(row["uri"] for row in rows):
+        raise ConfigError(f"{where}: the image {found.images[0]['id']} has no file_name, and no other image has one")
+    if not allow_outside and all(outside_problem(row["uri"], root) for row, root in zip(rows, roots, strict=True)):
+        raise ConfigError(
+            f"{where}: no image is below {storage.redact(roots[0])}, the first is {storage.redact(rows[0]['uri'])}; "
+            "say with --images where they are, or add --allow-outside if you trust the annotations"
+        )
+    fields = [field for field in MANIFEST_SCHEMA if field.name != "shard"]
+    table = pa.Table.from_pylist(rows, schema=pa.schema(fields))
+    return table, bbox_convention_of(_samples(found)) or "coco"
+
+
+def roots_of(source: Source, found: CocoImages, images_root: str | None) -> list[str]:
+    """For each image the folder that its name is relative to."""
+    files = [images_root or storage.parent(uri) for uri in source.files["json"].to_pylist()]
+    return [files[number] for number in found.file_of]
+
+
+def _samples(found: CocoImages) -> Iterator[tuple[Any, tuple[int, int]]]:
+    for number, raw in found.samples:
+        place = _place_of(found.place_of[number], raw)
+        if place is not None:
+            with suppress(ImageError):
+                yield raw, image_hw(found.images[place])
+
+
+def _place_of(places: dict[Any, int], annotation: Any) -> int | None:
+    return places.get(_key(annotation.get("image_id"))) if isinstance(annotation, dict) else None
+
+
+def annotations_of_images(source: Source, found: CocoImages) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(place, annotation) of each image's annotations, in the files' order; places as `found.place_of` has them.
+
+    Raises: ConfigError where they are not JSON, StorageError.
+    """
+    for uri, places in zip(source.files["json"].to_pylist(), found.place_of, strict=True):
+        for key, value in _items(uri):
+            place = _place_of(places, value) if key in _ANNOTATIONS else None
+            if place is not None:
+                yield place, value
+
+
+Shards = Iterator[tuple[int, int, dict[int, list[Any]]]]
+"""A shard, the place of its first image, and place -> annotations."""
+
+
+@contextmanager
+def sorted_annotations(
+    source: Source, found: CocoImages, ends: list[int], todo: list[int], progress: Callable[[], None] = lambda: None
+) -> Iterator[Shards]:
+    """The annotations of each shard to do, once all of them have been read; places as `found.place_of` has them.
+
+    ends: for each shard the place behind its last image. progress is called now and then while sorting. Counts
+    found.num_known, num_unknown and num_with_mask. Raises: ConfigError where they are not JSON, StorageError.
+    """
+    if not todo:
+        yield iter(())  # and the files need not be read
+        return
+    with ExitStack() as boxes:
+        yield _shards(_sort(source, found, ends, todo, boxes, progress), ends)
+
+
+def _shards(boxes: list[tuple[BinaryIO, list[int]]], ends: list[int]) -> Shards:
+    for box, shards in boxes:
+        by_place: dict[int, list[Any]] = {}
+        with box:
+            box.seek(0)
+            for line in box:
+                number, _, text = line.partition(b"\t")
+                by_place.setdefault(int(number), []).append(json.loads(text))
+        for shard in shards:
+            first = ends[shard - 1] if shard else 0
+            own = {place: by_place.pop(place) for place in range(first, ends[shard]) if place in by_place}
+            yield shard, first, own
+
+
+def _sort(
+    source: Source, found: CocoImages, ends: list[int], todo: list[int], stack: ExitStack, progress: Callable[[], None]
+) -> list[tuple[BinaryIO, list[int]]]:
+    """Write each annotation of a shard to do into a box; returns the boxes, each with its shards, in order.
+
+    The boxes are files without a name: of a killed process none is left behind.
+    """
+    boxes: list[tuple[BinaryIO, list[int]]] = []
+    box_of: dict[int, BinaryIO] = {}
+    for number, shard in enumerate(sorted(todo)):
+        if number * min(_MAX_BOXES, len(todo)) // len(todo) == len(boxes):
+            file = TemporaryFile()  # noqa: SIM115
+            boxes.append((cast(BinaryIO, stack.enter_context(file)), []))
+        boxes[-1][1].append(shard)
+        box_of[shard] = boxes[-1][0]
+    for uri, places in zip(source.files["json"].to_pylist(), found.place_of, strict=True):
+        for number, (key, value) in enumerate(_items(uri)):
+            if key not in _ANNOTATIONS:
+                continue
+            place = _place_of(places, value)
+            if place is None:
+                found.num_unknown += 1
+                found.example = reprlib.repr(value.get("image_id") if isinstance(value, dict) else value)
+                continue
+            found.num_known += 1
+            found.num_with_mask += bool(value.get("segmentation"))
+            box = box_of.get(bisect_right(ends, place))
+            if box is not None:
+                box.write(b"%d\t%s\n" % (place, _dumped(value, uri)))
+            if number % 10_000 == 0:
+                progress()
+    return boxes
+
+
+def _dumped(value: Any, uri: str) -> bytes:
+    try:
+        return json.dumps(value).encode()
+    except RecursionError as error:
+        raise ConfigError(f"{storage.redact(uri)} holds an annotation that is nested too deep") from error
+
+
+def refuse_if_nothing_is_kept(source: Source, found: CocoImages) -> None:
+    """Raises: ConfigError where there are annotations, and none of them can make a mask. After sorting all of them."""
+    where = f"SOURCE {storage.redact(source.uri)}"
+    if found.num_unknown and not found.num_known:
+        raise ConfigError(
+            f"{where}: none of its {found.num_unknown:,} annotations belongs to one of its {len(found.images):,} "
+            f"images; an image_id is {found.example}, an image has the id {reprlib.repr(found.images[0]['id'])}"
+        )
+    if found.num_known and not found.num_with_mask:
+        raise ConfigError(
+            f"{where}: none of its {found.num_known:,} annotations has a mask in `segmentation` (polygons or RLE), and "
+            "boxes alone are not imported; `samray label ... input.prompts=boxes.jsonl` makes masks of boxes"
+        )

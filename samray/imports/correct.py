@@ -1,0 +1,235 @@
+"""`samray.import_` with `corrects`: an output as a person corrected it, in an output of its own.
+
+The second phase of the SAM paper's data engine (section 4, "semi-automatic"): confident masks go to a person
+(`samray export --confident`), and come back mended, with what was missing. The plan is that of the first output, so
+image ids stay; images that the person's file does not have are taken over as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from array import array
+from bisect import bisect_right
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from samray import storage
+from samray.errors import ConfigError
+from samray.exports.review import ID_ATTRIBUTE, is_sure
+from samray.imports import coco
+from samray.imports.corrections import corrected_record, own_id, record_as_it_is
+from samray.imports.places import printable
+from samray.imports.source import Source, open_source
+from samray.inputs.rows import places_of
+from samray.output.compact import look_at_finished, refuse_replaced, rows_between
+from samray.output.failures import failures_of_shards
+from samray.output.manifests import MANIFEST_SCHEMA
+from samray.output.plan import Plan, load_plan, write_plan
+from samray.output.schema import ANNOTATIONS_PER_IMAGE, ImageRecord, records_to_table
+from samray.output.shards import commit_shard, done_shards, mark_success, open_shard, shard_versions
+from samray.pipeline.report import ImportReport, Labelled, ShardSummary
+from samray.progress import ProgressView
+
+
+def correct(
+    source: str,
+    dest: str,
+    output: str,
+    *,
+    confident: float | None,
+    stable: float | None,
+    keep_rest: bool,
+    images_per_shard: int | None,
+    progress: bool,
+) -> ImportReport:
+    """Write OUTPUT with the corrections of source, COCO instances JSON, to dest, or finish what a call left undone.
+
+    confident, stable: what the export was made with. keep_rest: masks that were not in it stay.
+    Raises: ConfigError before anything is written, StorageError.
+    """
+    started = time.monotonic()
+    plan = load_plan(output)
+    found = open_source(source, "coco")
+    fingerprint, _ = look_at_finished(plan)
+    in_coco = coco.read_images(found)
+    image_at, num_unknown = _find_images(in_coco, plan, found)
+    _refuse_masks_not_shown(found, in_coco, image_at, plan, confident, stable)
+    options: dict[str, Any] = {"confident": confident, "stable": stable, "keep_rest": keep_rest}
+    per_shard = images_per_shard or plan.generations[0].images_per_shard
+    is_begun = _check_dest(plan, dest)
+    done = shard_versions(dest) if is_begun else {}
+    ends = [min(start + per_shard, plan.num_images) for start in range(0, plan.num_images, per_shard)]
+    todo = [shard for shard in range(len(ends)) if shard not in done]
+    num_done = sum(ends[shard] - (ends[shard - 1] if shard else 0) for shard in done if shard < len(ends))
+    settings = {**options, "bbox_convention": plan.run["identity"].get("masks", {}).get("bbox_convention", "coco")}
+    view = ProgressView(plan.num_images, num_done, enabled=progress)
+    view.note = "correcting"
+    with view, coco.sorted_annotations(found, in_coco, ends, todo, view.update) as shards:
+        target = _plan(plan, dest, found, fingerprint, options, per_shard)
+        report = ImportReport(
+            output=storage.redact(target.output),
+            format="coco",
+            num_images=target.num_images,
+            num_shards=target.num_shards,
+            num_shards_skipped=target.num_shards - len(todo),
+            num_corrected=len(image_at),
+            num_unknown_images=num_unknown,
+        )
+        for failures in failures_of_shards(target.output, done).values():
+            report.add_failures(failures)
+        starts = plan.starts()
+        for shard, first, annotations in shards:
+            table, _ = rows_between(plan, starts, first, target.num_images_of(shard))
+            records, changes = _records(table.to_pylist(), first, image_at, annotations, settings)
+            report.num_dropped += changes.pop("dropped", 0)
+            report.changes = dict(Counter(report.changes) + changes)
+            summary = ShardSummary.of(shard, Labelled(records))
+            commit_shard(target.output, shard, records_to_table(records, target.run), summary.to_dict())
+            report.add(summary, 0)
+            num_done += target.num_images_of(shard)
+            view.update(num_done=num_done, num_failed=report.num_failed)
+    report.num_dropped += in_coco.num_unknown
+    refuse_replaced(plan, fingerprint, target.output)
+    mark_success(target.output, num_images=target.num_images, num_failed=report.num_failed)
+    report.wall_s = time.monotonic() - started
+    return report
+
+
+def _records(
+    rows: list[dict[str, Any]],
+    first: int,
+    image_at: dict[int, dict[str, Any]],
+    annotations: dict[int, list[Any]],
+    settings: dict[str, Any],
+) -> tuple[list[ImageRecord], Counter[str]]:
+    """The rows of a shard as the person left them, and what was counted of the masks. first: place of the first row."""
+    records: list[ImageRecord] = []
+    total: Counter[str] = Counter()
+    for place, row in enumerate(rows, start=first):
+        if place not in image_at or row["status"] != "ok":
+            records.append(record_as_it_is(row))
+            total["dropped"] += len(annotations.get(place, []))
+            continue
+        record, numbers = corrected_record(row, image_at[place], annotations.get(place, []), **settings)
+        records.append(record)
+        total += numbers
+    return records, total
+
+
+def _find_images(in_coco: coco.CocoImages, plan: Plan, source: Source) -> tuple[dict[int, dict[str, Any]], int]:
+    """Place in the plan -> the person's image, by file_name, for tools give ids anew; and how many are not there.
+
+    Of several images of that name it is the one of the person's id, where there is one. `in_coco.place_of` then says
+    places in the plan. Raises: ConfigError where an image has no name, several images could be meant, two are the same,
+    or none is found.
+    """
+    where = f"SOURCE {storage.redact(source.uri)}"
+    held = plan.read_images(["image_id", "file_name"])
+    for image in in_coco.images:
+        if not isinstance(image["file_name"], str) or not image["file_name"]:
+            raise ConfigError(f"{where}: the image {image['id']} has no file_name")
+        image["file_name"] = printable(image["file_name"])
+    places = places_of([image["file_name"] for image in in_coco.images], held["file_name"])
+    image_at: dict[int, dict[str, Any]] = {}
+    place_of: dict[int, int] = {}
+    for number, image in enumerate(in_coco.images):
+        candidates = places.get(number, [])
+        if len(candidates) > 1:
+            candidates = [place for place in candidates if held["image_id"][place].as_py() == image["id"]]
+            if not candidates:
+                raise ConfigError(
+                    f"{where}: the file_name {image['file_name']!r} is that of several images of "
+                    f"{storage.redact(plan.output)}, none with the id {image['id']}"
+                )
+        if candidates:
+            if candidates[0] in image_at:
+                raise ConfigError(f"{where} holds the image {image['file_name']!r} twice")
+            image_at[candidates[0]] = image
+            place_of[number] = candidates[0]
+    if not image_at:
+        raise ConfigError(
+            f"{where}: none of its {len(in_coco.images)} images is in {storage.redact(plan.output)}; its first is "
+            f"{in_coco.images[0]['file_name']!r}, there the first is {held['file_name'][0].as_py()!r}"
+        )
+    in_coco.place_of = [
+        {id: place_of[number] for id, number in own.items() if number in place_of} for own in in_coco.place_of
+    ]
+    return image_at, len(in_coco.images) - len(image_at)
+
+
+def _refuse_masks_not_shown(
+    source: Source,
+    in_coco: coco.CocoImages,
+    image_at: dict[int, dict[str, Any]],
+    plan: Plan,
+    confident: float | None,
+    stable: float | None,
+) -> None:
+    """Raises: ConfigError where a mask came back that, by the bounds, nobody was shown: they are not the export's.
+
+    Taken at their word, they would make of it a new mask beside the old one, or in its place. in_coco, image_at: as
+    `_find_images` leaves them.
+    """
+    if confident is None and stable is None:
+        return
+    image_ids = plan.read_images(["image_id"])["image_id"].to_numpy()
+    returned = array("q")
+    for place, annotation in coco.annotations_of_images(source, in_coco):
+        id = own_id(annotation.get("attributes"))
+        if id is not None and id // ANNOTATIONS_PER_IMAGE == image_ids[place]:
+            returned.append(id)
+    ids = pa.array(returned, pa.int64())
+    starts = plan.starts()
+    columns = [f"annotations.list.element.{name}" for name in ("id", "predicted_iou", "stability_score")]
+    for shard in sorted({bisect_right(starts, place) - 1 for place in image_at}):
+        with open_shard(plan.output, shard) as file:
+            masks = pc.list_flatten(file.read(columns=columns)["annotations"])
+        for mask in masks.filter(pc.is_in(pc.struct_field(masks, "id"), value_set=ids)).to_pylist():
+            if not is_sure(mask["predicted_iou"], mask["stability_score"], confident, stable):
+                bounds = {"--confident": confident, "--stable": stable}
+                given = " ".join(f"{name} {value}" for name, value in bounds.items() if value is not None)
+                raise ConfigError(
+                    f"SOURCE {storage.redact(source.uri)} holds masks that, by {given}, were not exported: that of "
+                    f"{ID_ATTRIBUTE} {mask['id']} has a predicted IoU of {mask['predicted_iou']} and a stability of "
+                    f"{mask['stability_score']}; give the bounds of the export"
+                )
+
+
+def _check_dest(plan: Plan, dest: str) -> bool:
+    """Whether DEST was begun by an earlier call. Raises: ConfigError where it cannot take the corrected output."""
+    if storage.normalize(dest) == plan.output:
+        raise ConfigError("DEST must be another folder than the OUTPUT that is corrected")
+    is_begun = storage.exists(storage.join(storage.normalize(dest), "_samray", "run.json"))
+    if not is_begun and done_shards(dest):
+        raise ConfigError(f"{storage.redact(dest)} holds shards of which nothing says what they are: give another DEST")
+    return is_begun
+
+
+def _plan(
+    plan: Plan,
+    dest: str,
+    source: Source,
+    fingerprint: str,
+    options: dict[str, Any],
+    per_shard: int,
+) -> Plan:
+    """The plan of the corrected output: the same images. Raises: ConfigError where dest holds something else."""
+    run = copy.deepcopy({key: value for key, value in plan.run.items() if key not in ("generation", "num_images")})
+    run["identity"]["output"] = {"images_per_shard": per_shard}
+    run["identity"]["corrects"] = {
+        "output": storage.redact(plan.output),
+        "shards": fingerprint,
+        "input_uri": storage.redact(source.uri),
+        "files": source.fingerprint(),
+        "sha256": source.sha256(),  # a mask may be moved without a change of the file's size
+        **options,
+        "corrects": plan.run["identity"].get("corrects"),
+    }
+    run["images_per_shard"] = per_shard
+    storage.remove_leftovers(dest)
+    images = plan.read_images([name for name in MANIFEST_SCHEMA.names if name != "shard"])
+    return write_plan(dest, images, per_shard, run)

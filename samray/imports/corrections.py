@@ -1,0 +1,201 @@
+"""What a person made of the masks of an image: which are the same, which were changed, which are new, which are gone.
+
+A tool gives annotations ids of its own, so a mask is found again by the attribute `samray_id`, where the tool kept it,
+and else by its pixels: of all pairs of masks the one of the largest IoU is taken for the same mask, then the next, down
+to an IoU of `MATCH_IOU`. A mask of the very same pixels is unchanged, and stays as it was, scores and all.
+
+Ids of an image's masks are never used for another mask: new masks get ids after all that the image ever had, which
+are those of its masks and of its `corrections`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from pycocotools import mask as coco_mask
+
+from samray.errors import ImageError, StorageError
+from samray.exports.review import ID_ATTRIBUTE, is_sure
+from samray.imports.records import counts_of, image_hw, measure
+from samray.output.schema import ANNOTATIONS_PER_IMAGE, ImageRecord
+from samray.rle.runs import runs_of_image
+
+MATCH_IOU: Final = 0.5
+"""Least IoU of a person's mask with the one that it is taken for."""
+
+Mask = dict[str, Any]
+"""A value of `ANNOTATION`."""
+
+
+def record_as_it_is(row: Mapping[str, Any]) -> ImageRecord:
+    """The record of a row of an output. row: as `pa.Table.to_pylist` gives it."""
+    return ImageRecord(
+        **row["image"],
+        uri=row["uri"],
+        annotations=row["annotations"],
+        error=row["error"],
+        corrections=row.get("corrections"),
+    )
+
+
+def corrected_record(
+    row: Mapping[str, Any],
+    image: Mapping[str, Any],
+    annotations: Sequence[Any],
+    *,
+    confident: float | None,
+    stable: float | None,
+    keep_rest: bool,
+    bbox_convention: str,
+) -> tuple[ImageRecord, Counter[str]]:
+    """The row of an image as a person left it, and how many masks were unchanged, changed, added, removed, left_out.
+
+    row: of the output, not failed. image: width and height, and annotations, both as the person's file has them.
+    confident, stable: of the export that the person began with; masks below were not in it. They are left out, or, with
+    keep_rest, stay as they are. `dropped` counts annotations that hold no pixel, such as mere boxes. What cannot be
+    understood makes the image a failed one, with a reason. Raises: StorageError where the output's masks are damaged.
+    """
+    known = row["image"]
+    hw = known["height"], known["width"]
+    try:
+        if image_hw(image) != hw:
+            raise ImageError(
+                "unreadable",
+                f"the corrected image is {image['width']}x{image['height']}, the labelled one {hw[1]}x{hw[0]}",
+            )
+        drawn = [_drawn(i, raw, hw) for i, raw in enumerate(annotations)]
+        theirs = [mask for mask in drawn if mask is not None]
+        numbers: Counter[str] = Counter(dropped=len(drawn) - len(theirs))
+        ids = [mask["id"] for mask in row["annotations"]]
+        marks = {entry["id"]: entry["change"] for entry in row.get("corrections") or []}
+        next_id = max([*ids, *marks], default=known["image_id"] * ANNOTATIONS_PER_IMAGE - 1) + 1
+
+        shown: list[Mask] = []
+        rest: list[Mask] = []
+        for mask in row["annotations"]:
+            (shown if is_sure(mask["predicted_iou"], mask["stability_score"], confident, stable) else rest).append(mask)
+        if any(mask["segmentation"]["size"] != list(hw) for mask in row["annotations"]):
+            raise StorageError(
+                f"image {known['image_id']} has a mask that is not of its size, {hw[1]}x{hw[0]}; "
+                "`samray verify --deep` finds all such faults"
+            )
+        runs_of_image(known["image_id"], [mask["segmentation"]["counts"] for mask in shown], hw)
+        same_as = match_masks(shown, theirs, hw)
+
+        kept: dict[int, Mask] = {mask["id"]: mask for mask in rest} if keep_rest else {}
+        if not keep_rest:
+            marks |= {mask["id"]: "left_out" for mask in rest}
+            numbers["left_out"] = len(rest)
+        for place, mask in enumerate(shown):
+            counts = theirs[same_as[place]][0] if place in same_as else None
+            if counts is None:
+                numbers["removed"] += 1
+                marks[mask["id"]] = "removed"
+            elif _same_pixels(counts, mask["segmentation"]["counts"], hw):
+                numbers["unchanged"] += 1
+                kept[mask["id"]] = mask
+            else:
+                numbers["changed"] += 1
+                kept[mask["id"]] = {**mask, **_of_a_person(counts, hw, bbox_convention)}
+                if marks.get(mask["id"]) != "added":  # a person's own mask stays one
+                    marks[mask["id"]] = "changed"
+        for place, (counts, _) in enumerate(theirs):
+            if place not in same_as.values():
+                numbers["added"] += 1
+                whole = [0.0, 0.0, float(hw[1]), float(hw[0])]
+                own = _of_a_person(counts, hw, bbox_convention)
+                kept[next_id] = {"id": next_id, **own, "point_coords": [], "crop_box": whole}
+                marks[next_id] = "added"
+                next_id += 1
+        if next_id > (known["image_id"] + 1) * ANNOTATIONS_PER_IMAGE:
+            raise ImageError("unsupported", f"no id is left: an image has {ANNOTATIONS_PER_IMAGE}")
+    except ImageError as error:
+        failed = {"image_id": known["image_id"], "file_name": known["file_name"], "uri": row["uri"]}
+        return ImageRecord(**failed, width=0, height=0, error=str(error)), Counter()
+    record = ImageRecord(
+        **known,
+        uri=row["uri"],
+        annotations=[kept[id] for id in sorted(kept)],
+        corrections=[{"id": id, "change": marks[id]} for id in sorted(marks)],
+    )
+    return record, numbers
+
+
+def match_masks(shown: Sequence[Mask], theirs: Sequence[tuple[str, int | None]], hw: tuple[int, int]) -> dict[int, int]:
+    """Place in shown -> place in theirs of the same mask, each of them once at most.
+
+    theirs: run lengths, and the id that came back, if one did. Of several with the same id, as after copy and paste, it
+    is the one that overlaps most; the others are looked at as if they had none.
+    """
+    if not shown or not theirs:
+        return {}
+    ious = _ious([mask["segmentation"]["counts"] for mask in shown], [counts for counts, _ in theirs], hw)
+    found: dict[int, int] = {}
+    for place, mask in enumerate(shown):
+        claims = [i for i, (_, id) in enumerate(theirs) if id == mask["id"]]
+        if claims:
+            found[place] = max(claims, key=lambda i: ious[place, i])
+    taken = set(found.values())
+    for flat in np.argsort(-ious, axis=None, kind="stable").tolist():
+        place, other = divmod(flat, len(theirs))
+        if ious[place, other] < MATCH_IOU:
+            break
+        if place not in found and other not in taken:
+            found[place] = other
+            taken.add(other)
+    return found
+
+
+def _ious(ours: list[str], theirs: list[str], hw: tuple[int, int]) -> npt.NDArray[np.float64]:
+    """(len(ours), len(theirs)) of sound run-length strings."""
+    rles = [[{"size": list(hw), "counts": counts} for counts in some] for some in (ours, theirs)]
+    return np.asarray(coco_mask.iou(rles[0], rles[1], [0] * len(theirs)))
+
+
+def _same_pixels(ours: str, theirs: str, hw: tuple[int, int]) -> bool:
+    # The same mask may be spelled in two ways: with runs of no pixel, or with a last run that others leave away.
+    return ours == theirs or bool(_ious([ours], [theirs], hw)[0, 0] == 1.0)
+
+
+def _of_a_person(counts: str, hw: tuple[int, int], bbox_convention: str) -> Mask:
+    """What is known of a mask that a person drew. Its scores are 1: whoever filters by them means to keep such."""
+    area, bbox = measure(counts, hw, bbox_convention)
+    segmentation = {"size": list(hw), "counts": counts}
+    return {
+        "segmentation": segmentation,
+        "bbox": bbox,
+        "area": area,
+        "predicted_iou": 1.0,
+        "stability_score": 1.0,
+    }
+
+
+def _drawn(place: int, raw: Any, hw: tuple[int, int]) -> tuple[str, int | None] | None:
+    """An annotation's run lengths, and the id of ours that came back with it; None where it has no pixel.
+
+    Raises: ImageError.
+    """
+    try:
+        counts = counts_of(raw.get("segmentation"), hw)
+        if counts is None or measure(counts, hw, "coco")[0] == 0:
+            return None
+        return counts, own_id(raw.get("attributes"))
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise ImageError("unreadable", f"annotation {place} cannot be understood: {str(error)[:300]}") from error
+
+
+def own_id(attributes: Any) -> int | None:
+    """The id in an annotation's attributes, which tools give back as text, as a number with a point, or empty."""
+    value = attributes.get(ID_ATTRIBUTE) if isinstance(attributes, Mapping) else None
+    if value is None or isinstance(value, bool):
+        return None
+    try:
+        if isinstance(value, int) or (isinstance(value, str) and value.strip().isdecimal()):
+            return int(value)  # exactly: floats hold whole numbers up to 2^53 only
+        return None if float(value) % 1 else int(float(value))
+    except (ValueError, TypeError, OverflowError):
+        return None

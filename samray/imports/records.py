@@ -1,0 +1,226 @@
+"""Annotations of SA-1B and COCO, whatever they leave open, as rows of an output.
+
+The mask is what counts: area and box are measured on it again, for sources round them, cut them or take them from
+polygons. An annotation's id becomes image_id * 65536 + index, as everywhere in samray. What a source does not know is
+filled in: a predicted IoU (else COCO's `score`) and stability of 1, no point, the whole image as crop box. Categories
+have no place in the SA-1B layout and are dropped.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any, Final
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from samray.errors import ImageError
+from samray.output.schema import ANNOTATIONS_PER_IMAGE, ImageRecord
+from samray.rle.runs import MAX_CHARS, Runs, area, bbox_xywh, check_size, checked_runs, spans
+
+_MAX_OUTLINE: Final = 2**22
+"""Longest outline of an annotation's polygons, pixels, and farthest corner."""
+
+MAX_IMAGE_CHARS: Final = 2**25
+"""Limit for the run-length strings of one image: a polygon of three corners may make a string of megabytes."""
+
+
+def record_of(
+    planned: Mapping[str, Any], image: Mapping[str, Any], annotations: Sequence[Any], bbox_convention: str
+) -> tuple[ImageRecord, int]:
+    """A row of an output, and how many annotations were dropped because they hold no pixel.
+
+    planned: the image's row of the manifest. image: width and height. An annotation that cannot be understood makes
+    the image a failed one, with a reason that names it.
+    """
+    known = {name: planned[name] for name in ("image_id", "file_name", "uri")}
+    try:
+        height, width = image_hw(image)
+        kept: list[dict[str, Any]] = []
+        num_chars = 0
+        for i, raw in enumerate(annotations):
+            mask = _annotation(i, raw, (height, width), bbox_convention)
+            if mask is not None:
+                kept.append(mask)
+                num_chars += len(mask["segmentation"]["counts"])
+            if len(kept) > ANNOTATIONS_PER_IMAGE:
+                raise ImageError("unsupported", f"{len(annotations)} annotations are more than {ANNOTATIONS_PER_IMAGE}")
+            if num_chars > MAX_IMAGE_CHARS:
+                raise ImageError("too_large", f"its masks have more than {MAX_IMAGE_CHARS} characters of run lengths")
+    except ImageError as error:
+        return failed(planned, error), 0
+    return ImageRecord(**known, width=width, height=height, annotations=kept), len(annotations) - len(kept)
+
+
+def failed(planned: Mapping[str, Any], error: ImageError) -> ImageRecord:
+    """The row of an image whose annotations cannot be had."""
+    known = {name: planned[name] for name in ("image_id", "file_name", "uri")}
+    return ImageRecord(**known, width=0, height=0, error=str(error))
+
+
+def image_hw(image: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width in pixels; whole numbers may be written as floats, as pandas does.
+
+    Raises: ImageError where they are no size of an image, or one too large to handle.
+    """
+    sides = [whole(image.get(name)) for name in ("height", "width")]
+    if None in sides:
+        given = (image.get("height"), image.get("width"))
+        raise ImageError("unreadable", f"the image has the impossible height and width {reprlib.repr(given)}")
+    try:
+        return check_size(sides)
+    except ValueError as error:
+        raise ImageError("unreadable", f"the image has {error}") from error
+
+
+def whole(value: Any) -> int | None:
+    """The whole number that a value is, also as a float; None for everything else."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _annotation(place: int, raw: Any, hw: tuple[int, int], bbox_convention: str) -> dict[str, Any] | None:
+    """As `MaskGenerator` would make it, without id; None where there is no pixel. Raises: ImageError."""
+    try:
+        counts = counts_of(raw.get("segmentation"), hw)
+        if counts is None:
+            return None
+        num_pixels, bbox = measure(counts, hw, bbox_convention)
+        if num_pixels == 0:
+            return None
+        score = raw.get("predicted_iou", raw.get("score"))
+        points = raw.get("point_coords") or []
+        return {
+            "segmentation": {"size": list(hw), "counts": counts},
+            "bbox": bbox,
+            "area": num_pixels,
+            "predicted_iou": _score(score),
+            "stability_score": _score(raw.get("stability_score")),
+            "point_coords": [[_finite(x), _finite(y)] for x, y in points],
+            "crop_box": _four(raw.get("crop_box")) or [0.0, 0.0, float(hw[1]), float(hw[0])],
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise ImageError("unreadable", f"annotation {place} cannot be understood: {str(error)[:300]}") from error
+
+
+def _score(value: Any) -> float:
+    return float(value) if value is not None and math.isfinite(value) else 1.0
+
+
+def _four(value: Any) -> list[float] | None:
+    if value is None:
+        return None
+    if len(value) != 4:
+        raise ValueError(f"a box of {len(value)} numbers")
+    return [_finite(number) for number in value]
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):  # Python reads NaN and Infinity, which are no JSON
+        raise ValueError(f"the coordinate {number}")
+    return number
+
+
+def counts_of(segmentation: Any, hw: tuple[int, int]) -> str | None:
+    """COCO's compressed run lengths, of whatever form; None where there is no mask.
+
+    hw: as `image_hw` gives it. Raises: ValueError and the like.
+    """
+    if not segmentation:
+        return None
+    if isinstance(segmentation, list):
+        return _counts_of_polygons(segmentation, hw)
+    size, counts = segmentation["size"], segmentation["counts"]
+    if not isinstance(size, list) or [whole(side) for side in size] != list(hw):
+        raise ValueError(f"a mask of size {reprlib.repr(size)}, in an image {list(hw)} high and wide")
+    if isinstance(counts, list):
+        return _compressed(_plain_runs(counts, hw), hw)
+    runs = checked_runs(counts, hw)
+    # A run without a pixel between two others is legal, and ends pycocotools' IoU too early.
+    return _compressed(runs, hw) if np.any(runs[1:] == 0) else str(counts)
+
+
+def _plain_runs(counts: list[Any], hw: tuple[int, int]) -> Runs:
+    """Uncompressed run lengths, as whole numbers that may be written as floats. Raises: ValueError."""
+    if len(counts) > MAX_CHARS:
+        raise ValueError(f"{len(counts)} run lengths: at most {MAX_CHARS} can be handled")
+    runs = [whole(run) for run in counts]
+    # Summed by Python, which does not overflow.
+    if any(run is None or run < 0 for run in runs) or sum(runs) != hw[0] * hw[1]:  # type: ignore[arg-type]
+        raise ValueError(f"run lengths that do not sum to {hw[0]} * {hw[1]}")
+    return np.array(runs, dtype=np.int64)
+
+
+def _compressed(runs: Runs, hw: tuple[int, int]) -> str:
+    """The runs as COCO's string, without runs that hold no pixel but for a first one."""
+    start, end = spans(runs)
+    counts = np.diff(np.stack([start, end], axis=1).ravel(), prepend=0, append=hw[0] * hw[1])
+    if counts[-1] == 0 and len(counts) > 1:  # the runs of a mask that ends in a 1 end with it
+        counts = counts[:-1]
+    return str(coco_mask.frPyObjects({"size": list(hw), "counts": counts}, *hw)["counts"].decode("ascii"))
+
+
+def _counts_of_polygons(polygons: list[Any], hw: tuple[int, int]) -> str | None:
+    if all(isinstance(number, int | float) for number in polygons):  # one polygon, without a list around it
+        polygons = [polygons]
+    elif len(polygons) > 2 and all(_is_point(point) for point in polygons):  # one polygon of [x, y] pairs
+        polygons = [list(chain.from_iterable(polygons))]
+    usable = []
+    outline = 0.0
+    for polygon in polygons:
+        if polygon and all(_is_point(point) for point in polygon):
+            polygon = list(chain.from_iterable(polygon))
+        xy = np.array([float(number) for number in polygon], dtype=np.float64)
+        if len(xy) % 2 or not np.isfinite(xy).all():
+            raise ValueError("a polygon that is no list of x, y")
+        if len(xy) < 6:  # COCO has a few of one or two points, which hold nothing
+            continue
+        # pycocotools walks along the outline in fifths of a pixel and keeps each step, also far outside of the image.
+        corners = xy.reshape(-1, 2)
+        length = np.abs(np.diff(corners, axis=0, append=corners[:1])).max(axis=1).sum()
+        outline += float(length)
+        if not outline <= _MAX_OUTLINE or np.abs(xy).max() > _MAX_OUTLINE:
+            raise ValueError(
+                f"polygons with an outline of {outline:.3g} pixels or corners as far away, where at most "
+                f"{_MAX_OUTLINE} can be handled"
+            )
+        usable.append(xy.tolist())
+    if not usable:
+        return None
+    return str(coco_mask.merge(coco_mask.frPyObjects(usable, *hw))["counts"].decode("ascii"))
+
+
+def _is_point(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and not any(isinstance(number, list) for number in value)
+
+
+def measure(counts: str, hw: tuple[int, int], bbox_convention: str) -> tuple[int, list[float]]:
+    """Area and box of a sound run-length string. bbox_convention: coco, or sam, whose boxes are one pixel short."""
+    runs = checked_runs(counts, hw)
+    x, y, w, h = bbox_xywh(runs, hw)
+    return area(runs), [x, y, w, h] if bbox_convention == "coco" else [x, y, w - 1, h - 1]
+
+
+def bbox_convention_of(samples: Iterable[tuple[Any, tuple[int, int]]]) -> str | None:
+    """coco or sam, by what most boxes agree with; None where none says. Never raises.
+
+    samples: annotations, each with its image's height and width.
+    """
+    votes = {"coco": 0, "sam": 0}
+    for raw, hw in samples:
+        try:
+            counts = counts_of(raw["segmentation"], hw)
+            box = _four(raw["bbox"])
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError):
+            continue
+        for convention in votes:
+            if counts is not None:
+                votes[convention] += box == measure(counts, hw, convention)[1]
+    if votes["coco"] == votes["sam"]:
+        return None
+    return max(votes, key=lambda convention: votes[convention])

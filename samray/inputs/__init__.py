@@ -1,0 +1,1 @@
+"""What an INPUT holds: listing it, fetching the bytes of its images, decoding them to RGB."""

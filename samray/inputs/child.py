@@ -1,0 +1,168 @@
+"""A process of our own that may be killed: what an image does to it tells about the image, and costs no other image.
+
+The child runs one function for each request, over a socket pair. It is started as a fresh interpreter, never forked: a
+fork of a process with Ray's and torch's threads may hang. It ends with its parent, whatever it is doing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Final
+
+Answer = tuple[bytes, int | None]
+"""What a child answers: bytes, and a file descriptor if there is one."""
+
+Buffer = bytes | bytearray | memoryview
+
+CRASHES_TO_BLAME: Final = 2
+"""Times a process must crash at one image, alone with it, before the image is blamed."""
+
+KILLS_TO_BLAME: Final = 5
+"""The same if the process was killed (SIGKILL), which the kernel's OOM killer and people do to sound images too."""
+
+_CRASHES: Final = {-s for s in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)}
+
+
+class ChildDied(Exception):
+    """The child ended, or was ended because it gave no answer in time, before it answered.
+
+    returncode: as subprocess has it: minus the signal, or the exit status.
+    """
+
+    def __init__(self, returncode: int) -> None:
+        super().__init__(f"the process was ended by {how_it_ended(returncode)}")
+        self.returncode = returncode
+
+    @property
+    def is_crash(self) -> bool:
+        """Whether it ended by what it did itself."""
+        return self.returncode in _CRASHES or self.returncode > 0
+
+
+class ChildNotStarted(Exception):
+    """No process could be started, or it ended before it was ready for a request: no image is to blame for that."""
+
+
+def how_it_ended(returncode: int) -> str:
+    """`signal 11 (SIGSEGV)`, `exit status 1`."""
+    if returncode >= 0:
+        return f"exit status {returncode}"
+    with contextlib.suppress(ValueError):
+        return f"signal {-returncode} ({signal.Signals(-returncode).name})"
+    return f"signal {-returncode}"
+
+
+def is_to_blame(deaths: Sequence[ChildDied]) -> bool:
+    """Whether deaths at one image, alone, are proof enough that it was the image."""
+    return sum(death.is_crash for death in deaths) >= CRASHES_TO_BLAME or len(deaths) >= KILLS_TO_BLAME
+
+
+class Child:
+    """The parent's side. target: `module:function`, which is given setup and returns the function of requests."""
+
+    def __init__(self, target: str, setup: bytes, start_timeout_s: float = 120.0) -> None:
+        """Start the process and wait until it is ready. Raises ChildNotStarted."""
+        self._socket, theirs = socket.socketpair()
+        self._lifeline, their_lifeline = socket.socketpair()
+        code = (
+            "from samray.inputs.child import serve;"
+            f"serve({theirs.fileno()}, {their_lifeline.fileno()}, {os.getpid()}, {target!r})"
+        )
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", code],
+                pass_fds=(theirs.fileno(), their_lifeline.fileno()),
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
+            )
+        except OSError as error:
+            raise ChildNotStarted(str(error)) from error
+        finally:
+            theirs.close()
+            their_lifeline.close()
+        try:
+            self.ask(setup, timeout_s=start_timeout_s)
+        except ChildDied as death:
+            raise ChildNotStarted(str(death)) from death
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ask(self, *parts: Buffer, timeout_s: float) -> Answer:
+        """One request, and its answer. Raises ChildDied; after that the child is gone."""
+        try:
+            self._socket.settimeout(timeout_s)
+            _send(self._socket, parts)
+            return _receive(self._socket)
+        except (OSError, EOFError) as error:
+            if isinstance(error, TimeoutError):
+                self._process.kill()
+            raise ChildDied(self.close()) from error
+
+    def close(self) -> int:
+        """End the process; returns how it ended."""
+        self._socket.close()
+        self._lifeline.close()
+        return self._process.wait()
+
+
+def serve(socket_fd: int, lifeline_fd: int, parent: int, target: str) -> None:
+    """The child's side: answer requests until the parent closes the socket or is gone."""
+    for number in (signal.SIGIO, signal.SIGXCPU):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGIO, signal.SIGXCPU))
+    # The kernel sends SIGIO, which ends the process also within a decoder, when the parent's end of this is closed.
+    fcntl.fcntl(lifeline_fd, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline_fd, fcntl.F_SETFL, fcntl.fcntl(lifeline_fd, fcntl.F_GETFL) | os.O_ASYNC)
+    if os.getppid() != parent:
+        os._exit(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
+    with contextlib.suppress(EOFError, OSError), socket.socket(fileno=socket_fd) as stream:
+        setup, _ = _receive(stream)
+        module, _, name = target.partition(":")
+        answer: Callable[[bytes], Answer] = getattr(importlib.import_module(module), name)(setup)
+        _send(stream, ())
+        while True:
+            request, _ = _receive(stream)
+            reply, fd = answer(request)
+            del request
+            _send(stream, (reply,), fd)
+            if fd is not None:
+                os.close(fd)
+    os._exit(0)
+
+
+def _send(stream: socket.socket, parts: Sequence[Buffer], fd: int | None = None) -> None:
+    header = struct.pack("<Q", sum(len(part) for part in parts))
+    if fd is None:
+        stream.sendall(header)
+    else:
+        socket.send_fds(stream, [header], [fd])
+    for part in parts:
+        stream.sendall(part)
+
+
+def _receive(stream: socket.socket) -> Answer:
+    header, fds, _, _ = socket.recv_fds(stream, 8, 1)
+    if len(header) < 8:
+        raise EOFError
+    (size,) = struct.unpack("<Q", header)
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        number = stream.recv_into(view)
+        if not number:
+            raise EOFError
+        view = view[number:]
+    return bytes(data), fds[0] if fds else None

@@ -1,0 +1,339 @@
+"""Encoded image bytes to RGB uint8 (H, W, 3), whatever camera, scanner or joker they come from.
+
+Decisions, where formats leave room:
+
+- EXIF and TIFF orientation is applied: masks lie on the picture as people see it.
+- Transparency is laid over white, as most viewers show it; colours hidden under full transparency do not shine through.
+- 16-bit grey is scaled by 1/257 (65535 becomes 255), 12-bit grey by 255/4095. 32-bit integers within 0..65535 are
+  treated as 16-bit. Floats within 0..1 are scaled by 255, within 0..255 taken as they are. Anything wider is stretched
+  from its minimum to its maximum; NaN and infinities become black. A TIFF's WhiteIsZero is inverted after that.
+- CMYK follows Pillow, which knows that JPEGs hold it inverted; no colour profile is applied.
+- Of animations and multi-page files the first frame is taken; of a TIFF whose first picture calls itself a thumbnail,
+  the full picture. Raw camera files are refused: a developed picture is a matter of taste.
+
+The number of pixels is checked in the header, before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import struct
+import warnings
+import zlib
+from functools import cache
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pillow_heif
+from PIL import AvifImagePlugin, Image, ImageCms, UnidentifiedImageError
+
+from samray.errors import ImageError
+from samray.inputs import kinds as image_kinds
+from samray.inputs import tiff
+
+RGBArray = npt.NDArray[np.uint8]
+
+# Only pure decoders of pixel formats: others of Pillow's plugins start programs (EPS) or fetch other files.
+# (Multi-picture JPEGs come through JPEG.) Builds of Pillow may lack some.
+Image.init()
+# One thread: an image's time is limited in CPU seconds, and images are decoded side by side.
+pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+FORMATS: Final = tuple(
+    name
+    for name in ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "HEIF", "ICO", "PSD")
+    if name in Image.OPEN
+)
+_MULTI_PICTURE_JPEG: Final = ".mpo"
+
+# What Pillow's decoders raise on damaged data; found by feeding them some.
+_DECODE_ERRORS: Final = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    OverflowError,
+    ZeroDivisionError,
+    NotImplementedError,
+    RuntimeError,
+    EOFError,
+    AssertionError,
+    struct.error,
+    zlib.error,
+    ImageCms.PyCMSError,
+)
+_EXIF_ORIENTATION: Final = 0x0112
+
+_TEXT_CHUNKS: Final = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_ORIENTATION_TEXT: Final = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
+_MAX_ORIENTATION_TEXT: Final = 256 * 1024
+
+_REFUSALS: Final = re.compile("cannot handle|unsupported|not supported|not implemented|unknown|unable to determine")
+"""What Pillow says of files that are sound and of a kind it does not decode."""
+
+# A damaged photograph in a million is a row with an error, not a line on the terminal of each worker.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
+@cache
+def image_extensions() -> tuple[str, ...]:
+    """File name endings, lower case with the dot, of the formats that `decode_image` reads; sorted."""
+    known = Image.registered_extensions()
+    return tuple(sorted({_MULTI_PICTURE_JPEG, *(ending for ending, name in known.items() if name in FORMATS)}))
+
+
+def decode_image(data: bytes | bytearray | memoryview, max_pixels: int) -> RGBArray:
+    """Encoded bytes as (H, W, 3) uint8 RGB, C-contiguous and writable, upright.
+
+    max_pixels: width x height above which the image is refused undecoded.
+    Raises: ImageError with reason empty, not_an_image, unsupported, truncated, too_large, out_of_memory or unreadable.
+    """
+    if len(data) == 0:
+        raise ImageError("empty", "the file has no bytes")
+    data = bytes(data)
+    try:
+        with _open(data, max_pixels) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise _too_large(image.size, max_pixels)
+            image.load()
+            if image.size[0] * image.size[1] > max_pixels:  # some headers say less than the picture inside
+                raise _too_large(image.size, max_pixels)
+            return _to_rgb(_upright(image))
+    except ImageError:
+        raise
+    except MemoryError as error:
+        raise ImageError("out_of_memory", "the decoded image does not fit into memory") from error
+    except _DECODE_ERRORS as error:
+        raise _decode_error(data, error) from error
+
+
+def _too_large(size: tuple[int, int], max_pixels: int) -> ImageError:
+    width, height = size
+    return ImageError(
+        "too_large", f"{width}x{height} is {width * height} pixels, more than input.max_pixels={max_pixels}"
+    )
+
+
+def is_of_size(data: bytes, width: int, height: int) -> bool:
+    """Whether `decode_image` would give this width and height, by the header alone; False where that is damaged."""
+    try:
+        with _open(data, width * height) as image:
+            if image.size == (width, height):  # also of a picture on its side some of Pillow's decoders say so
+                return True
+            return image.size == (height, width) and _orientation(image) in range(5, 9)
+    except (ImageError, MemoryError, *_DECODE_ERRORS):
+        return False
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """The image with its header read. Raises ImageError where no decoder takes it."""
+    # Pillow's own limit is a global of the process: raised where the user allows more, never lowered. It refuses at
+    # twice its value, so what it refuses is always above ours, too.
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    directory = None
+    if tiff.is_tiff(data):
+        data, directory = _main_tiff_picture(data)
+    elif data.startswith(b"\x89PNG"):
+        data = _without_texts(data)
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_large", f"more pixels than input.max_pixels={max_pixels}") from error
+    except UnidentifiedImageError as error:
+        raise _unidentified(data) from error
+    image.info["tiff_directory"] = directory
+    return image
+
+
+def _main_tiff_picture(data: bytes) -> tuple[bytes, tiff.Directory | None]:
+    """The TIFF with the picture that is meant as its first, and that picture's tags."""
+    found = tiff.directories(data)
+    if tiff.is_raw_photo(data, found):
+        raise ImageError(
+            "unsupported", "this is a raw camera file (DNG, NEF, CR2, ARW or the like); develop it to JPEG, PNG or TIFF"
+        )
+    main = tiff.main_picture(found)
+    if main is not None and main.is_misread(tiff.is_big_endian(data)):
+        raise ImageError(
+            "unsupported",
+            f"this TIFF has {main.describe()}, in a layout that is not decoded; convert it to 8-bit JPEG or PNG",
+        )
+    return (data if main is None or main is found[0] else tiff.starting_at(data, main)), main
+
+
+def _without_texts(data: bytes) -> bytes:
+    """A PNG without its texts and colour profile, but for texts that may hold the orientation.
+
+    Pillow fails an image whose texts are large, and nothing here reads them.
+    """
+    kept, place = [data[:8]], 8
+    while place + 8 <= len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        kind, body = data[place + 4 : place + 8], data[place + 8 : min(end - 4, place + 8 + 64)]
+        if kind in _TEXT_CHUNKS and not (body.startswith(_ORIENTATION_TEXT) and _is_small_text(data[place + 4 : end])):
+            kept.append(data[place:place])
+        else:
+            kept.append(data[place:end])
+        place = end
+    return b"".join([*kept, data[place:]]) if any(not part for part in kept) else data
+
+
+def _is_small_text(chunk: bytes) -> bool:
+    """Whether the text of a chunk, which begins with its kind, is small also when it is unpacked."""
+    rest = chunk[4:-4].partition(b"\0")[2]
+    packed = b""
+    if chunk.startswith(b"zTXt"):
+        packed = rest[1:]
+    elif chunk.startswith(b"iTXt") and rest[:1] == b"\1":
+        packed = rest[2:].split(b"\0", 2)[-1]
+    if not packed:
+        return len(chunk) <= _MAX_ORIENTATION_TEXT
+    try:
+        return len(zlib.decompressobj().decompress(packed, _MAX_ORIENTATION_TEXT + 1)) <= _MAX_ORIENTATION_TEXT
+    except zlib.error:
+        return False
+
+
+def _unidentified(data: bytes) -> ImageError:
+    """Why no decoder takes the file."""
+    kind = image_kinds.kind_of(data)
+    if kind is None or kind not in Image.OPEN:
+        return image_kinds.foreign_file(data)
+    if image_kinds.is_cut(data):
+        return ImageError("truncated", f"this {kind} ends after {len(data)} bytes, inside its header")
+    if kind == "TIFF" and (found := tiff.directories(data)) and found[0].num_pixels:
+        return ImageError(
+            "unsupported", f"this TIFF has {found[0].describe()}, which is not decoded; convert it to 8-bit or 16-bit"
+        )
+    try:
+        Image.OPEN[kind][0](io.BytesIO(data), b"")  # alone, the decoder says why
+        said = ""
+    except _DECODE_ERRORS as error:
+        said = _said(error)
+    if kind == "PSD" or _REFUSALS.search(said):
+        return _unsupported(kind, said)
+    return ImageError("unreadable", f"the header of this {kind} is damaged ({said}); copy it again from its source")
+
+
+def _unsupported(kind: str | None, said: str) -> ImageError:
+    return ImageError("unsupported", f"this kind of {kind} is not decoded ({said}); convert it to 8-bit JPEG or PNG")
+
+
+def _said(error: Exception) -> str:
+    """The decoder's message in one line, without the bytes of the file that some decoders quote."""
+    said = re.sub(r"""b(['"]).*?\1""", "...", " ".join(str(error).split()))
+    return said[:300] or type(error).__name__
+
+
+def _decode_error(data: bytes, error: Exception) -> ImageError:
+    said = _said(error)
+    kind = image_kinds.kind_of(data)
+    if isinstance(error, NotImplementedError) or _REFUSALS.search(said.lower()):
+        return _unsupported(kind, said)
+    is_cut = image_kinds.is_cut(data)
+    if is_cut is None:
+        is_cut = isinstance(error, EOFError) or "truncated" in said.lower() or "not enough" in said.lower()
+    if is_cut:
+        return ImageError("truncated", f"this {kind} ends after {len(data)} bytes, inside the picture ({said})")
+    return ImageError("unreadable", f"the data of this {kind} is damaged ({said}); copy it again from its source")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF says; damaged EXIF says nothing."""
+    orientation = _orientation(image)
+    if orientation == 1:
+        return image
+    transpose = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    return image.transpose(transpose[orientation])
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8, as EXIF counts; 1, which is upright, also where EXIF is damaged."""
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except _DECODE_ERRORS:
+        return 1
+    return int(orientation) if orientation in range(2, 9) else 1
+
+
+def _to_rgb(image: Image.Image) -> RGBArray:
+    directory: tiff.Directory | None = image.info.get("tiff_directory")
+    is_signed = directory is not None and directory.sample_format == 2
+    if image.mode.startswith("I;16") or image.mode in ("I", "F") or (image.mode == "L" and is_signed):
+        return _grey_to_rgb(_deep_grey(image, directory))
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        # P with tRNS goes through RGBA, which gives each palette entry its alpha; so do L and RGB with a colour key.
+        return _over_white(image if image.mode == "RGBA" else image.convert("RGBA"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _deep_grey(image: Image.Image, directory: tiff.Directory | None) -> npt.NDArray[Any]:
+    """0..255 of grey values that are not 8-bit and unsigned; directory: of a TIFF."""
+    values = np.asarray(image)
+    finite = None
+    if image.mode == "F":
+        finite = np.isfinite(values)
+        grey: npt.NDArray[Any] = _float_to_byte(values)
+    elif directory is not None and directory.bits == 12:
+        grey = (values.astype(np.uint32) * 255 + 2047) // 4095
+    elif image.mode == "L":
+        grey = _stretched(values.view(np.int8).astype(np.float64))
+    else:
+        if directory is not None and directory.sample_format == 1 and values.dtype == np.int32:
+            values = values.view(np.uint32)  # Pillow has only the signed kind
+        if values.min() >= 0 and values.max() <= 65535:
+            grey = (values.astype(np.uint32) + 128) // 257
+        else:
+            grey = _stretched(values.astype(np.float64))
+    # Of 8 bits and fewer, Pillow inverts by itself.
+    if directory is not None and directory.is_white_is_zero and image.mode != "L":
+        grey = 255 - grey if finite is None else np.where(finite, 255 - grey, 0)
+    return grey
+
+
+def _over_white(image: Image.Image) -> RGBArray:
+    canvas = Image.new("RGB", image.size, (255, 255, 255))
+    canvas.paste(image, mask=image.getchannel("A"))
+    return np.array(canvas)
+
+
+def _grey_to_rgb(grey: npt.NDArray[Any]) -> RGBArray:
+    return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+def _float_to_byte(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    finite = np.isfinite(values)
+    known = np.where(finite, values, 0.0).astype(np.float64)
+    low, high = float(known.min()), float(known.max())
+    if low >= 0 and high <= 1:
+        known *= 255
+    elif low < 0 or high > 255:
+        known = _stretched(known)
+    known[~finite] = 0.0
+    return known.round()
+
+
+def _stretched(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    low, high = float(values.min()), float(values.max())
+    if high == low:
+        return np.zeros_like(values)
+    stretched: npt.NDArray[np.float64] = (values - low) * (255 / (high - low))
+    return stretched.round()

@@ -1,0 +1,190 @@
+"""Parquet as an input: rows that hold encoded images (Hugging Face's layout or plain binary), or name them by URI."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from samray import storage
+from samray.errors import (
+    IMAGE_ERROR_REASONS,
+    BucketNotFoundError,
+    ConfigError,
+    FileError,
+    ImageError,
+    NotFoundError,
+    RefusedError,
+    UnavailableError,
+)
+from samray.inputs.outside import place_problem
+from samray.inputs.parquet_types import binary_column, is_binary, is_text, text_column
+from samray.inputs.rows import input_rows
+from samray.inputs.uri_list import missing_column
+from samray.inputs.uri_rows import UriRows, rows_of_uris
+from samray.storage.tables import open_parquet
+
+if TYPE_CHECKING:
+    from samray.config import InputConfig
+
+FetchFile = Callable[[str], bytes | ImageError]
+
+_IMAGE_COLUMNS: Final = ("image", "jpeg", "jpg", "png")
+"""Looked for, after the configured one, in columns of a type that can hold images."""
+_ROWS_AT_ONCE: Final = 16
+
+
+def image_column(schema: pa.Schema, config: InputConfig) -> str | None:
+    """The column of encoded images: bytes, or struct<bytes, path>; None where the Parquet file has none."""
+    for name in dict.fromkeys((config.image_column, *_IMAGE_COLUMNS)):
+        if name in schema.names:
+            kind = schema.field(name).type
+            in_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+            if is_binary(kind.field("bytes").type if in_struct else kind):
+                return name
+    return None
+
+
+def list_parquet(uri: str, prefix: str, root: str, config: InputConfig, etag: str | None) -> pa.Table | UriRows:
+    """Rows of a Parquet file: its images where it holds image bytes, else the files that its URI column names.
+
+    prefix: what the images' names start with. root: what a list may name files below. etag: the Parquet file's own;
+    the images it holds are taken for changed when it is. Raises: ConfigError, StorageError.
+    """
+    where = storage.redact(uri)
+    with storage.open_read(uri) as stream:
+        try:
+            file = open_parquet(stream)
+            columns = Counter(file.schema_arrow.names)
+            if repeated := [name for name, number in columns.items() if number > 1]:
+                raise ValueError(f"several of its columns have the same name: {', '.join(sorted(repeated))[:200]}")
+            column = image_column(file.schema_arrow, config)
+            if column is None:
+                written = _written_uris(file, config)
+                return rows_of_uris(written, storage.parent(uri), root, allow_outside=config.allow_outside)
+            names = _names_of_rows(file, column)
+        except (pa.ArrowException, KeyError, OSError, ValueError) as error:
+            raise ConfigError(f"{where} cannot be read as Parquet: {error}") from error
+        num_rows = file.metadata.num_rows
+    places = pa.array(np.arange(num_rows))
+    numbers = pc.cast(places, pa.string())
+    if names is None:
+        names = pc.binary_join_element_wise("row-", numbers, "")
+    elif pc.count_distinct(names, mode="all").as_py() < num_rows or names.null_count:
+        names = pc.binary_join_element_wise("row-", numbers, "/", pc.fill_null(names, "image"), "")
+    if prefix:
+        names = pc.binary_join_element_wise(f"{prefix}/", names, "")
+    uris = pc.binary_join_element_wise(f"{uri}#row=", numbers, "")
+    return input_rows(uris, names, etag=etag, container=uri, row=places)
+
+
+def _written_uris(file: pq.ParquetFile, config: InputConfig) -> pa.ChunkedArray:
+    """The column of URIs. Raises: ValueError where there is none."""
+    schema = file.schema_arrow
+    if config.uri_column not in schema.names:
+        raise ValueError(
+            f"it holds no image bytes (a binary or struct<bytes, path> column, input.image_column="
+            f"{config.image_column!r}), and as a list {missing_column(config.uri_column, schema.names)}"
+        )
+    kind = schema.field(config.uri_column).type
+    if not is_text(kind) and not is_binary(kind):
+        raise ValueError(f"its column {config.uri_column!r} is {kind}, expected text; set input.uri_column")
+    return text_column(file.read(columns=[config.uri_column])[config.uri_column])
+
+
+def _names_of_rows(file: pq.ParquetFile, column: str) -> pa.ChunkedArray | None:
+    """The images' own names: a `file_name` column, else the paths of a Hugging Face image column, else None."""
+    schema = file.schema_arrow
+    if "file_name" in schema.names and (is_text(kind := schema.field("file_name").type) or is_binary(kind)):
+        names = text_column(file.read(columns=["file_name"])["file_name"])
+        return None if names.null_count else names
+    kind = schema.field(column).type
+    if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
+        paths = text_column(pc.struct_field(file.read(columns=[f"{column}.path"])[column], "path"))
+        return None if paths.null_count == len(paths) else paths
+    return None
+
+
+def fetch_rows(container: str, rows: list[int], config: InputConfig, fetch_file: FetchFile) -> list[bytes | ImageError]:
+    """Image bytes at these rows of a Parquet file; only their row groups are read, a few rows at a time."""
+    try:
+        with storage.open_read(container) as stream:
+            file = open_parquet(stream)
+            column = image_column(file.schema_arrow, config)
+            if column is None:
+                error = ImageError("missing", f"{storage.redact(container)} no longer holds a column of images")
+                return [error] * len(rows)
+            found: dict[int, bytes | ImageError] = {}
+            start = 0
+            for group in range(file.num_row_groups):
+                end = start + file.metadata.row_group(group).num_rows
+                wanted = [row for row in rows if start <= row < end]
+                if wanted:
+                    try:
+                        for row, value in _values(file, group, column, start, set(wanted)):
+                            found[row] = _bytes_of(value, storage.parent(container), config, fetch_file)
+                    except (pa.ArrowException, OSError) as error:  # damage to this group says nothing of the others
+                        unread = [row for row in wanted if row not in found]
+                        found |= dict.fromkeys(unread, _unreadable(container, error))
+                start = end
+    except (BucketNotFoundError, RefusedError, UnavailableError):
+        raise  # perhaps not this file's fault alone
+    except NotFoundError as error:
+        return [ImageError("missing", str(error))] * len(rows)
+    except (FileError, pa.ArrowException, KeyError, OSError, ValueError) as error:
+        return [_unreadable(container, error)] * len(rows)
+    gone = ImageError("missing", f"{storage.redact(container)} has fewer rows than when it was listed")
+    return [found.get(row, gone) for row in rows]
+
+
+def _values(
+    file: pq.ParquetFile, group: int, column: str, start: int, wanted: set[int]
+) -> Iterator[tuple[int, pa.Array]]:
+    """Each wanted row of a row group, whose first row is `start`, and an array of its value alone.
+
+    A row group is read in small batches: values that it stores once, and repeats, take their full size in memory.
+    """
+    for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=[group], columns=[column]):
+        for row in range(start, start + batch.num_rows):
+            if row in wanted:
+                yield row, batch.column(0).slice(row - start, 1)
+        start += batch.num_rows
+        if start > max(wanted):
+            return
+
+
+def _unreadable(container: str, error: Exception) -> ImageError:
+    return ImageError("unreadable", f"{storage.redact(container)}: {error}")
+
+
+def _bytes_of(value: pa.Array, folder: str, config: InputConfig, fetch_file: FetchFile) -> bytes | ImageError:
+    """value: an array of the one image, bytes or struct<bytes, path>."""
+    path = None
+    if pa.types.is_struct(value.type):
+        if value.type.get_field_index("path") >= 0:
+            path = text_column(pa.chunked_array([pc.struct_field(value, "path")]))[0].as_py()
+        value = pc.struct_field(value, "bytes")
+    data = binary_column(pa.chunked_array([value]))[0]
+    if data.is_valid:
+        size = data.as_buffer().size
+        return data.as_py() if size <= config.max_bytes else too_large(size, config)
+    if path:  # Hugging Face's layout may refer to a file instead of holding its bytes
+        uri = storage.resolve(folder, path)
+        problem = place_problem(uri, folder, allow_outside=config.allow_outside)
+        return fetch_file(uri) if problem is None else known_problem(problem)
+    return ImageError("missing", "the row holds no image")
+
+
+def known_problem(text: str) -> ImageError:
+    """The error of a row whose `problem` says `reason: message`."""
+    reason, _, message = text.partition(": ")
+    return ImageError(reason if reason in IMAGE_ERROR_REASONS else "unreadable", message)
+
+
+def too_large(size: int, config: InputConfig) -> ImageError:
+    return ImageError("too_large", f"{size} bytes are more than input.max_bytes={config.max_bytes}")

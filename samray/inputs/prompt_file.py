@@ -1,0 +1,178 @@
+"""Files of prompts (`input.prompts`): which image of the input each list of prompts is for.
+
+JSON lines or Parquet, one row an image, with the columns `uri` or `file_name`, and `prompts`, a list of what
+`samray.prompts.Prompt` takes; further columns do not matter. A relative URI starts where the file lies, as in a
+manifest. Where a row has both, `uri` counts and `file_name` is not looked at, because a URI names one image, and a name
+may be that of several.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import pyarrow as pa
+
+from samray import storage
+from samray.errors import ConfigError, NotFoundError
+from samray.inputs.rows import places_of, redact_all
+from samray.prompts import Prompt
+from samray.storage.strict_json import parse_json
+from samray.storage.tables import read_parquet
+
+if TYPE_CHECKING:
+    from samray.output.plan import Plan
+
+_COLUMNS: Final = ("uri", "file_name", "prompts")
+_MAX_EXAMPLES: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """The prompts of one image."""
+
+    column: str
+    """uri or file_name: by which it is found."""
+    name: str
+    """As written."""
+    prompts: list[Prompt]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatchedPrompts:
+    """The prompts of a file that are for images of a plan."""
+
+    by_place: dict[int, list[Prompt]]
+    """Place in the plan -> the image's prompts."""
+    num_unknown: int
+    """Images of the file that the plan does not have."""
+    unknown: list[str] = field(default_factory=list)
+    """A few of those, as written, but without credentials."""
+
+    @property
+    def num_prompts(self) -> int:
+        """For images that are there."""
+        return sum(map(len, self.by_place.values()))
+
+    def by_shard(self, plan: Plan, shards: Collection[int]) -> dict[int, dict[int, list[Prompt]]]:
+        """For each of the shards: place in it -> the image's prompts."""
+        found: dict[int, dict[int, list[Prompt]]] = {shard: {} for shard in shards}
+        starts = plan.starts()
+        for place, prompts in self.by_place.items():
+            shard = bisect_right(starts, place) - 1
+            if shard in found:
+                found[shard][place - starts[shard]] = prompts
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptFile:
+    """A file of prompts, read and checked as far as the images need not be known."""
+
+    uri: str
+    sha256: str
+    rows: list[_Row]
+
+    @classmethod
+    def read(cls, uri: str) -> PromptFile:
+        """Raises: ConfigError that names image and prompt, StorageError."""
+        uri = storage.normalize(uri)
+        try:
+            data = storage.read_bytes(uri)
+        except NotFoundError as error:
+            raise ConfigError(f"{_name(uri)} does not exist") from error
+        rows: list[_Row] = []
+        for where, values in _values(uri, data):
+            rows.append(_parse(f"{_name(uri)}, {where}", values))
+        if not any(row.prompts for row in rows):
+            raise ConfigError(f"{_name(uri)} holds no prompt")
+        return cls(uri=uri, sha256=hashlib.sha256(data).hexdigest(), rows=rows)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Of a run: the file by its content, for its path may change."""
+        return {"prompts": {"sha256": self.sha256}}
+
+    def match(self, images: pa.Table) -> MatchedPrompts:
+        """Find the images. images: columns uri and file_name, of all images of a plan or listing, in order.
+
+        Raises: ConfigError where a name is that of several images, where two rows are for the same image, and where no
+        image is found at all.
+        """
+        folder = storage.parent(self.uri)
+        wanted = {
+            "uri": [
+                storage.redact(storage.resolve(folder, row.name)) if row.column == "uri" else None for row in self.rows
+            ],
+            "file_name": [row.name if row.column == "file_name" else None for row in self.rows],
+        }
+        places = places_of(wanted["uri"], redact_all(images["uri"])) | places_of(
+            wanted["file_name"], images["file_name"]
+        )
+        by_place: dict[int, list[Prompt]] = {}
+        unknown = []
+        for number, row in enumerate(self.rows):
+            name = storage.redact(row.name)
+            found = places.get(number, [])
+            if len(found) > 1:
+                raise ConfigError(
+                    f"{_name(self.uri)}: the {row.column} {name!r} is that of {len(found)} images of INPUT; "
+                    "give the uri of the one that is meant"
+                )
+            if not found:
+                unknown.append(name)
+            elif found[0] in by_place:
+                raise ConfigError(f"{_name(self.uri)}: two rows are for the image {name!r}; give one, with all prompts")
+            else:
+                by_place[found[0]] = row.prompts
+        if not by_place:
+            own, theirs = (storage.redact(name) for name in (self.rows[0].name, images["file_name"][0].as_py()))
+            raise ConfigError(
+                f"{_name(self.uri)}: none of its {len(self.rows)} images is in INPUT; its first is {own!r}, INPUT's "
+                f"first has the file_name {theirs!r}"
+            )
+        return MatchedPrompts(by_place=by_place, num_unknown=len(unknown), unknown=unknown[:_MAX_EXAMPLES])
+
+
+def _name(uri: str) -> str:
+    return f"input.prompts {storage.redact(uri)}"
+
+
+def _values(uri: str, data: bytes) -> Iterator[tuple[str, Any]]:
+    """Each row as plain values, and where it stands. Raises: ConfigError."""
+    kind = uri.lower().rpartition(".")[2]
+    try:
+        if kind == "jsonl":
+            for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
+                if line.strip():
+                    yield f"line {number}", parse_json(line)
+        elif kind == "parquet":
+            table = read_parquet(data)
+            table = table.select([name for name in _COLUMNS if name in table.schema.names])
+            yield from ((f"row {number}", values) for number, values in enumerate(table.to_pylist()))
+        else:
+            raise ConfigError(f"{_name(uri)} is neither .jsonl nor .parquet")
+    except (pa.ArrowException, ValueError) as error:
+        raise ConfigError(f"{_name(uri)} cannot be read as {kind}: {error}") from error
+
+
+def _parse(where: str, values: Any) -> _Row:
+    """Raises: ConfigError."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected an object with uri or file_name, and prompts")
+    column = next((name for name in ("uri", "file_name") if values.get(name)), None)
+    if column is None:
+        raise ConfigError(f"{where}: neither uri nor file_name says which image it is for")
+    name, given = values[column], values.get("prompts")
+    if not isinstance(name, str) or not isinstance(given, list):
+        raise ConfigError(f"{where}: {column} takes text, and prompts a list")
+    prompts = []
+    for place, value in enumerate(given):
+        try:
+            prompts.append(Prompt.parse(value))
+        except ConfigError as error:
+            raise ConfigError(f"{where}: image {storage.redact(name)!r}, prompts[{place}]: {error}") from None
+    return _Row(column, name, prompts)

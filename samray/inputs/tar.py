@@ -1,0 +1,273 @@
+"""Where in a tar its images are stored, so that each is read by one ranged request and no archive is ever unpacked.
+
+Python's tarfile parses the headers. What it does not bound, a stream between it and the file does: the bytes of headers
+per member, and offsets that go backwards.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, Final, cast
+
+from samray import storage
+from samray.errors import ConfigError, FileError
+from samray.inputs.skipped import HIDDEN, NOT_AN_IMAGE, REPLACED, SPECIAL, UNUSABLE, Skipped
+
+_BLOCK: Final = 512
+_SCAN_BYTES: Final = 2**20
+_MAX_HEADER_BYTES: Final = 2**22
+"""Per member, extended headers and maps of holes included."""
+_MAX_READ_BYTES: Final = 2**20
+_MAX_GLOBAL_HEADERS: Final = 1000
+_LONG_NUMBER: Final = re.compile(rb"[0-9]{128}")
+"""tarfile looks for numbers in extended headers by a pattern whose time is quadratic in their length."""
+_MAX_SIZE: Final = 2**62
+_MAX_EXTENTS: Final = 100_000
+_MAX_LINKS: Final = 40
+"""Symbolic links to follow from one name, as Linux does."""
+
+# What tarfile raises on damaged headers besides its own errors; found by feeding it some.
+_PARSE_ERRORS: Final = (
+    tarfile.TarError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TarMember:
+    """A file in a tar: its name, and where its bytes are."""
+
+    name: str
+    offset: int
+    size: int
+    extents: str | None = None
+    """For a file stored with holes: `start+length` of each stored piece; they follow each other from `offset` on."""
+    problem: str | None = None
+    """Why there are no bytes to read, as `reason: message`."""
+
+
+@dataclass(slots=True)
+class TarIndex:
+    """The members of a tar that count, in its order."""
+
+    members: list[TarMember] = field(default_factory=list)
+    skipped: Skipped = field(default_factory=Skipped)
+    damage: str | None = None
+    """Why nothing after the members could be found, in a sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    target: str
+
+
+def is_tar(uri: str) -> bool:
+    return uri.lower().endswith(".tar")
+
+
+def is_compressed_tar(uri: str) -> bool:
+    return uri.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst"))
+
+
+def list_tar(uri: str, extensions: tuple[str, ...]) -> list[TarMember]:
+    """The members of `index_tar`. Raises: ConfigError where the archive is damaged, StorageError."""
+    index = index_tar(uri, extensions)
+    if index.damage is not None:
+        raise ConfigError(index.damage)
+    return index.members
+
+
+def index_tar(uri: str, extensions: tuple[str, ...]) -> TarIndex:
+    """The members whose names end in one of the extensions, in the archive's order; hidden ones are left out.
+
+    Only headers are read. Of members of the same name the last counts, as when the archive is unpacked. Links within
+    the archive count as what they point to, earlier or later; a link to nothing has a `problem`. A last member cut
+    short is listed with the size it should have, so that it becomes a failed row. Archives that were joined end to end
+    count as one.
+
+    Raises: StorageError, FileError if the file cannot be read.
+    """
+    index = TarIndex()
+    try:
+        entries = _entries(uri, index)
+    except OSError as error:
+        raise FileError(f"cannot read {storage.redact(uri)}: {error}") from error
+    for name, entry in entries.items():
+        if any(part.startswith(".") and part != ".." for part in name.split("/")):
+            index.skipped.add_name(HIDDEN, name)
+        elif not name.lower().endswith(extensions):
+            index.skipped.add_name(NOT_AN_IMAGE, name)
+        else:
+            index.members.append(_resolved(name, entry, entries))
+    return index
+
+
+def _entries(uri: str, index: TarIndex) -> dict[str, TarMember | _Link]:
+    """The files and links of the archive by name, the last of each."""
+    entries: dict[str, TarMember | _Link] = {}
+    with storage.open_read(uri) as stream:
+        for info, num_stored in _headers(stream, uri, index):
+            name = _clean(info.name)
+            entry = _entry_of(info, name, num_stored, entries)
+            if entry is None:
+                if not info.isdir():
+                    index.skipped.add_name(SPECIAL, name)
+                continue
+            if entries.pop(name, None) is not None:  # the place in the order is that of the last
+                index.skipped.add_name(REPLACED, name)
+            entries[name] = entry
+    return entries
+
+
+def _clean(name: str) -> str:
+    """`name` as text that can be written: bytes that are not UTF-8 become escapes."""
+    return posixpath.normpath(name.encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+def _entry_of(
+    info: tarfile.TarInfo, name: str, num_stored: int, entries: dict[str, TarMember | _Link]
+) -> TarMember | _Link | None:
+    """None for what is neither a file nor a link."""
+    if info.isreg():
+        return _member(info, name, num_stored)
+    if info.islnk():  # to what had the name at that time
+        target = _clean(info.linkname)
+        return entries.get(target, _Link(target))
+    if info.issym():
+        return _Link(posixpath.normpath(posixpath.join(posixpath.dirname(name), _clean(info.linkname))))
+    return None
+
+
+def _member(info: tarfile.TarInfo, name: str, num_stored: int) -> TarMember:
+    extents = None
+    if not 0 <= info.size <= _MAX_SIZE:
+        return TarMember(name, 0, 0, problem=f"unreadable: the tar says that it has {_short(info.size)} bytes")
+    if info.issparse():
+        pieces = [piece for piece in cast(Any, info).sparse if piece[1]]  # GNU tar ends the map with empty ones
+        ends = [0, *(start + length for start, length in pieces)]
+        in_order = all(end <= start <= then for end, (start, _), then in zip(ends, pieces, ends[1:], strict=False))
+        num_mapped = sum(length for _, length in pieces)
+        if not in_order or ends[-1] > info.size or num_mapped > num_stored or len(pieces) > _MAX_EXTENTS:
+            return TarMember(name, 0, 0, problem="unreadable: the tar's map of its holes is damaged")
+        extents = " ".join(f"{start}+{length}" for start, length in pieces)
+    return TarMember(name, info.offset_data, info.size, extents)
+
+
+def _short(number: int) -> str:
+    return str(number) if abs(number) < 10**18 else "more than 10^18" if number > 0 else "a negative number of"
+
+
+def _resolved(name: str, entry: TarMember | _Link, entries: dict[str, TarMember | _Link]) -> TarMember:
+    """The member under `name`, where it is a link with the bytes of what it points to."""
+    for _ in range(_MAX_LINKS):
+        if isinstance(entry, TarMember):
+            return TarMember(name, entry.offset, entry.size, entry.extents, entry.problem)
+        found = entries.get(entry.target)
+        if found is None:
+            target = entry.target[:200]
+            return TarMember(name, 0, 0, problem=f"missing: a link to {target!r}, which is not a file of the tar")
+        entry = found
+    return TarMember(name, 0, 0, problem="missing: a link that leads back to itself")
+
+
+# --- headers -------------------------------------------------------------------------------------------------------
+
+
+class _HeaderStream:
+    """The file as tarfile reads it: every read is bounded, and so are all reads for one member together."""
+
+    def __init__(self, stream: BinaryIO, size: int) -> None:
+        self._stream = stream
+        self._size = size
+        self.budget = _MAX_HEADER_BYTES
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _MAX_READ_BYTES or size > self.budget:
+            raise tarfile.ReadError(f"a header of more than {_MAX_READ_BYTES} bytes")
+        self.budget -= size
+        data = self._stream.read(size)
+        if size > _BLOCK and _LONG_NUMBER.search(data):
+            raise tarfile.ReadError("a header with a number of more than 128 digits")
+        return data
+
+    def seek(self, offset: int) -> int:
+        if offset < 0:
+            raise tarfile.ReadError("a header leads backwards")
+        return self._stream.seek(min(offset, self._size))  # where reading finds the end; disks refuse 2^60
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+
+def _headers(stream: BinaryIO, uri: str, index: TarIndex) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """The headers of an archive and of those that follow its end marks, each with the bytes stored for it.
+
+    What is wrong goes into `index.damage`.
+    """
+    where = storage.redact(uri)
+    size = stream.seek(0, 2)
+    stream.seek(0)
+    if size == 0:
+        index.damage = f"{where} is empty (0 bytes), not a tar"
+        return
+    start = end = 0
+    last = "its start"
+    while True:
+        bounded = _HeaderStream(stream, size)
+        try:
+            archive = tarfile.TarFile(fileobj=cast(Any, bounded), mode="r", errorlevel=1, encoding="utf-8")
+            while (info := archive.next()) is not None:
+                cast(Any, archive).members.clear()  # tarfile keeps them all
+                if archive.offset <= end or len(archive.pax_headers) > _MAX_GLOBAL_HEADERS:
+                    raise tarfile.ReadError("its header leads backwards or is too long")
+                end, last = archive.offset, _clean(info.name)[-200:]
+                bounded.budget = _MAX_HEADER_BYTES
+                yield info, end - info.offset_data
+        except _PARSE_ERRORS as error:
+            damage = " ".join(str(error).split())[:200] or type(error).__name__
+        else:
+            # tarfile ends quietly at a header that it cannot read; only a block of zeros or the file's end is an end.
+            stream.seek(end)
+            damage = "what follows is not a tar header" if stream.read(_BLOCK).strip(b"\0") else ""
+        if end >= size:  # of a last member cut short, too
+            return
+        if damage and start == end > 0:  # where tapes and disk images hold whatever was there before
+            rest = f"{where}: {size - end} bytes after its end mark (from byte {end} on) are not a tar"
+            index.skipped.add(UNUSABLE, rest)
+            return
+        if damage:
+            index.damage = _damage(where, last, end, damage)
+            return
+        following = _next_data(stream, end, size)
+        if following is None:
+            return
+        start = end = stream.seek(following)
+
+
+def _damage(where: str, last: str, end: int, said: str) -> str:
+    if end == 0:
+        return f"{where} is not an uncompressed tar: {said}"
+    return f"{where} is damaged after {last} (byte {end}): {said}; make the archive again"
+
+
+def _next_data(stream: BinaryIO, start: int, size: int) -> int | None:
+    """The first block from `start` on, in steps of a tar's blocks, that is not all zeros; None where there is none."""
+    stream.seek(start)
+    while start < size:
+        data = stream.read(min(_SCAN_BYTES, size - start))
+        if not data:
+            return None
+        rest = data.lstrip(b"\0")
+        if rest:
+            return start + (len(data) - len(rest)) // _BLOCK * _BLOCK
+        start += len(data)
+    return None

@@ -1,0 +1,265 @@
+"""The URIs of lists as rows: resolved, taken apart if they are samray's own, checked, merged and named.
+
+A list may name what samray itself writes into the column `uri`: `tar://member::archive.tar` and `file.parquet#row=5`.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from samray import storage
+from samray.errors import FileError, NotFoundError
+from samray.inputs.decode import image_extensions
+from samray.inputs.outside import place_problem, problems_of
+from samray.inputs.rows import input_rows, map_some, may_hold_credentials, redact_all, take
+from samray.inputs.skipped import REPEATED, Skipped
+from samray.inputs.tar import TarMember, index_tar
+
+_ROWS_AT_ONCE: Final = 2**20
+
+# What `storage.resolve` would leave as it is, or merely put behind the folder: nearly all URIs of nearly all lists.
+_PLAIN_URI: Final = r"^[a-z][a-z0-9+.\-]*://.*[^/]$"
+_LOCAL_URI: Final = r"^(file|local)://"
+_PLAIN_PATH: Final = r"^(/[^/]+)+$"
+_PLAIN_RELATIVE: Final = r"^[^/]+(/[^/]+)*$"
+_NOT_PLAIN_PATH: Final = r"(^|/)\.\.?(/|$)|^~"
+
+_IN_TAR: Final = r"(?is)^tar://(?P<member>.+)::(?P<archive>.+\.tar)$"
+_IN_PARQUET: Final = r"(?is)^(?P<file>.+\.parquet)#row=(?P<row>[0-9]{1,15})$"
+_OWN: Final = r"(?is)^tar://.+::.+\.tar$|^.+\.parquet#row=[0-9]{1,15}$"
+
+
+@dataclass(frozen=True, slots=True)
+class UriRows:
+    """The rows of one list."""
+
+    rows: pa.Table
+    """`INPUT_SCHEMA`; file_name is still to be given."""
+    places: pa.ChunkedArray
+    """What names are made of: the URI, or for an image in an archive the archive without its ending and the image."""
+    relative: bool
+    """Whether every URI was written relative to the list."""
+
+
+def is_own_uri(uri: str) -> bool:
+    """Whether this is how samray names an image in a tar or a row of a Parquet file."""
+    return re.match(_OWN, uri) is not None
+
+
+def rows_of_uris(written: pa.ChunkedArray, folder: str, root: str, *, allow_outside: bool = False) -> UriRows:
+    """Rows for the URIs of a list in `folder`; relative ones start there. root: what the list may name files below.
+
+    Raises: StorageError.
+    """
+    written = pc.fill_null(written, "")
+    relative = pc.all(_is_relative(written), min_count=0).as_py()
+    marks = (pc.match_substring(written, "::"), pc.match_substring(written, "#row="))  # faster than a pattern
+    own = pc.match_substring_regex(written, _OWN) if any(pc.any(mark).as_py() for mark in marks) else None
+    if own is None or not pc.any(own, min_count=0).as_py():
+        uris = _resolved(written, folder)
+        problem = problems_of(uris, root, allow_outside=allow_outside)
+        return UriRows(input_rows(uris, None, problem=problem), uris, relative)
+    found = _OwnUris(folder, root, allow_outside)
+    rows = [found.row(uri) if is_own else {} for uri, is_own in zip(written.to_pylist(), own.to_pylist(), strict=True)]
+    others = _resolved(pc.if_else(own, "", written), folder)
+    column = {name: pa.chunked_array([[row.get(name) for row in rows]], kind) for name, kind in _COLUMNS.items()}
+    problem, of_others = column.pop("problem"), problems_of(others, root, allow_outside=allow_outside)
+    problem = problem if of_others is None else pc.coalesce(problem, of_others)
+    places = pc.coalesce(column.pop("place"), others)
+    uris = pc.coalesce(column.pop("uri"), others)
+    return UriRows(input_rows(uris, None, problem=problem, **column), places, relative and not any(rows))
+
+
+_COLUMNS: Final = {
+    **dict.fromkeys(("uri", "place", "container", "extents", "problem"), pa.string()),
+    **dict.fromkeys(("offset", "size", "row"), pa.int64()),
+}
+
+
+class _OwnUris:
+    """Finds the images that samray's own URIs name; the index of a tar is read once."""
+
+    def __init__(self, folder: str, root: str, allow_outside: bool) -> None:
+        self._folder, self._root, self._allow_outside = folder, root, allow_outside
+        self._tars: dict[str, dict[str, TarMember] | str] = {}
+
+    def row(self, uri: str) -> dict[str, Any]:
+        """Columns of `INPUT_SCHEMA`, and `place`."""
+        if match := re.match(_IN_PARQUET, uri):
+            file = storage.resolve(self._folder, match["file"])
+            row = int(match["row"])
+            place = f"{file.rpartition('.')[0]}/row-{row}"
+            found: dict[str, Any] = {"uri": f"{file}#row={row}", "place": place, "container": file, "row": row}
+            return found | {"problem": self._problem(file)}
+        match = re.match(_IN_TAR, uri)
+        assert match is not None, uri
+        name, archive = match["member"], storage.resolve(self._folder, match["archive"])
+        place = f"{archive.rpartition('.')[0]}/{name}"
+        found = {"uri": f"tar://{name}::{archive}", "place": place, "container": archive, "offset": 0, "size": 0}
+        if problem := self._problem(archive):
+            return found | {"problem": problem}
+        members = self._members(archive)
+        if isinstance(members, str):
+            return found | {"problem": members}
+        member = members.get(name)
+        if member is None:
+            return found | {"problem": f"missing: {storage.redact(archive)} has no member {name[:200]!r}"}
+        return found | {
+            "offset": member.offset, "size": member.size, "extents": member.extents, "problem": member.problem
+        }  # fmt: skip
+
+    def _problem(self, container: str) -> str | None:
+        return place_problem(container, self._root, allow_outside=self._allow_outside)
+
+    def _members(self, archive: str) -> dict[str, TarMember] | str:
+        """By name; or why the archive cannot be read, as `reason: message`."""
+        if archive not in self._tars:
+            try:
+                index = index_tar(archive, ("",))
+            except FileError as error:
+                self._tars[archive] = f"{'missing' if isinstance(error, NotFoundError) else 'unreadable'}: {error}"
+            else:
+                members = {member.name: member for member in index.members}
+                self._tars[archive] = members or f"unreadable: {index.damage or 'the tar holds no file'}"
+        return self._tars[archive]
+
+
+# --- merging and naming --------------------------------------------------------------------------------------------
+
+
+def merge_lists(lists: Sequence[UriRows], root: str, skipped: Skipped) -> pa.Table:
+    """The rows of all lists as one table; of equal URIs the first stays, and the others are counted.
+
+    file_name is the path below `root` in lists whose URIs are all relative, else what follows the longest folder that
+    all URIs of such lists share.
+    """
+    rows = pa.concat_tables(part.rows for part in lists)
+    below = pa.chunked_array([chunk for part in lists for chunk in _below(part, root).chunks], pa.string())
+    if below.null_count:
+        places = pa.chunked_array([chunk for part in lists for chunk in part.places.chunks], pa.string())
+        unnamed = pc.if_else(pc.is_null(below), places, None) if below.null_count < len(below) else places
+        unnamed = redact_all(unnamed)  # before the scheme is cut off, by which user names and passwords are known
+        names = pc.utf8_slice_codeunits(unnamed, start=len(_shared_folder(unnamed)))
+        below = pc.coalesce(below, names) if below.null_count < len(below) else names
+    rows = rows.set_column(rows.schema.get_field_index("file_name"), "file_name", _without_signatures(below))
+    repeated = later_copies(rows["uri"])
+    if len(repeated):
+        keep = np.ones(rows.num_rows, bool)
+        keep[repeated] = False
+        skipped.add_names(REPEATED, take(rows["file_name"], pa.array(repeated)))
+        rows = rows.filter(pa.array(keep))
+    return rows
+
+
+def _below(part: UriRows, root: str) -> pa.ChunkedArray:
+    """The paths below root; null for those that are not below it, and for all if some were not written relative."""
+    start = storage.join(root, "")
+    if part.relative:
+        is_below = pc.or_(pc.starts_with(part.places, start), pc.equal(part.places, ""))
+        names = pc.utf8_slice_codeunits(part.places, start=len(start))
+        return names if pc.all(is_below, min_count=0).as_py() else pc.if_else(is_below, names, None)
+    return pa.chunked_array([pa.nulls(len(chunk), pa.string()) for chunk in part.places.chunks], pa.string())
+
+
+def with_distinct_names(rows: pa.Table) -> pa.Table:
+    """`rows` with a number put into each file_name that an earlier row has, too: `a/b~2.jpg`. Their URIs differ."""
+    repeated = later_copies(rows["file_name"])
+    if not len(repeated):
+        return rows
+    names = rows["file_name"].to_pylist()
+    taken, numbers = set(names), dict[str, int]()
+    for place in repeated.tolist():
+        name, new = names[place], names[place]
+        stem, ending = posixpath.splitext(name)
+        while new in taken:
+            numbers[name] = numbers.get(name, 1) + 1
+            new = f"{stem}~{numbers[name]}{ending}"
+        names[place] = new
+        taken.add(new)
+    column = pa.chunked_array([pa.array(names, pa.string())])
+    return rows.set_column(rows.schema.get_field_index("file_name"), "file_name", column)
+
+
+def later_copies(texts: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    """Places of the texts that an earlier place has, too, in order; the empty text does not count.
+
+    Holds 64 bits per text, for there may be a hundred million, and the texts of those alone whose hashes are equal.
+    """
+    hashes = np.empty(len(texts), np.int64)
+    for start in range(0, len(texts), _ROWS_AT_ONCE):
+        part = texts.slice(start, _ROWS_AT_ONCE)
+        hashes[start : start + len(part)] = np.fromiter(map(hash, _each(part)), np.int64, len(part))
+    ordered = np.sort(hashes)
+    equal = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if not len(equal):
+        return np.empty(0, np.int64)
+    candidates = np.flatnonzero(np.isin(hashes, equal))
+    seen: set[str] = set()
+    copies = []
+    for place, text in zip(candidates.tolist(), take(texts, pa.array(candidates)).to_pylist(), strict=True):
+        if text in seen:
+            copies.append(place)
+        elif text:
+            seen.add(text)
+    return np.array(copies, np.int64)
+
+
+def _each(texts: pa.ChunkedArray) -> Iterable[str]:
+    return (text for chunk in texts.chunks for text in chunk.to_pylist())
+
+
+def _without_signatures(names: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Names go into every file that is made of an output: of `photo.jpg?X-Amz-Signature=...` only `photo.jpg`.
+
+    A query without a secret stays: it may be what tells two images apart.
+    """
+    return map_some(names, may_hold_credentials(names, r"\?"), _without_signature)
+
+
+def _without_signature(name: str) -> str:
+    redacted = storage.redact(name)
+    path = name.partition("?")[0]
+    return path if storage.is_redacted(redacted) and path.lower().endswith(image_extensions()) else redacted
+
+
+def _resolved(written: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:
+    """`storage.resolve` of each that is not empty."""
+    parts = [written.slice(start, _ROWS_AT_ONCE) for start in range(0, len(written), _ROWS_AT_ONCE)]
+    return pa.chunked_array([_resolved_chunk(chunk, folder) for part in parts for chunk in part.chunks], pa.string())
+
+
+def _resolved_chunk(texts: pa.StringArray, folder: str) -> pa.StringArray:
+    """In Python only those that are not spelled plainly; without a copy where nothing is to be done."""
+    matches = pc.match_substring_regex
+    dotted = matches(texts, _NOT_PLAIN_PATH)
+    plain_uri = pc.and_not(matches(texts, _PLAIN_URI), matches(texts, _LOCAL_URI))
+    as_is = pc.or_(plain_uri, pc.and_not(matches(texts, _PLAIN_PATH), dotted))
+    if pc.all(as_is).as_py():
+        return texts
+    prefix = storage.join(storage.normalize(folder), "")
+    uris = pc.if_else(as_is, texts, pc.binary_join_element_wise(prefix, texts, ""))
+    others = pc.invert(pc.or_(as_is, pc.and_not(matches(texts, _PLAIN_RELATIVE), dotted)))
+    resolved = [storage.resolve(folder, text) if text else "" for text in texts.filter(others).to_pylist()]
+    return pc.replace_with_mask(uris, others, pa.array(resolved, pa.string()))
+
+
+def _is_relative(texts: pa.ChunkedArray) -> Any:
+    absolute = pc.or_(pc.starts_with(texts, "/"), pc.starts_with(texts, "~/"))
+    return pc.invert(pc.or_(absolute, pc.match_substring(texts, "://")))
+
+
+def _shared_folder(uris: pa.ChunkedArray) -> str:
+    """The longest folder, with its slash, that all URIs but the empty ones start with."""
+    ends = pc.min_max(pc.if_else(pc.equal(uris, ""), None, uris))  # what these two share, all share
+    low, high = ends["min"].as_py() or "", ends["max"].as_py() or ""
+    length = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    return low[: low.rfind("/", 0, length) + 1]

@@ -1,0 +1,142 @@
+"""What earlier runs left in an output: how many images of each finished shard failed, and why.
+
+Each shard's own metadata say so. That a resume need not open a hundred thousand files, a run also keeps the counts of
+all shards in `_samray/failures.parquet`, by the version of each shard's file. They may be old, few or gone, and several
+runs may write them: a count is believed only of the very file that storage lists, all others are read from the shards.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from samray import storage
+from samray.errors import NotFoundError, StorageError
+from samray.output.manifests import FOLDER
+from samray.output.schema import reason_of, samray_metadata
+from samray.output.seals import is_intact, leave_room, seal, seal_of
+from samray.output.shards import open_shard, read_success
+from samray.storage.strict_json import parse_json
+from samray.storage.tables import read_parquet
+
+logger = logging.getLogger(__name__)
+
+NUM_THREADS = 32
+
+SAVE_EVERY_S: Final = 60.0
+"""What a driver that is killed has not saved, the next one reads from the shards."""
+
+SAVE_PATIENCE_S: Final = 5.0
+"""The run does not wait longer for counts that only save time."""
+
+_SCHEMA: Final = pa.schema(
+    [("shard", pa.int32()), ("version", pa.string()), ("failures", pa.string()), ("digest", pa.string())]
+)
+"""digest: the shard's checksum (`samray.output.seals`), for `_SUCCESS`; null for a shard without."""
+
+
+class FailureCounts:
+    """The counts of an output, and the file that keeps them."""
+
+    def __init__(self, output: str) -> None:
+        self.uri = storage.join(output, FOLDER, "failures.parquet")
+        self._kept: dict[int, list[Any]] = {}
+        """Shard -> version, failures as JSON, digest."""
+        self._saved_at = time.monotonic()
+        self._is_saved = True
+
+    @classmethod
+    def load(cls, output: str) -> FailureCounts:
+        """As they were saved last; none where there are none that can be read. Raises: StorageError."""
+        counts = cls(output)
+        try:
+            data = storage.read_bytes(counts.uri)
+            if is_intact(data) is False:
+                return counts
+            table = read_parquet(data).select(_SCHEMA.names).cast(_SCHEMA)
+        except (NotFoundError, pa.ArrowException, KeyError, OSError, ValueError):
+            return counts
+        columns = (table[name].to_pylist() for name in _SCHEMA.names)
+        counts._kept = {shard: kept for shard, *kept in zip(*columns, strict=True)}
+        return counts
+
+    def get(self, shard: int, version: str | None) -> dict[str, int] | None:
+        """Reason -> number of failed images of a shard's file; None where nothing is known of that very file."""
+        kept = self._kept.get(shard)
+        return None if kept is None or kept[0] != version else dict(parse_json(kept[1]))
+
+    def digests(self, versions: Mapping[int, str | None]) -> dict[int, str | None]:
+        """The checksums of these very files (shard -> version), as far as anything is known of them."""
+        kept = {shard: self._kept.get(shard) for shard in versions}
+        return {shard: one[2] for shard, one in kept.items() if one is not None and one[0] == versions[shard]}
+
+    def set(self, shard: int, version: str | None, failures: Mapping[str, int], digest: str | None = None) -> None:
+        """Keep what is known of this version of a shard's file; nothing where storage knows no versions."""
+        if version is not None:
+            self._kept[shard] = [version, json.dumps(failures), digest]
+            self._is_saved = False
+
+    def save(self, every_s: float = 0.0) -> None:
+        """Write the counts down, unless they are, or were so less than every_s ago. Never raises StorageError."""
+        if self._is_saved or time.monotonic() < self._saved_at + every_s:
+            return
+        shards = sorted(self._kept)
+        columns = [[self._kept[shard][i] for shard in shards] for i in range(3)]
+        sink = pa.BufferOutputStream()
+        with pq.ParquetWriter(sink, _SCHEMA, compression="zstd") as writer:
+            leave_room(writer)
+            writer.write_table(pa.table([shards, *columns], schema=_SCHEMA))
+        try:
+            with storage.time_limit(SAVE_PATIENCE_S):
+                storage.put(self.uri, seal(sink.getvalue()))
+            self._is_saved = True
+        except StorageError as error:  # without them a resume is slower, and all else the same
+            logger.warning("%s", error)
+        self._saved_at = time.monotonic()
+
+
+def failures_of_shards(
+    output: str, done: Mapping[int, str | None], kept: FailureCounts | None = None, *, trust_success: bool = True
+) -> dict[int, dict[str, int]]:
+    """Reason -> number of failed images, for each of these finished shards. Raises StorageError.
+
+    done: shard -> version of its file. Nothing is read where `_SUCCESS` says that no image failed and trust_success
+    lets it; else the footers of those shards alone of which nothing is kept.
+    """
+    if not done or (trust_success and _success_without_failures(output, len(done))):
+        return {shard: {} for shard in done}
+    kept = kept or FailureCounts.load(output)
+    failures = {shard: kept.get(shard, version) for shard, version in done.items()}
+    unknown = [shard for shard, counts in failures.items() if counts is None]
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        looked = pool.map(lambda shard: _look_at(output, shard), unknown)
+        for shard, (counts, digest) in zip(unknown, looked, strict=True):
+            # Replaced between the listing and now, it is the old version's file that these counts are said of: that
+            # version is gone, and nobody will ask for it.
+            kept.set(shard, done[shard], counts, digest)
+            failures[shard] = counts
+    kept.save()
+    return {shard: counts or {} for shard, counts in failures.items()}
+
+
+def _success_without_failures(output: str, num_shards: int) -> bool:
+    success = read_success(output)
+    return success is not None and (success.num_failed, success.num_shards) == (0, num_shards)
+
+
+def _look_at(output: str, shard: int) -> tuple[dict[str, int], str | None]:
+    """Reason -> number of failed images of a shard, and its checksum. Reads rows only if the footer is silent."""
+    with open_shard(output, shard) as file:
+        stats = samray_metadata(file.schema_arrow).get("stats", {})
+        if "failures" in stats:
+            return dict(stats["failures"]), seal_of(file.metadata)
+        errors = file.read(columns=["error"])["error"].drop_null().to_pylist()
+        return dict(Counter(reason_of(error) for error in errors)), seal_of(file.metadata)

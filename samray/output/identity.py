@@ -1,0 +1,69 @@
+"""What a run in OUTPUT is known by: settings and inputs as plain JSON, compared when the run is taken up again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+from samray import __version__, storage
+from samray.errors import ConfigError
+from samray.storage.redaction import redact_json
+
+
+def versions(packages: Iterable[str]) -> dict[str, Any]:
+    """When and with what a run began: samray's version, Python's, and those of the packages that are there."""
+    return {
+        "samray_version": __version__,
+        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in packages}},
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def refuse_differences(
+    output: str, held: Mapping[str, Any], wanted: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
+    """Raise ConfigError with each setting that differs.
+
+    defaults: the identity of default settings. A setting that only one side has counts as its default on the other,
+    so that an OUTPUT begun before the setting existed can be resumed. What is held is redacted again: an older version
+    may have left more of a URI standing.
+    """
+    there, asked, default = _flat(redact_json(held)), _flat(wanted), _flat(redact_json(defaults))
+    missing = "not set"
+    there, asked = default | there, default | asked
+    differences = [
+        f"  {key}: {there.get(key, missing)} there, {asked.get(key, missing)} now"
+        for key in sorted(there.keys() | asked.keys())
+        if there.get(key, missing) != asked.get(key, missing)
+    ]
+    if differences:
+        advice = "use those settings to finish it, or give another OUTPUT for these"
+        if "model.checkpoint_sha256" in {key for key in there if there[key] != asked.get(key)}:
+            advice += (
+                ". Weights are compared by their content: model.checkpoint=FILE gives those of the run. The embedded"
+                " model's change with samray's version: they are samray/weights/tiny.safetensors of the version before"
+            )
+        raise ConfigError(
+            f"{storage.redact(output)} belongs to a run with other settings:\n" + "\n".join(differences) + f"\n{advice}"
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = json.dumps(value)
+    return flat

@@ -1,0 +1,297 @@
+"""Single images of an output, however large: one footer and one row group of the shard that holds them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from samray import storage
+from samray.errors import ConfigError, NotFoundError, StorageError
+from samray.inputs.rows import take
+from samray.output.manifests import check_manifest, manifest_uri
+from samray.output.plan import Plan, load_plan
+from samray.output.schema import check_columns
+from samray.output.seals import seal_of
+from samray.output.shards import FOLDER, damage_is_told, read_success, shard_name, shard_number, shard_uri
+from samray.storage.tables import footer_bytes, open_parquet, parse_footer
+
+log = logging.getLogger(__name__)
+
+_FIRST_READ_BYTES: Final = 16 * 1024
+"""Enough for the footer of a shard of one or two row groups."""
+_THREADS: Final = 32
+
+
+def read_image(output: str, image_id: int) -> dict[str, Any]:
+    """The row of one image, as it lies: image, annotations, uri, status, error.
+
+    Reads what the plan says around that id, and the footer and one row group of one shard.
+
+    Raises: ConfigError where OUTPUT has no such image, or not yet; StorageError.
+    """
+    plan = load_plan(output)
+    where = storage.redact(plan.output)
+    for shard, is_planned in _shards_of(plan, image_id):
+        uri = shard_uri(plan.output, shard)
+        try:
+            row = _find(plan.output, shard, image_id)
+        except NotFoundError as error:
+            raise ConfigError(
+                f"image {image_id} of {where} is not labelled yet: {shard_name(shard)} is missing; finish the run first"
+            ) from error
+        if row is not None:
+            return row
+        if is_planned:
+            raise StorageError(
+                f"{storage.redact(uri)} lacks image {image_id}, which is planned to be there; "
+                f"`samray verify {where}` says more"
+            )
+    raise ConfigError(f"{where} has no image with the image_id {image_id}, among {plan.num_images}")
+
+
+def _find(output: str, shard: int, image_id: int) -> dict[str, Any] | None:
+    """The row of an image in a shard; None where it is not there. Raises: NotFoundError, StorageError."""
+    uri = shard_uri(output, shard)
+    size = storage.file_size(uri)
+    footer = read_shard_footer(output, shard, size)
+    groups = _groups_with(footer, "image.image_id", image_id)
+    for group in groups:
+        if len(groups) > 1 and _row_of(read_row_group(uri, size, footer, group, ["image.image_id"]), image_id) < 0:
+            continue
+        table = read_row_group(uri, size, footer, group)
+        row = _row_of(table, image_id)
+        if row >= 0:
+            return dict(table.slice(row, 1).to_pylist()[0])
+    return None
+
+
+def _shards_of(plan: Plan, image_id: int) -> Iterator[tuple[int, bool]]:
+    """Shards that may hold an image, and whether the plan says that this one does."""
+    for generation in plan.generations:
+        uri = manifest_uri(plan.output, generation.number)
+        size = storage.file_size(uri)
+        footer = read_footer(uri, size)
+        with damage_is_told(uri):
+            check_manifest(footer.schema.to_arrow_schema())
+        shards = statistics(footer, "shard")
+        for group in _groups_with(footer, "image_id", image_id):
+            held = shards[group]
+            if held is not None and held.has_min_max and held.min == held.max:
+                yield int(held.min), False  # a shard so large that its own footer is the shorter way
+                continue
+            rows = read_row_group(uri, size, footer, group, ["image_id", "shard"])
+            place = pc.index(rows["image_id"], image_id).as_py()
+            if place >= 0:
+                yield int(rows["shard"][place].as_py()), True
+
+
+def _row_of(table: pa.Table, image_id: int) -> int:
+    return int(pc.index(pc.struct_field(table["image"], "image_id"), image_id).as_py())
+
+
+def _groups_with(footer: pq.FileMetaData, column: str, value: Any) -> list[int]:
+    """The row groups whose statistics do not rule a value out."""
+    groups = []
+    for group, held in enumerate(statistics(footer, column)):
+        if held is None or not held.has_min_max or held.min <= value <= held.max:
+            groups.append(group)
+    return groups
+
+
+def statistics(footer: pq.FileMetaData, column: str) -> list[pq.Statistics | None]:
+    """The statistics of a column in each row group, by its path in the schema."""
+    paths = [footer.schema.column(i).path for i in range(len(footer.schema))]
+    place = paths.index(column)
+    return [footer.row_group(group).column(place).statistics for group in range(footer.num_row_groups)]
+
+
+# --- reading by ranges ---------------------------------------------------------------------------------------------
+
+
+def read_footer(uri: str, size: int | None) -> pq.FileMetaData:
+    """The footer of a Parquet file and no byte more, once it is longer than a first guess.
+
+    size: the file's, in bytes; None reads the whole file. Raises: NotFoundError, StorageError.
+    """
+    start = 0 if size is None else max(0, size - _FIRST_READ_BYTES)
+    tail = storage.read_bytes(uri) if size is None else storage.read_bytes(uri, start, size - start)
+    length = footer_bytes(tail)
+    if size is not None and len(tail) < length <= size:
+        tail = storage.read_bytes(uri, size - length, length - len(tail)) + tail
+    with damage_is_told(uri):
+        return parse_footer(tail)
+
+
+def read_shard_footer(output: str, shard: int, size: int | None) -> pq.FileMetaData:
+    """The footer of a shard, as `read_footer` reads it.
+
+    Raises: NotFoundError, StorageError, also if the file has other columns.
+    """
+    uri = shard_uri(output, shard)
+    footer = read_footer(uri, size)
+    with damage_is_told(uri):
+        check_columns(footer.schema.to_arrow_schema())
+    return footer
+
+
+def read_row_group(
+    uri: str, size: int | None, footer: pq.FileMetaData, group: int, columns: list[str] | None = None
+) -> pa.Table:
+    """One row group, in one chunk: one request, or a few where `columns` leave gaps. Raises: StorageError."""
+    with damage_is_told(uri), storage.open_read(uri, size=size, buffered=False) as stream:
+        # Buffered ahead, the columns that lie side by side are fetched as one range.
+        file = open_parquet(stream, footer)
+        return file.read_row_group(group, columns=columns, use_threads=False).combine_chunks()
+
+
+# --- an index of all images ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ImageIndex:
+    """Where the rows of images lie: eight bytes an image, so that each worker may hold millions."""
+
+    shards: npt.NDArray[np.int32]
+    rows: npt.NDArray[np.int32]
+    """In the shard's file."""
+    sizes: npt.NDArray[np.int64]
+    """Of each shard of the plan, in bytes; 0 where it is not there."""
+    digests: dict[int, str | None]
+    """The checksum (`samray.output.seals`) of each shard that is there; None for a shard without."""
+
+
+def index_images(plan: Plan, *, keep_empty: bool = True) -> ImageIndex:
+    """The images with status `ok` in the shards that are there, in the plan's order.
+
+    keep_empty: also those without a mask. Reads the footers; rows only of shards in which an image failed, or to count
+    masks. Raises: ConfigError where there is no such image, StorageError.
+    """
+    names = storage.list_names(storage.join(plan.output, FOLDER))
+    sizes = np.zeros(plan.num_shards, np.int64)
+    for name, size in names.items():
+        shard = shard_number(name)
+        if shard is not None and shard < plan.num_shards:
+            sizes[shard] = size
+    done = np.flatnonzero(sizes)
+    where = storage.redact(plan.output)
+    if len(done) < plan.num_shards:
+        missing = plan.num_shards - len(done)
+        log.warning("%s: %d of %d shards are not there yet; their images are left out", where, missing, plan.num_shards)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        looked = list(pool.map(lambda shard: _wanted_rows(plan, int(shard), int(sizes[shard]), keep_empty), done))
+    found = [rows for rows, _ in looked]
+    digests = {int(shard): digest for shard, (_, digest) in zip(done, looked, strict=True)}
+    _warn_of_replaced(plan, digests)
+    if not any(len(rows) for rows in found):
+        raise ConfigError(f"{where} holds no labelled image{'' if keep_empty else ' with a mask'} yet")
+    shards = np.repeat(done.astype(np.int32), [len(rows) for rows in found])
+    return ImageIndex(shards, np.concatenate(found), sizes, digests)
+
+
+def _warn_of_replaced(plan: Plan, digests: dict[int, str | None]) -> None:
+    """Say so if shards are not the files that `_SUCCESS` names: a run that replaces some is at work, or was ended."""
+    success = read_success(plan.output)
+    named = enumerate(success.digests if success else ())
+    replaced = [shard for shard, digest in named if digest is not None and digests.get(shard, digest) != digest]
+    if replaced:
+        log.warning(
+            "%s: %d of %d shards were replaced since _SUCCESS was written (%s, ...); run the same command again to "
+            "finish what replaced them",
+            storage.redact(plan.output), len(replaced), plan.num_shards, shard_name(replaced[0]),
+        )  # fmt: skip
+
+
+def _wanted_rows(plan: Plan, shard: int, size: int, keep_empty: bool) -> tuple[npt.NDArray[np.int32], str | None]:
+    """The rows of a shard to keep, and its checksum."""
+    uri = shard_uri(plan.output, shard)
+    footer = read_shard_footer(plan.output, shard, size)
+    if footer.num_rows != plan.num_images_of(shard):
+        raise StorageError(
+            f"{storage.redact(uri)} has {footer.num_rows} rows, planned are {plan.num_images_of(shard)}; "
+            "`samray verify` says more"
+        )
+    status = statistics(footer, "status")
+    wanted, start = [], 0
+    for group in range(footer.num_row_groups):
+        num_rows = footer.row_group(group).num_rows
+        held = status[group]
+        keep = np.ones(num_rows, bool)
+        if held is None or not held.has_min_max or not held.min == held.max == "ok":
+            keep = _numpy(pc.equal(read_row_group(uri, size, footer, group, ["status"])["status"], "ok"))
+        if not keep_empty:
+            # Of all columns of the masks this one is read fastest: the same two numbers over and over.
+            table = read_row_group(uri, size, footer, group, ["annotations.list.element.segmentation.size"])
+            keep = keep & _numpy(pc.greater(pc.list_value_length(table["annotations"]), 0))
+        wanted.append(start + np.flatnonzero(keep))
+        start += num_rows
+    return np.concatenate([np.empty(0, np.int64), *wanted]).astype(np.int32), seal_of(footer)
+
+
+def _numpy(array: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+    return np.asarray(array.to_numpy(), bool)
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerIndex:
+    """Where images lie in tars and Parquet files: 20 bytes an image."""
+
+    names: list[str]
+    which: npt.NDArray[np.int32]
+    """Place in `names`; -1 for an image in a file of its own."""
+    at: npt.NDArray[np.int64]
+    """First byte in a tar, row in a Parquet file."""
+    sizes: npt.NDArray[np.int64]
+    """Bytes in a tar; -1 in a Parquet file."""
+    extents: dict[int, str]
+    """Place in the index -> pieces of a tar member stored with holes."""
+
+    def place(self, index: int) -> dict[str, Any] | None:
+        """The columns of `INPUT_SCHEMA` that say where an image lies; None for a file of its own."""
+        if self.which[index] < 0:
+            return None
+        name, at, size = self.names[self.which[index]], int(self.at[index]), int(self.sizes[index])
+        if size < 0:
+            return {"container": name, "row": at}
+        return {"container": name, "offset": at, "size": size, "extents": self.extents.get(index)}
+
+
+def read_uris(plan: Plan, index: ImageIndex) -> list[str]:
+    """The URIs of the images of an index, in its order. Raises: StorageError."""
+    uris: list[str] = take(plan.read_images(["uri"])["uri"], _places(plan, index)).to_pylist()
+    return uris
+
+
+def _places(plan: Plan, index: ImageIndex) -> pa.Array:
+    """Where the images of an index stand in the plan."""
+    first = np.cumsum([0, *(plan.num_images_of(shard) for shard in range(plan.num_shards - 1))])
+    return pa.array(first[index.shards] + index.rows)
+
+
+def index_containers(plan: Plan, index: ImageIndex) -> ContainerIndex | None:
+    """Where the images of an index lie; None where each is a file of its own. Raises: StorageError."""
+    names = plan.read_images(["container"])["container"]
+    if names.null_count == len(names):
+        return None
+    places = _places(plan, index)
+    held = plan.read_images(["offset", "row", "size"]).take(places)
+    coded = names.dictionary_encode().unify_dictionaries().combine_chunks().take(places)  # few names, much text
+    offsets, rows, sizes = (np.asarray(column.fill_null(-1).to_numpy(), np.int64) for column in held.columns)
+    in_tar = offsets >= 0
+    extents = plan.read_images(["extents"])["extents"].take(places)
+    with_holes = pc.indices_nonzero(pc.is_valid(extents))
+    return ContainerIndex(
+        coded.dictionary.to_pylist(),
+        np.asarray(coded.indices.fill_null(-1).to_numpy(), np.int32),
+        np.where(in_tar, offsets, rows),
+        np.where(in_tar, sizes, -1),
+        dict(zip(with_holes.to_pylist(), extents.take(with_holes).to_pylist(), strict=True)),
+    )

@@ -1,0 +1,276 @@
+"""The manifest files of an output: `_samray/manifest.parquet`, and one more for each time that images joined later.
+
+A generation is one file, created whole and never replaced. First come its new images, in shards that follow those of
+the generations before; then, perhaps, rows for images of earlier generations that have changed since: the same id and
+the same shard, the new size and etag. Of the rows of an image the last generation's counts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from samray import storage
+from samray.errors import ConfigError, NotFoundError, StorageError
+from samray.inputs.rows import INPUT_SCHEMA, take
+from samray.output.schema import MAX_IMAGE_ID
+from samray.output.seals import leave_room, seal
+from samray.storage.strict_json import parse_json
+from samray.storage.tables import open_parquet
+
+FOLDER: Final = "_samray"
+
+MANIFEST_SCHEMA: Final = pa.schema([("image_id", pa.int64()), ("shard", pa.int32()), *INPUT_SCHEMA])
+
+_REQUIRED: Final = ("image_id", "shard", "uri", "file_name", "size")
+
+_ROWS_PER_GROUP: Final = 16384
+_ROWS_AT_ONCE: Final = 2**20
+"""Beyond the table itself, what is made of its rows on the way is held for so many of them."""
+_NAME: Final = re.compile(r"manifest-(\d{6})\.parquet")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One manifest file, by what its own metadata say."""
+
+    number: int
+    identity: dict[str, Any]
+    """Of the run that made it, `input_uri` included; the first generation's is that of the output."""
+    num_images: int
+    """New ones."""
+    images_per_shard: int
+    first_shard: int = 0
+    num_changed: int = 0
+    """Rows, after the new ones, of earlier images that have changed."""
+    skipped: dict[str, dict[str, int]] = field(default_factory=dict)
+    """What the listing of INPUT left out (`Skipped.counts`)."""
+    num_hidden: int = 0
+    """URIs and containers that the manifest keeps without their credentials (`samray.output.credentials`)."""
+
+    @property
+    def num_shards(self) -> int:
+        """Of its new images."""
+        return -(-self.num_images // self.images_per_shard)
+
+    @property
+    def rows_per_group(self) -> int:
+        """A whole number of shards, so that a shard's rows always lie in one row group."""
+        return self.images_per_shard * max(1, _ROWS_PER_GROUP // self.images_per_shard)
+
+    @property
+    def num_groups(self) -> int:
+        """Row groups of new images; those of changed ones follow."""
+        return -(-self.num_images // self.rows_per_group)
+
+
+def manifest_uri(output: str, generation: int) -> str:
+    name = f"manifest-{generation:06d}.parquet" if generation else "manifest.parquet"
+    return storage.join(output, FOLDER, name)
+
+
+# --- making one ----------------------------------------------------------------------------------------------------
+
+
+def build_manifest(images: pa.Table, images_per_shard: int, held: pa.ChunkedArray | None = None) -> pa.Table:
+    """Ids and shards, from 0, for the images of an input. Returns a table of `MANIFEST_SCHEMA`.
+
+    held: ids that are taken.
+    """
+    shards = pa.array((np.arange(images.num_rows) // images_per_shard).astype(np.int32))
+    columns = [image_ids(images["file_name"], held), shards, *(images[name] for name in INPUT_SCHEMA.names)]
+    return pa.Table.from_arrays(columns, schema=MANIFEST_SCHEMA)
+
+
+def image_ids(file_names: pa.ChunkedArray, held: pa.ChunkedArray | None = None) -> pa.ChunkedArray:
+    """The number in names like sa_<n>.jpg, else the row's place; places for all where two would get the same id.
+
+    held: ids that are taken; places are then counted from the largest of them on.
+    Raises: ConfigError where no number is left.
+    """
+    first = 0 if held is None or len(held) == 0 else pc.max(held).as_py() + 1
+    if first + len(file_names) - 1 > MAX_IMAGE_ID:
+        raise ConfigError(f"image ids up to {first - 1} are taken, and the largest is {MAX_IMAGE_ID}")
+    ids = np.arange(first, first + len(file_names))
+    for start in range(0, len(file_names), _ROWS_AT_ONCE):
+        part = ids[start : start + _ROWS_AT_ONCE]
+        part[:] = _numbers_or(file_names.slice(start, _ROWS_AT_ONCE), part)
+    taken = held is not None and pc.any(pc.is_in(pa.array(ids), value_set=held)).as_py()
+    if taken or not _all_differ(ids):
+        ids = np.arange(first, first + len(file_names))
+    return pa.chunked_array([pa.array(ids)])
+
+
+def _numbers_or(file_names: pa.ChunkedArray, places: np.ndarray) -> np.ndarray:
+    """The number in each name like sa_<n>.jpg, else the one of `places`."""
+    digits = pc.struct_field(pc.extract_regex(file_names, r"(?:^|/)sa_0*(?P<n>[0-9]{1,15})\.[^./]+$"), "n")
+    numbers = pc.cast(digits, pa.int64())
+    numbers = pc.if_else(pc.less_equal(numbers, MAX_IMAGE_ID), numbers, None)
+    return np.asarray(pc.coalesce(numbers, pa.chunked_array([pa.array(places)])))
+
+
+def _all_differ(ids: np.ndarray) -> bool:
+    return bool((np.diff(ids) > 0).all()) or bool((np.diff(np.sort(ids)) > 0).all())
+
+
+def create_generation(output: str, generation: Generation, new: pa.Table, changed: pa.Table | None = None) -> bool:
+    """Put the generation's manifest in its place, unless there is one of that number already: then False.
+
+    new, changed: tables of `MANIFEST_SCHEMA`, the shards of `new` counted over the whole output, `changed` by shard.
+    Raises: StorageError.
+    """
+    assert new.num_rows == generation.num_images, (new.num_rows, generation)
+    own = {
+        "identity": generation.identity,
+        "num_images": generation.num_images,
+        "images_per_shard": generation.images_per_shard,
+        "first_shard": generation.first_shard,
+        "num_changed": generation.num_changed,
+        "skipped": generation.skipped,
+        "num_hidden": generation.num_hidden,
+    }
+    sink = pa.BufferOutputStream()
+    schema = MANIFEST_SCHEMA.with_metadata({b"samray": json.dumps(own, sort_keys=True).encode()})
+    with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
+        leave_room(writer)
+        writer.write_table(new.cast(MANIFEST_SCHEMA), row_group_size=generation.rows_per_group)
+        if changed is not None and changed.num_rows:
+            assert changed.num_rows == generation.num_changed, (changed.num_rows, generation)
+            writer.write_table(changed.cast(MANIFEST_SCHEMA), row_group_size=_ROWS_PER_GROUP)
+    return storage.put_new(manifest_uri(output, generation.number), seal(sink.getvalue()))
+
+
+# --- reading them --------------------------------------------------------------------------------------------------
+
+
+def read_generation(output: str, number: int) -> Generation | None:
+    """What a manifest says of itself; None where there is none. Raises: ConfigError, StorageError."""
+    try:
+        own = _with_manifest(output, number, lambda file: _own(file.schema_arrow.metadata))
+    except NotFoundError:
+        return None
+    if not {"identity", "num_images", "images_per_shard"} <= own.keys():
+        uri = storage.redact(manifest_uri(output, number))
+        raise ConfigError(f"{uri} was not written by samray; give another OUTPUT")
+    return Generation(number, **own)
+
+
+def _own(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+    """The arguments of `Generation` that a manifest's metadata hold. Raises: ValueError if a value cannot be."""
+    found = parse_json((metadata or {}).get(b"samray", b"{}"))
+    if not isinstance(found, dict):
+        raise ValueError("its samray metadata are not an object")
+    least = {"num_images": 0, "images_per_shard": 1, "first_shard": 0, "num_changed": 0, "num_hidden": 0}
+    for name, number in least.items():
+        value = found.get(name, number)
+        if type(value) is not int or value < number:
+            raise ValueError(f"its samray metadata have {name}={value!r}, expected a whole number from {number} on")
+    if not isinstance(found.get("identity", {}), dict):
+        raise ValueError("its samray metadata have an identity that is not an object")
+    if not isinstance(found.get("skipped", {}), dict):
+        raise ValueError("its samray metadata have skipped that is not an object")
+    return {name: found[name] for name in ("identity", "skipped", *least) if name in found}
+
+
+def read_generations(output: str) -> list[Generation]:
+    """All of them, in order: one LIST and a footer each.
+
+    Raises: ConfigError, and StorageError where one is missing or they do not follow on each other.
+    """
+    names = storage.list_names(storage.join(output, FOLDER))
+    numbers = sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+    generations: list[Generation] = []
+    for number in [0, *numbers]:
+        found = read_generation(output, number)
+        before = generations[-1] if generations else None
+        follows = before is None or (
+            number == before.number + 1 and found and found.first_shard == before.first_shard + before.num_shards
+        )
+        if found is None or not follows:
+            uri = storage.redact(manifest_uri(output, number))
+            raise StorageError(
+                f"{uri} is missing or does not follow on the one before: the plan of this OUTPUT is lost"
+            )
+        generations.append(found)
+    return generations
+
+
+def read_group(output: str, generation: Generation, group: int) -> pa.Table:
+    """One row group of new images. Raises: StorageError."""
+    return _with_manifest(output, generation.number, lambda file: _conform(file.read_row_group(group)))
+
+
+def read_changed(output: str, generation: Generation, shard: int | None = None) -> pa.Table:
+    """The rows of images that this generation found changed, of one shard or of all. Raises: StorageError."""
+
+    def read(file: pq.ParquetFile) -> pa.Table:
+        column = MANIFEST_SCHEMA.get_field_index("shard")
+        groups = []
+        for group in range(generation.num_groups, file.metadata.num_row_groups):
+            held = file.metadata.row_group(group).column(column).statistics
+            if shard is None or held is None or held.min <= shard <= held.max:
+                groups.append(group)
+        table = _conform(file.read_row_groups(groups))
+        return table if shard is None else table.filter(pc.equal(table["shard"], shard))
+
+    return _with_manifest(output, generation.number, read)
+
+
+def read_rows(output: str, generation: Generation, columns: list[str]) -> pa.Table:
+    """These columns of all its rows, the new images' and then the changed ones'. Raises: StorageError."""
+
+    def read(file: pq.ParquetFile) -> pa.Table:
+        there = [name for name in columns if name in file.schema_arrow.names]
+        return _conform(file.read(columns=there)).select(columns)
+
+    return _with_manifest(output, generation.number, read)
+
+
+def with_rows(table: pa.Table, newer: pa.Table) -> pa.Table:
+    """`table` with those of its rows replaced whose image_id `newer` has, too; both have the same columns."""
+    at = pc.index_in(table["image_id"], value_set=newer["image_id"])
+    kept = pa.array(range(table.num_rows), pa.int64())
+    order = pc.coalesce(pc.add(pc.cast(at, pa.int64()), table.num_rows), pa.chunked_array([kept]))
+    return take(pa.concat_tables([table, newer]), order)
+
+
+def _conform(table: pa.Table) -> pa.Table:
+    """With every column of `MANIFEST_SCHEMA`; manifests of samray 0.1 had no etag."""
+    nulls = {field.name: pa.nulls(table.num_rows, field.type) for field in MANIFEST_SCHEMA}
+    arrays = [table[name] if name in table.schema.names else nulls[name] for name in MANIFEST_SCHEMA.names]
+    return pa.Table.from_arrays(arrays, schema=MANIFEST_SCHEMA)
+
+
+def check_manifest(schema: pa.Schema) -> None:
+    """Check that a file has the columns of a manifest, so that its readers may take their types for granted.
+
+    Those of older versions lack some, which then count as null. Raises: ValueError.
+    """
+    for column in MANIFEST_SCHEMA:
+        number = schema.names.count(column.name)
+        if number > 1 or (not number and column.name in _REQUIRED):
+            raise ValueError(f"it has {number} columns {column.name!r}, expected one")
+        if number and schema.field(column.name).type != column.type:
+            kind = schema.field(column.name).type
+            raise ValueError(f"the column {column.name!r} is of type {kind}, expected {column.type}")
+
+
+def _with_manifest(output: str, number: int, call: Callable[[pq.ParquetFile], T]) -> T:
+    uri = manifest_uri(output, number)
+    try:
+        with storage.open_read(uri) as stream:
+            file = open_parquet(stream)
+            check_manifest(file.schema_arrow)
+            return call(file)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise StorageError(f"{storage.redact(uri)} is damaged: {error}; give another OUTPUT") from error

@@ -1,0 +1,313 @@
+"""A labelled output as a torch map-style dataset, in the layout of torchvision's detection references."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from samray import storage
+from samray.config import InputConfig
+from samray.errors import ConfigError, FileError, ImageError, StorageError
+from samray.inputs.decode import decode_image
+from samray.inputs.fetch import NO_CREDENTIALS, fetch_images
+from samray.inputs.rows import INPUT_SCHEMA
+from samray.output.lookup import index_containers, index_images, read_row_group, read_shard_footer, read_uris
+from samray.output.plan import Plan, load_plan
+from samray.output.seals import seal_of
+from samray.output.shards import shard_uri
+from samray.rle.runs import Runs, pixels, runs_of_image
+
+Target = dict[str, Any]
+
+_BOXES_ONLY: Final = ["image", "uri"] + [
+    f"annotations.list.element.{name}" for name in ("bbox", "area", "predicted_iou", "stability_score")
+]
+_MASK_KINDS: Final = ("bool", "rle", "boxes")
+_GROUPS_HELD: Final = 4
+_FOOTERS_HELD: Final = 32
+"""A footer grows with its row groups; shuffled reading of more large shards than this fetches footers ever again."""
+
+
+class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
+    """Images and their masks by index, for training: `dataset[i]` is (image, target).
+
+    image: (3, H, W) uint8, RGB, upright; None with images=False. target:
+
+    - boxes: (N, 4) float32, x0 y0 x1 y1 in pixels, the right and lower side exclusive
+    - labels: (N,) int64, ones; iscrowd: (N,) int64, zeros; area: (N,) int64, pixels
+    - masks: (N, H, W) bool with masks="bool"; segmentation: N COCO RLEs with masks="rle"; with masks="boxes" neither,
+      and run-length strings are not even read
+    - predicted_iou, stability_score: (N,) float32
+    - image_id: int
+
+    It has the images with status `ok`, in the order of the plan; failed ones are left out, and so are those of shards
+    that are not there yet. N may be 0: keep_empty=False leaves out images without any mask, but the filters
+    (min_predicted_iou, min_stability, min_area; max_masks keeps those of the highest predicted IoU) act on the masks of
+    an image and never leave one out.
+
+    transforms: called with (image, target), returns what `dataset[i]` is to be. image_root: (old, new) for images that
+    have moved since they were labelled: what their URIs (or those of their tars and Parquet files) began with, and what
+    they begin with now.
+
+    max_mask_bytes: with masks="bool", most bytes of an image's masks, N * H * W; an image of more raises StorageError.
+
+    Holds eight bytes an image (28 where images lie in tars or Parquet), the last few row groups and footers read, and
+    no open file; storage makes its connections anew in a forked child. So workers may be forked or spawned. An output
+    that is changed (`--retry-failed`, `--redo-changed`) is to be opened anew.
+
+    Raises: ConfigError where OUTPUT holds no labelled image or an option is wrong; StorageError. Items raise
+    StorageError, also for an image that is gone or no longer the one that was labelled.
+    """
+
+    def __init__(
+        self,
+        output: str,
+        *,
+        images: bool = True,
+        masks: Literal["bool", "rle", "boxes"] = "bool",
+        transforms: Callable[[Any, Target], Any] | None = None,
+        min_predicted_iou: float | None = None,
+        min_stability: float | None = None,
+        min_area: int | None = None,
+        max_masks: int | None = None,
+        keep_empty: bool = True,
+        image_root: tuple[str, str] | None = None,
+        max_mask_bytes: int = 2**30,
+    ) -> None:
+        if masks not in _MASK_KINDS:
+            raise ConfigError(f"masks={masks!r} is none of {', '.join(map(repr, _MASK_KINDS))}")
+        if image_root is not None and (isinstance(image_root, str) or len(image_root) != 2):
+            raise ConfigError(f"image_root={image_root!r} must be a pair: what URIs began with, and what they do now")
+        if max_masks is not None and max_masks < 0:
+            raise ConfigError(f"max_masks={max_masks} must be 0 or more; None keeps all")
+        plan = load_plan(output)
+        self.output = plan.output
+        self.images = images
+        self.masks = masks
+        self.transforms = transforms
+        self.min_predicted_iou = min_predicted_iou
+        self.min_stability = min_stability
+        self.min_area = min_area
+        self.max_masks = max_masks
+        self.max_mask_bytes = max_mask_bytes
+        self.image_root = image_root and (storage.normalize(image_root[0]), storage.normalize(image_root[1]))
+        self._index = index_images(plan, keep_empty=keep_empty)
+        self._containers = index_containers(plan, self._index) if images else None
+        self._input = input_config_of(plan)
+        # Boxes of the "sam" convention end with their last pixel, all others behind it.
+        sam_boxes = plan.run["identity"].get("masks", {}).get("bbox_convention") == "sam"
+        self._box_extent = 1.0 if sam_boxes else 0.0
+        self._hold_nothing()
+
+    def __len__(self) -> int:
+        return len(self._index.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        if isinstance(index, slice):
+            raise TypeError(
+                f"a MaskDataset gives one image per index; for several write"
+                f" torch.utils.data.Subset(dataset, range(*{index}.indices(len(dataset))))"
+            )
+        index = range(len(self))[index]  # negative ones, and IndexError, as lists have them
+        image = self.image(index) if self.images else None
+        target = self.target(index)
+        return (image, target) if self.transforms is None else self.transforms(image, target)
+
+    def image(self, index: int) -> Tensor:
+        """(3, H, W) uint8: an image alone, untransformed, its masks not looked at.
+
+        Raises: ConfigError where the data set was opened with images=False, StorageError.
+        """
+        if not self.images:
+            raise ConfigError("this data set was opened with images=False; open one with its images")
+        index = range(len(self))[index]
+        table, row = self._locate(index)
+        return self._image(index, table["uri"][row].as_py(), table["image"][row].as_py())
+
+    def target(self, index: int) -> Target:
+        """An image's masks alone, untransformed; the image itself is not read. Raises: StorageError."""
+        table, row = self._locate(range(len(self))[index])
+        return self._target(table["annotations"][row].values, table["image"][row].as_py())
+
+    def uris(self) -> list[str]:
+        """Every image's URI as it was labelled, in the order of the data set. Raises: StorageError."""
+        return read_uris(load_plan(self.output), self._index)
+
+    @staticmethod
+    def collate(batch: Iterable[Any]) -> tuple[Any, ...]:
+        """A batch as (images, targets), two tuples, for `DataLoader(collate_fn=)`: images differ in size."""
+        return tuple(zip(*batch, strict=True))
+
+    # --- rows ------------------------------------------------------------------------------------------------------
+
+    def _locate(self, index: int) -> tuple[pa.Table, int]:
+        """The row group that holds an image, and the row in it."""
+        shard, row = int(self._index.shards[index]), int(self._index.rows[index])
+        _, starts = self._footer(shard)
+        group = int(np.searchsorted(starts, row, side="right")) - 1
+        return self._group(shard, group), row - int(starts[group])
+
+    def _hold_nothing(self) -> None:
+        # Caches that threads may share, and that neither pickles nor forked workers are hurt by.
+        self._footer = lru_cache(_FOOTERS_HELD)(self._read_footer)
+        self._group = lru_cache(_GROUPS_HELD)(self._read_group)
+
+    def _read_footer(self, shard: int) -> tuple[pq.FileMetaData, npt.NDArray[np.int64]]:
+        """A shard's footer, and the first row of each of its row groups."""
+        footer = read_shard_footer(self.output, shard, int(self._index.sizes[shard]))
+        if seal_of(footer) != self._index.digests.get(shard):
+            raise StorageError(
+                f"{storage.redact(shard_uri(self.output, shard))} was replaced since this data set was opened: open it "
+                "again"
+            )
+        num_rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+        return footer, np.cumsum([0, *num_rows[:-1]])
+
+    def _read_group(self, shard: int, group: int) -> pa.Table:
+        # With masks the whole group in one request: the few bytes that are not needed cost less than a second one.
+        columns = _BOXES_ONLY if self.masks == "boxes" else None
+        size = int(self._index.sizes[shard])
+        return read_row_group(shard_uri(self.output, shard), size, self._footer(shard)[0], group, columns)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_footer", "_group")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._hold_nothing()
+
+    # --- targets ---------------------------------------------------------------------------------------------------
+
+    def _target(self, found: pa.StructArray, record: dict[str, Any]) -> Target:
+        """found: the image's annotations."""
+        self._check(found, record)
+        keep = self._kept(found)
+        boxes = found.field("bbox").flatten().to_numpy().reshape(-1, 4)[keep]
+        boxes[:, 2:] += boxes[:, :2] + self._box_extent
+        target: Target = {
+            "boxes": torch.from_numpy(boxes.astype(np.float32)),
+            "labels": torch.ones(len(keep), dtype=torch.int64),
+            "image_id": record["image_id"],
+            "area": torch.from_numpy(_numbers(found, "area")[keep].astype(np.int64)),
+            "iscrowd": torch.zeros(len(keep), dtype=torch.int64),
+            "predicted_iou": torch.from_numpy(_numbers(found, "predicted_iou")[keep].astype(np.float32)),
+            "stability_score": torch.from_numpy(_numbers(found, "stability_score")[keep].astype(np.float32)),
+        }
+        if self.masks != "boxes":
+            rles = found.field("segmentation").take(pa.array(keep)).to_pylist()
+            hw = record["height"], record["width"]
+            if any(rle["size"] != list(hw) for rle in rles):
+                raise StorageError(_damaged(record, f"a mask that is not of its size, {hw[1]}x{hw[0]}"))
+            runs = runs_of_image(record["image_id"], [rle["counts"] for rle in rles], hw)
+            if self.masks == "rle":
+                target["segmentation"] = rles
+            else:
+                target["masks"] = self._decode(runs, record)
+        return target
+
+    def _check(self, found: pa.StructArray, record: dict[str, Any]) -> None:
+        """Raises: StorageError where a field is empty, or a box has not four numbers: an OUTPUT may be damaged."""
+        needed = [found, *(found.field(name) for name in ("bbox", "area", "segmentation") if name in _names(found))]
+        if any(column.null_count for column in needed) or None in record.values():
+            raise StorageError(_damaged(record, "an empty field"))
+        boxes = found.field("bbox")
+        if boxes.flatten().null_count or any(length != 4 for length in boxes.value_lengths().to_pylist()):
+            raise StorageError(_damaged(record, "a box that is not four numbers"))
+
+    def _decode(self, masks: list[Runs], record: dict[str, Any]) -> Tensor:
+        """(N, H, W) bool."""
+        height, width = record["height"], record["width"]
+        num_bytes = len(masks) * height * width
+        if num_bytes > self.max_mask_bytes:
+            raise StorageError(
+                f"image {record['image_id']} has {len(masks)} masks of {width}x{height} pixels, {num_bytes / 1e9:.1f} "
+                f'GB as bool, and max_mask_bytes allows {self.max_mask_bytes / 1e9:.1f} GB: take masks="rle", bound '
+                "them with max_masks or min_area, or raise max_mask_bytes"
+            )
+        decoded = torch.empty((len(masks), height, width), dtype=torch.bool)
+        for place, runs in enumerate(masks):
+            decoded[place] = torch.from_numpy(pixels(runs, (height, width)))
+        return decoded
+
+    def _kept(self, found: pa.StructArray) -> npt.NDArray[np.int64]:
+        """Places of the annotations that pass the filters, in their order."""
+        passed = np.ones(len(found), bool)
+        least = {
+            "predicted_iou": self.min_predicted_iou,
+            "stability_score": self.min_stability,
+            "area": self.min_area,
+        }
+        for name, bound in least.items():
+            if bound is not None:
+                passed &= _numbers(found, name) >= bound
+        keep = np.flatnonzero(passed)
+        if self.max_masks is not None and len(keep) > self.max_masks:
+            best = np.argsort(-_numbers(found, "predicted_iou")[keep], kind="stable")[: self.max_masks]
+            keep = keep[np.sort(best)]
+        return keep
+
+    # --- images ----------------------------------------------------------------------------------------------------
+
+    def _image(self, index: int, uri: str, record: dict[str, Any]) -> Tensor:
+        try:
+            pixels = decode_image(self._encoded(index, uri), self._input.max_pixels)
+        except (FileError, ImageError) as error:
+            raise StorageError(
+                f"image {record['image_id']} cannot be read: {error}; "
+                "if images have moved, say so with image_root=(old, new)"
+            ) from error
+        height, width = record["height"], record["width"]
+        if pixels.shape[:2] != (height, width):
+            raise StorageError(
+                f"{storage.redact(uri)} is {pixels.shape[1]}x{pixels.shape[0]} now, but was {width}x{height} when it "
+                "was labelled; label it again with `samray label ... --redo-changed`"
+            )
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+    def _encoded(self, index: int, uri: str) -> bytes:
+        place = None if self._containers is None else self._containers.place(index)
+        if place is None:
+            uri = self._moved(uri)
+            if storage.is_redacted(uri):
+                raise ImageError("missing", NO_CREDENTIALS.format(uri))
+            return storage.read_bytes(uri)
+        row = {**place, "uri": uri, "container": self._moved(place["container"])}
+        (data,) = fetch_images(pa.Table.from_pylist([row], INPUT_SCHEMA), self._input)
+        if isinstance(data, ImageError):
+            raise data
+        return data
+
+    def _moved(self, uri: str) -> str:
+        if self.image_root is None:
+            return uri
+        old, new = self.image_root
+        if not uri.startswith(storage.join(old, "")):
+            raise ConfigError(f"{storage.redact(uri)} does not begin with {storage.redact(old)}, as image_root says")
+        return storage.join(new, uri[len(storage.join(old, "")) :])
+
+
+def input_config_of(plan: Plan) -> InputConfig:
+    """The settings under which the images were read: limits, and the column that holds them."""
+    held = plan.run.get("config", {}).get("input", {})
+    return InputConfig(**{name: value for name, value in held.items() if name in InputConfig.model_fields})
+
+
+def _names(found: pa.StructArray) -> list[str]:
+    return [field.name for field in found.type]
+
+
+def _numbers(found: pa.StructArray, name: str) -> npt.NDArray[Any]:
+    return np.asarray(found.field(name).to_numpy(zero_copy_only=False))
+
+
+def _damaged(record: dict[str, Any], what: str) -> str:
+    return f"image {record['image_id']} has {what}; `samray verify --deep` finds all such faults"

@@ -1,0 +1,206 @@
+"""A look at a large output that takes seconds: the footers of its shards, and row groups drawn at random.
+
+Footers say how many images, masks and failures a shard holds, and how long it took. Everything else is estimated from
+row groups, drawn one from each of as many equal strata: every image is as likely to be drawn as any other. The same
+output gives the same draw.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Final, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from samray.output.schema import samray_metadata
+from samray.output.shards import open_shard
+
+MAX_FOOTERS: Final = 4096
+"""Of more shards than this a sample's footers are read; counts are then estimates, too."""
+
+SAMPLE_IMAGES: Final = 4096
+MAX_GROUPS: Final = 512
+"""Row groups drawn at most, where they are small."""
+
+_EXAMPLE_GROUPS: Final = 64
+_FOOTER_THREADS: Final = 32
+_READ_THREADS: Final = 16
+_ROWS_AT_ONCE: Final = 16
+_SEED: Final = 0
+
+NUMBERS: Final = (
+    "image",
+    "status",
+    "annotations.list.element.area",
+    "annotations.list.element.predicted_iou",
+    "annotations.list.element.stability_score",
+    "annotations.list.element.point_coords",
+)
+"""Columns with everything about masks but their pixels."""
+
+T = TypeVar("T")
+Draw = tuple[int, int]
+"""A shard and the number of a row group in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footer:
+    """What the end of a shard's file says of it."""
+
+    shard: int
+    group_rows: tuple[int, ...]
+    """Images of each row group."""
+    group_fails: tuple[bool, ...]
+    """Whether a row group may hold failed images."""
+    num_masks: int
+    failures: Mapping[str, int]
+    """Reason -> number of failed images."""
+    stats: Mapping[str, Any]
+    """Of the run that made the shard, as in `samray.pipeline.report.ShardSummary`; empty where it left none."""
+
+    @property
+    def num_images(self) -> int:
+        return sum(self.group_rows)
+
+    @property
+    def num_failed(self) -> int:
+        return sum(self.failures.values())
+
+
+def read_footers(output: str, shards: Iterable[int]) -> list[Footer]:
+    """The footers of these finished shards, or of MAX_FOOTERS of them. Raises: StorageError."""
+    chosen = spread(sorted(shards), MAX_FOOTERS)
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        return list(pool.map(lambda shard: _footer(output, shard), chosen))
+
+
+def _footer(output: str, shard: int) -> Footer:
+    with open_shard(output, shard) as file:
+        return _footer_of(shard, file)
+
+
+def _footer_of(shard: int, file: pq.ParquetFile) -> Footer:
+    metadata = file.metadata
+    status = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == "status")
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    held = [group.column(status).statistics for group in groups]
+    stats = samray_metadata(file.schema_arrow).get("stats", {})
+    if stats.get("num_images") == metadata.num_rows:
+        num_masks, failures = stats["num_masks"], stats["failures"]
+    else:  # imported, say
+        num_masks, failures = _count_rows(file)
+    return Footer(
+        shard,
+        tuple(group.num_rows for group in groups),
+        tuple(one is None or not one.has_min_max or one.min != "ok" for one in held),
+        num_masks,
+        failures,
+        stats,
+    )
+
+
+def _count_rows(file: pq.ParquetFile) -> tuple[int, Counter[str]]:
+    """Masks, and failed images by reason, from two small columns."""
+    num_masks, failures = 0, Counter[str]()
+    for batch in file.iter_batches(SAMPLE_IMAGES, columns=["annotations.list.element.id", "error"]):
+        num_masks += len(batch["annotations"].flatten())
+        failures.update(error.partition(":")[0] for error in batch["error"].drop_null().to_pylist())
+    return num_masks, failures
+
+
+def spread(items: Sequence[T], number: int) -> list[T]:
+    """At most `number` of the items, in order: one drawn at random from each of `number` equal parts."""
+    if len(items) <= number:
+        return list(items)
+    draw = random.Random(_SEED)
+    edges = [i * len(items) // max(number, 1) for i in range(number + 1)]
+    return [items[draw.randrange(low, high)] for low, high in pairwise(edges)]
+
+
+def draw_groups(footers: Sequence[Footer], num_images: int = SAMPLE_IMAGES) -> list[Draw]:
+    """Row groups with about so many images, drawn at random; all of them where there are no more images."""
+    groups = [(f.shard, i) for f in footers for i, rows in enumerate(f.group_rows) if rows]
+    total = sum(footer.num_images for footer in footers)
+    if total <= num_images and len(groups) <= MAX_GROUPS:
+        return groups
+    return spread(groups, min(MAX_GROUPS, max(1, num_images * len(groups) // max(total, 1))))
+
+
+def read_groups(output: str, groups: Iterable[Draw], columns: Sequence[str]) -> Iterator[tuple[Draw, pa.Table]]:
+    """These columns of row groups; of one with very many rows only the first. Raises: StorageError."""
+
+    def read(file: pq.ParquetFile, draw: Draw) -> pa.Table:
+        batches = file.iter_batches(SAMPLE_IMAGES, row_groups=[draw[1]], columns=list(columns))
+        return pa.Table.from_batches([next(batches)])
+
+    return _by_shard(output, groups, read)
+
+
+def read_rows(output: str, rows: Mapping[Draw, Sequence[int]]) -> Iterator[tuple[Draw, list[dict[str, Any]]]]:
+    """Whole rows, by their places in row groups, in order. No row group is held whole. Raises: StorageError."""
+
+    def read(file: pq.ParquetFile, draw: Draw) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        first = 0
+        for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[draw[1]]):
+            here = [row - first for row in sorted(rows[draw]) if first <= row < first + len(batch)]
+            found += batch.take(pa.array(here, pa.int64())).to_pylist()
+            first += len(batch)
+            if len(found) == len(rows[draw]):
+                break
+        return found
+
+    return _by_shard(output, rows, read)
+
+
+def examples_by_reason(output: str, footers: Sequence[Footer], number: int) -> dict[str, list[tuple[str, str]]]:
+    """Reason -> up to `number` times (uri, what went wrong), from at most _EXAMPLE_GROUPS row groups.
+
+    Raises: StorageError.
+    """
+    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    by_reason: dict[str, list[Footer]] = defaultdict(list)
+    for footer in footers:
+        for reason in footer.failures:
+            by_reason[reason].append(footer)
+    # Some shards of every reason: drawn over all failures alike, a rare reason would not be met.
+    share = max(1, _EXAMPLE_GROUPS // max(len(by_reason), 1))
+    groups = {draw for those in by_reason.values() for draw in spread(_failing_groups(spread(those, share)), share)}
+
+    def read(file: pq.ParquetFile, draw: Draw) -> list[tuple[str, str]]:
+        table = file.read_row_group(draw[1], columns=["error", "uri"])
+        return list(zip(table["error"].to_pylist(), table["uri"].to_pylist(), strict=True))
+
+    for _, rows in _by_shard(output, sorted(groups), read):
+        for error, uri in rows:
+            reason, _, message = (error or "").partition(": ")
+            if error is not None and len(found[reason]) < number:
+                found[reason].append((uri, message))
+    return found
+
+
+def _failing_groups(footers: Sequence[Footer]) -> list[Draw]:
+    return [(footer.shard, i) for footer in footers for i, fails in enumerate(footer.group_fails) if fails]
+
+
+def _by_shard(
+    output: str, draws: Iterable[Draw], read: Callable[[pq.ParquetFile, Draw], T]
+) -> Iterator[tuple[Draw, T]]:
+    """What `read` makes of each row group, shard by shard: a file with many of them is opened once."""
+    groups: dict[int, list[Draw]] = defaultdict(list)
+    for draw in draws:
+        groups[draw[0]].append(draw)
+
+    def body(shard: int) -> list[tuple[Draw, T]]:
+        with open_shard(output, shard) as file:
+            return [(draw, read(file, draw)) for draw in groups[shard]]
+
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        for found in pool.map(body, groups):
+            yield from found

@@ -1,0 +1,191 @@
+"""The columns of a shard. The first two of a row, dumped as JSON, are an SA-1B annotation file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import pyarrow as pa
+
+from samray.storage.strict_json import parse_json
+
+ANNOTATIONS_PER_IMAGE: Final = 65536
+"""Annotation id = image_id * 65536 + index, so ids are unique over the data set without any counting."""
+
+MAX_IMAGE_ID: Final = 2**47 - 1
+"""Largest image_id whose annotations' ids still fit into 64 bits."""
+
+ANNOTATION: Final = pa.struct(
+    [
+        ("id", pa.int64()),
+        ("segmentation", pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])),
+        ("bbox", pa.list_(pa.float64())),
+        ("area", pa.int64()),
+        ("predicted_iou", pa.float64()),
+        ("stability_score", pa.float64()),
+        ("point_coords", pa.list_(pa.list_(pa.float64()))),
+        ("crop_box", pa.list_(pa.float64())),
+    ]
+)
+
+SCHEMA: Final = pa.schema(
+    [
+        (
+            "image",
+            pa.struct(
+                [("image_id", pa.int64()), ("width", pa.int32()), ("height", pa.int32()), ("file_name", pa.string())]
+            ),
+        ),
+        ("annotations", pa.list_(ANNOTATION)),
+        ("uri", pa.string()),
+        ("status", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+
+
+CORRECTED_SCHEMA: Final = SCHEMA.append(
+    pa.field("corrections", pa.list_(pa.struct([("id", pa.int64()), ("change", pa.string())])))
+)
+"""Of an output that a person corrected. `change` is added, changed, removed (by the person) or left_out (the mask was
+not sure enough to be shown to the person, and is gone); masks without an entry are as they were made. Null where no
+person has looked at the image."""
+
+CHANGES: Final = ("added", "changed", "removed", "left_out")
+
+STATS_SECONDS: Final = ("device_seconds", "held_seconds", "gpu_seconds")
+"""Of a shard's `stats`, what adds up over shards; see `samray.pipeline.report.Labelled`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRecord:
+    """One row: an image and its masks, or why it has none."""
+
+    image_id: int
+    width: int
+    """Pixels, upright; 0 where the image could not be decoded."""
+    height: int
+    file_name: str
+    uri: str
+    annotations: list[dict[str, Any]] = field(default_factory=list)
+    """As `MaskGenerator` makes them; `id` is added where it is missing."""
+    error: str | None = None
+    """"reason: message" of a failed image."""
+    corrections: list[dict[str, Any]] | None = None
+    """As in `CORRECTED_SCHEMA`; only for a run that corrects an output."""
+
+
+def schema_of(run: Mapping[str, Any]) -> pa.Schema:
+    """The columns of the shards of a run (`Plan.run`)."""
+    return CORRECTED_SCHEMA if "corrects" in run.get("identity", {}) else SCHEMA
+
+
+def check_columns(schema: pa.Schema) -> None:
+    """Check that a file has the columns of a shard, so that its readers may take their types for granted.
+
+    Strings and lists may be of any width: other writers make them so. Raises: ValueError that names the first column
+    that is missing or of another type.
+    """
+    for column in SCHEMA:
+        if schema.get_field_index(column.name) < 0:
+            raise ValueError(f"it has no column {column.name!r}, or several; samray's shards have {SCHEMA.names}")
+        _check_type(column.name, schema.field(column.name).type, column.type)
+
+
+def _check_type(name: str, kind: pa.DataType, wanted: pa.DataType) -> None:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if pa.types.is_list(wanted) and is_list:
+        _check_type(f"{name}.element", kind.value_type, wanted.value_type)
+    elif pa.types.is_struct(wanted) and pa.types.is_struct(kind):
+        for part in wanted:
+            if kind.get_field_index(part.name) < 0:
+                raise ValueError(f"the column {name!r} has no field {part.name!r}")
+            _check_type(f"{name}.{part.name}", kind.field(part.name).type, part.type)
+    elif not (kind == wanted or (pa.types.is_string(wanted) and pa.types.is_large_string(kind))):
+        raise ValueError(f"the column {name!r} is of type {kind}, expected {wanted}")
+
+
+def records_to_table(records: Iterable[ImageRecord], run: Mapping[str, Any]) -> pa.Table:
+    """The records as a table with the explicit schema and the metadata of the run (`Plan.run`).
+
+    Failed records have no annotations and, in Parquet as in the record, no width and height they could not know.
+    """
+    rows = [_row(record) for record in records]
+    # Explicit: of a shard in which no image has a mask, Arrow would guess list<null>.
+    return pa.Table.from_pylist(rows, schema=schema_of(run)).replace_schema_metadata(shard_metadata(run))
+
+
+def _row(record: ImageRecord) -> dict[str, Any]:
+    failed = record.error is not None
+    assert not (failed and record.annotations), record.uri
+    assert len(record.annotations) <= ANNOTATIONS_PER_IMAGE, len(record.annotations)
+    first_id = record.image_id * ANNOTATIONS_PER_IMAGE
+    return {
+        "image": {
+            "image_id": record.image_id,
+            "width": record.width,
+            "height": record.height,
+            "file_name": record.file_name,
+        },
+        "annotations": [{"id": first_id + i, **mask} for i, mask in enumerate(record.annotations)],
+        "uri": record.uri,
+        "status": "failed" if failed else "ok",
+        "error": record.error,
+        "corrections": record.corrections,
+    }
+
+
+def shard_metadata(run: Mapping[str, Any]) -> dict[bytes, bytes]:
+    """Schema metadata: `samray` (version, identity of the run, generation of the plan, bbox convention) and
+    `huggingface` (features).
+    """
+    identity = run.get("identity", {})
+    features = {f.name: huggingface_feature(f.type) for f in schema_of(run)}
+    own = {
+        "version": run.get("samray_version"),
+        "identity": identity,
+        "generation": run.get("generation", 0),
+        "bbox_convention": identity.get("masks", {}).get("bbox_convention", "coco"),
+    }
+    return {
+        b"samray": _dumps(own),
+        b"huggingface": json.dumps({"info": {"features": features}}).encode(),  # in the columns' order: readers compare
+    }
+
+
+def with_stats(table: pa.Table, stats: Mapping[str, Any]) -> pa.Table:
+    """The table with figures of how it was made (stage seconds, device, ...) added to its `samray` metadata."""
+    metadata = dict(table.schema.metadata or {})
+    own = parse_json(metadata.get(b"samray", b"{}"))
+    metadata[b"samray"] = _dumps({**own, "stats": dict(stats)})
+    return table.replace_schema_metadata(metadata)
+
+
+def samray_metadata(schema: pa.Schema) -> dict[str, Any]:
+    """What `shard_metadata` and `with_stats` put there; empty for a file that samray did not write.
+
+    Raises: ValueError if it is damaged.
+    """
+    found = parse_json((schema.metadata or {}).get(b"samray", b"{}"))
+    return found if isinstance(found, dict) else {}
+
+
+def huggingface_feature(kind: pa.DataType) -> Any:
+    """An Arrow type as Hugging Face `datasets` writes features in JSON; lists as [feature], which all versions read."""
+    if pa.types.is_struct(kind):
+        return {f.name: huggingface_feature(f.type) for f in kind}
+    if pa.types.is_list(kind):
+        return [huggingface_feature(kind.value_type)]
+    names = {pa.float64(): "float64", pa.int64(): "int64", pa.int32(): "int32", pa.string(): "string"}
+    return {"dtype": names[kind], "_type": "Value"}
+
+
+def _dumps(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def reason_of(error: str) -> str:
+    """The slug at the start of an `error` column: `truncated` of `truncated: 12 bytes missing`."""
+    return error.partition(":")[0]

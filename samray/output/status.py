@@ -1,0 +1,200 @@
+"""How far a run is, from its output alone: whoever can read OUTPUT can ask, from anywhere, and disturbs nothing.
+
+One LIST tells which shards are there and when each was written, by the storage's own clock; what only the shards know
+(masks, failures, GPU time) stands in their footers, of which a sample is read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final, Literal
+
+from samray import storage
+from samray.output import manifests as generations
+from samray.output.pace import pace_of
+from samray.output.plan import Plan, load_plan
+from samray.output.sample import Footer, read_footers
+from samray.output.schema import STATS_SECONDS
+from samray.output.shards import FOLDER, read_success, shard_number
+
+MAX_FOOTERS: Final = 200
+"""Of more shards than this a sample is read."""
+
+RECENT_SHARDS: Final = 100
+"""The rate is that of this many shards, pauses left out."""
+
+QUIET_S: Final = 300.0
+QUIET_WITHOUT_PACE_S: Final = 1800.0
+"""A run is not called stalled before it was quiet for so long: the second where no two shards tell how fast it is."""
+
+UNKNOWN: Final = "unknown"
+"""The reason of failed images in a shard that samray did not label itself."""
+
+Footers = dict[tuple[int, float | None], Footer]
+"""By shard and when it was written. Hand the same one in again, and no footer is read twice."""
+
+State = Literal["not begun", "running", "stalled", "unmarked", "finished"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """A run as its output shows it. Counts of images and shards are exact; see num_shards_read for the others."""
+
+    output: str
+    state: State
+    """stalled: no sign of life for much longer than usual; unmarked: every shard is there, but not `_SUCCESS`."""
+    num_shards: int
+    num_shards_done: int
+    num_shards_begun: int
+    """And not done: an actor works on them, or died doing so."""
+    num_images: int
+    num_images_done: int
+    """Of the shards that are done; failed images are among them."""
+    num_shards_read: int
+    """Shards whose footers were read. Where that is fewer than are done, what follows is scaled up from them."""
+    num_masks: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
+    """Reason -> number of images."""
+    device_seconds: float = 0.0
+    held_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    images_per_s: float | None = None
+    """Lately."""
+    images_per_s_overall: float | None = None
+    """Since the plan (the last generation of it) was made, start-up and pauses included."""
+    eta_s: float | None = None
+    last_shard_s_ago: float | None = None
+    quiet_s: float | None = None
+    """Since the last sign of life: a shard begun or done, or the plan made."""
+    usual_gap_s: float | None = None
+    """Between one shard and the next, lately."""
+    own_clock: bool = False
+    """Whether `ago` is by this machine's clock, because the storage's own could not be asked."""
+    gpu_price_per_hour: float | None = None
+    """As the run was told, by cluster.gpu_price_per_hour."""
+
+    @property
+    def num_failed(self) -> int:
+        return sum(self.failures.values())
+
+    @property
+    def cost(self) -> float | None:
+        """Of the GPUs, for the time that the actors which labelled these shards held them."""
+        return None if self.gpu_price_per_hour is None else self.gpu_seconds / 3600 * self.gpu_price_per_hour
+
+    @property
+    def estimated(self) -> bool:
+        """Whether figures are scaled up from a sample of the shards."""
+        return self.num_shards_read < self.num_shards_done
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "num_failed": self.num_failed, "estimated": self.estimated, "cost": self.cost}
+
+
+def run_status(output: str, footers: Footers | None = None) -> Status:
+    """Look at what is there now. Raises: ConfigError where OUTPUT holds no run, StorageError."""
+    plan = load_plan(output)
+    manifests = storage.list_times(storage.join(plan.output, generations.FOLDER))
+    planned_at = {
+        g.number: manifests.get(generations.manifest_uri(plan.output, g.number).rpartition("/")[2])
+        for g in plan.generations
+    }
+    done = _done(plan, planned_at)
+    num_done = sum(plan.num_images_of(shard) for shard in done)
+    begun = _begun(plan.output, done)
+    clock = storage.clock(plan.output)
+    now = time.time() if clock is None else clock
+
+    last_planned_at = planned_at[plan.last_generation]
+    written = sorted((at, plan.num_images_of(shard)) for shard, at in done.items() if at is not None)
+    signs = [at for at in (last_planned_at, *(at for at, _ in written[-1:]), *begun.values()) if at is not None]
+    quiet_s = max(now - max(signs), 0.0) if signs else None  # a clock that is behind sees the future
+    waits = clock is not None and len(done) < plan.num_shards and bool(written)
+    # Several of each actor, however many actors there are.
+    recent = written[-max(RECENT_SHARDS, 5 * len(begun)) :]
+    pace = pace_of(recent, wait_s=now - written[-1][0] if waits else 0.0)
+    overall = None
+    if last_planned_at is not None:
+        since = [entry for entry in written if entry[0] > last_planned_at]
+        span_s = since[-1][0] - last_planned_at if since else 0.0
+        overall = sum(number for _, number in since) / span_s if span_s > 0 else None
+    rate = pace.images_per_s or overall
+    patience_s = QUIET_WITHOUT_PACE_S if pace.longest_gap_s is None else max(QUIET_S, 3 * pace.longest_gap_s)
+    state = _state(plan, len(done), len(begun), quiet_s, patience_s)
+    return Status(
+        output=storage.redact(plan.output),
+        state=state,
+        num_shards=plan.num_shards,
+        num_shards_done=len(done),
+        num_shards_begun=len(begun),
+        num_images=plan.num_images,
+        num_images_done=num_done,
+        images_per_s=rate,
+        images_per_s_overall=overall,
+        eta_s=(plan.num_images - num_done) / rate if rate and state == "running" else None,
+        last_shard_s_ago=max(now - written[-1][0], 0.0) if written else None,
+        quiet_s=quiet_s,
+        usual_gap_s=pace.usual_gap_s,
+        own_clock=clock is None,
+        gpu_price_per_hour=plan.run.get("config", {}).get("cluster", {}).get("gpu_price_per_hour"),
+        **_from_footers(plan, done, num_done, {} if footers is None else footers),
+    )
+
+
+def _done(plan: Plan, planned_at: Mapping[int, float | None]) -> dict[int, float | None]:
+    """Finished shards -> when they were written; those left out that wait for images which have changed since."""
+    listed = storage.list_times(storage.join(plan.output, FOLDER)).items()
+    done = {n: at for name, at in listed if (n := shard_number(name)) is not None and n < plan.num_shards}
+    for shard, number in plan.changed_shards().items():
+        at, changed_at = done.get(shard), planned_at[number]
+        if at is not None and changed_at is not None and at < changed_at:
+            del done[shard]
+    return done
+
+
+def _begun(output: str, done: Mapping[int, object]) -> dict[int, float | None]:
+    """Shards with a mark of an attempt (`samray.pipeline.attempts`) that are not done -> when it was made."""
+    begun: dict[int, float | None] = {}
+    for name, at in storage.list_times(storage.join(output, generations.FOLDER, "attempts")).items():
+        number = name.removeprefix("shard-").partition(".")[0]
+        if number.isdecimal() and int(number) not in done:
+            begun[int(number)] = max(at or 0.0, begun.get(int(number)) or 0.0) or None
+    return begun
+
+
+def _state(plan: Plan, num_done: int, num_begun: int, quiet_s: float | None, patience_s: float) -> State:
+    if num_done == plan.num_shards:
+        return "finished" if _marked(plan) else "unmarked"
+    if not num_done and not num_begun:
+        return "not begun"
+    return "stalled" if quiet_s is not None and quiet_s > patience_s else "running"
+
+
+def _marked(plan: Plan) -> bool:
+    success = read_success(plan.output)
+    return success is not None and success.marks(plan.num_shards, plan.last_generation)
+
+
+def _from_footers(plan: Plan, done: Mapping[int, float | None], num_done: int, held: Footers) -> dict[str, Any]:
+    """What the footers of done shards, or of a sample of them, say of all: fields of Status."""
+    step = 1
+    while len(done) > MAX_FOOTERS * step:
+        step *= 2  # so that the next look, with more shards done, finds most of its sample read already
+    sample = [shard for shard in done if shard % step == 0][:MAX_FOOTERS] or sorted(done)[:MAX_FOOTERS]
+    unread = [shard for shard in sample if (shard, done[shard]) not in held]
+    held.update({(footer.shard, done[footer.shard]): footer for footer in read_footers(plan.output, unread)})
+    footers = [held[shard, done[shard]] for shard in sample]
+    scale = num_done / max(sum(footer.num_images for footer in footers), 1)
+    failures: Counter[str] = Counter()
+    for footer in footers:
+        failures.update(footer.stats.get("failures") or {UNKNOWN: footer.num_failed} if footer.num_failed else {})
+    return {
+        "num_shards_read": len(footers),
+        "num_masks": round(sum(footer.num_masks for footer in footers) * scale),
+        "failures": {reason: round(number * scale) for reason, number in failures.most_common()},
+        **{key: sum(footer.stats.get(key, 0.0) for footer in footers) * scale for key in STATS_SECONDS},
+    }

@@ -1,0 +1,256 @@
+"""Is an output whole and sound? Every planned image exactly once; deep: every mask decodes, and agrees with its row.
+
+Works through the output shard by shard: memory holds one shard, and 16 bytes per image to find those that are in two.
+What is damaged gives a sentence, whatever it is: a shard whose checksum is wrong is not looked into any further.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from samray import storage
+from samray.errors import NotFoundError, StorageError
+from samray.output import manifests as generations
+from samray.output import shards
+from samray.output.append import stale_shards
+from samray.output.plan import Plan, load_plan
+from samray.output.schema import samray_metadata, schema_of
+from samray.output.seals import is_intact, seal_of
+from samray.output.verify_rows import check_image, check_planned, check_status
+from samray.storage.tables import open_parquet
+
+_PROBLEMS_PER_SHARD: Final = 20
+_PROBLEMS_OF_DUPLICATES: Final = 20
+
+
+@dataclass
+class VerifyReport:
+    """What `verify` found. Problems are sentences that name the shard and the image."""
+
+    num_images: int = 0
+    """Rows in the shards."""
+    num_masks: int = 0
+    num_failed: int = 0
+    """Rows with status `failed`: these are no problem, they say why."""
+    num_shards: int = 0
+    num_without_checksum: int = 0
+    """Shards of an older samray: damage that leaves them plausible cannot be seen."""
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(output: str, deep: bool = False) -> VerifyReport:
+    """Check an output against its plan; `deep` also decodes every mask and recomputes its area and box.
+
+    Raises: ConfigError where there is no plan, StorageError where the plan or storage cannot be read.
+    """
+    plan = load_plan(output)
+    report = VerifyReport()
+    report.problems += _check_plan(plan)
+    names = storage.list_names(storage.join(plan.output, shards.FOLDER))
+    done = {number for name in names if (number := shards.shard_number(name)) is not None}
+    for name in sorted(names):
+        number = shards.shard_number(name)
+        if (number is None and not name.startswith(".")) or (number is not None and number >= plan.num_shards):
+            report.problems.append(f"{shards.FOLDER}/{name} is not in the plan")
+    success = shards.read_success(plan.output)
+    images = _Images()
+    for shard in range(plan.num_shards):
+        if shard not in done:
+            report.problems.append(f"{shards.FOLDER}/{shards.shard_name(shard)} is missing")
+            continue
+        report.num_shards += 1
+        found = list(_check_shard(plan, shard, deep, report, success, images))
+        more = len(found) - _PROBLEMS_PER_SHARD
+        report.problems += found[:_PROBLEMS_PER_SHARD]
+        if more > 0:
+            report.problems.append(f"{shards.shard_name(shard)}: {more} more problems")
+    report.problems += images.duplicates(plan)
+    report.problems += _check_changed(plan, done)
+    report.problems += _check_success(plan, report.num_shards, success)
+    return report
+
+
+def _check_plan(plan: Plan) -> Iterator[str]:
+    """The manifests are as they were written, and run.json speaks of them."""
+    for generation in plan.generations:
+        name = generations.manifest_uri(generations.FOLDER, generation.number)
+        if is_intact(storage.read_bytes(generations.manifest_uri(plan.output, generation.number))) is False:
+            yield f"{name} is damaged or was edited: its bytes do not fit the checksum in it"
+    first = plan.generations[0]
+    planned = (plan.run.get("num_images"), plan.run.get("images_per_shard"))
+    if planned != (first.num_images, first.images_per_shard):
+        yield (
+            f"{generations.FOLDER}/run.json plans {planned[0]} images in shards of {planned[1]}, "
+            f"the manifest has {first.num_images} in shards of {first.images_per_shard}"
+        )
+
+
+def _check_changed(plan: Plan, done: set[int]) -> list[str]:
+    try:
+        stale = stale_shards(plan, done)
+    except StorageError as error:  # of a shard that cannot be read, about which there is a sentence already
+        return [f"which shards wait to be labelled again cannot be told: {error}"]
+    problem = "holds an image that has changed since: run the same command again"
+    return [f"{shards.shard_name(shard)} {problem}" for shard in sorted(stale)]
+
+
+def _check_success(plan: Plan, num_done: int, success: shards.Success | None) -> Iterator[str]:
+    if success is None:
+        if num_done == plan.num_shards:
+            yield f"every shard is there, but {shards.SUCCESS} is missing: run the same command again"
+        return
+    if num_done != plan.num_shards:
+        yield f"{shards.SUCCESS} is there, but only {num_done} of {plan.num_shards} shards are"
+    elif success.num_shards != plan.num_shards:
+        yield f"{shards.SUCCESS} speaks of {success.num_shards} shards, the plan has {plan.num_shards}"
+    elif not success.marks(plan.num_shards, plan.last_generation):
+        yield (
+            f"{shards.SUCCESS} speaks of generation {success.generation} of the plan, the last one is "
+            f"{plan.last_generation}: run the same command again"
+        )
+
+
+def _check_shard(
+    plan: Plan, shard: int, deep: bool, report: VerifyReport, success: shards.Success | None, images: _Images
+) -> Iterator[str]:
+    name = shards.shard_name(shard)
+    try:
+        data = storage.read_bytes(shards.shard_uri(plan.output, shard))
+    except NotFoundError:
+        yield f"{name} vanished while it was being checked"
+        return
+    intact = is_intact(data)
+    if intact is False:
+        yield f"{name} is damaged: its bytes do not fit the checksum in it; delete it and run the same command again"
+        return
+    report.num_without_checksum += intact is None
+    try:
+        file = open_parquet(data)
+        table = file.read()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        yield f"{name} cannot be read as Parquet: {error}"
+        return
+    report.num_images += table.num_rows
+    if not table.schema.equals(schema_of(plan.run)):
+        yield f"{name} has other columns or types than samray writes: {table.schema.names}"
+        return
+    recorded = success.digests[shard : shard + 1] if success else ()
+    if recorded and recorded[0] not in (None, seal_of(file.metadata)):
+        yield f"{name} is not the file that {shards.SUCCESS} names: it was replaced since; run the same command again"
+    try:
+        report.num_failed += pc.sum(pc.equal(table["status"], "failed")).as_py() or 0
+        report.num_masks += pc.sum(pc.list_value_length(table["annotations"])).as_py() or 0
+        images.add(shard, table)
+        yield from _check_metadata(plan, shard, table)
+        yield from _check_statistics(name, file, table)
+        yield from check_planned(name, plan.read_shard(shard), table)
+        yield from check_status(name, table)
+        convention = samray_metadata(table.schema).get("bbox_convention", "coco")
+        for i in range(table.num_rows):
+            yield from check_image(name, table.slice(i, 1).to_pylist()[0], convention, deep)
+    except StorageError as error:
+        yield f"{name} cannot be compared with the plan: {error}"
+    except Exception as error:  # a value of a kind that no check expects is damage, too
+        yield f"{name} holds what samray does not write ({type(error).__name__}: {error})"
+
+
+def _check_metadata(plan: Plan, shard: int, table: pa.Table) -> Iterator[str]:
+    """What the shard says of itself: whose it is, and how many rows, masks and failures it has."""
+    name = shards.shard_name(shard)
+    metadata = samray_metadata(table.schema)
+    if metadata.get("identity") != plan.run["identity"]:
+        yield f"{name} was written by a run with other settings"
+    if metadata.get("generation", 0) > plan.last_generation:
+        made_for = metadata["generation"]
+        yield f"{name} was written for generation {made_for} of a plan, the last one here is {plan.last_generation}"
+    stats = metadata.get("stats", {})
+    if stats.get("shard", shard) != shard:
+        yield f"{name} was written as {shards.shard_name(stats['shard'])}"
+    errors = table["error"].drop_null().to_pylist()
+    counted = {
+        "num_images": table.num_rows,
+        "num_masks": pc.sum(pc.list_value_length(table["annotations"])).as_py() or 0,
+        "failures": dict(Counter(error.partition(":")[0] for error in errors)),
+    }
+    for key, number in counted.items():
+        if stats.get(key, number) != number:
+            yield f"{name}: its footer says {key} {stats[key]}, its rows give {number}"
+
+
+def _check_statistics(name: str, file: pq.ParquetFile, table: pa.Table) -> Iterator[str]:
+    """The statistics by which readers skip row groups agree with the rows."""
+    columns = {
+        "image.image_id": pc.struct_field(table["image"], "image_id"),
+        "image.file_name": pc.struct_field(table["image"], "file_name"),
+        "status": table["status"],
+    }
+    footer = file.metadata
+    for place in range(footer.num_columns):
+        path, start = footer.schema.column(place).path, 0
+        for group in range(footer.num_row_groups if path in columns else 0):
+            num_rows = footer.row_group(group).num_rows
+            values = columns[path].slice(start, num_rows)
+            start += num_rows
+            held = footer.row_group(group).column(place).statistics
+            if held is None:
+                continue
+            true = pc.min_max(values).as_py()
+            wrong = held.has_min_max and (held.min, held.max) != (true["min"], true["max"])
+            if wrong or (held.has_null_count and held.null_count != values.null_count):
+                yield f"{name}: the statistics of {path} in row group {group} are false; lookups would miss images"
+
+
+class _Images:
+    """The ids and URIs of all images seen, to find those that are in two shards."""
+
+    def __init__(self) -> None:
+        self._shards: list[int] = []
+        self._ids: list[npt.NDArray[np.int64]] = []
+        self._uris: list[npt.NDArray[np.int64]] = []
+
+    def add(self, shard: int, table: pa.Table) -> None:
+        ids = pc.fill_null(pc.struct_field(table["image"], "image_id"), -1)
+        self._shards.append(shard)
+        self._ids.append(np.asarray(ids.to_numpy(), np.int64))
+        # Hashes of Python's: 64 bits, and two that are equal are looked at again.
+        self._uris.append(np.array([hash(uri) for uri in table["uri"].to_pylist()], np.int64))
+
+    def duplicates(self, plan: Plan) -> Iterator[str]:
+        """A sentence about each image_id and each URI that two shards have, up to a limit of each."""
+        for number, (one, other, image_id) in enumerate(self._in_two_shards(self._ids)):
+            if number == _PROBLEMS_OF_DUPLICATES:
+                break
+            yield f"image {image_id} is in {shards.shard_name(one)} and in {shards.shard_name(other)}"
+        for number, (one, other, key) in enumerate(self._in_two_shards(self._uris)):
+            if number == _PROBLEMS_OF_DUPLICATES:
+                break
+            pair = [shards.read_shard(plan.output, shard, ["uri"])["uri"].to_pylist() for shard in (one, other)]
+            for uri in sorted({uri for uri in pair[0] if uri and hash(uri) == key} & set(pair[1])):
+                yield (
+                    f"the URI {storage.redact(uri)!r} is in {shards.shard_name(one)} and in {shards.shard_name(other)}"
+                )
+
+    def _in_two_shards(self, values: list[npt.NDArray[np.int64]]) -> Iterator[tuple[int, int, int]]:
+        """Two shards and the value that both have."""
+        if not values:
+            return
+        flat = np.concatenate(values)
+        shard_of = np.repeat(self._shards, [len(part) for part in values])
+        order = np.argsort(flat, kind="stable")
+        flat, shard_of = flat[order], shard_of[order]
+        for place in np.flatnonzero((flat[1:] == flat[:-1]) & (shard_of[1:] != shard_of[:-1])).tolist():
+            yield int(shard_of[place]), int(shard_of[place + 1]), int(flat[place])

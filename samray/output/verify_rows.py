@@ -1,0 +1,146 @@
+"""What `verify` looks at in the rows of a shard: each check yields a sentence for each problem that it finds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, Final
+
+import pyarrow as pa
+
+from samray.output.schema import ANNOTATIONS_PER_IMAGE, CHANGES
+from samray.rle.runs import area, bbox_xywh, check_size, checked_runs
+
+PREDICTED_IOU_RANGE: Final = (-0.4, 1.4)
+"""SAM's head estimates an IoU without a bound; what is further away than this from [0, 1] is no such estimate."""
+
+
+def check_planned(name: str, planned: pa.Table, table: pa.Table) -> Iterator[str]:
+    """The shard's images are those of the plan, each once, in order."""
+    image = table["image"].combine_chunks()
+    ids = image.field("image_id").to_pylist()
+    wanted = planned["image_id"].to_pylist()
+    if ids == wanted:
+        columns = (("uri", table["uri"].to_pylist()), ("file_name", image.field("file_name").to_pylist()))
+        for column, values in columns:
+            for image_id, have, want in zip(ids, values, planned[column].to_pylist(), strict=True):
+                if have != want:
+                    yield f"{name}: image {image_id} has {column} {have!r}, planned was {want!r}"
+        return
+    known = set(wanted)
+    seen: set[int] = set()
+    for image_id in ids:
+        if image_id in seen:
+            yield f"{name}: image {image_id} is there more than once"
+        elif image_id not in known:
+            yield f"{name}: image {image_id} is not in the plan of this shard"
+        seen.add(image_id)
+    for image_id in wanted:
+        if image_id not in seen:
+            yield f"{name}: image {image_id} is missing"
+    if seen == known and len(ids) == len(wanted):
+        yield f"{name}: the images are not in the order of the plan"
+
+
+def check_status(name: str, table: pa.Table) -> Iterator[str]:
+    """Status, error, size and number of masks agree."""
+    columns = ("image", "status", "error", "annotations")
+    for image, status, error, masks in zip(*(table[column].to_pylist() for column in columns), strict=True):
+        if image is None or any(value is None for value in image.values()):
+            yield f"{name}: a row has an image without id, size or name: {image}"
+            continue
+        which = f"{name}: image {image['image_id']}"
+        if status == "ok":
+            if error is not None:
+                yield f"{which} is ok, but has an error: {error}"
+            if image["width"] < 1 or image["height"] < 1:
+                yield f"{which} is ok, but {image['width']}x{image['height']} pixels"
+        elif status != "failed":
+            yield f"{which} has the unknown status {status!r}"
+        elif not error:
+            yield f"{which} failed, but does not say why"
+        num_masks = None if masks is None else len(masks)
+        if num_masks is None or (status == "failed" and num_masks):
+            yield f"{which} has status {status!r} and {num_masks} masks"
+
+
+def check_image(name: str, row: dict[str, Any], bbox_convention: str, deep: bool) -> Iterator[str]:
+    """The annotations of a row (as `pa.Table.to_pylist` gives it) are sound; deep: their masks, areas and boxes too."""
+    image = row["image"]
+    if image is None or any(value is None for value in image.values()):
+        return  # said by check_status
+    corrected = "corrections" in row
+    if corrected:
+        yield from _check_corrections(f"{name}: image {image['image_id']}", row)
+    for i, mask in enumerate(row["annotations"] or []):
+        which = f"{name}: image {image['image_id']}, annotation {i}"
+        if mask is None or any(_holds_null(value) for value in mask.values()):
+            yield f"{which} has an empty field"
+            continue
+        if not corrected and mask["id"] != image["image_id"] * ANNOTATIONS_PER_IMAGE + i:
+            yield f"{which} has the id {mask['id']}, not image_id * {ANNOTATIONS_PER_IMAGE} + index"
+        hw = [image["height"], image["width"]]
+        if mask["segmentation"]["size"] != hw:
+            yield f"{which} is a mask of size {mask['segmentation']['size']}, the image is {hw} high and wide"
+            continue
+        yield from (f"{which} {problem}" for problem in _check_numbers(mask, hw))
+        if deep:
+            problem = check_mask(mask, bbox_convention)
+            if problem:
+                yield f"{which} {problem}"
+
+
+def _holds_null(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = value.values()
+    return any(map(_holds_null, value)) if isinstance(value, list | type({}.values())) else value is None
+
+
+def _check_numbers(mask: dict[str, Any], hw: list[int]) -> Iterator[str]:
+    """Scores, boxes and points are numbers that can be."""
+    scores = {"predicted_iou": PREDICTED_IOU_RANGE, "stability_score": (0.0, 1.0)}
+    for column, (low, high) in scores.items():
+        if not math.isfinite(mask[column]):
+            yield f"has a score that is not a number: {column} {mask[column]}"
+        elif not low <= mask[column] <= high:
+            yield f"has a score out of range: {column} {mask[column]}, expected {low:g} to {high:g}"
+    for column in ("bbox", "crop_box"):
+        box = mask[column]
+        if len(box) != 4 or not all(map(math.isfinite, box)):
+            yield f"has a box that is not four finite numbers: {column} {box}"
+        elif min(box) < 0 or box[0] + box[2] > hw[1] or box[1] + box[3] > hw[0]:
+            yield f"has a box outside of the image: {column} {box}"
+    if any(len(point) != 2 or not all(map(math.isfinite, point)) for point in mask["point_coords"]):
+        yield f"has points that are not pairs of finite numbers: {mask['point_coords']}"
+
+
+def _check_corrections(which: str, row: dict[str, Any]) -> Iterator[str]:
+    """Masks keep their ids when others go, so those have gaps; and what is said of them agrees with what is there."""
+    ids = [mask["id"] for mask in row["annotations"] or [] if mask is not None and mask["id"] is not None]
+    first = row["image"]["image_id"] * ANNOTATIONS_PER_IMAGE
+    if any(not first <= id < first + ANNOTATIONS_PER_IMAGE for id in ids) or any(b <= a for a, b in pairwise(ids)):
+        yield f"{which} has annotations whose ids do not rise from image_id * {ANNOTATIONS_PER_IMAGE} on"
+    for entry in row["corrections"] or []:
+        id, change = entry["id"], entry["change"]
+        if change not in CHANGES or (id in ids) != (change in ("added", "changed")):
+            yield f"{which} says that annotation {id} was {change}, and it is {'' if id in ids else 'not '}there"
+
+
+def check_mask(mask: dict[str, Any], bbox_convention: str) -> str | None:
+    """What is wrong with one annotation's mask, area or box; None if nothing is."""
+    try:
+        hw = check_size(mask["segmentation"]["size"])
+        runs = checked_runs(mask["segmentation"]["counts"], hw)
+    except ValueError as error:
+        return f"has {error}"
+    num_pixels = area(runs)
+    if num_pixels != mask["area"]:
+        return f"has the area {mask['area']}, but {num_pixels} pixels"
+    if num_pixels == 0:
+        return "is empty"
+    x, y, w, h = bbox_xywh(runs, hw)
+    box = [x, y, w, h] if bbox_convention == "coco" else [x, y, w - 1, h - 1]
+    if mask["bbox"] != box:
+        return f"has the box {mask['bbox']}, but lies in {box}"
+    return None

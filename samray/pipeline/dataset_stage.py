@@ -1,0 +1,145 @@
+"""`samray.label_dataset`: the same labelling as a stage of somebody's own Ray Data pipeline."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+
+from samray.cluster.processes import end_with_ray
+from samray.cluster.session import ensure_ray
+from samray.cluster.sizes import WHOLE_CPU_LEFT, check_fits, choose_sizes, cluster_nodes
+from samray.config import Config
+from samray.errors import ConfigError, ImageError
+from samray.output.schema import ANNOTATION
+from samray.pipeline.labeler import EncodedImage, ShardLabeler, build_labeler
+from samray.pipeline.metrics import ActorFigures
+from samray.sam.checkpoints import checkpoint_sha256
+from samray.storage.tables import code_free
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+IMAGES_PER_BATCH = 16
+ADDED_COLUMNS = ("annotations", "status", "error")
+
+
+def label_dataset(
+    ds: Dataset,
+    config: Config | None = None,
+    *,
+    make_labeler: Callable[[Config, int], ShardLabeler] | None = None,
+) -> Dataset:
+    """ds with the columns `annotations`, `status` and `error` added; lazy, as every stage of Ray Data.
+
+    The images are in the column config.input.image_column, else in `bytes` or `image`: encoded bytes, Hugging Face's
+    `struct<bytes, path>`, or RGB or grey uint8 arrays. An image that cannot be labelled has status `failed`, with a
+    reason.
+    Annotation ids are image_id * 65536 + index where ds has an integer column `image_id`, else just the index.
+    make_labeler is called once in each actor with config and its number of threads. Each actor leaves one of its CPUs
+    to the stages before and after this one. Raises: ConfigError for settings that can never be run.
+    """
+    config = config or Config()
+    if config.input.prompts is not None:
+        raise ConfigError("input.prompts is for samray.label: the images of a data set have no names to find them by")
+    if make_labeler is None:  # every actor is to load the weights that this machine sees
+        sha256 = checkpoint_sha256(config.model.name, config.model.checkpoint)
+        make_labeler = functools.partial(build_labeler, checkpoint_sha256=sha256)
+    is_fixed = ensure_ray(config.cluster)
+    nodes, device = cluster_nodes(), config.model.device
+    sizes = choose_sizes(config.cluster, nodes, 1_000_000, device, cpus_left=WHOLE_CPU_LEFT)
+    if is_fixed:
+        sizes = check_fits(sizes, nodes, device, spare_cpus=WHOLE_CPU_LEFT)
+    return ds.map_batches(
+        DatasetLabeler,
+        fn_constructor_kwargs={"config": config, "num_threads": sizes.num_threads, "make_labeler": make_labeler},
+        batch_size=IMAGES_PER_BATCH,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(min_size=sizes.min_actors, max_size=sizes.max_actors),
+        num_cpus=sizes.actor_cpus,
+        num_gpus=sizes.actor_gpus,
+        udf_modifying_row_count=False,
+    )
+
+
+class DatasetLabeler:
+    """Ray Data's callable for label_dataset: a table of images in, the same table with the labels out."""
+
+    def __init__(self, config: Config, num_threads: int, make_labeler: Callable[[Config, int], ShardLabeler]) -> None:
+        end_with_ray()
+        self.image_column = config.input.image_column
+        self.figures = ActorFigures()
+        self.labeler = make_labeler(config, num_threads)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        taken = [name for name in ADDED_COLUMNS if name in batch.column_names]
+        if taken:
+            raise ConfigError(f"the data set already has columns named {', '.join(taken)}: rename or drop them")
+        images = [
+            EncodedImage(image_id=number or 0, file_name="", uri="", data=data)
+            for number, data in zip(_image_ids(batch), self._images(batch), strict=True)
+        ]
+        done = self.labeler.label(images, on_progress=lambda batch: self.figures.add(batch, self.labeler.num_workers))
+        self.figures.finish(done, self.labeler.num_workers)
+        records = done.records
+        errors = [record.error for record in records]
+        batch = batch.append_column("annotations", pa.array([r.annotations for r in records], pa.list_(ANNOTATION)))
+        batch = batch.append_column("status", pa.array(["failed" if e else "ok" for e in errors], pa.string()))
+        return batch.append_column("error", pa.array(errors, pa.string()))
+
+    def _images(self, batch: pa.Table) -> Iterator[bytes | np.ndarray | ImageError]:
+        name = self._column(batch)
+        try:
+            code_free(name, batch.schema.field(name).type)
+        except ValueError as error:
+            raise ConfigError(f"the data set cannot be labelled: {error}") from error
+        return images_of(batch[name])
+
+    def _column(self, batch: pa.Table) -> str:
+        for name in (self.image_column, "bytes", "image"):
+            if name in batch.column_names:
+                return name
+        raise ConfigError(
+            f"the data set has no column {self.image_column!r} (input.image_column), nor `bytes` or `image`;"
+            f" it has {', '.join(batch.column_names)}"
+        )
+
+
+def _image_ids(batch: pa.Table) -> list[int | None]:
+    if "image_id" in batch.column_names and pa.types.is_integer(batch.schema.field("image_id").type):
+        return list(batch["image_id"].to_pylist())
+    return [None] * batch.num_rows
+
+
+def images_of(column: pa.ChunkedArray) -> Iterator[bytes | np.ndarray | ImageError]:
+    """What the column holds, image by image: encoded bytes, pixels (H, W, 3) uint8, or why neither."""
+    for chunk in column.chunks:
+        if isinstance(chunk, pa.ExtensionArray):  # Ray's tensor columns, of one shape or of many
+            try:
+                values: list[Any] = list(chunk.to_numpy(zero_copy_only=False))
+            except (ValueError, TypeError, OverflowError) as error:  # a shape that its numbers do not fill
+                yield from [ImageError("unsupported", f"not an array that can be read: {error}")] * len(chunk)
+                continue
+        else:
+            values = chunk.to_pylist()
+        yield from map(_image_of, values)
+
+
+def _image_of(value: Any) -> bytes | np.ndarray | ImageError:
+    if isinstance(value, dict):  # Hugging Face's Image feature
+        value = value.get("bytes")
+    if value is None:
+        return ImageError("missing", "the row holds no image")
+    if isinstance(value, bytes):
+        return value
+    pixels = np.asarray(value)
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] in (1, 3) and pixels.size:
+        return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+    shape = "x".join(map(str, pixels.shape))
+    return ImageError("unsupported", f"expected uint8 (H, W, 3) or (H, W), got {pixels.dtype} {shape}")

@@ -1,0 +1,202 @@
+"""Stages 1 and 2: the shards to do, and their encoded bytes.
+
+A shard travels as one row, because a row is what Ray Data never splits or mixes. Encoded bytes are shipped rather than
+pixels: they are a tenth of the size.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
+from ray.data.block import BlockMetadata
+
+from samray import storage
+from samray.cluster.processes import end_with_ray
+from samray.cluster.sizes import IO_CPUS
+from samray.errors import ImageError
+from samray.inputs.listing import fetch_images
+from samray.output.credentials import reveal
+from samray.output.schema import samray_metadata
+from samray.output.shards import read_shard
+
+if TYPE_CHECKING:
+    from samray.config import Config
+    from samray.output.plan import Plan
+    from samray.prompts import Prompt
+
+SOURCE = pa.schema(
+    [("shard", pa.int64()), ("retry", pa.bool_()), ("prompts", pa.string()), ("credentials", pa.string())]
+)
+"""retry: the shard is finished, and only some of its images are to be labelled again. prompts: of a person, as JSON,
+place in the shard -> list; null in a run without. credentials: of `read_credentials`, as JSON; null if none."""
+
+FETCHED = pa.schema(
+    [
+        ("shard", pa.int64()),
+        ("retry", pa.bool_()),
+        ("fetch_s", pa.float64()),
+        ("credentials", pa.string()),  # as in SOURCE, for what is left to the labeler
+        (
+            "images",
+            pa.large_list(
+                pa.struct(
+                    [
+                        ("place", pa.int32()),  # in the shard
+                        ("image_id", pa.int64()),
+                        ("file_name", pa.string()),
+                        ("uri", pa.string()),
+                        ("data", pa.large_binary()),  # null: see reason, or left to the labeler where both are null
+                        ("reason", pa.string()),
+                        ("message", pa.string()),
+                        ("prompts", pa.string()),  # JSON; null in a run without
+                    ]
+                )
+            ),
+        ),
+    ]
+)
+
+SHARDS_PER_TASK = 256
+"""Of a read task: 62 tasks for a million images in shards of 64."""
+
+MAX_BYTES_AHEAD = 512 * 2**20
+"""Encoded bytes of one shard that travel through the object store; what lies beyond is fetched where it is labelled."""
+
+
+def shards_to_do(table: pa.Table) -> ray.data.Dataset:
+    """Stage 1. A source_table, streamed: one block of one row for each shard."""
+    source = _ShardSource(table)
+    read: Any = ray.data.read_datasource
+    dataset: ray.data.Dataset = read(source, num_cpus=IO_CPUS, concurrency=1, override_num_blocks=len(source))
+    return dataset
+
+
+def source_table(
+    todo: Mapping[int, bool],
+    prompts: Mapping[int, Mapping[int, list[Prompt]]] | None = None,
+    credentials: Mapping[int, Mapping[str, str]] = {},
+) -> pa.Table:
+    """A row of SOURCE for each shard; todo says whether it is finished, and only some of its images are to be redone.
+
+    Paths stay in the manifest: the fetch stage reads them there. prompts: shard -> place in it -> list; they travel
+    with the shard, so that no worker reads their file, which may change meanwhile. credentials: shard -> those of its
+    images, which are kept nowhere else.
+    """
+    given = [None] * len(todo) if prompts is None else [_to_json(prompts[shard]) for shard in todo]
+    secrets = [json.dumps(credentials[shard]) if shard in credentials else None for shard in todo]
+    return pa.table([list(todo), list(todo.values()), given, secrets], schema=SOURCE)
+
+
+def _to_json(prompts: Mapping[int, list[Prompt]]) -> str:
+    return json.dumps({place: [prompt.to_json() for prompt in given] for place, given in prompts.items()})
+
+
+class _ShardSource(ray.data.Datasource):
+    """Few read tasks of many rows each; Ray Data splits what they give into the number of blocks that it is asked for.
+
+    Put into the object store one by one, as ray.data.from_blocks does it, the shards of a large plan take minutes
+    before any actor starts (jobs/scale.py start).
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.table = table
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def estimate_inmemory_data_size(self) -> int:
+        return int(self.table.nbytes)
+
+    def get_read_tasks(self, *_: Any, **__: Any) -> list[ray.data.ReadTask]:
+        """Of as equal a number of rows as can be: Ray Data splits each into as many blocks as the largest one needs."""
+        num_tasks = -(-len(self) // SHARDS_PER_TASK)
+        ends = [len(self) * i // num_tasks for i in range(num_tasks + 1)]
+        return [_read_task(self.table.slice(start, end - start)) for start, end in itertools.pairwise(ends)]
+
+
+def _read_task(table: pa.Table) -> ray.data.ReadTask:
+    metadata = BlockMetadata(num_rows=table.num_rows, size_bytes=table.nbytes, exec_stats=None, input_files=None)
+    return ray.data.ReadTask(lambda: [table], metadata, SOURCE)
+
+
+def fetch_shard(batch: pa.Table, *, plan: Plan, config: Config, retry_failed: bool) -> pa.Table:
+    """Stage 2. One row of SOURCE in, one of FETCHED out: bytes, or the reason why there are none, for each image."""
+    storage.configure(config.storage)
+    end_with_ray()
+    (source,) = batch.to_pylist()
+    shard = source["shard"]
+    started = time.monotonic()
+    table = plan.read_shard(shard)
+    credentials = json.loads(source["credentials"] or "{}")
+    prompts = None if source["prompts"] is None else json.loads(source["prompts"])
+    places = places_to_redo(plan, shard, retry_failed) if source["retry"] else list(range(table.num_rows))
+    images: list[dict[str, Any]] = []
+    num_bytes = 0
+    for start in range(0, len(places), 16):
+        part = places[start : start + 16]
+        rows = table.take(part)
+        known = [row["size"] or 0 for row in rows.select(["size"]).to_pylist()]
+        ahead = num_bytes + sum(known) <= MAX_BYTES_AHEAD
+        sample = functools.partial(sample_files, plan, credentials)
+        fetched = fetch_images(reveal(rows, credentials), config.input, sample) if ahead else [None] * len(part)
+        num_bytes += sum(len(data) for data in fetched if isinstance(data, bytes))
+        for place, row, data in zip(part, rows.to_pylist(), fetched, strict=True):
+            failed = isinstance(data, ImageError)
+            images.append(
+                {
+                    "place": place,
+                    "image_id": row["image_id"],
+                    "file_name": row["file_name"],
+                    "uri": row["uri"],
+                    "data": None if failed else data,
+                    "reason": data.reason if isinstance(data, ImageError) else None,
+                    "message": data.message if isinstance(data, ImageError) else None,
+                    "prompts": None if prompts is None else json.dumps(prompts.get(str(place), [])),
+                }
+            )
+    row = {"shard": shard, "retry": source["retry"], "fetch_s": time.monotonic() - started, "images": images}
+    row["credentials"] = source["credentials"]
+    return pa.Table.from_pylist([row], schema=FETCHED)
+
+
+SAMPLED_SHARDS = 8
+
+SAMPLED_FILES_PER_SHARD = 4
+
+
+def sample_files(plan: Plan, credentials: Mapping[str, str]) -> list[str]:
+    """Files of a few images from all over the plan, to see whether the input can be read at all.
+
+    credentials: of one shard; files that need others are left out.
+    """
+    shards = {plan.num_shards * i // SAMPLED_SHARDS for i in range(SAMPLED_SHARDS)}
+    files: list[str] = []
+    for shard in sorted(shards):
+        rows = plan.read_shard(shard).select(["container", "uri"]).to_pylist()
+        step = -(-len(rows) // SAMPLED_FILES_PER_SHARD)
+        files += [row["container"] or row["uri"] for row in rows[::step]]
+    files += credentials
+    files = [credentials.get(file, file) for file in dict.fromkeys(files) if file]
+    return [file for file in files if not storage.is_redacted(file)]
+
+
+def places_to_redo(plan: Plan, shard: int, retry_failed: bool) -> list[int]:
+    """Places in a finished shard: of images that have changed since, and with retry_failed of those that failed."""
+    table = read_shard(plan.output, shard, ["image", "status"])
+    made_by = samray_metadata(table.schema).get("generation", 0)
+    changed = plan.changed_images(shard, after=made_by)
+    rows = zip(pc.struct_field(table["image"], "image_id").to_pylist(), table["status"].to_pylist(), strict=True)
+    return [
+        place
+        for place, (image_id, status) in enumerate(rows)
+        if image_id in changed or (retry_failed and status == "failed")
+    ]

@@ -1,0 +1,199 @@
+"""One self-contained HTML page about an output: what was found, how it looks, what failed, where the time went.
+
+Everything comes from the output itself. Counts are exact, from the footers of the shards; distributions are estimated
+from a few thousand images drawn at random, and the page says which is which. Only the photos shown are read again from
+where they lie. So an output of 100,000 images takes seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import webbrowser
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from samray import storage
+from samray.config import InputConfig
+from samray.errors import ConfigError, ImageError, SamrayError, StorageError
+from samray.inputs.decode_apart import decode_apart
+from samray.inputs.listing import fetch_images
+from samray.output import sample
+from samray.output.plan import Plan, load_plan
+from samray.output.shards import done_shards
+from samray.report.overlays import Overlay, jpeg_uri, make_overlay
+from samray.report.page import Counts, Figure, Numbers, render
+
+MAX_GALLERY_BYTES: Final = 13_000_000
+"""The gallery ends early rather than make a page that is slow to open."""
+
+EXAMPLES_PER_REASON: Final = 4
+
+_LARGE_SIDE: Final = 800
+_SMALL_SIDE: Final = 400
+"""Longest side of the photos, pixels: of up to 32 and of very many."""
+
+_PHOTO_THREADS: Final = 4
+
+
+def write_report(output: str, out: str | None = None, *, num_images: int = 24, agreement: Sequence[Figure] = ()) -> str:
+    """Write the page about output to `out` (a path or URI), by default into the output; returns where it lies.
+
+    num_images: how many the gallery shows. agreement: figures of how well the masks fit known ones, where there are.
+    Raises: ConfigError when output holds no samray run, StorageError when it cannot be read.
+    """
+    plan = load_plan(output)
+    done = sorted(done_shards(plan.output))
+    if not done:
+        raise ConfigError(f"{storage.redact(output)} holds no finished shard yet; run samray label first")
+    footers = sample.read_footers(plan.output, done)
+    counts = _count(plan, done, footers)
+    examples = sample.examples_by_reason(plan.output, footers, EXAMPLES_PER_REASON)
+    drawn = list(sample.read_groups(plan.output, sample.draw_groups(footers), sample.NUMBERS))
+    numbers = _numbers([table for _, table in drawn])
+    overlays = _overlays(plan, _choose(drawn, num_images), num_images)
+    page = render(plan, len(done), counts, numbers, overlays, examples, agreement)
+    place = out or storage.join(plan.output, "_samray", "report.html")
+    storage.remove_leftovers(storage.parent(place), recursive=False)
+    storage.put(place, page.encode("utf-8"))
+    return place
+
+
+def open_page(place: str) -> bool:
+    """Show a written page in the browser; False where there is no screen to show it on, or the page lies elsewhere."""
+    # Without a display Python would start a browser of the terminal, if there is one, and wait for it.
+    screens = sys.platform in ("darwin", "win32") or any(os.environ.get(d) for d in ("DISPLAY", "WAYLAND_DISPLAY"))
+    return screens and storage.is_local(place) and webbrowser.open(Path(storage.normalize(place)).as_uri())
+
+
+# --- counting ------------------------------------------------------------------------------------------------------
+
+
+def _count(plan: Plan, done: Sequence[int], footers: Sequence[sample.Footer]) -> Counts:
+    seen = sum(footer.num_images for footer in footers)
+    all_read = len(footers) == len(done)
+    num_images = seen if all_read else sum(plan.num_images_of(shard) for shard in done)
+    scale = num_images / max(seen, 1)
+    stage_seconds: Counter[str] = Counter()
+    failures: Counter[str] = Counter()
+    for footer in footers:
+        stage_seconds.update(footer.stats.get("stage_seconds", {}))
+        failures.update(footer.failures)
+    return Counts(
+        num_images=num_images,
+        num_masks=round(scale * sum(footer.num_masks for footer in footers)),
+        num_failed=round(scale * sum(footer.num_failed for footer in footers)),
+        failures=Counter({reason: round(scale * number) for reason, number in failures.items()}),
+        stage_seconds=Counter({stage: scale * seconds for stage, seconds in stage_seconds.items()}),
+        device_seconds=scale * sum(footer.stats.get("device_seconds", 0.0) for footer in footers),
+        share_read=len(footers) / len(done),
+    )
+
+
+def _numbers(tables: Iterable[pa.Table]) -> Numbers:
+    """tables: row groups with the columns `sample.NUMBERS`."""
+    table = pa.concat_tables(tables)
+    ok = table.filter(pc.equal(table["status"], "ok"))
+    masks, image = ok["annotations"].combine_chunks(), ok["image"].combine_chunks()
+    per_image = masks.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+    flat = masks.flatten()
+    width, height = (np.repeat(_floats(image.field(name)), per_image) for name in ("width", "height"))
+    with np.errstate(divide="ignore", invalid="ignore"):  # sizes may be damaged; such masks are left out
+        area = _floats(flat.field("area")) / (width * height)
+    area = area[np.isfinite(area)]
+    return Numbers(
+        num_images=table.num_rows,
+        masks_per_image=per_image,
+        predicted_iou=_finite(flat.field("predicted_iou")),
+        stability_score=_finite(flat.field("stability_score")),
+        log_area=np.log10(np.maximum(area, 1e-9)),
+        points=_points(flat.field("point_coords"), np.stack([width, height], 1)),
+    )
+
+
+def _points(coords: pa.ListArray, size_wh: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The first point of each mask that has one, as parts of its image's size. coords: lists of [x, y]."""
+    start, end = coords.offsets.to_numpy()[:-1], coords.offsets.to_numpy()[1:]
+    has = end > start
+    first = coords.values.take(pa.array(start[has]))
+    sound = np.asarray(first.value_lengths().fill_null(0).to_numpy(zero_copy_only=False) == 2, bool)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        points = _floats(first.filter(pa.array(sound)).flatten()).reshape(-1, 2) / size_wh[has][sound]
+    return np.asarray(points[np.isfinite(points).all(axis=1)])
+
+
+def _finite(array: pa.Array) -> npt.NDArray[np.float64]:
+    values = _floats(array)  # null becomes NaN: imported masks may have no scores
+    return values[np.isfinite(values)]
+
+
+def _floats(array: pa.Array) -> npt.NDArray[np.float64]:
+    return np.asarray(array.to_numpy(zero_copy_only=False), np.float64)
+
+
+# --- the gallery ---------------------------------------------------------------------------------------------------
+
+
+def _choose(drawn: Sequence[tuple[sample.Draw, pa.Table]], number: int) -> dict[sample.Draw, list[int]]:
+    """Row group -> rows to show: labelled images, spread over how many masks they have."""
+    places: list[tuple[int, sample.Draw, int]] = []
+    for draw, table in drawn:
+        num_masks = table["annotations"].combine_chunks().value_lengths().to_pylist()
+        ok = pc.equal(table["status"], "ok").to_pylist()
+        places += [(num_masks[row] or 0, draw, row) for row in range(table.num_rows) if ok[row]]
+    chosen: dict[sample.Draw, list[int]] = {}
+    for _, draw, row in sample.spread(sorted(places), number):
+        chosen.setdefault(draw, []).append(row)
+    return chosen
+
+
+def _overlays(plan: Plan, chosen: Mapping[sample.Draw, Sequence[int]], number: int) -> list[Overlay]:
+    """What the gallery shows, in the order of the output."""
+    side = round(max(_SMALL_SIDE, min(1.0, (32 / max(number, 1)) ** 0.5) * _LARGE_SIDE))
+    settings = InputConfig(**plan.run["identity"].get("input", {}))
+    reading_plan = threading.Lock()  # it keeps the last part of the manifest that it read
+    unreachable: list[SamrayError] = []
+
+    def finish(shard: int, row: Mapping[str, Any]) -> Overlay:
+        overlay = make_overlay(row, side)
+        with reading_plan:
+            planned = plan.read_shard(shard)
+        try:
+            if unreachable:  # after all retries, which would cost minutes if each image went through them
+                raise unreachable[0]
+            planned = planned.filter(pc.equal(planned["image_id"], row["image"]["image_id"]))
+            overlay.photo = _photo(planned, overlay, settings)
+        except (ImageError, ConfigError, StorageError) as error:
+            if not isinstance(error, ImageError):
+                unreachable.append(error)
+            message = error.message if isinstance(error, ImageError) else str(error)
+            overlay.problem = overlay.problem or f"The image cannot be read now: {storage.redact(message)}"
+        return overlay
+
+    overlays: list[Overlay] = []
+    rows = [(draw, row) for draw, found in sample.read_rows(plan.output, dict(sorted(chosen.items()))) for row in found]
+    with ThreadPoolExecutor(_PHOTO_THREADS) as pool:
+        for overlay in pool.map(lambda item: finish(item[0][0], item[1]), rows):
+            if sum(other.num_bytes for other in overlays) + overlay.num_bytes <= MAX_GALLERY_BYTES:
+                overlays.append(overlay)
+    return overlays
+
+
+def _photo(planned: pa.Table, overlay: Overlay, settings: InputConfig) -> str:
+    """The photo as a data: URI. planned: its row of the manifest. Raises: ImageError."""
+    (data,) = fetch_images(planned, settings)
+    if isinstance(data, ImageError):
+        raise data
+    pixels = decode_apart(data, settings.max_pixels, settings.decode_timeout_s)
+    if pixels.shape[:2] != overlay.original_hw:
+        raise ImageError("unreadable", f"it is {pixels.shape[1]} x {pixels.shape[0]} pixels now, and was another then")
+    return jpeg_uri(pixels, (overlay.height, overlay.width))

@@ -1,0 +1,240 @@
+"""The HTML page of `samray report`, from what was counted and drawn. Nothing is read here but the templates."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import resources
+from typing import Any, Final
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+
+from samray import storage
+from samray.config import SECTIONS, Sections, setting_rows
+from samray.config.base import as_typed
+from samray.output.plan import Plan
+from samray.report.figures import Chart, HeatMap, heat_map, histogram
+from samray.report.overlays import Overlay
+
+STAGE_WORDS: Final = {
+    "fetch": "fetching images",
+    "decode_wait": "waiting for pixels",
+    "preprocess": "resizing",
+    "encode": "image encoder",
+    "decode": "mask decoder",
+    "score": "scores and boxes",
+    "nms": "removing duplicates",
+    "regions": "cleaning regions",
+    "rle": "run-length coding",
+    "write": "writing shards",
+}
+"""What the stages are called on the page; others go by their own names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One of the headline figures."""
+
+    value: str
+    what: str
+    note: str = ""
+    exact: bool = True
+    """Else it is an estimate from the sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """What the drawn images say, as arrays: one value an image that was labelled, or one a mask."""
+
+    num_images: int
+    """Drawn, failed ones included."""
+    masks_per_image: npt.NDArray[np.int64]
+    predicted_iou: npt.NDArray[np.float64]
+    stability_score: npt.NDArray[np.float64]
+    log_area: npt.NDArray[np.float64]
+    """log10 of a mask's part of its image."""
+    points: npt.NDArray[np.float64]
+    """(N, 2) where the masks' points sat, x and y as parts of the image's width and height."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What the footers say, summed."""
+
+    num_images: int
+    """In the finished shards."""
+    num_masks: int
+    num_failed: int
+    failures: Counter[str]
+    stage_seconds: Counter[str]
+    device_seconds: float
+    share_read: float
+    """Of the finished shards, how many footers were read; below 1 the counts are scaled up, and estimates."""
+
+
+def render(
+    plan: Plan,
+    num_done: int,
+    counts: Counts,
+    numbers: Numbers,
+    overlays: Sequence[Overlay],
+    examples: Mapping[str, Sequence[tuple[str, str]]],
+    agreement: Sequence[Figure],
+) -> str:
+    """The page. num_done: finished shards."""
+    run = plan.run
+    masks = run.get("config", {}).get("masks", {})
+    total, longest = sum(counts.stage_seconds.values()), max(counts.stage_seconds.values(), default=0.0)
+    script = _template("report.js")
+    changed, everything = settings_tables(run.get("config", {}))
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("samray.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"redact": storage.redact, "count": "{:,}".format}
+    return environment.get_template("report.html.j2").render(
+        style=_template("report.css"),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        output=storage.redact(plan.output),
+        output_name=" / ".join(storage.redact(plan.output).rpartition("//")[2].strip("/").split("/")[-2:]),
+        run=run,
+        model=run.get("config", {}).get("model", {}).get("name"),
+        checkpoint=run["identity"].get("model", {}).get("checkpoint_sha256"),
+        made_at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        num_shards=plan.num_shards,
+        num_done=num_done,
+        counts=counts,
+        numbers=numbers,
+        all_drawn=numbers.num_images == counts.num_images,
+        headline=_headline(plan, counts, numbers),
+        agreement=agreement,
+        overlays=overlays,
+        data=[_data(overlay) for overlay in overlays],
+        num_shown=sum(len(overlay.masks) for overlay in overlays),
+        charts=_charts(numbers, masks),
+        points=_heat(numbers, masks),
+        stages=[
+            (
+                STAGE_WORDS.get(name, name.replace("_", " ")),
+                100 * seconds / longest,
+                _seconds(seconds),
+                100 * seconds / total,
+            )
+            for name, seconds in counts.stage_seconds.most_common()
+            if longest > 0
+        ],
+        failures=[(reason, number, examples.get(reason, [])) for reason, number in counts.failures.most_common()],
+        changed=changed,
+        settings=everything,
+    )
+
+
+def _template(name: str) -> str:
+    return (resources.files("samray.report") / "templates" / name).read_text("utf-8")
+
+
+def _data(overlay: Overlay) -> dict[str, Any]:
+    """What the page's script needs of an image."""
+    return {
+        "name": storage.redact(overlay.file_name),
+        "size": [overlay.width, overlay.height],
+        "original": [overlay.original_hw[1], overlay.original_hw[0]],
+        "masks": overlay.masks,
+    }
+
+
+def _headline(plan: Plan, counts: Counts, numbers: Numbers) -> list[Figure]:
+    labelled = max(counts.num_images - counts.num_failed, 1)
+    counted, drawn = counts.share_read == 1, numbers.num_images == counts.num_images
+    unfinished = f"of {plan.num_images:,} planned" if counts.num_images != plan.num_images else ""
+    median = f"median {np.median(numbers.masks_per_image):.0f}" if len(numbers.masks_per_image) else ""
+    figures = [
+        Figure(f"{counts.num_images:,}", "images", unfinished),
+        Figure(f"{counts.num_masks:,}", "masks", exact=counted),
+        Figure(f"{counts.num_masks / labelled:.1f}", "masks an image", median, exact=counted),
+        Figure(
+            f"{counts.num_failed:,}",
+            "failed images",
+            f"{100 * counts.num_failed / max(counts.num_images, 1):.2g}%" if counts.num_failed else "",
+            exact=counted,
+        ),
+    ]
+    if len(numbers.predicted_iou):
+        stability = numbers.stability_score
+        note = f"stability {stability.mean():.2f}" if len(stability) else ""
+        figures.append(Figure(f"{numbers.predicted_iou.mean():.2f}", "mean predicted IoU", note, exact=drawn))
+    if counts.device_seconds > 0:
+        whole = f"device time; {_seconds(counts.device_seconds)} in all"
+        figures.append(Figure(_seconds(counts.device_seconds / labelled), "an image", whole, exact=counted))
+    return figures
+
+
+def _charts(numbers: Numbers, masks: Mapping[str, Any]) -> list[Chart]:
+    per_image, iou, stability = numbers.masks_per_image, numbers.predicted_iou, numbers.stability_score
+    area = numbers.log_area
+
+    def note(values: npt.NDArray[Any], show: str) -> str:
+        return f"median {np.median(values):{show}}, mean {values.mean():{show}}" if len(values) else ""
+
+    area_note = f"part of the image, logarithmic; median {_part(float(np.median(area)))}" if len(area) else ""
+    return [
+        histogram("Masks an image", note(per_image, ".0f"), per_image, show="{:.0f}".format, whole_numbers=True),
+        histogram("Relative area", area_note, area, show=_part),
+        histogram("Predicted IoU", note(iou, ".3f"), iou, marker=masks.get("pred_iou_thresh")),
+        histogram("Stability score", note(stability, ".3f"), stability, marker=masks.get("stability_score_thresh")),
+    ]
+
+
+def _heat(numbers: Numbers, masks: Mapping[str, Any]) -> HeatMap | None:
+    given = masks.get("points_per_side") if not masks.get("point_grids") else None
+    return heat_map(numbers.points, given) if len(numbers.points) else None
+
+
+def _part(log10: float) -> str:
+    """A part of the image, given its logarithm: `12%`, `0.3%`, `8e-6`."""
+    percent = 100 * 10**log10
+    return f"{percent:.0f}%" if percent >= 10 else f"{percent:.2g}%" if percent >= 1e-3 else f"{percent / 100:.0e}"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+def settings_tables(
+    config: Mapping[str, Any], sections: Sections = SECTIONS
+) -> tuple[list[tuple[str, str, str]], list[tuple[str, list[tuple[str, str]]]]]:
+    """(setting, value, default) of those that are not the default; and all, as (section, [(setting, value)]).
+
+    config: section -> key -> value, as plain JSON holds them. Defaults are those of its model.
+    """
+    changed, everything = [], []
+    model = config.get("model", {}).get("name")
+    for section in sections:
+        given = config.get(section, {})
+        rows = []
+        for row in setting_rows(section, sections):
+            key = row.name.partition(".")[2]
+            if key not in given:
+                continue
+            value, default = given[key], row.default_of.get(model, row.default)
+            default = list(default) if isinstance(default, tuple) else default
+            rows.append((row.name, _shown(value)))
+            if value != default:
+                changed.append((row.name, _shown(value), _shown(default)))
+        if rows:
+            everything.append((section, rows))
+    return changed, everything
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else storage.redact(as_typed(value))

@@ -1,0 +1,90 @@
+"""The HTML page of `samray report` about a training: how it went, what it read, with which settings.
+
+Everything comes from the training's OUTPUT: train.json, position.json, metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import base64
+import statistics
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import resources
+from typing import Any
+
+import jinja2
+
+from samray import storage
+from samray.errors import ConfigError
+from samray.report.page import Figure, settings_tables
+from samray.text import duration
+from samray.train.curves import draw_curves
+from samray.train.progress import label_command
+from samray.train.settings import TRAIN_SECTIONS, TrainConfig
+from samray.train.store import WEIGHTS_FILE, Position, Store, is_training
+
+MAX_VALIDATIONS = 40
+"""Rows of the table: the first, and the last ones."""
+
+
+def write_train_report(output: str, out: str | None = None) -> str:
+    """Write the page about a training's OUTPUT to `out` (a path or URI), by default OUTPUT/report.html; returns where.
+
+    Raises: ConfigError when OUTPUT holds no training or none that has begun, StorageError when it cannot be read.
+    """
+    if not is_training(output):
+        raise ConfigError(f"{storage.redact(output)} holds no training")
+    store = Store(output)
+    run = store.read_run()
+    assert run is not None
+    position = store.read_position()
+    lines = store.read_metrics()
+    if not lines:
+        raise ConfigError(f"{storage.redact(output)} holds a training without a line of metrics yet; come back later")
+    place = out or store.uri("report.html")
+    storage.put(place, _render(store, run, position, lines).encode())
+    return place
+
+
+def _render(store: Store, run: Mapping[str, Any], position: Position, lines: Sequence[dict[str, Any]]) -> str:
+    settings = run["settings"]
+    validations = [line for line in lines if line["kind"] == "validation"]
+    changed, everything = settings_tables(settings, TRAIN_SECTIONS)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("samray.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    where = storage.redact(store.output)
+    return environment.get_template("train_report.html.j2").render(
+        style=(resources.files("samray.report") / "templates" / "report.css").read_text("utf-8"),
+        output=where,
+        output_name=" / ".join(where.rpartition("//")[2].strip("/").split("/")[-2:]),
+        model=settings["model"]["name"],
+        checkpoint=run["identity"]["model"].get("checkpoint_sha256"),
+        run=run,
+        made_at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        progress=position.progress(TrainConfig(**settings["train"])),
+        headline=_headline(position, lines, validations),
+        curves=base64.b64encode(draw_curves(lines)).decode(),
+        validations=[*validations[:1], *validations[1:][-MAX_VALIDATIONS:]],
+        data=run["identity"]["data"]["uris"],
+        shares=settings["data"]["shares"],
+        command=label_command(settings["model"]["name"], store.uri(WEIGHTS_FILE)),
+        changed=changed,
+        settings=everything,
+    )
+
+
+def _headline(
+    position: Position, lines: Sequence[dict[str, Any]], validations: Sequence[dict[str, Any]]
+) -> list[Figure]:
+    figures = []
+    if validations:
+        first, last = validations[0], validations[-1]
+        for key, what in (("miou", "best-scored mask"), ("miou_oracle", "best of three")):
+            change = f"{first[key]:.3f} at step {first['step']:,}" if last is not first else ""
+            figures.append(Figure(f"{last[key]:.3f}", f"mean IoU, one click, {what}", change))
+    figures.append(Figure(f"{position.step:,}", "steps saved", duration(position.elapsed_s)))
+    rates = [line["examples_per_s"] for line in lines if line.get("examples_per_s")]
+    if rates:
+        figures.append(Figure(f"{statistics.median(rates):.3g}", "examples a second", "median"))
+    return figures

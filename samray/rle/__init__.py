@@ -1,0 +1,1 @@
+"""COCO's run lengths: encoding masks, decoding what somebody else may have written, outlines as polygons."""
