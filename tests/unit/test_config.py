@@ -64,9 +64,7 @@ def test_every_preset_loads_and_is_found() -> None:
 def test_presets_are_found_in_an_installed_package_too(tmp_path: Path) -> None:
     """A wheel carries configs/presets as samray/_presets; here it is laid out by hand."""
     source = Path(samray.__file__).resolve().parent
-    (tmp_path / "samray").mkdir()
-    for file in source.glob("*.py"):
-        shutil.copy(file, tmp_path / "samray")
+    shutil.copytree(source, tmp_path / "samray", ignore=shutil.ignore_patterns("weights", "__pycache__"))
     shutil.copytree(source.parent / "configs" / "presets", tmp_path / "samray" / "_presets")
     code = "from samray.config import load_config, preset_path; load_config('sa1b'); print(preset_path('fast'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)

@@ -228,7 +228,7 @@ S3_ERROR = b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>AccessDenied</
         (b'{"error": "hunter2"}', "not_an_image", "JSON"),
         (bytes(128) + b"DICM" + bytes(200), "unsupported", "DICOM"),
         (_zip(), "not_an_image", "ZIP"),
-        (gzip.compress(SECRET), "not_an_image", "gzip"),
+        (gzip.compress(SECRET, mtime=0), "not_an_image", "gzip"),
         (_tar(), "not_an_image", "tar archive"),
         (b"\0\0\0\x20ftypisom\0\0\2\0", "unsupported", "video"),
         (b"RIFF\x24\0\0\0AVI LIST", "unsupported", "AVI"),
