@@ -9,8 +9,8 @@ from typing import Any
 
 import typer
 
-from samray import cli
-from samray.cli_help import split_settings
+from samray.cli import main as cli
+from samray.cli.help import split_settings
 from samray.config import load_config
 from samray.train.settings import TRAIN_SECTIONS, load_train_settings
 

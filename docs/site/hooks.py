@@ -15,11 +15,12 @@ from typing import Any
 import typer
 
 import samray
-from samray import cli, errors
-from samray.cli_help import EXIT_CODES
+from samray import errors
+from samray.cli import main as cli
+from samray.cli.help import EXIT_CODES
 from samray.config import SECTIONS, Sections, preset_names, preset_path, setting_rows
+from samray.config.base import as_typed
 from samray.sam.checkpoints import list_models
-from samray.settings import as_typed
 from samray.train.settings import TRAIN_SECTIONS
 
 ROOT = Path(__file__).resolve().parents[2]

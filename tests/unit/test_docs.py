@@ -20,7 +20,8 @@ import pytest
 import typer
 
 import samray
-from samray import cli, errors
+from samray import errors
+from samray.cli import main as cli
 from samray.config import SECTIONS, setting_rows
 from samray.train.settings import TRAIN_SECTIONS
 
