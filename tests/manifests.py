@@ -12,7 +12,7 @@ import pages
 import pytest
 import yaml
 
-from samray.cli.main import main as cli
+from samray.cli.main import main
 from samray.config import Config
 from samray.pipeline.report import LabelReport
 
@@ -160,6 +160,6 @@ class Commands:
         if words[0] != "samray":
             raise ValueError(f"{words[0]} is no entry point of samray")
         self.capsys.readouterr()
-        if cli.main(words[1:]) != 0:
+        if main(words[1:]) != 0:
             raise ValueError(self.capsys.readouterr().err.strip())
         return self.begun[-1]
