@@ -54,7 +54,7 @@ def commands() -> str:
     for name, command in walk(group, "samray"):
         context = command.make_context(name, [], resilient_parsing=True)
         usage = " ".join(command.collect_usage_pieces(context))
-        records = [one.get_help_record(context) for one in command.params if one.name != "help"]
+        records = [one.get_help_record(context) for one in command.get_params(context) if one.name != "help"]
         rows = [(f"`{record[0]}`", " ".join(record[1].split())) for record in records if record]
         text = f"## {name}\n\n```text\n{name} {usage}\n```\n\n{help_as_markdown(escape(command.help or ''))}\n"
         parts.append(text + ("\n" + table(("argument or option", "meaning"), rows) + "\n" if rows else ""))

@@ -2,22 +2,65 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
 
+from samray.cli.help import Command
 from samray.cli.output import Output
 from samray.text import count, two_columns
 
 
-class OnTop(StrEnum):
-    """What decides which mask of a label map lies on top."""
+class ExportCommand(Command):
+    """Takes the options of every format, straight from the table of formats, which is imported only now."""
 
-    area = "area"
-    predicted_iou = "predicted_iou"
+    def get_params(self, ctx: Any) -> list[Any]:
+        from samray.exports.formats import FORMATS
+
+        if _OPTIONS not in ctx.meta:  # the same objects each time: the parser compares them
+            ctx.meta[_OPTIONS] = _format_options()
+        params = super().get_params(ctx)
+        after = next(place for place, param in enumerate(params) if param.name == "format") + 1
+        params[after - 1].help = "; ".join(f"{name}: {row.help}" for name, row in FORMATS.items()) + "."
+        return [*params[:after], *ctx.meta[_OPTIONS], *params[after:]]
+
+    def invoke(self, ctx: Any) -> Any:
+        ctx.obj = {param.name: ctx.params.pop(param.name) for param in ctx.meta[_OPTIONS]}
+        return super().invoke(ctx)
+
+
+_OPTIONS: Final = "samray.cli.export.options"
+
+
+def _format_options() -> list[Any]:
+    """The options of all formats as parameters of a command; one that several formats have is one parameter."""
+    from samray.exports.base import as_option
+    from samray.exports.formats import option_fields, option_help
+
+    parameters = []
+    for name, fields in option_fields().items():
+        kind: Any = next(iter(fields.values())).annotation
+        flag = kind is bool  # --name, without the --no-name that typer adds by itself
+        option = typer.Option(*([as_option(name)] if flag else []), help=option_help(fields))
+        parameters.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=False if flag else None,
+                annotation=Annotated[kind if flag else kind | None, option],
+            )
+        )
+
+    def options(**values: Any) -> None:
+        pass
+
+    options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    app.command()(options)
+    return [param for param in typer.main.get_command(app).params if param.name in option_fields()]
 
 
 Ray = Annotated[
@@ -30,39 +73,20 @@ Ray = Annotated[
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join (auto, host:port or ray://...); implies --ray.")]
 Confident = Annotated[
     float | None,
-    typer.Option(
-        min=0, max=1, metavar="IOU", help="coco, for a person to correct: masks of this predicted IoU or more."
-    ),
+    typer.Option(min=0, max=1, metavar="IOU", help="--corrects: what the export was given."),
 ]
 Stable = Annotated[
     float | None,
-    typer.Option(min=0, max=1, metavar="SCORE", help="coco, for a person to correct: masks this stable or more."),
+    typer.Option(min=0, max=1, metavar="SCORE", help="--corrects: what the export was given."),
 ]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="No bar and no progress lines.")]
 
 
 def export(
+    ctx: typer.Context,
     output: Output,
     dest: Annotated[str, typer.Argument(metavar="DEST", help="An empty folder or prefix (local, s3://, ...).")],
-    format: Annotated[str, typer.Option("--format", "-f", help="sa1b, coco, yolo, flat or label-map.")],
-    images_per_file: Annotated[
-        int | None, typer.Option(min=1, help="coco: several files of so many images. sa1b --tar, flat: images a file.")
-    ] = None,
-    polygons: Annotated[bool, typer.Option("--polygons", help="coco: exact polygons in place of RLE.")] = False,
-    tar: Annotated[bool, typer.Option("--tar", help="sa1b: pack sa_000000.tar, ... as published.")] = False,
-    with_images: Annotated[bool, typer.Option("--with-images", help="sa1b, yolo: copy the images, too.")] = False,
-    simplify: Annotated[
-        float | None, typer.Option(help="yolo: drop corners within so many pixels; smaller files, not exact.")
-    ] = None,
-    partitions: Annotated[
-        int | None, typer.Option(min=1, help="flat: Hive folders image_bucket=K, K = image_id mod this.")
-    ] = None,
-    on_top: Annotated[
-        OnTop | None,
-        typer.Option(help="label-map: the smaller mask lies on top (so by itself), or the better one."),
-    ] = None,
-    confident: Confident = None,
-    stable: Stable = None,
+    format: Annotated[str, typer.Option("--format", "-f")],
     partial: Annotated[bool, typer.Option("--partial", help="Export what is there of an unfinished OUTPUT.")] = False,
     ray: Ray = None,
     address: Address = None,
@@ -70,9 +94,8 @@ def export(
 ) -> int:
     """Write the masks of OUTPUT to DEST in the format of another tool.
 
-    sa1b: one JSON file an image. coco: instances JSON for pycocotools. yolo: segmentation text files. flat: Parquet
-    with one row a mask. label-map: 16-bit PNGs. Failed images are left out. The same command again finishes what is
-    missing and redoes nothing; another format, other options or a changed OUTPUT are refused.
+    Failed images are left out. The same command again finishes what is missing and redoes nothing; another format,
+    other options or a changed OUTPUT are refused.
 
     Examples:
 
@@ -91,19 +114,11 @@ def export(
             output,
             dest,
             format=format,
-            images_per_file=images_per_file,
-            tar=tar,
-            with_images=with_images,
-            polygons=polygons,
-            partitions=partitions,
-            on_top=on_top.value if on_top else None,
-            simplify=simplify,
-            confident=confident,
-            stable=stable,
             partial=partial,
             ray=ray,
             address=address,
             progress=not no_progress,
+            **ctx.obj,
         )
     except KeyboardInterrupt:
         return _interrupted()
@@ -229,5 +244,5 @@ def _interrupted() -> int:
     return 130
 
 
-COMMANDS: list[Callable[..., int]] = [export, import_]
+COMMANDS: dict[Callable[..., int], type[Command]] = {export: ExportCommand, import_: Command}
 """In the order in which `samray --help` lists them."""

@@ -202,7 +202,8 @@ def demo(
 
 
 for _command in [*COMMANDS, *EXPORT_COMMANDS]:
-    app.command(_command.__name__.strip("_").replace("_", "-"), cls=Command)(_command)
+    _class = EXPORT_COMMANDS.get(_command, Command)
+    app.command(_command.__name__.strip("_").replace("_", "-"), cls=_class)(_command)
 
 
 app.add_typer(evaluate_app, name="evaluate")

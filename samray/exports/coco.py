@@ -22,8 +22,11 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
+from pydantic import Field
+
 from samray import __version__
 from samray.exports import review
+from samray.exports.base import IMAGES_PER_PIECE, ExportOptions, Format
 from samray.exports.images import LabelledImage, images_of
 from samray.exports.pieces import read_fragments
 from samray.rle.polygons import join, outlines
@@ -32,12 +35,28 @@ from samray.rle.runs import runs_of_image
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from samray.exports.pieces import Done, ExportOptions, Files, Job, Piece
+    from samray.exports.pieces import Done, Files, Job, Piece
 
 CATEGORY: Final = {"id": 1, "name": "object", "supercategory": "object"}
 
 
-def write(job: Job, piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
+class CocoOptions(ExportOptions):
+    polygons: bool = False
+    """Exact polygons instead of RLE."""
+    images_per_file: int | None = Field(None, gt=0)
+    """Images per JSON file; all in one file if not given."""
+    confident: float | None = Field(None, ge=0, le=1)
+    """Only masks of at least this predicted IoU, for a person to correct."""
+    stable: float | None = Field(None, ge=0, le=1)
+    """Only masks of at least this stability score, for a person to correct."""
+
+    @property
+    def for_review(self) -> bool:
+        """Whether the file is for a person, who corrects the masks that it holds and adds those that it lacks."""
+        return self.confident is not None or self.stable is not None
+
+
+def write(job: Job[CocoOptions], piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
     """The piece's images and annotations, as the insides of two JSON lists."""
     images: list[str] = []
     annotations: list[str] = []
@@ -46,7 +65,7 @@ def write(job: Job, piece: Piece, tables: Iterator[pa.Table], done: Done) -> Fil
     for table in tables:
         for image in images_of(table):
             if options.for_review:
-                sure = review.only_sure(image, options)
+                sure = review.only_sure(image, options.confident, options.stable)
                 left_to_do.append(review.line(sure, num_left_out := len(image.ids) - len(sure.ids)))
                 done.num_masks -= num_left_out
                 done.num_left_out += num_left_out
@@ -63,7 +82,7 @@ def _image(image: LabelledImage) -> dict[str, Any]:
     return {"id": image.image_id, "width": image.width, "height": image.height, "file_name": image.file_name}
 
 
-def _annotations(image: LabelledImage, options: ExportOptions) -> Iterator[dict[str, Any]]:
+def _annotations(image: LabelledImage, options: CocoOptions) -> Iterator[dict[str, Any]]:
     size = [image.height, image.width]
     segmentations: list[Any] = [{"size": size, "counts": counts} for counts in image.counts]
     if options.polygons:
@@ -88,13 +107,13 @@ def _annotations(image: LabelledImage, options: ExportOptions) -> Iterator[dict[
         }
 
 
-def assembled(job: Job, file: int) -> list[str]:
+def assembled(job: Job[CocoOptions], file: int) -> list[str]:
     """The COCO file that a piece goes into, and the list of what is left for a person to do there."""
     number = f"-{file:06d}" if job.options.images_per_file else ""
     return [f"instances{number}.json", *[f"review{number}.csv"] * job.options.for_review]
 
 
-def chunks(job: Job, name: str, pieces: list[Piece]) -> Iterator[bytes]:
+def chunks(job: Job[CocoOptions], name: str, pieces: list[Piece]) -> Iterator[bytes]:
     """A COCO file, streamed from its pieces' fragments; or the list, which is sorted."""
     if name.startswith("review"):
         yield from review.chunks(read_fragments(job, pieces, "review", b"\n"))
@@ -106,3 +125,13 @@ def chunks(job: Job, name: str, pieces: list[Piece]) -> Iterator[bytes]:
     yield b'\n],\n"annotations": [\n'
     yield from read_fragments(job, pieces, "annotations", b",\n")
     yield b"\n]}\n"
+
+
+FORMAT: Final = Format(
+    help="instances JSON for pycocotools",
+    options=CocoOptions,
+    sizes=lambda options: (IMAGES_PER_PIECE, options.images_per_file),
+    write=write,
+    assembled=assembled,
+    chunks=chunks,
+)

@@ -6,11 +6,13 @@ import functools
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from samray import storage
 from samray.cluster.tasks import run_tasks, wants_ray
+from samray.exports.formats import options_of
 from samray.exports.job import assemble, find_done, mark_finished, open_job, run_piece
-from samray.exports.pieces import Done, ExportOptions
+from samray.exports.pieces import Done
 from samray.output.plan import load_plan
 from samray.pipeline.preflight import check_fan_out
 from samray.progress import ProgressView
@@ -52,40 +54,23 @@ def export(
     dest: str | Path,
     *,
     format: str,
-    images_per_file: int | None = None,
-    tar: bool = False,
-    with_images: bool = False,
-    polygons: bool = False,
-    partitions: int | None = None,
-    on_top: str | None = None,
-    simplify: float | None = None,
-    confident: float | None = None,
-    stable: float | None = None,
     partial: bool = False,
     ray: bool | None = None,
     address: str | None = None,
     progress: bool = True,
+    **options: Any,
 ) -> ExportReport:
-    """Export output to dest, or finish an export that lies there half done. `samray export --help` tells the options.
+    """Export output to dest, or finish an export that was begun there.
 
-    format: sa1b, coco, yolo, flat or label-map. partial: export what is there of an output that is not finished.
-    ray: fan out as Ray Data tasks (None: for large outputs, or where address names a cluster).
-    Raises: ConfigError before anything is written, StorageError when storage stays away.
+    format: a name that `samray export --help` lists. options: the format's own, as that help lists them, with
+    underscores: with_images=True for --with-images. partial: export what is there of an output that is not finished.
+    ray: fan out as Ray Data tasks (None: for large outputs, or if address names a cluster).
+    Raises: ConfigError before anything is written, StorageError if storage cannot be reached.
     """
     started = time.monotonic()
-    options = ExportOptions(
-        images_per_file=images_per_file,
-        tar=tar,
-        with_images=with_images,
-        polygons=polygons,
-        partitions=partitions,
-        on_top=on_top,
-        simplify=simplify,
-        confident=confident,
-        stable=stable,
-    )
+    checked = options_of(format, options)
     check_fan_out(str(dest), ray, address)
-    job, pieces = open_job(load_plan(str(output)), str(dest), format, options, partial=partial)
+    job, pieces = open_job(load_plan(str(output)), str(dest), format, checked, partial=partial)
     found = find_done(job, pieces)
     report = ExportReport(storage.redact(job.dest), format, num_pieces=len(pieces), num_pieces_skipped=len(found))
     for mark in found.values():

@@ -12,6 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import Field
+
+from samray.exports.base import ExportOptions, Format
 
 if TYPE_CHECKING:
     from samray.exports.pieces import Done, Files, Job, Piece
@@ -36,8 +39,18 @@ FLAT: Final = pa.schema(
 
 _ROWS_PER_GROUP: Final = 16384
 
+IMAGES_PER_TABLE: Final = 1024
+"""Images per file: some 100,000 masks, which are held in memory as compressed Parquet."""
 
-def write(job: Job, piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
+
+class FlatOptions(ExportOptions):
+    images_per_file: int | None = Field(None, gt=0)
+    """Images per Parquet file; 1024 if not given."""
+    partitions: int | None = Field(None, gt=0)
+    """Hive folders image_bucket=K, where K is image_id modulo this number."""
+
+
+def write(job: Job[FlatOptions], piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
     """The piece's masks: one Parquet file, or one in each folder that has any."""
     buckets = job.options.partitions
     writers: dict[int, tuple[pa.BufferOutputStream, pq.ParquetWriter]] = {}
@@ -90,3 +103,11 @@ def flat_rows(table: pa.Table) -> pa.Table:
     columns |= {f"point_{side}": pc.list_element(points, place) for place, side in enumerate("xy")}
     columns |= {name: masks.field("segmentation").field(name) for name in ("size", "counts")}
     return pa.Table.from_arrays([columns[name] for name in FLAT.names], schema=FLAT)
+
+
+FORMAT: Final = Format(
+    help="Parquet with one row per mask",
+    options=FlatOptions,
+    sizes=lambda options: (options.images_per_file or IMAGES_PER_TABLE, None),
+    write=write,
+)

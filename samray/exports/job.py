@@ -22,11 +22,12 @@ import pyarrow.compute as pc
 
 from samray import __version__, storage
 from samray.errors import ConfigError, NotFoundError, StorageError
+from samray.exports.base import ExportOptions, Format
 from samray.exports.checks import check_rows
-from samray.exports.formats import FORMATS, format_of, sizes_of
+from samray.exports.formats import FORMATS, find_format
 from samray.exports.images import Rows, read_rows
-from samray.exports.names import FOLDER, shared_stems
-from samray.exports.pieces import Done, ExportOptions, Files, Job, Piece, cut
+from samray.exports.names import ENDINGS, FOLDER, shared_stems
+from samray.exports.pieces import Done, Files, Job, Piece, cut
 from samray.output.append import stale_shards
 from samray.output.plan import Plan
 from samray.output.shards import FOLDER as SHARDS
@@ -42,14 +43,16 @@ _PUT_THREADS: Final = 16
 # --- before ---------------------------------------------------------------------------------------------------------
 
 
-def open_job(plan: Plan, dest: str, name: str, options: ExportOptions, *, partial: bool) -> tuple[Job, list[Piece]]:
+def open_job(
+    plan: Plan, dest: str, name: str, options: ExportOptions, *, partial: bool
+) -> tuple[Job[Any], list[Piece]]:
     """The job and its pieces, all of them. Writes DEST/_export/export.json unless it is there.
 
     Raises: ConfigError where OUTPUT is not finished (and partial is not asked for) or DEST holds something else,
     StorageError.
     """
     dest = storage.normalize(dest)
-    fmt = format_of(name, options)
+    fmt = find_format(name)
     sizes = _shard_sizes(plan)
     versions = shard_versions(plan.output)
     missing = plan.num_shards - len(sizes)
@@ -67,7 +70,7 @@ def open_job(plan: Plan, dest: str, name: str, options: ExportOptions, *, partia
     if not sizes:
         raise ConfigError(f"{storage.redact(plan.output)} holds no finished shard yet: there is nothing to export")
     shards = [Rows(shard, 0, (n := plan.num_images_of(shard)), n) for shard in sorted(sizes)]
-    stems = shared_stems(plan, fmt.stem_of) if fmt.names_files else {}
+    stems = shared_stems(plan, fmt.stem_of, (*ENDINGS, *fmt.endings)) if fmt.names_files else {}
     job = Job(
         plan=plan,
         dest=dest,
@@ -80,7 +83,12 @@ def open_job(plan: Plan, dest: str, name: str, options: ExportOptions, *, partia
     fmt.check(job)
     _claim(job, sizes)
     storage.remove_leftovers(dest)
-    return job, list(cut(shards, *sizes_of(name, options)))
+    return job, list(cut(shards, *sizes_of(fmt, options)))
+
+
+def sizes_of(fmt: Format, options: ExportOptions) -> tuple[int, int | None]:
+    """Images per piece, and images per file that is assembled from pieces; None if one file holds all."""
+    return fmt.sizes(options)
 
 
 def _shard_sizes(plan: Plan) -> dict[int, int]:
@@ -93,15 +101,13 @@ def _fingerprint(versions: Mapping[int, str | None]) -> str:
     return hashlib.sha256(json.dumps(sorted(versions.items())).encode()).hexdigest()
 
 
-def _claim(job: Job, sizes: dict[int, int]) -> None:
+def _claim(job: Job[Any], sizes: dict[int, int]) -> None:
     """Say in DEST what it holds from now on, or see that it says so already. sizes: of the shards, bytes."""
     plan, dest = job.plan, job.dest
     shards = json.dumps(sorted(sizes.items())).encode()
     wanted = {
         "format": job.format,
-        "options": {
-            name: value for name, value in asdict(job.options).items() if value is not None and value is not False
-        },
+        "options": job.options.chosen(),
         "run": plan.run["identity"],
         "num_images": plan.num_images,
         "shards": hashlib.sha256(shards).hexdigest(),
@@ -120,7 +126,7 @@ def _claim(job: Job, sizes: dict[int, int]) -> None:
     if held.get("run") != wanted["run"]:
         raise ConfigError(f"DEST {where} holds an export of another run's masks: give another DEST")
     for key in ("format", "options"):
-        if held.get(key) != wanted[key]:
+        if held.get(key) != wanted[key] and not (key == "options" and _same_options(job.options, held.get(key))):
             raise ConfigError(
                 f"DEST {where} holds another export ({key}: {held.get(key)} there, {wanted[key]} now): "
                 "give another DEST"
@@ -133,6 +139,14 @@ def _claim(job: Job, sizes: dict[int, int]) -> None:
         )
 
 
+def _same_options(options: ExportOptions, held: Any) -> bool:
+    """Whether held, as JSON, are these options. An option that did not exist then counts as its default."""
+    try:
+        return type(options)(**held) == options
+    except (TypeError, ConfigError):
+        return False
+
+
 def _read_json(uri: str) -> dict[str, Any] | None:
     try:
         found = parse_json(storage.read_bytes(uri))
@@ -143,7 +157,7 @@ def _read_json(uri: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else {}
 
 
-def find_done(job: Job, pieces: list[Piece]) -> dict[int, Done]:
+def find_done(job: Job[Any], pieces: list[Piece]) -> dict[int, Done]:
     """Piece -> what its mark says, for each that is finished and whose files are still there. Raises: StorageError."""
     marks = storage.list_names(storage.join(job.dest, FOLDER, "done"))
     marked = [piece for piece in pieces if piece.mark.rpartition("/")[2] in marks]
@@ -175,7 +189,7 @@ def find_done(job: Job, pieces: list[Piece]) -> dict[int, Done]:
 # --- a piece --------------------------------------------------------------------------------------------------------
 
 
-def run_piece(job: Job, piece: Piece) -> Done:
+def run_piece(job: Job[Any], piece: Piece) -> Done:
     """Write the piece's files and then its mark. Raises: ConfigError, StorageError."""
     done = Done(piece.number)
     for name in _put_all(job.dest, FORMATS[job.format].write(job, piece, _labelled(job, piece, done), done)):
@@ -184,7 +198,7 @@ def run_piece(job: Job, piece: Piece) -> Done:
     return done
 
 
-def _labelled(job: Job, piece: Piece, done: Done) -> Iterator[pa.Table]:
+def _labelled(job: Job[Any], piece: Piece, done: Done) -> Iterator[pa.Table]:
     """The rows of images that did not fail, counted on the way."""
     for table in read_rows(job.plan.output, piece.rows):
         ok = table.filter(pc.equal(table["status"], "ok"))
@@ -214,7 +228,7 @@ def _put_all(dest: str, files: Files) -> Iterator[str]:
 # --- after ----------------------------------------------------------------------------------------------------------
 
 
-def assemble(job: Job, pieces: list[Piece]) -> list[str]:
+def assemble(job: Job[Any], pieces: list[Piece]) -> list[str]:
     """Put the files together that consist of fragments, and then remove those. Returns the files' names.
 
     Every piece is done. Raises: StorageError.
@@ -234,7 +248,7 @@ def assemble(job: Job, pieces: list[Piece]) -> list[str]:
     return names
 
 
-def mark_finished(job: Job, **counts: int) -> None:
+def mark_finished(job: Job[Any], **counts: int) -> None:
     """Say in DEST/_export/_SUCCESS that all is there. Raises: StorageError, also if a shard was replaced since."""
     versions = shard_versions(job.plan.output)
     if _fingerprint({shard: versions.get(shard) for shard in job.shards}) != job.fingerprint:

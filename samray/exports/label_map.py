@@ -9,13 +9,14 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from samray.errors import ConfigError
+from samray.exports.base import ExportOptions, Format
 from samray.exports.images import LabelledImage, images_of
 from samray.rle.runs import runs_of_image, spans
 
@@ -29,11 +30,16 @@ MAX_PIXELS: Final = 2**28
 """Largest label map, which is painted in memory: 4 bytes per pixel."""
 
 
-def write(job: Job, piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
+class LabelMapOptions(ExportOptions):
+    on_top: Literal["area", "predicted_iou"] = "area"
+    """Where masks overlap: the smaller one is on top (area), or the better one (predicted_iou)."""
+
+
+def write(job: Job[LabelMapOptions], piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
     """The piece's PNG and JSON files. Raises: ConfigError where an image has more masks than there are labels."""
     for table in tables:
         for image in images_of(table):
-            labels = label_map(image, job.options.on_top or "area")
+            labels = label_map(image, job.options.on_top)
             buffer = io.BytesIO()
             Image.fromarray(labels).save(buffer, format="PNG")
             visible = np.bincount(labels.ravel(), minlength=len(image.ids) + 1).tolist()
@@ -64,3 +70,6 @@ def label_map(image: LabelledImage, on_top: str) -> npt.NDArray[np.uint16]:
         for start, end in zip(*(side.tolist() for side in spans(runs[place])), strict=True):
             pixels[start:end] = label
     return np.ascontiguousarray(pixels.reshape(image.width, image.height).T)
+
+
+FORMAT: Final = Format(help="16-bit PNGs and JSON", options=LabelMapOptions, write=write, names_files=True)

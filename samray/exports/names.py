@@ -23,7 +23,7 @@ _MAX_PART_BYTES: Final = 200
 _MAX_STEM_BYTES: Final = 700
 """Longest path below DEST: object stores take keys of 1024 bytes, DEST included, filesystems 4096."""
 
-_ENDINGS: Final = (".json", ".png", ".txt", ".jpg")
+ENDINGS: Final = (".json", ".png", ".txt", ".jpg")
 """What exports put behind a stem; with copies of the images also what their names end with."""
 
 
@@ -52,7 +52,9 @@ def extension_of(file_name: str) -> str:
     return posixpath.splitext(file_name)[1]
 
 
-def shared_stems(plan: Plan, stem_of: Callable[[str], str] = stem_of) -> dict[int, str]:
+def shared_stems(
+    plan: Plan, stem_of: Callable[[str], str] = stem_of, endings: tuple[str, ...] = ENDINGS
+) -> dict[int, str]:
     """image_id -> stem with the id appended, for each image that would share its stem with another; mostly empty.
 
     Names that differ only in case count as the same, as some filesystems have it. Also images whose file would have the
@@ -66,7 +68,7 @@ def shared_stems(plan: Plan, stem_of: Callable[[str], str] = stem_of) -> dict[in
     folders = _dotted_folders(images["file_name"], stem_of)
     if folders:
         names = (name for chunk in images["file_name"].chunks for name in chunk.to_pylist())
-        renamed |= np.fromiter((_is_in_the_way(stem_of(n), n, folders) for n in names), bool, images.num_rows)
+        renamed |= np.fromiter((_is_in_the_way(stem_of(n), n, folders, endings) for n in names), bool, images.num_rows)
     if not renamed.any():
         return {}
     taken = set(values.tolist())
@@ -74,7 +76,7 @@ def shared_stems(plan: Plan, stem_of: Callable[[str], str] = stem_of) -> dict[in
     for place in np.flatnonzero(renamed).tolist():
         image_id, name = images["image_id"][place].as_py(), images["file_name"][place].as_py()
         stem = f"{stem_of(name)}-{image_id}"
-        while hash(stem.lower()) in taken or _is_in_the_way(stem, name, folders):
+        while hash(stem.lower()) in taken or _is_in_the_way(stem, name, folders, endings):
             stem += "_"
         taken.add(hash(stem.lower()))
         stems[image_id] = stem
@@ -94,6 +96,6 @@ def _dotted_folders(names: pa.ChunkedArray, stem_of: Callable[[str], str]) -> se
     return {folder for folder in folders if "." in posixpath.basename(folder)}
 
 
-def _is_in_the_way(stem: str, file_name: str, folders: set[str]) -> bool:
+def _is_in_the_way(stem: str, file_name: str, folders: set[str], endings: tuple[str, ...]) -> bool:
     """Whether a file of this stem would have the name of a folder."""
-    return any((stem + ending).lower() in folders for ending in (*_ENDINGS, extension_of(file_name)))
+    return any((stem + ending).lower() in folders for ending in (*endings, extension_of(file_name)))

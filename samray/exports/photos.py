@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import pyarrow as pa
 
@@ -29,13 +29,13 @@ class Photo(NamedTuple):
 
 
 def photos_of(
-    job: Job, piece: Piece, images: Iterable[LabelledImage], done: Done
+    job: Job[Any], piece: Piece, images: Iterable[LabelledImage], done: Done, *, copy: bool
 ) -> Iterator[tuple[LabelledImage, Photo | None]]:
-    """The images, each with its bytes where --with-images asks for them and their size is still as it was labelled.
+    """The images, each with its bytes if copy asks for them and their size is still as it was labelled.
 
     Raises: StorageError where the storage as a whole fails.
     """
-    if not job.options.with_images:
+    if not copy:
         yield from ((image, None) for image in images)
         return
     planned = pa.concat_tables(job.plan.read_shard(r.shard).slice(r.start, r.stop - r.start) for r in piece.rows)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 from samray import storage
+from samray.exports.base import ExportOptions
 from samray.exports.images import LabelledImage, Rows
 from samray.exports.names import FOLDER, stem_of
 from samray.output.plan import Plan
@@ -14,26 +16,7 @@ Files = Iterator[tuple[str, bytes]]
 """Names relative to DEST, and what they are to hold."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportOptions:
-    """Choices of some formats; None or False where a format knows none or is to choose."""
-
-    images_per_file: int | None = None
-    tar: bool = False
-    with_images: bool = False
-    polygons: bool = False
-    partitions: int | None = None
-    on_top: str | None = None
-    simplify: float | None = None
-    confident: float | None = None
-    """Least predicted IoU of the masks that are exported."""
-    stable: float | None = None
-    """Least stability score."""
-
-    @property
-    def for_review(self) -> bool:
-        """Whether the file is for a person, who is to mend what it holds and add what it lacks."""
-        return self.confident is not None or self.stable is not None
+Options = TypeVar("Options", bound=ExportOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +43,14 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Job(Generic[Options]):
     """One export. Small and picklable: workers get it whole."""
 
     plan: Plan
     dest: str
     format: str
     """A name in `FORMATS`."""
-    options: ExportOptions
+    options: Options
     shards: tuple[int, ...] = ()
     """What is exported."""
     fingerprint: str = ""
@@ -119,7 +102,7 @@ def cut(shards: Iterable[Rows], per_piece: int, per_file: int | None) -> Iterato
         yield piece()
 
 
-def read_fragments(job: Job, pieces: list[Piece], kind: str, separator: bytes) -> Iterator[bytes]:
+def read_fragments(job: Job[Any], pieces: list[Piece], kind: str, separator: bytes) -> Iterator[bytes]:
     """The pieces' fragments of this kind, with the separator between those that hold anything."""
     first = True
     for piece in pieces:

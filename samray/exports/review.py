@@ -13,13 +13,10 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from samray.exports.images import LabelledImage
 from samray.rle.runs import runs_of_image, union_area
-
-if TYPE_CHECKING:
-    from samray.exports.pieces import ExportOptions
 
 ID_ATTRIBUTE: Final = "samray_id"
 """The name under which a mask's id goes to a person's tool, and comes back where the tool keeps it."""
@@ -36,12 +33,10 @@ def is_sure(predicted_iou: float, stability_score: float, confident: float | Non
     return (confident is None or predicted_iou >= confident) and (stable is None or stability_score >= stable)
 
 
-def only_sure(image: LabelledImage, options: ExportOptions) -> LabelledImage:
+def only_sure(image: LabelledImage, confident: float | None, stable: float | None) -> LabelledImage:
     """The image with the masks that are shown."""
     scores = zip(image.predicted_iou, image.stability_score, strict=True)
-    sure = [
-        i for i, (iou, stability) in enumerate(scores) if is_sure(iou, stability, options.confident, options.stable)
-    ]
+    sure = [i for i, (iou, stability) in enumerate(scores) if is_sure(iou, stability, confident, stable)]
     return image.of_masks(sure)
 
 

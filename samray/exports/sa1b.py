@@ -11,8 +11,11 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from pydantic import Field, model_validator
+
+from samray.exports.base import IMAGES_PER_PIECE, ExportOptions, Format
 from samray.exports.images import LabelledImage, images_of
 from samray.exports.photos import photos_of
 
@@ -22,7 +25,22 @@ if TYPE_CHECKING:
     from samray.exports.pieces import Done, Files, Job, Piece
 
 
-def write(job: Job, piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
+class Sa1bOptions(ExportOptions):
+    tar: bool = False
+    """Pack sa_000000.tar, ... as published."""
+    with_images: bool = False
+    """Copy the images, too."""
+    images_per_file: int | None = Field(None, gt=0)
+    """Images per tar; needs --tar."""
+
+    @model_validator(mode="after")
+    def _files_of_many_images_are_tars(self) -> Sa1bOptions:
+        if self.images_per_file and not self.tar:
+            raise ValueError("--images-per-file needs --tar: without it each image has a JSON file of its own")
+        return self
+
+
+def write(job: Job[Sa1bOptions], piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
     """The piece's JSON files and images, or one tar of them."""
     files = _members(job, piece, tables, done)
     if not job.options.tar:
@@ -37,9 +55,9 @@ def write(job: Job, piece: Piece, tables: Iterator[pa.Table], done: Done) -> Fil
     yield f"sa_{piece.number:06d}.tar", buffer.getvalue()
 
 
-def _members(job: Job, piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
+def _members(job: Job[Sa1bOptions], piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
     for table in tables:
-        for image, photo in photos_of(job, piece, images_of(table), done):
+        for image, photo in photos_of(job, piece, images_of(table), done, copy=job.options.with_images):
             stem = job.stem(image)
             if photo is not None:
                 yield stem + photo.extension, photo.data
@@ -80,3 +98,12 @@ def record_of(image: LabelledImage) -> dict[str, Any]:
             )
         ],
     }
+
+
+FORMAT: Final = Format(
+    help="one JSON file per image",
+    options=Sa1bOptions,
+    sizes=lambda options: (options.images_per_file or IMAGES_PER_PIECE, None),
+    write=write,
+    names_files=True,
+)

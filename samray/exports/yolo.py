@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 import pyarrow.compute as pc
+from pydantic import Field
 
 from samray.errors import ConfigError
 from samray.exports import names
+from samray.exports.base import ExportOptions, Format
 from samray.exports.images import LabelledImage, images_of
 from samray.exports.names import extension_of
 from samray.exports.photos import photos_of
@@ -26,6 +28,13 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from samray.exports.pieces import Done, Files, Job, Piece
+
+
+class YoloOptions(ExportOptions):
+    with_images: bool = False
+    """Copy the images, too."""
+    simplify: float | None = Field(None, gt=0)
+    """Drop corners of polygons within this many pixels; files are smaller, masks no longer exact."""
 
 
 _LINE_ENDS: Final = r"\r\n\x0b\x0c\x1c\x1d\x1e\x{85}\x{2028}\x{2029}"
@@ -42,7 +51,7 @@ def stem_of(file_name: str) -> str:
     return "/".join([*("images_" if folder == "images" else folder for folder in folders), name])
 
 
-def check(job: Job) -> None:
+def check(job: Job[YoloOptions]) -> None:
     """Raises: ConfigError where an image would find no labels, or another's, and is not copied under another name."""
     if not job.options.with_images and (number := _num_in_the_way(job)):
         raise ConfigError(
@@ -57,16 +66,16 @@ def check(job: Job) -> None:
         )
 
 
-def _num_in_the_way(job: Job) -> int:
+def _num_in_the_way(job: Job[YoloOptions]) -> int:
     file_names = job.plan.read_images(["file_name"])["file_name"]
     return int(pc.sum(pc.match_substring_regex(file_names, _IN_THE_WAY)).as_py() or 0)
 
 
-def write(job: Job, piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
+def write(job: Job[YoloOptions], piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
     """The piece's label files and images, and its lines of train.txt."""
     lines = []
     for table in tables:
-        for image, photo in photos_of(job, piece, images_of(table), done):
+        for image, photo in photos_of(job, piece, images_of(table), done, copy=job.options.with_images):
             stem = job.stems.get(image.image_id) or stem_of(image.file_name)
             if photo is not None:
                 yield f"images/{stem}{photo.extension}", photo.data
@@ -93,15 +102,27 @@ def label_text(image: LabelledImage, tolerance: float | None) -> str:
     return "".join(lines)
 
 
-def assembled(job: Job, file: int) -> list[str]:
+def assembled(job: Job[YoloOptions], file: int) -> list[str]:
     """What is made of all pieces."""
     return ["train.txt", "data.yaml"]
 
 
-def chunks(job: Job, name: str, pieces: list[Piece]) -> Iterator[bytes]:
+def chunks(job: Job[YoloOptions], name: str, pieces: list[Piece]) -> Iterator[bytes]:
     """The list of images, and the file that YOLO's tools are given."""
     if name == "train.txt":
         yield from read_fragments(job, pieces, "train", b"")
     else:
         yield b"# Exported by samray. val is the same list: split train.txt to hold images back.\n"
         yield b"train: train.txt\nval: train.txt\nnames:\n  0: object\n"
+
+
+FORMAT: Final = Format(
+    help="segmentation text files",
+    options=YoloOptions,
+    write=write,
+    names_files=True,
+    stem_of=stem_of,
+    assembled=assembled,
+    chunks=chunks,
+    check=check,
+)

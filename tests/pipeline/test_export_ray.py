@@ -30,7 +30,7 @@ def contents(folder: str) -> dict[str, bytes]:
 def test_ray_makes_the_same_files(
     local_ray: None, storage_root: str, monkeypatch: pytest.MonkeyPatch, format: str, options: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(export_job, "sizes_of", lambda name, options: (2, options.images_per_file))
+    monkeypatch.setattr(export_job, "sizes_of", lambda fmt, options: (2, getattr(options, "images_per_file", None)))
     plan = write_output(storage_root, NAMES, failed=(3,))
     reports = []
     for name, ray in (("here", False), ("ray", True)):

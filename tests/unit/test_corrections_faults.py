@@ -100,8 +100,10 @@ def test_wrong_commands_are_one_sentence(plan: Plan, tmp_path: Path, capsys: pyt
     labels, out = plan.output, tmp_path / "new"
     content = export(plan, tmp_path / "there", confident=0.9)
     source = write(tmp_path / "x.json", content)
-    assert "--confident=1.5 is not allowed: it is from 0 to 1" in _refused(plan, tmp_path / "no", confident=1.5)
-    assert "--stable=-1 is not allowed: it is from 0 to 1" in _refused(plan, tmp_path / "no", stable=-1)
+    assert "--confident=1.5 is not allowed; it takes a number from 0 to 1" in _refused(
+        plan, tmp_path / "no", confident=1.5
+    )
+    assert "--stable=-1 is not allowed; it takes a number from 0 to 1" in _refused(plan, tmp_path / "no", stable=-1)
     assert "--confident is an option of coco, not of yolo" in refusal(
         "export", labels, tmp_path / "no", "--format", "yolo", "--confident", "0.9"
     )

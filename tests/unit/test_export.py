@@ -63,7 +63,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_an_export_that_died_goes_on_and_redoes_nothing(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, options: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(export_job, "sizes_of", lambda name, options: (2, options.images_per_file))
+    monkeypatch.setattr(export_job, "sizes_of", lambda fmt, options: (2, getattr(options, "images_per_file", None)))
     export(plan, tmp_path / "whole", format, **options)
     real, done = export_job.run_piece, []
 
@@ -98,7 +98,7 @@ def test_an_export_that_died_goes_on_and_redoes_nothing(
 def test_deleted_files_come_back(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, options: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(export_job, "sizes_of", lambda name, options: (2, options.images_per_file))
+    monkeypatch.setattr(export_job, "sizes_of", lambda fmt, options: (2, getattr(options, "images_per_file", None)))
     export(plan, tmp_path / "x", format, **options)
     whole = contents(tmp_path / "x")
     victims = [name for name in sorted(whole) if not name.startswith("_export")][::3]

@@ -56,7 +56,7 @@ def test_only_sure_masks_are_exported_and_the_rest_is_listed_by_need(plan: Plan,
 def test_bounds_are_inclusive_and_of_equal_need_more_left_out_comes_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, per_piece: int
 ) -> None:
-    monkeypatch.setattr(export_job, "sizes_of", lambda name, options: (per_piece, None))
+    monkeypatch.setattr(export_job, "sizes_of", lambda fmt, options: (per_piece, None))
 
     def masks(place: int) -> list[dict[str, Any]]:
         sure = annotation(square(2, 2), predicted_iou=0.9, stability_score=0.95)
