@@ -7,7 +7,7 @@ another file could be read since. If nothing can be read, StorageError ends the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,7 +25,9 @@ from samray.errors import (
     TooLargeError,
     UnavailableError,
 )
-from samray.inputs.parquet import fetch_rows, known_problem, too_large
+from samray.inputs import folder
+from samray.inputs.base import FetchFile, known_problem, too_large
+from samray.inputs.readers import reader_of
 from samray.inputs.rows import INPUT_SCHEMA
 
 if TYPE_CHECKING:
@@ -102,86 +104,61 @@ def _blamed(error: Doubt) -> ImageError:
 
 
 def _fetch_all(items: list[dict[str, Any]], config: InputConfig, timeout_s: float) -> list[bytes | ImageError | Doubt]:
-    """timeout_s: for each image that is a file or a part of a tar."""
+    """timeout_s: for each image, unless its reader takes all rows of a container at once."""
     fetched: dict[int, bytes | ImageError | Doubt] = {}
-    by_container: dict[str, list[int]] = {}
+    at_once: dict[str, list[int]] = {}
     single: list[int] = []
     for i, item in enumerate(items):
+        container = item["container"]
+        reader = reader_of(container) if container else None
         if item["problem"]:
             fetched[i] = known_problem(item["problem"])
         elif storage.is_redacted(_file_of(item)):
             fetched[i] = ImageError("missing", NO_CREDENTIALS.format(item["uri"]))
-        elif item["row"] is not None:
-            by_container.setdefault(item["container"], []).append(i)
+        elif reader is not None and reader.fetch_at_once:
+            at_once.setdefault(container, []).append(i)
         else:
             single.append(i)
 
-    def fetch(i: int) -> bytes | ImageError | Doubt:
-        with storage.time_limit(timeout_s):
-            return _fetch_one(items[i], config)
-
-    if len(single) == 1:
-        fetched[single[0]] = fetch(single[0])
-    elif single:
-        with ThreadPoolExecutor(min(_FETCH_THREADS, len(single))) as pool:
-            fetched |= zip(single, pool.map(fetch, single), strict=True)
-
     def fetch_file(uri: str) -> bytes | ImageError:
         with storage.time_limit(timeout_s):
-            data = _fetch_one({"uri": uri, "size": None, "offset": None}, config)
+            data = _fetch([{"uri": uri, "size": None, "container": None}], config, fetch_file)[0]
         return _blamed(data) if isinstance(data, _DOUBT) else data
 
-    for container, indices in by_container.items():
-        try:
-            found = fetch_rows(container, [items[i]["row"] for i in indices], config, fetch_file)
-        except _DOUBT as error:
-            fetched |= dict.fromkeys(indices, error)
-        else:
-            fetched |= zip(indices, found, strict=True)
+    def fetch_one(i: int) -> bytes | ImageError | Doubt:
+        with storage.time_limit(timeout_s):
+            return _fetch([items[i]], config, fetch_file)[0]
+
+    if len(single) == 1:
+        fetched[single[0]] = fetch_one(single[0])
+    elif single:
+        with ThreadPoolExecutor(min(_FETCH_THREADS, len(single))) as pool:
+            fetched |= zip(single, pool.map(fetch_one, single), strict=True)
+    for indices in at_once.values():
+        fetched |= zip(indices, _fetch([items[i] for i in indices], config, fetch_file), strict=True)
     return [fetched[i] for i in range(len(items))]
 
 
-def _read_member(item: dict[str, Any]) -> bytes:
-    """The bytes of a tar member; fewer where the tar ends earlier. Holes are filled with zeros."""
-    if item["extents"] is None:
-        return storage.read_bytes(item["container"], item["offset"], item["size"])
+def _fetch(
+    items: list[dict[str, Any]], config: InputConfig, fetch_file: FetchFile
+) -> Sequence[bytes | ImageError | Doubt]:
+    """The bytes of image files, or of rows of one container, by its reader."""
+    container = items[0]["container"]
     try:
-        pieces = [(int(start), int(length)) for start, _, length in (p.partition("+") for p in item["extents"].split())]
-    except ValueError as error:
-        raise FileError("the plan's map of the image's holes is damaged") from error
-    num_stored = sum(length for _, length in pieces)
-    if any(start < 0 or length < 0 or start + length > item["size"] for start, length in pieces):
-        raise FileError("the plan's map of the image's holes is damaged")
-    stored = storage.read_bytes(item["container"], item["offset"], num_stored)
-    data = bytearray(item["size"])
-    place = 0
-    for start, length in pieces:
-        piece = stored[place : place + length]
-        if len(piece) < length:
-            return bytes(data[:start]) + piece
-        data[start : start + length] = piece
-        place += length
-    return bytes(data)
-
-
-def _fetch_one(item: dict[str, Any], config: InputConfig) -> bytes | ImageError | Doubt:
-    uri, size = item["uri"], item["size"]
-    if not uri:
-        return ImageError("missing", "the manifest's row holds no URI")
-    try:
-        if item["offset"] is None:
-            return storage.read_whole(uri, config.max_bytes, size)
-        if size > config.max_bytes:
-            return too_large(size, config)
-        return _read_member(item)
+        if container is None:
+            return [folder.fetch(item, config) for item in items]
+        reader = reader_of(container)
+        if reader is None or reader.fetch is None:
+            raise FileError(f"{storage.redact(container)} is not a file that holds images")
+        return reader.fetch(container, items, config, fetch_file)
     except TooLargeError as error:
-        return too_large(error.size, config)
+        return [too_large(error.size, config)] * len(items)
     except _DOUBT as error:
-        return error
+        return [error] * len(items)
     except NotFoundError as error:
-        return ImageError("missing", str(error))
+        return [ImageError("missing", str(error))] * len(items)
     except (FileError, ConfigError) as error:
-        return ImageError("unreadable", str(error))
+        return [ImageError("unreadable", str(error))] * len(items)
 
 
 # --- whose fault it is ---------------------------------------------------------------------------------------------

@@ -7,35 +7,30 @@ out is counted, with the reason (`samray.inputs.skipped`).
 
 from __future__ import annotations
 
-import posixpath
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from samray import storage
-from samray.errors import BucketNotFoundError, ConfigError, FileError, NotFoundError, RefusedError, StorageError
-from samray.inputs.decode import image_extensions
+from samray.errors import BucketNotFoundError, ConfigError, FileError, NotFoundError, RefusedError
+from samray.inputs.base import Container, Part, Reader, relative_to
 from samray.inputs.fetch import fetch_images
-from samray.inputs.no_image import nothing_found, refuse_unreadable_kinds
-from samray.inputs.parquet import list_parquet
-from samray.inputs.rows import INPUT_SCHEMA, input_rows
-from samray.inputs.skipped import HIDDEN, NOT_AN_IMAGE, UNUSABLE, Skipped, count_skipped
-from samray.inputs.tar import index_tar
-from samray.inputs.uri_list import LIST_EXTENSIONS, read_uris
+from samray.inputs.folder import IMAGE_EXTENSIONS, files_table, list_files, relative_names
+from samray.inputs.no_image import refuse_unreadable_kinds
+from samray.inputs.readers import READERS, what_to_give
+from samray.inputs.rows import INPUT_SCHEMA
+from samray.inputs.skipped import HIDDEN, UNUSABLE, Skipped, count_skipped
 from samray.inputs.uri_rows import UriRows, is_own_uri, merge_lists, rows_of_uris, with_distinct_names
 
 if TYPE_CHECKING:
     from samray.config import InputConfig
 
 __all__ = ["IMAGE_EXTENSIONS", "INPUT_SCHEMA", "fetch_images", "list_images"]
-
-IMAGE_EXTENSIONS: Final = image_extensions()
-"""Names that are taken for images in folders and tars, in any case."""
 
 _LIST_THREADS: Final = 32
 
@@ -52,7 +47,7 @@ def list_images(input_uri: str, config: InputConfig, skipped: Skipped | None = N
     except UnicodeEncodeError as error:
         raise ConfigError(f"INPUT {input_uri!a}: its name is not UTF-8; rename it, or give a link to it") from error
     if not input_uri.strip() or "\0" in input_uri:  # an unset variable of the shell would be the current folder
-        raise ConfigError(f"INPUT is {input_uri!r}; give a folder, glob, tar, list of URIs or Parquet file")
+        raise ConfigError(f"INPUT is {input_uri!r}; {what_to_give()}")
     table = _list_all(storage.normalize(input_uri), config, skipped)
     yield table if config.limit is None else table.slice(0, config.limit)
 
@@ -76,55 +71,36 @@ def _list_all(uri: str, config: InputConfig, skipped: Skipped) -> pa.Table:
         return merge_lists([rows_of_uris(written, folder, folder, allow_outside=True)], folder, skipped)
     refuse_unreadable_kinds(uri)
     try:
-        found = _files_table(uri)
+        found = files_table(uri)
     except BucketNotFoundError:  # as a storage that refuses: a run may be resumed when it is back
         raise
     except NotFoundError as error:
-        raise ConfigError(
-            f"INPUT {where} does not exist; give a folder, glob, tar, list of URIs or Parquet file"
-        ) from error
+        raise ConfigError(f"INPUT {where} does not exist; {what_to_give()}") from error
     root = _root(uri)
     is_file = found.num_rows == 1 and found["uri"][0].as_py() == uri
     if is_file and (problem := found["problem"][0].as_py()):
         raise ConfigError(f"INPUT {where} cannot be read: {problem.partition(': ')[2]}")
     if not is_file:
-        keep = pc.invert(pc.match_substring_regex(_relative(found["uri"], root), r"(^|/)(\.|_samray/)"))
+        keep = pc.invert(pc.match_substring_regex(relative_names(found["uri"], root), r"(^|/)(\.|_samray/)"))
         count_skipped(found["uri"], keep, HIDDEN, skipped)
         found = found.filter(keep)
     # A pattern that spells an extension out means what it says; everything else is narrowed to images.
     is_glob = storage.has_glob(uri) and root == storage.glob_base(uri)
     spelled_out = is_file or (is_glob and re.search(r"\.[^./*?\[\]]+$", uri) is not None)
-    kind = _kind(found, spelled_out)
-    if kind is None:
-        return _list_files(uri, root, found, spelled_out, skipped)
-    files = _Containers(uri, root, config, kind)
-    return files.list_all(found, skipped)
+    reader = _reader_of_all(found, spelled_out)
+    if reader is None:
+        return list_files(uri, root, found, spelled_out=spelled_out, skipped=skipped)
+    return _Containers(uri, root, config, reader).list_all(found, skipped)
 
 
-# --- folders, prefixes, globs --------------------------------------------------------------------------------------
-
-
-def _files_table(uri: str) -> pa.Table:
-    """Columns uri, size, etag and problem of every file that the input names, sorted by URI."""
-    columns: dict[str, list[Any]] = {"uri": [], "size": [], "etag": [], "problem": []}
-    for entry in storage.list_files(uri):
-        columns["uri"].append(entry.uri)
-        columns["size"].append(entry.size)
-        columns["etag"].append(entry.etag)
-        columns["problem"].append(entry.problem)
-    types = {"size": pa.int64()}
-    arrays = {name: pa.array(values, types.get(name, pa.string())) for name, values in columns.items()}
-    return pa.table(arrays).sort_by("uri")
-
-
-def _kind(found: pa.Table, spelled_out: bool) -> str | None:
-    """tar, parquet or list if every file is one: then what they hold is meant. None for images."""
-    patterns = {"tar": r"\.tar$", "parquet": r"\.parquet$"}
-    if spelled_out:  # a folder of .txt files holds captions, not lists
-        patterns["list"] = "(" + "|".join(re.escape(e) for e in LIST_EXTENSIONS) + ")$"
-    for kind, pattern in patterns.items():
-        if pc.all(pc.match_substring_regex(found["uri"], pattern, ignore_case=True)).as_py():
-            return kind
+def _reader_of_all(files: pa.Table, spelled_out: bool) -> Reader | None:
+    """The reader of every one of the files: then what they hold is meant. None for images."""
+    for reader in READERS:
+        pattern = "(" + "|".join(re.escape(ending) for ending in reader.endings) + ")$"
+        if (spelled_out or not reader.only_by_name) and pc.all(
+            pc.match_substring_regex(files["uri"], pattern, ignore_case=True)
+        ).as_py():
+            return reader
     return None
 
 
@@ -135,36 +111,7 @@ def _root(uri: str) -> str:
     return uri if storage.is_dir_like(uri) else storage.parent(uri)
 
 
-def _relative(uris: Any, root: str) -> Any:
-    return pc.utf8_slice_codeunits(uris, start=len(storage.join(root, "")))
-
-
-def _list_files(uri: str, root: str, found: pa.Table, spelled_out: bool, skipped: Skipped) -> pa.Table:
-    images = found
-    if not spelled_out:
-        extensions = "|".join(re.escape(e) for e in IMAGE_EXTENSIONS)
-        keep = pc.match_substring_regex(found["uri"], f"({extensions})$", ignore_case=True)
-        count_skipped(found["uri"], keep, NOT_AN_IMAGE, skipped)
-        images = found.filter(keep)
-    if images.num_rows == 0:
-        raise ConfigError(nothing_found(uri, root, found["uri"]))
-    names = _relative(images["uri"], root)
-    return input_rows(images["uri"], names, size=images["size"], etag=images["etag"], problem=images["problem"])
-
-
-# --- tars, Parquet files, lists ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """What one of the files holds."""
-
-    rows: pa.Table | UriRows | None = None
-    skipped: Skipped = field(default_factory=Skipped)
-    error: str | None = None
-    """Why the file, or what follows the rows, cannot be read."""
-    refused: StorageError | None = None
-    """The error, if it may be the storage's and not the file's."""
+# --- files that hold images or name them ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,14 +121,14 @@ class _Containers:
     uri: str
     root: str
     config: InputConfig
-    kind: str
+    reader: Reader
 
     def list_all(self, found: pa.Table, skipped: Skipped) -> pa.Table:
         """The rows of all of them. Of several files those that cannot be read are counted, with the reason.
 
         Raises: ConfigError if the only one, or every one, cannot be read, or none holds anything. StorageError.
         """
-        parts: list[_Part] = []
+        parts: list[Part] = []
         num_rows = 0
         for part in _in_order(self._list_one, found.to_pylist()):
             parts.append(part)
@@ -197,9 +144,9 @@ class _Containers:
         if lists:
             tables.append(merge_lists(lists, self.root, skipped))
         rows = pa.concat_tables(tables)
-        return rows if found.num_rows == 1 and self.kind == "parquet" else with_distinct_names(rows)
+        return rows if found.num_rows == 1 and self.reader.distinct_names else with_distinct_names(rows)
 
-    def _check(self, parts: list[_Part], num_files: int, num_rows: int) -> None:
+    def _check(self, parts: list[Part], num_files: int, num_rows: int) -> None:
         where = storage.redact(self.uri)
         errors = [part.error for part in parts if part.error is not None]
         refused = next((part.refused for part in parts if part.refused is not None), None)
@@ -208,63 +155,30 @@ class _Containers:
         if num_files == 1 and errors:
             raise ConfigError(f"INPUT {errors[0]}" if errors[0].startswith(where) else f"INPUT {where}: {errors[0]}")
         if errors and all(part.rows is None for part in parts):
-            raise ConfigError(f"INPUT {where}: none of its {num_files} {self.kind} files can be read; {errors[0]}")
+            raise ConfigError(
+                f"INPUT {where}: none of its {num_files} {self.reader.name} files can be read; {errors[0]}"
+            )
         if num_rows == 0:
-            nothing = {"tar": "no image in the tar", "parquet": "no row in the Parquet file"}
-            problem = nothing.get(self.kind, "no URI in the list")
-            raise ConfigError(f"INPUT {where}: {problem}; there is nothing to label")
+            raise ConfigError(f"INPUT {where}: {self.reader.nothing}; there is nothing to label")
 
-    def _list_one(self, file: dict[str, Any]) -> _Part:
-        uri, etag = file["uri"], file["etag"]
+    def _list_one(self, file: dict[str, Any]) -> Part:
+        uri = file["uri"]
         if file["problem"]:
-            return _Part(error=f"{storage.redact(uri)}: {file['problem'].partition(': ')[2]}")
+            return Part(error=f"{storage.redact(uri)}: {file['problem'].partition(': ')[2]}")
+        prefix = "" if uri == self.uri else relative_to(uri, self.root).rpartition(".")[0]
         try:
-            if self.kind == "tar":
-                return self._list_tar(uri, etag)
-            if self.kind == "parquet":
-                return _Part(list_parquet(uri, self._name_of(uri), self.root, self.config, etag))
-            written = read_uris(uri, self.config.uri_column)
-            allow = self.config.allow_outside
-            return _Part(rows_of_uris(written, storage.parent(uri), self.root, allow_outside=allow))
+            return self.reader.list(Container(uri, file["etag"], self.root, prefix), self.config)
         except (BucketNotFoundError, RefusedError) as error:
-            return _Part(error=str(error), refused=error)
+            return Part(error=str(error), refused=error)
         except (ConfigError, FileError) as error:
-            return _Part(error=str(error))
-
-    def _name_of(self, container: str) -> str:
-        """Its name relative to the input's root, without its extension; "" where it is the whole input."""
-        return "" if container == self.uri else container[len(storage.join(self.root, "")) :].rpartition(".")[0]
-
-    def _list_tar(self, archive: str, etag: str | None) -> _Part:
-        index = index_tar(archive, IMAGE_EXTENSIONS)
-        members, prefix = index.members, self._name_of(archive)
-        if index.damage is not None and not members:
-            return _Part(None, index.skipped, index.damage)
-        rows = input_rows(
-            pa.array([f"tar://{member.name}::{archive}" for member in members], pa.string()),
-            # Names that lead out of the archive would lead out of an export's folder, too.
-            pa.array(
-                [posixpath.join(prefix, posixpath.normpath(f"//{m.name}").lstrip("/")) for m in members], pa.string()
-            ),
-            size=pa.array([member.size for member in members], pa.int64()),
-            etag=etag,
-            container=archive,
-            offset=pa.array([member.offset for member in members], pa.int64()),
-            extents=_text_or_none([member.extents for member in members]),
-            problem=_text_or_none([member.problem for member in members]),
-        )
-        return _Part(rows, index.skipped, index.damage)
+            return Part(error=str(error))
 
 
 def _table(rows: pa.Table | UriRows) -> pa.Table:
     return rows.rows if isinstance(rows, UriRows) else rows
 
 
-def _text_or_none(values: list[str | None]) -> pa.Array | None:
-    return pa.array(values, pa.string()) if any(value is not None for value in values) else None
-
-
-def _in_order(call: Callable[[dict[str, Any]], _Part], files: list[dict[str, Any]]) -> Iterator[_Part]:
+def _in_order(call: Callable[[dict[str, Any]], Part], files: list[dict[str, Any]]) -> Iterator[Part]:
     """`call` of each file, many at once: an archive's index is many small reads, each waiting for the network."""
     pool = ThreadPoolExecutor(min(_LIST_THREADS, len(files)))
     try:

@@ -13,10 +13,9 @@ import pyarrow as pa
 from samray import storage
 from samray.errors import ConfigError, NotFoundError
 from samray.inputs.decode import image_extensions
+from samray.inputs.readers import container_endings, list_endings, what_to_give
 from samray.inputs.tar import is_compressed_tar
-from samray.inputs.uri_list import LIST_EXTENSIONS
 
-_READABLE: Final = (".tar", ".parquet", *LIST_EXTENSIONS)
 _ARCHIVES: Final = (
     *(".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".lzma", ".z", ".br", ".cab", ".iso", ".dmg"),
     *(".tgz", ".tbz2", ".txz", ".tzst", ".jar", ".cbz", ".cbr"),
@@ -49,7 +48,7 @@ def refuse_unreadable_kinds(uri: str) -> None:
             "unpack the archive and give the folder, or give a plain .tar"
         )
     lower = uri.lower()
-    readable = (*image_extensions(), *_READABLE)
+    readable = (*image_extensions(), *container_endings())
     if lower.endswith(readable) or not lower.endswith((*_ARCHIVES, *_LISTS, *_OTHERS)) or storage.is_dir_like(uri):
         return
     if is_compressed_tar(uri):
@@ -61,10 +60,10 @@ def refuse_unreadable_kinds(uri: str) -> None:
     if lower.endswith(_ARCHIVES):
         what = f"is a {ending} file, which samray does not unpack; unpack it, or make a plain .tar of what is in it"
     elif lower.endswith(_LISTS):
-        what = f"is a {ending} file; lists of images are .parquet, {', '.join(LIST_EXTENSIONS)}, one URI per row"
+        what = f"is a {ending} file; lists of images are {', '.join(list_endings())}, one URI per row"
         what += _INSTEAD.get(ending, "")
     else:
-        what = f"is a {ending} file, which is not an image; give a folder, glob, tar, list of URIs or Parquet file"
+        what = f"is a {ending} file, which is not an image; {what_to_give()}"
     raise ConfigError(f"INPUT {name} {what}")
 
 
@@ -86,7 +85,7 @@ def nothing_found(uri: str, root: str, found: pa.ChunkedArray) -> str:
     ordered = sorted(counts.items(), key=lambda item: -item[1])
     kinds = ", ".join(f"{number} {ending}" for ending, number in ordered[:5]) + ", ..." * (len(ordered) > 5)
     looked += f", among {len(names)} files ({kinds})" if len(found) else f"; below {storage.redact(root)} are {kinds}"
-    wanted = (*image_extensions(), *_READABLE) if not len(found) else _READABLE
+    wanted = container_endings() if len(found) else (*image_extensions(), *container_endings())
     there = [ending for ending in wanted if counts[ending] and ending != ".txt"]
     readable = max(there, key=lambda ending: counts[ending], default=None)  # the first in `wanted` of the most frequent
     if readable is None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 
 from samray import storage
 from samray.errors import (
-    IMAGE_ERROR_REASONS,
     BucketNotFoundError,
     ConfigError,
     FileError,
@@ -22,17 +21,16 @@ from samray.errors import (
     RefusedError,
     UnavailableError,
 )
+from samray.inputs.base import Container, FetchFile, Part, Reader, known_problem, too_large
 from samray.inputs.outside import place_problem
 from samray.inputs.parquet_types import binary_column, is_binary, is_text, text_column
 from samray.inputs.rows import input_rows
 from samray.inputs.uri_list import missing_column
-from samray.inputs.uri_rows import UriRows, rows_of_uris
+from samray.inputs.uri_rows import rows_of_uris
 from samray.storage.tables import open_parquet
 
 if TYPE_CHECKING:
     from samray.config import InputConfig
-
-FetchFile = Callable[[str], bytes | ImageError]
 
 _IMAGE_COLUMNS: Final = ("image", "jpeg", "jpg", "png")
 """Looked for, after the configured one, in columns of a type that can hold images."""
@@ -50,12 +48,12 @@ def image_column(schema: pa.Schema, config: InputConfig) -> str | None:
     return None
 
 
-def list_parquet(uri: str, prefix: str, root: str, config: InputConfig, etag: str | None) -> pa.Table | UriRows:
-    """Rows of a Parquet file: its images where it holds image bytes, else the files that its URI column names.
+def list_parquet(container: Container, config: InputConfig) -> Part:
+    """Rows of a Parquet file: its images if it holds image bytes, else the files that its URI column names.
 
-    prefix: what the images' names start with. root: what a list may name files below. etag: the Parquet file's own;
-    the images it holds are taken for changed when it is. Raises: ConfigError, StorageError.
+    Images that the file holds count as changed if the file is. Raises: ConfigError, StorageError.
     """
+    uri, prefix = container.uri, container.prefix
     where = storage.redact(uri)
     with storage.open_read(uri) as stream:
         try:
@@ -65,8 +63,8 @@ def list_parquet(uri: str, prefix: str, root: str, config: InputConfig, etag: st
                 raise ValueError(f"several of its columns have the same name: {', '.join(sorted(repeated))[:200]}")
             column = image_column(file.schema_arrow, config)
             if column is None:
-                written = _written_uris(file, config)
-                return rows_of_uris(written, storage.parent(uri), root, allow_outside=config.allow_outside)
+                written, allow = _written_uris(file, config), config.allow_outside
+                return Part(rows_of_uris(written, storage.parent(uri), container.root, allow_outside=allow))
             names = _names_of_rows(file, column)
         except (pa.ArrowException, KeyError, OSError, ValueError) as error:
             raise ConfigError(f"{where} cannot be read as Parquet: {error}") from error
@@ -80,7 +78,7 @@ def list_parquet(uri: str, prefix: str, root: str, config: InputConfig, etag: st
     if prefix:
         names = pc.binary_join_element_wise(f"{prefix}/", names, "")
     uris = pc.binary_join_element_wise(f"{uri}#row=", numbers, "")
-    return input_rows(uris, names, etag=etag, container=uri, row=places)
+    return Part(input_rows(uris, names, etag=container.etag, container=uri, row=places))
 
 
 def _written_uris(file: pq.ParquetFile, config: InputConfig) -> pa.ChunkedArray:
@@ -110,8 +108,11 @@ def _names_of_rows(file: pq.ParquetFile, column: str) -> pa.ChunkedArray | None:
     return None
 
 
-def fetch_rows(container: str, rows: list[int], config: InputConfig, fetch_file: FetchFile) -> list[bytes | ImageError]:
+def fetch_rows(
+    container: str, items: Sequence[dict[str, Any]], config: InputConfig, fetch_file: FetchFile
+) -> list[bytes | ImageError]:
     """Image bytes at these rows of a Parquet file; only their row groups are read, a few rows at a time."""
+    rows: list[int] = [item["row"] for item in items]
     try:
         with storage.open_read(container) as stream:
             file = open_parquet(stream)
@@ -180,11 +181,14 @@ def _bytes_of(value: pa.Array, folder: str, config: InputConfig, fetch_file: Fet
     return ImageError("missing", "the row holds no image")
 
 
-def known_problem(text: str) -> ImageError:
-    """The error of a row whose `problem` says `reason: message`."""
-    reason, _, message = text.partition(": ")
-    return ImageError(reason if reason in IMAGE_ERROR_REASONS else "unreadable", message)
-
-
-def too_large(size: int, config: InputConfig) -> ImageError:
-    return ImageError("too_large", f"{size} bytes are more than input.max_bytes={config.max_bytes}")
+READER: Final = Reader(
+    name="parquet",
+    noun="Parquet file",
+    nothing="no row in the Parquet file",
+    endings=(".parquet",),
+    list=list_parquet,
+    fetch=fetch_rows,
+    fetch_at_once=True,
+    lists_uris=True,
+    distinct_names=True,
+)

@@ -9,13 +9,21 @@ from __future__ import annotations
 import posixpath
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Final, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
+
+import pyarrow as pa
 
 from samray import storage
-from samray.errors import ConfigError, FileError
+from samray.errors import ConfigError, FileError, ImageError
+from samray.inputs.base import Container, FetchFile, Part, Reader, too_large
+from samray.inputs.decode import image_extensions
+from samray.inputs.rows import input_rows
 from samray.inputs.skipped import HIDDEN, NOT_AN_IMAGE, REPLACED, SPECIAL, UNUSABLE, Skipped
+
+if TYPE_CHECKING:
+    from samray.config import InputConfig
 
 _BLOCK: Final = 512
 _SCAN_BYTES: Final = 2**20
@@ -271,3 +279,73 @@ def _next_data(stream: BinaryIO, start: int, size: int) -> int | None:
             return start + (len(data) - len(rest)) // _BLOCK * _BLOCK
         start += len(data)
     return None
+
+
+# --- as an input ---------------------------------------------------------------------------------------------------
+
+
+def list_images(container: Container, config: InputConfig) -> Part:
+    """The images of an archive, named by its name and theirs. Raises: StorageError, FileError."""
+    index = index_tar(container.uri, image_extensions())
+    members = index.members
+    if index.damage is not None and not members:
+        return Part(None, index.skipped, index.damage)
+    # Names that lead out of the archive would lead out of an export's folder, too.
+    inside = (posixpath.normpath(f"//{member.name}").lstrip("/") for member in members)
+    rows = input_rows(
+        pa.array([f"tar://{member.name}::{container.uri}" for member in members], pa.string()),
+        pa.array([posixpath.join(container.prefix, name) for name in inside], pa.string()),
+        size=pa.array([member.size for member in members], pa.int64()),
+        etag=container.etag,
+        container=container.uri,
+        offset=pa.array([member.offset for member in members], pa.int64()),
+        extents=_text_or_none([member.extents for member in members]),
+        problem=_text_or_none([member.problem for member in members]),
+    )
+    return Part(rows, index.skipped, index.damage)
+
+
+def _text_or_none(values: list[str | None]) -> pa.Array | None:
+    return pa.array(values, pa.string()) if any(value is not None for value in values) else None
+
+
+def fetch_members(
+    archive: str, items: Sequence[dict[str, Any]], config: InputConfig, fetch_file: FetchFile
+) -> list[bytes | ImageError]:
+    """The bytes of members, each by one ranged request. Raises: StorageError."""
+    return [
+        _read_member(item) if item["size"] <= config.max_bytes else too_large(item["size"], config) for item in items
+    ]
+
+
+def _read_member(item: dict[str, Any]) -> bytes:
+    """The bytes of a tar member; fewer where the tar ends earlier. Holes are filled with zeros."""
+    if item["extents"] is None:
+        return storage.read_bytes(item["container"], item["offset"], item["size"])
+    try:
+        pieces = [(int(start), int(length)) for start, _, length in (p.partition("+") for p in item["extents"].split())]
+    except ValueError as error:
+        raise FileError("the plan's map of the image's holes is damaged") from error
+    num_stored = sum(length for _, length in pieces)
+    if any(start < 0 or length < 0 or start + length > item["size"] for start, length in pieces):
+        raise FileError("the plan's map of the image's holes is damaged")
+    stored = storage.read_bytes(item["container"], item["offset"], num_stored)
+    data = bytearray(item["size"])
+    place = 0
+    for start, length in pieces:
+        piece = stored[place : place + length]
+        if len(piece) < length:
+            return bytes(data[:start]) + piece
+        data[start : start + length] = piece
+        place += length
+    return bytes(data)
+
+
+READER: Final = Reader(
+    name="tar",
+    noun="tar",
+    nothing="no image in the tar",
+    endings=(".tar",),
+    list=list_images,
+    fetch=fetch_members,
+)

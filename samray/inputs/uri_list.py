@@ -1,6 +1,6 @@
 """Lists of images that users write: `.csv`, `.jsonl` and `.txt` with one URI per row.
 
-Parquet is read in parquet_images.py; what the URIs mean is in uri_rows.py.
+Parquet is read in parquet.py; what the URIs mean is in uri_rows.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import difflib
 import io
 import re
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import pyarrow as pa
 import pyarrow.csv
@@ -17,7 +17,12 @@ import pyarrow.json
 
 from samray import storage
 from samray.errors import ConfigError
+from samray.inputs.base import Container, Part, Reader
+from samray.inputs.uri_rows import rows_of_uris
 from samray.storage.strict_json import parse_json
+
+if TYPE_CHECKING:
+    from samray.config import InputConfig
 
 LIST_EXTENSIONS: Final = (".csv", ".jsonl", ".txt")
 
@@ -125,3 +130,21 @@ def _keys_of_first(data: bytes) -> list[str]:
         return list(parse_json(data[: data.find(b"\n") + 1 or len(data)]))
     except (ValueError, TypeError, RecursionError):
         return []
+
+
+def list_uris(container: Container, config: InputConfig) -> Part:
+    """The files that a list names. Raises: ConfigError, StorageError."""
+    written = read_uris(container.uri, config.uri_column)
+    folder = storage.parent(container.uri)
+    return Part(rows_of_uris(written, folder, container.root, allow_outside=config.allow_outside))
+
+
+READER: Final = Reader(
+    name="list",
+    noun="list of URIs",
+    nothing="no URI in the list",
+    endings=LIST_EXTENSIONS,
+    list=list_uris,
+    lists_uris=True,
+    only_by_name=True,
+)
