@@ -1,6 +1,6 @@
-"""samray: Segment Anything over whole buckets of images; Ray in the middle, SA-1B Parquet out.
+"""samray: label whole buckets of images with Segment Anything on Ray, as Parquet in the SA-1B layout.
 
-The public names are imported when first used, so `import samray` pulls in neither torch nor ray.
+The public names are imported on first use: `import samray` imports neither torch nor ray.
 """
 
 from __future__ import annotations

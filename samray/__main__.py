@@ -1,4 +1,4 @@
-"""The `samray` script, and `python -m samray` where it is not on the path."""
+"""The `samray` script, and `python -m samray` if the script is not on the path."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def run() -> None:
-    """The command line, which Ctrl-C ends without a traceback also while it is being imported and when it is over."""
+    """Run the command line. Ctrl-C ends it without a traceback, also during imports and after the command."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from samray.cli.main import main
 

@@ -1,6 +1,6 @@
-"""The errors samray raises on purpose; everything else that escapes is a bug.
+"""The errors that samray raises on purpose; any other exception is a bug.
 
-Each message says what was expected, what came, and what to do, and never holds a credential.
+Each message says what was expected, what was found, and what to do. It never contains a credential.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ IMAGE_ERROR_REASONS: Final = frozenset(
         "unreadable",
     }
 )
-"""The slugs an `ImageError` may carry; reports count failures by them."""
+"""The values of `ImageError.reason`; reports count failures by them."""
 
 
 class SamrayError(Exception):
@@ -32,23 +32,23 @@ class SamrayError(Exception):
 
 
 class ConfigError(SamrayError):
-    """The user asked for something that cannot be: a setting, an input or an output. Raised before anything starts."""
+    """An impossible setting, input or output. Raised before anything starts."""
 
 
 class StorageError(SamrayError):
-    """Storage could not be read or written, after the retries that made sense."""
+    """Storage could not be read or written, after retries where they make sense."""
 
 
 class UnavailableError(StorageError):
-    """Storage failed for as long as it was tried again (`storage.timeout_s`). Trying later may help."""
+    """Storage failed on every retry (see `storage.timeout_s`). A later attempt may succeed."""
 
 
 class FileError(StorageError):
-    """One file cannot be read (a directory, no permission, an impossible name), though its storage answers."""
+    """One file cannot be read (a directory, no permission, an invalid name), although its storage responds."""
 
 
 class RefusedError(FileError):
-    """The storage refuses the file: no permission, or an answer that may be the same for every other file."""
+    """The storage refuses the file: no permission, or a response that may be the same for all files."""
 
 
 class NotFoundError(FileError):
@@ -56,7 +56,7 @@ class NotFoundError(FileError):
 
 
 class TooLargeError(FileError):
-    """The file has more bytes than asked for; size: how many it has, or how many were read until that showed."""
+    """The file has more bytes than allowed. size: its size, or the number of bytes read until the limit was passed."""
 
     def __init__(self, size: int, message: str) -> None:
         super().__init__(size, message)
@@ -67,13 +67,13 @@ class TooLargeError(FileError):
 
 
 class BucketNotFoundError(NotFoundError):
-    """The bucket does not exist, which says nothing about the file."""
+    """The bucket does not exist; nothing is known about the file."""
 
 
 class ImageError(SamrayError):
-    """One image cannot be labelled. It becomes a row with `status=failed`, never a dead job.
+    """One image cannot be labelled. It becomes a row with `status=failed`; the run continues.
 
-    `reason` is one of `IMAGE_ERROR_REASONS`; `str(error)` is what stands in the row's `error` column.
+    `reason` is one of `IMAGE_ERROR_REASONS`; `str(error)` goes into the row's `error` column.
     """
 
     def __init__(self, reason: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, a line every ten seconds elsewhere."""
+"""Progress of a run: a bar on a terminal, a line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOG_EVERY_S = 10.0
 
 
 class ProgressView:
-    """Images done of all, rate, time left, failures. Written to stderr, so that stdout stays the program's own."""
+    """Images done, rate, time left, failures. Writes to stderr, because stdout belongs to the program."""
 
     def __init__(
         self, num_images: int, num_done_before: int, *, enabled: bool = True, file: TextIO | None = None
@@ -55,11 +55,11 @@ class ProgressView:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self.enabled and self.num_done != self._num_logged:  # the last line is where the run came to
+        elif self.enabled and self.num_done != self._num_logged:  # the last line shows the final state
             print(f"samray: {self._line(time.monotonic())}", file=self.file, flush=True)
 
     def update(self, *, num_done: int | None = None, num_failed: int | None = None, note: str | None = None) -> None:
-        """Show where the run is; cheap enough to call often."""
+        """Show the current state; cheap enough to call often."""
         self.num_done = self.num_done if num_done is None else num_done
         self.num_failed = self.num_failed if num_failed is None else num_failed
         now = time.monotonic()
@@ -67,7 +67,7 @@ class ProgressView:
             self._first_image_at = (now, self.num_done)
         if note is not None and note != self.note:
             self.note = note
-            self._logged_at = 0.0  # worth a line at once
+            self._logged_at = 0.0  # print a changed note immediately
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=self.note, completed=self.num_done, rate=self._rate(now))
         elif self.enabled and now - self._logged_at >= LOG_EVERY_S:
@@ -80,7 +80,7 @@ class ProgressView:
         return ", ".join(part for part in parts if part)
 
     def _rate(self, now: float) -> str:
-        """Rate and time left, counted from the first image on: start-up would make both look worse than they are."""
+        """Rate and time left, measured from the first image: start-up would distort both."""
         failed = [f"{self.num_failed} failed"] * bool(self.num_failed)
         if self._first_image_at is None or now - self._first_image_at[0] < 1.0:
             return ", ".join(failed)

@@ -1,7 +1,7 @@
-"""Prompts that a person gives in place of the grid: clicks, a box, or both, for one mask each.
+"""User prompts instead of the point grid: clicks, a box, or both, for one mask each.
 
-Coordinates are pixels of the upright image, x to the right and y down from its top left corner. A box is COCO's,
-[x, y, w, h]; whoever has corners (SAM's own predictor takes x0, y0, x1, y1) gives [x0, y0, x1 - x0, y1 - y0].
+Coordinates are pixels of the upright image; x goes right and y down from the top left corner. Boxes are [x, y, w, h] as
+in COCO: corners x0, y0, x1, y1 (as SAM's predictor takes them) become [x0, y0, x1 - x0, y1 - y0].
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _KEYS: Final = ("points", "labels", "box")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """What one mask is asked for with. Raises ConfigError where it is malformed.
+    """The prompt for one mask. Raises ConfigError if it is malformed.
 
-    Coordinates may be any finite numbers, such as a little below 0 for a box drawn over the edge: what lies outside of
-    an image is that image's fault, and `problem_in` tells it.
+    Coordinates may be any finite numbers: a box drawn over the edge may start a little below 0. `problem_in` checks
+    them against the size of an image; a prompt outside fails that image only.
     """
 
     points: tuple[tuple[float, float], ...] = ()
     """x, y of each click."""
     labels: tuple[int, ...] = ()
-    """Of each click: 1 on the object, 0 on what is not part of it."""
+    """One per click: 1 on the object, 0 on the background."""
     box: tuple[float, float, float, float] | None = None
     """x, y, w, h."""
 
@@ -41,28 +41,26 @@ class Prompt:
             raise ConfigError(f"labels is {str(self.labels)[:60]}, not a list; write one label as labels=(1,)")
         for point in self.points:
             if len(point) != 2 or not all(map(_is_coordinate, point)):
-                raise ConfigError(f"the point {list(point)} is no [x, y] of pixels")
+                raise ConfigError(f"the point {list(point)} is not an [x, y] in pixels")
         if len(self.labels) != len(self.points):
-            raise ConfigError(f"points and labels are of different number: {len(self.points)} and {len(self.labels)}")
+            raise ConfigError(f"points and labels differ in number: {len(self.points)} and {len(self.labels)}")
         for label in self.labels:
             if type(label) is not int or label not in (0, 1):
-                raise ConfigError(f"the label {label!r} is neither 1 (on the object) nor 0 (not part of it)")
+                raise ConfigError(f"the label {label!r} is neither 1 (on the object) nor 0 (background)")
         box = self.box
         if box is not None and (len(box) != 4 or not all(map(_is_coordinate, box)) or min(box[2:]) <= 0):
-            raise ConfigError(f"the box {list(box)} is no [x, y, w, h] of pixels with a width and a height above 0")
+            raise ConfigError(f"the box {list(box)} is not an [x, y, w, h] in pixels with width and height above 0")
         if box is None and 1 not in self.labels:
-            raise ConfigError("there is neither a point with the label 1 nor a box")
+            raise ConfigError("expected a point with label 1 or a box, got neither")
 
     @classmethod
     def parse(cls, value: Any) -> Prompt:
-        """Of plain JSON values, `to_json`'s or a user's; what is null counts as not given. Raises: ConfigError."""
+        """Parse plain JSON values, from `to_json` or from a user; null counts as not given. Raises: ConfigError."""
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{str(value)[:60]!r} is no object with points and labels, box, or both")
+            raise ConfigError(f"{str(value)[:60]!r} is not an object with points and labels, box, or both")
         for key in value:
             if key not in _KEYS:
-                raise ConfigError(
-                    f"there is no key {key!r}{did_you_mean(str(key), _KEYS)}; keys are {', '.join(_KEYS)}"
-                )
+                raise ConfigError(f"unknown key {key!r}{did_you_mean(str(key), _KEYS)}; keys are {', '.join(_KEYS)}")
         points, labels, box = (value.get(key) for key in _KEYS)
         for key, given in zip(_KEYS, (points, labels, box), strict=True):
             if given is not None and not isinstance(given, list | tuple):
@@ -79,18 +77,18 @@ class Prompt:
 
     @property
     def is_ambiguous(self) -> bool:
-        """One click alone: it may mean a part, the whole, or what that belongs to."""
+        """A single click, which may mean a part, a whole object, or a group."""
         return len(self.points) == 1 and self.box is None
 
     def problem_in(self, width: int, height: int) -> str | None:
-        """What of it lies outside of an image of so many pixels, if anything. A box may reach up to the very edge."""
+        """Describe what is outside an image of this size; None if nothing is. A box may touch the edge."""
         for x, y in self.points:
             if not (0 <= x < width and 0 <= y < height):
-                return f"the point [{x:g}, {y:g}] lies outside of the image of {width}x{height} pixels"
+                return f"the point [{x:g}, {y:g}] is outside the image of {width}x{height} pixels"
         if self.box is not None:
             x, y, w, h = self.box
             if not (x >= 0 and y >= 0 and x + w <= width and y + h <= height):
-                return f"the box [{x:g}, {y:g}, {w:g}, {h:g}] reaches out of the image of {width}x{height} pixels"
+                return f"the box [{x:g}, {y:g}, {w:g}, {h:g}] extends beyond the image of {width}x{height} pixels"
         return None
 
 
@@ -99,5 +97,5 @@ def _is_coordinate(value: Any) -> bool:
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number that no float holds
+    except OverflowError:  # an integer too large for a float
         return False

@@ -1,4 +1,4 @@
-"""Numbers, durations and costs in words, and the table that most commands print."""
+"""Format numbers, durations and costs, and the table that most commands print."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def two_columns() -> Table:
-    """A table of two columns without lines; the second one folds."""
+    """A table of two columns without lines; the second column wraps."""
     from rich.table import Table
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 1))
@@ -34,12 +34,12 @@ def duration(seconds: float) -> str:
 
 
 def cost_in_words(gpu_seconds: float, price_per_hour: float, num_images: int) -> str:
-    """`1.23, 45.60 per million images at 2.00 per GPU hour (0.62 GPU hours held)`."""
+    """`1.23, 45.60 per million images at 2.00 per GPU hour (0.62 GPU hours)`."""
     if gpu_seconds <= 0:
-        return "none: no actor held a GPU"
+        return "none: no actor used a GPU"
     cost = gpu_seconds / 3600 * price_per_hour
     each = f"{_money(1e6 * cost / num_images)} per million images at {_money(price_per_hour)} per GPU hour"
-    return f"{_money(cost)}, {each} ({gpu_seconds / 3600:.2g} GPU hours held)"
+    return f"{_money(cost)}, {each} ({gpu_seconds / 3600:.2g} GPU hours)"
 
 
 def _money(amount: float) -> str:

@@ -1,4 +1,4 @@
-"""`samray demo`: scenes whose masks are known, labelled by the real pipeline, and how well and how fast that went."""
+"""`samray demo`: label scenes with known masks with the real pipeline, and report quality and speed."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ from samray.scenes.scene import Scene, make_scene
 from samray.text import two_columns
 
 SIZES_HW = ((480, 640), (640, 480), (512, 512), (384, 768))
-"""Scenes take these in turn, because photographs are rarely square."""
+"""The scenes cycle through these sizes: different aspect ratios, as in photographs."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProposalQuality:
-    """How well the masks found cover the known ones."""
+    """How well the generated masks cover the known ones."""
 
     num_objects: int
     num_masks: int
-    """Found, whether they cover a known object or not."""
+    """All generated masks, whether they cover a known object or not."""
     mean_best_iou: float
-    """Mean over known objects of the IoU with the mask that fits it best; 0 where none touches it."""
+    """Mean over known objects of the IoU with the best matching mask; 0 for objects that no mask touches."""
     average_recall: float
-    """AR@1000, as `samray evaluate proposals` has it."""
+    """AR@1000, as in `samray evaluate proposals`."""
 
 
 def run_demo(directory: Path, config: Config, num_scenes: int = 12, *, show: bool = False) -> int:
-    """Make, label, compare, report; returns the exit code. A second call on the same directory labels nothing anew.
+    """Make scenes, label, compare, report; returns the exit code. A second call on the same directory labels nothing
+    again.
 
-    show: open the report in the browser, where there is a screen.
+    show: open the report in the browser, if there is a display.
     """
     from samray.evaluate.scenes import evaluate_clicks
     from samray.pipeline.report import print_report
@@ -64,62 +65,60 @@ def run_demo(directory: Path, config: Config, num_scenes: int = 12, *, show: boo
     found = compare(directory, str(labels))
     clicks = evaluate_clicks(model, scenes)
     agreement = [
-        Figure(f"{found.mean_best_iou:.2f}", "mean IoU", f"with the mask that fits best, {found.num_objects} objects"),
+        Figure(f"{found.mean_best_iou:.2f}", "mean IoU", f"of the best matching mask, {found.num_objects} objects"),
         Figure(f"{found.average_recall:.2f}", "average recall", "over IoU from 0.50 to 0.95"),
         Figure(f"{clicks['miou']:.2f}", "mean IoU of one click", f"on {clicks['num_regions']} whole objects"),
     ]
     page = write_report(str(labels), agreement=agreement)
 
     table = two_columns()
-    table.add_row("scenes", f"{num_scenes}, of shapes and textures that the model was not trained on")
-    table.add_row("masks", f"{found.num_masks}, {found.num_masks / num_scenes:.1f} a scene")
-    covered = (
-        f"mean IoU {found.mean_best_iou:.2f} with the mask that fits best, average recall {found.average_recall:.2f}"
-    )
+    table.add_row("scenes", f"{num_scenes}, with shapes and textures that the model was not trained on")
+    table.add_row("masks", f"{found.num_masks}, {found.num_masks / num_scenes:.1f} per scene")
+    covered = f"mean IoU {found.mean_best_iou:.2f} of the best matching mask, average recall {found.average_recall:.2f}"
     table.add_row("known objects", f"{found.num_objects}: {covered}")
     table.add_row("one click", f"mean IoU {clicks['miou']:.2f} on {clicks['num_regions']} whole objects")
     if report.num_labelled:
-        each = f"{report.device_seconds / report.num_labelled:.2f} s an image in the model"
-        table.add_row("speed", f"{each}; {report.wall_s:.0f} s in all, with the start of Ray")
+        each = f"{report.device_seconds / report.num_labelled:.2f} s per image in the model"
+        table.add_row("speed", f"{each}; {report.wall_s:.0f} s in total, including the start of Ray")
     else:
-        table.add_row("speed", "nothing was left to label: an earlier demo had done it")
+        table.add_row("speed", "nothing to label: an earlier demo did it")
     table.add_row("labels", escape(str(labels)))
     table.add_row("report", escape(page))
     Console(highlight=False).print(table, soft_wrap=True)
     if show and not open_page(page):
-        console.print("there is no screen here to open the report on", highlight=False)
+        console.print("cannot open the report: this machine has no display", highlight=False)
     return 0
 
 
 def make_scenes(number: int) -> list[Scene]:
-    """The demo's scenes: always the same, of the split that training never sees."""
+    """The demo's scenes: always the same, from the split that training never uses."""
     return [make_scene(10_000 + i, SIZES_HW[i % len(SIZES_HW)], split="heldout") for i in range(number)]
 
 
 def write_scenes(directory: Path, scenes: Sequence[Scene]) -> None:
-    """directory/images/scene-*.jpg, and the known masks as COCO RLE in directory/known_masks.json.
+    """Write directory/images/scene-*.jpg, and the known masks as COCO RLE to directory/known_masks.json.
 
-    Raises ConfigError when the directory holds another demo's scenes: its labels would not fit these.
+    Raises ConfigError if the directory has the scenes of another demo, whose labels would not match these.
     """
     known = {f"scene-{i:03d}.jpg": [_encode(mask) for mask in scene.masks] for i, scene in enumerate(scenes)}
     text = json.dumps(known)
     truth = directory / "known_masks.json"
     if truth.exists():
         if truth.read_text() != text:
-            raise ConfigError(f"{directory} holds the scenes of a different demo; name another directory or remove it")
+            raise ConfigError(f"{directory} has the scenes of a different demo; choose another directory or delete it")
         return
     if (directory / "images").exists():
-        raise ConfigError(f"{directory / 'images'} is there and not from a finished demo; name another directory")
+        raise ConfigError(f"{directory / 'images'} exists and is not from a finished demo; choose another directory")
     (directory / "images").mkdir(parents=True)
     for name, scene in zip(known, scenes, strict=True):
         data = io.BytesIO()
         Image.fromarray(scene.image).save(data, "JPEG", quality=92)
         (directory / "images" / name).write_bytes(data.getvalue())
-    truth.write_text(text)  # last: it says that the scenes are all there
+    truth.write_text(text)  # last: marks that all scenes are written
 
 
 def compare(directory: Path, labels: str) -> ProposalQuality:
-    """The masks in `labels` against the known ones of the scenes in directory."""
+    """Compare the masks in `labels` with the known ones of the scenes in directory."""
     from samray.evaluate.proposals import Marked, average_recall, best_ious
 
     known = json.loads((directory / "known_masks.json").read_text())

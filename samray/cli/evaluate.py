@@ -1,4 +1,4 @@
-"""The commands `samray evaluate points` and `samray evaluate proposals`: what they take and print."""
+"""The commands `samray evaluate points` and `samray evaluate proposals`: arguments and printed results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 evaluate_app = typer.Typer(
     name="evaluate",
-    help="Say how good a model is on images whose regions are known.",
+    help="Measure the quality of a model on images with known regions.",
     cls=HelpfulGroup,
     rich_markup_mode="rich",
     no_args_is_help=True,
@@ -41,19 +41,19 @@ Data = Annotated[
     str,
     typer.Argument(
         metavar="DATA",
-        help="Images with known regions: an OUTPUT of samray, or Parquet in its layout or in BSDS500's (columns jpeg, "
+        help="Images with known regions: an OUTPUT of samray, or Parquet in its or BSDS500's layout (columns jpeg, "
         "annotators): a file, folder, prefix or glob.",
     ),
 ]
 Words = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings, listed below.")]
-Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N images of DATA.")]
+Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only the first N images of DATA.")]
 Json = Annotated[
-    str | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON, too; - prints only them.")
+    str | None, typer.Option("--json", metavar="FILE", help="Also write the results as JSON; - prints only the JSON.")
 ]
 Picture = Annotated[
-    str | None, typer.Option(metavar="FILE", help="Write a contact sheet to look at (.png, .jpg), worst to best.")
+    str | None, typer.Option(metavar="FILE", help="Write a contact sheet of examples (.png, .jpg), worst to best.")
 ]
-NoProgress = Annotated[bool, typer.Option("--no-progress", help="No bar.")]
+NoProgress = Annotated[bool, typer.Option("--no-progress", help="Do not show progress.")]
 
 
 class PointsCommand(CommandWithSettings):
@@ -68,17 +68,17 @@ class ProposalsCommand(CommandWithSettings):
 def points(
     data: Data,
     settings: Words = None,
-    min_area: Annotated[int, typer.Option(min=0, metavar="PIXELS", help="Leave out smaller regions.")] = MIN_AREA,
+    min_area: Annotated[int, typer.Option(min=0, metavar="PIXELS", help="Ignore smaller regions.")] = MIN_AREA,
     limit: Limit = None,
     json: Json = None,
     picture: Picture = None,
     no_progress: NoProgress = False,
 ) -> int:
-    """One click at the centre of each region: how well does the answer fit? (SAM paper, section 7.1)
+    """Click once at the centre of each region and measure how well the mask fits (SAM paper, section 7.1).
 
-    The click is the pixel farthest from the outside of the region. miou: mean IoU over regions of the mask that the
-    model scores best; miou_oracle: of the best of its three masks. Where several annotators marked an image, each
-    one's regions count. At the image's own resolution.
+    The click is the pixel farthest from the region's boundary. miou: mean IoU over regions of the mask with the highest
+    predicted IoU; miou_oracle: of the best of the three masks. If several annotators marked an image, the regions of
+    each count. Measured at the image's own resolution.
 
     Examples:
 
@@ -101,9 +101,9 @@ def points(
             on_answers=lambda image, answers: offer_clicks(sheet, image, answers) if sheet else None,
         )
     rows = [
-        ("mean IoU", f"{figures['miou']:.4f} of the mask that the model scores best"),
-        ("", f"{figures['miou_oracle']:.4f} of the best of its three (oracle)"),
-        ("regions", f"{figures['num_regions']:,} of at least {count(min_area, 'pixel')}, a click each"),
+        ("mean IoU", f"{figures['miou']:.4f} of the mask with the highest predicted IoU"),
+        ("", f"{figures['miou_oracle']:.4f} of the best of the three masks (oracle)"),
+        ("regions", f"{figures['num_regions']:,} of at least {count(min_area, 'pixel')}, one click each"),
     ]
     run.finish({**figures, "min_area": min_area}, rows, sheet)
     return 0
@@ -114,19 +114,19 @@ def proposals(
     data: Data,
     settings: Words = None,
     preset: Annotated[
-        str | None, typer.Option(help="Start from a preset. Without one, mask settings are the model's own.")
+        str | None, typer.Option(help="Start from a preset. Without a preset, mask settings follow the model.")
     ] = None,
-    min_area: Annotated[int, typer.Option(min=0, metavar="PIXELS", help="Leave out smaller regions.")] = 0,
+    min_area: Annotated[int, typer.Option(min=0, metavar="PIXELS", help="Ignore smaller regions.")] = 0,
     limit: Limit = None,
     json: Json = None,
     picture: Picture = None,
     no_progress: NoProgress = False,
 ) -> int:
-    """All masks of an image as proposals: how many of its regions do they cover?
+    """Generate all masks of each image and measure how many of its known regions they cover.
 
-    Average recall over IoU 0.50 to 0.95 of the 10, 100 and 1000 masks of an image with the highest predicted IoU, by
-    pycocotools, class-agnostic. An image that several annotators marked counts once for each of them. The thresholds of
-    the masks are those of `samray label`: lower ones give more masks, and so more recall.
+    Average recall over IoU 0.50 to 0.95 of the 10, 100 and 1000 masks per image with the highest predicted IoU, by
+    pycocotools, class-agnostic. An image that several annotators marked counts once per annotator. The mask thresholds
+    are those of `samray label`: lower thresholds give more masks and more recall.
 
     Examples:
 
@@ -156,26 +156,26 @@ def proposals(
         ("AR@100", f"{figures['ar_100']:.4f}"),
         ("AR@1000", f"{figures['ar_1000']:.4f}; {sizes}"),
         ("regions", f"{figures['num_regions']:,}"),
-        ("masks", f"{figures['num_masks']:,}, {figures['num_masks'] / max(figures['num_images'], 1):.1f} an image"),
+        ("masks", f"{figures['num_masks']:,}, {figures['num_masks'] / max(figures['num_images'], 1):.1f} per image"),
     ]
     run.finish({**figures, "min_area": min_area, "masks": config.masks.model_dump(mode="json")}, rows, sheet)
     return 0
 
 
-# --- what the commands share -----------------------------------------------------------------------------------------
+# --- shared by the commands -----------------------------------------------------------------------------------------
 
 
 def _settings(words: list[str], preset: str | None, sections: Sections) -> tuple[str, Config]:
-    """DATA and the settings, from the words as typed. Raises: ConfigError, also for a setting without a part here."""
+    """DATA and the settings, from the arguments. Raises: ConfigError, also for settings of other sections."""
     overrides, (data, *extra) = split_settings(words, ["DATA"])
     for word in overrides:
         if word.partition(".")[0] not in sections:
-            raise ConfigError(f"{word} has no part in this; it takes settings of {' and '.join(sections)}")
+            raise ConfigError(f"{word} does not apply here; this command takes settings of {' and '.join(sections)}")
     return data, load_config(preset, None, overrides + extra)
 
 
 class _Run:
-    """DATA and a model, and where the figures go. What is wrong with DATA is told before a model is downloaded."""
+    """DATA, a model, and where the results go. Reports problems with DATA before a model is downloaded."""
 
     def __init__(self, data: str, limit: int | None, config: Config, json: str | None, picture: str | None) -> None:
         from samray.evaluate.failures import Failures
@@ -193,7 +193,7 @@ class _Run:
 
     @contextmanager
     def bar(self, enabled: bool) -> Iterator[Callable[[Failures], None]]:
-        """Shows, on a terminal, how many images are done; gives what is to be called after each."""
+        """Show on a terminal how many images are done; yields the callback to call after each image."""
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=not (enabled and console.is_terminal)) as bar:
             task = bar.add_task("images", total=len(self.images))
@@ -208,17 +208,19 @@ class _Run:
             self.seconds = time.monotonic() - began
 
     def finish(self, figures: dict[str, Any], rows: list[tuple[str, str]], sheet: Sheet | None) -> None:
-        """Print the figures, or where they are to be JSON on stdout only that; write what is to be written.
+        """Print the results, or only JSON if that goes to stdout; write the requested files.
 
-        Raises: SamrayError where there is nothing to tell, StorageError.
+        Raises: SamrayError if there are no results, StorageError.
         """
         examples = self.failures.examples
-        told = "; ".join(f"{number} {reason} ({examples[reason]})" for reason, number in figures["failures"].items())
+        reasons = "; ".join(f"{number} {reason} ({examples[reason]})" for reason, number in figures["failures"].items())
         if figures["num_images"] == 0:
-            raise SamrayError(f"none of {count(figures['num_failed'], 'image')} could be used: {told}")
+            raise SamrayError(f"none of {count(figures['num_failed'], 'image')} could be used: {reasons}")
         if figures["num_regions"] == 0:
             least = count(max(figures["min_area"], 1), "pixel")
-            raise SamrayError(f"DATA {self.images.where} has no region of at least {least}; see --min-area and --limit")
+            raise SamrayError(
+                f"DATA {self.images.where} has no region of at least {least}; lower --min-area or raise --limit"
+            )
         if self.json == "-":
             print(self._as_json(figures), end="")
         else:
@@ -226,8 +228,8 @@ class _Run:
             for row in rows:
                 table.add_row(*row)
             table.add_row("images", f"{figures['num_images']:,}")
-            if told:
-                table.add_row("failed images", f"{figures['num_failed']:,}: {escape(told)}")
+            if reasons:
+                table.add_row("failed images", f"{figures['num_failed']:,}: {escape(reasons)}")
             table.add_row("model", f"{self.config.model.name}, {escape(self._checkpoint() or 'its own weights')}")
             table.add_row("time", f"{self.seconds:.1f} s on {self.model.device}")
             Console(highlight=False).print(table)
@@ -241,7 +243,7 @@ class _Run:
         return None if given is None else storage.redact(given)
 
     def _as_json(self, figures: dict[str, Any]) -> str:
-        """The figures, and what they were measured with and on."""
+        """The results, and what they were measured with and on."""
         from samray.sam.checkpoints import checkpoint_sha256
 
         own = self.config.model
@@ -265,5 +267,5 @@ class _Run:
 
 
 def _plain(value: Any) -> Any:
-    """JSON knows no NaN: null."""
+    """JSON has no NaN: use null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""The commands `samray export` and `samray import`: what they take and print."""
+"""The commands `samray export` and `samray import`: arguments and printed results."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ Ray = Annotated[
     bool | None,
     typer.Option(
         "--ray/--no-ray",
-        help="Fan out as Ray Data tasks, or work in this process; else by size.",
+        help="Use Ray Data tasks, or only this process; the default depends on the size.",
     ),
 ]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join (auto, host:port or ray://...); implies --ray.")]
@@ -79,7 +79,7 @@ Stable = Annotated[
     float | None,
     typer.Option(min=0, max=1, metavar="SCORE", help="--corrects: what the export was given."),
 ]
-NoProgress = Annotated[bool, typer.Option("--no-progress", help="No bar and no progress lines.")]
+NoProgress = Annotated[bool, typer.Option("--no-progress", help="Do not show progress.")]
 
 
 def export(
@@ -126,13 +126,13 @@ def export(
     table.add_row("images", f"{report.num_images:,}")
     table.add_row("masks", f"{report.num_masks:,}")
     if report.num_left_out:
-        table.add_row("left out", f"{count(report.num_left_out, 'mask')} that are not sure enough")
+        table.add_row("left out", f"{count(report.num_left_out, 'mask')} below --confident or --stable")
     if report.num_failed:
         table.add_row("left out", f"{count(report.num_failed, 'failed image')}")
     if report.num_unreadable:
         table.add_row(
             "not copied",
-            f"{count(report.num_unreadable, 'image')} that cannot be read any more, or have another size now",
+            f"{count(report.num_unreadable, 'image')} that cannot be read any more, or whose size changed",
         )
     if report.num_pieces_skipped:
         table.add_row("done before", f"{report.num_pieces_skipped:,} of {count(report.num_pieces, 'piece')}")
@@ -147,44 +147,47 @@ def export(
 
 def import_(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="JSON files: a folder, prefix, glob or file; for SA-1B tars, too.")
+        str, typer.Argument(metavar="SOURCE", help="JSON files: a folder, prefix, glob or file. SA-1B: also tars.")
     ],
     output: Output,
     format: Annotated[
-        str | None, typer.Option("--format", "-f", help="sa1b or coco; if not said, SOURCE is looked into.")
+        str | None, typer.Option("--format", "-f", help="sa1b or coco; detected from SOURCE by default.")
     ] = None,
     images: Annotated[
-        str | None, typer.Option(help="Where the images lie that SOURCE names, if not beside its JSON files.")
+        str | None, typer.Option(help="Folder of the images that SOURCE names, if not next to its JSON files.")
     ] = None,
-    images_per_shard: Annotated[int | None, typer.Option(min=1, help="Images a Parquet shard; else 64.")] = None,
+    images_per_shard: Annotated[int | None, typer.Option(min=1, help="Images per Parquet shard. [64]")] = None,
     corrects: Annotated[
         str | None,
-        typer.Option(metavar="LABELS", help="The output of which SOURCE is an export that a person corrected."),
+        typer.Option(metavar="LABELS", help="The output whose export was corrected manually to get SOURCE."),
     ] = None,
     confident: Confident = None,
     stable: Stable = None,
     keep_rest: Annotated[
         bool,
-        typer.Option("--keep-rest", help="--corrects: masks that were not sure enough for the export stay."),
+        typer.Option(
+            "--keep-rest", help="--corrects: keep the masks that --confident and --stable left out of the export."
+        ),
     ] = False,
     allow_outside: Annotated[
         bool,
-        typer.Option("--allow-outside", help="Also take images that are not below --images; if you trust SOURCE."),
+        typer.Option("--allow-outside", help="Accept images outside --images. Only if you trust SOURCE."),
     ] = False,
     ray: Ray = None,
     address: Address = None,
     no_progress: NoProgress = False,
 ) -> int:
-    """Turn annotations of SA-1B or COCO into an OUTPUT like those of `samray label`.
+    """Convert annotations in SA-1B or COCO format into an OUTPUT like that of `samray label`.
 
-    SA-1B: JSON files, one an image, or the published tars. COCO: instances JSON of any size, with compressed or plain
-    RLE or polygons. Every other command then works on OUTPUT. Annotations get ids of their own, areas and boxes are
-    measured again, categories and iscrowd are dropped: the SA-1B layout has no place for them. The same command again
-    finishes what is missing.
+    SA-1B: one JSON file per image, or the published tars. COCO: instances JSON of any size, with compressed or plain
+    RLE or polygons. All other commands then work on OUTPUT. Annotations get new ids, and areas and boxes are measured
+    again. Categories and iscrowd are dropped, because the SA-1B layout does not have them. To resume, run the same
+    command again.
 
-    --corrects: OUTPUT gets LABELS as a person corrected it, and a column `corrections` that says what was changed; give
-    --confident and --stable as for the export. Masks are found again by the attribute samray_id, or else by their
-    pixels (IoU of 0.5 or more), and keep their ids; new ones get new ids. Images that SOURCE does not have stay.
+    --corrects: OUTPUT gets the masks of LABELS with the manual corrections, and a column `corrections` that lists the
+    changes. Give the same --confident and --stable as for the export. Masks are matched by the attribute samray_id,
+    else by their pixels (IoU of at least 0.5), and keep their ids; new masks get new ids. Images that SOURCE lacks stay
+    unchanged.
 
     Examples:
 
@@ -218,10 +221,10 @@ def import_(
     table.add_row("images", f"{report.num_images:,} ({report.format})")
     table.add_row("masks", f"{report.num_masks:,}")
     if report.num_corrected:
-        table.add_row("corrected", f"{count(report.num_corrected, 'image')}; the others stay as they were")
+        table.add_row("corrected", f"{count(report.num_corrected, 'image')}; the others are unchanged")
         for change in ("unchanged", "changed", "added", "removed", "left_out"):
             if report.changes.get(change):
-                why = ", not sure enough (--keep-rest keeps them)" * (change == "left_out")
+                why = ", below --confident or --stable (--keep-rest keeps them)" * (change == "left_out")
                 table.add_row(change.replace("_", " "), f"{count(report.changes[change], 'mask')}{why}")
     if report.num_unknown_images:
         table.add_row("not found", f"{count(report.num_unknown_images, 'image')} of SOURCE that LABELS does not have")
@@ -240,7 +243,7 @@ def import_(
 
 
 def _interrupted() -> int:
-    Console(stderr=True).print("samray: interrupted; the same command goes on from here", style="bold red")
+    Console(stderr=True).print("samray: interrupted; run the same command to resume", style="bold red")
     return 130
 
 

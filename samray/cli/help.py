@@ -1,4 +1,4 @@
-"""What `--help` says beyond click's own: every setting with its default, and the exit codes."""
+"""What `--help` adds to click: every setting with its default, and the exit codes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from samray.errors import ConfigError
 from samray.text import two_columns
 
 EXIT_CODES = {
-    0: "all went well",
-    1: "the run failed: a shard is missing, too many images failed, or `verify` found a fault",
-    2: "wrong usage or configuration; nothing was started",
+    0: "success",
+    1: "the run failed: a shard is missing, too many images failed, or `verify` found a problem",
+    2: "wrong usage or configuration; nothing was run",
     3: "storage could not be read or written",
-    130: "interrupted by Ctrl-C; the same command goes on from there",
-    143: "ended by SIGTERM; the same command goes on from there",
+    130: "interrupted by Ctrl-C; run the same command to resume",
+    143: "stopped by SIGTERM; run the same command to resume",
 }
 
 
 class HelpfulGroup(TyperGroup):
-    """`samray --help` ends with the exit codes."""
+    """A group whose `--help` ends with the exit codes."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
@@ -35,7 +35,7 @@ class HelpfulGroup(TyperGroup):
 
 
 class Command(TyperCommand):
-    """As HelpfulGroup, for a command."""
+    """A command whose `--help` ends with the exit codes."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
@@ -43,10 +43,10 @@ class Command(TyperCommand):
 
 
 class CommandWithSettings(TyperCommand):
-    """A command whose --help goes on to list every setting, straight from the settings classes."""
+    """A command whose `--help` also lists every setting, generated from the settings classes."""
 
     sections: ClassVar[Sections] = SECTIONS
-    """Whose settings the command takes."""
+    """The sections of settings that the command takes."""
     has_presets: ClassVar[bool] = True
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -61,7 +61,7 @@ class CommandWithSettings(TyperCommand):
             console.print(table)
         if self.has_presets:
             presets = ", ".join(preset_names())
-            console.print(f"[bold]presets[/bold]: {presets}; each a YAML file such as --config takes\n")
+            console.print(f"[bold]presets[/bold]: {presets} (YAML files in the format of --config)\n")
         _print_exit_codes(console)
 
 
@@ -71,14 +71,14 @@ def _print_exit_codes(console: Console) -> None:
     for code, meaning in EXIT_CODES.items():
         table.add_row(f"[cyan]{code}[/cyan]", meaning)
     console.print(table)
-    console.print("SAMRAY_DEBUG=1 shows the traceback of an error.\n")
+    console.print("Set SAMRAY_DEBUG=1 to see the traceback of an error.\n")
 
 
 def split_settings(words: list[str], needed: list[str], sections: Sections = SECTIONS) -> tuple[list[str], list[str]]:
-    """Settings and other words, in whatever order they were typed.
+    """Separate settings from other arguments, in any order.
 
-    What looks like a setting and is no path that exists counts as one: if it is mistyped, whoever reads the settings
-    says so. Raises ConfigError when fewer other words are left than are needed.
+    An argument that looks like a setting counts as one unless a path of that name exists: a mistyped setting is then
+    reported as such. Raises ConfigError if fewer other arguments are left than are needed.
     """
     known = rf"({'|'.join(sections)})\.\w+="
     settings = [
@@ -93,9 +93,10 @@ def split_settings(words: list[str], needed: list[str], sections: Sections = SEC
 
 
 def refuse_expanded_glob(words: list[str]) -> None:
-    """Raises: ConfigError if INPUT and OUTPUT are more than two words that exist: the shell expanded a pattern.
+    """Raises: ConfigError if the shell expanded a pattern: more than two arguments, and an inner one is an existing
+    path.
 
-    words: what is not a setting.
+    words: the arguments that are not settings.
     """
     there = [word for word in words if Path(word).exists()]
     if len(words) <= 2 or not any(word in there for word in words[1:-1]):
@@ -106,8 +107,8 @@ def refuse_expanded_glob(words: list[str]) -> None:
     pattern = folder / f"*{endings.pop() if len(endings) == 1 else ''}"
     shown = ", ".join(words[:3]) + ", ..." * (len(words) > 3)
     raise ConfigError(
-        f"expected INPUT and OUTPUT, got {len(words)} words: {shown}; "
-        f"if the shell expanded a pattern, put it in quotes: '{pattern}'"
+        f"expected INPUT and OUTPUT, got {len(words)} arguments: {shown}; "
+        f"if the shell expanded a pattern, quote it: '{pattern}'"
     )
 
 

@@ -1,6 +1,6 @@
-"""The command line. Thin: it parses, explains, and turns errors into one sentence and an exit code.
+"""The command line. It only parses, explains, and turns errors into one sentence and an exit code.
 
-Heavy modules are imported inside the commands, so that `samray --help` answers at once.
+Heavy modules are imported inside the commands, which keeps `samray --help` fast.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from samray.train.settings import TRAIN_SECTIONS, load_train_settings
 
 app = typer.Typer(
     name="samray",
-    help="Label a bucket of images with Segment Anything: Ray in the middle, SA-1B Parquet out.\n\n"
-    "Start with [bold]samray demo[/bold]; it needs no download. Then [bold]samray label INPUT OUTPUT[/bold].",
+    help="Label a bucket of images with Segment Anything on Ray; writes Parquet in the SA-1B layout.\n\n"
+    "Start with [bold]samray demo[/bold], which needs no download. Then [bold]samray label INPUT OUTPUT[/bold].",
     cls=HelpfulGroup,
     rich_markup_mode="rich",
     no_args_is_help=True,
@@ -59,29 +59,31 @@ def label(
     output: Output,
     settings: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings, listed below; they win over file and preset."),
+        typer.Argument(
+            metavar="[SECTION.KEY=VALUE]...", help="Settings, listed below; they override --config and --preset."
+        ),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Start from a preset. Without one, mask settings are the model's own.")
+        str | None, typer.Option(help="Start from a preset. Without a preset, mask settings follow the model.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="A YAML file of settings, laid over the preset.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings; overrides the preset.")] = None,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try the images again that failed earlier.")
+        bool, typer.Option("--retry-failed", help="Label again the images that failed in an earlier run.")
     ] = False,
     append: Annotated[
-        bool, typer.Option("--append", help="Add the images of INPUT that OUTPUT does not have yet, in new shards.")
+        bool, typer.Option("--append", help="Add images of INPUT that OUTPUT does not have yet, as new shards.")
     ] = False,
     redo_changed: Annotated[
-        bool, typer.Option("--redo-changed", help="Label the images of INPUT again whose size or etag has changed.")
+        bool, typer.Option("--redo-changed", help="Label again the images whose size or ETag changed.")
     ] = False,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to join; short for cluster.address=...")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is written.")] = False,
-    no_progress: Annotated[bool, typer.Option("--no-progress", help="No bar and no progress lines.")] = False,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join; same as cluster.address=...")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and exit; writes nothing.")] = False,
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="Do not show progress.")] = False,
 ) -> int:
     """Find the objects in every image of INPUT and write their masks to OUTPUT.
 
-    One row an image, in the SA-1B layout, in Parquet shards. The same command again finishes what is missing and
-    redoes nothing; other settings on the same OUTPUT are refused.
+    Writes one row per image, in the SA-1B layout, as Parquet shards. To resume, run the same command again: finished
+    shards are kept. Different settings on the same OUTPUT are refused.
 
     Examples:
 
@@ -97,7 +99,7 @@ def label(
     """
     overrides, (input, output, *extra) = split_settings([input, output, *(settings or ())], ["INPUT", "OUTPUT"])
     refuse_expanded_glob([input, output, *extra])
-    overrides += extra  # not settings, and refused as such
+    overrides += extra  # not settings: load_config reports them
     if address is not None:
         overrides.append(f"cluster.address={address}")
     resolved = load_config(preset, config, overrides)
@@ -121,14 +123,14 @@ def label(
             progress=not no_progress,
             on_plan=lambda plan, done, news, prompts: print_plan(plan, done, resolved, news, prompts),
         )
-    except KeyboardInterrupt:  # before the run listens for it, or the second one
-        return _fail("interrupted; the same command goes on from here", 130)
+    except KeyboardInterrupt:  # pressed before the run handles it, or pressed twice
+        return _fail("interrupted; run the same command to resume", 130)
     print_report(report)
     return report.exit_code
 
 
 class TrainCommand(CommandWithSettings):
-    """Lists the settings of training."""
+    """Lists the settings of training in --help."""
 
     sections = TRAIN_SECTIONS
     has_presets = False
@@ -140,19 +142,19 @@ def train(
         list[str],
         typer.Argument(
             metavar="DATA... OUTPUT [SECTION.KEY=VALUE]...",
-            help="DATA: outputs of `samray label` or `samray import`, or the word `scenes` (painted ones); several are "
+            help="DATA: outputs of `samray label` or `samray import`, or `scenes` (synthetic images); several are "
             "mixed. OUTPUT: a folder or prefix for weights, state and metrics. Settings are listed below.",
         ),
     ],
-    config: Annotated[Path | None, typer.Option(help="A YAML file of settings.")] = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to join; short for cluster.address=...")] = None,
-    no_progress: Annotated[bool, typer.Option("--no-progress", help="No bar and no progress lines.")] = False,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join; same as cluster.address=...")] = None,
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="Do not show progress.")] = False,
 ) -> int:
-    """Train a model on labelled images: what `samray label` writes is what this reads.
+    """Train a model on the output of `samray label` or `samray import`.
 
-    The same command again goes on where the last one stopped; other settings on the same OUTPUT are refused.
+    To resume, run the same command again. Different settings on the same OUTPUT are refused.
 
-    OUTPUT gets weights.safetensors, for `samray label ... model.checkpoint=`, and curves.png.
+    Writes weights.safetensors, for `samray label ... model.checkpoint=`, and curves.png to OUTPUT.
 
     Examples:
 
@@ -171,26 +173,26 @@ def train(
 
     try:
         report = run_train(places[:-1], places[-1], resolved, progress=not no_progress)
-    except KeyboardInterrupt:  # before the run listens for it, or the second one
-        return _fail("interrupted; the same command goes on from here", 130)
+    except KeyboardInterrupt:  # pressed before the run handles it, or pressed twice
+        return _fail("interrupted; run the same command to resume", 130)
     print_train_report(report)
     return report.exit_code
 
 
 @app.command(cls=CommandWithSettings)
 def demo(
-    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where scenes, labels and report go.")] = Path(
+    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder for scenes, labels and report.")] = Path(
         DEMO_FOLDER
     ),
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings as for `samray label`.")
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings of `samray label`.")
     ] = None,
-    num_scenes: Annotated[int, typer.Option("--scenes", min=1, max=1000, help="How many scenes to make.")] = 12,
-    show: Annotated[bool, typer.Option("--open", help="Open the report in the browser at the end.")] = False,
+    num_scenes: Annotated[int, typer.Option("--scenes", min=1, max=1000, help="Number of scenes.")] = 12,
+    show: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
 ) -> int:
-    """Make sample scenes with known masks, label them with the embedded model, and say how well that went.
+    """Generate sample scenes with known masks, label them with the embedded model, and report how well it did.
 
-    It ends with a report: one HTML page to look at, to be opened in any browser.
+    Writes the report as one HTML page that opens in any browser.
     """
     overrides, places = split_settings([str(directory), *(settings or ())], [])
     directory = Path(places[0]) if places else Path(DEMO_FOLDER)
@@ -211,7 +213,7 @@ app.add_typer(evaluate_app, name="evaluate")
 
 @app.command(cls=Command)
 def models() -> int:
-    """List the models: size, licence, where the weights come from, and which are on this machine."""
+    """List the models: size, licence, source of the weights, and which are on this machine."""
     from samray.sam.checkpoints import list_models
 
     rows = list_models()
@@ -240,7 +242,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns its exit code. `jobs/autolabel.py` comes through here too."""
+    """Run one command; returns its exit code. `jobs/autolabel.py` calls it, too."""
     try:
         code = app(argv, prog_name="samray", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -257,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
             usage = error.format_message()
             return _fail(f"{usage.rstrip('.')} (see samray --help)", 2) if usage else 2
         text = " ".join(str(error).split()) or "no message"
-        return _fail(f"unexpected {type(error).__name__}: {text} (SAMRAY_DEBUG=1 shows where)", 1)
+        return _fail(f"unexpected {type(error).__name__}: {text} (set SAMRAY_DEBUG=1 for a traceback)", 1)
 
 
 def _fail(message: str, exit_code: int) -> int:
@@ -272,7 +274,7 @@ def _fail(message: str, exit_code: int) -> int:
 
 @contextlib.contextmanager
 def _no_interrupts() -> Iterator[None]:
-    """Whoever presses Ctrl-C again and again is to read why it ended, not where."""
+    """Ignore Ctrl-C while the reason for the exit is printed; otherwise a second one shows a traceback instead."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,5 @@
-"""The commands on an OUTPUT that lies there: what `samray verify`, `report` and their like take and print."""
+"""The commands on an existing OUTPUT (`samray verify`, `report`, `status`, `compact`): arguments and printed
+results."""
 
 from __future__ import annotations
 
@@ -50,13 +51,14 @@ def report(
     images: Annotated[int, typer.Option(min=0, max=200, help="Images to show with their masks.")] = 24,
     show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> int:
-    """Write one self-contained HTML page about OUTPUT, to be opened in any browser, also without a network.
+    """Write a self-contained HTML page about OUTPUT that opens in any browser, also offline.
 
-    OUTPUT may also be that of `samray train`: curves, validations, data, settings (OUTPUT/report.html).
+    OUTPUT of `samray label`: images with their masks to hover over, isolate, filter and colour by score; distributions
+    of masks per image, predicted IoU, stability, area and click points; time spent; failures by reason; settings. For a
+    large OUTPUT the counts are exact, and the distributions are estimated from a random sample of images, which takes
+    seconds.
 
-    Images with their masks to point at, isolate, filter and colour by score; masks an image, predicted IoU, stability,
-    area and click points as distributions; where the time went; failures by reason; settings. Of a large OUTPUT the
-    counts are exact and the distributions estimated from images drawn at random: it takes seconds.
+    OUTPUT of `samray train`: curves, validations, data, settings (in OUTPUT/report.html).
 
     Examples:
 
@@ -71,7 +73,9 @@ def report(
     place = write_train_report(output, out) if is_training(output) else write_report(output, out, num_images=images)
     Console().print(place, highlight=False, soft_wrap=True, markup=False)
     if show and not open_page(place):
-        Console(stderr=True).print("there is no screen here to open it on, or it does not lie here", highlight=False)
+        Console(stderr=True).print(
+            "cannot open the page: this machine has no display, or the page is not on it", highlight=False
+        )
     return 0
 
 
@@ -79,19 +83,19 @@ def status(
     output: Output,
     watch: Annotated[
         float | None,
-        typer.Option(min=0.1, metavar="SECONDS", help="Look again every so often, until the run is finished."),
+        typer.Option(min=0.1, metavar="SECONDS", help="Repeat every SECONDS until the run is finished."),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object a look, for machines.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object each time.")] = False,
     gpu_price: Annotated[
         float | None,
-        typer.Option(min=0, help="Of one GPU for an hour, instead of the run's cluster.gpu_price_per_hour."),
+        typer.Option(min=0, help="Price per GPU hour; overrides the run's cluster.gpu_price_per_hour."),
     ] = None,
 ) -> int:
-    """Say how far the run that writes OUTPUT is: images done, rate, time left, masks, failures, cost.
+    """Show how far the run that writes OUTPUT is: images done, rate, time left, masks, failures, cost.
 
-    From any machine that can read OUTPUT, while the run goes on or after. Reads what is listed and the ends of at most
-    200 shards. The exit code is 0 whatever the state; `state` in --json is one of not begun, running, stalled, unmarked
-    (every shard is there, but not _SUCCESS) and finished.
+    Works during and after the run, on any machine that can read OUTPUT. Reads the listing and the footers of at most
+    200 shards. The exit code is always 0; `state` in --json is one of not begun, running, stalled, unmarked (all shards
+    are there, but not _SUCCESS) and finished.
 
     Examples:
 
@@ -108,13 +112,13 @@ def status(
 def compact(
     output: Output,
     dest: Annotated[str, typer.Argument(metavar="DEST", help="An empty folder or prefix (local, s3://, ...).")],
-    file_size: Annotated[int, typer.Option(min=1, metavar="MB", help="About how large the files are to be.")] = 128,
+    file_size: Annotated[int, typer.Option(min=1, metavar="MB", help="Approximate size of the files.")] = 128,
 ) -> int:
-    """Write the rows of a finished OUTPUT into DEST, in a few large files in place of many small ones.
+    """Write the rows of a finished OUTPUT to DEST, in a few large files instead of many small ones.
 
-    DEST is an output of its own: same plan, ids and rows, in larger shards. OUTPUT is not touched, since object stores
-    cannot swap a set of files in one step: readers have the old set until you give them the new one, and `_SUCCESS` in
-    DEST says when. The same command again finishes what is missing. Then OUTPUT may go: --append works on DEST.
+    DEST is a complete output with the same plan, ids and rows. OUTPUT is not changed, because object stores cannot
+    replace a set of files in one step: keep reading OUTPUT until DEST has `_SUCCESS`, then delete it; --append works on
+    DEST. To resume, run the same command again.
 
     Example:
 
@@ -131,7 +135,7 @@ def compact(
         )
     table = two_columns()
     table.add_row("images", f"{done.num_images:,}")
-    skipped = f" ({done.num_files_skipped} were there)" * bool(done.num_files_skipped)
+    skipped = f" ({done.num_files_skipped} existed)" * bool(done.num_files_skipped)
     table.add_row("files", f"{done.num_files:,}{skipped}, before {done.num_files_before:,}")
     table.add_row("output", escape(done.dest))
     Console().print(table)
@@ -139,4 +143,4 @@ def compact(
 
 
 COMMANDS: list[Callable[..., int]] = [status, verify, report, compact]
-"""In the order in which `samray --help` lists them."""
+"""In the order of `samray --help`."""

@@ -1,4 +1,4 @@
-"""What `samray status` prints: a table under a bar on a terminal, plain lines elsewhere, JSON if asked for."""
+"""Output of `samray status`: a table with a bar on a terminal, plain lines elsewhere, JSON on request."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ COLOURS = {"finished": "green", "running": "cyan", "not begun": "yellow", "unmar
 def show_status(
     output: str, *, watch_s: float | None = None, as_json: bool = False, gpu_price_per_hour: float | None = None
 ) -> None:
-    """Print how far the run is, on stdout; with watch_s again and again, until it is finished or Ctrl-C is pressed.
+    """Print the progress of a run to stdout; with watch_s repeatedly, until the run is finished or Ctrl-C.
 
-    Raises: ConfigError where output holds no run, StorageError.
+    Raises: ConfigError if output has no run, StorageError.
     """
     console = Console(highlight=False)
     footers: Footers = {}
@@ -49,19 +49,19 @@ def show_status(
 
 
 def sentence(status: Status) -> str:
-    """What the state means, and what to do about it."""
+    """What the state means, and what to do next."""
     quiet = duration(status.quiet_s) if status.quiet_s is not None else "a while"
     if status.state == "finished":
-        return f"finished {ago(status.last_shard_s_ago)}: every shard is there, and _SUCCESS says so"
+        return f"finished {ago(status.last_shard_s_ago)}: all shards and _SUCCESS are there"
     if status.state == "unmarked":
-        return "every shard is there, but _SUCCESS is not: the run is just ending, or the same command again marks it"
+        return "all shards are there, but not _SUCCESS: the run is ending, or was stopped; the same command writes it"
     if status.state == "not begun":
-        return f"not begun: the plan was made {quiet} ago, and no shard was started"
-    begun = f"{count(status.num_shards_begun, 'shard')} under way"
+        return f"not begun: the plan was made {quiet} ago, no shard was started"
+    begun = f"{count(status.num_shards_begun, 'shard')} in progress"
     if status.state == "stalled":
         usual = status.usual_gap_s
-        pace = f", where a shard came every {duration(usual)}" if usual is not None and usual >= 1 else ""
-        return f"stalled? No sign of life for {quiet}{pace}; the same command again goes on from here"
+        pace = f", with one shard every {duration(usual)} before" if usual is not None and usual >= 1 else ""
+        return f"stalled? No activity for {quiet}{pace}; run the same command to resume"
     last = f"the last shard {ago(status.last_shard_s_ago)}" if status.num_shards_done else f"begun {quiet} ago"
     return f"running: {last}, {begun}"
 
@@ -77,12 +77,12 @@ def rows(status: Status) -> list[tuple[str, str]]:
     about = "about " * status.estimated
     labelled = max(done - status.num_failed, 1)
     if status.num_shards_read:
-        lines.append(("masks", f"{about}{status.num_masks:,}, {status.num_masks / labelled:.1f} an image"))
+        lines.append(("masks", f"{about}{status.num_masks:,}, {status.num_masks / labelled:.1f} per image"))
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in status.failures.items())
         lines.append(("failed images", f"{about}{status.num_failed:,}: {reasons}" if status.num_failed else "none"))
     if status.images_per_s is not None:
         overall = status.images_per_s_overall
-        since = f"; {overall:.2f} since the plan was made, start-up and pauses included" if overall is not None else ""
+        since = f"; {overall:.2f} since the plan was made, including start-up and pauses" if overall is not None else ""
         lines.append(("rate", f"{status.images_per_s:.2f} images/s lately{since}"))
     if status.eta_s is not None:
         lines.append(("time left", duration(status.eta_s)))
@@ -93,14 +93,14 @@ def rows(status: Status) -> list[tuple[str, str]]:
         lines.append(("cost", about + cost_in_words(status.gpu_seconds, status.gpu_price_per_hour, labelled)))
     if status.estimated:
         read = f"{count(status.num_shards_read, 'shard')} of {status.num_shards_done:,}"
-        lines.append(("estimated", f"what is called `about` is scaled up from {read}"))
+        lines.append(("estimated", f"`about` numbers are extrapolated from {read}"))
     if status.own_clock:
-        lines.append(("clock", "`ago` is by this machine's clock: the storage's own could not be asked"))
+        lines.append(("clock", "`ago` uses this machine's clock: the storage's clock is not available"))
     return [*lines, ("output", status.output)]
 
 
 def line(status: Status) -> str:
-    """The whole in one line, for a log."""
+    """All of it in one line, for a log."""
     state = status.state + "?" * (status.state == "stalled")
     done, total = status.num_images_done, status.num_images
     parts = [state, f"{done:,}/{total:,} images ({_percent(done, total)})"]
@@ -116,7 +116,7 @@ def line(status: Status) -> str:
 
 
 def plain(status: Status) -> str:
-    """Lines without colour or bar."""
+    """Lines without colours or bar."""
     return "\n".join(f"{name}: {value}" for name, value in rows(status))
 
 
@@ -135,5 +135,5 @@ def ago(seconds: float | None) -> str:
 
 
 def _percent(part: int, whole: int) -> str:
-    """Never 100% before all is there."""
+    """Percentage, rounded down: 100% only when all is done."""
     return f"{int(1000 * part / max(whole, 1)) / 10:g}%"

@@ -1,1 +1,1 @@
-"""Ray as such: which cluster, how many actors, tasks, signals. Nothing here knows of images."""
+"""Ray itself: clusters, numbers of actors, tasks, signals. Nothing here is about images."""

@@ -1,4 +1,4 @@
-"""Whether a Ray cluster answers at an address: asked once, with a time limit, before anything is written."""
+"""Check, once and with a time limit, that a Ray cluster responds at an address, before anything is written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from samray.errors import ConfigError
 
 CONNECT_S: Final = 10.0
-"""How long a cluster may take to answer. Ray itself would try for many minutes."""
+"""Seconds that a cluster may take to respond. Ray itself would try for many minutes."""
 
 _CLIENT: Final = "ray://"
 _HELP: Final = (
@@ -27,7 +27,7 @@ _HELP: Final = (
 
 
 def check_cluster(address: str) -> None:
-    """Raises: ConfigError if no Ray cluster answers at address (auto, HOST:PORT, ray://HOST:PORT) within CONNECT_S."""
+    """Raises: ConfigError if no Ray cluster responds at address (auto, HOST:PORT, ray://HOST:PORT) within CONNECT_S."""
     target = _host_and_port(address)
     _use_token_if_known()
     channel = init_grpc_channel(target)
@@ -58,14 +58,16 @@ def _host_and_port(address: str) -> str:
         return f"{host}:{port}"
     except ConnectionError:
         raise ConfigError(
-            f"cluster.address={address}: this takes exactly one Ray on this machine, or RAY_ADDRESS; {_HELP}"
+            f"cluster.address={address}: auto needs exactly one Ray on this machine, or RAY_ADDRESS; {_HELP}"
         ) from None
     except Exception as error:
-        raise ConfigError(f"cluster.address={address!r} is not a Ray cluster's address ({error}); {_HELP}") from None
+        raise ConfigError(
+            f"cluster.address={address!r} is not the address of a Ray cluster ({error}); {_HELP}"
+        ) from None
 
 
 def _use_token_if_known() -> None:
-    """As `ray.init` does a moment later: a token that is there is shown."""
+    """Send an existing token, as `ray.init` does a moment later."""
     if AUTH_MODE_ENV_VAR not in os.environ and AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
         os.environ[AUTH_MODE_ENV_VAR] = "token"
         RayConfig.initialize("")
@@ -76,9 +78,9 @@ def _sentence(address: str, target: str, error: Exception) -> str:
     code = error.code() if isinstance(error, grpc.Call) else None
     if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
         return (
-            f"the Ray cluster at {where} asks for a token and did not accept ours: set RAY_AUTH_MODE=token, and"
-            " RAY_AUTH_TOKEN to what ~/.ray/auth_token holds on the cluster's head"
+            f"the Ray cluster at {where} requires a token and rejected ours: set RAY_AUTH_MODE=token, and"
+            " RAY_AUTH_TOKEN to the content of ~/.ray/auth_token on the cluster's head"
         )
     if code in (None, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-        return f"no Ray cluster answers at {where} (tried for up to {CONNECT_S:g} s): {_HELP}"
-    return f"what answers at {where} is not a Ray cluster of this Ray's version ({code}): {_HELP}"
+        return f"no Ray cluster responds at {where} (tried for up to {CONNECT_S:g} s): {_HELP}"
+    return f"the server at {where} is not a Ray cluster of this Ray version ({code}): {_HELP}"

@@ -1,4 +1,4 @@
-"""The little that driver and labelling actors tell each other while a run is under way: progress, and "stop"."""
+"""Messages between driver and labelling actors during a run: progress, and "stop"."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import ray
 
 
 class RunState:
-    """A Ray actor of the driver's. Nothing here is needed for correctness: an output is the same without it."""
+    """A Ray actor of the driver. Correctness does not depend on it: the output is the same without it."""
 
     def __init__(self) -> None:
         self.images_under_way: dict[int, int] = {}
@@ -23,34 +23,34 @@ class RunState:
         self.abandoning = False
 
     def begin(self, shard: int) -> bool:
-        """A labeler is about to start on a shard; False: leave it, the run is stopping."""
-        self.images_under_way.pop(shard, None)  # an earlier try at it whose actor died
+        """A labeler is about to begin a shard; False: skip it, the run is stopping."""
+        self.images_under_way.pop(shard, None)  # from an earlier attempt whose actor died
         if not self.stopping:
             self.images_under_way[shard] = 0
         return not self.stopping
 
     def advance(self, shard: int, num_images: int) -> bool:
-        """Some images of a shard are labelled; False: give the rest of it up."""
+        """Some images of a shard are labelled; False: abandon the rest of it."""
         self.images_under_way[shard] = self.images_under_way.get(shard, 0) + num_images
         return not self.abandoning
 
     def end(self, shard: int) -> None:
-        """The shard is committed, or given up."""
+        """The shard is committed or abandoned."""
         self.images_under_way.pop(shard, None)
 
     def stop(self, abandon: bool) -> None:
-        """Let no labeler start on another shard; abandon: nor finish the one it is at."""
+        """Let no labeler begin another shard; abandon: nor finish its current one."""
         self.stopping = True
         self.abandoning = abandon
 
     def snapshot(self) -> dict[int, int]:
-        """Images done so far in each shard that is begun and not committed."""
+        """Number of images done so far in each shard that is in progress."""
         return self.images_under_way
 
 
 def start_run_state() -> Any:
-    """The actor, on the driver's own node, taking no CPU from the labelers. Returns its handle."""
-    # Not soft: Ray would at times put it on another node although this one is free, and lose it with that node.
+    """Start the actor on the driver's own node, without reserving a CPU. Returns its handle."""
+    # Not soft: Ray might place it on another node even if this one is free, and lose it with that node.
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False
     )
@@ -60,20 +60,20 @@ def start_run_state() -> Any:
 
 @dataclass
 class StopRequest:
-    """What signals have asked of the driver."""
+    """What signals have requested of the driver."""
 
     signum: int | None = None
-    """The first one."""
+    """The first signal received."""
     num_signals: int = 0
 
     @property
     def exit_code(self) -> int:
-        """As shells count a death by signal: 130 for Ctrl-C, 143 for SIGTERM."""
+        """As shells report a death by signal: 130 for Ctrl-C, 143 for SIGTERM."""
         assert self.signum is not None
         return 128 + self.signum
 
     def listen(self) -> None:
-        """Handle the signals from here on; once more after `ray.init`, which sets a handler of its own for SIGTERM."""
+        """Handle the signals from here on; call again after `ray.init`, which sets its own handler for SIGTERM."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._on_signal)
             signal.signal(signal.SIGTERM, self._on_signal)
@@ -85,7 +85,7 @@ class StopRequest:
         self.signum = self.signum or signum
 
     def on_ignored(self, ignored: Any) -> None:
-        """Python drops an interrupt that comes in a finalizer or a lock: the next signal raises again."""
+        """Python drops an interrupt inside a finalizer or lock; make the next signal raise again."""
         if ignored.exc_type is KeyboardInterrupt:
             self.num_signals = 1
         else:
@@ -94,10 +94,10 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """SIGINT and SIGTERM ask for a drain; the second one raises KeyboardInterrupt, which ends the run at once.
+    """SIGINT and SIGTERM request a drain; the second one raises KeyboardInterrupt, which ends the run at once.
 
-    More of them, while it ends, do nothing: Ray is to be shut down, not left half-way. Outside the main thread Python
-    allows no handlers: there, nothing is caught.
+    Further signals are ignored to let Ray shut down completely. Outside the main thread Python allows no handlers:
+    there, nothing is caught.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

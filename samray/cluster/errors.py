@@ -1,15 +1,15 @@
-"""What Ray says of an error, in one line."""
+"""Turn Ray's errors into one line."""
 
 from __future__ import annotations
 
 from samray.errors import SamrayError
 
 RAY_DATAS_ADVICE = "\nFailed to apply UDF transform"
-"""Ray Data appends to the message of each error how to make it retry, which here storage alone does."""
+"""Ray Data appends advice on retries to each error message; here only storage retries."""
 
 
 def plain_error(error: BaseException) -> BaseException:
-    """Our own error out of Ray's wrapping, or one that says in a line what Ray's says in a hundred."""
+    """Unwrap a samray error from Ray's, or reduce Ray's error to one line."""
     inner: BaseException | None = error
     while inner is not None:
         cause = getattr(inner, "cause", None)
@@ -19,6 +19,6 @@ def plain_error(error: BaseException) -> BaseException:
             return inner
     lines = [line.strip() for line in str(error).partition(RAY_DATAS_ADVICE)[0].splitlines() if line.strip()]
     lines = lines or [type(error).__name__]
-    plain = SamrayError(f"the run ended early: {lines[-1]}; the same command again goes on from here")
+    plain = SamrayError(f"the run ended early: {lines[-1]}; run the same command to resume")
     plain.__cause__ = error
     return plain

@@ -1,4 +1,4 @@
-"""Workers that end when they should: with the raylet that started them, and not stuck on their way out."""
+"""Make workers end when they should: with their raylet, and without hanging on exit."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import Final
 from ray._private import worker
 
 LEAVE_S: Final = 30.0
-"""How long a worker's exit handlers may take: one that hung in Ray's would hold the memory of its GPU."""
+"""Seconds allowed for a worker's exit handlers: one that hangs in Ray's would hold its GPU's memory."""
 
 _PR_SET_PDEATHSIG: Final = 1
 
 
 def end_with_ray() -> None:
-    """Make this worker of Ray's end with its raylet, even by kill -9, and within LEAVE_S of its own exit.
+    """Make this Ray worker end with its raylet, even after kill -9, and within LEAVE_S of its own exit.
 
-    The former on Linux only. In a process that is not a worker, and when called again, it does nothing.
+    The former only on Linux. Does nothing outside a worker, or when called again.
     """
     if worker.global_worker.mode == worker.WORKER_MODE:
         _end_with_parent()
@@ -35,5 +35,5 @@ def _end_with_parent() -> None:
         return
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it ended just before
+    if os.getppid() != parent:  # the parent ended just before
         os._exit(1)

@@ -1,7 +1,7 @@
-"""Which Ray this process runs on: the one it is connected to, a cluster that it joins, or a private one of its own.
+"""The Ray of this process: one it is connected to, a cluster to join, or a private one.
 
-A Ray of our own listens on loopback only, asks for a token that no other run knows, keeps its files in a folder that
-no other user can enter, and leaves neither processes nor files behind.
+A private Ray listens only on loopback, requires a token that no other run knows, keeps its files in a folder that no
+other user can enter, and leaves neither processes nor files behind.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from samray.errors import ConfigError, SamrayError
 QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
 
 MAX_PARENT_CHARS: Final = 24
-"""Ray keeps its sockets in its folder, and a socket's path may have 107 bytes: a longer TMPDIR is left for /tmp."""
+"""Ray has sockets in its folder, and a socket's path is limited to 107 bytes: with a longer TMPDIR, /tmp is used."""
 
 _PREFIX: Final = "samray-"
 _LOCK: Final = "lock"
 _MARK: Final = "SAMRAY_RAY_FOLDER"
-"""Environment variable of all processes of a Ray of ours."""
+"""Environment variable of all processes of a private Ray."""
 
 _LEAVE_S: Final = 5.0
-"""How long Ray's processes may take to end by themselves when their driver has ended."""
+"""Seconds that Ray's processes may take to end by themselves after their driver."""
 
 
 @contextlib.contextmanager
 def running_ray(config: ClusterConfig) -> Iterator[bool]:
-    """Ray, ready to use. Yields whether no node can be added to it, as is true of a Ray on this machine alone.
+    """Provide Ray. Yields whether the number of nodes is fixed, as for a Ray on only this machine.
 
-    In this order: the Ray this process is connected to already; config.address; RAY_ADDRESS, which a submitted job
-    finds set; else a Ray of our own, which ends with the block. Workers of an existing cluster keep its environment:
-    credentials are never sent along. Raises: ConfigError if there is no cluster at the address.
+    Uses, in this order: the Ray that this process is already connected to; config.address; RAY_ADDRESS, which is set
+    for submitted jobs; else a private Ray, which ends with the block. Workers of an existing cluster keep their
+    environment: credentials are never sent. Raises: ConfigError if there is no cluster at the address.
     """
     if ray.is_initialized():
         yield is_fixed()
@@ -74,32 +74,32 @@ def running_ray(config: ClusterConfig) -> Iterator[bool]:
 
 
 def cluster_address(config: ClusterConfig) -> str | None:
-    """The cluster to join; None for a Ray of our own."""
+    """The cluster to join; None for a private Ray."""
     address = config.address or os.environ.get("RAY_ADDRESS")
     return None if address in (None, "", "local") else address
 
 
 def is_fixed() -> bool:
-    """Whether the Ray that this process is connected to was started by it, for this machine alone."""
+    """Whether this process started its Ray, for only this machine."""
     node = worker._global_node
     return node is not None and bool(node.ray_init_cluster)
 
 
 def this_machine() -> dict[str, float]:
-    """The resources that a Ray of our own will have: the CPUs and GPUs this process may use."""
+    """The resources of a private Ray: the CPUs and GPUs that this process may use."""
     import torch
 
     return {"CPU": float(num_cpus()), "GPU": float(torch.cuda.device_count())}
 
 
 def num_cpus() -> int:
-    """CPUs that this process may use. Ray knows of containers, and nothing of taskset and batch systems."""
+    """CPUs that this process may use. Ray knows about containers, but not about taskset and batch systems."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(allowed, int(get_num_cpus())))
 
 
 def ensure_ray(config: ClusterConfig) -> bool:
-    """As `running_ray`, until the process ends."""
+    """Like `running_ray`, until the process ends."""
     stack = contextlib.ExitStack()
     is_ours = not ray.is_initialized()
     fixed = stack.enter_context(running_ray(config))
@@ -110,7 +110,7 @@ def ensure_ray(config: ClusterConfig) -> bool:
 
 @contextlib.contextmanager
 def local_ray(**options: Any) -> Iterator[None]:
-    """A quiet Ray on this machine, whose workers import what this process can. options: of `ray.init`."""
+    """A quiet Ray on this machine, whose workers can import what this process can. options: of `ray.init`."""
     options.setdefault("num_cpus", num_cpus())
     with _private_folder() as folder, _token_of_our_own(folder):
         try:
@@ -121,13 +121,13 @@ def local_ray(**options: Any) -> Iterator[None]:
 
 
 def _start(folder: Path, **options: Any) -> None:
-    """Ray gives its servers 30 s to start, which is not always enough on a busy machine: a second time they may do.
+    """Start Ray, twice if necessary: it gives its servers 30 s to start, which may be too short on a busy machine.
 
     Raises: SamrayError, ValueError for options.
     """
-    # Ray passes on the script's folder and the current one, not what else sys.path holds (a checkout, say).
+    # Ray passes on the script's folder and the current folder, but not the rest of sys.path (for example a checkout).
     import_path = os.pathsep.join(str(Path(entry or ".").absolute()) for entry in sys.path)
-    # Ray's C++ side else warns on our stderr that every actor of Ray Data has an argument in the object store.
+    # Otherwise Ray's C++ code warns on stderr that every Ray Data actor has an argument in the object store.
     level = os.environ.get("RAY_BACKEND_LOG_LEVEL", "fatal")
     for is_last in (False, True):
         try:
@@ -144,22 +144,22 @@ def _start(folder: Path, **options: Any) -> None:
             if is_last:
                 raise SamrayError(
                     f"Ray did not start on this machine ({error}): its processors may be overloaded, or its memory or"
-                    " its disk full; the same command again tries once more"
+                    " disk full; run the same command to try again"
                 ) from error
             _end_ray(folder)
 
 
 @contextlib.contextmanager
 def _private_folder() -> Iterator[Path]:
-    """A folder of this run, which no other user can enter; removed at the end, or by a later run if this one dies.
+    """A folder of this run, closed to other users; deleted at the end, or by a later run if this one dies.
 
-    Ray opens every folder that it makes in it to all users, again and again: the one around them keeps those out.
+    Ray keeps opening the folders that it makes to all users; the enclosing folder keeps them out.
     """
     parent = Path(tempfile.gettempdir())
     if len(str(parent)) > MAX_PARENT_CHARS:
         parent = Path("/tmp")
     _remove_folders_of_dead_runs(parent)
-    # Locked before it has the name that later runs look for.
+    # Lock it before giving it the name that later runs look for.
     new = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent))
     lock = FileLock(new / _LOCK, mode=0o600)
     lock.acquire()
@@ -172,7 +172,7 @@ def _private_folder() -> Iterator[Path]:
 
 
 def _remove_folders_of_dead_runs(parent: Path) -> None:
-    """And end what is left of their Rays. The kernel drops the lock of a process that dies, however it dies."""
+    """Also end the remaining processes of their Rays. The kernel releases the lock of a process however it dies."""
     for folder in parent.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError, Timeout):
             if folder.is_symlink() or folder.stat().st_uid != os.getuid() or not (folder / _LOCK).is_file():
@@ -183,7 +183,7 @@ def _remove_folders_of_dead_runs(parent: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """A process that is just ending may still write a last line of its log."""
+    """Retry, because a process that is ending may still write a last line to its log."""
     deadline = time.monotonic() + _LEAVE_S
     while folder.exists() and time.monotonic() < deadline:
         shutil.rmtree(folder, ignore_errors=True)
@@ -192,7 +192,7 @@ def _remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _token_of_our_own(folder: Path) -> Iterator[None]:
-    """Whoever talks to this Ray needs a token that only its own processes know; ~/.ray/auth_token stays as it is."""
+    """Require a token that only this Ray's own processes know; leaves ~/.ray/auth_token unchanged."""
     token = folder / "auth_token"
     with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
@@ -203,14 +203,14 @@ def _token_of_our_own(folder: Path) -> Iterator[None]:
 
 
 def _forget_token() -> None:
-    """Make Ray read mode and token from the environment again; in this order, or a thread of Ray's may end us."""
+    """Make Ray read mode and token from the environment again; in this order, or a Ray thread may abort the process."""
     RayConfig.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextlib.contextmanager
 def _on_loopback() -> Iterator[None]:
-    """All servers of a Ray started in the block listen on loopback only, as Ray does by itself on a Mac."""
+    """Make all servers of a Ray started in the block listen only on loopback, as Ray does by default on a Mac."""
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     sockets = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
@@ -222,7 +222,7 @@ def _on_loopback() -> Iterator[None]:
 
 
 def _end_ray(folder: Path) -> None:
-    """Shut Ray down, and see to it that its processes are gone: one may hang in its exit, holding a GPU's memory."""
+    """Shut Ray down, and make sure that its processes end: one may hang on exit and hold a GPU's memory."""
     try:
         ray.shutdown()
     finally:
@@ -238,7 +238,7 @@ def _kill(processes: list[psutil.Process]) -> None:
 
 
 def _processes_of(folder: Path) -> list[psutil.Process]:
-    """The servers and workers of the Ray with this folder, also those whose parent has died."""
+    """The servers and workers of the Ray with this folder, including those whose parent has died."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -249,7 +249,7 @@ def _processes_of(folder: Path) -> list[psutil.Process]:
 
 @contextlib.contextmanager
 def _no_log_level_notice() -> Iterator[None]:
-    """Drop the line in which Ray's C++ side tells on stderr that it obeys RAY_BACKEND_LOG_LEVEL; keep all others."""
+    """Drop the stderr line of Ray's C++ code about RAY_BACKEND_LOG_LEVEL; keep all others."""
     with tempfile.TemporaryFile() as caught:
         stderr = os.dup(2)
         os.dup2(caught.fileno(), 2)
@@ -264,7 +264,7 @@ def _no_log_level_notice() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _environment(**values: str | None) -> Iterator[None]:
-    """Environment variables for the processes that are started in the block; None: not set."""
+    """Set environment variables for the processes started in the block; None: unset."""
     before = {name: os.environ.get(name) for name in values}
     _set(values)
     try:
@@ -282,7 +282,7 @@ def _set(values: dict[str, str | None]) -> None:
 
 
 def _code_to_ship() -> dict[str, Any] | None:
-    """A source checkout has to travel to the nodes; an installed package is expected there, a job brings its own."""
+    """A source checkout must be sent to the nodes; an installed package is expected there, and a job ships its own."""
     package = Path(samray.__file__).parent
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     if in_job or package.parent.name in ("site-packages", "dist-packages"):

@@ -1,4 +1,4 @@
-"""How many actors fit on the cluster, and Ray Data's settings."""
+"""Number of actors that fit on the cluster, and Ray Data's settings."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from samray.config import ClusterConfig
 
 IO_CPUS = 0.05
-"""CPU that a fetch or write task reserves: they wait for storage, and must fit beside actors that hold all the rest."""
+"""CPUs per fetch or write task: small, because they wait for storage and must fit next to the actors."""
 
 ACTOR_CPUS_LEFT = 0.25
-"""Actors reserve this much less than they use, so that even on one core there is room for fetch and write tasks."""
+"""CPUs that actors leave unreserved, which leaves room for fetch and write tasks even on one core."""
 
 WHOLE_CPU_LEFT = 1.0
-"""The same in a pipeline of somebody else: Ray Data's tasks, such as those of read_images, each take a whole CPU."""
+"""The same inside a user's own pipeline, where Ray Data tasks such as those of read_images take a whole CPU each."""
 
 MAX_THREADS_PER_CPU_ACTOR = 4
 MAX_THREADS_PER_GPU_ACTOR = 8
@@ -33,12 +33,12 @@ MAX_THREADS_PER_GPU_ACTOR = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """How much of the cluster each stage takes."""
+    """Resources of each stage."""
 
     min_actors: int
     max_actors: int
     num_threads: int
-    """Of an actor; on a CPU each labels an image of its own."""
+    """Threads per actor; on a CPU each thread labels a separate image."""
     actor_cpus: float
     actor_gpus: float
     num_fetch_tasks: int
@@ -53,9 +53,9 @@ def choose_sizes(
     *,
     cpus_left: float = ACTOR_CPUS_LEFT,
 ) -> Sizes:
-    """nodes: each one's resources, as Ray names them. No more actors than shards. device: model.device.
+    """nodes: resources of each node, with Ray's names. At most one actor per shard. device: model.device.
 
-    cpus_left: CPUs that each actor uses and does not reserve, for the stages before and after it.
+    cpus_left: CPUs that each actor uses but does not reserve, for the stages before and after it.
     """
     num_gpus = sum(node.get("GPU", 0.0) for node in nodes)
     actor_gpus = config.num_gpus_per_actor
@@ -71,7 +71,7 @@ def choose_sizes(
         threads = max(1, min(MAX_THREADS_PER_CPU_ACTOR, int(max((n.get("CPU", 0.0) for n in nodes), default=1))))
     used_cpus = config.num_cpus_per_actor or threads
     actor_cpus = max(used_cpus - cpus_left, 0.0 if cpus_left >= 1 else 0.25)
-    if cpus_left >= 1:  # each actor leaves a CPU: no more of them than there are CPUs to use
+    if cpus_left >= 1:  # each actor leaves a CPU: at most one actor per usable CPU
         room = num_places(nodes, used_cpus, actor_gpus, 0.0)
     else:
         room = num_places(nodes, actor_cpus, actor_gpus, 2 * IO_CPUS)
@@ -88,7 +88,8 @@ def choose_sizes(
 
 
 def num_places(nodes: list[dict[str, float]], cpus: float, gpus: float, spare_cpus: float) -> int:
-    """How many actors that reserve so much fit on the nodes, with spare_cpus left on one of them for other stages."""
+    """Number of actors with this reservation that fit on the nodes, with spare_cpus left on one node for other
+    stages."""
     places, too_many = 0, math.inf
     for node in nodes:
         cpus_here, gpus_here = node.get("CPU", 0.0), node.get("GPU", 0.0)
@@ -102,7 +103,7 @@ def num_places(nodes: list[dict[str, float]], cpus: float, gpus: float, spare_cp
 
 
 def cluster_nodes() -> list[dict[str, float]]:
-    """Resources of each node that is alive."""
+    """Resources of each live node."""
     nodes: Any = ray.nodes
     return [node["Resources"] for node in nodes() if node["Alive"]]
 
@@ -110,18 +111,20 @@ def cluster_nodes() -> list[dict[str, float]]:
 def check_fits(
     sizes: Sizes, nodes: list[dict[str, float]], device: str | None = None, *, spare_cpus: float = 2 * IO_CPUS
 ) -> Sizes:
-    """sizes, with no more actors than fit on the nodes: for a Ray that does not grow, where others would wait forever.
+    """Limit the actors to those that fit: on a Ray that does not grow, others would wait forever.
 
-    device: model.device. spare_cpus: what the other stages need. Raises: ConfigError if not even min_actors fit, or if
+    device: model.device. spare_cpus: needed by the other stages. Raises: ConfigError if not even min_actors fit, or if
     no node has the GPU that device names.
     """
     if device is not None and device.startswith("cuda") and not any(node.get("GPU", 0) for node in nodes):
-        raise ConfigError(f"model.device = {device!r} is not possible: there is no GPU here; leave it out, or give cpu")
+        raise ConfigError(
+            f"model.device = {device!r} is not possible: this machine has no GPU; leave it out, or use cpu"
+        )
     number = device.partition(":")[2] if device is not None and device.startswith("cuda") else ""
     if number.isdecimal() and int(number) >= sizes.actor_gpus > 0:
         raise ConfigError(
             f"model.device = {device!r} is not possible: an actor sees only the {sizes.actor_gpus:g} GPUs that it"
-            " reserves, counted from 0; give cuda, and choose GPUs with CUDA_VISIBLE_DEVICES"
+            " reserves, counted from 0; use cuda, and select GPUs with CUDA_VISIBLE_DEVICES"
         )
     places = num_places(nodes, sizes.actor_cpus, sizes.actor_gpus, spare_cpus)
     if places < sizes.min_actors:
@@ -137,7 +140,7 @@ def check_fits(
 
 @contextmanager
 def data_settings(config: ClusterConfig) -> Iterator[None]:
-    """Ray Data's settings for datasets that are made in the block; others of this process keep theirs."""
+    """Ray Data's settings for datasets created in the block; other datasets of this process keep theirs."""
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = None  # one row = one shard = one block, however large
     context.max_errored_blocks = 0
@@ -148,7 +151,7 @@ def data_settings(config: ClusterConfig) -> Iterator[None]:
     context.raise_original_map_exception = True
     logger = logging.getLogger("ray.data")
     level = logger.level
-    logger.setLevel(logging.CRITICAL)  # an error ends the run and is told once, by whoever catches it
+    logger.setLevel(logging.CRITICAL)  # an error ends the run and is reported once, by the caller
     try:
         with ray.data.DataContext.current(context):
             yield

@@ -1,4 +1,4 @@
-"""Many small tasks that do not depend on each other: one after another here, or as Ray Data tasks on a cluster."""
+"""Run many small independent tasks: one after another in this process, or as Ray Data tasks on a cluster."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any, Final, TypeVar
 import pyarrow as pa
 
 RAY_FROM_IMAGES: Final = 20_000
-"""From so many images on tasks are fanned out without being asked: below, starting Ray takes longer than it saves."""
+"""Minimum number of images to use Ray by default: below, starting Ray takes longer than it saves."""
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def wants_ray(ray_wanted: bool | None, address: str | None, num_images: int) -> bool:
-    """Whether the tasks go to Ray: as asked, else where a cluster is named or the work is large."""
+    """Whether to run the tasks on Ray: as requested, else if a cluster is given or the work is large."""
     return ray_wanted if ray_wanted is not None else address is not None or num_images >= RAY_FROM_IMAGES
 
 
 def run_tasks(task: Callable[[T], R], items: Iterable[T], *, on_ray: bool, address: str | None = None) -> Iterator[R]:
-    """task of each item, as they finish; in their order where on_ray is false.
+    """Yield task(item) for each item: with Ray as they finish, else in order.
 
-    With Ray: task, items and results are pickled; the cluster is the one this process is connected to, else the one at
-    address or RAY_ADDRESS, else one of our own that ends with the loop.
-    Raises: what task raises, ConfigError where there is no cluster at address.
+    With Ray: task, items and results are pickled; the cluster is the one that this process is connected to, else the
+    one at address or RAY_ADDRESS, else a private one that ends with the loop.
+    Raises: what task raises, ConfigError if there is no cluster at address.
     """
     if not on_ray:
         yield from map(task, items)
@@ -40,7 +40,7 @@ def run_tasks(task: Callable[[T], R], items: Iterable[T], *, on_ray: bool, addre
 
     config = ClusterConfig(address=address)
     with running_ray(config), data_settings(config):
-        # One block an item: a block is what Ray Data hands to a task.
+        # One block per item: Ray Data passes one block to each task.
         results: Any = ray.data.from_arrow([_pickled(item) for item in items]).map_batches(
             partial(_run_one, task=task), batch_size=1, batch_format="pyarrow", num_cpus=1
         )

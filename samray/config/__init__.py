@@ -8,8 +8,8 @@ from samray.config.load import (
     SettingRow,
     load_config,
     make_sections,
-    own_settings,
     setting_rows,
+    user_settings,
 )
 from samray.config.presets import preset_names, preset_path
 from samray.config.sections import (
@@ -37,8 +37,8 @@ __all__ = [
     "load_config",
     "make_sections",
     "model_masks",
-    "own_settings",
     "preset_names",
     "preset_path",
     "setting_rows",
+    "user_settings",
 ]

@@ -1,4 +1,4 @@
-"""The base of every settings section: frozen, strict, and with errors that say what to type instead."""
+"""Base class of every settings section: frozen, strict, with errors that say what to type instead."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pydantic.fields import FieldInfo
 from samray.errors import ConfigError
 
 _MOST_SHOWN: Final = 200
-"""Characters of a wrong value in a message."""
+"""Maximum characters of a wrong value in a message."""
 
 
 class SettingsError(ConfigError):
-    """One or several settings are wrong; `problems` holds one clause for each, the message holds all of them."""
+    """One or more settings are wrong. `problems` has one clause per setting; the message contains all of them."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(dict.fromkeys(problems))
@@ -29,7 +29,7 @@ class SettingsError(ConfigError):
 
 
 class Settings(BaseModel):
-    """One section. Keyword arguments only; a bad one raises SettingsError, not pydantic's ValidationError."""
+    """One section. Keyword arguments only; raises SettingsError instead of pydantic's ValidationError."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -37,11 +37,11 @@ class Settings(BaseModel):
         strict=True,
         allow_inf_nan=False,
         protected_namespaces=(),
-        use_attribute_docstrings=True,  # the line below a field is its description, in --help and in the documentation
+        use_attribute_docstrings=True,  # a field's docstring is its description in --help and in the docs
     )
     section: ClassVar[str] = ""
 
-    if not TYPE_CHECKING:  # for type checkers the signature stays the one made from the fields
+    if not TYPE_CHECKING:  # type checkers keep the signature made from the fields
 
         def __init__(self, **values: Any) -> None:
             try:
@@ -51,13 +51,13 @@ class Settings(BaseModel):
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """`; did you mean points_per_side?`, or nothing when no valid name is near."""
+    """`; did you mean points_per_side?`, or "" if no valid name is close."""
     near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.7)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def allowed_values(field: FieldInfo) -> str:
-    """What a field takes, in words: `a number from 0 to 1`, `true or false`, `one of coco, sam`, `... or null`."""
+    """The values that a field accepts: `a number from 0 to 1`, `true or false`, `one of coco, sam`, `... or null`."""
     kinds = typing.get_args(field.annotation) if _is_union(field.annotation) else (field.annotation,)
     words = [_kind_in_words(kind) + _range_in_words(field) for kind in kinds if kind is not types.NoneType]
     return " or ".join(words + ["null"] * (types.NoneType in kinds))
@@ -73,8 +73,8 @@ def _kind_in_words(kind: Any) -> str:
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if typing.get_origin(kind) is tuple and typing.get_args(kind)[0] in words:
         items = [item for item in typing.get_args(kind) if item is not Ellipsis]
-        return f"a list of {'' if len(items) == 1 else 'two '}{'texts' if items[0] is str else 'numbers'}"
-    return words.get(kind, "a list with one list of [x, y] points a crop layer")
+        return f"a list of {'' if len(items) == 1 else 'two '}{'strings' if items[0] is str else 'numbers'}"
+    return words.get(kind, "a list with one list of [x, y] points per crop layer")
 
 
 def _range_in_words(field: FieldInfo) -> str:
@@ -94,15 +94,15 @@ def _range_in_words(field: FieldInfo) -> str:
 
 
 def _sentence(cls: type[Settings], problem: Any) -> str:
-    """One of pydantic's error entries as a clause in the words of the command line."""
-    if not problem["loc"]:  # two fields disagree: the validator's own words
+    """Turn one of pydantic's error entries into a clause with the names of the command line."""
+    if not problem["loc"]:  # from a model validator, about several fields
         return str(problem["ctx"]["error"])
     key = str(problem["loc"][0])
     name = f"{cls.section}.{key}" if cls.section else key
     field = cls.model_fields.get(key)
     if field is None:
         prefix = name.removesuffix(key)
-        return f"there is no setting {name}{did_you_mean(name, [prefix + valid for valid in cls.model_fields])}"
+        return f"unknown setting {name}{did_you_mean(name, [prefix + valid for valid in cls.model_fields])}"
     value = problem["input"]
     shown = repr(value) if isinstance(value, str) else as_typed(value)
     if len(shown) > _MOST_SHOWN:
@@ -118,5 +118,5 @@ def _sentence(cls: type[Settings], problem: Any) -> str:
 
 
 def as_typed(value: Any) -> str:
-    """A value as one types it after `section.key=`."""
+    """A value as typed on the command line after `section.key=`."""
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)

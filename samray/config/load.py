@@ -1,7 +1,7 @@
-"""Settings from presets, YAML files and `section.key=value` overrides, laid over the defaults in that order.
+"""Settings from presets, YAML files and `section.key=value` overrides, applied over the defaults in that order.
 
-Nothing is guessed: an unknown key, a wrong type or a value out of range is a ConfigError before anything starts, and
-the error names all of them.
+Nothing is guessed: an unknown key, a wrong type or a value out of range raises ConfigError before anything starts. The
+error names all of them.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ Sections = Mapping[str, type[Settings]]
 SECTIONS: Sections = {
     cls.section: cls for cls in (InputConfig, ModelConfig, MaskConfig, OutputConfig, ClusterConfig, StorageConfig)
 }
-"""Of `samray label`; `samray train` has its own (`samray.train.settings`)."""
+"""The sections of `samray label`. `samray train` has its own (`samray.train.settings`)."""
 
 
 class SettingRow(NamedTuple):
-    """One setting as `--help` and the documentation list it."""
+    """One setting as listed by `--help` and the docs."""
 
     name: str
-    """Dotted, as typed on the command line."""
+    """Section and key, as typed on the command line."""
     default: Any
     allowed: str
     description: str
     default_of: Mapping[str, Any] = {}
-    """Model -> default, of the models that have one of their own."""
+    """Model name -> default, for the models with their own default."""
 
 
 def setting_rows(section: str, sections: Sections = SECTIONS) -> list[SettingRow]:
-    """The settings of one section, in the order they are declared."""
+    """The settings of one section, in declaration order."""
     rows = []
     for key, field in sections[section].model_fields.items():
         description = " ".join((field.description or "").rstrip(".").split())
@@ -59,31 +59,31 @@ def setting_rows(section: str, sections: Sections = SECTIONS) -> list[SettingRow
 
 
 def load_config(preset: str | None = None, file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The settings of a run: defaults, then the preset, then the file, then the overrides.
+    """Load the settings of a run: defaults, then the preset, then the file, then the overrides.
 
-    overrides are `section.key=value`. Mask settings that none of them gives are the model's own.
-    Raises ConfigError that names every bad setting, its value, what is allowed and the nearest valid name.
+    overrides: `section.key=value`. Mask settings that none of these give follow the model.
+    Raises ConfigError that names every bad setting, its value, what is allowed and the closest valid name.
     """
-    own, problems = own_settings(SECTIONS, file, overrides)
+    own, problems = user_settings(SECTIONS, file, overrides)
     values: dict[str, dict[str, Any]] = {}
     if preset is not None:
         problems += _lay_over(values, load_yaml_file(preset_path(preset)), SECTIONS)
         if own.get("model", {}).get("name", preset) == preset == values.get("model", {}).get("name"):
-            values.pop("masks", None)  # the model's own anyway; not given, they can follow a run of an older version
+            values.pop("masks", None)  # these are the model's defaults; as not given, they can follow an older run
     problems += _lay_over(values, own, SECTIONS)
     return Config(**make_sections(SECTIONS, values, problems))
 
 
-def own_settings(
+def user_settings(
     sections: Sections, file: str | Path | None, overrides: Sequence[str]
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """What a file and `section.key=value` overrides say, by section, the overrides on top; and what is wrong with it.
+    """Settings from a file and from `section.key=value` overrides, by section; and the list of problems found.
 
-    Raises ConfigError where the file cannot be read.
+    Overrides win over the file. Raises ConfigError if the file cannot be read.
     """
     if isinstance(overrides, str | Mapping) or not all(isinstance(override, str) for override in overrides):
         raise ConfigError(
-            f"overrides takes a list of texts, such as {_as_overrides(overrides)}; it got a {type(overrides).__name__}"
+            f"overrides takes a list of strings, such as {_as_overrides(overrides)}; got {type(overrides).__name__}"
         )
     own: dict[str, dict[str, Any]] = {}
     problems = [] if file is None else _lay_over(own, load_yaml_file(Path(file)), sections)
@@ -96,7 +96,7 @@ def own_settings(
 
 
 def _as_overrides(given: Any) -> list[str]:
-    """What was probably meant by overrides that are not a list of texts."""
+    """Guess what was meant by overrides that are not a list of strings."""
     if isinstance(given, str):
         return [given]
     if not isinstance(given, Mapping) or not given:
@@ -111,7 +111,7 @@ def _as_overrides(given: Any) -> list[str]:
 def make_sections(
     sections: Sections, values: Mapping[str, Mapping[str, Any]], problems: Sequence[str]
 ) -> dict[str, Any]:
-    """The sections with these values, by name. Raises SettingsError with `problems` and those of the values."""
+    """Build the sections from these values, by name. Raises SettingsError with `problems` and any new ones."""
     made: dict[str, Any] = {}
     all_problems = list(problems)
     for section, cls in sections.items():
@@ -125,12 +125,12 @@ def make_sections(
 
 
 def _parse_override(override: str, sections: Sections) -> dict[str, Any]:
-    """`masks.points_per_side=16` as {"masks": {"points_per_side": 16}}."""
+    """Parse `masks.points_per_side=16` into {"masks": {"points_per_side": 16}}."""
     name, equals, text = override.partition("=")
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and key):
         every = {row.name.partition(".")[2]: row.name for s in sections for row in setting_rows(s, sections)}
-        bare = name.strip().rpartition(".")[2]  # a setting without its section is the likeliest slip
+        bare = name.strip().rpartition(".")[2]  # a missing section is the most likely mistake
         near = f"; did you mean {every[bare]}?" if bare in every else did_you_mean(bare, every.values())
         raise ConfigError(f"{override!r} is not of the form section.key=value{near}")
     try:
@@ -140,14 +140,14 @@ def _parse_override(override: str, sections: Sections) -> dict[str, Any]:
 
 
 def _lay_over(values: dict[str, dict[str, Any]], more: dict[str, Any], sections: Sections) -> list[str]:
-    """Write `more` over `values`, section by section; what cannot be laid over is returned as problems."""
+    """Apply `more` over `values`, section by section; returns the problems."""
     problems = []
     for section, settings in more.items():
         if section not in sections:
             near = did_you_mean(section, sections)
-            problems.append(f"there is no section {section}{near}; sections are {', '.join(sections)}")
+            problems.append(f"unknown section {section}{near}; sections are {', '.join(sections)}")
         elif settings is not None and not isinstance(settings, dict):
-            problems.append(f"{section} = {settings!r} is not allowed; it takes settings, one a line below it")
+            problems.append(f"{section} = {settings!r} is not allowed; it takes settings, one per line below it")
         else:
             values.setdefault(section, {}).update(settings or {})
     return problems

@@ -1,4 +1,4 @@
-"""The presets: YAML files under a name."""
+"""Presets: named YAML files of settings."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ def preset_names() -> list[str]:
 
 
 def preset_path(name: str) -> Path:
-    """The preset's YAML file. Raises ConfigError, naming the nearest preset, when there is none of that name."""
+    """The preset's YAML file. Raises ConfigError that names the closest preset if there is none with this name."""
     names = preset_names()
     if name not in names:
         near = did_you_mean(name, names)
-        raise ConfigError(f"there is no preset {name!r}{near}; presets are {', '.join(names)}")
+        raise ConfigError(f"unknown preset {name!r}{near}; presets are {', '.join(names)}")
     return _preset_dir() / f"{name}.yaml"
 
 
 def _preset_dir() -> Path:
-    """Inside an installed wheel the presets lie in the package; in a checkout in configs/presets."""
+    """An installed wheel has the presets inside the package; a checkout has them in configs/presets."""
     package = Path(__file__).resolve().parents[1]
     packaged = package / "_presets"
     return packaged if packaged.is_dir() else package.parent / "configs" / "presets"

@@ -1,4 +1,4 @@
-"""YAML without surprises: no duplicate keys, and YAML 1.2 scalars, so that `no` is text and `1e-3` is a number."""
+"""Strict YAML: no duplicate keys, and YAML 1.2 scalars: `no` is text and `1e-3` is a number."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _MAX_BYTES: Final = 16 * 2**20
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's core scalars; PyYAML's own are 1.1's (`no` is false, `1e-3` is text, `010` is 8)."""
+    """SafeLoader with YAML 1.2's core scalars; PyYAML uses 1.1's (`no` is false, `1e-3` is text, `010` is 8)."""
 
     _depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         mark: Any = event.start_mark
-        if isinstance(event, yaml.AliasEvent):  # a few lines of them make gigabytes
+        if isinstance(event, yaml.AliasEvent):  # a few lines of aliases can expand to gigabytes
             problem = f"aliases (*{event.anchor}) are not allowed: write the value out"
             raise yaml.composer.ComposerError(None, None, problem, mark)
         if self._depth == _MAX_DEPTH:
@@ -50,8 +50,8 @@ class _StrictLoader(yaml.SafeLoader):
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     try:
         return int(node.value)
-    except ValueError as error:  # Python refuses thousands of digits
-        problem = f"a number that is too long: {error}"
+    except ValueError as error:  # Python does not convert thousands of digits
+        problem = f"the number is too long: {error}"
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
 
@@ -69,7 +69,7 @@ _RESOLVERS: list[tuple[str, str, str]] = [
         "-+.0123456789",
     ),
 ]
-_StrictLoader.yaml_implicit_resolvers = {}  # its own, and empty: SafeLoader's are YAML 1.1's
+_StrictLoader.yaml_implicit_resolvers = {}  # replace SafeLoader's, which are YAML 1.1's
 for _tag, _pattern, _first in _RESOLVERS:
     _StrictLoader.add_implicit_resolver(_tag, re.compile(_pattern), ["" if c == "\0" else c for c in _first])
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
@@ -77,10 +77,10 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 
 
 def load_yaml_file(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; {} when the file is empty.
+    """Load the mapping in a YAML file; {} if the file is empty.
 
-    Raises ConfigError, naming file, line and column, when it cannot be read, is not YAML, has a key twice, or is not
-    a mapping.
+    Raises ConfigError with file, line and column if the file cannot be read, is not YAML, repeats a key, or is not a
+    mapping.
     """
     try:
         if not path.is_file() and path.exists():
@@ -88,9 +88,7 @@ def load_yaml_file(path: Path) -> dict[str, Any]:
         with path.open("rb") as stream:
             data = stream.read(_MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:
-            raise ConfigError(
-                f"the configuration file {path} has more than {_MAX_BYTES >> 20} MiB; is it the right one?"
-            )
+            raise ConfigError(f"the configuration file {path} has more than {_MAX_BYTES >> 20} MiB; check the path")
         text = data.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8 text"
@@ -106,15 +104,15 @@ def load_yaml_file(path: Path) -> dict[str, Any]:
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise ConfigError(f"{path} must hold sections with settings (`masks:` and below it `points_per_side: 16`)")
+        raise ConfigError(f"{path} must contain sections of settings (`masks:` and below it `points_per_side: 16`)")
     return loaded
 
 
 def parse_value(text: str) -> Any:
-    """The value in `section.key=value`: a YAML scalar, or a flow list or mapping when it opens with [ or {.
+    """Parse the value in `section.key=value`: a YAML scalar, or a flow list or mapping if it starts with [ or {.
 
-    Anything else is taken as it stands, so paths with `#`, `: ` or `@` need no quoting. Raises ConfigError when a
-    list, a mapping or a quoted string does not close.
+    Anything else is taken literally, so paths with `#`, `: ` or `@` need no quotes. Raises ConfigError if a list, a
+    mapping or a quoted string is not closed.
     """
     text = text.strip()
     if text[:1] in ("[", "{", '"', "'"):
@@ -123,10 +121,10 @@ def parse_value(text: str) -> Any:
         except yaml.composer.ComposerError as error:
             raise ConfigError(f"cannot read the value {text[:60]}: {error.problem}") from None
         except yaml.YAMLError:
-            raise ConfigError(f"cannot read the value {text[:200]}: a bracket or a quote does not close") from None
+            raise ConfigError(f"cannot read the value {text[:200]}: a bracket or quote is not closed") from None
     loader = _StrictLoader("")
     tag = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
     try:
         return loader.construct_object(yaml.ScalarNode(tag, text))
     except yaml.constructor.ConstructorError:
-        raise ConfigError(f"cannot read the value {text[:20]}...: a number that is too long") from None
+        raise ConfigError(f"cannot read the value {text[:20]}...: the number is too long") from None

@@ -1,8 +1,8 @@
-"""How good a model is on images whose regions are known: single clicks, and the masks of the whole image."""
+"""Measure the quality of a model on images with known regions: single clicks, and all masks of an image."""
 
 from __future__ import annotations
 
 from typing import Final
 
 MIN_AREA: Final = 500
-"""Pixels of the smallest region that is clicked on, unless said otherwise. Here, for `--help` loads no torch."""
+"""Default minimum area of a region in pixels. Defined here because `--help` must not import torch."""

@@ -1,4 +1,4 @@
-"""Images that could not be used: counted by reason, with an example of each."""
+"""Images that could not be used: counts by reason, with an example of each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Failures:
     def __init__(self) -> None:
         self.reasons: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
-        """Reason -> what the first such image's error said."""
+        """Reason -> the error message of the first such image."""
 
     def __len__(self) -> int:
         return self.reasons.total()
@@ -29,7 +29,7 @@ class Failures:
 
     @contextmanager
     def out_of_memory(self) -> Iterator[None]:
-        """An image that does not fit into memory is a failed one; every other error is raised."""
+        """Count an image that does not fit into memory as failed; re-raise every other error."""
         try:
             yield
         except (MemoryError, torch.OutOfMemoryError) as error:

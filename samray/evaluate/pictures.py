@@ -1,7 +1,6 @@
-"""Contact sheets: what the figures of `samray evaluate` look like, from the worst to the best.
+"""Contact sheets: examples for the results of `samray evaluate`, from worst to best.
 
-What is shown is drawn at random from all there is, so a sheet is as good or bad as the figures; the same data and
-answers give the same sheet.
+The examples are a random sample, so the sheet is representative; the same data and answers give the same sheet.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from samray.evaluate.regions import Bool, RegionImage, Rle, RleMasks, areas
 from samray.inputs.decode import RGBArray
 
 FORMATS: Final = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
-"""What a sheet may be written as, by the ending of its name."""
+"""File formats of a sheet, by extension."""
 
 _NUM_CLICKS, _NUM_IMAGES = 28, 8
 _CLICK_COLUMNS, _IMAGE_COLUMNS = 7, 2
 _CLICK_SIDE, _PHOTO_SIDE = 190, 300
-_SHOWN_MASKS = 40  # of an image: more hide it
+_SHOWN_MASKS = 40  # per image: more would hide it
 _GAP, _LINE = 6, 18
 _BACKGROUND, _INK = (24, 24, 27), (228, 228, 231)
 _REGION, _MASK = (255, 214, 10), (56, 135, 255)
@@ -39,7 +38,7 @@ Float = npt.NDArray[np.float32]
 
 
 def picture_format(name: str) -> str:
-    """Pillow's name for it. Raises: ConfigError for an ending that is none of FORMATS."""
+    """Pillow's name of the format. Raises: ConfigError for an extension that is not in FORMATS."""
     for ending, kind in FORMATS.items():
         if name.lower().endswith(ending):
             return kind
@@ -47,7 +46,7 @@ def picture_format(name: str) -> str:
 
 
 class Sheet:
-    """So many tiles of all that are offered, each as likely to be kept as any other; laid out by their score."""
+    """A random sample of the tiles that are offered, arranged by their score."""
 
     def __init__(self, title: str, number: int, columns: int) -> None:
         self.title, self.number, self.columns = title, number, columns
@@ -56,18 +55,18 @@ class Sheet:
         self._draw = random.Random(0)
 
     def offer(self, score: float, draw: Callable[[], Image.Image]) -> None:
-        """draw is called only where the tile is kept, for now. All tiles are of one size."""
+        """draw is called only if the tile is kept, at least for now. All tiles have the same size."""
         place = len(self._kept) if self.num_offered < self.number else self._draw.randrange(self.num_offered + 1)
         if place < self.number:
             self._kept[place : place + 1] = [(score, self.num_offered, draw())]
         self.num_offered += 1
 
     def caption(self) -> str:
-        """What stands above the tiles."""
-        return f"{self.title}; {len(self._kept)} drawn at random of {self.num_offered:,}, worst to best"
+        """The text above the tiles."""
+        return f"{self.title}; {len(self._kept)} sampled at random from {self.num_offered:,}, worst to best"
 
     def encode(self, kind: str) -> bytes:
-        """The sheet as PNG or JPEG. Raises ValueError where no tile was offered."""
+        """The sheet as PNG or JPEG. Raises ValueError if no tile was offered."""
         if not self._kept:
             raise ValueError("a sheet needs a tile")
         tiles = [tile for _, _, tile in sorted(self._kept, key=lambda kept: kept[:2])]
@@ -91,18 +90,22 @@ class Sheet:
 
 
 def click_sheet() -> Sheet:
-    """For `offer_clicks`."""
-    return Sheet("single clicks: dot = click, yellow = region, blue = mask scored best", _NUM_CLICKS, _CLICK_COLUMNS)
+    """The sheet for `offer_clicks`."""
+    return Sheet(
+        "single clicks: dot = click, yellow = region, blue = mask with the highest predicted IoU",
+        _NUM_CLICKS,
+        _CLICK_COLUMNS,
+    )
 
 
 def offer_clicks(sheet: Sheet, image: RegionImage, answers: Answers) -> None:
-    """A tile for each click, by the IoU of the mask that the model scores best."""
+    """Offer a tile for each click, scored by the IoU of the mask with the highest predicted IoU."""
     for i, (iou, _) in enumerate(answers.pairs):
         sheet.offer(iou, partial(_click_tile, image.pixels, answers, i))
 
 
 def _click_tile(pixels: RGBArray, answers: Answers, i: int) -> Image.Image:
-    """The part of the image around the region and the mask, both drawn over it."""
+    """The part of the image around region and mask, with both drawn on it."""
     region = answers.regions[i]
     best = int(answers.best[i])
     mask = answers.masks[i, best].cpu().numpy()
@@ -123,7 +126,7 @@ def _click_tile(pixels: RGBArray, answers: Answers, i: int) -> Image.Image:
 
 
 def _window(mask: Bool) -> tuple[slice, slice]:
-    """Rows and columns of a mask's box, with some of what is around it."""
+    """Rows and columns of a mask's box, with some margin."""
     found = ndimage.find_objects(mask.astype(np.uint8))[0]
     margin = max(4, max(side.stop - side.start for side in found) // 6)
     rows, columns = (
@@ -137,16 +140,16 @@ def _window(mask: Bool) -> tuple[slice, slice]:
 
 
 def proposal_sheet() -> Sheet:
-    """For `offer_masks`."""
+    """The sheet for `offer_masks`."""
     shown = f"left: the {_SHOWN_MASKS} masks with the highest predicted IoU"
-    title = f"{shown}; right: one annotator's regions, from red to green by the IoU of the best of all masks"
+    title = f"{shown}; right: one annotator's regions, from red to green by the IoU of the best matching mask"
     return Sheet(title, _NUM_IMAGES, _IMAGE_COLUMNS)
 
 
 def offer_masks(sheet: Sheet, image: RegionImage, masks: list[dict[str, Any]]) -> None:
-    """A tile for each image that has a region, by the mean IoU of its regions' best masks.
+    """Offer a tile for each image with regions, scored by the mean IoU of its regions' best masks.
 
-    image: with the regions that count (`evaluate_proposals`).
+    image: with only the regions that count (`evaluate_proposals`).
     """
     regions = next((regions for regions in image.annotators if regions), [])
     if regions:
@@ -156,12 +159,12 @@ def offer_masks(sheet: Sheet, image: RegionImage, masks: list[dict[str, Any]]) -
 
 
 def _image_tile(pixels: RGBArray, masks: list[Rle], regions: list[Rle], ious: npt.NDArray[np.float64]) -> Image.Image:
-    """masks: the best-scored first. ious: of each region with the mask that fits it best."""
+    """masks: highest predicted IoU first. ious: each region's IoU with its best matching mask."""
     hw = pixels.shape[:2]
     scale = _PHOTO_SIDE / max(hw)
     small_hw = max(1, round(hw[0] * scale)), max(1, round(hw[1] * scale))
     left = _resized(pixels, small_hw)
-    right = 0.4 * left + 0.6 * left.mean(axis=2, keepdims=True)  # so that the tints tell
+    right = 0.4 * left + 0.6 * left.mean(axis=2, keepdims=True)  # to make the tints visible
     hues = random.Random(0)
     for _, mask in _largest_first(masks[:_SHOWN_MASKS], small_hw):
         _fill(left, mask, [255 * part for part in colorsys.hsv_to_rgb(hues.random(), 0.8, 1.0)], 0.3)
@@ -170,13 +173,13 @@ def _image_tile(pixels: RGBArray, masks: list[Rle], regions: list[Rle], ious: np
     tile = Image.new("RGB", (2 * _PHOTO_SIDE + _GAP, _PHOTO_SIDE + _LINE), _BACKGROUND)
     tile.paste(_to_image(left), (0, 0))
     tile.paste(_to_image(right), (_PHOTO_SIDE + _GAP, 0))
-    text = f"{len(masks)} masks, {len(regions)} regions, mean IoU of their best masks {ious.mean():.2f}"
+    text = f"{len(masks)} masks, {len(regions)} regions, mean IoU of the best matches {ious.mean():.2f}"
     _write(tile, (0, small_hw[0] + 2), text)
     return tile
 
 
 def _largest_first(masks: list[Rle], hw: tuple[int, int]) -> Iterator[tuple[int, Bool]]:
-    """Place and pixels of each mask, at the tile's size (h, w); so that the small ones come to lie on top."""
+    """Index and pixels of each mask at the tile's size (h, w), largest first: small ones are drawn on top."""
     for i in np.argsort([-area for area in areas(masks)], kind="stable").tolist():
         yield i, _resized_mask(RleMasks([masks[i]])[:][0], hw)
 
@@ -194,7 +197,7 @@ def _resized_mask(mask: Bool, hw: tuple[int, int]) -> Bool:
 
 
 def _fill(canvas: Float, mask: Bool, colour: Sequence[float], alpha: float) -> None:
-    """Tint the mask's pixels of a canvas (h, w, 3), in place, and draw the two outermost ones in full colour."""
+    """Tint the mask's pixels of a canvas (h, w, 3) in place, with a two-pixel border in full colour."""
     canvas[mask] += alpha * (np.asarray(colour, np.float32) - canvas[mask])
     canvas[mask & ~ndimage.binary_erosion(mask, iterations=2)] = colour
 

@@ -1,7 +1,7 @@
 """Segmentation from a single click (SAM paper, section 7.1): one click at the centre of each region.
 
-The three masks that answer a click are compared with the region at the image's own resolution: the one that the model
-scores best gives `miou`, the best of the three `miou_oracle`, both means over regions.
+The three masks for a click are compared with the region at the image's own resolution. `miou` uses the mask with the
+highest predicted IoU, `miou_oracle` the best of the three; both are means over regions.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from samray.inputs.decode import RGBArray
 from samray.masks.scores import MASK_THRESHOLD, above, areas
 from samray.sam.sam import Sam
 
-# Float masks of one chunk of clicks, at full resolution or at the model's square, whichever is larger.
+# Size limit, in floats, of the masks of one chunk of clicks, at full resolution or in the model's input, whichever is
+# larger.
 _CPU_CHUNK_BYTES = 32 * 2**20
 _GPU_CHUNK_BYTES = 512 * 2**20
 
 
 class Masks(Protocol):
-    """N masks of an image, of which a slice is (n, H, W) bool: an array, or run lengths decoded as they are needed."""
+    """N masks of an image; a slice gives (n, H, W) bool. An array, or run lengths decoded on demand."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, few: slice, /) -> Bool: ...
@@ -38,27 +39,27 @@ class Masks(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What a model answered to n clicks on an image; all in the image's own frame."""
+    """A model's answers to n clicks on an image; everything in the image's own frame."""
 
     regions: Bool
-    """(n, H, W) what was clicked on."""
+    """(n, H, W) the clicked regions."""
     clicks: npt.NDArray[np.int64]
-    """(n, 2) xy of the pixels clicked."""
+    """(n, 2) xy of the clicked pixels."""
     masks: Tensor
     """(n, 3, H, W) bool, on the model's device."""
     iou: npt.NDArray[np.float64]
-    """(n, 3) of each mask with the region."""
+    """(n, 3) IoU of each mask with the region."""
     predicted_iou: npt.NDArray[np.float64]
-    """(n, 3) what the model thinks that it is."""
+    """(n, 3) predicted IoU."""
 
     @property
     def best(self) -> npt.NDArray[np.int64]:
-        """(n,) which of the three the model scores best."""
+        """(n,) index of the mask with the highest predicted IoU."""
         return np.asarray(self.predicted_iou.argmax(axis=1))
 
     @property
     def pairs(self) -> list[tuple[float, float]]:
-        """IoU of the mask that the model scores best, and of the best of the three, of each click."""
+        """For each click the IoU of the mask with the highest predicted IoU, and of the best of the three."""
         scored = self.iou[np.arange(len(self.iou)), self.best]
         return list(zip(scored.tolist(), self.iou.max(axis=1).tolist(), strict=True))
 
@@ -71,12 +72,12 @@ def evaluate_points(
     on_image: Callable[[Failures], None] = lambda failures: None,
     on_answers: Callable[[RegionImage, Answers], None] = lambda image, answers: None,
 ) -> dict[str, Any]:
-    """miou, miou_oracle and num_regions over all regions of at least min_area pixels, of all annotators.
+    """miou, miou_oracle and num_regions over the regions of at least min_area pixels, of all annotators.
 
-    Each annotator's regions count, also where several annotators marked the same object. num_images: those that could
-    be used; num_failed and failures (reason -> number): the others. miou and miou_oracle are NaN without any region.
+    The regions of each annotator count, even if several marked the same object. num_images: images that could be used;
+    num_failed and failures (reason -> number): the others. miou and miou_oracle are NaN without regions.
 
-    on_image is called after each image, on_answers for each chunk of clicks.
+    on_image is called after each image, on_answers after each chunk of clicks.
     """
     failures = Failures()
     num_images = 0
@@ -91,23 +92,23 @@ def evaluate_points(
                 for answers in answer_clicks(model, image.pixels, regions):
                     on_answers(image, answers)
                     own += answers.pairs
-                pairs += own  # of an image that fails half-way no region counts
+                pairs += own  # if an image fails half-way, none of its regions count
                 num_images += 1
         on_image(failures)
     return {**mean_ious(pairs), "num_images": num_images, **failures.figures()}
 
 
 def mean_ious(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """The figures of single clicks from (scored, oracle) of each; NaN where there is none."""
+    """Means of single clicks from pairs (scored, oracle); NaN if there are none."""
     miou, miou_oracle = np.mean(pairs, axis=0) if pairs else (float("nan"), float("nan"))
     return {"miou": float(miou), "miou_oracle": float(miou_oracle), "num_regions": len(pairs)}
 
 
 @torch.inference_mode()
 def answer_clicks(model: Sam, image: RGBArray, regions: Masks) -> Iterator[Answers]:
-    """One click at the centre of each region, by chunks that bound the memory; the image is encoded once.
+    """Click once at the centre of each region, in chunks to bound the memory; the image is encoded once.
 
-    image: (H, W, 3) uint8 RGB. regions: of its size, none empty.
+    image: (H, W, 3) uint8 RGB. regions: of the same size, none empty.
     """
     if len(regions) == 0:
         return
@@ -120,7 +121,7 @@ def answer_clicks(model: Sam, image: RGBArray, regions: Masks) -> Iterator[Answe
         wanted = regions[start : start + size]
         clicks = np.array([centre(region) for region in wanted])
         xy = torch.from_numpy(clicks).to(scale)
-        # The centre of a pixel stays the centre of what it is scaled to; the prompt encoder adds the half pixel back.
+        # The centre of a pixel stays the centre after scaling; the prompt encoder adds the half pixel back.
         points = ((xy + 0.5) * scale - 0.5)[:, None]
         labels = torch.ones(points.shape[:2], dtype=torch.int64, device=model.device)
         decoded = model.decode_points(context, points, labels)
@@ -131,7 +132,7 @@ def answer_clicks(model: Sam, image: RGBArray, regions: Masks) -> Iterator[Answe
 
 
 def _chunk(model: Sam, original_hw: tuple[int, int]) -> int:
-    """How many clicks are answered together."""
+    """Number of clicks per chunk."""
     chunk_bytes = _CPU_CHUNK_BYTES if model.device.type == "cpu" else _GPU_CHUNK_BYTES
     mask_bytes = 4 * max(model.image_size**2, original_hw[0] * original_hw[1])
     return max(1, chunk_bytes // (3 * mask_bytes))
@@ -144,9 +145,9 @@ def _iou(masks: Tensor, targets: Tensor) -> Tensor:
 
 
 def centre(mask: Bool, max_side: int | None = None) -> tuple[int, int]:
-    """(x, y) of the pixel of `mask` (H, W) that is farthest from its outside; the picture's edge is outside.
+    """(x, y) of the pixel of `mask` (H, W) farthest from its boundary; the image border counts as boundary.
 
-    max_side: thin the mask's box to about this side first, for speed; the answer still lies in the mask.
+    max_side: first subsample the mask's box to about this side, for speed; the result is still inside the mask.
     Raises ValueError for an empty mask.
     """
     rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))

@@ -1,11 +1,11 @@
 """Masks of whole images as object proposals: average recall (AR), class-agnostic, by pycocotools' COCOeval.
 
-AR@k is the share of the known regions that the k best-scored masks of their image cover, averaged over the IoU
-thresholds 0.50, 0.55, ... 0.95; a mask covers at most one region. Masks are ranked by predicted_iou.
+AR@k is the fraction of the known regions that the top k masks of their image cover, averaged over the IoU thresholds
+0.50, 0.55, ... 0.95; a mask covers at most one region. Masks are ranked by predicted_iou.
 
-An image that several annotators marked counts once for each of them, with the same masks: every annotator's regions are
-wanted, but an object that five of them outlined does not want five masks. (In one pot, of five outlines of an object
-found exactly, four would count as missed.)
+An image that several annotators marked counts once per annotator, with the same masks: the regions of every annotator
+must be covered, but an object that five of them outlined does not need five masks. (If all regions were pooled, four of
+five outlines of an object found exactly would count as missed.)
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from samray.evaluate.regions import RegionImage, Rle, areas, large_enough
 from samray.inputs.decode import RGBArray
 
 MAX_MASKS: Final = (10, 100, 1000)
-"""Of an image, the best-scored ones."""
-_CATEGORY: Final = 1  # of all there is: COCOeval is told not to look at it
+"""Maximum number of masks per image, highest predicted IoU first."""
+_CATEGORY: Final = 1  # the same for all, because the evaluation is class-agnostic
 
 
 class MaskSource(Protocol):
-    """What is needed of samray.MaskGenerator."""
+    """The part of samray.MaskGenerator that is needed here."""
 
     def generate(self, images: list[RGBArray]) -> list[list[dict[str, Any]]]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Marked:
-    """What one annotator marked on an image, and the masks found on it."""
+    """One annotator's regions on an image, and the masks generated for it."""
 
     regions: list[Rle]
     masks: list[Rle]
@@ -57,8 +57,8 @@ def evaluate_proposals(
 ) -> dict[str, Any]:
     """`average_recall` over the regions of at least min_area pixels, num_masks, num_images, num_failed, failures.
 
-    num_images: those that could be used; failures: reason -> number of the others. on_image is called after each image,
-    on_masks with each that could be used, of its regions those that count, and its records (`MaskGenerator.generate`).
+    num_images: images that could be used; failures: reason -> number of the others. on_image is called after each
+    image, on_masks for each usable one, with only its regions that count, and its records (`MaskGenerator.generate`).
     """
     failures = Failures()
     marked: list[Marked] = []
@@ -83,10 +83,10 @@ def evaluate_proposals(
 def average_recall(marked: Sequence[Marked]) -> dict[str, Any]:
     """ar_10, ar_100, ar_1000 and num_regions; ar_1000_small, _medium and _large over regions of COCO's sizes.
 
-    The sizes: up to 32 x 32 pixels, from there to 96 x 96, from there on. NaN over no region. Masks that
-    score the same are ranked in their order.
+    Sizes: small up to 32 x 32 pixels, medium up to 96 x 96, large above. NaN without regions. Masks with
+    equal scores are ranked in their order.
     """
-    wanted = [one for one in marked if one.regions]  # without a region there is nothing to be recalled
+    wanted = [one for one in marked if one.regions]  # images without regions do not affect recall
     num_regions = sum(len(one.regions) for one in wanted)
     truth = _coco([one.regions for one in wanted], wanted)
     found = _coco([one.masks for one in wanted], wanted)
@@ -95,7 +95,7 @@ def average_recall(marked: Sequence[Marked]) -> dict[str, Any]:
     ):
         annotation["score"] = score
     recall = _recall(truth, found) if wanted else np.full((1, 4, len(MAX_MASKS)), -1.0)
-    mean = np.where(recall[0] < 0, np.nan, recall.mean(axis=0))  # (sizes, numbers of masks); -1 over no region
+    mean = np.where(recall[0] < 0, np.nan, recall.mean(axis=0))  # (sizes, numbers of masks); -1 without regions
     return {
         **{f"ar_{number}": float(mean[0, i]) for i, number in enumerate(MAX_MASKS)},
         **{f"ar_{MAX_MASKS[-1]}_{size}": float(mean[i, -1]) for i, size in enumerate(("small", "medium", "large"), 1)},
@@ -104,8 +104,8 @@ def average_recall(marked: Sequence[Marked]) -> dict[str, Any]:
 
 
 def _recall(truth: COCO, found: COCO) -> npt.NDArray[np.float64]:
-    """(IoU thresholds, sizes: all, small, medium, large; numbers of masks), -1 where no region is."""
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
+    """(IoU thresholds, sizes: all, small, medium, large; numbers of masks), -1 without regions."""
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         evaluation = COCOeval(truth, found, "segm")
         evaluation.params.useCats = 0
         evaluation.params.maxDets = list(MAX_MASKS)
@@ -116,7 +116,7 @@ def _recall(truth: COCO, found: COCO) -> npt.NDArray[np.float64]:
 
 
 def _coco(masks: Sequence[list[Rle]], marked: Sequence[Marked]) -> COCO:
-    """The masks of each image as COCO's index. Its ids begin at 1, because COCOeval takes an id of 0 for "no match"."""
+    """The masks of each image as a COCO index. Its ids start at 1, because COCOeval reads id 0 as "no match"."""
     annotations: list[dict[str, Any]] = []
     for image_id, rles in enumerate(masks, 1):
         for rle, area in zip(rles, areas(rles), strict=True):
@@ -135,7 +135,7 @@ def _coco(masks: Sequence[list[Rle]], marked: Sequence[Marked]) -> COCO:
 
 
 def best_ious(truth: Sequence[Rle], found: Sequence[Rle]) -> npt.NDArray[np.float64]:
-    """For each known mask the IoU of the found mask that fits it best. Returns (N,), 0 where none."""
+    """For each known mask the IoU of the best matching found mask. Returns (N,), 0 if there is none."""
     if not truth or not found:
         return np.zeros(len(truth))
     iou = coco_mask.iou(list(found), list(truth), [0] * len(truth))

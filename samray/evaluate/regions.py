@@ -1,10 +1,10 @@
-"""What `samray evaluate` measures on: images, and the regions that people (or a model) marked on them.
+"""Data for `samray evaluate`: images, and the regions that people (or a model) marked on them.
 
-Two layouts of Parquet, told apart by their columns:
+Two Parquet layouts, distinguished by their columns:
 
 - SA-1B's, as samray writes it: an OUTPUT, or any file, folder, prefix or glob of such Parquet. Images are read from
-  where `uri` says; relative ones start at the folder of the Parquet file.
-- BSDS500's, one row an image: `jpeg` (the encoded image), `width`, `height`, and `annotators`, a list of structs whose
+  their `uri`; relative ones start at the folder of the Parquet file.
+- BSDS500's, one row per image: `jpeg` (the encoded image), `width`, `height`, and `annotators`, a list of structs whose
   `regions` are COCO's compressed run lengths of size [height, width]. The regions of one annotator are disjoint.
 """
 
@@ -29,13 +29,13 @@ from samray.inputs.listing import fetch_images
 from samray.inputs.rows import INPUT_SCHEMA
 from samray.output.mask_dataset import input_config_of
 from samray.output.plan import RUN, Plan, load_plan
-from samray.output.shards import FOLDER, damage_is_told, shard_number
+from samray.output.shards import FOLDER, reraise_damaged, shard_number
 from samray.rle.runs import runs_of_image
 from samray.storage.tables import open_parquet
 
 Bool = npt.NDArray[np.bool_]
 Rle = dict[str, Any]
-"""COCO's: {"size": [H, W], "counts": compressed run lengths as text}."""
+"""COCO RLE: {"size": [H, W], "counts": compressed run lengths as text}."""
 
 _ROWS_AT_ONCE: Final = 4
 
@@ -63,7 +63,7 @@ _WANTED: Final[dict[str, dict[str, Callable[[pa.DataType], bool]]]] = {
         "annotators.regions": _is_text,
     },
 }
-"""Layout -> the fields it is known by, lists looked through, and of which type they are."""
+"""Layout -> its characteristic fields, inside lists, too, and their types."""
 
 _TEXT_IF_THERE: Final = ("status", "error")
 
@@ -71,7 +71,7 @@ _COLUMNS: Final = {
     "sa1b": ["image", "annotations", "uri", "status", "error"],
     "bsds500": ["image_id", "file_name", "width", "height", "jpeg", "annotators"],
 }
-"""What is read of them, where it is there."""
+"""Columns to read, if present."""
 
 _WHAT_DATA_IS: Final = "give an OUTPUT of samray, or Parquet with regions: a file, folder, prefix or glob"
 
@@ -85,16 +85,16 @@ class RegionImage:
     pixels: RGBArray
     """(H, W, 3) uint8 RGB, upright."""
     annotators: list[list[Rle]]
-    """The regions that each annotator marked, of the image's size; one list where nothing tells annotators apart."""
+    """The regions of each annotator, in the image's size; one list if annotators are not distinguished."""
 
     @property
     def regions(self) -> list[Rle]:
-        """Of all annotators."""
+        """The regions of all annotators."""
         return [region for regions in self.annotators for region in regions]
 
 
 class RleMasks:
-    """Masks as run lengths; a slice of them gives pixels, (n, H, W) bool."""
+    """Masks as run lengths; a slice decodes to (n, H, W) bool."""
 
     def __init__(self, rles: list[Rle]) -> None:
         self.rles = rles
@@ -108,13 +108,13 @@ class RleMasks:
 
 
 def large_enough(regions: list[Rle], min_area: int) -> list[Rle]:
-    """Those of at least `min_area` pixels, and of at least one."""
+    """The regions of at least `min_area` pixels, and of at least one."""
     return [region for region, area in zip(regions, areas(regions), strict=True) if area >= max(min_area, 1)]
 
 
 def areas(masks: list[Rle]) -> list[int]:
-    """Pixels of each."""
-    # One by one: given more than 255, pycocotools 2.0.11 writes their number into a uint8, which numpy 2 refuses.
+    """The number of pixels of each mask."""
+    # One by one: for more than 255, pycocotools 2.0.11 writes their number into a uint8, which numpy 2 refuses.
     return [int(coco_mask.area(mask)) for mask in masks]
 
 
@@ -125,21 +125,21 @@ class _File:
     num_rows: int
     shard: int | None
     plan: Plan | None
-    """Of the OUTPUT whose shard it is: it knows in which tar or Parquet file the images lie."""
+    """The plan of the OUTPUT that the shard belongs to; has the location of images in tars and Parquet files."""
 
 
 class RegionData:
-    """The images of DATA, in its order: iterate it, any number of times.
+    """The images of DATA, in order; can be iterated any number of times.
 
-    Gives a RegionImage, or the ImageError that says why an image cannot be used: a row with status `failed`, an image
-    that cannot be read, or regions that do not fit it.
+    Yields a RegionImage, or an ImageError if the image cannot be used: a row with status `failed`, an unreadable image,
+    or regions that do not fit the image.
 
-    Raises: ConfigError where DATA is not there or is in none of the layouts; StorageError, also while iterating, where
+    Raises: ConfigError if DATA does not exist or has none of the layouts; StorageError, also while iterating, if
     storage fails as a whole.
     """
 
     def __init__(self, data: str, limit: int | None = None) -> None:
-        """limit: the first so many images of DATA."""
+        """limit: use only the first N images of DATA."""
         self.uri = storage.normalize(data)
         self.where = storage.redact(self.uri)
         self._files: list[_File] = []
@@ -157,18 +157,18 @@ class RegionData:
         if limit is not None:
             self.num_images = min(self.num_images, limit)
         if self.num_images == 0:
-            raise ConfigError(f"DATA {self.where} holds no image: its Parquet has no rows")
+            raise ConfigError(f"DATA {self.where} has no images: its Parquet has no rows")
 
     @property
     def layout(self) -> str:
-        """sa1b or bsds500; the first file's."""
+        """sa1b or bsds500, from the first file."""
         return self._files[0].layout
 
     def __len__(self) -> int:
         return self.num_images
 
     def __iter__(self) -> Iterator[RegionImage | ImageError]:
-        """The next image is read and decoded in a thread while the caller works on this one."""
+        """Reads and decodes the next image in a thread while the caller works on this one."""
         images = self._images()
         with ThreadPoolExecutor(1) as beside:
             coming = beside.submit(next, images, None)
@@ -188,9 +188,9 @@ class RegionData:
             uris = []
         found = [uri for uri in uris if uri.lower().endswith(".parquet") and "/_samray/" not in uri]
         if not found and is_output:
-            raise ConfigError(f"DATA {self.where} holds no labelled image yet; run `samray label` to its end first")
+            raise ConfigError(f"DATA {self.where} has no labelled images yet; finish `samray label` first")
         if not found:
-            raise ConfigError(f"DATA {self.where} holds no .parquet file, among {len(uris)}; {_WHAT_DATA_IS}")
+            raise ConfigError(f"DATA {self.where} has no .parquet file among its {len(uris)} files; {_WHAT_DATA_IS}")
         return found
 
     def _images(self) -> Iterator[RegionImage | ImageError]:
@@ -217,7 +217,7 @@ class RegionData:
         return _checked(name, hw, row["jpeg"] or b"", annotators, InputConfig())
 
     def _sa1b_image(self, row: dict[str, Any], file: _File, place: pa.Table | None) -> RegionImage:
-        """place: the image's row in the plan, where there is one."""
+        """place: the image's row in the plan, if there is one."""
         if row.get("status") == "failed":
             reason, _, message = (row.get("error") or "").partition(": ")
             message = storage.redact(message) or "failed in DATA"
@@ -241,7 +241,7 @@ def _is_output(folder: str) -> bool:
 def _checked(
     name: str, hw: tuple[Any, Any], data: bytes, annotators: list[list[Any]], config: InputConfig
 ) -> RegionImage:
-    """Raises: ImageError where the image cannot be decoded or the regions are none of such an image."""
+    """Raises: ImageError if the image cannot be decoded or the regions do not fit it."""
     name = storage.redact(name)
     if _holds_null([hw, annotators]):
         raise ImageError("unreadable", f"the row of {name} lacks its size or part of a region")
@@ -251,11 +251,11 @@ def _checked(
         raise ImageError("unreadable", f"{name} is {is_now} pixels, but its regions are for {hw[1]}x{hw[0]}")
     regions = [region for regions in annotators for region in regions]
     if any(region["size"] != list(hw) for region in regions):
-        raise ImageError("unreadable", f"{name} holds a region that is not {hw[1]}x{hw[0]} pixels, as the image is")
-    try:  # pycocotools may write past its memory for run lengths of another sum
+        raise ImageError("unreadable", f"{name} has a region that is not {hw[1]}x{hw[0]} pixels like the image")
+    try:  # pycocotools may write outside its memory for run lengths with a wrong sum
         runs_of_image(0, [region["counts"] for region in regions], hw)
     except StorageError as error:
-        raise ImageError("unreadable", f"{name} holds a region that cannot be decoded: {error}") from error
+        raise ImageError("unreadable", f"{name} has a region that cannot be decoded: {error}") from error
     return RegionImage(name, pixels, annotators)
 
 
@@ -268,29 +268,29 @@ def _holds_null(value: Any) -> bool:
 
 
 def _open_file(uri: str, shard: int | None, plan: Plan | None) -> _File:
-    """Raises: ConfigError where it is no Parquet file of a known layout."""
+    """Raises: ConfigError if it is not a Parquet file with a known layout."""
     where = storage.redact(uri)
     try:
         with storage.open_read(uri) as stream:
             file = open_parquet(stream)
             schema, num_rows = file.schema_arrow, file.metadata.num_rows
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ConfigError(f"DATA {where} is no Parquet file that can be read: {error}") from error
+        raise ConfigError(f"DATA {where} cannot be read as Parquet: {error}") from error
     leaves = dict(leaf for field in schema for leaf in _leaves(field.name, field.type))
     for layout, wanted in _WANTED.items():
         if all(name in leaves and is_right(leaves[name]) for name, is_right in wanted.items()) and all(
             name not in leaves or _is_text(leaves[name]) for name in _TEXT_IF_THERE
         ):
             if plan and (shard is None or shard >= plan.num_shards or plan.num_images_of(shard) != num_rows):
-                plan = None  # no longer what was planned: its URIs must do
+                plan = None  # not as planned any more: use its URIs
             return _File(uri, layout, num_rows, shard, plan)
     layouts = " or ".join(f"{', '.join(wanted)} ({layout})" for layout, wanted in _WANTED.items())
-    raise ConfigError(f"DATA {where} holds no regions that samray knows: wanted are {layouts}; found are "
+    raise ConfigError(f"DATA {where} has no regions in a known layout: expected {layouts}; found "
                       f"{', '.join(f'{name} {kind}' for name, kind in leaves.items())}")  # fmt: skip
 
 
 def _leaves(name: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
-    """Dotted names of the fields that hold values; elements of lists have none, since each writer gives its own."""
+    """Dotted names of the leaf fields; list elements have no name, because writers differ."""
     while pa.types.is_list(kind) or pa.types.is_large_list(kind):
         kind = kind.value_type
     if pa.types.is_struct(kind):
@@ -301,14 +301,14 @@ def _leaves(name: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
 
 
 def _rows(file: _File) -> Iterator[dict[str, Any]]:
-    """The rows of a file, read as they are asked for. Raises: StorageError."""
+    """The rows of a file, read on demand. Raises: StorageError."""
     with storage.open_read(file.uri) as stream:
-        with damage_is_told(file.uri):
+        with reraise_damaged(file.uri):
             parquet = open_parquet(stream)
             columns = [name for name in _COLUMNS[file.layout] if name in parquet.schema_arrow.names]
             batches = parquet.iter_batches(_ROWS_AT_ONCE, columns=columns, use_threads=False)
         while True:
-            with damage_is_told(file.uri):
+            with reraise_damaged(file.uri):
                 batch = next(batches, None)
             if batch is None:
                 return

@@ -1,4 +1,4 @@
-"""Single clicks on synthetic scenes, by kind of target: the measure of the trainer, of its models, and of the demo."""
+"""Single clicks on synthetic scenes, by kind of target: used by training, model comparisons and the demo."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from samray.scenes.scene import Scene, make_scene
 def heldout_scenes(
     num_scenes: int, size: int = 256, source: Source | None = None, *, first_seed: int = 0, split: Split = "heldout"
 ) -> Iterator[Scene]:
-    """The fixed scenes that models are compared on: seeds from `first_seed` on, objects that training never shows."""
+    """The fixed scenes for comparing models: seeds from `first_seed`, objects that training never shows."""
     for seed in range(first_seed, first_seed + num_scenes):
         yield make_scene(seed, size, source, split)
 
@@ -22,8 +22,8 @@ def heldout_scenes(
 def evaluate_clicks(model: Sam, scenes: Iterable[Scene]) -> dict[str, Any]:
     """Mean IoU of one centre click per target, at the scenes' own resolution.
 
-    Returns miou, miou_oracle and num_regions as `mean_ious` has them, over the whole objects, and by_kind with the same
-    three figures for each kind. NaN where there is no target.
+    Returns miou, miou_oracle and num_regions as `mean_ious` does, over the whole objects, and by_kind with the same
+    three values for each kind. NaN without targets.
     """
     found: dict[str, list[tuple[float, float]]] = {"object": []}
     for scene in scenes:

@@ -1,7 +1,7 @@
-"""Rows that are exported are sound: an OUTPUT may be damaged, or come from somebody else.
+"""Check rows before export: an OUTPUT may be damaged, or come from an untrusted source.
 
-Other tools trust what they read: pycocotools writes outside of its memory for run lengths that do not fit their size.
-So nothing is passed on that samray would not decode itself.
+Other tools trust their input: pycocotools writes outside its memory if run lengths do not fit the size. Only rows that
+samray itself would decode are exported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from samray.rle.runs import all_sound, check_size, checked_runs
 
 
 def check_rows(table: pa.Table) -> None:
-    """table: of `SCHEMA`, none of its images failed. Raises: StorageError that names the first image at fault."""
+    """table: of `SCHEMA`, without failed images. Raises: StorageError that names the first bad image."""
     images = table["image"].combine_chunks()
     annotations = table["annotations"].combine_chunks()
     sizes = []
@@ -46,7 +46,7 @@ def check_rows(table: pa.Table) -> None:
     for place, (index, size, text) in enumerate(zip(image_of.tolist(), sides.tolist(), counts, strict=True)):
         try:
             if tuple(size) != sizes[index]:
-                raise ValueError(f"a mask of size {size}, where the image is {list(sizes[index])} high and wide")
+                raise ValueError(f"a mask of size {size}, not {list(sizes[index])} like the image (height, width)")
             checked_runs(text.as_py(), sizes[index])
         except ValueError as error:
             raise _fault(
@@ -56,11 +56,11 @@ def check_rows(table: pa.Table) -> None:
 
 def _fault(image: dict[str, object] | None, what: str) -> StorageError:
     which = "an image" if image is None else f"image {image['image_id']}"
-    return StorageError(f"{which} has {what}: it cannot be exported; `samray verify --deep` finds all such faults")
+    return StorageError(f"{which} has {what}: it cannot be exported; `samray verify --deep` finds all such problems")
 
 
 def _holds_null(values: pa.Array) -> np.ndarray:
-    """(N,) bool: which structs are null, or have a field that is."""
+    """(N,) bool: whether each struct is null, or has a field that is."""
     found = np.asarray(values.is_null().to_numpy(zero_copy_only=False), bool)
     if pa.types.is_struct(values.type):
         for number in range(values.type.num_fields):
@@ -69,7 +69,7 @@ def _holds_null(values: pa.Array) -> np.ndarray:
 
 
 def _not_of_length(lists: pa.Array, length: int) -> np.ndarray:
-    """(N,) bool: which lists have another length or an element that is null."""
+    """(N,) bool: whether each list has another length or a null element."""
     lengths = pc.fill_null(pc.list_value_length(lists), -1).to_numpy(zero_copy_only=False)
     unsound = np.asarray(lengths != length, bool)
     values = pc.is_null(lists.flatten()).to_numpy(zero_copy_only=False)
@@ -79,7 +79,7 @@ def _not_of_length(lists: pa.Array, length: int) -> np.ndarray:
 
 
 def _unsound_points(lists: pa.Array) -> np.ndarray:
-    """(N,) bool: which lists of points hold one that is not two numbers."""
+    """(N,) bool: whether each list of points has a point that is not two numbers."""
     unsound = np.zeros(len(lists), bool)
     unsound[pc.list_parent_indices(lists).to_numpy()[_not_of_length(lists.flatten(), 2)]] = True
     return unsound

@@ -1,19 +1,19 @@
-"""COCO instances: one JSON file, or one for every --images-per-file images.
+"""COCO instances: one JSON file, or one per --images-per-file images.
 
-The one category is "object", with the id 1. An annotation's id is OUTPUT's plus 1, for COCOeval takes an id of 0 for no
-match. Masks are compressed run lengths as they lie, or polygons that cover exactly the same pixels, one a component and
-holes joined to it by bridges of no width. Scores, points and crop boxes are kept under their own names, which COCO's
-readers skip.
+The only category is "object", with id 1. An annotation's id is OUTPUT's plus 1, because COCOeval reads id 0 as no
+match. Masks are the stored compressed run lengths, or polygons that cover exactly the same pixels: one per component,
+with holes connected to it by bridges of zero width. Scores, points and crop boxes keep their own names, which COCO's
+readers ignore.
 
-With --confident or --stable the file is for a person, who mends what it holds and adds what it lacks. Then it has only
-the masks that are sure enough, and `review` says what is left to do. CVAT loads it as "COCO 1.0", which is read by
-datumaro: it wants an integer iscrowd and a category_id other than 0, takes compressed run lengths and plain ones,
-finds images by file_name, and gives ids anew. All of that holds for any export; only an attribute
-that the label declares comes back, so OUTPUT's id is in one, `samray_id` (`samray import --corrects`).
+With --confident or --stable the file is for an annotator, who corrects the masks and adds missing ones. It then has
+only masks above these thresholds, and `review` lists what is left to do. CVAT loads the file as "COCO 1.0" with
+datumaro, which needs an integer iscrowd and a category_id other than 0, accepts compressed and plain run lengths, finds
+images by file_name, and assigns new ids. All exports meet this. CVAT keeps only attributes that the label declares, so
+OUTPUT's id is stored in one, `samray_id` (see `samray import --corrects`).
 Source: cvat/apps/dataset_manager/formats/coco.py and bindings.py (`import_dm_annotations`), datumaro's coco base.
 
-A piece makes two fragments, of images and of annotations, because a COCO file holds all of the one before all of the
-other; `chunks` streams them into one file.
+A piece makes two fragments, images and annotations, because a COCO file has all images before all annotations;
+`chunks` streams them into one file.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class CocoOptions(ExportOptions):
 
 
 def write(job: Job[CocoOptions], piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
-    """The piece's images and annotations, as the insides of two JSON lists."""
+    """Write the piece's images and annotations, as the contents of two JSON lists."""
     images: list[str] = []
     annotations: list[str] = []
     left_to_do: list[str] = []
@@ -108,13 +108,13 @@ def _annotations(image: LabelledImage, options: CocoOptions) -> Iterator[dict[st
 
 
 def assembled(job: Job[CocoOptions], file: int) -> list[str]:
-    """The COCO file that a piece goes into, and the list of what is left for a person to do there."""
+    """The COCO file that a piece belongs to, and the list of images left to review in it."""
     number = f"-{file:06d}" if job.options.images_per_file else ""
     return [f"instances{number}.json", *[f"review{number}.csv"] * job.options.for_review]
 
 
 def chunks(job: Job[CocoOptions], name: str, pieces: list[Piece]) -> Iterator[bytes]:
-    """A COCO file, streamed from its pieces' fragments; or the list, which is sorted."""
+    """A COCO file, streamed from its pieces' fragments; or the review list, which is sorted."""
     if name.startswith("review"):
         yield from review.chunks(read_fragments(job, pieces, "review", b"\n"))
         return

@@ -1,4 +1,4 @@
-"""`samray.export`: an output in another tool's format."""
+"""`samray.export`: write an output in the format of another tool."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from samray.progress import ProgressView
 
 @dataclass
 class ExportReport:
-    """What `samray.export` did."""
+    """Result of `samray.export`."""
 
     dest: str
     format: str
     num_images: int = 0
-    """In DEST; failed ones are left out."""
+    """Images in DEST, without failed ones."""
     num_masks: int = 0
     num_left_out: int = 0
-    """Masks of those images that are not confident or stable enough."""
+    """Masks of those images below the thresholds of confident and stable."""
     num_failed: int = 0
     """Failed images of OUTPUT, left out."""
     num_unreadable: int = 0
-    """Images that were to be copied, and could not be read any more."""
+    """Images that could not be copied because they cannot be read any more."""
     num_pieces: int = 0
     num_pieces_skipped: int = 0
-    """Found done."""
+    """Pieces that an earlier call had finished."""
     files: list[str] = field(default_factory=list)
-    """Names below DEST of the files that hold many images; those of single images are too many to list."""
+    """Names, relative to DEST, of the files with many images; those of single images are too many to list."""
     wall_s: float = 0.0
 
     def add(self, done: Done) -> None:
-        """Count a finished piece."""
+        """Add the counts of a finished piece."""
         self.num_images += done.num_images
         self.num_masks += done.num_masks
         self.num_left_out += done.num_left_out
@@ -87,7 +87,7 @@ def export(
             report.add(done)
             num_done += images_of[done.piece]
             view.update(num_done=num_done, num_failed=report.num_failed)
-        view.update(note="putting files together")
+        view.update(note="assembling files")
         report.files = assemble(job, pieces)
     mark_finished(job, num_images=report.num_images, num_masks=report.num_masks, num_failed=report.num_failed)
     report.wall_s = time.monotonic() - started

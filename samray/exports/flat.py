@@ -1,6 +1,6 @@
-"""A flat table: Parquet with one row a mask, for SQL.
+"""Flat table: Parquet with one row per mask, for SQL.
 
-With --partitions N it lies in N Hive folders, `image_bucket=K` with K = image_id mod N.
+With --partitions N the files are in N Hive folders, `image_bucket=K` with K = image_id mod N.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class FlatOptions(ExportOptions):
 
 
 def write(job: Job[FlatOptions], piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
-    """The piece's masks: one Parquet file, or one in each folder that has any."""
+    """Write the piece's masks: one Parquet file, or one in each folder that has any."""
     buckets = job.options.partitions
     writers: dict[int, tuple[pa.BufferOutputStream, pq.ParquetWriter]] = {}
     waiting: list[pa.Table] = []
@@ -87,7 +87,7 @@ def _by_bucket(rows: pa.Table, buckets: int) -> Iterator[tuple[int, pa.Table]]:
 
 
 def flat_rows(table: pa.Table) -> pa.Table:
-    """The masks of a table of `SCHEMA`, none of it failed, as rows of `FLAT`. Of several points the first is taken."""
+    """The masks of a table of `SCHEMA` without failed images, as rows of `FLAT`. Of several points, takes the first."""
     annotations = table["annotations"].combine_chunks()
     masks = annotations.flatten()
     image = table["image"].combine_chunks()

@@ -1,4 +1,4 @@
-"""The rows of an output as exports want them: streamed, and column by column rather than as nested Python objects."""
+"""The rows of an output for exports: streamed, and by column instead of as nested Python objects."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from samray.storage.tables import open_parquet
 
 ROWS_AT_ONCE: Final = 64
 _SMALL_SHARD_ROWS: Final = 512
-"""A remote shard of no more rows is fetched by one request, of a larger one only what is needed."""
+"""A remote shard of up to this many rows is fetched with one request; of a larger one only the needed parts."""
 
 
 class Rows(NamedTuple):
-    """Rows start to stop (exclusive) of a shard that has num_rows."""
+    """Rows start to stop (exclusive) of a shard with num_rows rows."""
 
     shard: int
     start: int
@@ -32,7 +32,7 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LabelledImage:
-    """An image and its masks; the lists have one item a mask, as the columns of `ANNOTATION` hold them."""
+    """An image and its masks. The lists have one item per mask, like the columns of `ANNOTATION`."""
 
     image_id: int
     width: int
@@ -49,16 +49,16 @@ class LabelledImage:
     crop_box: list[list[float]]
 
     def of_masks(self, places: Sequence[int]) -> LabelledImage:
-        """The image with those of its masks only, in that order."""
+        """The image with only these masks, in this order."""
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
         lists: dict[str, Any] = {name: [v[i] for i in places] for name, v in values if isinstance(v, list)}
         return replace(self, **lists)
 
 
 def read_rows(output: str, parts: Sequence[Rows]) -> Iterator[pa.Table]:
-    """The rows in order, at most `ROWS_AT_ONCE` at a time. Only the row groups that hold them are read.
+    """Read the rows in order, at most `ROWS_AT_ONCE` at a time. Reads only the row groups that contain them.
 
-    Raises: NotFoundError where a shard is not there, StorageError where it cannot be read or has other rows.
+    Raises: NotFoundError if a shard does not exist, StorageError if it cannot be read or has other rows.
     """
     for part in parts:
         uri = shard_uri(output, part.shard)
@@ -76,7 +76,9 @@ def read_rows(output: str, parts: Sequence[Rows]) -> Iterator[pa.Table]:
                 raise
             raise StorageError(f"shard {storage.redact(uri)} is damaged: {error}; delete it and run again") from error
         if num_left:
-            raise StorageError(f"shard {storage.redact(uri)} has fewer rows than planned; `samray verify` says more")
+            raise StorageError(
+                f"shard {storage.redact(uri)} has fewer rows than planned; `samray verify` shows details"
+            )
 
 
 def _slices(file: pq.ParquetFile, part: Rows) -> Iterator[pa.Table]:
@@ -93,7 +95,7 @@ def _slices(file: pq.ParquetFile, part: Rows) -> Iterator[pa.Table]:
 
 
 def images_of(table: pa.Table) -> Iterator[LabelledImage]:
-    """The rows of a table of `SCHEMA`, none of them failed."""
+    """The rows of a table of `SCHEMA` without failed images."""
     images = table["image"].to_pylist()
     uris = table["uri"].to_pylist()
     annotations = table["annotations"].combine_chunks()

@@ -1,10 +1,10 @@
-"""An export as a job that may be ended at any moment and goes on where it stopped.
+"""An export as a job that can be stopped at any time and resumed.
 
-The images are cut into pieces. A piece's files are written, each whole or not at all, and then its mark, which names
-them: a piece whose mark and files are there is done, and everything else is done (again). Formats with large files of
-many images write fragments below DEST/_export, which are put together, streaming, once all of a file's pieces are done.
+The images are split into pieces. A task writes a piece's files, each all or nothing, and then a mark that names them. A
+piece is done if its mark and files exist; everything else is done again. Formats with large files of many images write
+fragments below DEST/_export, which are streamed into one file once all of its pieces are done.
 
-DEST/_export/export.json says what is exported and how: another export into the same DEST is refused.
+DEST/_export/export.json records what is exported and how: a different export into the same DEST is refused.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from samray.output.shards import shard_number, shard_versions
 from samray.storage.strict_json import parse_json
 
 MAX_LISTED: Final = 1_000_000
-"""Of an export of more images the marks are believed: DEST is not listed to see whether each file is still there,
-only the fragments and what is put together of them."""
+"""Exports of more images trust the marks: DEST is not listed to check that each file still exists, only the fragments
+and assembled files."""
 
 _PUT_THREADS: Final = 16
 
@@ -46,9 +46,9 @@ _PUT_THREADS: Final = 16
 def open_job(
     plan: Plan, dest: str, name: str, options: ExportOptions, *, partial: bool
 ) -> tuple[Job[Any], list[Piece]]:
-    """The job and its pieces, all of them. Writes DEST/_export/export.json unless it is there.
+    """Make the job and all of its pieces. Writes DEST/_export/export.json unless it exists.
 
-    Raises: ConfigError where OUTPUT is not finished (and partial is not asked for) or DEST holds something else,
+    Raises: ConfigError if OUTPUT is not finished (without partial) or DEST has something else,
     StorageError.
     """
     dest = storage.normalize(dest)
@@ -59,16 +59,16 @@ def open_job(
     if missing and not partial:
         raise ConfigError(
             f"{missing} of {plan.num_shards} shards of {storage.redact(plan.output)} are missing: finish the run, "
-            "or export what is there with --partial"
+            "or export the finished shards with --partial"
         )
     stale = set() if partial else stale_shards(plan, sizes)
     if stale:
         raise ConfigError(
-            f"{len(stale)} of {plan.num_shards} shards of {storage.redact(plan.output)} wait to be labelled again: "
-            "finish the run, or export what is there with --partial"
+            f"{len(stale)} of {plan.num_shards} shards of {storage.redact(plan.output)} must be labelled again: "
+            "finish the run, or export the finished shards with --partial"
         )
     if not sizes:
-        raise ConfigError(f"{storage.redact(plan.output)} holds no finished shard yet: there is nothing to export")
+        raise ConfigError(f"{storage.redact(plan.output)} has no finished shards yet: there is nothing to export")
     shards = [Rows(shard, 0, (n := plan.num_images_of(shard)), n) for shard in sorted(sizes)]
     stems = shared_stems(plan, fmt.stem_of, (*ENDINGS, *fmt.endings)) if fmt.names_files else {}
     job = Job(
@@ -102,7 +102,7 @@ def _fingerprint(versions: Mapping[int, str | None]) -> str:
 
 
 def _claim(job: Job[Any], sizes: dict[int, int]) -> None:
-    """Say in DEST what it holds from now on, or see that it says so already. sizes: of the shards, bytes."""
+    """Record in DEST what this export is, or check an existing record. sizes: bytes of the shards."""
     plan, dest = job.plan, job.dest
     shards = json.dumps(sorted(sizes.items())).encode()
     wanted = {
@@ -118,24 +118,24 @@ def _claim(job: Job[Any], sizes: dict[int, int]) -> None:
     held = _read_json(uri)
     if held is None:
         if next(storage.list_files(dest), None) if storage.is_dir_like(dest) else storage.exists(dest):
-            raise ConfigError(f"DEST {where} is not empty, and what it holds is no samray export: give another DEST")
+            raise ConfigError(f"DEST {where} is not empty, and not a samray export: choose another DEST")
         storage.check_output(dest)
         full = {**wanted, "output": storage.redact(plan.output), "samray_version": __version__}
         storage.put_new(uri, json.dumps(full, indent=2, sort_keys=True).encode() + b"\n")
         held = _read_json(uri) or {}
     if held.get("run") != wanted["run"]:
-        raise ConfigError(f"DEST {where} holds an export of another run's masks: give another DEST")
+        raise ConfigError(f"DEST {where} has an export of another run: choose another DEST")
     for key in ("format", "options"):
         if held.get(key) != wanted[key] and not (key == "options" and _same_options(job.options, held.get(key))):
             raise ConfigError(
-                f"DEST {where} holds another export ({key}: {held.get(key)} there, {wanted[key]} now): "
-                "give another DEST"
+                f"DEST {where} has a different export ({key}: {held.get(key)} there, {wanted[key]} now): "
+                "choose another DEST"
             )
     counted = {key: held.get(key) for key in ("num_images", "shards", "versions")}
     counted["versions"] = counted["versions"] or job.fingerprint  # samray 0.1 did not write it
     if counted != {key: wanted[key] for key in counted}:
         raise ConfigError(
-            f"{storage.redact(plan.output)} has changed since the export in {where} was begun: give another DEST"
+            f"{storage.redact(plan.output)} has changed since the export in {where} was begun: choose another DEST"
         )
 
 
@@ -153,12 +153,12 @@ def _read_json(uri: str) -> dict[str, Any] | None:
     except NotFoundError:
         return None
     except ValueError as error:
-        raise ConfigError(f"{storage.redact(uri)} cannot be understood: {error}; give another DEST") from error
+        raise ConfigError(f"{storage.redact(uri)} is not valid: {error}; choose another DEST") from error
     return found if isinstance(found, dict) else {}
 
 
 def find_done(job: Job[Any], pieces: list[Piece]) -> dict[int, Done]:
-    """Piece -> what its mark says, for each that is finished and whose files are still there. Raises: StorageError."""
+    """Piece -> the content of its mark, for each finished piece whose files still exist. Raises: StorageError."""
     marks = storage.list_names(storage.join(job.dest, FOLDER, "done"))
     marked = [piece for piece in pieces if piece.mark.rpartition("/")[2] in marks]
     if not marked:
@@ -170,7 +170,7 @@ def find_done(job: Job[Any], pieces: list[Piece]) -> dict[int, Done]:
     believed = job.plan.num_images > MAX_LISTED
     if believed and not FORMATS[job.format].assembled(job, 0):
         return {piece.number: mark for piece, mark in done}
-    if believed:  # a format with fragments has only few files that do not lie in folders
+    if believed:  # formats with fragments have only a few files outside of folders
         there = {pieces_folder + name for name in storage.list_names(storage.join(job.dest, FOLDER, "pieces"))}
         there |= storage.list_names(job.dest).keys()
     else:
@@ -199,7 +199,7 @@ def run_piece(job: Job[Any], piece: Piece) -> Done:
 
 
 def _labelled(job: Job[Any], piece: Piece, done: Done) -> Iterator[pa.Table]:
-    """The rows of images that did not fail, counted on the way."""
+    """The rows of images that did not fail; counts them on the way."""
     for table in read_rows(job.plan.output, piece.rows):
         ok = table.filter(pc.equal(table["status"], "ok"))
         done.num_images += ok.num_rows
@@ -211,7 +211,7 @@ def _labelled(job: Job[Any], piece: Piece, done: Done) -> Iterator[pa.Table]:
 
 
 def _put_all(dest: str, files: Files) -> Iterator[str]:
-    """Write the files, some at once: each waits for the disk or the network. Yields the names of those written."""
+    """Write the files, several at a time: each waits for the disk or the network. Yields the names written."""
     waiting: deque[tuple[str, Future[None]]] = deque()
     with ThreadPoolExecutor(_PUT_THREADS) as pool:
         for name, data in files:
@@ -229,9 +229,9 @@ def _put_all(dest: str, files: Files) -> Iterator[str]:
 
 
 def assemble(job: Job[Any], pieces: list[Piece]) -> list[str]:
-    """Put the files together that consist of fragments, and then remove those. Returns the files' names.
+    """Assemble the files that consist of fragments, then delete the fragments. Returns the files' names.
 
-    Every piece is done. Raises: StorageError.
+    All pieces must be done. Raises: StorageError.
     """
     by_file: dict[int, list[Piece]] = {}
     for piece in pieces:
@@ -249,11 +249,11 @@ def assemble(job: Job[Any], pieces: list[Piece]) -> list[str]:
 
 
 def mark_finished(job: Job[Any], **counts: int) -> None:
-    """Say in DEST/_export/_SUCCESS that all is there. Raises: StorageError, also if a shard was replaced since."""
+    """Write DEST/_export/_SUCCESS. Raises: StorageError, also if a shard was replaced since."""
     versions = shard_versions(job.plan.output)
     if _fingerprint({shard: versions.get(shard) for shard in job.shards}) != job.fingerprint:
         raise StorageError(
-            f"shards of {storage.redact(job.plan.output)} were replaced while they were exported, so "
+            f"shards of {storage.redact(job.plan.output)} were replaced during the export, so "
             f"{storage.redact(job.dest)} may mix old rows with new ones and is not marked as finished; delete it and "
             "export again"
         )

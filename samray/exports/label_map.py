@@ -1,7 +1,8 @@
-"""Label maps: NAME.png of 16 bits, 0 where no mask is, else which one; and NAME.json, which names the masks.
+"""Label maps: NAME.png with 16 bits, 0 for background, else the number of a mask; and NAME.json, which describes the
+masks.
 
-Label k is the k-th mask of the image. Masks may overlap, a label map may not: on top lies the smaller one, or with
---on-top predicted_iou the better one; of equals the earlier.
+Label k is the k-th mask of the image. Masks may overlap, labels cannot: the smaller mask is shown or, with --on-top
+predicted_iou, the better one; if equal, the earlier one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 MAX_LABEL: Final = 65535
 MAX_PIXELS: Final = 2**28
-"""Largest label map, which is painted in memory: 4 bytes per pixel."""
+"""Maximum pixels of a label map, which is painted in memory with 4 bytes per pixel."""
 
 
 class LabelMapOptions(ExportOptions):
@@ -36,7 +37,7 @@ class LabelMapOptions(ExportOptions):
 
 
 def write(job: Job[LabelMapOptions], piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
-    """The piece's PNG and JSON files. Raises: ConfigError where an image has more masks than there are labels."""
+    """Write the piece's PNG and JSON files. Raises: ConfigError if an image has more masks than there are labels."""
     for table in tables:
         for image in images_of(table):
             labels = label_map(image, job.options.on_top)
@@ -54,18 +55,18 @@ def label_map(image: LabelledImage, on_top: str) -> npt.NDArray[np.uint16]:
     """(H, W) uint16 labels, 0 for background. on_top: area or predicted_iou."""
     if len(image.ids) > MAX_LABEL:
         raise ConfigError(
-            f"image {image.image_id} has {len(image.ids)} masks, and a label map of 16 bits holds {MAX_LABEL}: "
+            f"image {image.image_id} has {len(image.ids)} masks, and a label map of 16 bits allows {MAX_LABEL}: "
             "label with masks.max_masks, or export to another format"
         )
     runs = runs_of_image(image.image_id, image.counts, (image.height, image.width))
     if image.width * image.height > MAX_PIXELS:
         raise ConfigError(
-            f"image {image.image_id} is {image.width}x{image.height}, and a label map has at most {MAX_PIXELS} pixels: "
+            f"image {image.image_id} is {image.width}x{image.height}, but a label map has at most {MAX_PIXELS} pixels: "
             "export to another format"
         )
     rank = image.area if on_top == "area" else [-score for score in image.predicted_iou]
     pixels = np.zeros(image.width * image.height, dtype=np.uint16)
-    for place in sorted(range(len(runs)), key=lambda i: (-rank[i], -i)):  # what is painted last lies on top
+    for place in sorted(range(len(runs)), key=lambda i: (-rank[i], -i)):  # the last one painted is on top
         label = place + 1
         for start, end in zip(*(side.tolist() for side in spans(runs[place])), strict=True):
             pixels[start:end] = label

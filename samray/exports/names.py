@@ -1,4 +1,4 @@
-"""Names of the files that an export writes for an image: below DEST, and never the same for two images."""
+"""Names of the files that an export writes per image: always inside DEST, and unique."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from samray.output.plan import Plan
 from samray.storage import TEMPORARY_PREFIX
 
 FOLDER: Final = "_export"
-"""Below DEST: what the export remembers of itself."""
+"""Folder in DEST for the export's own files."""
 
 _MAX_PART_BYTES: Final = 200
-"""Of a file's or folder's name; filesystems take 255, and an image id and an ending may follow."""
+"""Maximum bytes of a file or folder name. Filesystems allow 255; an image id and an extension may follow."""
 
 _MAX_STEM_BYTES: Final = 700
-"""Longest path below DEST: object stores take keys of 1024 bytes, DEST included, filesystems 4096."""
+"""Longest path below DEST: object stores allow keys of 1024 bytes, including DEST; filesystems 4096."""
 
 ENDINGS: Final = (".json", ".png", ".txt", ".jpg")
 """What exports put behind a stem; with copies of the images also what their names end with."""
 
 
 def stem_of(file_name: str) -> str:
-    """`a/b` of `a/b.jpg`: the path without its last ending, and without any part that would lead out of DEST."""
+    """`a/b` for `a/b.jpg`: the path without its extension, and without any part that would lead out of DEST."""
     parts = [part for part in file_name.replace("\0", "_").split("/") if part not in ("", ".", "..")]
-    if parts and parts[0].lower() == FOLDER:  # some filesystems take no notice of case
+    if parts and parts[0].lower() == FOLDER:  # some filesystems ignore case
         parts[0] = "images"
     parts = ["_" + part[1:] if part.startswith(TEMPORARY_PREFIX) else part for part in parts]
     stem = posixpath.splitext("/".join(parts))[0] or "image"
@@ -40,7 +40,7 @@ def stem_of(file_name: str) -> str:
 
 
 def _short(part: str) -> str:
-    """Cut where with an ending it might be longer than filesystems take, and then never like another one."""
+    """Cut a name that could exceed the limit with an extension, and keep it unique."""
     data = part.encode()
     if len(data) <= _MAX_PART_BYTES:
         return part
@@ -48,7 +48,7 @@ def _short(part: str) -> str:
 
 
 def extension_of(file_name: str) -> str:
-    """`.jpg` of `a/b.jpg`; empty where there is none."""
+    """`.jpg` for `a/b.jpg`; empty if there is none."""
     return posixpath.splitext(file_name)[1]
 
 
@@ -57,8 +57,8 @@ def shared_stems(
 ) -> dict[int, str]:
     """image_id -> stem with the id appended, for each image that would share its stem with another; mostly empty.
 
-    Names that differ only in case count as the same, as some filesystems have it. Also images whose file would have the
-    name of a folder: of `a.jpg` and `a.json/b.jpg` the first.
+    Names that differ only in case count as equal, because some filesystems ignore case. Also covers images whose file
+    would have the name of a folder: the first of `a.jpg` and `a.json/b.jpg`.
     """
     images = plan.read_images(["image_id", "file_name"])
     names = (stem_of(name).lower() for chunk in images["file_name"].chunks for name in chunk.to_pylist())
@@ -84,7 +84,7 @@ def shared_stems(
 
 
 def _dotted_folders(names: pa.ChunkedArray, stem_of: Callable[[str], str]) -> set[str]:
-    """The folders of stems, in lower case, that a file might be called: those with a dot in their name; mostly none."""
+    """Folders of stems, in lower case, that could also be a file name: those with a dot in their name; mostly none."""
     dotted = names.filter(pc.match_substring_regex(names, r"\.[^/]*/"))
     folders: set[str] = set()
     for chunk in dotted.chunks:
@@ -97,5 +97,5 @@ def _dotted_folders(names: pa.ChunkedArray, stem_of: Callable[[str], str]) -> se
 
 
 def _is_in_the_way(stem: str, file_name: str, folders: set[str], endings: tuple[str, ...]) -> bool:
-    """Whether a file of this stem would have the name of a folder."""
+    """Whether a file with this stem would have the name of a folder."""
     return any((stem + ending).lower() in folders for ending in (*endings, extension_of(file_name)))

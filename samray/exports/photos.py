@@ -1,4 +1,4 @@
-"""Copies of the images themselves, for formats in which they lie beside their labels."""
+"""Copies of the images, for formats that store them next to their labels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _IMAGES_AT_ONCE: Final = 16
 
 
 class Photo(NamedTuple):
-    """An encoded image, as it lies in the input."""
+    """An encoded image, as it is in the input."""
 
     extension: str
     data: bytes
@@ -33,7 +33,7 @@ def photos_of(
 ) -> Iterator[tuple[LabelledImage, Photo | None]]:
     """The images, each with its bytes if copy asks for them and their size is still as it was labelled.
 
-    Raises: StorageError where the storage as a whole fails.
+    Raises: StorageError if the storage as a whole fails.
     """
     if not copy:
         yield from ((image, None) for image in images)

@@ -1,4 +1,4 @@
-"""What an export is made of: a job, cut into pieces, each with the files and the mark that say when it is done."""
+"""The parts of an export: a job, and its pieces, each with its files and the mark that it is done."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from samray.exports.names import FOLDER, stem_of
 from samray.output.plan import Plan
 
 Files = Iterator[tuple[str, bytes]]
-"""Names relative to DEST, and what they are to hold."""
+"""Names relative to DEST, with their content."""
 
 
 Options = TypeVar("Options", bound=ExportOptions)
@@ -21,20 +21,20 @@ Options = TypeVar("Options", bound=ExportOptions)
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some of the images: what one task exports, and what is redone when it was not finished."""
+    """A range of images: what one task exports, and what is redone if it was not finished."""
 
     number: int
     file: int
-    """The number of the file it goes to, where a file holds many pieces."""
+    """The number of the file that it belongs to, for files made of many pieces."""
     rows: tuple[Rows, ...]
 
     @property
     def num_images(self) -> int:
-        """Failed ones included."""
+        """Number of images, including failed ones."""
         return sum(part.stop - part.start for part in self.rows)
 
     def fragment(self, kind: str) -> str:
-        """The name of what this piece contributes to a file that is put together later."""
+        """The name of this piece's part of a file that is assembled later."""
         return f"{FOLDER}/pieces/{self.number:06d}.{kind}"
 
     @property
@@ -52,34 +52,34 @@ class Job(Generic[Options]):
     """A name in `FORMATS`."""
     options: Options
     shards: tuple[int, ...] = ()
-    """What is exported."""
+    """The shards to export."""
     fingerprint: str = ""
     """Changes if one of the shards is replaced."""
     stems: dict[int, str] = field(default_factory=dict)
 
     def stem(self, image: LabelledImage) -> str:
-        """The name of the image's file in DEST, without an ending."""
+        """The name of the image's file in DEST, without extension."""
         return self.stems.get(image.image_id) or stem_of(image.file_name)
 
 
 @dataclass(slots=True)
 class Done:
-    """A finished piece, as its mark says."""
+    """A finished piece, as recorded in its mark."""
 
     piece: int
     num_images: int = 0
     num_masks: int = 0
     num_left_out: int = 0
-    """Masks that are not confident or stable enough."""
+    """Masks below the thresholds of confident and stable."""
     num_failed: int = 0
     """Failed images, left out."""
     num_unreadable: int = 0
-    """Images that were to be copied, and could not be read any more."""
+    """Images that could not be copied because they cannot be read any more."""
     files: list[str] = field(default_factory=list)
 
 
 def cut(shards: Iterable[Rows], per_piece: int, per_file: int | None) -> Iterator[Piece]:
-    """Pieces of per_piece images, in order; none reaches over the end of a file of per_file images."""
+    """Cut the rows into pieces of per_piece images, in order; no piece crosses the end of a file of per_file images."""
     rows: list[Rows] = []
     number = place = in_piece = 0
 
@@ -103,7 +103,7 @@ def cut(shards: Iterable[Rows], per_piece: int, per_file: int | None) -> Iterato
 
 
 def read_fragments(job: Job[Any], pieces: list[Piece], kind: str, separator: bytes) -> Iterator[bytes]:
-    """The pieces' fragments of this kind, with the separator between those that hold anything."""
+    """The pieces' fragments of this kind, with the separator between non-empty ones."""
     first = True
     for piece in pieces:
         data = storage.read_bytes(storage.join(job.dest, piece.fragment(kind)))

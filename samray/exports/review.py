@@ -1,9 +1,9 @@
-"""What an export leaves for a person to do: which masks are sure enough to be shown, and where most is missing.
+"""Exports for manual review: which masks are good enough to show, and which images need the most work.
 
-review.csv has a line an image: image_id, file_name, kept (masks in the export), left_out (masks that were not sure
-enough) and uncovered, the share of the picture under no kept mask, from 0 to 1. It is sorted by that, the largest
-first, and then by left_out: the image that needs a person most is at the top. A name that a spreadsheet would take for
-a formula has an apostrophe before it.
+review.csv has one line per image: image_id, file_name, kept (masks in the export), left_out (masks below the
+thresholds) and uncovered, the fraction of the image under no kept mask. It is sorted by uncovered, then left_out, both
+descending: the image that needs the most work comes first. A name that a spreadsheet would read as a formula gets an
+apostrophe in front.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from samray.exports.images import LabelledImage
 from samray.rle.runs import runs_of_image, union_area
 
 ID_ATTRIBUTE: Final = "samray_id"
-"""The name under which a mask's id goes to a person's tool, and comes back where the tool keeps it."""
+"""The attribute that carries a mask's id into an annotation tool, and back if the tool keeps it."""
 
 _FORMULA: Final = re.compile(r"[\s\x00-\x1f\ufeff\u200b'\"]*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
-"""Equals, plus, minus and at, also full-width ones, after what programs leave out on reading."""
+"""Equals, plus, minus and at, also full-width, after leading characters that programs ignore."""
 
 COLUMNS: Final = ("image_id", "file_name", "kept", "left_out", "uncovered")
 
 
 def is_sure(predicted_iou: float, stability_score: float, confident: float | None, stable: float | None) -> bool:
-    """Whether a mask is shown to a person: both scores are at least what is asked, where anything is."""
-    # Without a bound all pass: a predicted IoU may be below 0, as that of a mask a person asked for.
+    """Whether a mask is shown to the annotator: its scores reach the thresholds that are set."""
+    # Without a threshold every mask passes: the predicted IoU of a prompted mask may be below 0.
     return (confident is None or predicted_iou >= confident) and (stable is None or stability_score >= stable)
 
 
 def only_sure(image: LabelledImage, confident: float | None, stable: float | None) -> LabelledImage:
-    """The image with the masks that are shown."""
+    """The image with only the masks that are shown."""
     scores = zip(image.predicted_iou, image.stability_score, strict=True)
     sure = [i for i, (iou, stability) in enumerate(scores) if is_sure(iou, stability, confident, stable)]
     return image.of_masks(sure)
@@ -48,7 +48,7 @@ def line(image: LabelledImage, num_left_out: int) -> str:
 
 
 def chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """The list, sorted. lines: of `line`, some at a time, and line breaks between."""
+    """The sorted list. lines: output of `line`, in parts, separated by line breaks."""
     rows = [json.loads(text) for some in lines for text in some.splitlines() if text]
     rows.sort(key=lambda row: (-row[4], -row[3], row[0]))
     for start in range(0, max(len(rows), 1), 1000):
@@ -59,11 +59,11 @@ def chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
         quoting_writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
         for row in rows[start : start + 1000]:
             cells = [row[0], plain_cell(row[1]), *row[2:4], f"{row[4]:.4f}"]
-            # Python 3.11 quotes no carriage return, and readers would end the line there.
+            # Python 3.11 does not quote a carriage return, and readers would end the line there.
             (quoting_writer if "\r" in row[1] else writer).writerow(cells)
         yield text.getvalue().encode()
 
 
 def plain_cell(text: str) -> str:
-    """The text so that no spreadsheet takes it for a formula: with an apostrophe before what one might begin with."""
+    """Add an apostrophe to text that a spreadsheet would read as a formula."""
     return f"'{text}" if _FORMULA.match(text) else text

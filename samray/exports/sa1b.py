@@ -1,8 +1,8 @@
-"""SA-1B: one JSON file an image, with the names, types and order of fields of the published data set.
+"""SA-1B: one JSON file per image, with the names, types and order of the fields in the published data set.
 
-`a/b.jpg` becomes `a/b.json`, with --with-images beside a copy of the image, as SA-1B is packed; --tar packs whole
-pieces into `sa_000000.tar` and so on. Boxes are as they lie in OUTPUT: with `masks.bbox_convention=sam` they are one
-pixel short, as SA-1B's are.
+`a/b.jpg` becomes `a/b.json`, with --with-images next to a copy of the image, as in SA-1B; --tar packs whole pieces into
+`sa_000000.tar` and so on. Boxes are those of OUTPUT: with `masks.bbox_convention=sam` they are one pixel smaller, as in
+SA-1B.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def write(job: Job[Sa1bOptions], piece: Piece, tables: Iterator[pa.Table], done:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for name, data in files:
-            member = tarfile.TarInfo(name)  # no times, no owners: the same images make the same bytes
+            member = tarfile.TarInfo(name)  # without times and owners, the same images give the same bytes
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
     yield f"sa_{piece.number:06d}.tar", buffer.getvalue()
@@ -65,7 +65,7 @@ def _members(job: Job[Sa1bOptions], piece: Piece, tables: Iterator[pa.Table], do
 
 
 def record_of(image: LabelledImage) -> dict[str, Any]:
-    """What SA-1B's JSON file of the image holds."""
+    """The content of the image's JSON file."""
     size = [image.height, image.width]
     return {
         "image": {

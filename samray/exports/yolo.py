@@ -1,9 +1,11 @@
-"""YOLO segmentation: labels/NAME.txt, one line a mask, `0 x1 y1 x2 y2 ...`, in parts of the image's width and height.
+"""YOLO segmentation: labels/NAME.txt, one line per mask, `0 x1 y1 x2 y2 ...`, as fractions of the image's width and
+height.
 
-A mask is one polygon along the edges of its pixels; holes and further components hang on it by bridges of no width, so
-that filling it gives the mask back, pixel by pixel. train.txt lists the images as images/NAME: copied there by
---with-images, else to be linked there. An image without masks has an empty file: it is background. YOLO's tools look
-for the labels of an image where the last `/images/` of its path is `/labels/`: no further folder may have that name.
+A mask is one polygon along the edges of its pixels. Holes and further components are connected to it by bridges of zero
+width, which makes filling exact, pixel by pixel. train.txt lists the images as images/NAME: copied there by
+--with-images, else for the user to link there. An image without masks has an empty file: it is background. YOLO's tools
+find the labels of an image by replacing the last `/images/` of its path with `/labels/`: no folder below may have that
+name.
 """
 
 from __future__ import annotations
@@ -39,12 +41,12 @@ class YoloOptions(ExportOptions):
 
 _LINE_ENDS: Final = r"\r\n\x0b\x0c\x1c\x1d\x1e\x{85}\x{2028}\x{2029}"
 _IN_THE_WAY: Final = rf"(^|/)images/|[{_LINE_ENDS}]|\./|\s$"
-"""Names that YOLO's tools would read as others: they split lists as Python's `splitlines`, strip the whole, and
-replace each `./`. RE2, as Arrow has it."""
+"""Names that YOLO's tools would misread: they split lists like Python's `splitlines`, strip the whole text, and replace
+each `./`. In the syntax of RE2, which Arrow uses."""
 
 
 def stem_of(file_name: str) -> str:
-    """As `names.stem_of`, without what YOLO's tools would misread: no folder `images`, no end of a line, no `./`."""
+    """As `names.stem_of`, without what YOLO's tools would misread: a folder `images`, line breaks, `./`."""
     one_line = "_".join(f"{file_name}.".splitlines()).removesuffix(".")
     *folders, name = names.stem_of(one_line).split("/")
     folders = [f"{folder[:-1]}_" if folder.endswith(".") else folder for folder in folders]
@@ -52,17 +54,18 @@ def stem_of(file_name: str) -> str:
 
 
 def check(job: Job[YoloOptions]) -> None:
-    """Raises: ConfigError where an image would find no labels, or another's, and is not copied under another name."""
+    """Raises: ConfigError if YOLO would find no or wrong labels for an image, and it is not copied under another
+    name."""
     if not job.options.with_images and (number := _num_in_the_way(job)):
         raise ConfigError(
             f"{number} images are in a folder `images` or one whose name ends with a dot, or have a line break or a "
             "space at the end of their name, and YOLO would look for their labels elsewhere: --with-images copies the "
-            "images under names of their own"
+            "images under safe names"
         )
     if job.stems and not job.options.with_images:
         raise ConfigError(
-            f"{len(job.stems)} images have names that differ in their ending or case only, and YOLO finds labels by "
-            "the name without it: --with-images copies the images under names of their own"
+            f"{len(job.stems)} images have names that differ only in extension or case, and YOLO finds labels by "
+            "the name without the extension: --with-images copies the images under unique names"
         )
 
 
@@ -72,7 +75,7 @@ def _num_in_the_way(job: Job[YoloOptions]) -> int:
 
 
 def write(job: Job[YoloOptions], piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
-    """The piece's label files and images, and its lines of train.txt."""
+    """Write the piece's label files and images, and its lines of train.txt."""
     lines = []
     for table in tables:
         for image, photo in photos_of(job, piece, images_of(table), done, copy=job.options.with_images):
@@ -86,10 +89,10 @@ def write(job: Job[YoloOptions], piece: Piece, tables: Iterator[pa.Table], done:
 
 
 def label_text(image: LabelledImage, tolerance: float | None) -> str:
-    """One line a mask that has a pixel. tolerance: of `simplified`, in pixels; None for exact polygons."""
+    """One line per mask that has a pixel. tolerance: of `simplified`, in pixels; None for exact polygons."""
     hw = image.height, image.width
     masks = runs_of_image(image.image_id, image.counts, hw)
-    # Six digits place a corner within 0.05 pixels of images up to 100,000 wide; written once for each coordinate.
+    # Six digits are exact to 0.05 pixels for images up to 100,000 wide. Each coordinate is formatted once.
     xs = [f" {x / image.width:.6g}" for x in range(image.width + 1)]
     ys = [f" {y / image.height:.6g}" for y in range(image.height + 1)]
     lines = []
@@ -103,12 +106,12 @@ def label_text(image: LabelledImage, tolerance: float | None) -> str:
 
 
 def assembled(job: Job[YoloOptions], file: int) -> list[str]:
-    """What is made of all pieces."""
+    """The files assembled from all pieces."""
     return ["train.txt", "data.yaml"]
 
 
 def chunks(job: Job[YoloOptions], name: str, pieces: list[Piece]) -> Iterator[bytes]:
-    """The list of images, and the file that YOLO's tools are given."""
+    """The list of images, and the YAML file for YOLO's tools."""
     if name == "train.txt":
         yield from read_fragments(job, pieces, "train", b"")
     else:

@@ -1,1 +1,1 @@
-"""Annotations of other tools (SA-1B's JSON, COCO's instances) as an output of samray."""
+"""Import annotations of other tools (SA-1B JSON, COCO instances) as an output of samray."""

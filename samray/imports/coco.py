@@ -1,7 +1,7 @@
-"""COCO instances: one JSON file or several, of any size, whose annotations come in any order.
+"""COCO instances: one or more JSON files of any size, with annotations in any order.
 
-The files are read as a stream, twice: for their images, which make the plan, and for their annotations, which are
-spooled to this machine's disk, sorted into boxes of neighbouring shards, until a box's shards can be written.
+The files are streamed twice: for their images, which make the plan, and for their annotations. Annotations are first
+sorted on local disk, into one temporary file per range of shards, until the shards of that range can be written.
 """
 
 from __future__ import annotations
@@ -26,40 +26,40 @@ from samray.imports.source import Source, image_ids
 from samray.output.manifests import MANIFEST_SCHEMA
 
 _MAX_BOXES: Final = 200
-"""Files open at once while annotations are sorted."""
+"""Maximum number of open files while annotations are sorted."""
 
 _SAMPLES: Final = 100
 
 _RESULTS: Final = ""
-"""The key of the elements of a file that is a list: results, as pycocotools' loadRes takes them."""
+"""The key for elements of a top-level list: results, as for pycocotools' loadRes."""
 
 _ANNOTATIONS: Final = ("annotations", _RESULTS)
 
 
 @dataclass
 class CocoImages:
-    """The images of all files, in their order."""
+    """The images of all files, in order."""
 
     images: list[dict[str, Any]] = field(default_factory=list)
-    """id, width, height, file_name and coco_url; ids that are whole numbers are int, however they are written."""
+    """id, width, height, file_name and coco_url; ids that are whole numbers are int in any notation."""
     file_of: list[int] = field(default_factory=list)
-    """For each image the number of its file."""
+    """The file index of each image."""
     place_of: list[dict[Any, int]] = field(default_factory=list)
-    """For each file: COCO's id -> place. Of a list of results the images are those of the other files."""
+    """COCO's id -> image index, for each file. A list of results uses the images of the other files."""
     samples: list[tuple[int, Any]] = field(default_factory=list)
-    """The first annotations, each with its file's number."""
+    """The first annotations, each with its file index."""
     num_known: int = 0
-    """Annotations of images that are there."""
+    """Number of annotations whose image exists."""
     num_unknown: int = 0
-    """Annotations of images that are not there."""
+    """Number of annotations whose image does not exist."""
     num_with_mask: int = 0
-    """Annotations of images that are there, with anything in `segmentation`."""
+    """Number of annotations of existing images with anything in `segmentation`."""
     example: str = ""
-    """The image_id of an annotation whose image is not there."""
+    """The image_id of one annotation whose image does not exist."""
 
 
 def read_images(source: Source) -> CocoImages:
-    """The images of the source. Raises: ConfigError where a file is not COCO's, StorageError."""
+    """Read the images of the source. Raises: ConfigError if a file is not COCO JSON, StorageError."""
     found = CocoImages()
     results: list[int] = []
     for number, uri in enumerate(source.files["json"].to_pylist()):
@@ -68,7 +68,7 @@ def read_images(source: Source) -> CocoImages:
         for key, value in _items(uri):
             is_results = is_results or key == _RESULTS
             if (places or is_results) and key != "images" and len(found.samples) >= _SAMPLES:
-                break  # what follows is not needed now
+                break  # the annotations are read later
             if key == "images":
                 _add_image(found, number, places, value, storage.redact(uri))
             elif key in _ANNOTATIONS and len(found.samples) < _SAMPLES:
@@ -77,8 +77,8 @@ def read_images(source: Source) -> CocoImages:
             results.append(number)
         elif not places:
             raise ConfigError(
-                f"{storage.redact(uri)} holds no list of images: it is not COCO's instances JSON; "
-                "give --format sa1b if it is SA-1B's"
+                f"{storage.redact(uri)} has no list of images: it is not COCO instances JSON; "
+                "use --format sa1b if it is SA-1B"
             )
         found.place_of.append(places)
     if results:
@@ -89,35 +89,35 @@ def read_images(source: Source) -> CocoImages:
 def _add_image(found: CocoImages, number: int, places: dict[Any, int], value: Any, where: str) -> None:
     id = _key(value.get("id")) if isinstance(value, dict) else None
     if id is None:
-        raise ConfigError(f"{where} holds an image without an id: {reprlib.repr(value)}")
+        raise ConfigError(f"{where} has an image without an id: {reprlib.repr(value)}")
     if id in places:
-        raise ConfigError(f"{where} holds two images with the id {reprlib.repr(id)}")
+        raise ConfigError(f"{where} has two images with the id {reprlib.repr(id)}")
     places[id] = len(found.images)
     found.images.append({name: value.get(name) for name in ("width", "height", "file_name", "coco_url")} | {"id": id})
     found.file_of.append(number)
 
 
 def _key(id: Any) -> int | str | None:
-    """An id as images and annotations have it alike: pandas writes 1.0 for 1, other tools "1"."""
+    """Normalise an id, to match images with annotations: pandas writes 1.0 for 1, other tools "1"."""
     if isinstance(id, str):
         return int(id) if len(id) < 20 and id.isascii() and id.isdigit() and str(int(id)) == id else id
     return whole(id)
 
 
 def _join_results(source: Source, found: CocoImages, results: list[int]) -> None:
-    """Let lists of results speak of the images of the other files. Raises: ConfigError where that cannot be."""
+    """Link lists of results to the images of the other files. Raises: ConfigError if that is not possible."""
     first = storage.redact(source.files["json"][results[0]].as_py())
     if not found.images:
         raise ConfigError(
-            f"{first} is a list of results, which does not say the names and sizes of its images: give a folder or "
-            "glob as SOURCE that also holds the JSON file with those images"
+            f"{first} is a list of results, without the names and sizes of its images: give a folder or glob as "
+            "SOURCE that also has the JSON file with those images"
         )
     everything: dict[Any, int] = {}
     for places in found.place_of:
         if not everything.keys().isdisjoint(places):
             raise ConfigError(
-                f"{first} is a list of results, and several of the other files have images with the same ids: "
-                "import it with the one file that it belongs to"
+                f"{first} is a list of results, but several other files have images with the same ids: "
+                "import it together with only the file that it belongs to"
             )
         everything |= places
     for number in results:
@@ -129,15 +129,15 @@ def _items(uri: str) -> Iterator[tuple[str, Any]]:
         try:
             yield from JsonStream(stream).items(_RESULTS)
         except ValueError as error:
-            raise ConfigError(f"{storage.redact(uri)} is not JSON that can be read: {error}") from error
+            raise ConfigError(f"{storage.redact(uri)} is not valid JSON: {error}") from error
 
 
 def planned_images(
     source: Source, found: CocoImages, images_root: str | None, allow_outside: bool
 ) -> tuple[pa.Table, str]:
-    """The images as `MANIFEST_SCHEMA` has them, without shards, and the convention that the source's boxes follow.
+    """The images in the columns of `MANIFEST_SCHEMA` without shards, and the box convention of the source.
 
-    images_root: where `file_name` lies; without it, the folder of the JSON file. Raises: ConfigError.
+    images_root: folder that `file_name` is relative to; default is the folder of the JSON file. Raises: ConfigError.
     """
     roots = roots_of(source, found, images_root)
     ids = image_ids([image["id"] for image in found.images])
@@ -151,7 +151,7 @@ def planned_images(
     if not allow_outside and all(outside_problem(row["uri"], root) for row, root in zip(rows, roots, strict=True)):
         raise ConfigError(
             f"{where}: no image is below {storage.redact(roots[0])}, the first is {storage.redact(rows[0]['uri'])}; "
-            "say with --images where they are, or add --allow-outside if you trust the annotations"
+            "set --images to their folder, or add --allow-outside if you trust the annotations"
         )
     fields = [field for field in MANIFEST_SCHEMA if field.name != "shard"]
     table = pa.Table.from_pylist(rows, schema=pa.schema(fields))
@@ -159,7 +159,7 @@ def planned_images(
 
 
 def roots_of(source: Source, found: CocoImages, images_root: str | None) -> list[str]:
-    """For each image the folder that its name is relative to."""
+    """For each image, the folder that its name is relative to."""
     files = [images_root or storage.parent(uri) for uri in source.files["json"].to_pylist()]
     return [files[number] for number in found.file_of]
 
@@ -177,9 +177,9 @@ def _place_of(places: dict[Any, int], annotation: Any) -> int | None:
 
 
 def annotations_of_images(source: Source, found: CocoImages) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(place, annotation) of each image's annotations, in the files' order; places as `found.place_of` has them.
+    """Yield (image index, annotation) in the files' order; indices as in `found.place_of`.
 
-    Raises: ConfigError where they are not JSON, StorageError.
+    Raises: ConfigError if they are not JSON, StorageError.
     """
     for uri, places in zip(source.files["json"].to_pylist(), found.place_of, strict=True):
         for key, value in _items(uri):
@@ -189,20 +189,20 @@ def annotations_of_images(source: Source, found: CocoImages) -> Iterator[tuple[i
 
 
 Shards = Iterator[tuple[int, int, dict[int, list[Any]]]]
-"""A shard, the place of its first image, and place -> annotations."""
+"""A shard, the index of its first image, and image index -> annotations."""
 
 
 @contextmanager
 def sorted_annotations(
     source: Source, found: CocoImages, ends: list[int], todo: list[int], progress: Callable[[], None] = lambda: None
 ) -> Iterator[Shards]:
-    """The annotations of each shard to do, once all of them have been read; places as `found.place_of` has them.
+    """The annotations of each shard to do, after reading all of them; image indices as in `found.place_of`.
 
-    ends: for each shard the place behind its last image. progress is called now and then while sorting. Counts
-    found.num_known, num_unknown and num_with_mask. Raises: ConfigError where they are not JSON, StorageError.
+    ends: index after the last image of each shard. progress is called from time to time while sorting. Updates
+    found.num_known, num_unknown and num_with_mask. Raises: ConfigError if they are not JSON, StorageError.
     """
     if not todo:
-        yield iter(())  # and the files need not be read
+        yield iter(())  # nothing to do, do not read the files
         return
     with ExitStack() as boxes:
         yield _shards(_sort(source, found, ends, todo, boxes, progress), ends)
@@ -225,9 +225,10 @@ def _shards(boxes: list[tuple[BinaryIO, list[int]]], ends: list[int]) -> Shards:
 def _sort(
     source: Source, found: CocoImages, ends: list[int], todo: list[int], stack: ExitStack, progress: Callable[[], None]
 ) -> list[tuple[BinaryIO, list[int]]]:
-    """Write each annotation of a shard to do into a box; returns the boxes, each with its shards, in order.
+    """Write the annotations of the shards to do into temporary files; returns the files, each with its shards, in
+    order.
 
-    The boxes are files without a name: of a killed process none is left behind.
+    The files have no name: they disappear if the process is killed.
     """
     boxes: list[tuple[BinaryIO, list[int]]] = []
     box_of: dict[int, BinaryIO] = {}
@@ -260,11 +261,11 @@ def _dumped(value: Any, uri: str) -> bytes:
     try:
         return json.dumps(value).encode()
     except RecursionError as error:
-        raise ConfigError(f"{storage.redact(uri)} holds an annotation that is nested too deep") from error
+        raise ConfigError(f"{storage.redact(uri)} has an annotation that is nested too deeply") from error
 
 
 def refuse_if_nothing_is_kept(source: Source, found: CocoImages) -> None:
-    """Raises: ConfigError where there are annotations, and none of them can make a mask. After sorting all of them."""
+    """Raises: ConfigError if there are annotations, but none can make a mask. Call it after sorting all of them."""
     where = f"SOURCE {storage.redact(source.uri)}"
     if found.num_unknown and not found.num_known:
         raise ConfigError(
@@ -273,6 +274,6 @@ def refuse_if_nothing_is_kept(source: Source, found: CocoImages) -> None:
         )
     if found.num_known and not found.num_with_mask:
         raise ConfigError(
-            f"{where}: none of its {found.num_known:,} annotations has a mask in `segmentation` (polygons or RLE), and "
-            "boxes alone are not imported; `samray label ... input.prompts=boxes.jsonl` makes masks of boxes"
+            f"{where}: none of its {found.num_known:,} annotations has a mask in `segmentation` (polygons or RLE); "
+            "boxes alone are not imported; `samray label ... input.prompts=boxes.jsonl` makes masks from boxes"
         )

@@ -1,8 +1,8 @@
-"""`samray.import_` with `corrects`: an output as a person corrected it, in an output of its own.
+"""`samray.import_` with `corrects`: a manually corrected output, written as a new output.
 
-The second phase of the SAM paper's data engine (section 4, "semi-automatic"): confident masks go to a person
-(`samray export --confident`), and come back mended, with what was missing. The plan is that of the first output, so
-image ids stay; images that the person's file does not have are taken over as they are.
+The second phase of the SAM paper's data engine (section 4, "semi-automatic"): confident masks go to an annotator
+(`samray export --confident`) and come back corrected, with missing masks added. The plan is that of the first output,
+which preserves image ids. Images that the corrected file lacks are copied unchanged.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def correct(
     images_per_shard: int | None,
     progress: bool,
 ) -> ImportReport:
-    """Write OUTPUT with the corrections of source, COCO instances JSON, to dest, or finish what a call left undone.
+    """Write OUTPUT with the corrections in source (COCO instances JSON) to dest, or finish an earlier call.
 
-    confident, stable: what the export was made with. keep_rest: masks that were not in it stay.
+    confident, stable: as for the export. keep_rest: keep masks that were not exported.
     Raises: ConfigError before anything is written, StorageError.
     """
     started = time.monotonic()
@@ -106,7 +106,7 @@ def _records(
     annotations: dict[int, list[Any]],
     settings: dict[str, Any],
 ) -> tuple[list[ImageRecord], Counter[str]]:
-    """The rows of a shard as the person left them, and what was counted of the masks. first: place of the first row."""
+    """The corrected rows of a shard, and counts of what happened to the masks. first: index of the first row."""
     records: list[ImageRecord] = []
     total: Counter[str] = Counter()
     for place, row in enumerate(rows, start=first):
@@ -121,11 +121,12 @@ def _records(
 
 
 def _find_images(in_coco: coco.CocoImages, plan: Plan, source: Source) -> tuple[dict[int, dict[str, Any]], int]:
-    """Place in the plan -> the person's image, by file_name, for tools give ids anew; and how many are not there.
+    """Index in the plan -> corrected image, matched by file_name because tools assign new ids; and the number not
+    found.
 
-    Of several images of that name it is the one of the person's id, where there is one. `in_coco.place_of` then says
-    places in the plan. Raises: ConfigError where an image has no name, several images could be meant, two are the same,
-    or none is found.
+    If several images have that name, the one with the corrected image's id is used. Afterwards `in_coco.place_of` gives
+    indices in the plan. Raises: ConfigError if an image has no name, a name is ambiguous, an image occurs twice, or
+    none is found.
     """
     where = f"SOURCE {storage.redact(source.uri)}"
     held = plan.read_images(["image_id", "file_name"])
@@ -142,18 +143,18 @@ def _find_images(in_coco: coco.CocoImages, plan: Plan, source: Source) -> tuple[
             candidates = [place for place in candidates if held["image_id"][place].as_py() == image["id"]]
             if not candidates:
                 raise ConfigError(
-                    f"{where}: the file_name {image['file_name']!r} is that of several images of "
+                    f"{where}: the file_name {image['file_name']!r} matches several images of "
                     f"{storage.redact(plan.output)}, none with the id {image['id']}"
                 )
         if candidates:
             if candidates[0] in image_at:
-                raise ConfigError(f"{where} holds the image {image['file_name']!r} twice")
+                raise ConfigError(f"{where} has the image {image['file_name']!r} twice")
             image_at[candidates[0]] = image
             place_of[number] = candidates[0]
     if not image_at:
         raise ConfigError(
             f"{where}: none of its {len(in_coco.images)} images is in {storage.redact(plan.output)}; its first is "
-            f"{in_coco.images[0]['file_name']!r}, there the first is {held['file_name'][0].as_py()!r}"
+            f"{in_coco.images[0]['file_name']!r}, the output's first is {held['file_name'][0].as_py()!r}"
         )
     in_coco.place_of = [
         {id: place_of[number] for id, number in own.items() if number in place_of} for own in in_coco.place_of
@@ -169,10 +170,11 @@ def _refuse_masks_not_shown(
     confident: float | None,
     stable: float | None,
 ) -> None:
-    """Raises: ConfigError where a mask came back that, by the bounds, nobody was shown: they are not the export's.
+    """Raises: ConfigError if a mask came back that these thresholds would not have exported: they differ from the
+    export's.
 
-    Taken at their word, they would make of it a new mask beside the old one, or in its place. in_coco, image_at: as
-    `_find_images` leaves them.
+    With wrong thresholds that mask would be added next to the old one, or replace it. in_coco, image_at: from
+    `_find_images`.
     """
     if confident is None and stable is None:
         return
@@ -193,19 +195,19 @@ def _refuse_masks_not_shown(
                 bounds = {"--confident": confident, "--stable": stable}
                 given = " ".join(f"{name} {value}" for name, value in bounds.items() if value is not None)
                 raise ConfigError(
-                    f"SOURCE {storage.redact(source.uri)} holds masks that, by {given}, were not exported: that of "
+                    f"SOURCE {storage.redact(source.uri)} has masks that {given} would not have exported: the one with "
                     f"{ID_ATTRIBUTE} {mask['id']} has a predicted IoU of {mask['predicted_iou']} and a stability of "
-                    f"{mask['stability_score']}; give the bounds of the export"
+                    f"{mask['stability_score']}; give the thresholds of the export"
                 )
 
 
 def _check_dest(plan: Plan, dest: str) -> bool:
-    """Whether DEST was begun by an earlier call. Raises: ConfigError where it cannot take the corrected output."""
+    """Whether an earlier call began DEST. Raises: ConfigError if it cannot be used for the corrected output."""
     if storage.normalize(dest) == plan.output:
-        raise ConfigError("DEST must be another folder than the OUTPUT that is corrected")
+        raise ConfigError("DEST and the OUTPUT to correct must be different folders")
     is_begun = storage.exists(storage.join(storage.normalize(dest), "_samray", "run.json"))
     if not is_begun and done_shards(dest):
-        raise ConfigError(f"{storage.redact(dest)} holds shards of which nothing says what they are: give another DEST")
+        raise ConfigError(f"{storage.redact(dest)} has shards without a description: choose another DEST")
     return is_begun
 
 
@@ -217,7 +219,7 @@ def _plan(
     options: dict[str, Any],
     per_shard: int,
 ) -> Plan:
-    """The plan of the corrected output: the same images. Raises: ConfigError where dest holds something else."""
+    """The plan of the corrected output: the same images. Raises: ConfigError if dest has something else."""
     run = copy.deepcopy({key: value for key, value in plan.run.items() if key not in ("generation", "num_images")})
     run["identity"]["output"] = {"images_per_shard": per_shard}
     run["identity"]["corrects"] = {
@@ -225,7 +227,7 @@ def _plan(
         "shards": fingerprint,
         "input_uri": storage.redact(source.uri),
         "files": source.fingerprint(),
-        "sha256": source.sha256(),  # a mask may be moved without a change of the file's size
+        "sha256": source.sha256(),  # moving a mask may not change the file's size
         **options,
         "corrects": plan.run["identity"].get("corrects"),
     }

@@ -1,11 +1,11 @@
-"""What a person made of the masks of an image: which are the same, which were changed, which are new, which are gone.
+"""Compare the corrected masks of an image with the original ones: unchanged, changed, added, removed.
 
-A tool gives annotations ids of its own, so a mask is found again by the attribute `samray_id`, where the tool kept it,
-and else by its pixels: of all pairs of masks the one of the largest IoU is taken for the same mask, then the next, down
-to an IoU of `MATCH_IOU`. A mask of the very same pixels is unchanged, and stays as it was, scores and all.
+Tools assign new ids, so a mask is matched by the attribute `samray_id`, if the tool kept it, else by its pixels: the
+pair of masks with the largest IoU is the same mask, then the next pair, down to an IoU of `MATCH_IOU`. A mask with
+exactly the same pixels is unchanged and keeps its scores and everything else.
 
-Ids of an image's masks are never used for another mask: new masks get ids after all that the image ever had, which
-are those of its masks and of its `corrections`.
+The id of a mask is never reused in an image: new masks get ids after all that the image ever had, which are those of
+its masks and of its `corrections`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from samray.output.schema import ANNOTATIONS_PER_IMAGE, ImageRecord
 from samray.rle.runs import runs_of_image
 
 MATCH_IOU: Final = 0.5
-"""Least IoU of a person's mask with the one that it is taken for."""
+"""Minimum IoU to match a corrected mask with an original one."""
 
 Mask = dict[str, Any]
 """A value of `ANNOTATION`."""
 
 
 def record_as_it_is(row: Mapping[str, Any]) -> ImageRecord:
-    """The record of a row of an output. row: as `pa.Table.to_pylist` gives it."""
+    """The record of a row of an output. row: from `pa.Table.to_pylist`."""
     return ImageRecord(
         **row["image"],
         uri=row["uri"],
@@ -52,12 +52,12 @@ def corrected_record(
     keep_rest: bool,
     bbox_convention: str,
 ) -> tuple[ImageRecord, Counter[str]]:
-    """The row of an image as a person left it, and how many masks were unchanged, changed, added, removed, left_out.
+    """The corrected row of an image, and the number of masks unchanged, changed, added, removed, left_out.
 
-    row: of the output, not failed. image: width and height, and annotations, both as the person's file has them.
-    confident, stable: of the export that the person began with; masks below were not in it. They are left out, or, with
-    keep_rest, stay as they are. `dropped` counts annotations that hold no pixel, such as mere boxes. What cannot be
-    understood makes the image a failed one, with a reason. Raises: StorageError where the output's masks are damaged.
+    row: of the output, not failed. image: width, height and annotations from the corrected file. confident, stable: as
+    for the export; masks below were not exported. They are left out or, with keep_rest, kept unchanged. `dropped`
+    counts annotations without pixels, such as plain boxes. An annotation that cannot be parsed makes the image a failed
+    row with a reason. Raises: StorageError if the output's masks are damaged.
     """
     known = row["image"]
     hw = known["height"], known["width"]
@@ -80,8 +80,8 @@ def corrected_record(
             (shown if is_sure(mask["predicted_iou"], mask["stability_score"], confident, stable) else rest).append(mask)
         if any(mask["segmentation"]["size"] != list(hw) for mask in row["annotations"]):
             raise StorageError(
-                f"image {known['image_id']} has a mask that is not of its size, {hw[1]}x{hw[0]}; "
-                "`samray verify --deep` finds all such faults"
+                f"image {known['image_id']} has a mask of another size than the image, {hw[1]}x{hw[0]}; "
+                "`samray verify --deep` finds all such problems"
             )
         runs_of_image(known["image_id"], [mask["segmentation"]["counts"] for mask in shown], hw)
         same_as = match_masks(shown, theirs, hw)
@@ -101,7 +101,7 @@ def corrected_record(
             else:
                 numbers["changed"] += 1
                 kept[mask["id"]] = {**mask, **_of_a_person(counts, hw, bbox_convention)}
-                if marks.get(mask["id"]) != "added":  # a person's own mask stays one
+                if marks.get(mask["id"]) != "added":  # a mask added manually stays so
                     marks[mask["id"]] = "changed"
         for place, (counts, _) in enumerate(theirs):
             if place not in same_as.values():
@@ -112,7 +112,7 @@ def corrected_record(
                 marks[next_id] = "added"
                 next_id += 1
         if next_id > (known["image_id"] + 1) * ANNOTATIONS_PER_IMAGE:
-            raise ImageError("unsupported", f"no id is left: an image has {ANNOTATIONS_PER_IMAGE}")
+            raise ImageError("unsupported", f"no mask id is left: an image has at most {ANNOTATIONS_PER_IMAGE}")
     except ImageError as error:
         failed = {"image_id": known["image_id"], "file_name": known["file_name"], "uri": row["uri"]}
         return ImageRecord(**failed, width=0, height=0, error=str(error)), Counter()
@@ -126,10 +126,10 @@ def corrected_record(
 
 
 def match_masks(shown: Sequence[Mask], theirs: Sequence[tuple[str, int | None]], hw: tuple[int, int]) -> dict[int, int]:
-    """Place in shown -> place in theirs of the same mask, each of them once at most.
+    """Index in shown -> index in theirs of the same mask; one to one.
 
-    theirs: run lengths, and the id that came back, if one did. Of several with the same id, as after copy and paste, it
-    is the one that overlaps most; the others are looked at as if they had none.
+    theirs: run lengths, and the id that came back, if any. If several have the same id, as after copy and paste, the
+    one that overlaps most keeps it; the others are matched as if they had none.
     """
     if not shown or not theirs:
         return {}
@@ -151,18 +151,18 @@ def match_masks(shown: Sequence[Mask], theirs: Sequence[tuple[str, int | None]],
 
 
 def _ious(ours: list[str], theirs: list[str], hw: tuple[int, int]) -> npt.NDArray[np.float64]:
-    """(len(ours), len(theirs)) of sound run-length strings."""
+    """(len(ours), len(theirs)) IoUs of valid run-length strings."""
     rles = [[{"size": list(hw), "counts": counts} for counts in some] for some in (ours, theirs)]
     return np.asarray(coco_mask.iou(rles[0], rles[1], [0] * len(theirs)))
 
 
 def _same_pixels(ours: str, theirs: str, hw: tuple[int, int]) -> bool:
-    # The same mask may be spelled in two ways: with runs of no pixel, or with a last run that others leave away.
+    # One mask can have two encodings: runs without pixels, or a last run that others leave out.
     return ours == theirs or bool(_ious([ours], [theirs], hw)[0, 0] == 1.0)
 
 
 def _of_a_person(counts: str, hw: tuple[int, int], bbox_convention: str) -> Mask:
-    """What is known of a mask that a person drew. Its scores are 1: whoever filters by them means to keep such."""
+    """The record of a manually drawn mask. Its scores are 1, to pass any score filter."""
     area, bbox = measure(counts, hw, bbox_convention)
     segmentation = {"size": list(hw), "counts": counts}
     return {
@@ -175,7 +175,7 @@ def _of_a_person(counts: str, hw: tuple[int, int], bbox_convention: str) -> Mask
 
 
 def _drawn(place: int, raw: Any, hw: tuple[int, int]) -> tuple[str, int | None] | None:
-    """An annotation's run lengths, and the id of ours that came back with it; None where it has no pixel.
+    """An annotation's run lengths, and the samray id that came back with it; None if it has no pixel.
 
     Raises: ImageError.
     """
@@ -185,17 +185,17 @@ def _drawn(place: int, raw: Any, hw: tuple[int, int]) -> tuple[str, int | None] 
             return None
         return counts, own_id(raw.get("attributes"))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise ImageError("unreadable", f"annotation {place} cannot be understood: {str(error)[:300]}") from error
+        raise ImageError("unreadable", f"annotation {place} is not valid: {str(error)[:300]}") from error
 
 
 def own_id(attributes: Any) -> int | None:
-    """The id in an annotation's attributes, which tools give back as text, as a number with a point, or empty."""
+    """The id in an annotation's attributes, which tools return as text, as a float, or empty."""
     value = attributes.get(ID_ATTRIBUTE) if isinstance(attributes, Mapping) else None
     if value is None or isinstance(value, bool):
         return None
     try:
         if isinstance(value, int) or (isinstance(value, str) and value.strip().isdecimal()):
-            return int(value)  # exactly: floats hold whole numbers up to 2^53 only
+            return int(value)  # not via float, which is exact only up to 2^53
         return None if float(value) % 1 else int(float(value))
     except (ValueError, TypeError, OverflowError):
         return None

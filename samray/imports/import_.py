@@ -1,4 +1,4 @@
-"""`samray.import_`: SA-1B's or COCO's annotations as an output of samray."""
+"""`samray.import_`: SA-1B or COCO annotations as an output of samray."""
 
 from __future__ import annotations
 
@@ -45,28 +45,28 @@ def import_(
     address: str | None = None,
     progress: bool = True,
 ) -> ImportReport:
-    """Turn annotations into an output of samray, or finish what an earlier call left undone.
+    """Convert annotations to an output of samray, or finish an earlier call.
 
-    source: SA-1B's JSON files (a folder, a glob, tars) or COCO instances JSON. format: sa1b or coco; None looks.
-    images: where `file_name` lies, if not beside the annotations. ray: fan SA-1B out as Ray Data tasks (None: when
-    large, or where address names a cluster); COCO is one stream, and read here.
-    corrects: an output, of which source (COCO) is what a person made of an export. confident, stable: what that was
-    made with; keep_rest: masks that were not in it stay.
-    allow_outside: also take images that are not below `images`; for annotations that you trust.
-    Raises: ConfigError, before anything is written unless no single annotation turns out to have a pixel; StorageError
-    when storage stays away.
+    source: SA-1B JSON files (a folder, a glob, tars) or COCO instances JSON. format: sa1b or coco; None detects it.
+    images: folder that `file_name` is relative to, if not next to the annotations. ray: read SA-1B with Ray Data tasks
+    (None: for large sources, or if address names a cluster); COCO is one stream and is read in this process.
+    corrects: an output; source (COCO) is its manually corrected export. confident, stable: as for that export;
+    keep_rest: keep masks that were not exported.
+    allow_outside: accept images outside of `images`; for annotations that you trust.
+    Raises: ConfigError, before anything is written unless it turns out that no annotation has a pixel; StorageError if
+    storage is unavailable.
     """
     given = {"confident": confident, "stable": stable, "keep_rest": keep_rest}
     if corrects is not None:
         if images is not None or format not in (None, "coco"):
-            raise ConfigError(
-                "with --corrects SOURCE is COCO, and the images lie where OUTPUT says: leave out --images"
-            )
+            raise ConfigError("with --corrects, SOURCE is COCO and the images are those of LABELS: leave out --images")
         own: dict[str, Any] = {**given, "images_per_shard": images_per_shard, "progress": progress}
         return correct(str(source), str(output), str(corrects), **own)
     for name, value in given.items():
         if value is not None and value is not False:
-            raise ConfigError(f"--{name.replace('_', '-')} needs --corrects: it says what a person was shown")
+            raise ConfigError(
+                f"--{name.replace('_', '-')} needs --corrects: it describes the export that was corrected"
+            )
     started = time.monotonic()
     found = open_source(str(source), format)
     per_shard = OutputConfig(**({} if images_per_shard is None else {"images_per_shard": images_per_shard}))
@@ -99,7 +99,7 @@ def import_(
     view.note = "importing"
     with view, ExitStack() as stack:
         annotations: coco.Shards = iter(())
-        if in_coco is not None:  # read to their end before OUTPUT holds anything
+        if in_coco is not None:  # read completely before anything is written
             annotations = stack.enter_context(coco.sorted_annotations(found, in_coco, ends, todo, view.update))
             coco.refuse_if_nothing_is_kept(found, in_coco)
         if plan is None:
@@ -130,18 +130,18 @@ def import_(
 
 
 def _plan_there(output: str, identity: dict[str, Any]) -> Plan | None:
-    """The plan that output holds, if it is of this very import. Raises: ConfigError if it is another, StorageError."""
+    """The plan in output, if it belongs to this import. Raises: ConfigError if it is another one, StorageError."""
     where = storage.redact(storage.normalize(output))
     if not storage.exists(storage.join(storage.normalize(output), "_samray", "run.json")):
         if done_shards(output):
-            raise ConfigError(f"{where} holds shards of which nothing says what they are: give another")
+            raise ConfigError(f"{where} has shards without a description: choose another OUTPUT")
         return None
     plan = load_plan(output)
     held = plan.run["identity"]
     for key, wanted in identity.items():
         if held.get(key) != wanted:
             raise ConfigError(
-                f"{where} holds another run or import ({key}: {held.get(key)} there, {wanted} now): give another OUTPUT"
+                f"{where} has another run or import ({key}: {held.get(key)} there, {wanted} now): choose another OUTPUT"
             )
     storage.remove_leftovers(plan.output)
     return plan
@@ -155,7 +155,7 @@ def _new_plan(
     own: dict[str, Any],
     report: ImportReport,
 ) -> Plan:
-    """Write the plan, and say in the report if no image is found. Raises: ConfigError, StorageError."""
+    """Write the plan, and warn in the report if no image is found. Raises: ConfigError, StorageError."""
     allow_outside = bool(own["allow_outside"])
     if in_coco is None:
         table, convention = sa1b.planned_images(source, root, allow_outside)
@@ -164,9 +164,9 @@ def _new_plan(
     num_missing, example = missing_images(table, root or source.folder, allow_outside)
     if num_missing:
         report.warning = (
-            f"no image was found: {num_missing} of {table.num_rows} were looked for, such as "
+            f"no image was found: looked for {num_missing} of {table.num_rows}, for example "
             f"{storage.redact(example)}; the masks are imported, but reports, exports with images and training need "
-            "the images: say with --images where they are, and import into another OUTPUT"
+            "the images: set --images to their folder, and import into another OUTPUT"
         )
     settings = InputConfig().model_dump(mode="json")  # for readers that fetch the images
     identity = {**own, "input": settings, "masks": {"bbox_convention": convention}}
@@ -175,24 +175,24 @@ def _new_plan(
 
 
 def _refuse_if_all_was_dropped(source: Source, plan: Plan, report: ImportReport, done: Iterable[int]) -> None:
-    """Raises: ConfigError where there were annotations, and OUTPUT holds no mask. done: shards of earlier calls."""
+    """Raises: ConfigError if there were annotations, but OUTPUT has no mask. done: shards of earlier calls."""
     if report.num_masks or storage.exists(storage.join(plan.output, SUCCESS)):
         return
     earlier = [read_metadata(plan.output, shard).get("stats", {}) for shard in done]
     num_dropped = report.num_dropped + sum(stats.get("num_dropped", 0) for stats in earlier)
     if num_dropped and not any(stats.get("num_masks") for stats in earlier):
         raise ConfigError(
-            f"SOURCE {storage.redact(source.uri)}: not one mask could be imported; {num_dropped:,} annotations hold no "
-            f"pixel or belong to no image, and {report.num_failed:,} of {report.num_images:,} images failed; OUTPUT "
-            f"{report.output} holds no mask and can be deleted"
+            f"SOURCE {storage.redact(source.uri)}: no mask could be imported; {num_dropped:,} annotations have no "
+            f"pixel or image; {report.num_failed:,} of {report.num_images:,} images failed; OUTPUT {report.output} has "
+            "no masks and can be deleted"
         )
     if report.num_failed == report.num_images:
         reasons = ", ".join(f"{number} {reason}" for reason, number in report.failures.items())
-        report.warning = f"every image failed ({reasons}); the column `error` of OUTPUT says why"
+        report.warning = f"every image failed ({reasons}); the column `error` of OUTPUT has the reasons"
 
 
 def _with_files(source: Source, plan: Plan, todo: list[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Each shard to do, and its images' files."""
+    """Each shard to do, with the files of its images."""
     starts = np.cumsum([0, *(plan.num_images_of(shard) for shard in range(plan.num_shards))]).tolist()
     for shard in todo:
         yield shard, source.files.slice(starts[shard], plan.num_images_of(shard)).to_pylist()
@@ -215,11 +215,11 @@ def _import_shard(
 def _coco_records(
     plan: Plan, found: coco.CocoImages, annotations: coco.Shards, roots: list[str] | None, bbox_convention: str
 ) -> Iterator[tuple[int, list[ImageRecord], int]]:
-    """(shard, its rows, annotations dropped). roots: below which each image must be; None allows all places."""
+    """(shard, its rows, number of annotations dropped). roots: folder that each image must be in; None allows any."""
     for shard, first, by_place in annotations:
         records, num_dropped = [], 0
         for place, row in enumerate(plan.read_shard(shard).to_pylist(), start=first):
-            problem = None if row["uri"] else ImageError("missing", "the annotations say no file_name of the image")
+            problem = None if row["uri"] else ImageError("missing", "the annotations have no file_name for the image")
             if problem is None and roots is not None:
                 problem = outside_problem(row["uri"], roots[place])
             if problem is not None:

@@ -1,4 +1,4 @@
-"""The elements of a large JSON file's top-level lists, one at a time."""
+"""Stream the elements of the top-level lists in a large JSON file."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any, BinaryIO, Final
 
 _CHUNK_BYTES: Final = 4 * 2**20
 MAX_VALUE_CHARS: Final = 64 * 2**20
-"""Limit for one element; the file may be of any size. Parsed, an element takes up to 25 bytes per character."""
+"""Maximum size of one element; the file may be of any size. A parsed element takes up to 25 bytes per character."""
 
 _SPACE: Final = " \t\n\r"
 _WORDS: Final = ("true", "false", "null", "-", "NaN", "Infinity", "-Infinity")
 _CUT: Final = re.compile(r"\s*|\.|[eE][+-]?|\\?u?[0-9a-fA-F]{0,4}")
-"""What the end of a file leaves of a number or of an escape."""
+"""The start of a number or of an escape, at the end of the text read so far."""
 _NEAR_THE_END: Final = 16
-"""Characters: what is wrong so far before the end of what was read is not wrong for want of the rest."""
+"""Characters: an error this close to the end of the text read so far may only mean that more text is needed."""
 
 
 class JsonStream:
-    """Reads `{"key": [element, ...], "other": value, ...}` with no more in memory than an element and a chunk."""
+    """Reads `{"key": [element, ...], "other": value, ...}`; holds one element and one chunk in memory."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -32,13 +32,13 @@ class JsonStream:
         self._ended = False
         self._num_bytes = 0
         self._where = ""
-        """In which list, and after how many of its elements."""
+        """The current list, and the number of its elements read so far."""
 
     def items(self, bare: str | None = None) -> Iterator[tuple[str, Any]]:
-        """(key, element) for each element of a list, (key, value) for each other value, in the file's order.
+        """Yield (key, element) for each element of a list, and (key, value) for each other value, in the file's order.
 
-        bare: the key of the elements of a file that is a list itself; with None such a file is an error.
-        Raises: ValueError where the file is not a JSON object: what is wrong, and where.
+        bare: the key for the elements of a file that is a list itself; with None such a file is an error.
+        Raises: ValueError if the file is not a JSON object, with the reason and position.
         """
         if bare is not None and self._peek() == "[":
             yield from self._elements(bare)
@@ -46,7 +46,7 @@ class JsonStream:
             yield from self._members()
         self._where = ""
         if (found := self._next_character()) is not None:
-            raise ValueError(f"it goes on with {found!r} after its end, at {self._place(self._at)}; expected one value")
+            raise ValueError(f"it has {found!r} after its end, at {self._place(self._at)}; expected one value")
 
     def _members(self) -> Iterator[tuple[str, Any]]:
         self._expect("{")
@@ -83,15 +83,15 @@ class JsonStream:
 
     def _too_early(self) -> ValueError:
         return ValueError(
-            f"it ends too early: after {self._num_bytes:,} bytes{self._where}; the file was cut off while it was "
-            "written or copied, so fetch or export it again"
+            f"it ends too early: after {self._num_bytes:,} bytes{self._where}; the file was truncated when it was "
+            "written or copied: fetch or export it again"
         )
 
     def _more(self) -> bool:
-        """Read on; False at the end of the file."""
+        """Read the next chunk; False at the end of the file."""
         if self._ended:
             return False
-        # A value longer than a chunk is tried again with twice as much, so that trying stays linear.
+        # Retry a value longer than a chunk with twice as much text each time, which keeps parsing linear.
         chunk = self._stream.read(max(_CHUNK_BYTES, len(self._text) - self._at))
         self._ended = not chunk
         try:
@@ -111,7 +111,7 @@ class JsonStream:
         return found
 
     def _next_character(self) -> str | None:
-        """The next one that is not space, without taking it; None at the end of the file."""
+        """The next non-space character, without consuming it; None at the end of the file."""
         while True:
             while self._at < len(self._text):
                 if self._text[self._at] not in _SPACE:
@@ -135,23 +135,23 @@ class JsonStream:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
-                if end < len(self._text) or self._ended:  # else a number might go on
+                if end < len(self._text) or self._ended:  # else a number may continue
                     self._at = end
                     return value
             except json.JSONDecodeError as error:
                 if not self._may_go_on(error):
                     raise ValueError(f"it is damaged: {error.msg} at {self._place(error.pos)}") from error
             except RecursionError:
-                raise ValueError(f"it is nested too deep at {self._place(self._at)}") from None
+                raise ValueError(f"it is nested too deeply at {self._place(self._at)}") from None
             if len(self._text) - self._at > MAX_VALUE_CHARS:
                 raise ValueError(
-                    f"it holds a value of more than {MAX_VALUE_CHARS:,} characters at {self._place(self._at)}"
+                    f"it has a value of more than {MAX_VALUE_CHARS:,} characters at {self._place(self._at)}"
                 )
             if not self._more():
                 raise self._too_early()
 
     def _may_go_on(self, error: json.JSONDecodeError) -> bool:
-        """Whether only the rest of the value is missing."""
+        """Whether the error only means that the rest of the value is missing."""
         if error.msg.startswith("Unterminated string"):
             return True
         rest = self._text[error.pos :]

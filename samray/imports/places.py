@@ -1,8 +1,8 @@
-"""Where the images of an import are: below one folder, whatever their annotations say.
+"""Locations of the images of an import: below one folder, whatever the annotations say.
 
-Annotations are data, perhaps somebody else's. A name such as `/etc/passwd`, `../secret.png`, `file:///...`, a server of
-the own network, or one that a symbolic link leads out of the folder, would show a private picture in a report, or copy
-it into an export. Such an image is a failed row, unless `--allow-outside` says that the annotations are trusted.
+Annotations may be untrusted. A name such as `/etc/passwd`, `../secret.png`, `file:///...`, a server in the local
+network, or a symbolic link out of the folder would show a private image in a report, or copy it into an export. Such an
+image becomes a failed row unless `--allow-outside` marks the annotations as trusted.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ _TRIED_NAMES: Final = 8
 
 
 def printable(name: str) -> str:
-    """The name with lone surrogates, as Python reads file names that are not UTF-8, written as escapes."""
+    """The name with lone surrogates (Python's form of file names that are not UTF-8) escaped."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def outside_problem(uri: str, root: str) -> ImageError | None:
-    """Why the image is not to be read; None if it is below the root, also after following symbolic links.
+    """Why the image must not be read; None if it is below the root, also after following symbolic links.
 
-    uri: as `storage.resolve` makes it of the root and a name.
+    uri: from `storage.resolve` of the root and a name.
     """
     if not uri.startswith(storage.join(storage.normalize(root), "")):
         return _refusal(root)
     if not storage.is_local(root):
-        # Servers decode what is escaped, and resolve dots, only after we have looked.
+        # Servers unescape and resolve dots only after this check.
         return _refusal(root) if ".." in re.split(r"[/\\]", unquote(unquote(uri))) else None
-    with suppress(ValueError, OSError):  # of a name that no file can have, such as one with a NUL
+    with suppress(ValueError, OSError):  # for an impossible file name, such as one with a NUL
         if not storage.join(os.path.realpath(uri)).startswith(storage.join(os.path.realpath(root), "")):
             return _refusal(root)
     return None
@@ -48,15 +48,15 @@ def outside_problem(uri: str, root: str) -> ImageError | None:
 def _refusal(root: str) -> ImageError:
     return ImageError(
         "not_allowed",
-        f"its annotations name a file that is not below {storage.redact(root)}; if you trust them, add --allow-outside",
+        f"its annotations name a file outside {storage.redact(root)}; if you trust them, add --allow-outside",
     )
 
 
 def names_of(images: list[dict[str, Any]], roots: list[str]) -> Iterator[str | None]:
-    """The name of each of COCO's images, relative to its root; None for one without any.
+    """The name of each COCO image, relative to its root; None for an image without one.
 
-    Windows writes backslashes, which are legal in names elsewhere, and LVIS has a `coco_url` instead of a name. Where a
-    name may mean several files, the first few are looked for, and what is found of them decides for all.
+    Windows writes backslashes, which other systems allow in names, and LVIS has a `coco_url` instead of a name. If a
+    name is ambiguous, the first few are looked up, and the result is used for all.
     """
     spelled = [_spellings(image) for image in images]
     ambiguous = [(root, names) for root, names in zip(roots, spelled, strict=True) if len(names) > 1][:_TRIED_NAMES]
@@ -69,10 +69,10 @@ def names_of(images: list[dict[str, Any]], roots: list[str]) -> Iterator[str | N
 
 
 def _spellings(image: dict[str, Any]) -> list[str]:
-    """What its name may be, the likeliest first."""
+    """Possible names of the image, the most likely first."""
     name = image.get("file_name")
     if isinstance(name, str) and name:
-        # Asked of the name as it came: escapes have backslashes of their own.
+        # Check the original name: escapes add backslashes.
         return [printable(name.replace("\\", "/")), printable(name)] if "\\" in name else [printable(name)]
     url = image.get("coco_url")
     parts = [part for part in re.split(r"[?#]", url)[0].split("/")[3:] if part] if isinstance(url, str) else []
@@ -87,10 +87,10 @@ def _is_there(uri: str, root: str) -> bool:
 
 
 def missing_images(planned: pa.Table, base: str, allow_outside: bool) -> tuple[int, str]:
-    """How many images were looked for, if none was found, and one of their URIs; (0, "") if one may be there.
+    """The number of images looked for if none was found, and one of their URIs; (0, "") if one may exist.
 
-    planned: rows of the manifest; some of them, spread over all, are looked for. base: no server is asked for images
-    that are not below it, unless allow_outside.
+    planned: rows of the manifest; looks for a spread-out sample. base: images outside of it are not requested from
+    servers, unless allow_outside.
     """
     step = max(1, -(-planned.num_rows // _LOOKED_FOR))
     places = pa.array(range(0, planned.num_rows, step), pa.int64())
@@ -110,5 +110,5 @@ def _may_be_there(uri: str) -> bool:
         return storage.exists(uri)
     except FileError:
         return False
-    except StorageError:  # storage does not answer: who knows
+    except StorageError:  # no answer from storage: it may exist
         return True

@@ -1,9 +1,9 @@
-"""Annotations of SA-1B and COCO, whatever they leave open, as rows of an output.
+"""Convert annotations of SA-1B and COCO, which may be incomplete, to rows of an output.
 
-The mask is what counts: area and box are measured on it again, for sources round them, cut them or take them from
-polygons. An annotation's id becomes image_id * 65536 + index, as everywhere in samray. What a source does not know is
-filled in: a predicted IoU (else COCO's `score`) and stability of 1, no point, the whole image as crop box. Categories
-have no place in the SA-1B layout and are dropped.
+Area and box are measured again from the mask, because sources round them, cut them or take them from polygons. An
+annotation's id becomes image_id * 65536 + index, as everywhere in samray. Missing values are filled in: a predicted IoU
+(or COCO's `score`) and stability of 1, no point, the whole image as crop box. Categories are dropped, because the SA-1B
+layout does not have them.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from samray.output.schema import ANNOTATIONS_PER_IMAGE, ImageRecord
 from samray.rle.runs import MAX_CHARS, Runs, area, bbox_xywh, check_size, checked_runs, spans
 
 _MAX_OUTLINE: Final = 2**22
-"""Longest outline of an annotation's polygons, pixels, and farthest corner."""
+"""Maximum outline of an annotation's polygons and maximum coordinate, in pixels."""
 
 MAX_IMAGE_CHARS: Final = 2**25
-"""Limit for the run-length strings of one image: a polygon of three corners may make a string of megabytes."""
+"""Maximum characters of run lengths per image: a polygon with three corners can make megabytes of them."""
 
 
 def record_of(
     planned: Mapping[str, Any], image: Mapping[str, Any], annotations: Sequence[Any], bbox_convention: str
 ) -> tuple[ImageRecord, int]:
-    """A row of an output, and how many annotations were dropped because they hold no pixel.
+    """A row of an output, and the number of annotations dropped because they have no pixels.
 
-    planned: the image's row of the manifest. image: width and height. An annotation that cannot be understood makes
-    the image a failed one, with a reason that names it.
+    planned: the image's row in the manifest. image: width and height. An annotation that cannot be parsed makes the
+    image a failed row, with a reason that names the annotation.
     """
     known = {name: planned[name] for name in ("image_id", "file_name", "uri")}
     try:
@@ -56,15 +56,15 @@ def record_of(
 
 
 def failed(planned: Mapping[str, Any], error: ImageError) -> ImageRecord:
-    """The row of an image whose annotations cannot be had."""
+    """The row of an image whose annotations are not available."""
     known = {name: planned[name] for name in ("image_id", "file_name", "uri")}
     return ImageRecord(**known, width=0, height=0, error=str(error))
 
 
 def image_hw(image: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width in pixels; whole numbers may be written as floats, as pandas does.
+    """Height and width in pixels. Whole numbers may be floats, as pandas writes them.
 
-    Raises: ImageError where they are no size of an image, or one too large to handle.
+    Raises: ImageError if they are not a valid image size, or are too large.
     """
     sides = [whole(image.get(name)) for name in ("height", "width")]
     if None in sides:
@@ -77,14 +77,14 @@ def image_hw(image: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def whole(value: Any) -> int | None:
-    """The whole number that a value is, also as a float; None for everything else."""
+    """The integer value of an int or of a whole float; None for everything else."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _annotation(place: int, raw: Any, hw: tuple[int, int], bbox_convention: str) -> dict[str, Any] | None:
-    """As `MaskGenerator` would make it, without id; None where there is no pixel. Raises: ImageError."""
+    """As from `MaskGenerator`, without id; None if there is no pixel. Raises: ImageError."""
     try:
         counts = counts_of(raw.get("segmentation"), hw)
         if counts is None:
@@ -104,7 +104,7 @@ def _annotation(place: int, raw: Any, hw: tuple[int, int], bbox_convention: str)
             "crop_box": _four(raw.get("crop_box")) or [0.0, 0.0, float(hw[1]), float(hw[0])],
         }
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise ImageError("unreadable", f"annotation {place} cannot be understood: {str(error)[:300]}") from error
+        raise ImageError("unreadable", f"annotation {place} is not valid: {str(error)[:300]}") from error
 
 
 def _score(value: Any) -> float:
@@ -121,15 +121,15 @@ def _four(value: Any) -> list[float] | None:
 
 def _finite(value: Any) -> float:
     number = float(value)
-    if not math.isfinite(number):  # Python reads NaN and Infinity, which are no JSON
+    if not math.isfinite(number):  # Python also parses NaN and Infinity, which are not JSON
         raise ValueError(f"the coordinate {number}")
     return number
 
 
 def counts_of(segmentation: Any, hw: tuple[int, int]) -> str | None:
-    """COCO's compressed run lengths, of whatever form; None where there is no mask.
+    """COCO's compressed run lengths from any form of segmentation; None if there is no mask.
 
-    hw: as `image_hw` gives it. Raises: ValueError and the like.
+    hw: from `image_hw`. Raises: ValueError and the like.
     """
     if not segmentation:
         return None
@@ -137,36 +137,36 @@ def counts_of(segmentation: Any, hw: tuple[int, int]) -> str | None:
         return _counts_of_polygons(segmentation, hw)
     size, counts = segmentation["size"], segmentation["counts"]
     if not isinstance(size, list) or [whole(side) for side in size] != list(hw):
-        raise ValueError(f"a mask of size {reprlib.repr(size)}, in an image {list(hw)} high and wide")
+        raise ValueError(f"a mask of size {reprlib.repr(size)}, not {list(hw)} like the image (height, width)")
     if isinstance(counts, list):
         return _compressed(_plain_runs(counts, hw), hw)
     runs = checked_runs(counts, hw)
-    # A run without a pixel between two others is legal, and ends pycocotools' IoU too early.
+    # An empty run between two others is legal, but makes pycocotools' IoU stop too early.
     return _compressed(runs, hw) if np.any(runs[1:] == 0) else str(counts)
 
 
 def _plain_runs(counts: list[Any], hw: tuple[int, int]) -> Runs:
-    """Uncompressed run lengths, as whole numbers that may be written as floats. Raises: ValueError."""
+    """Validate uncompressed run lengths; whole numbers may be floats. Raises: ValueError."""
     if len(counts) > MAX_CHARS:
-        raise ValueError(f"{len(counts)} run lengths: at most {MAX_CHARS} can be handled")
+        raise ValueError(f"{len(counts)} run lengths; at most {MAX_CHARS} are supported")
     runs = [whole(run) for run in counts]
-    # Summed by Python, which does not overflow.
+    # Python's sum does not overflow.
     if any(run is None or run < 0 for run in runs) or sum(runs) != hw[0] * hw[1]:  # type: ignore[arg-type]
         raise ValueError(f"run lengths that do not sum to {hw[0]} * {hw[1]}")
     return np.array(runs, dtype=np.int64)
 
 
 def _compressed(runs: Runs, hw: tuple[int, int]) -> str:
-    """The runs as COCO's string, without runs that hold no pixel but for a first one."""
+    """Encode the runs as COCO's string, without empty runs except for the first."""
     start, end = spans(runs)
     counts = np.diff(np.stack([start, end], axis=1).ravel(), prepend=0, append=hw[0] * hw[1])
-    if counts[-1] == 0 and len(counts) > 1:  # the runs of a mask that ends in a 1 end with it
+    if counts[-1] == 0 and len(counts) > 1:  # if the last pixel is 1, its run is the last one
         counts = counts[:-1]
     return str(coco_mask.frPyObjects({"size": list(hw), "counts": counts}, *hw)["counts"].decode("ascii"))
 
 
 def _counts_of_polygons(polygons: list[Any], hw: tuple[int, int]) -> str | None:
-    if all(isinstance(number, int | float) for number in polygons):  # one polygon, without a list around it
+    if all(isinstance(number, int | float) for number in polygons):  # one polygon, not in a list
         polygons = [polygons]
     elif len(polygons) > 2 and all(_is_point(point) for point in polygons):  # one polygon of [x, y] pairs
         polygons = [list(chain.from_iterable(polygons))]
@@ -177,17 +177,17 @@ def _counts_of_polygons(polygons: list[Any], hw: tuple[int, int]) -> str | None:
             polygon = list(chain.from_iterable(polygon))
         xy = np.array([float(number) for number in polygon], dtype=np.float64)
         if len(xy) % 2 or not np.isfinite(xy).all():
-            raise ValueError("a polygon that is no list of x, y")
-        if len(xy) < 6:  # COCO has a few of one or two points, which hold nothing
+            raise ValueError("a polygon that is not a list of x, y")
+        if len(xy) < 6:  # COCO has a few polygons with one or two points, which are empty
             continue
-        # pycocotools walks along the outline in fifths of a pixel and keeps each step, also far outside of the image.
+        # pycocotools walks along the outline in fifths of a pixel and stores each step, even far outside the image.
         corners = xy.reshape(-1, 2)
         length = np.abs(np.diff(corners, axis=0, append=corners[:1])).max(axis=1).sum()
         outline += float(length)
         if not outline <= _MAX_OUTLINE or np.abs(xy).max() > _MAX_OUTLINE:
             raise ValueError(
-                f"polygons with an outline of {outline:.3g} pixels or corners as far away, where at most "
-                f"{_MAX_OUTLINE} can be handled"
+                f"polygons with an outline or a coordinate of {outline:.3g} pixels; at most {_MAX_OUTLINE} "
+                "are supported"
             )
         usable.append(xy.tolist())
     if not usable:
@@ -200,14 +200,14 @@ def _is_point(value: Any) -> bool:
 
 
 def measure(counts: str, hw: tuple[int, int], bbox_convention: str) -> tuple[int, list[float]]:
-    """Area and box of a sound run-length string. bbox_convention: coco, or sam, whose boxes are one pixel short."""
+    """Area and box of a valid run-length string. bbox_convention: coco, or sam, whose boxes are one pixel smaller."""
     runs = checked_runs(counts, hw)
     x, y, w, h = bbox_xywh(runs, hw)
     return area(runs), [x, y, w, h] if bbox_convention == "coco" else [x, y, w - 1, h - 1]
 
 
 def bbox_convention_of(samples: Iterable[tuple[Any, tuple[int, int]]]) -> str | None:
-    """coco or sam, by what most boxes agree with; None where none says. Never raises.
+    """The convention, coco or sam, that most boxes follow; None if they do not tell. Never raises.
 
     samples: annotations, each with its image's height and width.
     """

@@ -1,4 +1,4 @@
-"""SA-1B: folders of JSON files, one an image, or tars of them with their images, as published."""
+"""SA-1B: folders of JSON files, one per image, or tars with JSON files and images, as published."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from samray.storage.strict_json import parse_json
 _THREADS: Final = 32
 _SAMPLES: Final = 20
 MAX_JSON_BYTES: Final = 64 * 2**20
-"""Limit for the file of one image; parsed, JSON takes up to 25 bytes per character."""
+"""Maximum bytes of an image's file; parsed JSON takes up to 25 bytes per character."""
 _READ_AHEAD_BYTES: Final = 4 * 2**20
-"""Larger files are read one by one."""
+"""Larger files are read one at a time."""
 
 _IMAGE_FIRST: Final = re.compile(rb'\s*\{\s*"image"\s*:\s*(\{[^{}]*\})')
 
 
 def planned_images(source: Source, images_root: str | None, allow_outside: bool) -> tuple[pa.Table, str]:
-    """The images as `MANIFEST_SCHEMA` has them, without shards, and the convention that the source's boxes follow.
+    """The images in the columns of `MANIFEST_SCHEMA` without shards, and the box convention of the source.
 
-    Reads the start of each JSON file, where SA-1B says which image it is, and a few files whole. images_root: where
-    `file_name` lies; without it, the image beside the JSON file is taken. Raises: ConfigError where no image is where
-    it may be read, StorageError.
+    Reads the start of each JSON file, where SA-1B describes the image, and a few files completely. images_root: folder
+    that `file_name` is relative to; by default the image is next to its JSON file. Raises: ConfigError if no image is
+    in an allowed place, StorageError.
     """
     files = source.files.to_pylist()
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -45,19 +45,19 @@ def planned_images(source: Source, images_root: str | None, allow_outside: bool)
     if not allow_outside and all(_problem(file, row, images_root) for file, row in zip(files, rows, strict=True)):
         raise ConfigError(
             f"SOURCE {storage.redact(source.uri)}: no image is below the folder of its images, the first is "
-            f"{storage.redact(rows[0]['uri'])}; say with --images where they are, or add --allow-outside if you trust "
-            "the annotations"
+            f"{storage.redact(rows[0]['uri'])}; set --images to their folder, or add --allow-outside if you trust the "
+            "annotations"
         )
     fields = [field for field in MANIFEST_SCHEMA if field.name != "shard"]
     return pa.Table.from_pylist(rows, schema=pa.schema(fields)), _bbox_convention(files)
 
 
 def _image_of(file: dict[str, Any]) -> dict[str, Any]:
-    """The file's `image`; empty where it cannot be understood, which will be a failed row."""
+    """The file's `image`; empty if it cannot be parsed, which will be a failed row."""
     match = _IMAGE_FIRST.match(read_json(file, HEAD_BYTES))
     image: Any = None
     if match:
-        with contextlib.suppress(ValueError):  # a name may hold a brace, too
+        with contextlib.suppress(ValueError):  # a name may also contain a brace
             image = parse_json(match[1])
     try:
         image = _whole_json(file)["image"] if image is None else image
@@ -67,7 +67,7 @@ def _image_of(file: dict[str, Any]) -> dict[str, Any]:
 
 
 def _whole_json(file: dict[str, Any]) -> Any:
-    """Raises: ValueError where it is not JSON, or too large; StorageError."""
+    """Raises: ValueError if it is not JSON, or too large; StorageError."""
     text = _read_or_error(file)
     if isinstance(text, ImageError):
         raise ValueError(text.message)
@@ -80,14 +80,14 @@ def _id_of(image: dict[str, Any]) -> Any:
 
 
 def _problem(file: dict[str, Any], row: dict[str, Any], images_root: str | None) -> ImageError | None:
-    """Why the image is not to be read. row: of the manifest."""
+    """Why the image must not be read. row: of the manifest."""
     if row.get("container") is not None:
-        return None  # a member of the very tar that is imported
+        return None  # a member of the imported tar
     return outside_problem(row["uri"], images_root or storage.parent(file["json"]))
 
 
 def _place(file: dict[str, Any], image: dict[str, Any], images_root: str | None) -> dict[str, Any]:
-    """The image's name, and where its bytes are."""
+    """The image's name, and the location of its bytes."""
     in_tar = file["json_offset"] is not None
     name = image.get("file_name")
     if not isinstance(name, str) or not name:
@@ -126,9 +126,9 @@ def read_records(
     images_root: str | None,
     allow_outside: bool,
 ) -> tuple[list[ImageRecord], int]:
-    """The rows of a shard, and how many annotations without a pixel were dropped.
+    """The rows of a shard, and the number of annotations dropped because they have no pixels.
 
-    files: rows of `JSON_FILES`. planned: the images' rows of the manifest. images_root: as for `planned_images`.
+    files: rows of `JSON_FILES`. planned: the images' rows in the manifest. images_root: as for `planned_images`.
     Raises: StorageError.
     """
     small = [file if (file["json_size"] or 0) <= _READ_AHEAD_BYTES else None for file in files]
@@ -160,6 +160,6 @@ def _record(row: dict[str, Any], text: bytes | ImageError, bbox_convention: str)
         content = parse_json(text)
         image, annotations = dict(content["image"]), list(content["annotations"])
     except (ValueError, KeyError, TypeError) as error:
-        why = f"{type(error).__name__}: {str(error)[:200]}"  # the repr of some errors quotes all they were given
-        return failed(row, ImageError("unreadable", f"its JSON is not SA-1B's: {why}")), 0
+        why = f"{type(error).__name__}: {str(error)[:200]}"  # the repr of some errors contains their whole input
+        return failed(row, ImageError("unreadable", f"its JSON is not in SA-1B format: {why}")), 0
     return record_of(row, image, annotations, bbox_convention)

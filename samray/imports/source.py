@@ -1,4 +1,4 @@
-"""Which annotation files a source holds, of which format, and where the images lie."""
+"""List the annotation files of a source, detect their format, and locate the images."""
 
 from __future__ import annotations
 
@@ -26,46 +26,47 @@ _THREADS: Final = 32
 
 JSON_FILES: Final = pa.schema(
     [
-        ("json", pa.string()),  # the JSON file, or the tar that holds it
-        ("json_offset", pa.int64()),  # in the tar; null for a file of its own
+        ("json", pa.string()),  # the JSON file, or its tar
+        ("json_offset", pa.int64()),  # in the tar; null for a separate file
         ("json_size", pa.int64()),
-        ("photo", pa.string()),  # the image beside it; null where there is none
+        ("photo", pa.string()),  # the image next to it; null if there is none
         ("photo_size", pa.int64()),
         ("photo_etag", pa.string()),
         ("photo_offset", pa.int64()),  # in the tar
-        ("photo_extents", pa.string()),  # in the tar, of a photo stored with holes
+        ("photo_extents", pa.string()),  # in the tar, for a sparse file
     ]
 )
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is to be imported."""
+    """The annotation files to import."""
 
     uri: str
     format: str
     """sa1b or coco."""
     files: pa.Table
-    """`JSON_FILES`, in the order in which their images come."""
+    """`JSON_FILES`, in the order of the images."""
 
     @property
     def folder(self) -> str:
-        """The folder that all files of the source are below."""
+        """The common folder of all files of the source."""
         if storage.has_glob(self.uri) and not storage.exists(self.uri):
             return storage.glob_base(self.uri)
         return storage.parent(self.uri) if self.files["json"][0].as_py() == self.uri else self.uri
 
     def fingerprint(self) -> str:
-        """Changes when a file comes, goes or grows: names and sizes, for there may be millions of files."""
+        """Changes if a file is added, removed or resized: names and sizes only, because there may be millions of
+        files."""
         digest = hashlib.sha256()
         for batch in self.files.select(["json", "json_offset", "json_size"]).to_batches():
             digest.update(json.dumps([column.to_pylist() for column in batch.columns]).encode())
         return digest.hexdigest()
 
     def sha256(self) -> str:
-        """Of the files' content, one after the other: for one file its own. For files that are none of a tar.
+        """SHA-256 of the files' content, concatenated; not for members of a tar.
 
-        Reads them whole. Raises: StorageError.
+        Reads the files completely. Raises: StorageError.
         """
         digest = hashlib.sha256()
         for uri in self.files["json"].to_pylist():
@@ -76,14 +77,14 @@ class Source:
 
 
 def open_source(uri: str, format: str | None) -> Source:
-    """List the source, and look into its first file where no format is given.
+    """List the source, and detect the format from its first file if none is given.
 
-    uri: a folder, prefix, glob, JSON file or tar. Raises: ConfigError where there is nothing to import, StorageError.
+    uri: a folder, prefix, glob, JSON file or tar. Raises: ConfigError if there is nothing to import, StorageError.
     """
     uri = storage.normalize(uri)
     where = storage.redact(uri)
     if format not in (None, "sa1b", "coco"):
-        raise ConfigError(f"there is no format {format!r} to import; formats are sa1b, coco")
+        raise ConfigError(f"unknown import format {format!r}; formats are sa1b, coco")
     try:
         entries = sorted(storage.list_files(uri), key=lambda entry: entry.uri)
     except NotFoundError as error:
@@ -96,7 +97,7 @@ def open_source(uri: str, format: str | None) -> Source:
         raise ConfigError(f"SOURCE {where}: no JSON file found, among {len(entries)} files and in the tars of them")
     source = Source(uri, format or _format_of(files, where), files)
     if source.format == "coco" and pc.count(files["json_offset"]).as_py():
-        raise ConfigError(f"SOURCE {where} is a tar, and COCO's JSON is read from files: unpack it")
+        raise ConfigError(f"SOURCE {where} is a tar, but COCO JSON is not read from tars: unpack it")
     return source
 
 
@@ -124,8 +125,8 @@ def _list_tar(uri: str) -> pa.Table:
         if not member.name.lower().endswith(".json"):
             continue
         if member.problem or member.extents is not None:
-            problem = (member.problem or "unreadable: it is stored with holes").partition(": ")[2]
-            raise ConfigError(f"{storage.redact(uri)}, {member.name}: {problem}; make the tar again without holes")
+            problem = (member.problem or "unreadable: it is a sparse file").partition(": ")[2]
+            raise ConfigError(f"{storage.redact(uri)}, {member.name}: {problem}; create the tar without sparse files")
         row = {"json": uri, "json_offset": member.offset, "json_size": member.size}
         photo = photos.get(member.name.rpartition(".")[0])
         if photo is not None and photo.problem is None:
@@ -142,17 +143,17 @@ def _table(rows: Iterator[dict[str, Any]]) -> pa.Table:
 
 def _format_of(files: pa.Table, where: str) -> str:
     head = read_json(files.slice(0, 1).to_pylist()[0], HEAD_BYTES)
-    if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):  # a list of results
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):  # a top-level list: results
         return "coco"
     if re.search(rb'"image"\s*:\s*\{', head):
         return "sa1b"
     if re.search(rb'"(images|annotations|categories|info|licenses)"\s*:\s*[\[{]', head):
         return "coco"
-    raise ConfigError(f"SOURCE {where}: its first JSON file is neither SA-1B's nor COCO's; say which with --format")
+    raise ConfigError(f"SOURCE {where}: its first JSON file is neither SA-1B nor COCO; set --format")
 
 
 def read_json(file: dict[str, Any], limit: int | None = None) -> bytes:
-    """The bytes of a row of `JSON_FILES`, or the first `limit` of them. Raises: StorageError."""
+    """Read a row of `JSON_FILES`, or its first `limit` bytes. Raises: StorageError."""
     size = file["json_size"]
     length = size if limit is None or size is None else min(limit, size)
     if file["json_offset"] is None:
@@ -161,9 +162,9 @@ def read_json(file: dict[str, Any], limit: int | None = None) -> bytes:
 
 
 def image_ids(wanted: list[Any]) -> list[int]:
-    """The ids as the source has them; places for all where two would be the same or one is no possible id.
+    """The ids of the source; row indices for all if two ids are equal or one is invalid.
 
-    None stands for an id that cannot be known: it gets one after the largest.
+    None stands for an unknown id: it gets one after the largest.
     """
     known = [number for number in wanted if number is not None]
     possible = all(isinstance(number, int) and 0 <= number <= MAX_IMAGE_ID - len(wanted) for number in known)

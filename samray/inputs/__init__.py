@@ -1,1 +1,1 @@
-"""What an INPUT holds: listing it, fetching the bytes of its images, decoding them to RGB."""
+"""The images of an INPUT: list them, fetch their bytes, decode them to RGB."""

@@ -1,7 +1,7 @@
-"""A process of our own that may be killed: what an image does to it tells about the image, and costs no other image.
+"""A child process that an image may crash: the crash identifies the image and affects no other.
 
-The child runs one function for each request, over a socket pair. It is started as a fresh interpreter, never forked: a
-fork of a process with Ray's and torch's threads may hang. It ends with its parent, whatever it is doing.
+The child calls one function per request, over a socket pair. It is started as a fresh interpreter, because a fork of a
+process with Ray's and torch's threads may hang. It ends with its parent, whatever it is doing.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 Answer = tuple[bytes, int | None]
-"""What a child answers: bytes, and a file descriptor if there is one."""
+"""A child's answer: bytes, and a file descriptor or None."""
 
 Buffer = bytes | bytearray | memoryview
 
 CRASHES_TO_BLAME: Final = 2
-"""Times a process must crash at one image, alone with it, before the image is blamed."""
+"""Crashes on one image, processed alone, before the image is blamed."""
 
 KILLS_TO_BLAME: Final = 5
-"""The same if the process was killed (SIGKILL), which the kernel's OOM killer and people do to sound images too."""
+"""The same for kills (SIGKILL), which the kernel's OOM killer and people also do without the image's fault."""
 
 _CRASHES: Final = {-s for s in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)}
 
 
 class ChildDied(Exception):
-    """The child ended, or was ended because it gave no answer in time, before it answered.
+    """The child ended, or was killed after a timeout, before it answered.
 
-    returncode: as subprocess has it: minus the signal, or the exit status.
+    returncode: as in subprocess: minus the signal, or the exit status.
     """
 
     def __init__(self, returncode: int) -> None:
-        super().__init__(f"the process was ended by {how_it_ended(returncode)}")
+        super().__init__(f"the process ended with {how_it_ended(returncode)}")
         self.returncode = returncode
 
     @property
     def is_crash(self) -> bool:
-        """Whether it ended by what it did itself."""
+        """Whether it crashed by itself."""
         return self.returncode in _CRASHES or self.returncode > 0
 
 
 class ChildNotStarted(Exception):
-    """No process could be started, or it ended before it was ready for a request: no image is to blame for that."""
+    """No process could be started, or it ended before it was ready: not the fault of an image."""
 
 
 def how_it_ended(returncode: int) -> str:
@@ -62,12 +62,12 @@ def how_it_ended(returncode: int) -> str:
 
 
 def is_to_blame(deaths: Sequence[ChildDied]) -> bool:
-    """Whether deaths at one image, alone, are proof enough that it was the image."""
+    """Whether these deaths on one image, processed alone, prove that the image is the cause."""
     return sum(death.is_crash for death in deaths) >= CRASHES_TO_BLAME or len(deaths) >= KILLS_TO_BLAME
 
 
 class Child:
-    """The parent's side. target: `module:function`, which is given setup and returns the function of requests."""
+    """The parent's side. target: `module:function`, which takes setup and returns the function for requests."""
 
     def __init__(self, target: str, setup: bytes, start_timeout_s: float = 120.0) -> None:
         """Start the process and wait until it is ready. Raises ChildNotStarted."""
@@ -100,7 +100,7 @@ class Child:
         return self._process.pid
 
     def ask(self, *parts: Buffer, timeout_s: float) -> Answer:
-        """One request, and its answer. Raises ChildDied; after that the child is gone."""
+        """Send one request and return its answer. Raises ChildDied; after that the child is gone."""
         try:
             self._socket.settimeout(timeout_s)
             _send(self._socket, parts)
@@ -122,12 +122,12 @@ def serve(socket_fd: int, lifeline_fd: int, parent: int, target: str) -> None:
     for number in (signal.SIGIO, signal.SIGXCPU):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGIO, signal.SIGXCPU))
-    # The kernel sends SIGIO, which ends the process also within a decoder, when the parent's end of this is closed.
+    # When the parent's end of this is closed, the kernel sends SIGIO, which ends the process even inside a decoder.
     fcntl.fcntl(lifeline_fd, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(lifeline_fd, fcntl.F_SETFL, fcntl.fcntl(lifeline_fd, fcntl.F_GETFL) | os.O_ASYNC)
     if os.getppid() != parent:
         os._exit(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole process group; the parent handles it
     with contextlib.suppress(EOFError, OSError), socket.socket(fileno=socket_fd) as stream:
         setup, _ = _receive(stream)
         module, _, name = target.partition(":")

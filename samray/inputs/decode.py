@@ -1,17 +1,18 @@
-"""Encoded image bytes to RGB uint8 (H, W, 3), whatever camera, scanner or joker they come from.
+"""Decode image bytes to RGB uint8 (H, W, 3), whatever camera, scanner or attacker they come from.
 
-Decisions, where formats leave room:
+Decisions, if formats leave room:
 
-- EXIF and TIFF orientation is applied: masks lie on the picture as people see it.
-- Transparency is laid over white, as most viewers show it; colours hidden under full transparency do not shine through.
+- EXIF and TIFF orientation is applied: masks fit the image as people see it.
+- Transparent images are composited over white, as in most viewers; colours hidden by full transparency do not show.
 - 16-bit grey is scaled by 1/257 (65535 becomes 255), 12-bit grey by 255/4095. 32-bit integers within 0..65535 are
-  treated as 16-bit. Floats within 0..1 are scaled by 255, within 0..255 taken as they are. Anything wider is stretched
-  from its minimum to its maximum; NaN and infinities become black. A TIFF's WhiteIsZero is inverted after that.
-- CMYK follows Pillow, which knows that JPEGs hold it inverted; no colour profile is applied.
-- Of animations and multi-page files the first frame is taken; of a TIFF whose first picture calls itself a thumbnail,
-  the full picture. Raw camera files are refused: a developed picture is a matter of taste.
+  treated as 16-bit. Floats within 0..1 are scaled by 255; floats within 0..255 are unchanged. Wider ranges are
+stretched
+  from minimum to maximum; NaN and infinities become black. Then TIFFs with WhiteIsZero are inverted.
+- CMYK follows Pillow, which handles inverted JPEGs; no colour profile is applied.
+- Animations and multi-page files: the first frame. TIFFs whose first image is marked as a thumbnail: the full image.
+  Raw camera files are refused, because developing them is a matter of taste.
 
-The number of pixels is checked in the header, before anything is decoded.
+The number of pixels is checked in the header, before decoding.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from samray.inputs import tiff
 
 RGBArray = npt.NDArray[np.uint8]
 
-# Only pure decoders of pixel formats: others of Pillow's plugins start programs (EPS) or fetch other files.
-# (Multi-picture JPEGs come through JPEG.) Builds of Pillow may lack some.
+# Only decoders of pixel formats: other Pillow plugins start programs (EPS) or fetch files. (Multi-picture JPEGs are
+# handled as JPEG.) Builds of Pillow may lack some.
 Image.init()
-# One thread: an image's time is limited in CPU seconds, and images are decoded side by side.
+# One thread: an image's time is limited in CPU seconds, and images are decoded in parallel.
 pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 FORMATS: Final = tuple(
@@ -49,7 +50,7 @@ FORMATS: Final = tuple(
 )
 _MULTI_PICTURE_JPEG: Final = ".mpo"
 
-# What Pillow's decoders raise on damaged data; found by feeding them some.
+# What Pillow's decoders raise on damaged data; found by fuzzing.
 _DECODE_ERRORS: Final = (
     OSError,
     SyntaxError,
@@ -75,9 +76,9 @@ _ORIENTATION_TEXT: Final = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
 _MAX_ORIENTATION_TEXT: Final = 256 * 1024
 
 _REFUSALS: Final = re.compile("cannot handle|unsupported|not supported|not implemented|unknown|unable to determine")
-"""What Pillow says of files that are sound and of a kind it does not decode."""
+"""Pillow's messages about valid files of a kind that it does not decode."""
 
-# A damaged photograph in a million is a row with an error, not a line on the terminal of each worker.
+# One damaged photo in a million is a failed row, not a warning on the terminal of each worker.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
@@ -85,15 +86,15 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 @cache
 def image_extensions() -> tuple[str, ...]:
-    """File name endings, lower case with the dot, of the formats that `decode_image` reads; sorted."""
+    """File extensions, lower case with the dot, of the formats that `decode_image` reads; sorted."""
     known = Image.registered_extensions()
     return tuple(sorted({_MULTI_PICTURE_JPEG, *(ending for ending, name in known.items() if name in FORMATS)}))
 
 
 def decode_image(data: bytes | bytearray | memoryview, max_pixels: int) -> RGBArray:
-    """Encoded bytes as (H, W, 3) uint8 RGB, C-contiguous and writable, upright.
+    """Decode bytes to (H, W, 3) uint8 RGB, C-contiguous, writable and upright.
 
-    max_pixels: width x height above which the image is refused undecoded.
+    max_pixels: width x height above which the image is refused without decoding.
     Raises: ImageError with reason empty, not_an_image, unsupported, truncated, too_large, out_of_memory or unreadable.
     """
     if len(data) == 0:
@@ -105,7 +106,7 @@ def decode_image(data: bytes | bytearray | memoryview, max_pixels: int) -> RGBAr
             if width * height > max_pixels:
                 raise _too_large(image.size, max_pixels)
             image.load()
-            if image.size[0] * image.size[1] > max_pixels:  # some headers say less than the picture inside
+            if image.size[0] * image.size[1] > max_pixels:  # some headers give a smaller size than the image has
                 raise _too_large(image.size, max_pixels)
             return _to_rgb(_upright(image))
     except ImageError:
@@ -124,10 +125,10 @@ def _too_large(size: tuple[int, int], max_pixels: int) -> ImageError:
 
 
 def is_of_size(data: bytes, width: int, height: int) -> bool:
-    """Whether `decode_image` would give this width and height, by the header alone; False where that is damaged."""
+    """Whether `decode_image` would return this width and height, from the header alone; False if that is damaged."""
     try:
         with _open(data, width * height) as image:
-            if image.size == (width, height):  # also of a picture on its side some of Pillow's decoders say so
+            if image.size == (width, height):  # some Pillow decoders report the rotated size
                 return True
             return image.size == (height, width) and _orientation(image) in range(5, 9)
     except (ImageError, MemoryError, *_DECODE_ERRORS):
@@ -135,9 +136,9 @@ def is_of_size(data: bytes, width: int, height: int) -> bool:
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
-    """The image with its header read. Raises ImageError where no decoder takes it."""
-    # Pillow's own limit is a global of the process: raised where the user allows more, never lowered. It refuses at
-    # twice its value, so what it refuses is always above ours, too.
+    """The image with its header read. Raises ImageError if no decoder accepts it."""
+    # Pillow's own limit is a global of the process: raised if the user allows more, never lowered. Pillow refuses
+    # images of twice its limit, which is always above ours, too.
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels
     directory = None
@@ -156,7 +157,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def _main_tiff_picture(data: bytes) -> tuple[bytes, tiff.Directory | None]:
-    """The TIFF with the picture that is meant as its first, and that picture's tags."""
+    """Make the main picture the first one of the TIFF; returns that TIFF and the picture's tags."""
     found = tiff.directories(data)
     if tiff.is_raw_photo(data, found):
         raise ImageError(
@@ -172,9 +173,9 @@ def _main_tiff_picture(data: bytes) -> tuple[bytes, tiff.Directory | None]:
 
 
 def _without_texts(data: bytes) -> bytes:
-    """A PNG without its texts and colour profile, but for texts that may hold the orientation.
+    """Remove texts and colour profile from a PNG, except texts that may contain the orientation.
 
-    Pillow fails an image whose texts are large, and nothing here reads them.
+    Pillow refuses images with large texts, which are not needed here.
     """
     kept, place = [data[:8]], 8
     while place + 8 <= len(data):
@@ -189,7 +190,7 @@ def _without_texts(data: bytes) -> bytes:
 
 
 def _is_small_text(chunk: bytes) -> bool:
-    """Whether the text of a chunk, which begins with its kind, is small also when it is unpacked."""
+    """Whether the text of a chunk, which starts with its type, is small, also after decompression."""
     rest = chunk[4:-4].partition(b"\0")[2]
     packed = b""
     if chunk.startswith(b"zTXt"):
@@ -205,7 +206,7 @@ def _is_small_text(chunk: bytes) -> bool:
 
 
 def _unidentified(data: bytes) -> ImageError:
-    """Why no decoder takes the file."""
+    """Why no decoder accepts the file."""
     kind = image_kinds.kind_of(data)
     if kind is None or kind not in Image.OPEN:
         return image_kinds.foreign_file(data)
@@ -216,7 +217,7 @@ def _unidentified(data: bytes) -> ImageError:
             "unsupported", f"this TIFF has {found[0].describe()}, which is not decoded; convert it to 8-bit or 16-bit"
         )
     try:
-        Image.OPEN[kind][0](io.BytesIO(data), b"")  # alone, the decoder says why
+        Image.OPEN[kind][0](io.BytesIO(data), b"")  # called directly, the decoder reports why
         said = ""
     except _DECODE_ERRORS as error:
         said = _said(error)
@@ -230,7 +231,7 @@ def _unsupported(kind: str | None, said: str) -> ImageError:
 
 
 def _said(error: Exception) -> str:
-    """The decoder's message in one line, without the bytes of the file that some decoders quote."""
+    """The decoder's message in one line, without the file content that some decoders quote."""
     said = re.sub(r"""b(['"]).*?\1""", "...", " ".join(str(error).split()))
     return said[:300] or type(error).__name__
 
@@ -249,7 +250,7 @@ def _decode_error(data: bytes, error: Exception) -> ImageError:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF says; damaged EXIF says nothing."""
+    """Rotate the image according to its EXIF; damaged EXIF is ignored."""
     orientation = _orientation(image)
     if orientation == 1:
         return image
@@ -266,7 +267,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8, as EXIF counts; 1, which is upright, also where EXIF is damaged."""
+    """EXIF orientation, 1 to 8; 1 (upright) if EXIF is damaged."""
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
     except _DECODE_ERRORS:
@@ -280,13 +281,14 @@ def _to_rgb(image: Image.Image) -> RGBArray:
     if image.mode.startswith("I;16") or image.mode in ("I", "F") or (image.mode == "L" and is_signed):
         return _grey_to_rgb(_deep_grey(image, directory))
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
-        # P with tRNS goes through RGBA, which gives each palette entry its alpha; so do L and RGB with a colour key.
+        # P with tRNS goes through RGBA, which gives each palette entry its alpha, and likewise L and RGB with a colour
+        # key.
         return _over_white(image if image.mode == "RGBA" else image.convert("RGBA"))
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _deep_grey(image: Image.Image, directory: tiff.Directory | None) -> npt.NDArray[Any]:
-    """0..255 of grey values that are not 8-bit and unsigned; directory: of a TIFF."""
+    """0..255 from grey values that are not unsigned 8-bit; directory: of a TIFF."""
     values = np.asarray(image)
     finite = None
     if image.mode == "F":
@@ -298,12 +300,12 @@ def _deep_grey(image: Image.Image, directory: tiff.Directory | None) -> npt.NDAr
         grey = _stretched(values.view(np.int8).astype(np.float64))
     else:
         if directory is not None and directory.sample_format == 1 and values.dtype == np.int32:
-            values = values.view(np.uint32)  # Pillow has only the signed kind
+            values = values.view(np.uint32)  # Pillow has only signed 32-bit
         if values.min() >= 0 and values.max() <= 65535:
             grey = (values.astype(np.uint32) + 128) // 257
         else:
             grey = _stretched(values.astype(np.float64))
-    # Of 8 bits and fewer, Pillow inverts by itself.
+    # Pillow itself inverts images of 8 bits or fewer.
     if directory is not None and directory.is_white_is_zero and image.mode != "L":
         grey = 255 - grey if finite is None else np.where(finite, 255 - grey, 0)
     return grey

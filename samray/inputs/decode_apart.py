@@ -1,8 +1,8 @@
-"""Decoding in a process of its own, with limits on CPU time and memory.
+"""Decode in a child process with limits on CPU time and memory.
 
-A picture of a few megabytes may take minutes or gigabytes to decode, and nothing in this process could stop that. In a
-child the kernel does. Pixels come back in shared memory. That of small images is kept, as fresh pages cost more than
-copying out of it; that of large ones goes to the caller as it is.
+An image of a few megabytes can take minutes or gigabytes to decode, which this process could not stop. In a child, the
+kernel enforces the limits. Pixels come back in shared memory. The memory of small images is reused, because fresh pages
+cost more than copying out of it; that of large images is passed to the caller.
 """
 
 from __future__ import annotations
@@ -30,28 +30,27 @@ from samray.inputs.decode import RGBArray, decode_image
 
 BASE_BYTES: Final = 512 << 20
 BYTES_PER_PIXEL: Final = 64
-"""Memory that a decoder may take, beside some copies of the file: float64 copies of float32 pixels need most."""
+"""Memory that a decoder may use, in addition to some copies of the file: float64 copies of float32 pixels need most."""
 
 KEPT_BYTES: Final = 16 << 20
-"""Largest shared memory that a decoder keeps for the next image."""
+"""Maximum shared memory that a decoder keeps for the next image."""
 
 _SETUP: Final = struct.Struct("<Qd")
 _SIZE: Final = struct.Struct("<II")
 
 
 class Decoder:
-    """Decodes images in a child, which is started with the first image and again after each death. One thread at a
-    time."""
+    """Decodes images in a child, which is started for the first image and again after each death. Not thread-safe."""
 
     def __init__(self, max_pixels: int, timeout_s: float) -> None:
-        """timeout_s: seconds of CPU time for one image."""
+        """timeout_s: CPU seconds per image."""
         self.max_pixels = max_pixels
         self.timeout_s = timeout_s
         self._child: Child | None = None
         self._shared: Any = b""
 
     def __call__(self, data: Buffer) -> RGBArray:
-        """As `decode_image`. Raises ImageError, with the reasons timeout and quarantined too, and ChildNotStarted."""
+        """Like `decode_image`. Raises ImageError, also for timeout and quarantined, and ChildNotStarted."""
         deaths: list[ChildDied] = []
         while not is_to_blame(deaths):
             if self._child is None:
@@ -59,7 +58,7 @@ class Decoder:
                     "samray.inputs.decode_apart:answer_with", _SETUP.pack(self.max_pixels, self.timeout_s)
                 )
             try:
-                # A process that has the CPU time but not the CPU waits for it: that is not the image's fault.
+                # On a busy machine the process may wait for the CPU within its CPU time: that is not the image's fault.
                 return self._pixels(self._child.ask(data, timeout_s=60 + 20 * self.timeout_s))
             except ChildDied as death:
                 self._child = None
@@ -72,8 +71,8 @@ class Decoder:
                 deaths.append(death)
         raise ImageError(
             "quarantined",
-            f"decoding this image, alone, ended the process {len(deaths)} times,"
-            f" at last by {how_it_ended(deaths[-1].returncode)}",
+            f"decoding only this image ended the process {len(deaths)} times,"
+            f" the last time by {how_it_ended(deaths[-1].returncode)}",
         )
 
     def _pixels(self, answer: Answer) -> RGBArray:
@@ -98,8 +97,8 @@ _idle: dict[tuple[int, int, float], queue.SimpleQueue[Decoder]] = defaultdict(qu
 
 
 def decode_apart(data: Buffer, max_pixels: int, timeout_s: float) -> RGBArray:
-    """As `Decoder`, with one that no other thread of this process uses; there are as many as threads call at once."""
-    idle = _idle[os.getpid(), max_pixels, timeout_s]  # a forked process leaves its parent's decoders alone
+    """Like `Decoder`, with one that no other thread of this process uses: one decoder per concurrent caller."""
+    idle = _idle[os.getpid(), max_pixels, timeout_s]  # a forked process must not use its parent's decoders
     try:
         decoder = idle.get_nowait()
     except queue.Empty:
@@ -111,7 +110,7 @@ def decode_apart(data: Buffer, max_pixels: int, timeout_s: float) -> RGBArray:
 
 
 def answer_with(setup: bytes) -> Callable[[bytes], Answer]:
-    """The child's side, see `child.Child`."""
+    """The child's side; see `child.Child`."""
     max_pixels, timeout_s = _SETUP.unpack(setup)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     num_bytes = BASE_BYTES + BYTES_PER_PIXEL * max_pixels
@@ -133,13 +132,13 @@ def answer_with(setup: bytes) -> Callable[[bytes], Answer]:
 
 
 class _Shared:
-    """Memory that both processes see."""
+    """Memory shared by both processes."""
 
     def __init__(self) -> None:
         self.buffer: Any = b""
 
     def put(self, pixels: RGBArray) -> int | None:
-        """Copy the pixels there. Returns the descriptor of new memory if what is kept is too small, else None."""
+        """Copy the pixels into it. Returns the descriptor of new memory if the present one is too small, else None."""
         buffer, fd = self.buffer, None
         if pixels.nbytes > len(buffer):
             fd = _memory(pixels.nbytes)
@@ -153,7 +152,7 @@ class _Shared:
 def _limit(what: int, value: int) -> None:
     """Set the soft limit, as far as the hard limit allows."""
     hard = resource.getrlimit(what)[1]
-    with contextlib.suppress(ValueError, OSError):  # macOS has no limit of the address space
+    with contextlib.suppress(ValueError, OSError):  # macOS has no address-space limit
         resource.setrlimit(what, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 

@@ -1,4 +1,4 @@
-"""What a file is by its bytes, for the sentence that says why it is not labelled. File content is never quoted."""
+"""Identify a file by its bytes, to explain why it is not labelled. Messages never quote file content."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _MAGIC: Final = (
     (b"8BPS", "PSD"),
     *((b"P" + digit, "PPM") for digit in (b"1", b"2", b"3", b"4", b"5", b"6", b"f", b"F")),
 )
-"""Formats that are decoded, by the names that Pillow has for them."""
+"""The formats that are decoded, by Pillow's names."""
 
 _HEIF_BRANDS: Final = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1")
 
 _CONVERT: Final = "convert it to JPEG or PNG"
-_UNPACK: Final = "unpack it and name the folder, or name a plain .tar as INPUT"
+_UNPACK: Final = "unpack it and use the folder, or a plain .tar, as INPUT"
 _NO_IMAGE: Final = "remove it from the input"
 
 _UNSUPPORTED: Final = (
@@ -54,7 +54,7 @@ _UNSUPPORTED: Final = (
     (b"FLV\x01", "a video (FLV)", "extract its frames as images"),
     (b"\x89HDF", "an HDF5 file", "export its images as files"),
     (b"\x93NUMPY", "a NumPy array", "save it as PNG"),
-    (b"PAR1", "a Parquet file", "name it as INPUT, or drop it from the list"),
+    (b"PAR1", "a Parquet file", "use it as INPUT, or remove it from the list"),
 )
 
 _OTHER: Final = (
@@ -74,7 +74,7 @@ _OTHER: Final = (
 
 
 def kind_of(data: bytes) -> str | None:
-    """Pillow's name of the decoded format that the first bytes announce; None for all other files."""
+    """Pillow's name of the decoded format with this file header; None for all other files."""
     if tiff.is_tiff(data):
         return "TIFF"
     if data[:4] == b"RIFF" and data[8:12] in (b"WEBP", b""):
@@ -86,7 +86,7 @@ def kind_of(data: bytes) -> str | None:
 
 
 def foreign_file(data: bytes) -> ImageError:
-    """Why a file that no decoder takes is not an image, or not one that can be read, and what to do."""
+    """Why a file that no decoder accepts is not an image, or not a readable one, and what to do."""
     head = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n")
     if head.startswith(b"<") and b"<svg" in head.lower():
         return ImageError("unsupported", f"this is an SVG drawing; {_CONVERT}")
@@ -105,24 +105,24 @@ def foreign_file(data: bytes) -> ImageError:
         if data.startswith(magic):
             return ImageError("not_an_image", f"this is {name}; {advice}")
     if data[257:262] == b"ustar":
-        return ImageError("not_an_image", "this is a tar archive; give it the ending .tar and name it as INPUT")
+        return ImageError("not_an_image", "this is a tar archive; rename it to .tar and use it as INPUT")
     return ImageError("not_an_image", _text_file(head) or _shapeless(data))
 
 
 def _text_file(head: bytes) -> str | None:
-    """What a file is that starts like text."""
+    """Identify a file that starts like text."""
     lower = head.lower()
     if head.startswith(b"version https://git-lfs.github.com/"):
         return "this is a Git LFS pointer, not the image itself; run `git lfs pull` in its repository, then label again"
     if lower.startswith((b"<!doctype html", b"<html", b"<head", b"<body")) or b"<html" in lower:
         return (
-            "this is an HTML page, such as a login or an error page, in place of an image;"
-            " open its URI in a browser, and check the URI and the access to it"
+            "this is an HTML page, such as a login or an error page, instead of an image;"
+            " open its URI in a browser, and check the URI and your access to it"
         )
     if lower.startswith((b"<?xml", b"<error")):
         if b"<error" in lower and b"<code>" in lower:
             return (
-                "this is an XML error message of a storage service, in place of an image;"
+                "this is an XML error message of a storage service, instead of an image;"
                 " check the URI and the permissions, and copy the image again"
             )
         return f"this is an XML document; {_NO_IMAGE}"
@@ -135,12 +135,12 @@ def _text_file(head: bytes) -> str | None:
 
 def _shapeless(data: bytes) -> str:
     if not data.strip(b"\0"):
-        return f"all {len(data)} bytes are zero, as after a copy that did not finish; copy the image again"
+        return f"all {len(data)} bytes are zero, as after an interrupted copy; copy the image again"
     return f"no image format starts like this file; check that it is an image, or {_NO_IMAGE}"
 
 
 def is_cut(data: bytes) -> bool | None:
-    """Whether bytes are missing at the end, by the format's own end mark or lengths; None if they do not say."""
+    """Whether bytes are missing at the end, by the format's end mark or lengths; None if they do not tell."""
     kind = kind_of(data)
     if kind == "JPEG":
         return b"\xff\xd9" not in data[-64:]
@@ -164,20 +164,20 @@ def is_cut(data: bytes) -> bool | None:
 
 
 def _ends_inside_box(data: bytes) -> bool:
-    """Whether a file made of sized boxes (ISO base media) ends before its last box does."""
+    """Whether a file made of ISO base media boxes ends before its last box does."""
     place = 0
     while place + 8 <= len(data):
         size = int.from_bytes(data[place : place + 4], "big")
         if size == 0:  # up to the end of the file
             return data[place + 4 : place + 8] == b"jp2c" and b"\xff\xd9" not in data[-64:]
-        if size < 8:  # 1: a 64-bit size, which no image has
+        if size < 8:  # 1 means a 64-bit size, which no image has
             return False
         place += size
     return place != len(data)
 
 
 def _ico_is_cut(data: bytes) -> bool:
-    """Whether an icon's directory names pictures after the end of the file."""
+    """Whether an icon's directory refers to images after the end of the file."""
     number = int.from_bytes(data[4:6], "little")
     entries = [data[6 + 16 * i : 22 + 16 * i] for i in range(number)]
     return any(

@@ -1,13 +1,13 @@
-"""What a list may name: a list is data, perhaps somebody else's, and says which files samray opens.
+"""What a list may name: a list may be untrusted, and decides which files samray opens.
 
 Without `input.allow_outside` a list may name
 
-- files of this machine only below its own folder, or the folder that all lists of an INPUT are in,
-- object stores and web servers, with the user's own credentials, but never, from a list that is itself remote, servers
-  of this machine or of a private network, and
-- no filesystem of fsspec's that wraps another one (`zip://`, `generic://`, `simplecache://`, ...).
+- local files only in its own folder, or in the folder of all lists of an INPUT,
+- object stores and web servers, with the user's own credentials, but a remote list never servers of this machine or of
+  a private network, and
+- no fsspec filesystem that wraps another one (`zip://`, `generic://`, `simplecache://`, ...).
 
-Link-local addresses, where clouds serve the credentials of a machine, are refused always (`samray.storage.addresses`).
+Link-local addresses, where clouds serve a machine's credentials, are always refused (`samray.storage.addresses`).
 Symbolic links are followed: they belong to the owner of the folder.
 """
 
@@ -36,14 +36,16 @@ _REMOTE: Final = frozenset(
     }
 )
 _ROWS_AT_ONCE: Final = 2**20
-_NEVER: Final = "not_allowed: {server} is a link-local address, where clouds keep credentials; samray never asks it"
-_SETTING: Final = "if you trust the list, add input.allow_outside=true (and --redo-changed to an OUTPUT that is begun)"
+_NEVER: Final = (
+    "not_allowed: {server} is a link-local address, where clouds serve credentials; samray never connects to it"
+)
+_SETTING: Final = "if you trust the list, add input.allow_outside=true (and --redo-changed for an existing OUTPUT)"
 
 
 def problems_of(places: pa.ChunkedArray, folder: str, *, allow_outside: bool) -> pa.ChunkedArray | None:
-    """Why samray does not open a place, as `not_allowed: message`; null for each that may be opened, None if all may.
+    """Why samray must not open each place, as `not_allowed: message`; null for allowed places, None if all are allowed.
 
-    places: normalized URIs, the containers of images within archives. folder: what the list may name files below.
+    places: normalized URIs, of containers for images in archives. folder: where local files must be.
     """
     verdicts: dict[str, str | None] = {}
     parts = [places.slice(start, _ROWS_AT_ONCE) for start in range(0, len(places), _ROWS_AT_ONCE)]
@@ -61,7 +63,7 @@ def _problems_of_part(
     shared = _shared_start(places)
     if storage.is_local(folder) and any(shared.startswith(storage.join(root, "")) for root in _spellings(folder)):
         return None
-    if match := re.match(rf"{_SERVER}/", shared):  # nearly all of nearly all lists; a pattern for each row is slow
+    if match := re.match(rf"{_SERVER}/", shared):  # the usual case; a pattern per row is slow
         servers: Any = pa.chunked_array([pa.repeat(match["server"], len(places))])
     else:
         servers = pc.struct_field(pc.extract_regex(places, _SERVER), "server")
@@ -88,9 +90,9 @@ def _problems_of_part(
 
 
 def _leads_inside(places: pa.ChunkedArray, outside: Any, folder: str) -> Any:
-    """Whether a place is below `folder` once the links in its path are followed.
+    """Whether a place is below `folder` after following symbolic links.
 
-    A shell gives /home/me where the system says /gpfs/home/me, and lists hold either.
+    A shell may show /home/me where the system shows /gpfs/home/me, and lists contain either.
     """
     folders = pc.replace_substring_regex(places, r"(?s)/[^/]*$", "/")
     root = storage.join(os.path.realpath(folder), "")
@@ -100,19 +102,19 @@ def _leads_inside(places: pa.ChunkedArray, outside: Any, folder: str) -> Any:
 
 
 def _shared_start(places: pa.ChunkedArray) -> str:
-    """What all places start with: what the first and the last in alphabetical order do."""
+    """The common start of all places: that of the first and the last in alphabetical order."""
     ends = pc.min_max(places)
     return os.path.commonprefix([ends["min"].as_py() or "", ends["max"].as_py() or ""])  # noqa: RUF071
 
 
 def place_problem(place: str, folder: str, *, allow_outside: bool) -> str | None:
-    """The same of one place."""
+    """`problems_of` for one place."""
     problems = problems_of(pa.chunked_array([[place]], pa.string()), folder, allow_outside=allow_outside)
     return None if problems is None else str(problems[0].as_py())
 
 
 def server_problem(server: str, folder: str, *, allow_outside: bool) -> str | None:
-    """The same of everything on a server, `scheme://host`."""
+    """`problems_of` for everything on a server, `scheme://host`."""
     scheme, host = server.split("://", 1)
     if scheme in _OWN_NETWORKS and is_link_local(host):
         return _NEVER.format(server=storage.redact(server))
@@ -124,14 +126,14 @@ def server_problem(server: str, folder: str, *, allow_outside: bool) -> str | No
     is_remote = not storage.is_local(folder)
     if scheme in _OWN_NETWORKS and is_remote and not (same and same["server"] == server) and is_internal(host):
         server = storage.redact(server)
-        return f"not_allowed: {server} is on this machine or a private network, and the list is not; {_SETTING}"
+        return f"not_allowed: {server} is on this machine or a private network, but the list is not; {_SETTING}"
     return None
 
 
 def _where(folder: str) -> str:
     if storage.is_local(folder):
-        return f"a list may name files of this machine only below {folder}"
-    return "a list that is not on this machine may not name files of this machine"
+        return f"a list may name local files only below {folder}"
+    return "a remote list may not name local files"
 
 
 def _spellings(folder: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""Parquet as an input: rows that hold encoded images (Hugging Face's layout or plain binary), or name them by URI."""
+"""Parquet as an input: rows with encoded images (Hugging Face's layout or plain binary) or with their URIs."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from samray.config import InputConfig
 
 _IMAGE_COLUMNS: Final = ("image", "jpeg", "jpg", "png")
-"""Looked for, after the configured one, in columns of a type that can hold images."""
+"""Column names to try after the configured one, among columns whose type can have images."""
 _ROWS_AT_ONCE: Final = 16
 
 
 def image_column(schema: pa.Schema, config: InputConfig) -> str | None:
-    """The column of encoded images: bytes, or struct<bytes, path>; None where the Parquet file has none."""
+    """The column of encoded images: bytes, or struct<bytes, path>; None if the Parquet file has none."""
     for name in dict.fromkeys((config.image_column, *_IMAGE_COLUMNS)):
         if name in schema.names:
             kind = schema.field(name).type
@@ -49,9 +49,10 @@ def image_column(schema: pa.Schema, config: InputConfig) -> str | None:
 
 
 def list_parquet(container: Container, config: InputConfig) -> Part:
-    """Rows of a Parquet file: its images if it holds image bytes, else the files that its URI column names.
+    """The rows of a Parquet file: its images if it has image bytes, else the files in its URI column.
 
-    Images that the file holds count as changed if the file is. Raises: ConfigError, StorageError.
+    prefix: start of the images' names. root: folder that local files must be in. etag: of the Parquet file; if it
+    changes, all of its images count as changed. Raises: ConfigError, StorageError.
     """
     uri, prefix = container.uri, container.prefix
     where = storage.redact(uri)
@@ -82,11 +83,11 @@ def list_parquet(container: Container, config: InputConfig) -> Part:
 
 
 def _written_uris(file: pq.ParquetFile, config: InputConfig) -> pa.ChunkedArray:
-    """The column of URIs. Raises: ValueError where there is none."""
+    """The column of URIs. Raises: ValueError if there is none."""
     schema = file.schema_arrow
     if config.uri_column not in schema.names:
         raise ValueError(
-            f"it holds no image bytes (a binary or struct<bytes, path> column, input.image_column="
+            f"it has no image bytes (a binary or struct<bytes, path> column, input.image_column="
             f"{config.image_column!r}), and as a list {missing_column(config.uri_column, schema.names)}"
         )
     kind = schema.field(config.uri_column).type
@@ -96,7 +97,7 @@ def _written_uris(file: pq.ParquetFile, config: InputConfig) -> pa.ChunkedArray:
 
 
 def _names_of_rows(file: pq.ParquetFile, column: str) -> pa.ChunkedArray | None:
-    """The images' own names: a `file_name` column, else the paths of a Hugging Face image column, else None."""
+    """The images' names: a `file_name` column, else the paths of a Hugging Face image column, else None."""
     schema = file.schema_arrow
     if "file_name" in schema.names and (is_text(kind := schema.field("file_name").type) or is_binary(kind)):
         names = text_column(file.read(columns=["file_name"])["file_name"])
@@ -111,14 +112,14 @@ def _names_of_rows(file: pq.ParquetFile, column: str) -> pa.ChunkedArray | None:
 def fetch_rows(
     container: str, items: Sequence[dict[str, Any]], config: InputConfig, fetch_file: FetchFile
 ) -> list[bytes | ImageError]:
-    """Image bytes at these rows of a Parquet file; only their row groups are read, a few rows at a time."""
+    """Image bytes of these rows of a Parquet file; reads only their row groups, a few rows at a time."""
     rows: list[int] = [item["row"] for item in items]
     try:
         with storage.open_read(container) as stream:
             file = open_parquet(stream)
             column = image_column(file.schema_arrow, config)
             if column is None:
-                error = ImageError("missing", f"{storage.redact(container)} no longer holds a column of images")
+                error = ImageError("missing", f"{storage.redact(container)} no longer has a column of images")
                 return [error] * len(rows)
             found: dict[int, bytes | ImageError] = {}
             start = 0
@@ -129,12 +130,12 @@ def fetch_rows(
                     try:
                         for row, value in _values(file, group, column, start, set(wanted)):
                             found[row] = _bytes_of(value, storage.parent(container), config, fetch_file)
-                    except (pa.ArrowException, OSError) as error:  # damage to this group says nothing of the others
+                    except (pa.ArrowException, OSError) as error:  # other groups may be intact
                         unread = [row for row in wanted if row not in found]
                         found |= dict.fromkeys(unread, _unreadable(container, error))
                 start = end
     except (BucketNotFoundError, RefusedError, UnavailableError):
-        raise  # perhaps not this file's fault alone
+        raise  # other files may fail in the same way
     except NotFoundError as error:
         return [ImageError("missing", str(error))] * len(rows)
     except (FileError, pa.ArrowException, KeyError, OSError, ValueError) as error:
@@ -146,9 +147,9 @@ def fetch_rows(
 def _values(
     file: pq.ParquetFile, group: int, column: str, start: int, wanted: set[int]
 ) -> Iterator[tuple[int, pa.Array]]:
-    """Each wanted row of a row group, whose first row is `start`, and an array of its value alone.
+    """Each wanted row of a row group, whose first row is `start`, with an array of only its value.
 
-    A row group is read in small batches: values that it stores once, and repeats, take their full size in memory.
+    A row group is read in small batches: repeated values are stored once, but take their full size in memory.
     """
     for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=[group], columns=[column]):
         for row in range(start, start + batch.num_rows):
@@ -164,7 +165,7 @@ def _unreadable(container: str, error: Exception) -> ImageError:
 
 
 def _bytes_of(value: pa.Array, folder: str, config: InputConfig, fetch_file: FetchFile) -> bytes | ImageError:
-    """value: an array of the one image, bytes or struct<bytes, path>."""
+    """value: an array with one image, bytes or struct<bytes, path>."""
     path = None
     if pa.types.is_struct(value.type):
         if value.type.get_field_index("path") >= 0:
@@ -174,11 +175,11 @@ def _bytes_of(value: pa.Array, folder: str, config: InputConfig, fetch_file: Fet
     if data.is_valid:
         size = data.as_buffer().size
         return data.as_py() if size <= config.max_bytes else too_large(size, config)
-    if path:  # Hugging Face's layout may refer to a file instead of holding its bytes
+    if path:  # Hugging Face's layout may have a path instead of bytes
         uri = storage.resolve(folder, path)
         problem = place_problem(uri, folder, allow_outside=config.allow_outside)
         return fetch_file(uri) if problem is None else known_problem(problem)
-    return ImageError("missing", "the row holds no image")
+    return ImageError("missing", "the row has no image")
 
 
 READER: Final = Reader(

@@ -1,6 +1,6 @@
-"""Text and binary columns of Parquet in one type each, whatever the writer chose: large, view, dictionary, fixed-size.
+"""Cast Parquet's text and binary columns to one type each: writers use large, view, dictionary and fixed-size types.
 
-pandas 3, Polars, DuckDB and Hugging Face's datasets each write others. Columns are cast once, on reading.
+pandas 3, Polars, DuckDB and Hugging Face's datasets all differ. Columns are cast once, on reading.
 """
 
 from __future__ import annotations
@@ -10,32 +10,32 @@ import pyarrow.compute as pc
 
 
 def value_type(kind: pa.DataType) -> pa.DataType:
-    """The type of a column's values: what a dictionary holds, else the type itself."""
+    """The type of a column's values: of a dictionary its value type, else the type itself."""
     while pa.types.is_dictionary(kind):
         kind = kind.value_type
     return kind
 
 
 def is_binary(kind: pa.DataType) -> bool:
-    """Whether a column holds bytes."""
+    """Whether a column has bytes."""
     kind = value_type(kind)
     tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
     return any(test(kind) for test in tests)
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column holds text."""
+    """Whether a column has text."""
     kind = value_type(kind)
     return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
 
 
 def text_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column of text, or of the bytes of UTF-8 text, as string. Raises: pa.ArrowInvalid if it is not UTF-8."""
+    """Cast a column of text, or of UTF-8 bytes, to string. Raises: pa.ArrowInvalid if it is not UTF-8."""
     return _cast(column, pa.string())
 
 
 def binary_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column of bytes as large_binary."""
+    """Cast a column of bytes to large_binary."""
     return _cast(column, pa.large_binary())
 
 
@@ -46,8 +46,8 @@ def _cast(column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArray:
 
 
 def _cast_array(array: pa.Array, wanted: pa.DataType) -> pa.Array:
-    if pa.types.is_dictionary(array.type):  # Arrow does not cast those of views
+    if pa.types.is_dictionary(array.type):  # Arrow cannot cast dictionaries of views
         return _cast_array(array.dictionary, wanted).take(array.indices)
     if wanted == pa.string() and is_binary(array.type):
-        array = pc.cast(array, pa.binary())  # of which the cast checks that it is UTF-8
+        array = pc.cast(array, pa.binary())  # the cast from binary checks that it is UTF-8
     return pc.cast(array, wanted)

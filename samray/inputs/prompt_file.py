@@ -1,9 +1,9 @@
-"""Files of prompts (`input.prompts`): which image of the input each list of prompts is for.
+"""Prompt files (`input.prompts`): match each list of prompts with an image of the input.
 
-JSON lines or Parquet, one row an image, with the columns `uri` or `file_name`, and `prompts`, a list of what
-`samray.prompts.Prompt` takes; further columns do not matter. A relative URI starts where the file lies, as in a
-manifest. Where a row has both, `uri` counts and `file_name` is not looked at, because a URI names one image, and a name
-may be that of several.
+JSON lines or Parquet, one row per image, with the columns `uri` or `file_name`, and `prompts`, a list of what
+`samray.prompts.Prompt` accepts; other columns are ignored. Relative URIs start at the file's folder, as in a manifest.
+If a row has both, `uri` is used and `file_name` is ignored, because a URI names one image, and a name may match
+several.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ class _Row:
     """The prompts of one image."""
 
     column: str
-    """uri or file_name: by which it is found."""
+    """uri or file_name: the column to find the image by."""
     name: str
-    """As written."""
+    """The value as written."""
     prompts: list[Prompt]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatchedPrompts:
-    """The prompts of a file that are for images of a plan."""
+    """The prompts of a file whose images are in a plan."""
 
     by_place: dict[int, list[Prompt]]
-    """Place in the plan -> the image's prompts."""
+    """Image index in the plan -> its prompts."""
     num_unknown: int
-    """Images of the file that the plan does not have."""
+    """Number of images in the file that the plan does not have."""
     unknown: list[str] = field(default_factory=list)
-    """A few of those, as written, but without credentials."""
+    """A few of those, as written, without credentials."""
 
     @property
     def num_prompts(self) -> int:
-        """For images that are there."""
+        """Number of prompts for images in the plan."""
         return sum(map(len, self.by_place.values()))
 
     def by_shard(self, plan: Plan, shards: Collection[int]) -> dict[int, dict[int, list[Prompt]]]:
-        """For each of the shards: place in it -> the image's prompts."""
+        """For each of the shards: index in the shard -> the image's prompts."""
         found: dict[int, dict[int, list[Prompt]]] = {shard: {} for shard in shards}
         starts = plan.starts()
         for place, prompts in self.by_place.items():
@@ -70,7 +70,7 @@ class MatchedPrompts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptFile:
-    """A file of prompts, read and checked as far as the images need not be known."""
+    """A prompt file, read and checked without knowing the images."""
 
     uri: str
     sha256: str
@@ -78,7 +78,7 @@ class PromptFile:
 
     @classmethod
     def read(cls, uri: str) -> PromptFile:
-        """Raises: ConfigError that names image and prompt, StorageError."""
+        """Raises: ConfigError that names the image and prompt, StorageError."""
         uri = storage.normalize(uri)
         try:
             data = storage.read_bytes(uri)
@@ -88,19 +88,19 @@ class PromptFile:
         for where, values in _values(uri, data):
             rows.append(_parse(f"{_name(uri)}, {where}", values))
         if not any(row.prompts for row in rows):
-            raise ConfigError(f"{_name(uri)} holds no prompt")
+            raise ConfigError(f"{_name(uri)} has no prompts")
         return cls(uri=uri, sha256=hashlib.sha256(data).hexdigest(), rows=rows)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Of a run: the file by its content, for its path may change."""
+        """Part of a run's identity: the file's content, because its path may change."""
         return {"prompts": {"sha256": self.sha256}}
 
     def match(self, images: pa.Table) -> MatchedPrompts:
-        """Find the images. images: columns uri and file_name, of all images of a plan or listing, in order.
+        """Match with images. images: columns uri and file_name, of all images of a plan or listing, in order.
 
-        Raises: ConfigError where a name is that of several images, where two rows are for the same image, and where no
-        image is found at all.
+        Raises: ConfigError if a name matches several images, if two rows are for the same image, or if no image is
+        found.
         """
         folder = storage.parent(self.uri)
         wanted = {
@@ -119,13 +119,13 @@ class PromptFile:
             found = places.get(number, [])
             if len(found) > 1:
                 raise ConfigError(
-                    f"{_name(self.uri)}: the {row.column} {name!r} is that of {len(found)} images of INPUT; "
-                    "give the uri of the one that is meant"
+                    f"{_name(self.uri)}: the {row.column} {name!r} matches {len(found)} images of INPUT; "
+                    "use the uri of the intended one"
                 )
             if not found:
                 unknown.append(name)
             elif found[0] in by_place:
-                raise ConfigError(f"{_name(self.uri)}: two rows are for the image {name!r}; give one, with all prompts")
+                raise ConfigError(f"{_name(self.uri)}: two rows are for the image {name!r}; merge them into one")
             else:
                 by_place[found[0]] = row.prompts
         if not by_place:
@@ -142,7 +142,7 @@ def _name(uri: str) -> str:
 
 
 def _values(uri: str, data: bytes) -> Iterator[tuple[str, Any]]:
-    """Each row as plain values, and where it stands. Raises: ConfigError."""
+    """Each row as plain values, and its position. Raises: ConfigError."""
     kind = uri.lower().rpartition(".")[2]
     try:
         if kind == "jsonl":
@@ -165,10 +165,10 @@ def _parse(where: str, values: Any) -> _Row:
         raise ConfigError(f"{where}: expected an object with uri or file_name, and prompts")
     column = next((name for name in ("uri", "file_name") if values.get(name)), None)
     if column is None:
-        raise ConfigError(f"{where}: neither uri nor file_name says which image it is for")
+        raise ConfigError(f"{where}: expected uri or file_name, got neither")
     name, given = values[column], values.get("prompts")
     if not isinstance(name, str) or not isinstance(given, list):
-        raise ConfigError(f"{where}: {column} takes text, and prompts a list")
+        raise ConfigError(f"{where}: {column} must be a string, and prompts a list")
     prompts = []
     for place, value in enumerate(given):
         try:

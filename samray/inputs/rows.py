@@ -1,4 +1,4 @@
-"""The rows of an input's listing: which image, and where its bytes are."""
+"""The rows of an input's listing: each image and the location of its bytes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from samray import storage
 
 INPUT_SCHEMA: Final = pa.schema(
     [
-        ("uri", pa.string()),  # what the output records; tar members as fsspec writes them, tar://member::archive
-        ("file_name", pa.string()),  # relative to the input's root, so that equal basenames stay apart
-        ("size", pa.int64()),  # encoded bytes; null where only reading would tell
-        ("etag", pa.string()),  # changes when the file (or the container) is replaced; null where nothing tells
-        ("container", pa.string()),  # the tar or Parquet file that holds the image; null for a file of its own
+        ("uri", pa.string()),  # recorded in the output; tar members in fsspec's form, tar://member::archive
+        ("file_name", pa.string()),  # relative to the input's root, which keeps equal basenames apart
+        ("size", pa.int64()),  # encoded bytes; null if unknown without reading
+        ("etag", pa.string()),  # changes if the file (or container) is replaced; null if unknown
+        ("container", pa.string()),  # the image's tar or Parquet file; null for a separate file
         ("offset", pa.int64()),  # first byte in the tar
-        ("row", pa.int64()),  # place in the Parquet file
-        # Of a tar member stored with holes: "start+length ..." of its stored pieces, in a row from offset on.
+        ("row", pa.int64()),  # row in the Parquet file
+        # For a sparse tar member: "start+length ..." of its stored pieces, which follow each other from offset.
         ("extents", pa.string()),
-        # Why the image cannot be read, known from listing already, as "reason: message"; null where reading will tell.
+        # Why the image cannot be read, if the listing already shows it, as "reason: message"; else null.
         ("problem", pa.string()),
     ]
 )
@@ -32,7 +32,7 @@ _MOST_TEXT_BYTES: Final = 2**30
 
 
 def input_rows(uris: Any, names: Any, **columns: Any) -> pa.Table:
-    """A table of `INPUT_SCHEMA`. A column is given as an array, or as the one value of all rows; others are null."""
+    """A table of `INPUT_SCHEMA`. A column is an array, or one value for all rows; missing columns are null."""
     given = {"uri": uris, "file_name": names, **columns}
     assert given.keys() <= set(INPUT_SCHEMA.names), given.keys()
     arrays = []
@@ -45,7 +45,7 @@ def input_rows(uris: Any, names: Any, **columns: Any) -> pa.Table:
 
 
 def take(held: pa.Table | pa.ChunkedArray, places: Any) -> Any:
-    """`held.take(places)`, also of more text than pyarrow can take from at once, 2 GiB a column."""
+    """`held.take(places)`, also if a column has more text than pyarrow can take from at once, 2 GiB."""
     if isinstance(held, pa.Table):
         return pa.Table.from_arrays([take(column, places) for column in held.columns], schema=held.schema)
     if held.type != pa.string() or held.nbytes < _MOST_TEXT_BYTES:
@@ -57,12 +57,12 @@ def take(held: pa.Table | pa.ChunkedArray, places: Any) -> Any:
 
 
 def redact_all(uris: pa.ChunkedArray) -> pa.ChunkedArray:
-    """`storage.redact` of each that is not null; in Python only of those that may hold credentials."""
+    """`storage.redact` of each text that is not null; calls Python only for those that may have credentials."""
     return map_some(uris, may_hold_credentials(uris), storage.redact)
 
 
 def may_hold_credentials(uris: pa.ChunkedArray, sign: str = r":/.*[@?;#]") -> pa.ChunkedArray:
-    """Whether each may hold credentials. False for null. sign: pattern of what those that may all hold."""
+    """Whether each may have credentials; False for null. sign: a pattern that all of those match."""
     signs = pc.fill_null(pc.match_substring_regex(uris, sign), False)
     if not pc.any(signs, min_count=0).as_py():
         return signs
@@ -70,7 +70,7 @@ def may_hold_credentials(uris: pa.ChunkedArray, sign: str = r":/.*[@?;#]") -> pa
 
 
 def map_some(texts: pa.ChunkedArray, chosen: pa.ChunkedArray, call: Callable[[str], str]) -> pa.ChunkedArray:
-    """`texts` with `call` of each where `chosen` is true."""
+    """Apply `call` to the texts where `chosen` is true."""
     if not pc.any(chosen, min_count=0).as_py():
         return texts
     chunks, start = [], 0
@@ -83,7 +83,7 @@ def map_some(texts: pa.ChunkedArray, chosen: pa.ChunkedArray, call: Callable[[st
 
 
 def places_of(wanted: Sequence[str | None], held: pa.ChunkedArray) -> dict[int, list[int]]:
-    """Place in wanted -> the places in held of the same text, for each that is not None and is there at all."""
+    """Index in wanted -> indices in held of the same text, for each that is not None and occurs."""
     places = pc.indices_nonzero(pc.is_in(held, value_set=pa.array(wanted, pa.string()).drop_null()))
     found: dict[str, list[int]] = {}
     for place, text in zip(places.to_pylist(), take(held, places).to_pylist(), strict=True):
@@ -92,7 +92,7 @@ def places_of(wanted: Sequence[str | None], held: pa.ChunkedArray) -> dict[int, 
 
 
 def _repeat(value: pa.Scalar, number: int) -> pa.ChunkedArray:
-    """The value so many times, in the memory of one chunk: of ten million rows, columns of nulls would be 300 MB."""
+    """The repeated value, in the memory of one chunk: null columns of ten million rows would take 300 MB."""
     chunk = pa.repeat(value, min(number, _CHUNK_ROWS))
     whole, rest = divmod(number, _CHUNK_ROWS)
     return pa.chunked_array([chunk] * whole + [chunk.slice(0, rest)] * bool(rest), value.type)

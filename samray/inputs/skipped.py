@@ -1,4 +1,4 @@
-"""What a listing passed over: how many files, of which kind, and why. Nothing that INPUT holds is left out silently."""
+"""Files that a listing left out: how many, of which kind, and why. Nothing in INPUT is skipped silently."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPEATED: Final = "listed more than once"
 REPLACED: Final = "replaced by a later tar member of the same name"
 SPECIAL: Final = "not regular files"
 UNUSABLE: Final = "unusable"
-"""Archives and lists that cannot be read, among others that can; each comes with its sentence."""
+"""Archives and lists that cannot be read, next to others that can; each with its own message."""
 
 _MAX_KINDS: Final = 50
 _OTHERS: Final = "others"
@@ -27,9 +27,9 @@ _ENDING: Final = r"(?P<ending>\.[0-9A-Za-z_-]{1,12})$"
 
 
 class Skipped:
-    """Counts by reason and kind, where a kind is a file name's ending or, for `UNUSABLE`, a sentence.
+    """Counts by reason and kind. A kind is a file extension or, for `UNUSABLE`, a message.
 
-    A reason holds at most `_MAX_KINDS` kinds, so that hostile names cannot fill the memory; the rest are `others`.
+    A reason has at most `_MAX_KINDS` kinds, which protects the memory from hostile names; the rest count as `others`.
     """
 
     def __init__(self, counts: Mapping[str, Mapping[str, int]] | None = None) -> None:
@@ -45,12 +45,12 @@ class Skipped:
             kinds[kind] = kinds.get(kind, 0) + number
 
     def add_name(self, reason: str, name: str) -> None:
-        """Count a file by the ending of its name."""
+        """Count a file by the extension of its name."""
         found = re.search(_ENDING, name)
         self.add(reason, found["ending"].lower() if found else _NO_ENDING)
 
     def add_names(self, reason: str, names: Any) -> None:
-        """Count files by the endings of their names, an Arrow array of strings."""
+        """Count files by the extensions of their names, an Arrow array of strings."""
         endings = pc.struct_field(pc.extract_regex(names, _ENDING), "ending")
         found = pc.value_counts(pc.fill_null(pc.utf8_lower(endings), _NO_ENDING))
         for entry in sorted(found.to_pylist(), key=lambda entry: -entry["counts"]):
@@ -63,14 +63,14 @@ class Skipped:
                 self.add(reason, kind, number)
 
     def redacted(self) -> dict[str, dict[str, int]]:
-        """The counts as plain JSON, without the credentials that a sentence may hold."""
+        """The counts as plain JSON, without the credentials that a message may contain."""
         return dict(redact_json(self.counts))
 
     def __bool__(self) -> bool:
         return bool(self.counts)
 
     def lines(self) -> list[str]:
-        """For people: one line per reason, the most frequent kinds first; a sentence per unusable archive or list."""
+        """Readable lines: one per reason, the most frequent kinds first; one per unusable archive or list."""
         lines = []
         for reason, kinds in self.counts.items():
             ordered = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
@@ -83,6 +83,6 @@ class Skipped:
 
 
 def count_skipped(names: pa.ChunkedArray, keep: Any, reason: str, skipped: Skipped | None) -> None:
-    """Count the names where `keep`, boolean, is false."""
+    """Count the names for which `keep` is false."""
     if skipped is not None and not pc.all(keep, min_count=0).as_py():
         skipped.add_names(reason, names.filter(pc.invert(keep)))

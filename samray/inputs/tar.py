@@ -1,7 +1,7 @@
-"""Where in a tar its images are stored, so that each is read by one ranged request and no archive is ever unpacked.
+"""Locate the images in a tar, to read each with one range request; archives are never unpacked.
 
-Python's tarfile parses the headers. What it does not bound, a stream between it and the file does: the bytes of headers
-per member, and offsets that go backwards.
+Python's tarfile parses the headers. A stream between it and the file adds the limits that it lacks: bytes of headers
+per member, and no offsets that go backwards.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 _BLOCK: Final = 512
 _SCAN_BYTES: Final = 2**20
 _MAX_HEADER_BYTES: Final = 2**22
-"""Per member, extended headers and maps of holes included."""
+"""Maximum header bytes per member, including extended headers and sparse maps."""
 _MAX_READ_BYTES: Final = 2**20
 _MAX_GLOBAL_HEADERS: Final = 1000
 _LONG_NUMBER: Final = re.compile(rb"[0-9]{128}")
-"""tarfile looks for numbers in extended headers by a pattern whose time is quadratic in their length."""
+"""Maximum digits: tarfile matches numbers in extended headers with a pattern of quadratic run time."""
 _MAX_SIZE: Final = 2**62
 _MAX_EXTENTS: Final = 100_000
 _MAX_LINKS: Final = 40
-"""Symbolic links to follow from one name, as Linux does."""
+"""Maximum symbolic links to follow from one name, as in Linux."""
 
-# What tarfile raises on damaged headers besides its own errors; found by feeding it some.
+# What tarfile raises on damaged headers in addition to its own errors; found by fuzzing.
 _PARSE_ERRORS: Final = (
     tarfile.TarError,
     ArithmeticError,
@@ -52,25 +52,25 @@ _PARSE_ERRORS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """A file in a tar: its name, and where its bytes are."""
+    """A file in a tar: its name, and the location of its bytes."""
 
     name: str
     offset: int
     size: int
     extents: str | None = None
-    """For a file stored with holes: `start+length` of each stored piece; they follow each other from `offset` on."""
+    """For a sparse file: `start+length` of each stored piece; the pieces follow each other from `offset`."""
     problem: str | None = None
     """Why there are no bytes to read, as `reason: message`."""
 
 
 @dataclass(slots=True)
 class TarIndex:
-    """The members of a tar that count, in its order."""
+    """The members of a tar that count, in order."""
 
     members: list[TarMember] = field(default_factory=list)
     skipped: Skipped = field(default_factory=Skipped)
     damage: str | None = None
-    """Why nothing after the members could be found, in a sentence."""
+    """Why nothing was found after the members, as a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def is_compressed_tar(uri: str) -> bool:
 
 
 def list_tar(uri: str, extensions: tuple[str, ...]) -> list[TarMember]:
-    """The members of `index_tar`. Raises: ConfigError where the archive is damaged, StorageError."""
+    """The members of `index_tar`. Raises: ConfigError if the archive is damaged, StorageError."""
     index = index_tar(uri, extensions)
     if index.damage is not None:
         raise ConfigError(index.damage)
@@ -95,12 +95,12 @@ def list_tar(uri: str, extensions: tuple[str, ...]) -> list[TarMember]:
 
 
 def index_tar(uri: str, extensions: tuple[str, ...]) -> TarIndex:
-    """The members whose names end in one of the extensions, in the archive's order; hidden ones are left out.
+    """The members whose names end in one of the extensions, in the archive's order; hidden files are left out.
 
-    Only headers are read. Of members of the same name the last counts, as when the archive is unpacked. Links within
-    the archive count as what they point to, earlier or later; a link to nothing has a `problem`. A last member cut
-    short is listed with the size it should have, so that it becomes a failed row. Archives that were joined end to end
-    count as one.
+    Reads only headers. If several members have the same name, the last one counts, as when unpacking. Links within the
+    archive count as their target, which may come earlier or later; a dangling link has a `problem`. A truncated last
+    member is listed with its full size, which makes it a failed row. Concatenated archives count as one.
+
 
     Raises: StorageError, FileError if the file cannot be read.
     """
@@ -130,24 +130,24 @@ def _entries(uri: str, index: TarIndex) -> dict[str, TarMember | _Link]:
                 if not info.isdir():
                     index.skipped.add_name(SPECIAL, name)
                 continue
-            if entries.pop(name, None) is not None:  # the place in the order is that of the last
+            if entries.pop(name, None) is not None:  # the last one determines the order
                 index.skipped.add_name(REPLACED, name)
             entries[name] = entry
     return entries
 
 
 def _clean(name: str) -> str:
-    """`name` as text that can be written: bytes that are not UTF-8 become escapes."""
+    """`name` as valid text: bytes that are not UTF-8 become escapes."""
     return posixpath.normpath(name.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def _entry_of(
     info: tarfile.TarInfo, name: str, num_stored: int, entries: dict[str, TarMember | _Link]
 ) -> TarMember | _Link | None:
-    """None for what is neither a file nor a link."""
+    """None for entries other than files and links."""
     if info.isreg():
         return _member(info, name, num_stored)
-    if info.islnk():  # to what had the name at that time
+    if info.islnk():  # to the member that had the name at that point
         target = _clean(info.linkname)
         return entries.get(target, _Link(target))
     if info.issym():
@@ -158,14 +158,14 @@ def _entry_of(
 def _member(info: tarfile.TarInfo, name: str, num_stored: int) -> TarMember:
     extents = None
     if not 0 <= info.size <= _MAX_SIZE:
-        return TarMember(name, 0, 0, problem=f"unreadable: the tar says that it has {_short(info.size)} bytes")
+        return TarMember(name, 0, 0, problem=f"unreadable: its size in the tar is {_short(info.size)} bytes")
     if info.issparse():
-        pieces = [piece for piece in cast(Any, info).sparse if piece[1]]  # GNU tar ends the map with empty ones
+        pieces = [piece for piece in cast(Any, info).sparse if piece[1]]  # GNU tar ends the map with empty pieces
         ends = [0, *(start + length for start, length in pieces)]
         in_order = all(end <= start <= then for end, (start, _), then in zip(ends, pieces, ends[1:], strict=False))
         num_mapped = sum(length for _, length in pieces)
         if not in_order or ends[-1] > info.size or num_mapped > num_stored or len(pieces) > _MAX_EXTENTS:
-            return TarMember(name, 0, 0, problem="unreadable: the tar's map of its holes is damaged")
+            return TarMember(name, 0, 0, problem="unreadable: its sparse map in the tar is damaged")
         extents = " ".join(f"{start}+{length}" for start, length in pieces)
     return TarMember(name, info.offset_data, info.size, extents)
 
@@ -175,7 +175,7 @@ def _short(number: int) -> str:
 
 
 def _resolved(name: str, entry: TarMember | _Link, entries: dict[str, TarMember | _Link]) -> TarMember:
-    """The member under `name`, where it is a link with the bytes of what it points to."""
+    """The member under `name`; for a link, with the bytes of its target."""
     for _ in range(_MAX_LINKS):
         if isinstance(entry, TarMember):
             return TarMember(name, entry.offset, entry.size, entry.extents, entry.problem)
@@ -191,7 +191,7 @@ def _resolved(name: str, entry: TarMember | _Link, entries: dict[str, TarMember 
 
 
 class _HeaderStream:
-    """The file as tarfile reads it: every read is bounded, and so are all reads for one member together."""
+    """The file as tarfile reads it: limits each read, and all reads per member."""
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
         self._stream = stream
@@ -210,16 +210,16 @@ class _HeaderStream:
     def seek(self, offset: int) -> int:
         if offset < 0:
             raise tarfile.ReadError("a header leads backwards")
-        return self._stream.seek(min(offset, self._size))  # where reading finds the end; disks refuse 2^60
+        return self._stream.seek(min(offset, self._size))  # at the end reads return nothing; disks refuse 2^60
 
     def tell(self) -> int:
         return self._stream.tell()
 
 
 def _headers(stream: BinaryIO, uri: str, index: TarIndex) -> Iterator[tuple[tarfile.TarInfo, int]]:
-    """The headers of an archive and of those that follow its end marks, each with the bytes stored for it.
+    """The headers of an archive and of those after its end marks, each with the number of bytes stored for it.
 
-    What is wrong goes into `index.damage`.
+    Errors go into `index.damage`.
     """
     where = storage.redact(uri)
     size = stream.seek(0, 2)
@@ -234,7 +234,7 @@ def _headers(stream: BinaryIO, uri: str, index: TarIndex) -> Iterator[tuple[tarf
         try:
             archive = tarfile.TarFile(fileobj=cast(Any, bounded), mode="r", errorlevel=1, encoding="utf-8")
             while (info := archive.next()) is not None:
-                cast(Any, archive).members.clear()  # tarfile keeps them all
+                cast(Any, archive).members.clear()  # tarfile would keep them all
                 if archive.offset <= end or len(archive.pax_headers) > _MAX_GLOBAL_HEADERS:
                     raise tarfile.ReadError("its header leads backwards or is too long")
                 end, last = archive.offset, _clean(info.name)[-200:]
@@ -243,12 +243,13 @@ def _headers(stream: BinaryIO, uri: str, index: TarIndex) -> Iterator[tuple[tarf
         except _PARSE_ERRORS as error:
             damage = " ".join(str(error).split())[:200] or type(error).__name__
         else:
-            # tarfile ends quietly at a header that it cannot read; only a block of zeros or the file's end is an end.
+            # tarfile stops silently at an unreadable header; only a block of zeros or the end of the file is a real
+            # end.
             stream.seek(end)
             damage = "what follows is not a tar header" if stream.read(_BLOCK).strip(b"\0") else ""
-        if end >= size:  # of a last member cut short, too
+        if end >= size:  # also for a truncated last member
             return
-        if damage and start == end > 0:  # where tapes and disk images hold whatever was there before
+        if damage and start == end > 0:  # tapes and disk images have old data there
             rest = f"{where}: {size - end} bytes after its end mark (from byte {end} on) are not a tar"
             index.skipped.add(UNUSABLE, rest)
             return
@@ -264,11 +265,11 @@ def _headers(stream: BinaryIO, uri: str, index: TarIndex) -> Iterator[tuple[tarf
 def _damage(where: str, last: str, end: int, said: str) -> str:
     if end == 0:
         return f"{where} is not an uncompressed tar: {said}"
-    return f"{where} is damaged after {last} (byte {end}): {said}; make the archive again"
+    return f"{where} is damaged after {last} (byte {end}): {said}; create the archive again"
 
 
 def _next_data(stream: BinaryIO, start: int, size: int) -> int | None:
-    """The first block from `start` on, in steps of a tar's blocks, that is not all zeros; None where there is none."""
+    """The first tar block from `start` that is not all zeros; None if there is none."""
     stream.seek(start)
     while start < size:
         data = stream.read(min(_SCAN_BYTES, size - start))

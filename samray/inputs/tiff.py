@@ -1,7 +1,7 @@
-"""What the directories of a TIFF say about its pictures, read without decoding any.
+"""Read the directories of a TIFF without decoding its pictures.
 
-A TIFF is a chain of directories (IFDs), each with the tags of one picture; a directory may own more of them (SubIFDs).
-Raw camera files are TIFFs whose first picture is a thumbnail, and some scanners put a thumbnail first, too.
+A TIFF is a chain of directories (IFDs), each with the tags of one picture; a directory may have sub-directories
+(SubIFDs). Raw camera files are TIFFs whose first picture is a thumbnail, and some scanners also put a thumbnail first.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Final
 
 MAX_DIRECTORIES: Final = 64
-"""Directories looked at, at most: a file may chain as many as it likes, or chain them in a circle."""
+"""Maximum directories to read: a file may chain any number of them, or chain them in a circle."""
 
 _MAX_VALUES: Final = 1024
-"""Values read of one tag, at most."""
+"""Maximum values to read per tag."""
 
 _NEW_SUBFILE_TYPE: Final = 254
 _OLD_SUBFILE_TYPE: Final = 255
@@ -31,10 +31,10 @@ _SIZES: Final = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
 """Tag types that are unsigned integers."""
 
 _RAW_PHOTOMETRIC: Final = (32803, 34892)
-"""Colour filter array and LinearRaw: sensor values, which are not a picture before they are developed."""
+"""Colour filter array and LinearRaw: sensor values, which need developing to become an image."""
 
 _RAW_COMPRESSION: Final = (32767, 32769, 32770, 34713, 65000, 65535)
-"""Tags of Sony, Epson, Samsung, Nikon, Kodak and Pentax."""
+"""Raw tags of Sony, Epson, Samsung, Nikon, Kodak and Pentax."""
 
 _SAMPLE_FORMATS: Final = {
     1: "unsigned integers",
@@ -47,7 +47,7 @@ _SAMPLE_FORMATS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """The tags of one picture that are unsigned integers: tag -> values."""
+    """The unsigned-integer tags of one picture: tag -> values."""
 
     offset: int
     next: int
@@ -63,7 +63,7 @@ class Directory:
 
     @property
     def is_reduced(self) -> bool:
-        """Whether it says of itself that it is a thumbnail or a mask of another picture."""
+        """Whether it is marked as a thumbnail or a mask of another picture."""
         return bool(self.value(_NEW_SUBFILE_TYPE) & 0b101) or self.value(_OLD_SUBFILE_TYPE) == 2
 
     @property
@@ -89,16 +89,16 @@ class Directory:
 
     @property
     def is_planar(self) -> bool:
-        """Whether each channel is stored on its own, one after the other."""
+        """Whether the channels are stored one after the other."""
         return self.value(_PLANAR, 1) == 2 and self.value(_SAMPLES, 1) > 1
 
     def is_misread(self, is_big_endian: bool) -> bool:
-        """Whether Pillow (13.0) decodes it without an error, to wrong pixels; a test holds which."""
+        """Whether Pillow (13.0) decodes it without an error, but to wrong pixels; a test checks which."""
         is_compressed = self.value(_COMPRESSION, 1) != 1
         if self.is_planar:
-            # Samples of 16 bits are taken for two of 8; of grey and alpha, alpha is taken for grey.
+            # 16-bit samples are read as two of 8 bits; in grey with alpha, alpha is read as grey.
             return (self.bits > 8 and not is_compressed) or (self.value(_SAMPLES, 1) == 2 and is_compressed)
-        # libtiff has swapped the bytes already, and Pillow swaps them again.
+        # libtiff has already swapped the bytes, and Pillow swaps them again.
         return is_big_endian and is_compressed and self.bits > 8 and (self.sample_format != 1 or self.bits > 16)
 
     def describe(self) -> str:
@@ -116,7 +116,7 @@ def is_tiff(data: bytes) -> bool:
 
 
 def directories(data: bytes) -> list[Directory]:
-    """The directories of a TIFF with their SubIFDs, in file order; those after a damaged one are left out."""
+    """The directories of a TIFF and their SubIFDs, in file order, up to the first damaged one."""
     found: list[Directory] = []
     todo, seen = [_first_offset(data)], {0}
     while todo and len(found) < MAX_DIRECTORIES:
@@ -137,13 +137,13 @@ def is_big_endian(data: bytes) -> bool:
 
 
 def is_raw_photo(data: bytes, found: list[Directory]) -> bool:
-    """Whether this is a raw camera file: DNG, NEF, CR2, ARW and their like."""
+    """Whether this is a raw camera file: DNG, NEF, CR2, ARW and similar."""
     is_cr2 = data[8:11] == b"CR\x02" and _first_offset(data) == 16
     return is_cr2 or any(directory.is_raw for directory in found)
 
 
 def main_picture(found: list[Directory]) -> Directory | None:
-    """The first directory or, if that is a thumbnail, the largest that is none."""
+    """The first directory or, if that is a thumbnail, the largest one that is not."""
     if not found or not found[0].is_reduced:
         return found[0] if found else None
     full = [directory for directory in found if not directory.is_reduced and directory.num_pixels]
@@ -151,7 +151,7 @@ def main_picture(found: list[Directory]) -> Directory | None:
 
 
 def starting_at(data: bytes, directory: Directory) -> bytes:
-    """The TIFF with this directory as its first."""
+    """The TIFF with this directory as its first one."""
     order, is_big = _layout(data)
     if is_big:
         return data[:8] + struct.pack(order + "Q", directory.offset) + data[16:]
@@ -159,7 +159,7 @@ def starting_at(data: bytes, directory: Directory) -> bytes:
 
 
 def is_cut(data: bytes) -> bool:
-    """Whether the first picture's directory or pixels would be after the end of the file."""
+    """Whether the first picture's directory or pixels extend beyond the end of the file."""
     offset = _first_offset(data)
     first = _read(data, offset)
     if first is None:
@@ -172,7 +172,7 @@ def is_cut(data: bytes) -> bool:
 
 
 def _layout(data: bytes) -> tuple[str, bool]:
-    """The byte order as struct writes it, and whether offsets have 64 bits."""
+    """The byte order for struct, and whether offsets have 64 bits."""
     return "<" if data[:2] == b"II" else ">", data[2:4] in (b"+\0", b"\0+")
 
 
@@ -196,7 +196,7 @@ def _ends_inside(data: bytes, offset: int) -> bool:
 
 
 def _read(data: bytes, offset: int) -> Directory | None:
-    """The directory at offset; None if it does not lie within the file."""
+    """The directory at offset; None if it is not inside the file."""
     order, is_big = _layout(data)
     head = order + ("Q" if is_big else "H")
     (number,) = _unpack(data, offset, head, (0,))

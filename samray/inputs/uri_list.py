@@ -1,4 +1,4 @@
-"""Lists of images that users write: `.csv`, `.jsonl` and `.txt` with one URI per row.
+"""Lists of images from users: `.csv`, `.jsonl` and `.txt` with one URI per row.
 
 Parquet is read in parquet.py; what the URIs mean is in uri_rows.py.
 """
@@ -28,15 +28,15 @@ LIST_EXTENSIONS: Final = (".csv", ".jsonl", ".txt")
 
 _BOM: Final = b"\xef\xbb\xbf"
 _TXT_BYTES: Final = 2**24
-"""Of lines that are Python's own at any time: as such they take several times their length."""
+"""Bytes converted to Python strings at a time, because those take several times their length."""
 _SHOWN_COLUMNS: Final = 20
 _USUAL_COLUMNS: Final = ("uri", "url", "path", "file", "file_name", "filename", "image", "image_path", "image_url")
 
 
 def read_uris(manifest: str, column: str) -> pa.ChunkedArray:
-    """The URI column of a manifest, as written, in its order; null where a row has none.
+    """Read the URI column of a list, as written and in order; null for rows without one.
 
-    Raises: ConfigError where the manifest cannot be read or has no such column, StorageError.
+    Raises: ConfigError if the list cannot be read or has no such column, StorageError.
     """
     where = storage.redact(manifest)
     data = storage.read_bytes(manifest).removeprefix(_BOM)
@@ -54,12 +54,12 @@ def read_uris(manifest: str, column: str) -> pa.ChunkedArray:
 
 
 def missing_column(column: str, columns: Sequence[str]) -> str:
-    """What to say of a file without the column of URIs: what it has, and the setting that names the right one."""
+    """The error for a file without the URI column: its columns, and the setting to choose one."""
     lower = {name.lower(): name for name in reversed(columns)}
     usual = next((lower[name] for name in _USUAL_COLUMNS if name in lower), None)
     near = usual or next(iter(difflib.get_close_matches(column, columns, 1)), None)
     shown = ", ".join(name[:50] for name in columns[:_SHOWN_COLUMNS]) + ", ..." * (len(columns) > _SHOWN_COLUMNS)
-    what = f"name the one that holds paths or URIs, as in input.uri_column={near or '...'}"
+    what = f"set the one with paths or URIs, as in input.uri_column={near or '...'}"
     return f"it has no column {column!r} (input.uri_column); its columns are {shown}; {what}"
 
 
@@ -106,7 +106,7 @@ def _read_jsonl(data: bytes, column: str) -> pa.ChunkedArray:
     except pa.ArrowInvalid as error:
         if "surrogate" not in str(error):
             raise
-        # Half of a UTF-16 pair, which some writers leave in a name: the fault of that one name.
+        # Half of a UTF-16 pair, which some writers leave in a name, only fails that one image.
         uris = pa.chunked_array([_parse_jsonl(data, column)])
     if len(uris) and uris.null_count == len(uris):
         raise ValueError(missing_column(column, _keys_of_first(data)))

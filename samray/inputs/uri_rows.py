@@ -1,6 +1,6 @@
-"""The URIs of lists as rows: resolved, taken apart if they are samray's own, checked, merged and named.
+"""Turn the URIs of lists into rows: resolve, parse samray's own URIs, check, merge and name them.
 
-A list may name what samray itself writes into the column `uri`: `tar://member::archive.tar` and `file.parquet#row=5`.
+samray's own URIs are those it writes into the column `uri`: `tar://member::archive.tar` and `file.parquet#row=5`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from samray.inputs.tar import TarMember, index_tar
 
 _ROWS_AT_ONCE: Final = 2**20
 
-# What `storage.resolve` would leave as it is, or merely put behind the folder: nearly all URIs of nearly all lists.
+# URIs that `storage.resolve` leaves unchanged or only appends to the folder: nearly all URIs of nearly all lists.
 _PLAIN_URI: Final = r"^[a-z][a-z0-9+.\-]*://.*[^/]$"
 _LOCAL_URI: Final = r"^(file|local)://"
 _PLAIN_PATH: Final = r"^(/[^/]+)+$"
@@ -43,20 +43,21 @@ class UriRows:
     """The rows of one list."""
 
     rows: pa.Table
-    """`INPUT_SCHEMA`; file_name is still to be given."""
+    """`INPUT_SCHEMA`; file_name is set later."""
     places: pa.ChunkedArray
-    """What names are made of: the URI, or for an image in an archive the archive without its ending and the image."""
+    """What names are made from: the URI or, for an image in an archive, the archive without its extension and the
+    image."""
     relative: bool
     """Whether every URI was written relative to the list."""
 
 
 def is_own_uri(uri: str) -> bool:
-    """Whether this is how samray names an image in a tar or a row of a Parquet file."""
+    """Whether the URI is samray's form for an image in a tar or a row of a Parquet file."""
     return re.match(_OWN, uri) is not None
 
 
 def rows_of_uris(written: pa.ChunkedArray, folder: str, root: str, *, allow_outside: bool = False) -> UriRows:
-    """Rows for the URIs of a list in `folder`; relative ones start there. root: what the list may name files below.
+    """Rows for the URIs of a list in `folder`; relative ones start there. root: folder that local files must be in.
 
     Raises: StorageError.
     """
@@ -86,7 +87,7 @@ _COLUMNS: Final = {
 
 
 class _OwnUris:
-    """Finds the images that samray's own URIs name; the index of a tar is read once."""
+    """Finds the images that samray's own URIs name; reads the index of each tar once."""
 
     def __init__(self, folder: str, root: str, allow_outside: bool) -> None:
         self._folder, self._root, self._allow_outside = folder, root, allow_outside
@@ -121,7 +122,7 @@ class _OwnUris:
         return place_problem(container, self._root, allow_outside=self._allow_outside)
 
     def _members(self, archive: str) -> dict[str, TarMember] | str:
-        """By name; or why the archive cannot be read, as `reason: message`."""
+        """The tar's members by name; or why it cannot be read, as `reason: message`."""
         if archive not in self._tars:
             try:
                 index = index_tar(archive, ("",))
@@ -129,7 +130,7 @@ class _OwnUris:
                 self._tars[archive] = f"{'missing' if isinstance(error, NotFoundError) else 'unreadable'}: {error}"
             else:
                 members = {member.name: member for member in index.members}
-                self._tars[archive] = members or f"unreadable: {index.damage or 'the tar holds no file'}"
+                self._tars[archive] = members or f"unreadable: {index.damage or 'the tar has no files'}"
         return self._tars[archive]
 
 
@@ -137,17 +138,17 @@ class _OwnUris:
 
 
 def merge_lists(lists: Sequence[UriRows], root: str, skipped: Skipped) -> pa.Table:
-    """The rows of all lists as one table; of equal URIs the first stays, and the others are counted.
+    """The rows of all lists as one table; of equal URIs the first is kept, and the others are counted.
 
-    file_name is the path below `root` in lists whose URIs are all relative, else what follows the longest folder that
-    all URIs of such lists share.
+    file_name is the path below `root` in lists with only relative URIs, else the part after the longest folder that all
+    URIs of the other lists share.
     """
     rows = pa.concat_tables(part.rows for part in lists)
     below = pa.chunked_array([chunk for part in lists for chunk in _below(part, root).chunks], pa.string())
     if below.null_count:
         places = pa.chunked_array([chunk for part in lists for chunk in part.places.chunks], pa.string())
         unnamed = pc.if_else(pc.is_null(below), places, None) if below.null_count < len(below) else places
-        unnamed = redact_all(unnamed)  # before the scheme is cut off, by which user names and passwords are known
+        unnamed = redact_all(unnamed)  # before the scheme is removed: it identifies user names and passwords
         names = pc.utf8_slice_codeunits(unnamed, start=len(_shared_folder(unnamed)))
         below = pc.coalesce(below, names) if below.null_count < len(below) else names
     rows = rows.set_column(rows.schema.get_field_index("file_name"), "file_name", _without_signatures(below))
@@ -161,7 +162,7 @@ def merge_lists(lists: Sequence[UriRows], root: str, skipped: Skipped) -> pa.Tab
 
 
 def _below(part: UriRows, root: str) -> pa.ChunkedArray:
-    """The paths below root; null for those that are not below it, and for all if some were not written relative."""
+    """The paths below root; null for those outside of it, and for all if some were not written relative."""
     start = storage.join(root, "")
     if part.relative:
         is_below = pc.or_(pc.starts_with(part.places, start), pc.equal(part.places, ""))
@@ -171,7 +172,7 @@ def _below(part: UriRows, root: str) -> pa.ChunkedArray:
 
 
 def with_distinct_names(rows: pa.Table) -> pa.Table:
-    """`rows` with a number put into each file_name that an earlier row has, too: `a/b~2.jpg`. Their URIs differ."""
+    """Add a number to each file_name that an earlier row already has: `a/b~2.jpg`. Their URIs differ."""
     repeated = later_copies(rows["file_name"])
     if not len(repeated):
         return rows
@@ -190,9 +191,9 @@ def with_distinct_names(rows: pa.Table) -> pa.Table:
 
 
 def later_copies(texts: pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    """Places of the texts that an earlier place has, too, in order; the empty text does not count.
+    """Indices of the texts that also occur earlier, in order; the empty text does not count.
 
-    Holds 64 bits per text, for there may be a hundred million, and the texts of those alone whose hashes are equal.
+    Holds 64 bits per text, because there may be 100 million, and only the texts with equal hashes.
     """
     hashes = np.empty(len(texts), np.int64)
     for start in range(0, len(texts), _ROWS_AT_ONCE):
@@ -218,9 +219,10 @@ def _each(texts: pa.ChunkedArray) -> Iterable[str]:
 
 
 def _without_signatures(names: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Names go into every file that is made of an output: of `photo.jpg?X-Amz-Signature=...` only `photo.jpg`.
+    """Remove signatures: names go into every file made from an output, so `photo.jpg?X-Amz-Signature=...` becomes
+    `photo.jpg`.
 
-    A query without a secret stays: it may be what tells two images apart.
+    A query without a secret stays: it may be what distinguishes two images.
     """
     return map_some(names, may_hold_credentials(names, r"\?"), _without_signature)
 
@@ -232,13 +234,13 @@ def _without_signature(name: str) -> str:
 
 
 def _resolved(written: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:
-    """`storage.resolve` of each that is not empty."""
+    """`storage.resolve` of each non-empty text."""
     parts = [written.slice(start, _ROWS_AT_ONCE) for start in range(0, len(written), _ROWS_AT_ONCE)]
     return pa.chunked_array([_resolved_chunk(chunk, folder) for part in parts for chunk in part.chunks], pa.string())
 
 
 def _resolved_chunk(texts: pa.StringArray, folder: str) -> pa.StringArray:
-    """In Python only those that are not spelled plainly; without a copy where nothing is to be done."""
+    """Resolve in Python only unusual spellings; no copy if nothing changes."""
     matches = pc.match_substring_regex
     dotted = matches(texts, _NOT_PLAIN_PATH)
     plain_uri = pc.and_not(matches(texts, _PLAIN_URI), matches(texts, _LOCAL_URI))
@@ -258,8 +260,8 @@ def _is_relative(texts: pa.ChunkedArray) -> Any:
 
 
 def _shared_folder(uris: pa.ChunkedArray) -> str:
-    """The longest folder, with its slash, that all URIs but the empty ones start with."""
-    ends = pc.min_max(pc.if_else(pc.equal(uris, ""), None, uris))  # what these two share, all share
+    """The longest folder, with a trailing slash, that all non-empty URIs start with."""
+    ends = pc.min_max(pc.if_else(pc.equal(uris, ""), None, uris))  # the common start of these two is common to all
     low, high = ends["min"].as_py() or "", ends["max"].as_py() or ""
     length = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
     return low[: low.rfind("/", 0, length) + 1]

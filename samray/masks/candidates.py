@@ -11,15 +11,15 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidates:
-    """K masks of one image: low-res logits and what was measured on their pixels, but no pixels.
+    """K masks of one image: low-res logits and values measured on their pixels, but no pixels.
 
     logits stay on the model's device; everything else is on the host.
     """
 
     logits: list[Tensor]
-    """K of (4h, 4w) float32, low-res frame of the mask's crop; each in memory of its own, to be freed alone."""
+    """K tensors (4h, 4w) float32, low-res frame of the mask's crop; separately allocated, to be freed one by one."""
     crop_index: npt.NDArray[np.int64]
-    """(K,) which of the image's crops."""
+    """(K,) index of the crop."""
     boxes_xyxy: npt.NDArray[np.int64]
     """(K, 4) in the image frame, last pixel inclusive."""
     predicted_iou: npt.NDArray[np.float32]
@@ -33,7 +33,7 @@ class Candidates:
         return len(self.crop_index)
 
     def __getitem__(self, index: npt.NDArray[np.int64]) -> Candidates:
-        """The candidates at `index`, in that order; no logits are copied."""
+        """The candidates at `index`, in that order; copies no logits."""
         return Candidates(
             logits=[self.logits[i] for i in index.tolist()],
             crop_index=self.crop_index[index],
@@ -45,7 +45,7 @@ class Candidates:
 
     @classmethod
     def cat(cls, parts: list[Candidates]) -> Candidates:
-        """All of them, in order; at least one part."""
+        """Concatenate at least one part, in order."""
         return cls(
             logits=[logits for p in parts for logits in p.logits],
             crop_index=np.concatenate([p.crop_index for p in parts]),

@@ -1,4 +1,4 @@
-"""Crops of an image: overlapping windows on which mask generation runs again, zoomed in."""
+"""Crops of an image: overlapping windows in which mask generation runs again, zoomed in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 EDGE_TOLERANCE = 20
-"""Pixels within which a box counts as touching an edge (the reference's)."""
+"""Pixels within which a box counts as touching an edge (as in the reference)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Crop:
     x1: int
     y1: int
     layer: int
-    """0 is the whole image; layer n cuts it 2**n times along each side."""
+    """0 is the whole image; layer n splits it 2**n times along each side."""
 
     @property
     def hw(self) -> tuple[int, int]:
@@ -57,7 +57,7 @@ def make_crops(image_hw: tuple[int, int], num_layers: int, overlap_ratio: float)
 def touches_crop_edge(
     boxes_xyxy: npt.NDArray[np.int64], crop: Crop, image_hw: tuple[int, int]
 ) -> npt.NDArray[np.bool_]:
-    """Which boxes end at an inner edge of the crop: the object most likely goes on beyond it.
+    """Which boxes end at an inner edge of the crop: the object probably continues beyond it.
 
     boxes_xyxy: (M, 4) in the image frame, last pixel inclusive. Edges of the image itself do not count. Returns (M,).
     """

@@ -1,9 +1,9 @@
 """Automatic mask generation: every object of an image, from a grid of point prompts.
 
-Reads as the paper's algorithm does (SAM paper, section 5 and appendix B): crops, encode, prompt, keep what the model
-believes in and what is stable, drop duplicates within a crop and then across crops. Masks exist at full resolution only
-a few at a time: to be measured, and, the few that are kept, to be run-length encoded; in between there are low-res
-logits. With the same weights the result is that of `segment_anything.SamAutomaticMaskGenerator`, in the same order.
+Follows the order of the paper's algorithm (SAM paper, section 5 and appendix B): crop, encode, prompt, keep masks with
+a high predicted IoU and stability, drop duplicates within each crop and then across crops. Only a few masks exist at
+full resolution at a time: to measure them, and to run-length encode those that are kept. Everything else works on
+low-res logits. With the same weights the result equals `segment_anything.SamAutomaticMaskGenerator`, in the same order.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ Image = npt.NDArray[np.uint8]
 
 STAGES = ("preprocess", "encode", "decode", "score", "nms", "rle")
 
-# Float masks at full resolution that are held together. On a CPU as good as one at a time: larger blocks are new pages
-# from the system every time, and faulting them in costs more than the arithmetic.
+# Float masks held at full resolution. One at a time is as fast on a CPU: larger blocks are newly mapped each time, and
+# their page faults cost more than the arithmetic.
 _CPU_PIXEL_BYTES = 8 * 2**20
 _GPU_PIXEL_BYTES = 512 * 2**20
-# Input pixels that are encoded together.
+# Input pixels encoded together.
 _CPU_ENCODE_PIXELS = 1024**2
 _GPU_ENCODE_PIXELS = 16 * 1024**2
 _MAX_ENCODE_BATCH = 16
-# The decoder's peak, upscaling included, is about this many copies of a prompt's image tokens.
+# The decoder's peak memory, including upscaling, is about this many copies of a prompt's image tokens.
 _DECODER_COPIES = 20
 
 
@@ -66,13 +66,13 @@ class _View:
 
 
 class MaskGenerator:
-    """Generates all masks of images with a model. Settings: `samray.MaskConfig`, whose names are the reference's.
+    """Generates all masks of images with a model. Settings: `samray.MaskConfig`, with the reference's names.
 
-    `stage_seconds` adds up where the time went: preprocess, encode, decode, score, nms, rle.
+    `stage_seconds` sums the time per stage: preprocess, encode, decode, score, nms, rle.
     """
 
     def __init__(self, model: Sam, config: MaskConfig | None = None, *, frugal: bool = False) -> None:
-        """frugal: take as little memory as can be beside `points_per_batch`: one crop and one mask at a time."""
+        """frugal: use as little memory as possible at the given `points_per_batch`: one crop and one mask at a time."""
         self.model = model
         self.frugal = frugal
         self.config = config = (config or MaskConfig()).for_model(model.spec.name)
@@ -89,29 +89,31 @@ class MaskGenerator:
 
     @torch.inference_mode()
     def generate(self, images: list[Image]) -> list[list[dict[str, Any]]]:
-        """All masks of each image, keys and meanings as in SA-1B.
+        """All masks of each image, with keys and meanings as in SA-1B.
 
-        images: RGB uint8 (H, W, 3), of any sizes. Returns a list an image, most zoomed-in crops first and within a crop
-        the highest predicted IoU, of dicts: segmentation {"size": [H, W], "counts": str}, bbox [x, y, w, h], area,
+        images: RGB uint8 (H, W, 3), of any sizes. Returns one list per image, smallest crops first and within a crop
+        highest predicted IoU first, of dicts: segmentation {"size": [H, W], "counts": str}, bbox [x, y, w, h], area,
         predicted_iou, stability_score, point_coords [[x, y]], crop_box [x, y, w, h]. An image without masks gives an
-        empty list. Raises ValueError for what is no such image.
+        empty list. Raises ValueError for invalid images.
         """
         check_images(images)
         views = [view for i, image in enumerate(images) for view in self._views(i, image)]
         results: list[Future[list[dict[str, Any]]]] = []
-        found: list[Candidates] = []
-        with self._beside() as beside:
-            for batch, pixels in self._preprocessed(images, views, beside):
+        image_candidates: list[Candidates] = []
+        with self._host_executor() as host:
+            for batch, pixels in self._preprocessed(images, views, host):
                 with self._stage("encode", queued=True):
                     embeddings = self.model.encode_images(pixels)
                 for view, candidates in zip(batch, self._process_crops(embeddings, batch), strict=True):
-                    found.append(candidates)
+                    image_candidates.append(candidates)
                     if view.is_last:
-                        results.append(beside.submit(self._process_image, Candidates.cat(found), view.image_hw))
-                        found = []
+                        results.append(
+                            host.submit(self._process_image, Candidates.cat(image_candidates), view.image_hw)
+                        )
+                        image_candidates = []
             results.reverse()
             finished = []
-            while results:  # a result that raises must not be held by what its error holds: memory would stay taken
+            while results:  # the traceback of a failed result must not keep the result's memory alive
                 finished.append(results.pop().result())
         self._ask_for_times()
         return finished
@@ -127,9 +129,9 @@ class MaskGenerator:
         return [_View(image_index, image_hw, j, crop, j == len(crops) - 1) for j, crop in enumerate(crops)]
 
     def _preprocessed(
-        self, images: list[Image], views: list[_View], beside: Executor
+        self, images: list[Image], views: list[_View], host: Executor
     ) -> Iterator[tuple[list[_View], Tensor]]:
-        """Views in batches for the encoder, and their pixels; those of the next batch are made ready meanwhile."""
+        """Yield batches of views for the encoder with their pixels; prepares the next batch in the background."""
         pixels = _CPU_ENCODE_PIXELS if self.model.device.type == "cpu" else _GPU_ENCODE_PIXELS
         size = 1 if self.frugal else min(max(pixels // self.model.image_size**2, 1), _MAX_ENCODE_BATCH)
         batches = [views[start : start + size] for start in range(0, len(views), size)]
@@ -138,10 +140,10 @@ class MaskGenerator:
             with self._stage("preprocess"):
                 return [self.model.resize(_cut(images[view.image_index], view.crop)) for view in batch]
 
-        coming = [beside.submit(resize, batch) for batch in batches[:1]]
+        coming = [host.submit(resize, batch) for batch in batches[:1]]
         for batch, following in zip_longest(batches, batches[1:]):
             resized = coming.pop().result()
-            coming += [beside.submit(resize, following)] if following else []
+            coming += [host.submit(resize, following)] if following else []
             with self._stage("preprocess", queued=True):
                 ready = self.model.normalize(resized)
             yield batch, ready
@@ -149,9 +151,10 @@ class MaskGenerator:
     # --- crops: prompts, filters, no duplicates -----------------------------------------------------------------------
 
     def _process_crops(self, embeddings: Tensor, views: list[_View]) -> Iterator[Candidates]:
-        """Each crop's grid of prompts in batches, the filters, and box NMS that prefers the higher predicted IoU.
+        """Decode each crop's grid of prompts in batches, filter, and apply box NMS that prefers the higher predicted
+        IoU.
 
-        Crops of few points, whosever image they are of, go through the decoder together: 64 prompts fill no GPU.
+        Crops with few points, also of different images, are decoded together: 64 prompts do not fill a GPU.
         """
         batch_size = self.config.points_per_batch or self._points_per_batch()
         for rows in self._packs(views, batch_size):
@@ -159,24 +162,24 @@ class MaskGenerator:
             points = [self._grids[view.crop.layer] * view.crop.hw[::-1] for view in pack]
             with self._stage("decode", queued=True):
                 context = self.model.prepare_decoder(embeddings[rows])
-            found: list[list[Candidates]] = [[] for _ in pack]
+            per_view: list[list[Candidates]] = [[] for _ in pack]
             for start in range(0, max(len(points[0]), 1), batch_size):
                 batch = [of_view[start : start + batch_size] for of_view in points]
                 with self._stage("decode", queued=True):
                     decoded = self._decode(context, batch, pack)
                 with self._stage("score", queued=True):
-                    for parts, part in zip(found, self._score(decoded, batch, pack), strict=True):
+                    for parts, part in zip(per_view, self._score(decoded, batch, pack), strict=True):
                         parts.append(part)
-            for parts in found:
+            for parts in per_view:
                 with self._stage("nms"):
                     stable = Candidates.cat(parts)
                     kept = stable[box_nms(stable.boxes_xyxy, stable.predicted_iou, self.config.box_nms_thresh)]
-                parts.clear()  # what NMS dropped would otherwise stay in memory while the image is finished
+                parts.clear()  # else dropped masks would stay in memory until the image is finished
                 del stable
                 yield kept
 
     def _packs(self, views: list[_View], batch_size: int) -> Iterator[slice]:
-        """Views in a row with as many points each, together at most batch_size; or one view with more."""
+        """Consecutive views with equal numbers of points, together at most batch_size; or one view with more."""
         first = 0
         for layer, same in groupby(views, key=lambda view: view.crop.layer):
             last = first + len(list(same))
@@ -187,8 +190,8 @@ class MaskGenerator:
     def _decode(self, context: ImageTokens, points: list[Float64], views: list[_View]) -> Decoded:
         """Masks of single foreground clicks with predicted IoU above the threshold.
 
-        points: of each view (N, 2), crop frame. The others are never upscaled. A threshold of 0 lets all through, as in
-        the reference.
+        points: (N, 2) per view, crop frame. Masks below the threshold are never upscaled. A threshold of 0 keeps all,
+        as in the reference.
         """
         sizes = [(np.array(self._input_hw(view.crop)[::-1]), np.array(view.crop.hw[::-1])) for view in views]
         in_input = np.concatenate([xy * (to / of) for xy, (to, of) in zip(points, sizes, strict=True)])
@@ -197,7 +200,7 @@ class MaskGenerator:
         return self.model.decode_points(context, clicks, labels, min_iou=self.config.pred_iou_thresh or None)
 
     def _score(self, decoded: Decoded, points: list[Float64], views: list[_View]) -> Iterator[Candidates]:
-        """Of each view the masks that are stable, of the wanted size and not cut off by the crop's edge."""
+        """For each view, the masks that are stable, have an allowed size and are not cut off by the crop's edge."""
         prompt_index = decoded.prompt_index.cpu().numpy()
         ends = np.cumsum([len(of_view) for of_view in points])
         bounds = [0, *np.searchsorted(prompt_index, ends).tolist()]  # masks come prompt by prompt, view by view
@@ -222,7 +225,7 @@ class MaskGenerator:
         points: Float64,
         view: _View,
     ) -> Candidates:
-        """numbers: (M, 6) as `_measure` gives them. points: (M, 2) of each mask, crop frame."""
+        """numbers: (M, 6) from `_measure`. points: (M, 2), one per mask, crop frame."""
         config, crop = self.config, view.crop
         stability, area = numbers[:, 0].astype(np.float32), numbers[:, 1]
         boxes = numbers[:, 2:].astype(np.int64) + np.array([crop.x0, crop.y0, crop.x0, crop.y0])
@@ -231,7 +234,7 @@ class MaskGenerator:
         keep &= ~touches_crop_edge(boxes, crop, view.image_hw)
         stays = np.flatnonzero(keep)
         return Candidates(
-            logits=[logits[i].clone() for i in stays.tolist()],  # without holding on to those of the whole batch
+            logits=[logits[i].clone() for i in stays.tolist()],  # cloned, to free those of the whole batch
             crop_index=np.full(len(stays), view.crop_index),
             boxes_xyxy=boxes[stays],
             predicted_iou=predicted_iou[stays],
@@ -246,7 +249,7 @@ class MaskGenerator:
             from samray.sam.kernels.measure import measure
 
             return measure(logits, self.model.image_size, input_hw, crop.hw, MASK_THRESHOLD, offset)
-        if self._masks_at_once(crop) == 1:  # a large image: most of its pixels are far from any one mask
+        if self._masks_at_once(crop) == 1:  # in a large image most pixels are far from a single mask
             lowest = MASK_THRESHOLD - offset
             (x0, y0), upscaled = upsample_occupied(logits, lowest, self.model.image_size, input_hw, crop.hw)
         else:
@@ -258,19 +261,19 @@ class MaskGenerator:
 
     # --- one image: no duplicates across crops, then pixels for the kept ----------------------------------------------
 
-    @torch.inference_mode()  # as `generate` is; the mode does not reach other threads
+    @torch.inference_mode()  # like `generate`; the mode is per thread
     def _process_image(self, candidates: Candidates, image_hw: tuple[int, int]) -> list[dict[str, Any]]:
-        """Records of the masks that stay when those of all crops come together."""
+        """Records of the masks that remain after removing duplicates across crops."""
         config, crops = self.config, self._crops(image_hw)
         if len(crops) > 1:
-            with self._stage("nms"):  # masks of smaller crops first: they saw the object at a higher resolution
+            with self._stage("nms"):  # prefer masks of smaller crops: they have a higher resolution
                 zoom = 1 / np.array([crop.area for crop in crops], dtype=np.float32)
                 keep = box_nms(candidates.boxes_xyxy, zoom[candidates.crop_index], config.crop_nms_thresh)
                 candidates = candidates[keep]
         with self._stage("rle"):
             masks = self._finish(candidates, crops, image_hw)
         with self._stage("nms"):
-            if config.min_mask_region_area > 0:  # cleaning can make duplicates; of those the untouched mask stays
+            if config.min_mask_region_area > 0:  # cleaning can create duplicates; keep the unchanged mask
                 boxes = [rle.box_xyxy(mask.counts, image_hw) for mask in masks]
                 untouched = [not mask.was_cleaned for mask in masks]
                 keep = box_nms(boxes, untouched, max(config.box_nms_thresh, config.crop_nms_thresh))
@@ -280,7 +283,7 @@ class MaskGenerator:
             return [to_record(mask, image_hw, config) for mask in masks]
 
     def _finish(self, candidates: Candidates, crops: list[Crop], image_hw: tuple[int, int]) -> list[Mask]:
-        """The candidates as run lengths in the image frame, in their order, small regions removed if so configured."""
+        """The candidates as run lengths in the image frame, in order, with small regions removed if configured."""
         finished: dict[int, Mask] = {}
         for crop_index in np.unique(candidates.crop_index):
             crop, rows = crops[crop_index], np.flatnonzero(candidates.crop_index == crop_index)
@@ -299,11 +302,11 @@ class MaskGenerator:
         return [finished[row] for row in range(len(candidates))]
 
     def _runs(self, logits: Tensor, crop: Crop, image_hw: tuple[int, int]) -> list[tuple[Counts, bool]]:
-        """Run lengths in the image frame of a few masks, low-res logits (M, 4h, 4w), and whether they were cleaned."""
+        """Run lengths in the image frame for a few low-res logits (M, 4h, 4w), and whether each mask was cleaned."""
         pixels = above(self.model.postprocess(logits, self._input_hw(crop), crop.hw), MASK_THRESHOLD)
         boxes = mask_boxes(pixels).cpu().numpy()
         (x0, y0), (x1, y1) = boxes[:, :2].min(axis=0).tolist(), boxes[:, 2:].max(axis=0).tolist()
-        pixels = pixels[:, y0 : y1 + 1, x0 : x1 + 1]  # what lies outside of all boxes need not be read again
+        pixels = pixels[:, y0 : y1 + 1, x0 : x1 + 1]  # the rest is outside of all boxes
         origin_xy = (crop.x0 + x0, crop.y0 + y0)
         runs = [(counts, False) for counts in rle.encode_masks(pixels, origin_xy, image_hw)]
         if self.config.min_mask_region_area > 0:
@@ -319,33 +322,34 @@ class MaskGenerator:
     # --- sizes and times ----------------------------------------------------------------------------------------------
 
     def _input_hw(self, crop: Crop) -> tuple[int, int]:
-        """The crop's (h, w) within the model's square input."""
+        """The crop's (h, w) inside the model's square input."""
         return input_size(*crop.hw, self.model.image_size)
 
     def _masks_at_once(self, crop: Crop) -> int:
-        """How many masks may be held at the crop's resolution together."""
+        """Number of masks to hold at the crop's resolution at a time."""
         bytes_each = 4 * max(crop.area, self.model.image_size**2)
         budget = _CPU_PIXEL_BYTES if self.model.device.type == "cpu" else _GPU_PIXEL_BYTES
         return 1 if self.frugal else max(budget // bytes_each, 1)
 
     def _points_per_batch(self) -> int:
-        """As many prompts as fit into a part of the free memory; on a CPU the decoder splits them for its caches."""
+        """Number of prompts that fit into a fraction of the free memory; on a CPU the decoder splits them for its
+        caches."""
         device = self.model.device
         if device.type != "cuda":
             return 64
         spec = self.model.spec
         bytes_each = _DECODER_COPIES * spec.grid**2 * spec.embed_dim * self.model.dtype.itemsize
         free, _ = torch.cuda.mem_get_info(device)
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, of what was freed
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # freed, but cached by torch
         return min(max((free + kept) // 4 // bytes_each, 1), 256)
 
-    def _beside(self) -> Executor:
-        """Where the host's part is done: on a CPU in turn, beside a GPU in threads, while the GPU goes on."""
-        return ThreadPoolExecutor(2) if self.overlaps else _InTurn()
+    def _host_executor(self) -> Executor:
+        """Executor for the host's work: inline on a CPU; with a GPU in threads, while the GPU continues."""
+        return ThreadPoolExecutor(2) if self.overlaps else InlineExecutor()
 
     @contextmanager
     def _stage(self, name: str, *, queued: bool = False) -> Iterator[None]:
-        """Book the time on a stage. queued: of work for a GPU, which is asked for the times when all is done."""
+        """Add the time to a stage. queued: for asynchronous GPU work, whose times are read at the end."""
         if queued and self.model.device.type == "cuda":
             marks = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             stream = torch.cuda.current_stream(self.model.device)
@@ -373,8 +377,8 @@ class MaskGenerator:
             self._book(name, start.elapsed_time(end) / 1000)
 
 
-class _InTurn(Executor):
-    """Does what is submitted at once, in the same thread."""
+class InlineExecutor(Executor):
+    """Runs submitted calls immediately, in the same thread."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         done: Future[Any] = Future()

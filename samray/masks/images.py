@@ -1,4 +1,4 @@
-"""What a generator takes for an image."""
+"""Check the images passed to a generator."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def check_images(images: Sequence[Any]) -> None:
-    """Raises: ValueError that says what to pass where images is not a sequence of uint8 RGB arrays (H, W, 3)."""
+    """Raises: ValueError that says what to pass if images is not a sequence of uint8 RGB arrays (H, W, 3)."""
     wanted = "generate takes a list of RGB uint8 arrays (H, W, 3)"
     if not isinstance(images, Sequence):
         shape = getattr(images, "shape", ())

@@ -12,11 +12,11 @@ Indices = npt.NDArray[np.int64]
 
 
 def box_nms(boxes_xyxy: npt.ArrayLike, scores: npt.ArrayLike, iou_thresh: float) -> Indices:
-    """Indices of the boxes that stay, best score first; of equal scores the earlier box comes first.
+    """Indices of the boxes to keep, best score first; if scores are equal, the earlier box comes first.
 
-    A box goes when its IoU with a better one that stays is above iou_thresh. boxes_xyxy: (M, 4), scores: (M,); computed
-    in float32. Boxes without area have no IoU and neither suppress nor go. Equal to `torchvision.ops.nms`.
-    On the host: a few thousand boxes are no work for an accelerator, and only kept ones cost a pass (O(kept * M)).
+    Drops a box if its IoU with a better kept box is above iou_thresh. boxes_xyxy: (M, 4), scores: (M,); computed in
+    float32. Boxes without area have no IoU: they neither suppress nor are dropped. Equal to `torchvision.ops.nms`.
+    Runs on the host: a few thousand boxes do not need an accelerator, and only kept boxes cost a pass (O(kept * M)).
     """
     x0, y0, x1, y1 = np.asarray(boxes_xyxy, dtype=np.float32).reshape(-1, 4).T
     areas = (x1 - x0) * (y1 - y0)
@@ -36,9 +36,9 @@ def box_nms(boxes_xyxy: npt.ArrayLike, scores: npt.ArrayLike, iou_thresh: float)
 
 
 def mask_nms(rles: list[dict[str, Any]], iou_thresh: float) -> Indices:
-    """Indices of the masks that stay, in order: a mask goes when its IoU with an earlier kept one is above iou_thresh.
+    """Indices of the masks to keep, in order: drops a mask if its IoU with an earlier kept one is above iou_thresh.
 
-    rles: COCO run-length encodings of one image, best first. No mask is decoded.
+    rles: COCO run-length encodings of one image, best first. Decodes no masks.
     """
     keep: list[int] = []
     for index, rle in enumerate(rles):

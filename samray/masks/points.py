@@ -17,11 +17,11 @@ def point_grid(points_per_side: int) -> Float64:
 
 
 def point_grids(points_per_side: int, num_layers: int, downscale_factor: int) -> list[Float64]:
-    """One grid a crop layer, the whole image first; each layer has downscale_factor times fewer points a side.
+    """One grid per crop layer, the whole image first; each layer has downscale_factor times fewer points per side.
 
-    Raises ValueError where a layer would have none.
+    Raises ValueError if a layer would have no points.
     """
     sides = [int(points_per_side / downscale_factor**layer) for layer in range(num_layers + 1)]
     if min(sides) < 1:
-        raise ValueError(f"no point is left in crop layer {sides.index(0)}: points a side by layer are {sides}")
+        raise ValueError(f"no point is left in crop layer {sides.index(0)}: points per side by layer are {sides}")
     return [point_grid(side) for side in sides]

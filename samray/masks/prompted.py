@@ -1,8 +1,8 @@
-"""One mask for each prompt of a person: the first phase of the SAM paper's data engine (section 4, "assisted-manual").
+"""One mask per user prompt: the first phase of the SAM paper's data engine (section 4, "assisted-manual").
 
-Agrees with `segment_anything.SamPredictor.predict`, used as its documentation advises: of a single click, which may
-mean a part, the whole or what that belongs to, the best-scored of three masks; of several clicks or a box the single
-mask. Nothing is filtered, and duplicates stay: a person asked for each.
+Agrees with `segment_anything.SamPredictor.predict`, used as its documentation recommends. A single click is ambiguous:
+the best-scored of three masks. Several clicks or a box: the single mask. Nothing is filtered, and duplicates are kept,
+because the user asked for each mask.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ Image = npt.NDArray[np.uint8]
 
 STAGES: Final = ("preprocess", "encode", "decode", "score")
 
-# Images encoded and prompts decoded together. Prompts are few, so a GPU's memory is no matter, and on a CPU the
-# decoder is fastest on what its caches hold.
+# Images encoded and prompts decoded together. Prompts are few, so GPU memory is not a limit, and on a CPU the decoder
+# is fastest on batches that fit its caches.
 _GPU_IMAGES, _GPU_PROMPTS = 16, 32
 _CPU_IMAGES, _CPU_PROMPTS = 1, 2
 
 
 class PromptedGenerator:
-    """Makes the masks that a person asks for. Of `samray.MaskConfig` it takes only what is not about the grid or about
-    choosing: `points_per_batch` (here prompts), `stability_score_offset` and `bbox_convention`.
+    """Generates the masks that a user asks for. Uses only the settings of `samray.MaskConfig` that apply without a
+    grid: `points_per_batch` (here prompts), `stability_score_offset` and `bbox_convention`.
 
-    `stage_seconds` adds up where the time went: preprocess, encode, decode, score.
+    `stage_seconds` sums the time per stage: preprocess, encode, decode, score.
     """
 
     def __init__(self, model: Sam, config: MaskConfig | None = None) -> None:
@@ -51,13 +51,13 @@ class PromptedGenerator:
 
     @torch.inference_mode()
     def generate(self, images: Sequence[Image], prompts: Sequence[Sequence[Prompt]]) -> list[list[dict[str, Any]]]:
-        """A mask for each prompt of each image, in the order of the prompts.
+        """One mask for each prompt of each image, in the order of the prompts.
 
-        images: RGB uint8 (H, W, 3), upright, of any sizes. prompts: a list an image, in its pixels. Returns a list an
-        image of dicts with the keys of `MaskGenerator.generate`. point_coords are the clicks on the object: those
-        beside it are left out, as the layout cannot tell which are which, and a box alone leaves the list empty.
-        Raises: ImageError (`bad_prompt`) that names the first prompt that lies outside of its image, or of which comes
-        no pixel; ValueError for what is no such image.
+        images: RGB uint8 (H, W, 3), upright, of any sizes. prompts: one list per image, in its pixels. Returns one list
+        per image of dicts with the keys of `MaskGenerator.generate`. point_coords has the foreground clicks only,
+        because the layout does not store labels; a box alone leaves it empty.
+        Raises: ImageError (`bad_prompt`) that names the first prompt outside its image, or whose mask has no pixel;
+        ValueError for invalid images.
         """
         check_images(images)
         if isinstance(prompts, Prompt) or any(isinstance(own, Prompt) for own in prompts):
@@ -94,7 +94,7 @@ class PromptedGenerator:
         return [records[i] for i in range(len(prompts))]
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
-        """Places of prompts that go through the decoder together: as many clicks each, and all or none with a box."""
+        """Indices of prompts to decode together: the same number of clicks each, and all or none with a box."""
         alike: dict[tuple[int, bool], list[int]] = {}
         for i, prompt in enumerate(prompts):
             alike.setdefault((len(prompt.points), prompt.box is not None), []).append(i)
@@ -104,7 +104,7 @@ class PromptedGenerator:
             yield from (places[start : start + size] for start in range(0, len(places), size))
 
     def _decode(self, embedding: Tensor, prompts: list[Prompt], image_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """One mask for each of N prompts that are alike: low-res logits (N, 4h, 4w) and predicted IoUs (N,)."""
+        """One mask for each of N prompts of the same form: low-res logits (N, 4h, 4w) and predicted IoUs (N,)."""
         to_input = np.array(input_size(*image_hw, self.model.image_size)[::-1]) / np.array(image_hw[::-1])
 
         def in_input_frame(xy: Any) -> Tensor:
@@ -126,12 +126,12 @@ class PromptedGenerator:
     def _record(
         self, place: int, prompt: Prompt, logits: Tensor, predicted_iou: float, image_hw: tuple[int, int]
     ) -> dict[str, Any]:
-        """logits: (1, 4h, 4w). Raises: ImageError where there is no pixel."""
+        """logits: (1, 4h, 4w). Raises: ImageError if the mask has no pixel."""
         upscaled = self.model.postprocess(logits, input_size(*image_hw, self.model.image_size), image_hw)
         pixels = above(upscaled, MASK_THRESHOLD)
         (counts,) = rle.encode_masks(pixels, (0, 0), image_hw)
         if rle.area(counts) == 0:
-            raise ImageError("bad_prompt", f"prompts[{place}]: the model finds no pixel there")
+            raise ImageError("bad_prompt", f"prompts[{place}]: the model finds no mask there")
         on_object = [xy for xy, label in zip(prompt.points, prompt.labels, strict=True) if label == 1]
         mask = Mask(
             counts=counts,
@@ -147,7 +147,7 @@ class PromptedGenerator:
         start = time.perf_counter()
         yield
         if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)  # prompts are few: what it costs is not seen
+            torch.cuda.synchronize(self.model.device)  # with few prompts the cost is negligible
         self.stage_seconds[name] += time.perf_counter() - start
 
 

@@ -1,4 +1,4 @@
-"""Removal of small holes and islands, without OpenCV and without touching pixels far from the mask."""
+"""Remove small holes and islands, without OpenCV and without touching pixels far from the mask."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
 def remove_small_regions(mask: Bool, box_xyxy: npt.ArrayLike, image_hw: tuple[int, int], min_area: int) -> Bool | None:
     """Fill holes, then drop islands, smaller than min_area pixels; both 8-connected.
 
-    mask: (y1 - y0 + 1, x1 - x0 + 1) bool, the part of the mask within its box; box_xyxy: (4,), inclusive. Any region
-    of background counts as a hole, those at the image's border too. If every island is small the largest stays.
-    Returns the (H, W) mask of the whole image, or None where nothing is small (no change).
-    Source: `segment_anything.utils.amg.remove_small_regions`, with the same result. Of islands that are all small and
-    equally large, the first in reading order stays (the reference's choice depends on OpenCV's labelling).
+    mask: (y1 - y0 + 1, x1 - x0 + 1) bool, the part of the mask within its box; box_xyxy: (4,), inclusive. Every
+    background region counts as a hole, even at the image border. If all islands are small, the largest one is kept.
+    Returns the (H, W) mask of the whole image, or None if nothing is small (no change).
+    Source: `segment_anything.utils.amg.remove_small_regions`, with the same result. If all islands are small and
+    equally large, keeps the first in reading order (the reference's choice depends on OpenCV's labelling).
     """
     x0, y0, x1, y1 = (int(v) for v in np.asarray(box_xyxy))
     height, width = image_hw
-    # Around its box the mask is 0, so what lies above, below, left and right is kept as one row or column each, whose
-    # pixels weigh what they stand for. Connections and sizes are those of the whole image.
+    # Around its box the mask is 0: the area above, below, left and right is represented by one row or column each,
+    # weighted with the pixels it stands for. Connections and sizes are those of the whole image.
     rows = np.array([y0, *[1] * (y1 - y0 + 1), height - 1 - y1])
     cols = np.array([x0, *[1] * (x1 - x0 + 1), width - 1 - x1])
     framed = np.pad(mask, 1)[np.ix_(rows > 0, cols > 0)]
@@ -58,7 +58,7 @@ def _drop_islands(mask: Bool, rows: Int, cols: Int, min_area: int) -> Bool | Non
 
 
 def _label(mask: Bool, rows: Int, cols: Int) -> tuple[Int, Int]:
-    """Regions of 1, numbered from 1 in reading order, and every label's size in pixels (0: what is not in the mask)."""
+    """Regions of 1, numbered from 1 in reading order, and each label's size in pixels (label 0: outside the mask)."""
     labels, num = ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)
     weights = np.multiply.outer(rows, cols).ravel()
     sizes = np.bincount(labels.ravel(), weights=weights, minlength=num + 1)

@@ -1,4 +1,4 @@
-"""What is measured on masks at full resolution: stability, area, box.
+"""Measure masks at full resolution: stability, area, box.
 
 Shapes: M masks of (H, W) pixels.
 """
@@ -18,14 +18,14 @@ MASK_THRESHOLD: Final = 0.0
 def above(logits: Tensor, threshold: float) -> Tensor:
     """logits > threshold, bool, of the same shape."""
     if logits.device.type == "cpu":
-        return torch.from_numpy(np.greater(logits.numpy(), threshold))  # by whole vectors, torch one by one
+        return torch.from_numpy(np.greater(logits.numpy(), threshold))  # vectorized, unlike torch
     return logits > threshold
 
 
 def areas(masks: Tensor) -> Tensor:
     """masks: (M, H, W) bool. Returns (M,) int64 on the same device."""
     if masks.device.type == "cpu":
-        # numpy counts booleans by whole words: 20 times faster than torch's sum over 12 megapixels.
+        # numpy counts booleans in whole words: 20 times faster than torch's sum for 12 megapixels.
         return torch.tensor([np.count_nonzero(mask) for mask in masks.numpy()], dtype=torch.int64)
     return masks.flatten(1).sum(dim=1)
 
@@ -33,25 +33,25 @@ def areas(masks: Tensor) -> Tensor:
 def stability_scores(logits: Tensor, threshold: float, offset: float) -> Tensor:
     """IoU between the masks cut at threshold + offset and at threshold - offset.
 
-    logits: (M, H, W) float, unthresholded. Returns (M,) float32 in [0, 1]; 0 where the lower cut is empty (the
-    reference gives NaN). One cut lies within the other, so the IoU is a ratio of areas. Source: SAM paper, section 5.
+    logits: (M, H, W) float, unthresholded. Returns (M,) float32 in [0, 1]; 0 if the lower cut is empty (the
+    reference gives NaN). One cut contains the other, so the IoU is a ratio of areas. Source: SAM paper, section 5.
     """
     upper = areas(above(logits, threshold + offset))
     lower = areas(above(logits, threshold - offset))
-    # 0 / 1 where the lower cut is empty: then so is the upper one.
+    # 0 / 1 if the lower cut is empty, because the upper one is empty, too.
     return upper / lower.clamp(min=1)
 
 
 def mask_boxes(masks: Tensor) -> Tensor:
     """masks: (M, H, W) bool. Returns (M, 4) int64 xyxy, first and last pixel (inclusive); zeros for an empty mask."""
-    as_bytes = masks.view(torch.uint8)  # a CPU takes the maximum of bytes several times faster than any() of booleans
+    as_bytes = masks.view(torch.uint8)  # on a CPU max() of bytes is several times faster than any() of booleans
     y0, y1 = _first_and_last(as_bytes.amax(dim=2))
     x0, x1 = _first_and_last(as_bytes.amax(dim=1))
     return torch.stack([x0, y0, x1, y1], dim=1)
 
 
 def _first_and_last(occupied: Tensor) -> tuple[Tensor, Tensor]:
-    """occupied: (M, L) of 0 and 1. Returns the positions of each row's first and last 1, both 0 where there is none."""
+    """occupied: (M, L) of 0 and 1. Returns the positions of each row's first and last 1, both 0 if there is none."""
     first = occupied.argmax(dim=1)
     last = occupied.shape[1] - 1 - occupied.flip(1).argmax(dim=1)
     return first, torch.where(occupied.amax(dim=1) > 0, last, 0)

@@ -1,4 +1,4 @@
-"""The part of a large image that a mask can be in, so that only that part is upsampled to be measured."""
+"""Upsample only the window of a large image that can contain a mask, to measure it there."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _MARGIN = 1
-"""Low-res cells around those above the threshold: bilinear interpolation reaches no further."""
+"""Margin in low-res cells around those above the threshold: the reach of bilinear interpolation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Pixels start to stop along one side of the image, and those of the model's input they are interpolated from."""
+    """Pixels start to stop along one side of the image, and the pixels of the model's input to interpolate them
+    from."""
 
     start: int
     stop: int
@@ -25,11 +26,11 @@ class Span:
 def upsample_occupied(
     logits: Tensor, threshold: float, image_size: int, input_hw: tuple[int, int], original_hw: tuple[int, int]
 ) -> tuple[tuple[int, int], Tensor]:
-    """As `Sam.postprocess`, but only the window outside of which every logit is at most `threshold`.
+    """Like `Sam.postprocess`, but only the window outside of which every logit is at most `threshold`.
 
     logits: (K, 4h, 4w). Returns the window's left top pixel (x0, y0) and its logits (K, h', w'), at least one period
-    of the interpolation high and wide. Its coordinates are rounded from the window's corner, not from the image's:
-    logits differ by about 1e-4 of the step between neighbouring input pixels, so these are to measure, not to keep.
+    of the interpolation high and wide. Interpolation coordinates are rounded relative to the window, not to the image:
+    logits differ by about 1e-4 of the step between neighbouring input pixels. Use them for measuring, not for output.
     """
     above = (logits > threshold).any(dim=0)
     y = _span(above.any(dim=1), image_size, input_hw[0], original_hw[0])
@@ -45,21 +46,21 @@ def upsample_occupied(
 
 
 def _cells(span: Span, scale: int, length: int) -> slice:
-    """The low-res cells, of `length`, that the input pixels of a span are interpolated from."""
+    """The low-res cells, out of `length`, to interpolate the input pixels of a span from."""
     return slice(max(span.input_start // scale - _MARGIN, 0), min(-(-span.input_stop // scale) + _MARGIN, length))
 
 
 def _span(above: Tensor, image_size: int, input_length: int, original_length: int) -> Span:
     """above: (4h,) bool, which rows (or columns) of the low-res logits have any above the threshold.
 
-    A crop is interpolated like the whole only if it starts and ends where pixels of the image and of the input begin
-    together: every `period` pixels of the image, for every `input_period` of the input.
+    A crop interpolates like the whole only if it starts and ends where pixels of image and input are aligned: every
+    `period` pixels of the image, which are `input_period` pixels of the input.
     """
     periods = math.gcd(input_length, original_length)
     input_period, period = input_length // periods, original_length // periods
     cells = above.nonzero()[:, 0].tolist()
     first, last = (cells[0] - _MARGIN, cells[-1] + _MARGIN) if cells else (0, 0)
-    scale = image_size / len(above)  # input pixels a low-res cell
+    scale = image_size / len(above)  # input pixels per low-res cell
     begin = min(max(math.floor(first * scale / input_period), 0), periods - 1)
     end = max(min(math.ceil((last + 1) * scale / input_period), periods), begin + 1)
     return Span(begin * period, end * period, begin * input_period, end * input_period)

@@ -1,8 +1,7 @@
-"""New images join an old output: what INPUT holds now against what the plan says, and a new generation for the rest.
+"""Append images to an existing output: compare INPUT with the plan, and add a generation for new and changed images.
 
-An image is the one of its URI; it has changed when its size or etag is known on both sides and differs. Finished shards
-are not touched by images that join: those go into shards of their own. A changed image is labelled again in its place,
-and only when that is asked for.
+Images are identified by URI. An image has changed if its size or ETag is known on both sides and differs. New images go
+into new shards; finished shards are not touched. Changed images are labelled again in their own shard, only on request.
 """
 
 from __future__ import annotations
@@ -35,29 +34,29 @@ _NUM_THREADS: Final = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class News:
-    """What INPUT holds that the plan does not, and what was done about it."""
+    """Differences between INPUT and the plan, and what was done about them."""
 
     listed: bool = False
     """Whether INPUT was listed at all."""
     num_new: int = 0
     num_changed: int = 0
     appended: bool = False
-    """Whether the new images join the plan."""
+    """Whether the new images were added to the plan."""
     redone: bool = False
-    """Whether the changed images are to be labelled again."""
+    """Whether the changed images will be labelled again."""
     examples: list[str] = field(default_factory=list)
     """URIs of a few changed images."""
     skipped: Skipped | None = None
-    """What the listing of INPUT left out; None if it was not listed."""
+    """Files that the listing of INPUT left out; None if it was not listed."""
 
 
 def missing_shards(plan: Plan, done: Collection[int]) -> set[int]:
-    """The shards of the plan that are not there. done: what is; a later generation's may be among it."""
+    """The planned shards that do not exist. done: existing shards, possibly with some of a later generation."""
     return set(range(plan.num_shards)).difference(done)
 
 
 def stale_shards(plan: Plan, done: Collection[int]) -> set[int]:
-    """The finished shards with an image that has changed since, and is to be labelled again. Reads their footers only.
+    """Finished shards with images that changed since and must be labelled again. Reads only footers.
 
     Raises: StorageError.
     """
@@ -68,8 +67,8 @@ def stale_shards(plan: Plan, done: Collection[int]) -> set[int]:
 
 
 def compare(plan: Plan, listed: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """The rows of `listed` (`INPUT_SCHEMA`) that the plan does not have, and the plan's rows that have changed, with
-    the size, etag and place of now (`MANIFEST_SCHEMA`), by shard. Raises: StorageError.
+    """Rows of `listed` (`INPUT_SCHEMA`) that the plan does not have, and rows of the plan that changed, with the
+    current size, ETag and location (`MANIFEST_SCHEMA`), by shard. Raises: StorageError.
     """
     held = plan.read_images(["image_id", "shard", "uri", "file_name", "size", "etag", "problem"])
     uris = hide_known(held["uri"])
@@ -79,7 +78,7 @@ def compare(plan: Plan, listed: pa.Table) -> tuple[pa.Table, pa.Table]:
     differs = pa.chunked_array([pa.repeat(pa.scalar(False), held.num_rows)])
     for mark in ("size", "etag"):
         differs = pc.or_(differs, pc.fill_null(pc.not_equal(held[mark], now[mark]), False))
-    # What a list may name depends on a setting, and links in a tar on its other members.
+    # Not compared: problems from lists depend on a setting, and those of links in a tar on other members.
     differs = pc.or_(differs, pc.not_equal(pc.fill_null(held["problem"], ""), pc.fill_null(now["problem"], "")))
     held, now = held.filter(differs), now.filter(differs)
     given = {"image_id": held["image_id"], "shard": held["shard"], "file_name": held["file_name"]}
@@ -97,11 +96,11 @@ def join_images(
     redo_changed: bool,
     dry_run: bool = False,
 ) -> tuple[Plan, News]:
-    """List INPUT, and add a generation for its new images (append) and its changed ones (redo_changed).
+    """List INPUT, and add a generation for its new images (append) and its changed images (redo_changed).
 
-    Returns the plan as it is then, which is the old one where there was nothing to add. Where another driver adds a
-    generation at the same moment, that one counts first and INPUT is compared again. dry_run: only compare.
-    Raises: ConfigError where INPUT holds nothing or no image id is left, StorageError.
+    Returns the current plan; the old one if there was nothing to add. If another driver adds a generation at the same
+    time, INPUT is compared again with that plan. dry_run: only compare.
+    Raises: ConfigError if INPUT is empty or no image id is left, StorageError.
     """
     skipped = Skipped()
     listed, credentials = hide(pa.concat_tables(list_images(input_uri, config.input, skipped)))
@@ -133,10 +132,10 @@ def join_images(
         rows = build_manifest(new, generation.images_per_shard, plan.read_images(["image_id"])["image_id"])
         place = rows.schema.get_field_index("shard")
         rows = rows.set_column(place, "shard", pc.cast(pc.add(rows["shard"], plan.num_shards), pa.int32()))
-        # First: `_SUCCESS` says that every shard is there, which is over the moment the generation is.
+        # First: `_SUCCESS` means that all shards exist, which is no longer true once the generation exists.
         unmark_success(plan.output)
         added = create_generation(plan.output, generation, rows, changed)
         plan = load_plan(plan.output)
         if added:
             return plan, news
-    raise StorageError(f"{storage.redact(plan.output)}: other runs add images all the time; try again")
+    raise StorageError(f"{storage.redact(plan.output)}: other runs keep adding images; try again")

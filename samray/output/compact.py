@@ -1,8 +1,8 @@
-"""Many small shards into a few files of a given size, as an output of its own.
+"""Combine many small shards into a few files of a given size, as a new output.
 
-The compacted output lies beside the old one and is an output like any other: a plan with larger shards, the same rows
-in the same order, `_SUCCESS` when all is there. Object stores cannot swap a set of files in one step, so nothing is
-swapped: readers see the old set until they are given the new one, and neither is ever half of the other.
+The compacted output is a separate and complete output: a plan with larger shards, the same rows in the same order, and
+`_SUCCESS` when all is written. Object stores cannot replace a set of files in one step, so nothing is replaced: readers
+use the old set until they are given the new one.
 """
 
 from __future__ import annotations
@@ -39,32 +39,32 @@ from samray.output.shards import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompactReport:
-    """What `compact` did."""
+    """Result of `compact`."""
 
     dest: str
     num_images: int
     num_files_before: int
     num_files: int
     num_files_skipped: int
-    """Of `num_files`, found done."""
+    """Files, out of `num_files`, that existed already."""
 
 
 def compact(
     output: str, dest: str, file_bytes: int, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> CompactReport:
-    """Write the rows of a finished OUTPUT into DEST, in files of about `file_bytes`; what is there already is kept.
+    """Write the rows of a finished OUTPUT to DEST, in files of about `file_bytes`; existing files are kept.
 
-    How many images a file gets is fixed when DEST is begun. on_progress(images done, images in all) is called after
-    each file.
+    The number of images per file is fixed when DEST is begun. on_progress(images done, all images) is called after each
+    file.
 
-    Raises: ConfigError where OUTPUT is not finished or DEST holds something else, StorageError.
+    Raises: ConfigError if OUTPUT is not finished or DEST has something else, StorageError.
     """
     plan = load_plan(output)
     dest = storage.normalize(dest)
     if dest == plan.output:
-        raise ConfigError("DEST must be another folder than OUTPUT: readers keep the old files until you switch")
+        raise ConfigError("DEST and OUTPUT must be different folders: readers keep the old files until you switch")
     if storage.join(dest, "").startswith(storage.join(plan.output, FOLDER, "")):
-        raise ConfigError(f"DEST must not lie within OUTPUT/{FOLDER}, where readers look for shards")
+        raise ConfigError(f"DEST must not be inside OUTPUT/{FOLDER}, where readers look for shards")
     fingerprint, num_bytes = look_at_finished(plan)
     target = _plan_of(plan, dest, max(1, plan.num_images * file_bytes // max(1, num_bytes)), fingerprint)
     storage.remove_leftovers(dest)
@@ -95,9 +95,9 @@ def compact(
 
 
 def look_at_finished(plan: Plan) -> tuple[str, int]:
-    """What changes when a shard of a finished output is replaced, and the bytes of all of them.
+    """A fingerprint that changes if a shard of a finished output is replaced, and the bytes of all shards.
 
-    Raises: ConfigError where one is missing or waits to be labelled again, StorageError.
+    Raises: ConfigError if a shard is missing or must be labelled again, StorageError.
     """
     where = storage.redact(plan.output)
     done = {shard: version for shard, version in shard_versions(plan.output).items() if shard < plan.num_shards}
@@ -105,20 +105,20 @@ def look_at_finished(plan: Plan) -> tuple[str, int]:
     if missing:
         raise ConfigError(f"{where} is not finished: {missing} of {plan.num_shards} shards are missing; run it first")
     for shard in stale_shards(plan, done):
-        raise ConfigError(f"{where} is not finished: shard {shard} waits to be labelled again; run it first")
+        raise ConfigError(f"{where} is not finished: shard {shard} must be labelled again; run it first")
     sizes = storage.list_names(storage.join(plan.output, FOLDER))
     held = [(shard, version, sizes.get(shard_name(shard))) for shard, version in sorted(done.items())]
     return hashlib.sha256(json.dumps(held).encode()).hexdigest(), sum(sizes.values())
 
 
 def refuse_replaced(plan: Plan, fingerprint: str, dest: str) -> None:
-    """Look once more, when all of an output was read, whether it still is what `look_at_finished` saw.
+    """Check, after reading all of an output, that it is still what `look_at_finished` saw.
 
-    Raises: StorageError if a shard was replaced: what was read may mix old rows with new ones.
+    Raises: StorageError if a shard was replaced: the data that was read may mix old and new rows.
     """
     try:
         unchanged = look_at_finished(plan)[0] == fingerprint
-    except ConfigError:  # a shard is gone, or waits to be labelled again
+    except ConfigError:  # a shard is gone, or must be labelled again
         unchanged = False
     if not unchanged:
         raise StorageError(
@@ -128,7 +128,7 @@ def refuse_replaced(plan: Plan, fingerprint: str, dest: str) -> None:
 
 
 def _plan_of(plan: Plan, dest: str, images_per_shard: int, fingerprint: str) -> Plan:
-    """DEST's plan, as it was begun or, where there is nothing, with shards of `images_per_shard`.
+    """The plan in DEST or, if it has none, a new one with shards of `images_per_shard`.
 
     Raises: ConfigError, StorageError.
     """
@@ -136,11 +136,11 @@ def _plan_of(plan: Plan, dest: str, images_per_shard: int, fingerprint: str) -> 
     if storage.exists(storage.join(dest, "_samray", "run.json")):
         target = load_plan(dest)
         if target.run.get("compacted_from") != source or target.num_images != plan.num_images:
-            raise ConfigError(f"{storage.redact(dest)} holds something else than {source} compacted; give another DEST")
+            raise ConfigError(f"{storage.redact(dest)} is not empty, and not a compacted {source}; choose another DEST")
         if target.run.get("compacted_shards", fingerprint) != fingerprint:
             raise ConfigError(
                 f"shards of {source} have been replaced since {storage.redact(dest)} was begun, which would mix old "
-                "rows with new ones; give another DEST"
+                "rows with new ones; choose another DEST"
             )
         return target
     run = copy.deepcopy({key: value for key, value in plan.run.items() if key not in ("generation", "num_images")})
@@ -152,9 +152,9 @@ def _plan_of(plan: Plan, dest: str, images_per_shard: int, fingerprint: str) -> 
 
 
 def rows_between(plan: Plan, starts: list[int], start: int, number: int) -> tuple[pa.Table, dict[str, Any]]:
-    """`number` rows of the output from row `start` on, and the figures of how they were made, in proportion.
+    """`number` rows of the output from row `start`, and their share of the figures about how they were made.
 
-    starts: `plan.starts()`.
+    starts: from `plan.starts()`.
     """
     tables, sums = [], Counter[str]()
     stage_seconds: Counter[str] = Counter()
@@ -177,7 +177,7 @@ def rows_between(plan: Plan, starts: list[int], start: int, number: int) -> tupl
 
 
 def _overlaps(starts: list[int], start: int, number: int) -> Iterator[tuple[int, int, int]]:
-    """The shards that hold the rows from `start` on: shard, first row within it, number of rows."""
+    """The shards with the rows from `start`: shard, first row within it, number of rows."""
     for shard, (begin, end) in enumerate(pairwise(starts)):
         low, high = max(begin, start), min(end, start + number)
         if low < high:
@@ -185,7 +185,7 @@ def _overlaps(starts: list[int], start: int, number: int) -> Iterator[tuple[int,
 
 
 def _read_slice(output: str, shard: int, first: int, count: int) -> tuple[pa.Table, Mapping[str, Any]]:
-    """Rows of a shard, by the row groups that hold them, without metadata; and the shard's stats."""
+    """Rows of a shard without metadata, read by row groups, and the shard's stats."""
     with open_shard(output, shard) as file:
         groups, skipped, begin = [], 0, 0
         for group in range(file.num_row_groups):

@@ -1,8 +1,8 @@
-"""Credentials in the URIs of an input: used to read the images, and never kept in OUTPUT.
+"""Credentials in the URIs of an input: used to read the images, never stored in OUTPUT.
 
-A list of signed URLs, or an INPUT such as `https://user:password@host/photos/`, gives URIs that are secrets themselves.
-The plan keeps them without (`hide`), so nothing made of it holds any. To read the images, the driver lists INPUT again,
-which also means that URLs with new signatures are used, and hands the URIs to the workers with each shard (`reveal`).
+The URIs of a list of signed URLs, or of an INPUT such as `https://user:password@host/photos/`, are secrets themselves.
+The plan stores them without credentials (`hide`). To read the images, the driver lists INPUT again, which also picks up
+new signatures, and sends the real URIs to the workers with each shard (`reveal`).
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ if TYPE_CHECKING:
     from samray.output.plan import Plan
 
 Credentials = Mapping[str, str]
-"""URI or container as the plan has it -> as INPUT has it, for those that differ."""
+"""URI or container in the plan -> in INPUT, for those that differ."""
 
 
 def hide(images: pa.Table) -> tuple[pa.Table, dict[str, str]]:
-    """The images (columns `uri` and `container`) without the credentials in their URIs, and what they were.
+    """The images (columns `uri` and `container`) without credentials in their URIs, and the mapping back to the
+    originals.
 
-    URIs that differ in nothing else stay different: a hash of the whole URI is added to them, as `#image=...`.
+    URIs that differ only in credentials stay distinct: a hash of the whole URI is appended, as `#image=...`.
     """
     in_container = pc.is_valid(images["container"])
     single = pc.if_else(in_container, None, images["uri"])
@@ -50,13 +51,13 @@ def hide(images: pa.Table) -> tuple[pa.Table, dict[str, str]]:
 
 
 def hide_known(uris: pa.ChunkedArray) -> pa.ChunkedArray:
-    """URIs of a plan that an older version made, as `hide` gives them."""
+    """Apply `hide` to the URIs of a plan from an older version."""
     hidden = _hidden(uris)
     return pa.chunked_array([pa.array(_mapped(uris, hidden), pa.string())]) if hidden else uris
 
 
 def reveal(rows: pa.Table, credentials: Credentials) -> pa.Table:
-    """Rows of a plan with the URIs and containers that can be read."""
+    """Rows of a plan with their original, readable URIs and containers."""
     for name in ("uri", "container") if credentials else ():
         place = rows.schema.get_field_index(name)
         column = pa.array(_mapped(rows[name], credentials), pa.string())
@@ -65,9 +66,9 @@ def reveal(rows: pa.Table, credentials: Credentials) -> pa.Table:
 
 
 def read_credentials(plan: Plan, input_uri: str, config: Config, shards: Iterable[int]) -> dict[int, dict[str, str]]:
-    """Shard -> the credentials of its images, for those shards that need any; lists INPUT where one does.
+    """Shard -> the credentials of its images, for shards that need any. Lists INPUT if there are such shards.
 
-    Images that INPUT no longer lists are left out: they become failed rows. Raises: ConfigError where INPUT cannot be
+    Images that INPUT no longer lists are left out: they become failed rows. Raises: ConfigError if INPUT cannot be
     listed or has none of them, StorageError.
     """
     needed: dict[int, set[str]] = {}
@@ -78,7 +79,7 @@ def read_credentials(plan: Plan, input_uri: str, config: Config, shards: Iterabl
             needed[shard] = uris
     if not needed:
         return {}
-    where = f"{storage.redact(plan.output)} keeps no credentials, so INPUT must list its images again"
+    where = f"{storage.redact(plan.output)} stores no credentials, so INPUT must list its images again"
     try:
         listed = pa.concat_tables(list_images(input_uri, config.input))
     except ConfigError as error:
@@ -87,14 +88,14 @@ def read_credentials(plan: Plan, input_uri: str, config: Config, shards: Iterabl
     found = {shard: {uri: credentials[uri] for uri in uris if uri in credentials} for shard, uris in needed.items()}
     if not any(found.values()):
         raise ConfigError(
-            f"{where}: INPUT {storage.redact(input_uri)} has none of those that are left to label, such as"
+            f"{where}: INPUT {storage.redact(input_uri)} has none of the images that are left to label, for example"
             f" {min(next(iter(needed.values())))}; give the INPUT that they came from"
         )
     return found
 
 
 def _hidden(uris: pa.ChunkedArray) -> dict[str, str]:
-    """URI -> the same without its credentials, for those that hold any."""
+    """URI -> URI without credentials, for those that have any."""
     candidates = uris.filter(may_hold_credentials(uris)).unique().to_pylist()
     redacted = ((uri, storage.redact(uri)) for uri in candidates)
     hidden = {uri: shown for uri, shown in redacted if shown != uri}

@@ -1,4 +1,4 @@
-"""Whether a run may write where it is told to: asked before anything is written or started."""
+"""Check, before anything is written or started, that a run can write its output."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from samray import storage
 from samray.errors import ConfigError
 
 MIN_FREE_BYTES: Final = 64 * 2**20
-"""Free disk space below which a run does not start: a few shards, and what Ray keeps of them on their way."""
+"""Minimum free disk space to start a run: a few shards, and Ray's temporary data."""
 
 _SAME_STORE: Final = {"s3a": "s3", "gcs": "gs"}
 
 
 def check_apart(input_uri: str, output_uri: str) -> None:
-    """Raises: ConfigError if INPUT is inside OUTPUT, or OUTPUT inside INPUT: one would be listed with the other.
+    """Raises: ConfigError if INPUT is inside OUTPUT, or OUTPUT inside INPUT: a listing of one would include the other.
 
     A glob without `**` ends at its own folders; OUTPUT may be below those.
     """
@@ -26,12 +26,12 @@ def check_apart(input_uri: str, output_uri: str) -> None:
     root, output = _place(storage.glob_base(source) if is_glob else source), _place(output_uri)
     where = f"(INPUT {storage.redact(input_uri)}, OUTPUT {storage.redact(output_uri)})"
     if root == output:
-        raise ConfigError(f"INPUT and OUTPUT are the same folder {where}: give OUTPUT a folder of its own")
+        raise ConfigError(f"INPUT and OUTPUT are the same folder {where}: choose a separate OUTPUT")
     if _is_inside(root, output):
-        raise ConfigError(f"INPUT is inside OUTPUT {where}: give OUTPUT a folder of its own, next to INPUT")
+        raise ConfigError(f"INPUT is inside OUTPUT {where}: choose a separate OUTPUT, next to INPUT")
     if _is_inside(output, root) and (not is_glob or "**" in source):
         raise ConfigError(
-            f"OUTPUT is inside INPUT {where}: the next listing would find it; give a folder next to INPUT"
+            f"OUTPUT is inside INPUT {where}: the next listing would include it; choose a folder next to INPUT"
         )
 
 
@@ -48,9 +48,9 @@ def _is_inside(uri: str, folder: str) -> bool:
 
 
 def check_writable(output_uri: str, *folders: str) -> None:
-    """Raises: ConfigError if OUTPUT on a local disk is a file, may not be written to, or has no space left.
+    """Raises: ConfigError if a local OUTPUT is a file, is not writable, or has no space left.
 
-    folders: those below OUTPUT that will be written to. Remote storage says so itself at the first write.
+    folders: subfolders of OUTPUT that will be written. Remote storage reports such errors on the first write.
     """
     output = storage.normalize(output_uri)
     if not storage.is_local(output):
@@ -60,29 +60,29 @@ def check_writable(output_uri: str, *folders: str) -> None:
         if not os.access(there, os.W_OK | os.X_OK):
             raise ConfigError(
                 f"OUTPUT {output} cannot be written: this user may not write to {there} (permissions, or a read-only"
-                " disk); give another folder, or have its permissions changed"
+                " disk); choose another folder, or change the permissions"
             )
         check_space(there, f"OUTPUT {output}")
 
 
 def check_is_folder(output_uri: str) -> Path:
-    """The nearest folder of a local OUTPUT that is there. Raises: ConfigError if OUTPUT is, or is below, a file."""
+    """The nearest existing folder of a local OUTPUT. Raises: ConfigError if OUTPUT is a file or below one."""
     output = storage.normalize(output_uri)
     there = Path(output)
     while storage.is_local(output) and not os.path.lexists(there):
         there = there.parent
     if storage.is_local(output) and not there.is_dir():
-        raise ConfigError(f"OUTPUT {output} cannot be written: {there} is a file; give the name of a folder")
+        raise ConfigError(f"OUTPUT {output} cannot be written: {there} is a file; choose a folder")
     return there
 
 
 def check_space(folder: Path, what: str) -> None:
-    """Raises: ConfigError if the disk of a folder is full, by bytes or by number of files."""
+    """Raises: ConfigError if the disk of a folder is full, in bytes or in number of files."""
     free = shutil.disk_usage(folder).free
     if free < MIN_FREE_BYTES:
         raise ConfigError(
             f"{what}: the disk of {folder} has {free / 2**20:.0f} MiB left, and a run needs at least"
-            f" {MIN_FREE_BYTES // 2**20} MiB; free some, or give a folder on another disk"
+            f" {MIN_FREE_BYTES // 2**20} MiB; free some space, or choose a folder on another disk"
         )
     if hasattr(os, "statvfs") and (disk := os.statvfs(folder)).f_files and not disk.f_favail:
         raise ConfigError(f"{what}: the disk of {folder} has no room for another file (no free inodes)")

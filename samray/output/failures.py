@@ -1,8 +1,8 @@
-"""What earlier runs left in an output: how many images of each finished shard failed, and why.
+"""Failed images of earlier runs in an output: how many per finished shard, and why.
 
-Each shard's own metadata say so. That a resume need not open a hundred thousand files, a run also keeps the counts of
-all shards in `_samray/failures.parquet`, by the version of each shard's file. They may be old, few or gone, and several
-runs may write them: a count is believed only of the very file that storage lists, all others are read from the shards.
+Each shard's metadata have these counts. To avoid opening 100,000 files on resume, a run also stores the counts of all
+shards in `_samray/failures.parquet`, by the version of each shard's file. That file may be outdated, incomplete or
+missing, and several runs may write it: a count is used only if the version matches; else the shard is read.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ logger = logging.getLogger(__name__)
 NUM_THREADS = 32
 
 SAVE_EVERY_S: Final = 60.0
-"""What a driver that is killed has not saved, the next one reads from the shards."""
+"""Seconds between saves. After a crash, the next driver reads the unsaved counts from the shards."""
 
 SAVE_PATIENCE_S: Final = 5.0
-"""The run does not wait longer for counts that only save time."""
+"""Maximum seconds that the run waits for these counts, which only save time."""
 
 _SCHEMA: Final = pa.schema(
     [("shard", pa.int32()), ("version", pa.string()), ("failures", pa.string()), ("digest", pa.string())]
 )
-"""digest: the shard's checksum (`samray.output.seals`), for `_SUCCESS`; null for a shard without."""
+"""digest: the shard's checksum (`samray.output.seals`), for `_SUCCESS`; null for a shard without one."""
 
 
 class FailureCounts:
-    """The counts of an output, and the file that keeps them."""
+    """The failure counts of an output, and the file that stores them."""
 
     def __init__(self, output: str) -> None:
         self.uri = storage.join(output, FOLDER, "failures.parquet")
@@ -55,7 +55,7 @@ class FailureCounts:
 
     @classmethod
     def load(cls, output: str) -> FailureCounts:
-        """As they were saved last; none where there are none that can be read. Raises: StorageError."""
+        """Load the last saved counts; empty if the file is missing or unreadable. Raises: StorageError."""
         counts = cls(output)
         try:
             data = storage.read_bytes(counts.uri)
@@ -69,23 +69,24 @@ class FailureCounts:
         return counts
 
     def get(self, shard: int, version: str | None) -> dict[str, int] | None:
-        """Reason -> number of failed images of a shard's file; None where nothing is known of that very file."""
+        """Reason -> number of failed images in this version of a shard's file; None if not known."""
         kept = self._kept.get(shard)
         return None if kept is None or kept[0] != version else dict(parse_json(kept[1]))
 
     def digests(self, versions: Mapping[int, str | None]) -> dict[int, str | None]:
-        """The checksums of these very files (shard -> version), as far as anything is known of them."""
+        """The known checksums of these versions of files (shard -> version)."""
         kept = {shard: self._kept.get(shard) for shard in versions}
         return {shard: one[2] for shard, one in kept.items() if one is not None and one[0] == versions[shard]}
 
     def set(self, shard: int, version: str | None, failures: Mapping[str, int], digest: str | None = None) -> None:
-        """Keep what is known of this version of a shard's file; nothing where storage knows no versions."""
+        """Record the counts of this version of a shard's file; does nothing if storage has no versions."""
         if version is not None:
             self._kept[shard] = [version, json.dumps(failures), digest]
             self._is_saved = False
 
     def save(self, every_s: float = 0.0) -> None:
-        """Write the counts down, unless they are, or were so less than every_s ago. Never raises StorageError."""
+        """Save the counts, unless nothing changed or the last save was less than every_s ago. Never raises
+        StorageError."""
         if self._is_saved or time.monotonic() < self._saved_at + every_s:
             return
         shards = sorted(self._kept)
@@ -98,7 +99,7 @@ class FailureCounts:
             with storage.time_limit(SAVE_PATIENCE_S):
                 storage.put(self.uri, seal(sink.getvalue()))
             self._is_saved = True
-        except StorageError as error:  # without them a resume is slower, and all else the same
+        except StorageError as error:  # without the file only a resume is slower
             logger.warning("%s", error)
         self._saved_at = time.monotonic()
 
@@ -108,8 +109,8 @@ def failures_of_shards(
 ) -> dict[int, dict[str, int]]:
     """Reason -> number of failed images, for each of these finished shards. Raises StorageError.
 
-    done: shard -> version of its file. Nothing is read where `_SUCCESS` says that no image failed and trust_success
-    lets it; else the footers of those shards alone of which nothing is kept.
+    done: shard -> version of its file. Reads nothing if trust_success is set and `_SUCCESS` says that no image failed;
+    else reads only the footers of shards whose counts are not stored.
     """
     if not done or (trust_success and _success_without_failures(output, len(done))):
         return {shard: {} for shard in done}
@@ -119,8 +120,8 @@ def failures_of_shards(
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         looked = pool.map(lambda shard: _look_at(output, shard), unknown)
         for shard, (counts, digest) in zip(unknown, looked, strict=True):
-            # Replaced between the listing and now, it is the old version's file that these counts are said of: that
-            # version is gone, and nobody will ask for it.
+            # If a shard was replaced after the listing, this records its counts under the old version, which nobody
+            # will ask for again.
             kept.set(shard, done[shard], counts, digest)
             failures[shard] = counts
     kept.save()
@@ -133,7 +134,7 @@ def _success_without_failures(output: str, num_shards: int) -> bool:
 
 
 def _look_at(output: str, shard: int) -> tuple[dict[str, int], str | None]:
-    """Reason -> number of failed images of a shard, and its checksum. Reads rows only if the footer is silent."""
+    """Reason -> number of failed images of a shard, and its checksum. Reads rows only if the footer has no counts."""
     with open_shard(output, shard) as file:
         stats = samray_metadata(file.schema_arrow).get("stats", {})
         if "failures" in stats:

@@ -1,4 +1,4 @@
-"""What a run in OUTPUT is known by: settings and inputs as plain JSON, compared when the run is taken up again."""
+"""The identity of the run in OUTPUT: settings and inputs as plain JSON, compared on resume."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from samray.storage.redaction import redact_json
 
 
 def versions(packages: Iterable[str]) -> dict[str, Any]:
-    """When and with what a run began: samray's version, Python's, and those of the packages that are there."""
+    """The start time of a run, and the versions of samray, Python and the installed packages."""
     return {
         "samray_version": __version__,
         "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in packages}},
@@ -33,11 +33,11 @@ def _version(package: str) -> str | None:
 def refuse_differences(
     output: str, held: Mapping[str, Any], wanted: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> None:
-    """Raise ConfigError with each setting that differs.
+    """Raise ConfigError that lists each setting that differs.
 
     defaults: the identity of default settings. A setting that only one side has counts as its default on the other,
-    so that an OUTPUT begun before the setting existed can be resumed. What is held is redacted again: an older version
-    may have left more of a URI standing.
+    which lets an OUTPUT from before that setting resume. Stored URIs are redacted again, because an older version may
+    have redacted less.
     """
     there, asked, default = _flat(redact_json(held)), _flat(wanted), _flat(redact_json(defaults))
     missing = "not set"
@@ -48,11 +48,11 @@ def refuse_differences(
         if there.get(key, missing) != asked.get(key, missing)
     ]
     if differences:
-        advice = "use those settings to finish it, or give another OUTPUT for these"
+        advice = "use those settings to finish it, or choose another OUTPUT for these"
         if "model.checkpoint_sha256" in {key for key in there if there[key] != asked.get(key)}:
             advice += (
-                ". Weights are compared by their content: model.checkpoint=FILE gives those of the run. The embedded"
-                " model's change with samray's version: they are samray/weights/tiny.safetensors of the version before"
+                ". Weights are compared by content: set model.checkpoint to the run's weights. The embedded model"
+                " changes with samray's version: its file is samray/weights/tiny.safetensors of the older version"
             )
         raise ConfigError(
             f"{storage.redact(output)} belongs to a run with other settings:\n" + "\n".join(differences) + f"\n{advice}"

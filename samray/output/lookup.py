@@ -1,4 +1,4 @@
-"""Single images of an output, however large: one footer and one row group of the shard that holds them."""
+"""Read single images of an output of any size: one footer and one row group of one shard."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from samray.output.manifests import check_manifest, manifest_uri
 from samray.output.plan import Plan, load_plan
 from samray.output.schema import check_columns
 from samray.output.seals import seal_of
-from samray.output.shards import FOLDER, damage_is_told, read_success, shard_name, shard_number, shard_uri
+from samray.output.shards import FOLDER, read_success, reraise_damaged, shard_name, shard_number, shard_uri
 from samray.storage.tables import footer_bytes, open_parquet, parse_footer
 
 log = logging.getLogger(__name__)
 
 _FIRST_READ_BYTES: Final = 16 * 1024
-"""Enough for the footer of a shard of one or two row groups."""
+"""Bytes read first: enough for the footer of a shard with one or two row groups."""
 _THREADS: Final = 32
 
 
 def read_image(output: str, image_id: int) -> dict[str, Any]:
-    """The row of one image, as it lies: image, annotations, uri, status, error.
+    """The row of one image, as stored: image, annotations, uri, status, error.
 
-    Reads what the plan says around that id, and the footer and one row group of one shard.
+    Reads the part of the plan around that id, and the footer and one row group of one shard.
 
-    Raises: ConfigError where OUTPUT has no such image, or not yet; StorageError.
+    Raises: ConfigError if OUTPUT does not have the image, or not yet; StorageError.
     """
     plan = load_plan(output)
     where = storage.redact(plan.output)
@@ -52,14 +52,14 @@ def read_image(output: str, image_id: int) -> dict[str, Any]:
             return row
         if is_planned:
             raise StorageError(
-                f"{storage.redact(uri)} lacks image {image_id}, which is planned to be there; "
-                f"`samray verify {where}` says more"
+                f"{storage.redact(uri)} lacks image {image_id}, which the plan has in it; "
+                f"`samray verify {where}` shows details"
             )
-    raise ConfigError(f"{where} has no image with the image_id {image_id}, among {plan.num_images}")
+    raise ConfigError(f"{where} has no image_id {image_id} among its {plan.num_images} images")
 
 
 def _find(output: str, shard: int, image_id: int) -> dict[str, Any] | None:
-    """The row of an image in a shard; None where it is not there. Raises: NotFoundError, StorageError."""
+    """The row of an image in a shard; None if it is not there. Raises: NotFoundError, StorageError."""
     uri = shard_uri(output, shard)
     size = storage.file_size(uri)
     footer = read_shard_footer(output, shard, size)
@@ -75,18 +75,18 @@ def _find(output: str, shard: int, image_id: int) -> dict[str, Any] | None:
 
 
 def _shards_of(plan: Plan, image_id: int) -> Iterator[tuple[int, bool]]:
-    """Shards that may hold an image, and whether the plan says that this one does."""
+    """Shards that may have an image, and whether the plan is certain about it."""
     for generation in plan.generations:
         uri = manifest_uri(plan.output, generation.number)
         size = storage.file_size(uri)
         footer = read_footer(uri, size)
-        with damage_is_told(uri):
+        with reraise_damaged(uri):
             check_manifest(footer.schema.to_arrow_schema())
         shards = statistics(footer, "shard")
         for group in _groups_with(footer, "image_id", image_id):
             held = shards[group]
             if held is not None and held.has_min_max and held.min == held.max:
-                yield int(held.min), False  # a shard so large that its own footer is the shorter way
+                yield int(held.min), False  # for a shard this large, its own footer is faster to read
                 continue
             rows = read_row_group(uri, size, footer, group, ["image_id", "shard"])
             place = pc.index(rows["image_id"], image_id).as_py()
@@ -99,7 +99,7 @@ def _row_of(table: pa.Table, image_id: int) -> int:
 
 
 def _groups_with(footer: pq.FileMetaData, column: str, value: Any) -> list[int]:
-    """The row groups whose statistics do not rule a value out."""
+    """The row groups that may have a value, according to their statistics."""
     groups = []
     for group, held in enumerate(statistics(footer, column)):
         if held is None or not held.has_min_max or held.min <= value <= held.max:
@@ -108,7 +108,7 @@ def _groups_with(footer: pq.FileMetaData, column: str, value: Any) -> list[int]:
 
 
 def statistics(footer: pq.FileMetaData, column: str) -> list[pq.Statistics | None]:
-    """The statistics of a column in each row group, by its path in the schema."""
+    """The statistics of a column, given by its path in the schema, in each row group."""
     paths = [footer.schema.column(i).path for i in range(len(footer.schema))]
     place = paths.index(column)
     return [footer.row_group(group).column(place).statistics for group in range(footer.num_row_groups)]
@@ -118,27 +118,27 @@ def statistics(footer: pq.FileMetaData, column: str) -> list[pq.Statistics | Non
 
 
 def read_footer(uri: str, size: int | None) -> pq.FileMetaData:
-    """The footer of a Parquet file and no byte more, once it is longer than a first guess.
+    """Read only the footer of a Parquet file: a first guess at its length, then the rest if it is longer.
 
-    size: the file's, in bytes; None reads the whole file. Raises: NotFoundError, StorageError.
+    size: of the file, in bytes; None reads the whole file. Raises: NotFoundError, StorageError.
     """
     start = 0 if size is None else max(0, size - _FIRST_READ_BYTES)
     tail = storage.read_bytes(uri) if size is None else storage.read_bytes(uri, start, size - start)
     length = footer_bytes(tail)
     if size is not None and len(tail) < length <= size:
         tail = storage.read_bytes(uri, size - length, length - len(tail)) + tail
-    with damage_is_told(uri):
+    with reraise_damaged(uri):
         return parse_footer(tail)
 
 
 def read_shard_footer(output: str, shard: int, size: int | None) -> pq.FileMetaData:
-    """The footer of a shard, as `read_footer` reads it.
+    """Read the footer of a shard (see `read_footer`).
 
-    Raises: NotFoundError, StorageError, also if the file has other columns.
+    Raises: NotFoundError, StorageError, also if the file has the wrong columns.
     """
     uri = shard_uri(output, shard)
     footer = read_footer(uri, size)
-    with damage_is_told(uri):
+    with reraise_damaged(uri):
         check_columns(footer.schema.to_arrow_schema())
     return footer
 
@@ -146,9 +146,9 @@ def read_shard_footer(output: str, shard: int, size: int | None) -> pq.FileMetaD
 def read_row_group(
     uri: str, size: int | None, footer: pq.FileMetaData, group: int, columns: list[str] | None = None
 ) -> pa.Table:
-    """One row group, in one chunk: one request, or a few where `columns` leave gaps. Raises: StorageError."""
-    with damage_is_told(uri), storage.open_read(uri, size=size, buffered=False) as stream:
-        # Buffered ahead, the columns that lie side by side are fetched as one range.
+    """One row group, in one chunk: one request, or a few if `columns` leaves gaps. Raises: StorageError."""
+    with reraise_damaged(uri), storage.open_read(uri, size=size, buffered=False) as stream:
+        # With pre-buffering, adjacent columns are fetched as one range.
         file = open_parquet(stream, footer)
         return file.read_row_group(group, columns=columns, use_threads=False).combine_chunks()
 
@@ -158,22 +158,22 @@ def read_row_group(
 
 @dataclass(frozen=True, slots=True)
 class ImageIndex:
-    """Where the rows of images lie: eight bytes an image, so that each worker may hold millions."""
+    """Locations of the rows of images: eight bytes per image, which lets each worker hold millions."""
 
     shards: npt.NDArray[np.int32]
     rows: npt.NDArray[np.int32]
-    """In the shard's file."""
+    """Row index within the shard's file."""
     sizes: npt.NDArray[np.int64]
-    """Of each shard of the plan, in bytes; 0 where it is not there."""
+    """Bytes of each shard of the plan; 0 if it does not exist."""
     digests: dict[int, str | None]
-    """The checksum (`samray.output.seals`) of each shard that is there; None for a shard without."""
+    """The checksum (`samray.output.seals`) of each existing shard; None for a shard without one."""
 
 
 def index_images(plan: Plan, *, keep_empty: bool = True) -> ImageIndex:
-    """The images with status `ok` in the shards that are there, in the plan's order.
+    """Index the images with status `ok` in the existing shards, in plan order.
 
-    keep_empty: also those without a mask. Reads the footers; rows only of shards in which an image failed, or to count
-    masks. Raises: ConfigError where there is no such image, StorageError.
+    keep_empty: include images without masks. Reads the footers; rows only of shards with failed images, or to count
+    masks. Raises: ConfigError if there is no such image, StorageError.
     """
     names = storage.list_names(storage.join(plan.output, FOLDER))
     sizes = np.zeros(plan.num_shards, np.int64)
@@ -192,32 +192,32 @@ def index_images(plan: Plan, *, keep_empty: bool = True) -> ImageIndex:
     digests = {int(shard): digest for shard, (_, digest) in zip(done, looked, strict=True)}
     _warn_of_replaced(plan, digests)
     if not any(len(rows) for rows in found):
-        raise ConfigError(f"{where} holds no labelled image{'' if keep_empty else ' with a mask'} yet")
+        raise ConfigError(f"{where} has no labelled images{'' if keep_empty else ' with masks'} yet")
     shards = np.repeat(done.astype(np.int32), [len(rows) for rows in found])
     return ImageIndex(shards, np.concatenate(found), sizes, digests)
 
 
 def _warn_of_replaced(plan: Plan, digests: dict[int, str | None]) -> None:
-    """Say so if shards are not the files that `_SUCCESS` names: a run that replaces some is at work, or was ended."""
+    """Log a warning if shards differ from those in `_SUCCESS`: a run is replacing some, or was stopped while it did."""
     success = read_success(plan.output)
     named = enumerate(success.digests if success else ())
     replaced = [shard for shard, digest in named if digest is not None and digests.get(shard, digest) != digest]
     if replaced:
         log.warning(
             "%s: %d of %d shards were replaced since _SUCCESS was written (%s, ...); run the same command again to "
-            "finish what replaced them",
+            "finish that update",
             storage.redact(plan.output), len(replaced), plan.num_shards, shard_name(replaced[0]),
         )  # fmt: skip
 
 
 def _wanted_rows(plan: Plan, shard: int, size: int, keep_empty: bool) -> tuple[npt.NDArray[np.int32], str | None]:
-    """The rows of a shard to keep, and its checksum."""
+    """The row indices of a shard to keep, and its checksum."""
     uri = shard_uri(plan.output, shard)
     footer = read_shard_footer(plan.output, shard, size)
     if footer.num_rows != plan.num_images_of(shard):
         raise StorageError(
-            f"{storage.redact(uri)} has {footer.num_rows} rows, planned are {plan.num_images_of(shard)}; "
-            "`samray verify` says more"
+            f"{storage.redact(uri)} has {footer.num_rows} rows, expected {plan.num_images_of(shard)} as planned; "
+            "`samray verify` shows details"
         )
     status = statistics(footer, "status")
     wanted, start = [], 0
@@ -228,7 +228,7 @@ def _wanted_rows(plan: Plan, shard: int, size: int, keep_empty: bool) -> tuple[n
         if held is None or not held.has_min_max or not held.min == held.max == "ok":
             keep = _numpy(pc.equal(read_row_group(uri, size, footer, group, ["status"])["status"], "ok"))
         if not keep_empty:
-            # Of all columns of the masks this one is read fastest: the same two numbers over and over.
+            # This column of the masks is the fastest to read: the same two numbers repeat.
             table = read_row_group(uri, size, footer, group, ["annotations.list.element.segmentation.size"])
             keep = keep & _numpy(pc.greater(pc.list_value_length(table["annotations"]), 0))
         wanted.append(start + np.flatnonzero(keep))
@@ -242,20 +242,20 @@ def _numpy(array: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
 
 @dataclass(frozen=True, slots=True)
 class ContainerIndex:
-    """Where images lie in tars and Parquet files: 20 bytes an image."""
+    """Locations of images inside tars and Parquet files: 20 bytes per image."""
 
     names: list[str]
     which: npt.NDArray[np.int32]
-    """Place in `names`; -1 for an image in a file of its own."""
+    """Index into `names`; -1 for an image in a file of its own."""
     at: npt.NDArray[np.int64]
-    """First byte in a tar, row in a Parquet file."""
+    """First byte in a tar; row in a Parquet file."""
     sizes: npt.NDArray[np.int64]
     """Bytes in a tar; -1 in a Parquet file."""
     extents: dict[int, str]
-    """Place in the index -> pieces of a tar member stored with holes."""
+    """Image index -> pieces of a sparse tar member."""
 
     def place(self, index: int) -> dict[str, Any] | None:
-        """The columns of `INPUT_SCHEMA` that say where an image lies; None for a file of its own."""
+        """The columns of `INPUT_SCHEMA` that locate an image; None for an image in a file of its own."""
         if self.which[index] < 0:
             return None
         name, at, size = self.names[self.which[index]], int(self.at[index]), int(self.sizes[index])
@@ -271,13 +271,13 @@ def read_uris(plan: Plan, index: ImageIndex) -> list[str]:
 
 
 def _places(plan: Plan, index: ImageIndex) -> pa.Array:
-    """Where the images of an index stand in the plan."""
+    """Row indices in the plan of the images of an index."""
     first = np.cumsum([0, *(plan.num_images_of(shard) for shard in range(plan.num_shards - 1))])
     return pa.array(first[index.shards] + index.rows)
 
 
 def index_containers(plan: Plan, index: ImageIndex) -> ContainerIndex | None:
-    """Where the images of an index lie; None where each is a file of its own. Raises: StorageError."""
+    """Locate the images of an index in containers; None if each is a file of its own. Raises: StorageError."""
     names = plan.read_images(["container"])["container"]
     if names.null_count == len(names):
         return None

@@ -1,8 +1,8 @@
-"""The manifest files of an output: `_samray/manifest.parquet`, and one more for each time that images joined later.
+"""The manifest files of an output: `_samray/manifest.parquet`, and one more for each time that images were appended.
 
-A generation is one file, created whole and never replaced. First come its new images, in shards that follow those of
-the generations before; then, perhaps, rows for images of earlier generations that have changed since: the same id and
-the same shard, the new size and etag. Of the rows of an image the last generation's counts.
+A generation is one file, created as a whole and never replaced. It has the new images first, in shards numbered after
+those of earlier generations. Then may follow rows of earlier images that changed: the same id and shard, with the new
+size and ETag. If an image has several rows, the row of the last generation counts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _REQUIRED: Final = ("image_id", "shard", "uri", "file_name", "size")
 
 _ROWS_PER_GROUP: Final = 16384
 _ROWS_AT_ONCE: Final = 2**20
-"""Beyond the table itself, what is made of its rows on the way is held for so many of them."""
+"""Rows per batch: intermediate values, in addition to the table itself, exist only for this many rows."""
 _NAME: Final = re.compile(r"manifest-(\d{6})\.parquet")
 
 T = TypeVar("T")
@@ -42,35 +42,35 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One manifest file, by what its own metadata say."""
+    """One manifest file, as described by its own metadata."""
 
     number: int
     identity: dict[str, Any]
-    """Of the run that made it, `input_uri` included; the first generation's is that of the output."""
+    """Identity of the run that made it, including `input_uri`; the first generation's is the output's."""
     num_images: int
-    """New ones."""
+    """Number of new images."""
     images_per_shard: int
     first_shard: int = 0
     num_changed: int = 0
-    """Rows, after the new ones, of earlier images that have changed."""
+    """Number of rows, after the new images, of earlier images that changed."""
     skipped: dict[str, dict[str, int]] = field(default_factory=dict)
-    """What the listing of INPUT left out (`Skipped.counts`)."""
+    """Files that the listing of INPUT left out (`Skipped.counts`)."""
     num_hidden: int = 0
-    """URIs and containers that the manifest keeps without their credentials (`samray.output.credentials`)."""
+    """URIs and containers that the manifest stores without their credentials (`samray.output.credentials`)."""
 
     @property
     def num_shards(self) -> int:
-        """Of its new images."""
+        """Shards of its new images."""
         return -(-self.num_images // self.images_per_shard)
 
     @property
     def rows_per_group(self) -> int:
-        """A whole number of shards, so that a shard's rows always lie in one row group."""
+        """A multiple of the shard size: all rows of a shard are in one row group."""
         return self.images_per_shard * max(1, _ROWS_PER_GROUP // self.images_per_shard)
 
     @property
     def num_groups(self) -> int:
-        """Row groups of new images; those of changed ones follow."""
+        """Row groups of new images; row groups of changed images follow."""
         return -(-self.num_images // self.rows_per_group)
 
 
@@ -82,37 +82,37 @@ def manifest_uri(output: str, generation: int) -> str:
 # --- making one ----------------------------------------------------------------------------------------------------
 
 
-def build_manifest(images: pa.Table, images_per_shard: int, held: pa.ChunkedArray | None = None) -> pa.Table:
-    """Ids and shards, from 0, for the images of an input. Returns a table of `MANIFEST_SCHEMA`.
+def build_manifest(images: pa.Table, images_per_shard: int, taken: pa.ChunkedArray | None = None) -> pa.Table:
+    """Assign ids and shards, from 0, to the images of an input. Returns a table of `MANIFEST_SCHEMA`.
 
-    held: ids that are taken.
+    taken: ids that are in use.
     """
     shards = pa.array((np.arange(images.num_rows) // images_per_shard).astype(np.int32))
-    columns = [image_ids(images["file_name"], held), shards, *(images[name] for name in INPUT_SCHEMA.names)]
+    columns = [image_ids(images["file_name"], taken), shards, *(images[name] for name in INPUT_SCHEMA.names)]
     return pa.Table.from_arrays(columns, schema=MANIFEST_SCHEMA)
 
 
-def image_ids(file_names: pa.ChunkedArray, held: pa.ChunkedArray | None = None) -> pa.ChunkedArray:
-    """The number in names like sa_<n>.jpg, else the row's place; places for all where two would get the same id.
+def image_ids(file_names: pa.ChunkedArray, taken: pa.ChunkedArray | None = None) -> pa.ChunkedArray:
+    """The number in names like sa_<n>.jpg, else the row index; row indices for all if two images would share an id.
 
-    held: ids that are taken; places are then counted from the largest of them on.
-    Raises: ConfigError where no number is left.
+    taken: ids that are in use; row indices then count from the largest of them.
+    Raises: ConfigError if no id is left.
     """
-    first = 0 if held is None or len(held) == 0 else pc.max(held).as_py() + 1
+    first = 0 if taken is None or len(taken) == 0 else pc.max(taken).as_py() + 1
     if first + len(file_names) - 1 > MAX_IMAGE_ID:
-        raise ConfigError(f"image ids up to {first - 1} are taken, and the largest is {MAX_IMAGE_ID}")
+        raise ConfigError(f"image ids up to {first - 1} are in use, and the maximum is {MAX_IMAGE_ID}")
     ids = np.arange(first, first + len(file_names))
     for start in range(0, len(file_names), _ROWS_AT_ONCE):
         part = ids[start : start + _ROWS_AT_ONCE]
         part[:] = _numbers_or(file_names.slice(start, _ROWS_AT_ONCE), part)
-    taken = held is not None and pc.any(pc.is_in(pa.array(ids), value_set=held)).as_py()
-    if taken or not _all_differ(ids):
+    collides = taken is not None and pc.any(pc.is_in(pa.array(ids), value_set=taken)).as_py()
+    if collides or not _all_differ(ids):
         ids = np.arange(first, first + len(file_names))
     return pa.chunked_array([pa.array(ids)])
 
 
 def _numbers_or(file_names: pa.ChunkedArray, places: np.ndarray) -> np.ndarray:
-    """The number in each name like sa_<n>.jpg, else the one of `places`."""
+    """The number in each name like sa_<n>.jpg, else the value in `places`."""
     digits = pc.struct_field(pc.extract_regex(file_names, r"(?:^|/)sa_0*(?P<n>[0-9]{1,15})\.[^./]+$"), "n")
     numbers = pc.cast(digits, pa.int64())
     numbers = pc.if_else(pc.less_equal(numbers, MAX_IMAGE_ID), numbers, None)
@@ -124,9 +124,10 @@ def _all_differ(ids: np.ndarray) -> bool:
 
 
 def create_generation(output: str, generation: Generation, new: pa.Table, changed: pa.Table | None = None) -> bool:
-    """Put the generation's manifest in its place, unless there is one of that number already: then False.
+    """Store the generation's manifest; returns False if one with this number exists already.
 
-    new, changed: tables of `MANIFEST_SCHEMA`, the shards of `new` counted over the whole output, `changed` by shard.
+    new, changed: tables of `MANIFEST_SCHEMA`. Shards of `new` are numbered over the whole output; `changed` is sorted
+    by shard.
     Raises: StorageError.
     """
     assert new.num_rows == generation.num_images, (new.num_rows, generation)
@@ -154,19 +155,19 @@ def create_generation(output: str, generation: Generation, new: pa.Table, change
 
 
 def read_generation(output: str, number: int) -> Generation | None:
-    """What a manifest says of itself; None where there is none. Raises: ConfigError, StorageError."""
+    """Read a manifest's metadata; None if it does not exist. Raises: ConfigError, StorageError."""
     try:
         own = _with_manifest(output, number, lambda file: _own(file.schema_arrow.metadata))
     except NotFoundError:
         return None
     if not {"identity", "num_images", "images_per_shard"} <= own.keys():
         uri = storage.redact(manifest_uri(output, number))
-        raise ConfigError(f"{uri} was not written by samray; give another OUTPUT")
+        raise ConfigError(f"{uri} was not written by samray; choose another OUTPUT")
     return Generation(number, **own)
 
 
 def _own(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
-    """The arguments of `Generation` that a manifest's metadata hold. Raises: ValueError if a value cannot be."""
+    """The arguments of `Generation` in a manifest's metadata. Raises: ValueError if a value is invalid."""
     found = parse_json((metadata or {}).get(b"samray", b"{}"))
     if not isinstance(found, dict):
         raise ValueError("its samray metadata are not an object")
@@ -183,9 +184,9 @@ def _own(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
 
 
 def read_generations(output: str) -> list[Generation]:
-    """All of them, in order: one LIST and a footer each.
+    """Read all generations, in order, with one LIST and one footer each.
 
-    Raises: ConfigError, and StorageError where one is missing or they do not follow on each other.
+    Raises: ConfigError; StorageError if one is missing or they are not consecutive.
     """
     names = storage.list_names(storage.join(output, FOLDER))
     numbers = sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
@@ -199,7 +200,7 @@ def read_generations(output: str) -> list[Generation]:
         if found is None or not follows:
             uri = storage.redact(manifest_uri(output, number))
             raise StorageError(
-                f"{uri} is missing or does not follow on the one before: the plan of this OUTPUT is lost"
+                f"{uri} is missing or does not continue the previous one: the plan of this OUTPUT is lost"
             )
         generations.append(found)
     return generations
@@ -211,7 +212,7 @@ def read_group(output: str, generation: Generation, group: int) -> pa.Table:
 
 
 def read_changed(output: str, generation: Generation, shard: int | None = None) -> pa.Table:
-    """The rows of images that this generation found changed, of one shard or of all. Raises: StorageError."""
+    """Rows of the images that this generation found changed, of one shard or of all. Raises: StorageError."""
 
     def read(file: pq.ParquetFile) -> pa.Table:
         column = MANIFEST_SCHEMA.get_field_index("shard")
@@ -227,7 +228,7 @@ def read_changed(output: str, generation: Generation, shard: int | None = None) 
 
 
 def read_rows(output: str, generation: Generation, columns: list[str]) -> pa.Table:
-    """These columns of all its rows, the new images' and then the changed ones'. Raises: StorageError."""
+    """These columns of all rows: new images, then changed ones. Raises: StorageError."""
 
     def read(file: pq.ParquetFile) -> pa.Table:
         there = [name for name in columns if name in file.schema_arrow.names]
@@ -237,7 +238,7 @@ def read_rows(output: str, generation: Generation, columns: list[str]) -> pa.Tab
 
 
 def with_rows(table: pa.Table, newer: pa.Table) -> pa.Table:
-    """`table` with those of its rows replaced whose image_id `newer` has, too; both have the same columns."""
+    """`table` with its rows replaced by those of `newer` with the same image_id; both have the same columns."""
     at = pc.index_in(table["image_id"], value_set=newer["image_id"])
     kept = pa.array(range(table.num_rows), pa.int64())
     order = pc.coalesce(pc.add(pc.cast(at, pa.int64()), table.num_rows), pa.chunked_array([kept]))
@@ -245,16 +246,16 @@ def with_rows(table: pa.Table, newer: pa.Table) -> pa.Table:
 
 
 def _conform(table: pa.Table) -> pa.Table:
-    """With every column of `MANIFEST_SCHEMA`; manifests of samray 0.1 had no etag."""
+    """Add missing columns of `MANIFEST_SCHEMA`; manifests of samray 0.1 have no ETag."""
     nulls = {field.name: pa.nulls(table.num_rows, field.type) for field in MANIFEST_SCHEMA}
     arrays = [table[name] if name in table.schema.names else nulls[name] for name in MANIFEST_SCHEMA.names]
     return pa.Table.from_arrays(arrays, schema=MANIFEST_SCHEMA)
 
 
 def check_manifest(schema: pa.Schema) -> None:
-    """Check that a file has the columns of a manifest, so that its readers may take their types for granted.
+    """Check that a file has the columns of a manifest, which lets its readers rely on the types.
 
-    Those of older versions lack some, which then count as null. Raises: ValueError.
+    Files of older versions lack some columns, which then count as null. Raises: ValueError.
     """
     for column in MANIFEST_SCHEMA:
         number = schema.names.count(column.name)
@@ -273,4 +274,4 @@ def _with_manifest(output: str, number: int, call: Callable[[pq.ParquetFile], T]
             check_manifest(file.schema_arrow)
             return call(file)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise StorageError(f"{storage.redact(uri)} is damaged: {error}; give another OUTPUT") from error
+        raise StorageError(f"{storage.redact(uri)} is damaged: {error}; choose another OUTPUT") from error

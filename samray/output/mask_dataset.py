@@ -1,4 +1,4 @@
-"""A labelled output as a torch map-style dataset, in the layout of torchvision's detection references."""
+"""A labelled output as a PyTorch map-style dataset, in the layout of torchvision's detection references."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _BOXES_ONLY: Final = ["image", "uri"] + [
 _MASK_KINDS: Final = ("bool", "rle", "boxes")
 _GROUPS_HELD: Final = 4
 _FOOTERS_HELD: Final = 32
-"""A footer grows with its row groups; shuffled reading of more large shards than this fetches footers ever again."""
+"""Footers kept in memory. Shuffled access to more large shards than this reads footers again and again."""
 
 
 class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
@@ -44,28 +44,27 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
 
     - boxes: (N, 4) float32, x0 y0 x1 y1 in pixels, the right and lower side exclusive
     - labels: (N,) int64, ones; iscrowd: (N,) int64, zeros; area: (N,) int64, pixels
-    - masks: (N, H, W) bool with masks="bool"; segmentation: N COCO RLEs with masks="rle"; with masks="boxes" neither,
-      and run-length strings are not even read
+    - masks: (N, H, W) bool with masks="bool"; segmentation: N COCO RLEs with masks="rle"; neither with masks="boxes",
+      which does not even read the run-length strings
     - predicted_iou, stability_score: (N,) float32
     - image_id: int
 
-    It has the images with status `ok`, in the order of the plan; failed ones are left out, and so are those of shards
-    that are not there yet. N may be 0: keep_empty=False leaves out images without any mask, but the filters
-    (min_predicted_iou, min_stability, min_area; max_masks keeps those of the highest predicted IoU) act on the masks of
-    an image and never leave one out.
+    Contains the images with status `ok`, in plan order, without failed images and without shards that do not exist yet.
+    N may be 0: keep_empty=False leaves out images without any mask, but the filters (min_predicted_iou, min_stability,
+    min_area; max_masks keeps those with the highest predicted IoU) only drop masks and never leave out an image.
 
-    transforms: called with (image, target), returns what `dataset[i]` is to be. image_root: (old, new) for images that
-    have moved since they were labelled: what their URIs (or those of their tars and Parquet files) began with, and what
-    they begin with now.
+    transforms: called with (image, target); its result becomes `dataset[i]`. image_root: (old, new), for images that
+    were moved after labelling: the old and the new start of their URIs (or of the URIs of their tars and Parquet
+    files).
 
-    max_mask_bytes: with masks="bool", most bytes of an image's masks, N * H * W; an image of more raises StorageError.
+    max_mask_bytes: with masks="bool", the maximum bytes of an image's masks, N * H * W; more raises StorageError.
 
-    Holds eight bytes an image (28 where images lie in tars or Parquet), the last few row groups and footers read, and
-    no open file; storage makes its connections anew in a forked child. So workers may be forked or spawned. An output
-    that is changed (`--retry-failed`, `--redo-changed`) is to be opened anew.
+    Holds eight bytes per image (28 for images in tars or Parquet) and the most recent row groups and footers, but no
+    open file; storage reconnects in a forked child. DataLoader workers may therefore be forked or spawned. Open the
+    dataset again after the output was changed (`--retry-failed`, `--redo-changed`).
 
-    Raises: ConfigError where OUTPUT holds no labelled image or an option is wrong; StorageError. Items raise
-    StorageError, also for an image that is gone or no longer the one that was labelled.
+    Raises: ConfigError if OUTPUT has no labelled images or an option is wrong; StorageError. Items raise StorageError,
+    also for an image that was deleted or replaced after labelling.
     """
 
     def __init__(
@@ -84,9 +83,9 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         max_mask_bytes: int = 2**30,
     ) -> None:
         if masks not in _MASK_KINDS:
-            raise ConfigError(f"masks={masks!r} is none of {', '.join(map(repr, _MASK_KINDS))}")
+            raise ConfigError(f"masks={masks!r} is not one of {', '.join(map(repr, _MASK_KINDS))}")
         if image_root is not None and (isinstance(image_root, str) or len(image_root) != 2):
-            raise ConfigError(f"image_root={image_root!r} must be a pair: what URIs began with, and what they do now")
+            raise ConfigError(f"image_root={image_root!r} must be a pair: the old and the new start of the URIs")
         if max_masks is not None and max_masks < 0:
             raise ConfigError(f"max_masks={max_masks} must be 0 or more; None keeps all")
         plan = load_plan(output)
@@ -103,7 +102,7 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         self._index = index_images(plan, keep_empty=keep_empty)
         self._containers = index_containers(plan, self._index) if images else None
         self._input = input_config_of(plan)
-        # Boxes of the "sam" convention end with their last pixel, all others behind it.
+        # Boxes in the "sam" convention end at their last pixel, all others one pixel after it.
         sam_boxes = plan.run["identity"].get("masks", {}).get("bbox_convention") == "sam"
         self._box_extent = 1.0 if sam_boxes else 0.0
         self._hold_nothing()
@@ -114,50 +113,50 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
     def __getitem__(self, index: int) -> Any:
         if isinstance(index, slice):
             raise TypeError(
-                f"a MaskDataset gives one image per index; for several write"
+                f"a MaskDataset returns one image per index; for several use"
                 f" torch.utils.data.Subset(dataset, range(*{index}.indices(len(dataset))))"
             )
-        index = range(len(self))[index]  # negative ones, and IndexError, as lists have them
+        index = range(len(self))[index]  # negative indices and IndexError, as in a list
         image = self.image(index) if self.images else None
         target = self.target(index)
         return (image, target) if self.transforms is None else self.transforms(image, target)
 
     def image(self, index: int) -> Tensor:
-        """(3, H, W) uint8: an image alone, untransformed, its masks not looked at.
+        """(3, H, W) uint8: the image alone, without transforms; does not read its masks.
 
-        Raises: ConfigError where the data set was opened with images=False, StorageError.
+        Raises: ConfigError if the dataset was opened with images=False, StorageError.
         """
         if not self.images:
-            raise ConfigError("this data set was opened with images=False; open one with its images")
+            raise ConfigError("this dataset was opened with images=False; open it with images=True")
         index = range(len(self))[index]
         table, row = self._locate(index)
         return self._image(index, table["uri"][row].as_py(), table["image"][row].as_py())
 
     def target(self, index: int) -> Target:
-        """An image's masks alone, untransformed; the image itself is not read. Raises: StorageError."""
+        """The image's masks alone, without transforms; does not read the image. Raises: StorageError."""
         table, row = self._locate(range(len(self))[index])
         return self._target(table["annotations"][row].values, table["image"][row].as_py())
 
     def uris(self) -> list[str]:
-        """Every image's URI as it was labelled, in the order of the data set. Raises: StorageError."""
+        """The URI of every image when it was labelled, in the order of the dataset. Raises: StorageError."""
         return read_uris(load_plan(self.output), self._index)
 
     @staticmethod
     def collate(batch: Iterable[Any]) -> tuple[Any, ...]:
-        """A batch as (images, targets), two tuples, for `DataLoader(collate_fn=)`: images differ in size."""
+        """Collate a batch as two tuples (images, targets), for `DataLoader(collate_fn=)`: images differ in size."""
         return tuple(zip(*batch, strict=True))
 
     # --- rows ------------------------------------------------------------------------------------------------------
 
     def _locate(self, index: int) -> tuple[pa.Table, int]:
-        """The row group that holds an image, and the row in it."""
+        """The row group of an image, and its row in it."""
         shard, row = int(self._index.shards[index]), int(self._index.rows[index])
         _, starts = self._footer(shard)
         group = int(np.searchsorted(starts, row, side="right")) - 1
         return self._group(shard, group), row - int(starts[group])
 
     def _hold_nothing(self) -> None:
-        # Caches that threads may share, and that neither pickles nor forked workers are hurt by.
+        # Caches that threads may share, and that are dropped on pickling and forking.
         self._footer = lru_cache(_FOOTERS_HELD)(self._read_footer)
         self._group = lru_cache(_GROUPS_HELD)(self._read_group)
 
@@ -166,14 +165,14 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         footer = read_shard_footer(self.output, shard, int(self._index.sizes[shard]))
         if seal_of(footer) != self._index.digests.get(shard):
             raise StorageError(
-                f"{storage.redact(shard_uri(self.output, shard))} was replaced since this data set was opened: open it "
+                f"{storage.redact(shard_uri(self.output, shard))} was replaced since this dataset was opened: open it "
                 "again"
             )
         num_rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
         return footer, np.cumsum([0, *num_rows[:-1]])
 
     def _read_group(self, shard: int, group: int) -> pa.Table:
-        # With masks the whole group in one request: the few bytes that are not needed cost less than a second one.
+        # Read the whole group for masks: the few unneeded bytes cost less than a second request.
         columns = _BOXES_ONLY if self.masks == "boxes" else None
         size = int(self._index.sizes[shard])
         return read_row_group(shard_uri(self.output, shard), size, self._footer(shard)[0], group, columns)
@@ -187,26 +186,26 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
 
     # --- targets ---------------------------------------------------------------------------------------------------
 
-    def _target(self, found: pa.StructArray, record: dict[str, Any]) -> Target:
-        """found: the image's annotations."""
-        self._check(found, record)
-        keep = self._kept(found)
-        boxes = found.field("bbox").flatten().to_numpy().reshape(-1, 4)[keep]
+    def _target(self, annotations: pa.StructArray, record: dict[str, Any]) -> Target:
+        """annotations: those of one image."""
+        self._check(annotations, record)
+        keep = self._kept(annotations)
+        boxes = annotations.field("bbox").flatten().to_numpy().reshape(-1, 4)[keep]
         boxes[:, 2:] += boxes[:, :2] + self._box_extent
         target: Target = {
             "boxes": torch.from_numpy(boxes.astype(np.float32)),
             "labels": torch.ones(len(keep), dtype=torch.int64),
             "image_id": record["image_id"],
-            "area": torch.from_numpy(_numbers(found, "area")[keep].astype(np.int64)),
+            "area": torch.from_numpy(_numbers(annotations, "area")[keep].astype(np.int64)),
             "iscrowd": torch.zeros(len(keep), dtype=torch.int64),
-            "predicted_iou": torch.from_numpy(_numbers(found, "predicted_iou")[keep].astype(np.float32)),
-            "stability_score": torch.from_numpy(_numbers(found, "stability_score")[keep].astype(np.float32)),
+            "predicted_iou": torch.from_numpy(_numbers(annotations, "predicted_iou")[keep].astype(np.float32)),
+            "stability_score": torch.from_numpy(_numbers(annotations, "stability_score")[keep].astype(np.float32)),
         }
         if self.masks != "boxes":
-            rles = found.field("segmentation").take(pa.array(keep)).to_pylist()
+            rles = annotations.field("segmentation").take(pa.array(keep)).to_pylist()
             hw = record["height"], record["width"]
             if any(rle["size"] != list(hw) for rle in rles):
-                raise StorageError(_damaged(record, f"a mask that is not of its size, {hw[1]}x{hw[0]}"))
+                raise StorageError(_damaged(record, f"a mask of another size than the image, {hw[1]}x{hw[0]}"))
             runs = runs_of_image(record["image_id"], [rle["counts"] for rle in rles], hw)
             if self.masks == "rle":
                 target["segmentation"] = rles
@@ -214,12 +213,15 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
                 target["masks"] = self._decode(runs, record)
         return target
 
-    def _check(self, found: pa.StructArray, record: dict[str, Any]) -> None:
-        """Raises: StorageError where a field is empty, or a box has not four numbers: an OUTPUT may be damaged."""
-        needed = [found, *(found.field(name) for name in ("bbox", "area", "segmentation") if name in _names(found))]
+    def _check(self, annotations: pa.StructArray, record: dict[str, Any]) -> None:
+        """Raises: StorageError if a field is empty or a box does not have four numbers: OUTPUT may be damaged."""
+        needed = [
+            annotations,
+            *(annotations.field(name) for name in ("bbox", "area", "segmentation") if name in _names(annotations)),
+        ]
         if any(column.null_count for column in needed) or None in record.values():
             raise StorageError(_damaged(record, "an empty field"))
-        boxes = found.field("bbox")
+        boxes = annotations.field("bbox")
         if boxes.flatten().null_count or any(length != 4 for length in boxes.value_lengths().to_pylist()):
             raise StorageError(_damaged(record, "a box that is not four numbers"))
 
@@ -230,17 +232,17 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         if num_bytes > self.max_mask_bytes:
             raise StorageError(
                 f"image {record['image_id']} has {len(masks)} masks of {width}x{height} pixels, {num_bytes / 1e9:.1f} "
-                f'GB as bool, and max_mask_bytes allows {self.max_mask_bytes / 1e9:.1f} GB: take masks="rle", bound '
-                "them with max_masks or min_area, or raise max_mask_bytes"
+                f'GB as bool, but max_mask_bytes allows {self.max_mask_bytes / 1e9:.1f} GB: use masks="rle", limit the '
+                "masks with max_masks or min_area, or raise max_mask_bytes"
             )
         decoded = torch.empty((len(masks), height, width), dtype=torch.bool)
         for place, runs in enumerate(masks):
             decoded[place] = torch.from_numpy(pixels(runs, (height, width)))
         return decoded
 
-    def _kept(self, found: pa.StructArray) -> npt.NDArray[np.int64]:
-        """Places of the annotations that pass the filters, in their order."""
-        passed = np.ones(len(found), bool)
+    def _kept(self, annotations: pa.StructArray) -> npt.NDArray[np.int64]:
+        """Indices of the annotations that pass the filters, in order."""
+        passed = np.ones(len(annotations), bool)
         least = {
             "predicted_iou": self.min_predicted_iou,
             "stability_score": self.min_stability,
@@ -248,10 +250,10 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         }
         for name, bound in least.items():
             if bound is not None:
-                passed &= _numbers(found, name) >= bound
+                passed &= _numbers(annotations, name) >= bound
         keep = np.flatnonzero(passed)
         if self.max_masks is not None and len(keep) > self.max_masks:
-            best = np.argsort(-_numbers(found, "predicted_iou")[keep], kind="stable")[: self.max_masks]
+            best = np.argsort(-_numbers(annotations, "predicted_iou")[keep], kind="stable")[: self.max_masks]
             keep = keep[np.sort(best)]
         return keep
 
@@ -263,7 +265,7 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         except (FileError, ImageError) as error:
             raise StorageError(
                 f"image {record['image_id']} cannot be read: {error}; "
-                "if images have moved, say so with image_root=(old, new)"
+                "if the images were moved, use image_root=(old, new)"
             ) from error
         height, width = record["height"], record["width"]
         if pixels.shape[:2] != (height, width):
@@ -291,23 +293,23 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
             return uri
         old, new = self.image_root
         if not uri.startswith(storage.join(old, "")):
-            raise ConfigError(f"{storage.redact(uri)} does not begin with {storage.redact(old)}, as image_root says")
+            raise ConfigError(f"{storage.redact(uri)} does not start with {storage.redact(old)} (image_root)")
         return storage.join(new, uri[len(storage.join(old, "")) :])
 
 
 def input_config_of(plan: Plan) -> InputConfig:
-    """The settings under which the images were read: limits, and the column that holds them."""
+    """The settings with which the images were read: limits, and the column of the images."""
     held = plan.run.get("config", {}).get("input", {})
     return InputConfig(**{name: value for name, value in held.items() if name in InputConfig.model_fields})
 
 
-def _names(found: pa.StructArray) -> list[str]:
-    return [field.name for field in found.type]
+def _names(annotations: pa.StructArray) -> list[str]:
+    return [field.name for field in annotations.type]
 
 
-def _numbers(found: pa.StructArray, name: str) -> npt.NDArray[Any]:
-    return np.asarray(found.field(name).to_numpy(zero_copy_only=False))
+def _numbers(annotations: pa.StructArray, name: str) -> npt.NDArray[Any]:
+    return np.asarray(annotations.field(name).to_numpy(zero_copy_only=False))
 
 
 def _damaged(record: dict[str, Any], what: str) -> str:
-    return f"image {record['image_id']} has {what}; `samray verify --deep` finds all such faults"
+    return f"image {record['image_id']} has {what}; `samray verify --deep` finds all such problems"

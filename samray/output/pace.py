@@ -1,4 +1,4 @@
-"""How fast a run is, from nothing but the times at which its shards were written."""
+"""The speed of a run, estimated only from the times at which its shards were written."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 PAUSE_S: Final = 1800.0
-"""A shorter wait from one shard to the next is no pause."""
+"""A shorter gap between two shards does not count as a pause."""
 
 Written = tuple[float, int]
-"""When a shard was written, seconds since 1970, and how many images it has."""
+"""When a shard was written, in seconds since 1970, and its number of images."""
 
 
 class Pace(NamedTuple):
-    """None where the shards do not tell."""
+    """None if the shards do not allow an estimate."""
 
     images_per_s: float | None = None
     usual_gap_s: float | None = None
-    """From one shard to the next."""
+    """Usual seconds from one shard to the next."""
     longest_gap_s: float | None = None
 
 
 def pace_of(written: Sequence[Written], wait_s: float = 0.0) -> Pace:
-    """written: the oldest first. Gaps so long that the run must have stood still do not count.
+    """Estimate the pace. written: oldest first. Gaps long enough to be a pause of the run are left out.
 
-    wait_s: since the last of them; what of it is more than the usual gap counts, too. Actors that work in step are done
-    with their shards in bursts, and a burst alone would look like a very fast run.
+    wait_s: seconds since the last shard; the part beyond the usual gap counts, too. Actors that work in step finish
+    their shards in bursts, and a burst alone would look like a very fast run.
     """
     gaps = [later - earlier for (earlier, _), (later, _) in itertools.pairwise(written)]
     if not gaps:

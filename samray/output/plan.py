@@ -1,9 +1,9 @@
-"""The plan of a run: which images, with which ids, in which shards. Fixed once made; later images only add to it.
+"""The plan of a run: which images, with which ids, in which shards. A plan never changes; later images are appended.
 
-`_samray/manifest.parquet` holds the images (`samray.output.manifests`), `_samray/run.json` the run's identity; both
-are created, never replaced, and run.json comes last: it is the mark that the plan is complete. A driver that dies in
-between leaves a manifest whose own metadata say which run it belongs to, so the same command goes on from there and any
-other is refused. Of two drivers that plan at once, the second finds the first one's manifest and takes it.
+`_samray/manifest.parquet` has the images (`samray.output.manifests`), `_samray/run.json` the run's identity. Both are
+created once and never replaced. run.json comes last and marks the plan as complete. If a driver dies in between, the
+manifest's metadata name its run: the same command resumes, any other is refused. If two drivers plan at the same time,
+the second finds the manifest of the first and uses it.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ _PACKAGES: Final = ("numpy", "pillow", "pyarrow", "pycocotools", "ray", "torch")
 
 @dataclass
 class Plan:
-    """A plan that lies in OUTPUT. Small and picklable: the images stay in the manifests until a shard is read."""
+    """A plan stored in OUTPUT. Small and picklable: the images are read from the manifests, shard by shard."""
 
     output: str
     generations: list[Generation]
     run: dict[str, Any]
-    """run.json as it lies, and the number of the last `generation`, which the shards written now will name."""
+    """run.json as stored, plus the number of the last `generation`, which new shards record."""
     _groups: dict[tuple[int, int], pa.Table] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -70,18 +70,18 @@ class Plan:
 
     @property
     def last_generation(self) -> int:
-        """Its number: 0 until images joined."""
+        """Number of the last generation: 0 until images were appended."""
         return self.generations[-1].number
 
     def num_images_of(self, shard: int) -> int:
-        """How many images a shard has: of a generation's shards all have the same number but the last."""
+        """Number of images in a shard: the same for all shards of a generation except the last."""
         generation = self._generation_of(shard)
         start = (shard - generation.first_shard) * generation.images_per_shard
         return min(generation.images_per_shard, generation.num_images - start)
 
     @property
     def skipped(self) -> Skipped:
-        """What the listings of each INPUT left out, the last listing of each."""
+        """What the listings of each INPUT left out, from the latest listing of each."""
         by_input = {generation.identity.get("input_uri"): generation.skipped for generation in self.generations}
         total = Skipped()
         for counts in by_input.values():
@@ -89,13 +89,13 @@ class Plan:
         return total
 
     def starts(self) -> list[int]:
-        """The place of each shard's first image among all, and at the end how many there are."""
+        """Index of each shard's first image among all images, followed by the number of images."""
         return [0, *accumulate(self.num_images_of(shard) for shard in range(self.num_shards))]
 
     def read_shard(self, shard: int) -> pa.Table:
-        """The shard's rows (`MANIFEST_SCHEMA`), in order, as they are now. Raises: StorageError.
+        """The shard's current rows (`MANIFEST_SCHEMA`), in order. Raises: StorageError.
 
-        Reads one row group, and those of later generations that name images of the shard.
+        Reads one row group, and the row groups of later generations that have images of this shard.
         """
         generation = self._generation_of(shard)
         start = (shard - generation.first_shard) * generation.images_per_shard
@@ -103,21 +103,22 @@ class Plan:
         table = self._groups.get((generation.number, group))
         if table is None:
             table = read_group(self.output, generation, group)
-            self._groups = {(generation.number, group): table}  # the last one: shards mostly come in order
+            self._groups = {(generation.number, group): table}  # keep one: shards are mostly read in order
         rows = table.slice(first, self.num_images_of(shard))
         if rows.num_rows != self.num_images_of(shard) or not pc.all(pc.equal(rows["shard"], shard)).as_py():
             uri = storage.redact(manifest_uri(self.output, generation.number))
-            raise StorageError(f"{uri} is damaged or was edited: its rows of shard {shard} are not those planned")
+            raise StorageError(f"{uri} is damaged or was edited: its rows of shard {shard} differ from the plan")
         for changed in self._changed(shard, after=generation.number):
             rows = with_rows(rows, changed)
         return rows
 
     def changed_images(self, shard: int, after: int) -> set[int]:
-        """Ids of the shard's images that have changed after this generation. Raises: StorageError."""
+        """Ids of the shard's images that changed after this generation. Raises: StorageError."""
         return {i for changed in self._changed(shard, after) for i in changed["image_id"].to_pylist()}
 
     def changed_shards(self) -> dict[int, int]:
-        """Shard -> the last generation in which one of its images changed, where one did. Raises: StorageError."""
+        """Shard -> the last generation in which one of its images changed; only changed shards. Raises:
+        StorageError."""
         changed: dict[int, int] = {}
         for generation in self.generations:
             if generation.num_changed:
@@ -126,7 +127,7 @@ class Plan:
         return changed
 
     def read_images(self, columns: list[str]) -> pa.Table:
-        """These columns of all images, shard by shard, as they are now. Raises: StorageError."""
+        """These columns of all images, in shard order, with their current values. Raises: StorageError."""
         names = [*dict.fromkeys(["image_id", *columns])]
         rows = [read_rows(self.output, generation, names) for generation in self.generations]
         sizes = [generation.num_images for generation in self.generations]
@@ -157,26 +158,25 @@ def make_plan(
     joining: bool = False,
     check: Callable[[pa.Table], object] = lambda images: None,
 ) -> Plan:
-    """The plan that lies in OUTPUT, or a new one for INPUT. The input of an existing plan is not listed again.
+    """Read the plan in OUTPUT, or make a new one for INPUT. The input of an existing plan is not listed again.
 
     identity: what a run must share with the one it resumes (settings, checkpoint); the input's URI is added.
-    joining: INPUT is to be compared with the plan (`samray.output.append`), and need not be the one it was made of.
-    check: called with the images before a new plan is written, to raise what is then too late to say.
+    joining: INPUT will be compared with the plan (`samray.output.append`) and may differ from the plan's input.
+    check: called with the images before a new plan is written; may raise.
 
-    Raises: ConfigError where OUTPUT belongs to a different run (with the differences) or INPUT holds nothing,
-    StorageError.
+    Raises: ConfigError if OUTPUT belongs to a different run (lists the differences) or INPUT is empty, StorageError.
     """
     output = storage.normalize(output_uri)
     wanted = run_identity(input_uri, identity)
     run = _read_run(output)
     if run is None:
-        # In this order: run.json is written before any shard, so shards seen now mean that it is there a moment later.
+        # The order matters: run.json is written before any shard, so if a shard is seen, run.json exists.
         has_shards = bool(done_shards(output))
         run = _read_run(output)
         if run is None and has_shards:
             raise ConfigError(
-                f"{storage.redact(output)} holds shards, but no {FOLDER}/{RUN} that says what they are; "
-                "give another OUTPUT, or empty this one"
+                f"{storage.redact(output)} has shards, but no {FOLDER}/{RUN} that describes them; "
+                "choose another OUTPUT, or empty this one"
             )
         run = run or _write_plan(input_uri, output, config, wanted, check)
     plan = _plan_of(output, run)
@@ -185,24 +185,25 @@ def make_plan(
 
 
 def run_identity(input_uri: str, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """`identity` with the input's URI, as JSON gives it back, and without the credentials that a URI may hold."""
+    """`identity` with the input's URI, round-tripped through JSON, without any credentials in the URI."""
     return dict(redact_json({**identity, "input_uri": storage.redact(storage.normalize(input_uri))}))
 
 
 def load_plan(output_uri: str) -> Plan:
-    """The plan that lies in OUTPUT. Raises: ConfigError where there is none, StorageError."""
+    """Load the plan in OUTPUT. Raises: ConfigError if it has none, StorageError."""
     output = storage.normalize(output_uri)
     run = _read_run(output)
     if run is None:
-        raise ConfigError(f"{storage.redact(output)} holds no samray run ({FOLDER}/{RUN} is missing)")
+        raise ConfigError(f"{storage.redact(output)} is not the output of a samray run ({FOLDER}/{RUN} is missing)")
     return _plan_of(output, run)
 
 
 def write_plan(output_uri: str, images: pa.Table, images_per_shard: int, run: Mapping[str, Any]) -> Plan:
-    """A plan of its own kind: for images that are known, their ids included, in an OUTPUT that holds nothing else.
+    """Write a plan for images whose ids are already known, in an otherwise empty OUTPUT.
 
-    images: a table with the columns of `MANIFEST_SCHEMA` but `shard`. run: what run.json is to say, its `identity`
-    included. Where the same plan lies there already, it is taken. Raises: ConfigError where another does, StorageError.
+    images: a table with the columns of `MANIFEST_SCHEMA` except `shard`. run: the content of run.json, with its
+    `identity`. If OUTPUT already has the same plan, returns that. Raises: ConfigError if it has a different one,
+    StorageError.
     """
     output = storage.normalize(output_uri)
     storage.check_output(output)
@@ -216,7 +217,7 @@ def write_plan(output_uri: str, images: pa.Table, images_per_shard: int, run: Ma
         if held != first:
             refuse_differences(output, held.identity if held else {}, first.identity, {})
             raise ConfigError(
-                f"{storage.redact(output)} holds a plan of other images; give another folder, or empty it"
+                f"{storage.redact(output)} has a plan for other images; choose another folder, or empty it"
             )
     return _plan_of(output, _create_run(output, first, run))
 
@@ -240,14 +241,14 @@ def _read_run(output: str) -> dict[str, Any] | None:
     except NotFoundError:
         return None
     except (ValueError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{storage.redact(uri)} cannot be understood: {error}; give another OUTPUT") from error
+        raise ConfigError(f"{storage.redact(uri)} is not valid: {error}; choose another OUTPUT") from error
     return dict(run)
 
 
 def _write_plan(
     input_uri: str, output: str, config: Config, wanted: dict[str, Any], check: Callable[[pa.Table], object]
 ) -> dict[str, Any]:
-    """Manifest, then run.json, unless another driver has put its own there; then that one's."""
+    """Write the manifest, then run.json, unless another driver was first: then return its run.json."""
     held = read_generation(output, 0)
     if held is None:
         skipped = Skipped()
@@ -264,14 +265,14 @@ def _write_plan(
         )
         held = own if create_generation(output, own, table) else read_generation(output, 0)
         if held is None:
-            raise StorageError(f"{storage.redact(manifest_uri(output, 0))} was removed while it was being used")
+            raise StorageError(f"{storage.redact(manifest_uri(output, 0))} was deleted during the run")
     refuse_differences(output, held.identity, wanted, config.default_identity())
     run = {"identity": wanted, "input": wanted["input_uri"], "config": config.model_dump(mode="json")}
     return _create_run(output, held, run)
 
 
 def _create_run(output: str, first: Generation, run: Mapping[str, Any]) -> dict[str, Any]:
-    """Write run.json unless it is there; returns what is there."""
+    """Write run.json unless it exists; returns what is stored."""
     full = {
         "num_images": first.num_images,
         "images_per_shard": first.images_per_shard,
@@ -281,7 +282,7 @@ def _create_run(output: str, first: Generation, run: Mapping[str, Any]) -> dict[
     storage.put_new(storage.join(output, FOLDER, RUN), json.dumps(full, indent=2, sort_keys=True).encode() + b"\n")
     written = _read_run(output)
     if written is None:
-        raise StorageError(f"{storage.redact(storage.join(output, FOLDER, RUN))} was removed while it was being used")
+        raise StorageError(f"{storage.redact(storage.join(output, FOLDER, RUN))} was deleted during the run")
     return written
 
 
@@ -292,6 +293,6 @@ def _refuse_other_run(plan: Plan, wanted: dict[str, Any], joining: bool, default
     if joining or wanted["input_uri"] in inputs:
         held["input_uri"] = wanted["input_uri"]
     if joining or plan.run.get("compacted_from"):
-        # A new generation is cut as this run says; a compacted one was cut for its readers.
+        # A new generation uses this run's shard size; compacting may have changed it in the older ones.
         held["output"] = wanted["output"]
     refuse_differences(plan.output, held, wanted, defaults)

@@ -1,8 +1,8 @@
-"""A look at a large output that takes seconds: the footers of its shards, and row groups drawn at random.
+"""Sample a large output in seconds: the footers of its shards, and a random sample of row groups.
 
-Footers say how many images, masks and failures a shard holds, and how long it took. Everything else is estimated from
-row groups, drawn one from each of as many equal strata: every image is as likely to be drawn as any other. The same
-output gives the same draw.
+Footers have the number of images, masks and failures of a shard, and how long it took. Everything else is estimated
+from row groups: one at random from each of several equal strata, which gives every image the same probability. The
+sample is deterministic for an output.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from samray.output.schema import samray_metadata
 from samray.output.shards import open_shard
 
 MAX_FOOTERS: Final = 4096
-"""Of more shards than this a sample's footers are read; counts are then estimates, too."""
+"""Maximum number of footers read. With more shards they are a sample, and counts become estimates."""
 
 SAMPLE_IMAGES: Final = 4096
 MAX_GROUPS: Final = 512
-"""Row groups drawn at most, where they are small."""
+"""Maximum number of row groups in a sample."""
 
 _EXAMPLE_GROUPS: Final = 64
 _FOOTER_THREADS: Final = 32
@@ -42,27 +42,27 @@ NUMBERS: Final = (
     "annotations.list.element.stability_score",
     "annotations.list.element.point_coords",
 )
-"""Columns with everything about masks but their pixels."""
+"""The columns with everything about masks except their pixels."""
 
 T = TypeVar("T")
 Draw = tuple[int, int]
-"""A shard and the number of a row group in it."""
+"""A shard and the index of a row group in it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Footer:
-    """What the end of a shard's file says of it."""
+    """The content of a shard's footer."""
 
     shard: int
     group_rows: tuple[int, ...]
-    """Images of each row group."""
+    """Number of images in each row group."""
     group_fails: tuple[bool, ...]
-    """Whether a row group may hold failed images."""
+    """Whether a row group may have failed images."""
     num_masks: int
     failures: Mapping[str, int]
     """Reason -> number of failed images."""
     stats: Mapping[str, Any]
-    """Of the run that made the shard, as in `samray.pipeline.report.ShardSummary`; empty where it left none."""
+    """How the shard was made, as in `samray.pipeline.report.ShardSummary`; empty if it was not recorded."""
 
     @property
     def num_images(self) -> int:
@@ -74,7 +74,7 @@ class Footer:
 
 
 def read_footers(output: str, shards: Iterable[int]) -> list[Footer]:
-    """The footers of these finished shards, or of MAX_FOOTERS of them. Raises: StorageError."""
+    """Read the footers of these finished shards, or of a sample of MAX_FOOTERS. Raises: StorageError."""
     chosen = spread(sorted(shards), MAX_FOOTERS)
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
         return list(pool.map(lambda shard: _footer(output, shard), chosen))
@@ -93,7 +93,7 @@ def _footer_of(shard: int, file: pq.ParquetFile) -> Footer:
     stats = samray_metadata(file.schema_arrow).get("stats", {})
     if stats.get("num_images") == metadata.num_rows:
         num_masks, failures = stats["num_masks"], stats["failures"]
-    else:  # imported, say
+    else:  # for example imported
         num_masks, failures = _count_rows(file)
     return Footer(
         shard,
@@ -106,7 +106,7 @@ def _footer_of(shard: int, file: pq.ParquetFile) -> Footer:
 
 
 def _count_rows(file: pq.ParquetFile) -> tuple[int, Counter[str]]:
-    """Masks, and failed images by reason, from two small columns."""
+    """Number of masks, and of failed images by reason, from two small columns."""
     num_masks, failures = 0, Counter[str]()
     for batch in file.iter_batches(SAMPLE_IMAGES, columns=["annotations.list.element.id", "error"]):
         num_masks += len(batch["annotations"].flatten())
@@ -115,7 +115,7 @@ def _count_rows(file: pq.ParquetFile) -> tuple[int, Counter[str]]:
 
 
 def spread(items: Sequence[T], number: int) -> list[T]:
-    """At most `number` of the items, in order: one drawn at random from each of `number` equal parts."""
+    """At most `number` of the items, in order: one at random from each of `number` equal parts."""
     if len(items) <= number:
         return list(items)
     draw = random.Random(_SEED)
@@ -124,7 +124,7 @@ def spread(items: Sequence[T], number: int) -> list[T]:
 
 
 def draw_groups(footers: Sequence[Footer], num_images: int = SAMPLE_IMAGES) -> list[Draw]:
-    """Row groups with about so many images, drawn at random; all of them where there are no more images."""
+    """A random sample of row groups with about this many images; all of them if there are no more images."""
     groups = [(f.shard, i) for f in footers for i, rows in enumerate(f.group_rows) if rows]
     total = sum(footer.num_images for footer in footers)
     if total <= num_images and len(groups) <= MAX_GROUPS:
@@ -133,7 +133,7 @@ def draw_groups(footers: Sequence[Footer], num_images: int = SAMPLE_IMAGES) -> l
 
 
 def read_groups(output: str, groups: Iterable[Draw], columns: Sequence[str]) -> Iterator[tuple[Draw, pa.Table]]:
-    """These columns of row groups; of one with very many rows only the first. Raises: StorageError."""
+    """Read columns of row groups; only the first rows of very large ones. Raises: StorageError."""
 
     def read(file: pq.ParquetFile, draw: Draw) -> pa.Table:
         batches = file.iter_batches(SAMPLE_IMAGES, row_groups=[draw[1]], columns=list(columns))
@@ -143,7 +143,8 @@ def read_groups(output: str, groups: Iterable[Draw], columns: Sequence[str]) -> 
 
 
 def read_rows(output: str, rows: Mapping[Draw, Sequence[int]]) -> Iterator[tuple[Draw, list[dict[str, Any]]]]:
-    """Whole rows, by their places in row groups, in order. No row group is held whole. Raises: StorageError."""
+    """Read whole rows, by their indices in row groups, in order, without holding a whole row group. Raises:
+    StorageError."""
 
     def read(file: pq.ParquetFile, draw: Draw) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
@@ -160,7 +161,7 @@ def read_rows(output: str, rows: Mapping[Draw, Sequence[int]]) -> Iterator[tuple
 
 
 def examples_by_reason(output: str, footers: Sequence[Footer], number: int) -> dict[str, list[tuple[str, str]]]:
-    """Reason -> up to `number` times (uri, what went wrong), from at most _EXAMPLE_GROUPS row groups.
+    """Reason -> up to `number` pairs (uri, message), from at most _EXAMPLE_GROUPS row groups.
 
     Raises: StorageError.
     """
@@ -169,7 +170,7 @@ def examples_by_reason(output: str, footers: Sequence[Footer], number: int) -> d
     for footer in footers:
         for reason in footer.failures:
             by_reason[reason].append(footer)
-    # Some shards of every reason: drawn over all failures alike, a rare reason would not be met.
+    # Sample shards per reason: a sample over all failures would miss rare reasons.
     share = max(1, _EXAMPLE_GROUPS // max(len(by_reason), 1))
     groups = {draw for those in by_reason.values() for draw in spread(_failing_groups(spread(those, share)), share)}
 
@@ -192,7 +193,7 @@ def _failing_groups(footers: Sequence[Footer]) -> list[Draw]:
 def _by_shard(
     output: str, draws: Iterable[Draw], read: Callable[[pq.ParquetFile, Draw], T]
 ) -> Iterator[tuple[Draw, T]]:
-    """What `read` makes of each row group, shard by shard: a file with many of them is opened once."""
+    """Call `read` on each row group, shard by shard, to open each file once."""
     groups: dict[int, list[Draw]] = defaultdict(list)
     for draw in draws:
         groups[draw[0]].append(draw)

@@ -1,4 +1,4 @@
-"""The columns of a shard. The first two of a row, dumped as JSON, are an SA-1B annotation file."""
+"""The columns of a shard. The first two columns of a row, as JSON, are an SA-1B annotation file."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pyarrow as pa
 from samray.storage.strict_json import parse_json
 
 ANNOTATIONS_PER_IMAGE: Final = 65536
-"""Annotation id = image_id * 65536 + index, so ids are unique over the data set without any counting."""
+"""Annotation id = image_id * 65536 + index, unique over the data set without a global counter."""
 
 MAX_IMAGE_ID: Final = 2**47 - 1
-"""Largest image_id whose annotations' ids still fit into 64 bits."""
+"""Largest image_id whose annotation ids fit into 64 bits."""
 
 ANNOTATION: Final = pa.struct(
     [
@@ -49,32 +49,32 @@ SCHEMA: Final = pa.schema(
 CORRECTED_SCHEMA: Final = SCHEMA.append(
     pa.field("corrections", pa.list_(pa.struct([("id", pa.int64()), ("change", pa.string())])))
 )
-"""Of an output that a person corrected. `change` is added, changed, removed (by the person) or left_out (the mask was
-not sure enough to be shown to the person, and is gone); masks without an entry are as they were made. Null where no
-person has looked at the image."""
+"""Corrections column of a manually corrected output. `change` is added, changed, removed (by the annotator) or left_out
+(the mask was below the export's thresholds and is gone). Masks without an entry are unchanged. Null if nobody
+reviewed the image."""
 
 CHANGES: Final = ("added", "changed", "removed", "left_out")
 
 STATS_SECONDS: Final = ("device_seconds", "held_seconds", "gpu_seconds")
-"""Of a shard's `stats`, what adds up over shards; see `samray.pipeline.report.Labelled`."""
+"""Keys of a shard's `stats` that are summed over shards; see `samray.pipeline.report.Labelled`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRecord:
-    """One row: an image and its masks, or why it has none."""
+    """One row: an image and its masks, or the reason why it has none."""
 
     image_id: int
     width: int
-    """Pixels, upright; 0 where the image could not be decoded."""
+    """Pixels, upright; 0 if the image could not be decoded."""
     height: int
     file_name: str
     uri: str
     annotations: list[dict[str, Any]] = field(default_factory=list)
-    """As `MaskGenerator` makes them; `id` is added where it is missing."""
+    """As from `MaskGenerator`; a missing `id` is added."""
     error: str | None = None
     """"reason: message" of a failed image."""
     corrections: list[dict[str, Any]] | None = None
-    """As in `CORRECTED_SCHEMA`; only for a run that corrects an output."""
+    """As in `CORRECTED_SCHEMA`; only in a corrected output."""
 
 
 def schema_of(run: Mapping[str, Any]) -> pa.Schema:
@@ -83,14 +83,14 @@ def schema_of(run: Mapping[str, Any]) -> pa.Schema:
 
 
 def check_columns(schema: pa.Schema) -> None:
-    """Check that a file has the columns of a shard, so that its readers may take their types for granted.
+    """Check that a file has the columns of a shard, which lets its readers rely on the types.
 
-    Strings and lists may be of any width: other writers make them so. Raises: ValueError that names the first column
-    that is missing or of another type.
+    Strings and lists may have any offset width, as other writers choose it. Raises: ValueError that names the first
+    column that is missing or has another type.
     """
     for column in SCHEMA:
         if schema.get_field_index(column.name) < 0:
-            raise ValueError(f"it has no column {column.name!r}, or several; samray's shards have {SCHEMA.names}")
+            raise ValueError(f"expected one column {column.name!r}; shards have {SCHEMA.names}")
         _check_type(column.name, schema.field(column.name).type, column.type)
 
 
@@ -108,12 +108,12 @@ def _check_type(name: str, kind: pa.DataType, wanted: pa.DataType) -> None:
 
 
 def records_to_table(records: Iterable[ImageRecord], run: Mapping[str, Any]) -> pa.Table:
-    """The records as a table with the explicit schema and the metadata of the run (`Plan.run`).
+    """Convert records to a table with the explicit schema and the metadata of the run (`Plan.run`).
 
-    Failed records have no annotations and, in Parquet as in the record, no width and height they could not know.
+    Failed records have no annotations; their width and height are null in Parquet if unknown.
     """
     rows = [_row(record) for record in records]
-    # Explicit: of a shard in which no image has a mask, Arrow would guess list<null>.
+    # Explicit, because Arrow would infer list<null> for a shard without masks.
     return pa.Table.from_pylist(rows, schema=schema_of(run)).replace_schema_metadata(shard_metadata(run))
 
 
@@ -138,9 +138,7 @@ def _row(record: ImageRecord) -> dict[str, Any]:
 
 
 def shard_metadata(run: Mapping[str, Any]) -> dict[bytes, bytes]:
-    """Schema metadata: `samray` (version, identity of the run, generation of the plan, bbox convention) and
-    `huggingface` (features).
-    """
+    """Schema metadata: `samray` (version, run identity, plan generation, bbox convention), `huggingface` (features)."""
     identity = run.get("identity", {})
     features = {f.name: huggingface_feature(f.type) for f in schema_of(run)}
     own = {
@@ -156,7 +154,7 @@ def shard_metadata(run: Mapping[str, Any]) -> dict[bytes, bytes]:
 
 
 def with_stats(table: pa.Table, stats: Mapping[str, Any]) -> pa.Table:
-    """The table with figures of how it was made (stage seconds, device, ...) added to its `samray` metadata."""
+    """Add figures about how the table was made (seconds per stage, device, ...) to its `samray` metadata."""
     metadata = dict(table.schema.metadata or {})
     own = parse_json(metadata.get(b"samray", b"{}"))
     metadata[b"samray"] = _dumps({**own, "stats": dict(stats)})
@@ -164,7 +162,7 @@ def with_stats(table: pa.Table, stats: Mapping[str, Any]) -> pa.Table:
 
 
 def samray_metadata(schema: pa.Schema) -> dict[str, Any]:
-    """What `shard_metadata` and `with_stats` put there; empty for a file that samray did not write.
+    """The metadata from `shard_metadata` and `with_stats`; empty for a file that samray did not write.
 
     Raises: ValueError if it is damaged.
     """
@@ -173,7 +171,8 @@ def samray_metadata(schema: pa.Schema) -> dict[str, Any]:
 
 
 def huggingface_feature(kind: pa.DataType) -> Any:
-    """An Arrow type as Hugging Face `datasets` writes features in JSON; lists as [feature], which all versions read."""
+    """Convert an Arrow type to the JSON of Hugging Face `datasets` features; lists as [feature], which all versions
+    read."""
     if pa.types.is_struct(kind):
         return {f.name: huggingface_feature(f.type) for f in kind}
     if pa.types.is_list(kind):
@@ -187,5 +186,5 @@ def _dumps(value: Any) -> bytes:
 
 
 def reason_of(error: str) -> str:
-    """The slug at the start of an `error` column: `truncated` of `truncated: 12 bytes missing`."""
+    """The reason at the start of an `error` column: `truncated` for `truncated: 12 bytes missing`."""
     return error.partition(":")[0]

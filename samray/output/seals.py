@@ -1,8 +1,8 @@
-"""A checksum of a whole Parquet file, kept within the file: one wrong bit anywhere, and it no longer fits.
+"""A checksum of a whole Parquet file, stored in the file itself, which detects any changed bit.
 
-Parquet's own checksums cover the pages, not their headers, and not the footer with its statistics and metadata. So a
-file of samray's also holds, in its footer, the SHA-256 of all its bytes, in which zeros stand for the checksum itself.
-The checksum also names the file: it differs for files that differ, and reading the footer is enough to know it.
+Parquet's own checksums cover the pages, but not their headers, and not the footer with its statistics and metadata. The
+footer of a samray file therefore has the SHA-256 of all bytes of the file, computed with zeros in place of the
+checksum. The checksum also identifies the version of a file, and can be read from the footer alone.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from samray.storage.tables import footer_bytes
 
 _KEY: Final = b"samray.sha256"
 _MARK: Final = b"samray.sealed"
-"""Another key of the footer: it says that there is a checksum, should the first key be the damaged one."""
+"""A second key in the footer: shows that there is a checksum even if the first key is damaged."""
 _ZEROS: Final = b"0" * 64
 _BEFORE: Final = _KEY + b"\x18\x40"
-"""What comes before the checksum: its key, and that 64 bytes of text follow (Thrift's compact protocol)."""
+"""The bytes before the checksum: its key, and the length 64 of a string (Thrift's compact protocol)."""
 
 
 def leave_room(writer: pq.ParquetWriter) -> None:
-    """Reserve the place of the checksum. Call it before the writer is closed."""
+    """Reserve space for the checksum. Call it before the writer is closed."""
     writer.add_key_value_metadata({_MARK: b"sha256", _KEY: _ZEROS})
 
 
 def unsealed(table: pa.Table) -> pa.Table:
-    """The table without the checksum of the file that it was read from, which Arrow keeps in its metadata."""
+    """The table without the checksum of its file, which Arrow keeps in the metadata."""
     metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key not in (_KEY, _MARK)}
     return table.replace_schema_metadata(metadata or None)
 
 
 def seal(data: bytes | pa.Buffer) -> bytes:
-    """The file with its checksum. data: what a writer made, in which `leave_room` reserved the place."""
+    """Insert the checksum. data: a Parquet file written with `leave_room`."""
     view = memoryview(data)
     start = _place(view)
     assert start is not None, "call leave_room before the writer is closed"
@@ -43,20 +43,20 @@ def seal(data: bytes | pa.Buffer) -> bytes:
 
 
 def seal_of(footer: pq.FileMetaData) -> str | None:
-    """The checksum that a file was given; None for a file without, as samray wrote them until 0.1."""
+    """The checksum stored in a file; None for files of samray 0.1 and earlier, which have none."""
     found = (footer.metadata or {}).get(_KEY)
     return None if found is None else found.decode("ascii", "replace")
 
 
 def digest_in(data: bytes) -> str:
-    """`seal_of` of a file that `seal` made, from its bytes."""
+    """`seal_of` for the bytes of a file from `seal`."""
     start = _place(memoryview(data))
     assert start is not None, "this file was not sealed"
     return data[start : start + 64].decode("ascii")
 
 
 def is_intact(data: bytes) -> bool | None:
-    """Whether a file's bytes give the checksum that it holds; None if it has none."""
+    """Whether a file's bytes match the checksum in it; None if it has none."""
     view = memoryview(data)
     start = _place(view)
     if start is None:

@@ -1,6 +1,6 @@
-"""Shards: Parquet files that appear whole or not at all, under names that say which part of the plan they are.
+"""Shards: Parquet files that are written all or nothing, under names that say which part of the plan they are.
 
-That a shard's file exists is the only mark that it is done.
+The existence of a shard's file is the only mark that the shard is done.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _NAME: Final = re.compile(r"shard-(\d{6,})\.parquet")
 _PAGE_BYTES: Final = 128 * 1024
 _MIN_GROUP_BYTES: Final = 128 * 1024
 _FOOTER_BYTES_PER_GROUP: Final = 1700
-"""What a row group of 16 columns adds to the footer, as measured."""
+"""Bytes that a row group of 16 columns adds to the footer, as measured."""
 _NUM_THREADS: Final = 32
 _LOOKED_UP: Final = ["image.image_id", "image.file_name", "status"]
-"""Columns with statistics. Those of run-length strings and scores would double the footer, and nobody looks by them."""
+"""Columns with statistics. Those of run-length strings and scores would double the footer, and no lookup uses them."""
 
 
 def shard_name(shard: int) -> str:
@@ -44,7 +44,7 @@ def shard_name(shard: int) -> str:
 
 
 def shard_number(name: str) -> int | None:
-    """The shard that a file name stands for; None for any other name, also for a differently padded number."""
+    """The shard number in a file name; None for any other name, including one with different zero padding."""
     match = _NAME.fullmatch(name)
     return int(match[1]) if match and shard_name(int(match[1])) == name else None
 
@@ -54,9 +54,9 @@ def shard_uri(output: str, shard: int) -> str:
 
 
 def shard_bytes(table: pa.Table, compression_level: int = 3) -> bytes:
-    """A table of `schema_of` a run as the bytes of a Parquet file; the same rows and metadata give the same bytes.
+    """Encode a table of `schema_of` a run as Parquet; the same rows and metadata give the same bytes.
 
-    Row groups of `rows_per_group`, statistics where one looks images up, and a page index: readers fetch single images
+    Row groups of `rows_per_group`, statistics on the lookup columns, and a page index let readers fetch single images
     by ranges.
     """
     assert table.schema.equals(SCHEMA) or table.schema.equals(CORRECTED_SCHEMA), table.schema
@@ -76,20 +76,20 @@ def shard_bytes(table: pa.Table, compression_level: int = 3) -> bytes:
     ) as writer:
         leave_room(writer)
         for start in range(0, max(1, table.num_rows), num_rows):
-            # In one chunk: where a table's chunks end is no part of its rows, but would show in the pages.
+            # As one chunk: a table's chunk boundaries are not data, but would affect the pages.
             writer.write_table(table.slice(start, num_rows).combine_chunks(), row_group_size=num_rows)
     return seal(sink.getvalue())
 
 
 def rows_per_group(table: pa.Table) -> int:
-    """Rows of each row group of a table of `SCHEMA`, from its masks' number and length alone.
+    """Rows per row group for a table of `SCHEMA`, from the number and length of its masks.
 
-    Whoever reads one image fetches the footer, which grows with the number of groups, and one group, which shrinks with
-    it; their sum is least where they are equal. Small tables have few groups, so that theirs stays small beside them.
+    To read one image, a reader fetches the footer, which grows with the number of groups, and one group, which shrinks
+    with it; the sum is smallest if both are equal. Small tables get few groups, to keep the footer small in comparison.
     """
     masks = pc.list_flatten(table["annotations"])
     counts_bytes = pc.sum(pc.binary_length(pc.struct_field(masks, ["segmentation", "counts"]))).as_py() or 0
-    # Compressed, as measured: run-length strings shrink to a half, all else of a mask to 32 bytes.
+    # Compressed size, as measured: run-length strings by half, everything else of a mask to 32 bytes.
     table_bytes = counts_bytes // 2 + 32 * len(masks) + 8 * table.num_rows
     group_bytes = max(_MIN_GROUP_BYTES, math.isqrt(table_bytes * _FOOTER_BYTES_PER_GROUP))
     return max(1, int(-(-table.num_rows * group_bytes // max(1, table_bytes))))
@@ -98,33 +98,34 @@ def rows_per_group(table: pa.Table) -> int:
 def commit_shard(
     output: str, shard: int, table: pa.Table, stats: Mapping[str, Any] | None = None, *, compression_level: int = 3
 ) -> int:
-    """Put a finished shard in its place; its bytes, or 0 if it is there already: success, too. Raises: StorageError."""
+    """Write a finished shard; returns its bytes, or 0 if it exists already, which is also success. Raises:
+    StorageError."""
     return put_shard(
         output, shard, shard_bytes(table if stats is None else with_stats(table, stats), compression_level)
     )
 
 
 def put_shard(output: str, shard: int, data: bytes) -> int:
-    """`commit_shard` of the bytes that `shard_bytes` made."""
+    """`commit_shard` for bytes from `shard_bytes`."""
     return len(data) if storage.put_new(shard_uri(output, shard), data) else 0
 
 
 def replace_shard(
     output: str, shard: int, table: pa.Table, stats: Mapping[str, Any] | None = None, *, compression_level: int = 3
 ) -> int:
-    """Put a shard in the place of an earlier one, in one step; returns its bytes. Raises: StorageError."""
+    """Replace an existing shard atomically; returns its bytes. Raises: StorageError."""
     data = shard_bytes(table if stats is None else with_stats(table, stats), compression_level)
     storage.put(shard_uri(output, shard), data)
     return len(data)
 
 
 def done_shards(output: str) -> set[int]:
-    """The shards whose file is there: one LIST. Raises: StorageError."""
+    """The shards that exist: one LIST. Raises: StorageError."""
     return set(shard_versions(output))
 
 
 def shard_versions(output: str) -> dict[int, str | None]:
-    """The shards whose file is there -> what changes when it is replaced (`storage.file_version`): one LIST.
+    """Existing shards -> a version that changes if the file is replaced (`storage.file_version`): one LIST.
 
     Raises: StorageError.
     """
@@ -133,21 +134,22 @@ def shard_versions(output: str) -> dict[int, str | None]:
 
 
 def read_shard(output: str, shard: int, columns: list[str] | None = None) -> pa.Table:
-    """A shard as it lies, with its schema metadata.
+    """Read a shard with its schema metadata.
 
-    Raises: NotFoundError where it is not there, StorageError where it cannot be read or is no Parquet.
+    Raises: NotFoundError if it does not exist, StorageError if it cannot be read or is not Parquet.
     """
     uri = shard_uri(output, shard)
     data = storage.read_bytes(uri)
-    with damage_is_told(uri):
+    with reraise_damaged(uri):
         return _checked(open_parquet(data)).read(columns=columns)
 
 
 @contextmanager
 def open_shard(output: str, shard: int) -> Iterator[pq.ParquetFile]:
-    """A shard, read by ranges. Raises: NotFoundError where it is not there, StorageError, also as it is read."""
+    """Open a shard to read it by ranges. Raises: NotFoundError if it does not exist, StorageError, also from later
+    reads."""
     uri = shard_uri(output, shard)
-    with damage_is_told(uri), storage.open_read(uri) as stream:
+    with reraise_damaged(uri), storage.open_read(uri) as stream:
         yield _checked(open_parquet(stream))
 
 
@@ -157,35 +159,35 @@ def _checked(file: pq.ParquetFile) -> pq.ParquetFile:
 
 
 @contextmanager
-def damage_is_told(uri: str) -> Iterator[None]:
-    """What pyarrow says of a shard that is no sound Parquet, as a StorageError with what to do about it."""
+def reraise_damaged(uri: str) -> Iterator[None]:
+    """Re-raise pyarrow's errors about a damaged shard as a StorageError that says what to do."""
     try:
         yield
     except (pa.ArrowException, OSError, ValueError) as error:
         raise StorageError(
-            f"{storage.redact(uri)} is damaged, or was replaced while it was read: {error}; look again, or "
+            f"{storage.redact(uri)} is damaged, or was replaced while it was read: {error}; try again, or "
             "delete it and run again"
         ) from error
 
 
 @dataclass(frozen=True, slots=True)
 class Success:
-    """What `_SUCCESS` says. Those that samray wrote until 0.1 have no generation and no digests."""
+    """The content of `_SUCCESS`. Files of samray 0.1 have no generation and no digests."""
 
     num_shards: int | None = None
     num_failed: int | None = None
     generation: int | None = None
-    """The last one of the plan."""
+    """Last generation of the plan."""
     digests: tuple[str | None, ...] = ()
-    """The checksum (`seals.seal_of`) of each shard, by number; None for a shard without."""
+    """The checksum (`seals.seal_of`) of each shard, by number; None for a shard without one."""
 
     def marks(self, num_shards: int, generation: int) -> bool:
-        """Whether it speaks of a plan of so many shards, the last of this generation."""
+        """Whether it belongs to a plan with this many shards and this last generation."""
         return self.num_shards == num_shards and self.generation in (None, generation)
 
 
 def read_success(output: str) -> Success | None:
-    """None if there is no `_SUCCESS`; one that is damaged says nothing. Raises: StorageError."""
+    """Read `_SUCCESS`; None if it does not exist. A damaged file counts as empty. Raises: StorageError."""
     try:
         found = parse_json(storage.read_bytes(storage.join(storage.normalize(output), SUCCESS)))
         numbers = {name: found.get(name) for name in ("num_shards", "num_failed", "generation")}
@@ -206,11 +208,11 @@ def mark_success(
     digests: Mapping[int, str | None] | None = None,
     **counts: int,
 ) -> bool:
-    """Say in `_SUCCESS` that every shard is there, with a checksum of each. The caller has looked at them.
+    """Write `_SUCCESS`, with a checksum of each shard. The caller has checked that all shards exist.
 
-    seen: shard -> version (`shard_versions`), generation: of the plan, both as the caller looked at them. If another
-    process has changed the output since, or does so now, there is no mark: False. digests: checksums that are known
-    of just these versions; others are read from the shards. Raises: ConfigError, StorageError.
+    seen: shard -> version (`shard_versions`), and generation of the plan, both as the caller saw them. If another
+    process changed the output since, or does so now, nothing is written and the result is False. digests: known
+    checksums of exactly these versions; others are read from the shards. Raises: ConfigError, StorageError.
     """
     last, num_shards, versions = _look(output)
     if generation not in (None, last) or (seen is not None and dict(seen) != versions):
@@ -227,13 +229,13 @@ def mark_success(
     if _look(output) == (last, num_shards, versions):
         return True
     with suppress(NotFoundError):
-        if storage.read_bytes(uri) == data:  # not what the other process marked
+        if storage.read_bytes(uri) == data:  # not if another process wrote it
             storage.delete(uri)
     return False
 
 
 def _look(output: str) -> tuple[int, int, dict[int, str | None]]:
-    """The plan's last generation and number of shards, and the versions of those that are there."""
+    """The plan's last generation and number of shards, and the versions of the existing shards."""
     generations = read_generations(storage.normalize(output))
     num_shards = sum(generation.num_shards for generation in generations)
     versions = {shard: version for shard, version in shard_versions(output).items() if shard < num_shards}
@@ -247,14 +249,14 @@ def read_digest(output: str, shard: int) -> str | None:
 
 
 def unmark_success(output: str) -> None:
-    """Take `_SUCCESS` away: more is to come. Raises: StorageError."""
+    """Delete `_SUCCESS`, because more shards will follow. Raises: StorageError."""
     storage.delete(storage.join(storage.normalize(output), SUCCESS))
 
 
 def read_metadata(output: str, shard: int) -> dict[str, Any]:
-    """What a shard says of how it was made (`schema.samray_metadata`); only its footer is read.
+    """Read a shard's metadata on how it was made (`schema.samray_metadata`) from its footer.
 
-    Raises: NotFoundError where it is not there, StorageError where it cannot be read or is no Parquet.
+    Raises: NotFoundError if it does not exist, StorageError if it cannot be read or is not Parquet.
     """
     with open_shard(output, shard) as file:
         return samray_metadata(file.schema_arrow)

@@ -1,7 +1,7 @@
-"""How far a run is, from its output alone: whoever can read OUTPUT can ask, from anywhere, and disturbs nothing.
+"""The progress of a run from its output alone: anyone who can read OUTPUT can ask, from anywhere, without side effects.
 
-One LIST tells which shards are there and when each was written, by the storage's own clock; what only the shards know
-(masks, failures, GPU time) stands in their footers, of which a sample is read.
+One LIST shows which shards exist and when each was written, by the storage's clock. Masks, failures and GPU time are in
+the shards' footers, of which a sample is read.
 """
 
 from __future__ import annotations
@@ -21,40 +21,41 @@ from samray.output.schema import STATS_SECONDS
 from samray.output.shards import FOLDER, read_success, shard_number
 
 MAX_FOOTERS: Final = 200
-"""Of more shards than this a sample is read."""
+"""Maximum number of footers read; with more shards they are a sample."""
 
 RECENT_SHARDS: Final = 100
-"""The rate is that of this many shards, pauses left out."""
+"""The rate is measured over this many shards, without pauses."""
 
 QUIET_S: Final = 300.0
 QUIET_WITHOUT_PACE_S: Final = 1800.0
-"""A run is not called stalled before it was quiet for so long: the second where no two shards tell how fast it is."""
+"""Seconds without activity before a run counts as stalled; the second value applies if its pace is unknown."""
 
 UNKNOWN: Final = "unknown"
-"""The reason of failed images in a shard that samray did not label itself."""
+"""The failure reason for images in a shard that samray did not label itself."""
 
 Footers = dict[tuple[int, float | None], Footer]
-"""By shard and when it was written. Hand the same one in again, and no footer is read twice."""
+"""Footers by shard and write time. Pass the same mapping again to read each footer only once."""
 
 State = Literal["not begun", "running", "stalled", "unmarked", "finished"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """A run as its output shows it. Counts of images and shards are exact; see num_shards_read for the others."""
+    """The state of a run according to its output. Counts of images and shards are exact; for others see
+    num_shards_read."""
 
     output: str
     state: State
-    """stalled: no sign of life for much longer than usual; unmarked: every shard is there, but not `_SUCCESS`."""
+    """stalled: no activity for much longer than usual; unmarked: all shards are there, but not `_SUCCESS`."""
     num_shards: int
     num_shards_done: int
     num_shards_begun: int
-    """And not done: an actor works on them, or died doing so."""
+    """Begun but not done: an actor works on them, or died doing so."""
     num_images: int
     num_images_done: int
-    """Of the shards that are done; failed images are among them."""
+    """Images in finished shards, including failed ones."""
     num_shards_read: int
-    """Shards whose footers were read. Where that is fewer than are done, what follows is scaled up from them."""
+    """Shards whose footers were read. If fewer than are done, the following values are extrapolated from these."""
     num_masks: int = 0
     failures: dict[str, int] = field(default_factory=dict)
     """Reason -> number of images."""
@@ -62,19 +63,19 @@ class Status:
     held_seconds: float = 0.0
     gpu_seconds: float = 0.0
     images_per_s: float | None = None
-    """Lately."""
+    """Recent rate."""
     images_per_s_overall: float | None = None
-    """Since the plan (the last generation of it) was made, start-up and pauses included."""
+    """Rate since the plan (its last generation) was made, including start-up and pauses."""
     eta_s: float | None = None
     last_shard_s_ago: float | None = None
     quiet_s: float | None = None
-    """Since the last sign of life: a shard begun or done, or the plan made."""
+    """Seconds since the last activity: a shard begun or done, or the plan made."""
     usual_gap_s: float | None = None
-    """Between one shard and the next, lately."""
+    """Recent seconds from one shard to the next."""
     own_clock: bool = False
-    """Whether `ago` is by this machine's clock, because the storage's own could not be asked."""
+    """Whether `ago` uses this machine's clock, because the storage's clock is not available."""
     gpu_price_per_hour: float | None = None
-    """As the run was told, by cluster.gpu_price_per_hour."""
+    """From the run's cluster.gpu_price_per_hour."""
 
     @property
     def num_failed(self) -> int:
@@ -82,12 +83,12 @@ class Status:
 
     @property
     def cost(self) -> float | None:
-        """Of the GPUs, for the time that the actors which labelled these shards held them."""
+        """Cost of the GPUs for the time that they were reserved by the actors of these shards."""
         return None if self.gpu_price_per_hour is None else self.gpu_seconds / 3600 * self.gpu_price_per_hour
 
     @property
     def estimated(self) -> bool:
-        """Whether figures are scaled up from a sample of the shards."""
+        """Whether figures are extrapolated from a sample of the shards."""
         return self.num_shards_read < self.num_shards_done
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,7 +97,7 @@ class Status:
 
 
 def run_status(output: str, footers: Footers | None = None) -> Status:
-    """Look at what is there now. Raises: ConfigError where OUTPUT holds no run, StorageError."""
+    """Read the current state. Raises: ConfigError if OUTPUT has no run, StorageError."""
     plan = load_plan(output)
     manifests = storage.list_times(storage.join(plan.output, generations.FOLDER))
     planned_at = {
@@ -112,9 +113,9 @@ def run_status(output: str, footers: Footers | None = None) -> Status:
     last_planned_at = planned_at[plan.last_generation]
     written = sorted((at, plan.num_images_of(shard)) for shard, at in done.items() if at is not None)
     signs = [at for at in (last_planned_at, *(at for at, _ in written[-1:]), *begun.values()) if at is not None]
-    quiet_s = max(now - max(signs), 0.0) if signs else None  # a clock that is behind sees the future
+    quiet_s = max(now - max(signs), 0.0) if signs else None  # with a slow clock here this would be negative
     waits = clock is not None and len(done) < plan.num_shards and bool(written)
-    # Several of each actor, however many actors there are.
+    # Wait for several shards of each actor, whatever the number of actors.
     recent = written[-max(RECENT_SHARDS, 5 * len(begun)) :]
     pace = pace_of(recent, wait_s=now - written[-1][0] if waits else 0.0)
     overall = None
@@ -146,7 +147,7 @@ def run_status(output: str, footers: Footers | None = None) -> Status:
 
 
 def _done(plan: Plan, planned_at: Mapping[int, float | None]) -> dict[int, float | None]:
-    """Finished shards -> when they were written; those left out that wait for images which have changed since."""
+    """Finished shards -> when they were written, without those that must be labelled again for changed images."""
     listed = storage.list_times(storage.join(plan.output, FOLDER)).items()
     done = {n: at for name, at in listed if (n := shard_number(name)) is not None and n < plan.num_shards}
     for shard, number in plan.changed_shards().items():
@@ -157,7 +158,7 @@ def _done(plan: Plan, planned_at: Mapping[int, float | None]) -> dict[int, float
 
 
 def _begun(output: str, done: Mapping[int, object]) -> dict[int, float | None]:
-    """Shards with a mark of an attempt (`samray.pipeline.attempts`) that are not done -> when it was made."""
+    """Shards that are not done but have an attempt marker (`samray.pipeline.attempts`) -> when it was written."""
     begun: dict[int, float | None] = {}
     for name, at in storage.list_times(storage.join(output, generations.FOLDER, "attempts")).items():
         number = name.removeprefix("shard-").partition(".")[0]
@@ -180,10 +181,10 @@ def _marked(plan: Plan) -> bool:
 
 
 def _from_footers(plan: Plan, done: Mapping[int, float | None], num_done: int, held: Footers) -> dict[str, Any]:
-    """What the footers of done shards, or of a sample of them, say of all: fields of Status."""
+    """Fields of Status from the footers of the finished shards, or of a sample of them."""
     step = 1
     while len(done) > MAX_FOOTERS * step:
-        step *= 2  # so that the next look, with more shards done, finds most of its sample read already
+        step *= 2  # a power of two: the next call, with more shards, reuses most of this sample
     sample = [shard for shard in done if shard % step == 0][:MAX_FOOTERS] or sorted(done)[:MAX_FOOTERS]
     unread = [shard for shard in sample if (shard, done[shard]) not in held]
     held.update({(footer.shard, done[footer.shard]): footer for footer in read_footers(plan.output, unread)})

@@ -1,7 +1,8 @@
-"""Is an output whole and sound? Every planned image exactly once; deep: every mask decodes, and agrees with its row.
+"""Check that an output is complete and sound: every planned image exactly once; deep: every mask decodes and fits its
+row.
 
-Works through the output shard by shard: memory holds one shard, and 16 bytes per image to find those that are in two.
-What is damaged gives a sentence, whatever it is: a shard whose checksum is wrong is not looked into any further.
+Works shard by shard: memory holds one shard, and 16 bytes per image to find images that are in two shards. Any damage
+is reported as a sentence. A shard with a wrong checksum is not checked further.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ _PROBLEMS_OF_DUPLICATES: Final = 20
 
 @dataclass
 class VerifyReport:
-    """What `verify` found. Problems are sentences that name the shard and the image."""
+    """Result of `verify`. Each problem is a sentence that names the shard and the image."""
 
     num_images: int = 0
-    """Rows in the shards."""
+    """Number of rows in the shards."""
     num_masks: int = 0
     num_failed: int = 0
-    """Rows with status `failed`: these are no problem, they say why."""
+    """Rows with status `failed`. They are not problems: each has its reason."""
     num_shards: int = 0
     num_without_checksum: int = 0
-    """Shards of an older samray: damage that leaves them plausible cannot be seen."""
+    """Shards of an older samray: damage that leaves plausible values cannot be detected."""
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -54,7 +55,7 @@ class VerifyReport:
 def verify(output: str, deep: bool = False) -> VerifyReport:
     """Check an output against its plan; `deep` also decodes every mask and recomputes its area and box.
 
-    Raises: ConfigError where there is no plan, StorageError where the plan or storage cannot be read.
+    Raises: ConfigError if there is no plan, StorageError if the plan or storage cannot be read.
     """
     plan = load_plan(output)
     report = VerifyReport()
@@ -84,11 +85,11 @@ def verify(output: str, deep: bool = False) -> VerifyReport:
 
 
 def _check_plan(plan: Plan) -> Iterator[str]:
-    """The manifests are as they were written, and run.json speaks of them."""
+    """Check that the manifests are unchanged and agree with run.json."""
     for generation in plan.generations:
         name = generations.manifest_uri(generations.FOLDER, generation.number)
         if is_intact(storage.read_bytes(generations.manifest_uri(plan.output, generation.number))) is False:
-            yield f"{name} is damaged or was edited: its bytes do not fit the checksum in it"
+            yield f"{name} is damaged or was edited: its checksum does not match"
     first = plan.generations[0]
     planned = (plan.run.get("num_images"), plan.run.get("images_per_shard"))
     if planned != (first.num_images, first.images_per_shard):
@@ -101,24 +102,24 @@ def _check_plan(plan: Plan) -> Iterator[str]:
 def _check_changed(plan: Plan, done: set[int]) -> list[str]:
     try:
         stale = stale_shards(plan, done)
-    except StorageError as error:  # of a shard that cannot be read, about which there is a sentence already
-        return [f"which shards wait to be labelled again cannot be told: {error}"]
-    problem = "holds an image that has changed since: run the same command again"
+    except StorageError as error:  # an unreadable shard, which is already reported
+        return [f"cannot find the shards that must be labelled again: {error}"]
+    problem = "has an image that changed since: run the same command again"
     return [f"{shards.shard_name(shard)} {problem}" for shard in sorted(stale)]
 
 
 def _check_success(plan: Plan, num_done: int, success: shards.Success | None) -> Iterator[str]:
     if success is None:
         if num_done == plan.num_shards:
-            yield f"every shard is there, but {shards.SUCCESS} is missing: run the same command again"
+            yield f"all shards are there, but {shards.SUCCESS} is missing: run the same command again"
         return
     if num_done != plan.num_shards:
         yield f"{shards.SUCCESS} is there, but only {num_done} of {plan.num_shards} shards are"
     elif success.num_shards != plan.num_shards:
-        yield f"{shards.SUCCESS} speaks of {success.num_shards} shards, the plan has {plan.num_shards}"
+        yield f"{shards.SUCCESS} names {success.num_shards} shards, the plan has {plan.num_shards}"
     elif not success.marks(plan.num_shards, plan.last_generation):
         yield (
-            f"{shards.SUCCESS} speaks of generation {success.generation} of the plan, the last one is "
+            f"{shards.SUCCESS} names generation {success.generation} of the plan, the last one is "
             f"{plan.last_generation}: run the same command again"
         )
 
@@ -130,11 +131,11 @@ def _check_shard(
     try:
         data = storage.read_bytes(shards.shard_uri(plan.output, shard))
     except NotFoundError:
-        yield f"{name} vanished while it was being checked"
+        yield f"{name} was deleted during the check"
         return
     intact = is_intact(data)
     if intact is False:
-        yield f"{name} is damaged: its bytes do not fit the checksum in it; delete it and run the same command again"
+        yield f"{name} is damaged: its checksum does not match; delete it and run the same command again"
         return
     report.num_without_checksum += intact is None
     try:
@@ -146,11 +147,11 @@ def _check_shard(
         return
     report.num_images += table.num_rows
     if not table.schema.equals(schema_of(plan.run)):
-        yield f"{name} has other columns or types than samray writes: {table.schema.names}"
+        yield f"{name} has columns or types that samray does not write: {table.schema.names}"
         return
     recorded = success.digests[shard : shard + 1] if success else ()
     if recorded and recorded[0] not in (None, seal_of(file.metadata)):
-        yield f"{name} is not the file that {shards.SUCCESS} names: it was replaced since; run the same command again"
+        yield f"{name} was replaced after {shards.SUCCESS} was written; run the same command again"
     try:
         report.num_failed += pc.sum(pc.equal(table["status"], "failed")).as_py() or 0
         report.num_masks += pc.sum(pc.list_value_length(table["annotations"])).as_py() or 0
@@ -164,12 +165,12 @@ def _check_shard(
             yield from check_image(name, table.slice(i, 1).to_pylist()[0], convention, deep)
     except StorageError as error:
         yield f"{name} cannot be compared with the plan: {error}"
-    except Exception as error:  # a value of a kind that no check expects is damage, too
-        yield f"{name} holds what samray does not write ({type(error).__name__}: {error})"
+    except Exception as error:  # an unexpected type of value is also damage
+        yield f"{name} has values that samray does not write ({type(error).__name__}: {error})"
 
 
 def _check_metadata(plan: Plan, shard: int, table: pa.Table) -> Iterator[str]:
-    """What the shard says of itself: whose it is, and how many rows, masks and failures it has."""
+    """Check the shard's metadata: which run wrote it, and its number of rows, masks and failures."""
     name = shards.shard_name(shard)
     metadata = samray_metadata(table.schema)
     if metadata.get("identity") != plan.run["identity"]:
@@ -188,11 +189,11 @@ def _check_metadata(plan: Plan, shard: int, table: pa.Table) -> Iterator[str]:
     }
     for key, number in counted.items():
         if stats.get(key, number) != number:
-            yield f"{name}: its footer says {key} {stats[key]}, its rows give {number}"
+            yield f"{name}: its footer has {key} {stats[key]}, its rows give {number}"
 
 
 def _check_statistics(name: str, file: pq.ParquetFile, table: pa.Table) -> Iterator[str]:
-    """The statistics by which readers skip row groups agree with the rows."""
+    """Check the statistics by which readers skip row groups against the rows."""
     columns = {
         "image.image_id": pc.struct_field(table["image"], "image_id"),
         "image.file_name": pc.struct_field(table["image"], "file_name"),
@@ -211,11 +212,11 @@ def _check_statistics(name: str, file: pq.ParquetFile, table: pa.Table) -> Itera
             true = pc.min_max(values).as_py()
             wrong = held.has_min_max and (held.min, held.max) != (true["min"], true["max"])
             if wrong or (held.has_null_count and held.null_count != values.null_count):
-                yield f"{name}: the statistics of {path} in row group {group} are false; lookups would miss images"
+                yield f"{name}: the statistics of {path} in row group {group} are wrong; lookups would miss images"
 
 
 class _Images:
-    """The ids and URIs of all images seen, to find those that are in two shards."""
+    """The ids and URIs of all images seen, to find images that are in two shards."""
 
     def __init__(self) -> None:
         self._shards: list[int] = []
@@ -226,11 +227,11 @@ class _Images:
         ids = pc.fill_null(pc.struct_field(table["image"], "image_id"), -1)
         self._shards.append(shard)
         self._ids.append(np.asarray(ids.to_numpy(), np.int64))
-        # Hashes of Python's: 64 bits, and two that are equal are looked at again.
+        # Python hashes: 64 bits; equal hashes are compared again by value.
         self._uris.append(np.array([hash(uri) for uri in table["uri"].to_pylist()], np.int64))
 
     def duplicates(self, plan: Plan) -> Iterator[str]:
-        """A sentence about each image_id and each URI that two shards have, up to a limit of each."""
+        """One sentence for each image_id and each URI that is in two shards, up to a limit of each."""
         for number, (one, other, image_id) in enumerate(self._in_two_shards(self._ids)):
             if number == _PROBLEMS_OF_DUPLICATES:
                 break
@@ -245,7 +246,7 @@ class _Images:
                 )
 
     def _in_two_shards(self, values: list[npt.NDArray[np.int64]]) -> Iterator[tuple[int, int, int]]:
-        """Two shards and the value that both have."""
+        """Each value that is in two shards, with those shards."""
         if not values:
             return
         flat = np.concatenate(values)

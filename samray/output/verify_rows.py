@@ -1,4 +1,4 @@
-"""What `verify` looks at in the rows of a shard: each check yields a sentence for each problem that it finds."""
+"""The checks of `verify` on the rows of a shard; each yields one sentence per problem."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from samray.output.schema import ANNOTATIONS_PER_IMAGE, CHANGES
 from samray.rle.runs import area, bbox_xywh, check_size, checked_runs
 
 PREDICTED_IOU_RANGE: Final = (-0.4, 1.4)
-"""SAM's head estimates an IoU without a bound; what is further away than this from [0, 1] is no such estimate."""
+"""SAM's IoU prediction is unbounded; a value further than this from [0, 1] cannot come from the model."""
 
 
 def check_planned(name: str, planned: pa.Table, table: pa.Table) -> Iterator[str]:
-    """The shard's images are those of the plan, each once, in order."""
+    """Check that the shard's images are those of the plan, each once, in order."""
     image = table["image"].combine_chunks()
     ids = image.field("image_id").to_pylist()
     wanted = planned["image_id"].to_pylist()
@@ -26,13 +26,13 @@ def check_planned(name: str, planned: pa.Table, table: pa.Table) -> Iterator[str
         for column, values in columns:
             for image_id, have, want in zip(ids, values, planned[column].to_pylist(), strict=True):
                 if have != want:
-                    yield f"{name}: image {image_id} has {column} {have!r}, planned was {want!r}"
+                    yield f"{name}: image {image_id} has {column} {have!r}, expected {want!r} as planned"
         return
     known = set(wanted)
     seen: set[int] = set()
     for image_id in ids:
         if image_id in seen:
-            yield f"{name}: image {image_id} is there more than once"
+            yield f"{name}: image {image_id} occurs more than once"
         elif image_id not in known:
             yield f"{name}: image {image_id} is not in the plan of this shard"
         seen.add(image_id)
@@ -44,7 +44,7 @@ def check_planned(name: str, planned: pa.Table, table: pa.Table) -> Iterator[str
 
 
 def check_status(name: str, table: pa.Table) -> Iterator[str]:
-    """Status, error, size and number of masks agree."""
+    """Check that status, error, size and number of masks agree."""
     columns = ("image", "status", "error", "annotations")
     for image, status, error, masks in zip(*(table[column].to_pylist() for column in columns), strict=True):
         if image is None or any(value is None for value in image.values()):
@@ -55,21 +55,21 @@ def check_status(name: str, table: pa.Table) -> Iterator[str]:
             if error is not None:
                 yield f"{which} is ok, but has an error: {error}"
             if image["width"] < 1 or image["height"] < 1:
-                yield f"{which} is ok, but {image['width']}x{image['height']} pixels"
+                yield f"{which} is ok, but has {image['width']}x{image['height']} pixels"
         elif status != "failed":
             yield f"{which} has the unknown status {status!r}"
         elif not error:
-            yield f"{which} failed, but does not say why"
+            yield f"{which} failed, but has no error"
         num_masks = None if masks is None else len(masks)
         if num_masks is None or (status == "failed" and num_masks):
             yield f"{which} has status {status!r} and {num_masks} masks"
 
 
 def check_image(name: str, row: dict[str, Any], bbox_convention: str, deep: bool) -> Iterator[str]:
-    """The annotations of a row (as `pa.Table.to_pylist` gives it) are sound; deep: their masks, areas and boxes too."""
+    """Check the annotations of a row (from `pa.Table.to_pylist`); deep: also every mask, area and box."""
     image = row["image"]
     if image is None or any(value is None for value in image.values()):
-        return  # said by check_status
+        return  # reported by check_status
     corrected = "corrections" in row
     if corrected:
         yield from _check_corrections(f"{name}: image {image['image_id']}", row)
@@ -82,7 +82,7 @@ def check_image(name: str, row: dict[str, Any], bbox_convention: str, deep: bool
             yield f"{which} has the id {mask['id']}, not image_id * {ANNOTATIONS_PER_IMAGE} + index"
         hw = [image["height"], image["width"]]
         if mask["segmentation"]["size"] != hw:
-            yield f"{which} is a mask of size {mask['segmentation']['size']}, the image is {hw} high and wide"
+            yield f"{which} has a mask of size {mask['segmentation']['size']}, not {hw} like the image (height, width)"
             continue
         yield from (f"{which} {problem}" for problem in _check_numbers(mask, hw))
         if deep:
@@ -98,7 +98,7 @@ def _holds_null(value: Any) -> bool:
 
 
 def _check_numbers(mask: dict[str, Any], hw: list[int]) -> Iterator[str]:
-    """Scores, boxes and points are numbers that can be."""
+    """Check that scores, boxes and points are possible values."""
     scores = {"predicted_iou": PREDICTED_IOU_RANGE, "stability_score": (0.0, 1.0)}
     for column, (low, high) in scores.items():
         if not math.isfinite(mask[column]):
@@ -110,21 +110,21 @@ def _check_numbers(mask: dict[str, Any], hw: list[int]) -> Iterator[str]:
         if len(box) != 4 or not all(map(math.isfinite, box)):
             yield f"has a box that is not four finite numbers: {column} {box}"
         elif min(box) < 0 or box[0] + box[2] > hw[1] or box[1] + box[3] > hw[0]:
-            yield f"has a box outside of the image: {column} {box}"
+            yield f"has a box outside the image: {column} {box}"
     if any(len(point) != 2 or not all(map(math.isfinite, point)) for point in mask["point_coords"]):
         yield f"has points that are not pairs of finite numbers: {mask['point_coords']}"
 
 
 def _check_corrections(which: str, row: dict[str, Any]) -> Iterator[str]:
-    """Masks keep their ids when others go, so those have gaps; and what is said of them agrees with what is there."""
+    """Check ids and corrections. Masks keep their ids if others are removed, which leaves gaps in the ids."""
     ids = [mask["id"] for mask in row["annotations"] or [] if mask is not None and mask["id"] is not None]
     first = row["image"]["image_id"] * ANNOTATIONS_PER_IMAGE
     if any(not first <= id < first + ANNOTATIONS_PER_IMAGE for id in ids) or any(b <= a for a, b in pairwise(ids)):
-        yield f"{which} has annotations whose ids do not rise from image_id * {ANNOTATIONS_PER_IMAGE} on"
+        yield f"{which} has annotations whose ids do not increase from image_id * {ANNOTATIONS_PER_IMAGE}"
     for entry in row["corrections"] or []:
         id, change = entry["id"], entry["change"]
         if change not in CHANGES or (id in ids) != (change in ("added", "changed")):
-            yield f"{which} says that annotation {id} was {change}, and it is {'' if id in ids else 'not '}there"
+            yield f"{which} records that annotation {id} was {change}, but it is {'' if id in ids else 'not '}there"
 
 
 def check_mask(mask: dict[str, Any], bbox_convention: str) -> str | None:
@@ -142,5 +142,5 @@ def check_mask(mask: dict[str, Any], bbox_convention: str) -> str | None:
     x, y, w, h = bbox_xywh(runs, hw)
     box = [x, y, w, h] if bbox_convention == "coco" else [x, y, w - 1, h - 1]
     if mask["bbox"] != box:
-        return f"has the box {mask['bbox']}, but lies in {box}"
+        return f"has the box {mask['bbox']}, but its pixels span {box}"
     return None

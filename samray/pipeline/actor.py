@@ -40,7 +40,7 @@ LABELLED = pa.schema(
     [
         ("shard", pa.int64()),
         ("retry", pa.bool_()),
-        ("attempt", pa.int32()),  # 0: the shard was left alone because the run is stopping
+        ("attempt", pa.int32()),  # 0: the shard was skipped because the run is stopping
         ("places", pa.list_(pa.int32())),
         ("rows", pa.large_binary()),  # the records as an Arrow stream
         ("summary", pa.string()),
@@ -49,7 +49,7 @@ LABELLED = pa.schema(
 
 
 class Abandoned(Exception):
-    """The run is stopping and has no time left for this shard."""
+    """The run is stopping without time to finish this shard."""
 
 
 class LabelActor:
@@ -76,7 +76,7 @@ class LabelActor:
         try:
             self.labeler = make_labeler(config, num_threads)
         except SamrayError as error:
-            # Raised here, Ray would start one actor after another; raised with the first shard, it ends the run.
+            # If raised here, Ray would keep starting actors; raised with the first shard, it ends the run.
             self.fault = error
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -95,8 +95,8 @@ class LabelActor:
             attempts.forget()
             return self._row(left_alone)
         except DeviceFault:
-            # Raised on, it would end the job; a dead process is replaced by a fresh one and the shard is run again.
-            logger.exception("the device failed: this labelling process ends, Ray starts another")
+            # Re-raised, it would end the job; a dead process is replaced, and the shard is run again.
+            logger.exception("the device failed: this labelling process exits, and Ray starts a new one")
             logging.shutdown()
             os._exit(1)
         done.stage_seconds["fetch"] = batch["fetch_s"].to_pylist()[0]
@@ -122,8 +122,8 @@ class LabelActor:
             return alone.label(images, attempts, on_progress)
         except ChildNotStarted as error:
             raise RuntimeError(
-                f"a labelling process on {platform.node()} ends even at a picture that does no harm ({error}): it is"
-                " the machine that is at fault; look for what is wrong with it (memory, driver), then run again"
+                f"a labelling process on {platform.node()} dies even on a harmless image ({error}): the machine is at"
+                " fault; check its memory and driver, then run again"
             ) from error
         finally:
             alone.close()
@@ -132,7 +132,7 @@ class LabelActor:
         try:
             return bool(ray.get(self.state.begin.remote(shard)))
         except ray.exceptions.RayError:
-            return True  # without the state actor there is no progress to show, but there is work to do
+            return True  # without the state actor there is no progress display, but work goes on
 
     def _advance(self, shard: int, batch: Labelled) -> None:
         self.figures.add(batch, self.labeler.num_workers)

@@ -1,8 +1,8 @@
-"""Labelling one image at a time in a process of its own, to find out which images end the process that labels them.
+"""Label one image at a time in a child process, to find the images that crash the labelling process.
 
-Used for a shard at which labelling processes have died before. The child has a model of its own, which costs memory
-and the time to load it, but its death names the image and nothing else is lost. Every child first labels a small
-picture of ours: if it cannot, it is the machine that is at fault, and no image.
+Used for a shard whose labelling processes have died before. The child loads its own model, which costs memory and time,
+but its death identifies the image and loses nothing else. Every child first labels a small built-in image: if that
+fails, the machine is at fault, not an image.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STARTS: Final = 3
-"""Times in a row that a child may fail to start before the machine is given up."""
+"""Consecutive failed starts of a child before the machine is considered broken."""
 
 START_TIMEOUT_S: Final = 1800.0
-"""Loading the model, perhaps downloading it, and the first picture."""
+"""Seconds to load the model, possibly download it, and label the first image."""
 
 
 class LonelyLabeler:
-    """Labels images in a child, which is started with the first image and again after each death."""
+    """Labels images in a child, which is started for the first image and again after each death."""
 
     def __init__(
         self,
@@ -44,10 +44,10 @@ class LonelyLabeler:
         make_labeler: Callable[[Config, int], ShardLabeler],
         decode: Callable[[EncodedImage], np.ndarray | ImageError],
     ) -> None:
-        """decode: `ShardLabeler.decode` of the caller's own labeler; it has children of its own."""
-        from ray import cloudpickle  # not on the child's side, where it would take most of the start
+        """decode: `ShardLabeler.decode` of the caller's labeler, which has its own children."""
+        from ray import cloudpickle  # not in the child, where the import would dominate the start
 
-        if config.model.device is None and reserved_gpus() == 0:  # the child cannot ask Ray
+        if config.model.device is None and reserved_gpus() == 0:  # the child is not a Ray worker and cannot ask
             config = config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})})
         self._setup: bytes = cloudpickle.dumps((config, make_labeler))  # type: ignore[no-untyped-call]
         self._decode = decode
@@ -60,14 +60,14 @@ class LonelyLabeler:
         attempts: ShardAttempts,
         on_progress: Callable[[Labelled], None] = lambda batch: None,
     ) -> Labelled:
-        """As `ShardLabeler.label`, with each image marked while it is under way.
+        """Like `ShardLabeler.label`, but marks each image while it is in progress.
 
-        Raises ChildNotStarted if no child can label even our own picture.
+        Raises ChildNotStarted if no child can label even the built-in image.
         """
         done = Labelled()
         for place, image in enumerate(images):
             if attempts.is_poison(place):
-                message = f"the labelling processes of {attempts.strikes(place)} attempts died at this image"
+                message = f"the labelling processes of {attempts.strikes(place)} attempts died on this image"
                 batch = _failed(image, ImageError("quarantined", message))
             else:
                 attempts.mark(place)
@@ -78,7 +78,7 @@ class LonelyLabeler:
         return done
 
     def close(self) -> None:
-        """End the child: its model takes memory."""
+        """End the child, to free its model's memory."""
         if self._child is not None:
             self._child.close()
             self._child = None
@@ -100,7 +100,7 @@ class LonelyLabeler:
                 self._child = None
                 deaths.append(death)
         how = how_it_ended(deaths[-1].returncode)
-        message = f"labelling this image, alone, ended the process {len(deaths)} times, at last by {how}"
+        message = f"labelling only this image ended the process {len(deaths)} times, the last time by {how}"
         return _failed(image, ImageError("quarantined", message))
 
     def _start(self) -> Child:
@@ -119,7 +119,7 @@ def _failed(image: EncodedImage, error: ImageError) -> Labelled:
 
 
 def answer_with(setup: bytes) -> Callable[[bytes], Answer]:
-    """The child's side, see `child.Child`. It is ready once it has labelled a picture that does no harm."""
+    """The child's side; see `child.Child`. It is ready once it has labelled the built-in image."""
     config, make_labeler = pickle.loads(setup)
     labeler = make_labeler(config, 1)
     prompts = None if config.input.prompts is None else [Prompt.parse({"points": [[20, 20]], "labels": [1]})]

@@ -1,4 +1,4 @@
-"""`samray.label_dataset`: the same labelling as a stage of somebody's own Ray Data pipeline."""
+"""`samray.label_dataset`: labelling as a stage of a user's own Ray Data pipeline."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def label_dataset(
     *,
     make_labeler: Callable[[Config, int], ShardLabeler] | None = None,
 ) -> Dataset:
-    """ds with the columns `annotations`, `status` and `error` added; lazy, as every stage of Ray Data.
+    """Add the columns `annotations`, `status` and `error` to ds; lazy, like every Ray Data stage.
 
     The images are in the column config.input.image_column, else in `bytes` or `image`: encoded bytes, Hugging Face's
-    `struct<bytes, path>`, or RGB or grey uint8 arrays. An image that cannot be labelled has status `failed`, with a
+    `struct<bytes, path>`, or RGB or grey uint8 arrays. An image that cannot be labelled has status `failed` and a
     reason.
-    Annotation ids are image_id * 65536 + index where ds has an integer column `image_id`, else just the index.
+    Annotation ids are image_id * 65536 + index if ds has an integer column `image_id`, else only the index.
     make_labeler is called once in each actor with config and its number of threads. Each actor leaves one of its CPUs
-    to the stages before and after this one. Raises: ConfigError for settings that can never be run.
+    for the stages before and after this one. Raises: ConfigError for settings that are not possible here.
     """
     config = config or Config()
     if config.input.prompts is not None:
-        raise ConfigError("input.prompts is for samray.label: the images of a data set have no names to find them by")
-    if make_labeler is None:  # every actor is to load the weights that this machine sees
+        raise ConfigError("input.prompts is for samray.label: the images of a dataset have no names to match")
+    if make_labeler is None:  # every actor must load the weights that this machine has
         sha256 = checkpoint_sha256(config.model.name, config.model.checkpoint)
         make_labeler = functools.partial(build_labeler, checkpoint_sha256=sha256)
     is_fixed = ensure_ray(config.cluster)
@@ -67,7 +67,7 @@ def label_dataset(
 
 
 class DatasetLabeler:
-    """Ray Data's callable for label_dataset: a table of images in, the same table with the labels out."""
+    """Ray Data's callable for label_dataset: a table of images in, the same table with labels out."""
 
     def __init__(self, config: Config, num_threads: int, make_labeler: Callable[[Config, int], ShardLabeler]) -> None:
         end_with_ray()
@@ -78,7 +78,7 @@ class DatasetLabeler:
     def __call__(self, batch: pa.Table) -> pa.Table:
         taken = [name for name in ADDED_COLUMNS if name in batch.column_names]
         if taken:
-            raise ConfigError(f"the data set already has columns named {', '.join(taken)}: rename or drop them")
+            raise ConfigError(f"the dataset already has columns named {', '.join(taken)}: rename or drop them")
         images = [
             EncodedImage(image_id=number or 0, file_name="", uri="", data=data)
             for number, data in zip(_image_ids(batch), self._images(batch), strict=True)
@@ -96,7 +96,7 @@ class DatasetLabeler:
         try:
             code_free(name, batch.schema.field(name).type)
         except ValueError as error:
-            raise ConfigError(f"the data set cannot be labelled: {error}") from error
+            raise ConfigError(f"the dataset cannot be labelled: {error}") from error
         return images_of(batch[name])
 
     def _column(self, batch: pa.Table) -> str:
@@ -104,7 +104,7 @@ class DatasetLabeler:
             if name in batch.column_names:
                 return name
         raise ConfigError(
-            f"the data set has no column {self.image_column!r} (input.image_column), nor `bytes` or `image`;"
+            f"the dataset has no column {self.image_column!r} (input.image_column), nor `bytes` or `image`;"
             f" it has {', '.join(batch.column_names)}"
         )
 
@@ -116,13 +116,13 @@ def _image_ids(batch: pa.Table) -> list[int | None]:
 
 
 def images_of(column: pa.ChunkedArray) -> Iterator[bytes | np.ndarray | ImageError]:
-    """What the column holds, image by image: encoded bytes, pixels (H, W, 3) uint8, or why neither."""
+    """The column's images: encoded bytes, pixels (H, W, 3) uint8, or an error."""
     for chunk in column.chunks:
-        if isinstance(chunk, pa.ExtensionArray):  # Ray's tensor columns, of one shape or of many
+        if isinstance(chunk, pa.ExtensionArray):  # Ray's tensor columns, of fixed or variable shape
             try:
                 values: list[Any] = list(chunk.to_numpy(zero_copy_only=False))
-            except (ValueError, TypeError, OverflowError) as error:  # a shape that its numbers do not fill
-                yield from [ImageError("unsupported", f"not an array that can be read: {error}")] * len(chunk)
+            except (ValueError, TypeError, OverflowError) as error:  # a shape that does not match the data
+                yield from [ImageError("unsupported", f"not a readable array: {error}")] * len(chunk)
                 continue
         else:
             values = chunk.to_pylist()
@@ -133,7 +133,7 @@ def _image_of(value: Any) -> bytes | np.ndarray | ImageError:
     if isinstance(value, dict):  # Hugging Face's Image feature
         value = value.get("bytes")
     if value is None:
-        return ImageError("missing", "the row holds no image")
+        return ImageError("missing", "the row has no image")
     if isinstance(value, bytes):
         return value
     pixels = np.asarray(value)

@@ -1,4 +1,4 @@
-"""Whose fault an exception is: the image's, the device's, or ours."""
+"""Decide whether an exception is caused by the image, by the device, or by a bug."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ logger = logging.getLogger(__name__)
 
 
 _OF_NO_MEMORY: Final = ("can't allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED")
-"""What torch, its CPU allocators, CUDA, Triton, cuBLAS and cuDNN say of too little memory."""
+"""Texts in out-of-memory errors of torch, its CPU allocators, CUDA, Triton, cuBLAS and cuDNN."""
 
 _OF_A_LOST_DEVICE: Final = ("CUDA error", "Triton Error [CUDA]", "cuDNN error")
 
 
 class DeviceFault(RuntimeError):
-    """The accelerator is unusable from this process. Only a new process helps."""
+    """The accelerator is unusable in this process; only a new process helps."""
 
 
 def raise_if_fatal(error: Exception) -> None:
-    """Raises DeviceFault where the error says that the device is lost to this process."""
+    """Raises DeviceFault if the error shows that this process has lost the device."""
     import torch
 
     if is_out_of_memory(error):
         return
     told = isinstance(error, RuntimeError) and any(text in str(error) for text in _OF_A_LOST_DEVICE)
-    if told or isinstance(error, getattr(torch, "AcceleratorError", ())):  # torch 2.6 has none yet
+    if told or isinstance(error, getattr(torch, "AcceleratorError", ())):  # torch 2.6 does not have it yet
         raise DeviceFault(one_line(error)) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the work was too large for the device or the host, which smaller batches may mend."""
+    """Whether the work was too large for the memory of the device or the host; smaller batches may help."""
     import torch
 
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
@@ -41,7 +41,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def internal_error(error: Exception) -> ImageError:
-    """A fault of ours, at one image: told in its row, with a traceback in the worker's log."""
+    """A bug that affects one image: reported in its row, with a traceback in the worker's log."""
     logger.error("an image could not be labelled", exc_info=error)
     return ImageError("internal", one_line(error))
 

@@ -1,7 +1,7 @@
-"""Stages 1 and 2: the shards to do, and their encoded bytes.
+"""Stages 1 and 2: the shards to do, and their encoded images.
 
-A shard travels as one row, because a row is what Ray Data never splits or mixes. Encoded bytes are shipped rather than
-pixels: they are a tenth of the size.
+A shard is one row, because Ray Data never splits or merges rows. Encoded bytes are sent instead of pixels: they are a
+tenth of the size.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ if TYPE_CHECKING:
 SOURCE = pa.schema(
     [("shard", pa.int64()), ("retry", pa.bool_()), ("prompts", pa.string()), ("credentials", pa.string())]
 )
-"""retry: the shard is finished, and only some of its images are to be labelled again. prompts: of a person, as JSON,
-place in the shard -> list; null in a run without. credentials: of `read_credentials`, as JSON; null if none."""
+"""retry: the shard is finished, and only some of its images must be labelled again. prompts: user prompts as JSON,
+index in the shard -> list; null without prompts. credentials: of `read_credentials`, as JSON; null if none."""
 
 FETCHED = pa.schema(
     [
         ("shard", pa.int64()),
         ("retry", pa.bool_()),
         ("fetch_s", pa.float64()),
-        ("credentials", pa.string()),  # as in SOURCE, for what is left to the labeler
+        ("credentials", pa.string()),  # as in SOURCE, for images that the labeler fetches
         (
             "images",
             pa.large_list(
                 pa.struct(
                     [
-                        ("place", pa.int32()),  # in the shard
+                        ("place", pa.int32()),  # index in the shard
                         ("image_id", pa.int64()),
                         ("file_name", pa.string()),
                         ("uri", pa.string()),
-                        ("data", pa.large_binary()),  # null: see reason, or left to the labeler where both are null
+                        ("data", pa.large_binary()),  # null: see reason; if both are null, the labeler fetches it
                         ("reason", pa.string()),
                         ("message", pa.string()),
-                        ("prompts", pa.string()),  # JSON; null in a run without
+                        ("prompts", pa.string()),  # JSON; null without prompts
                     ]
                 )
             ),
@@ -65,14 +65,14 @@ FETCHED = pa.schema(
 )
 
 SHARDS_PER_TASK = 256
-"""Of a read task: 62 tasks for a million images in shards of 64."""
+"""Shards per read task: 62 tasks for a million images in shards of 64."""
 
 MAX_BYTES_AHEAD = 512 * 2**20
-"""Encoded bytes of one shard that travel through the object store; what lies beyond is fetched where it is labelled."""
+"""Maximum encoded bytes per shard in the object store; the labeler fetches the images beyond it."""
 
 
 def shards_to_do(table: pa.Table) -> ray.data.Dataset:
-    """Stage 1. A source_table, streamed: one block of one row for each shard."""
+    """Stage 1. Stream a source_table: one block with one row per shard."""
     source = _ShardSource(table)
     read: Any = ray.data.read_datasource
     dataset: ray.data.Dataset = read(source, num_cpus=IO_CPUS, concurrency=1, override_num_blocks=len(source))
@@ -84,11 +84,11 @@ def source_table(
     prompts: Mapping[int, Mapping[int, list[Prompt]]] | None = None,
     credentials: Mapping[int, Mapping[str, str]] = {},
 ) -> pa.Table:
-    """A row of SOURCE for each shard; todo says whether it is finished, and only some of its images are to be redone.
+    """A row of SOURCE for each shard. todo: whether the shard is finished, and only some of its images must be redone.
 
-    Paths stay in the manifest: the fetch stage reads them there. prompts: shard -> place in it -> list; they travel
-    with the shard, so that no worker reads their file, which may change meanwhile. credentials: shard -> those of its
-    images, which are kept nowhere else.
+    Paths are not included: the fetch stage reads them from the manifest. prompts: shard -> index in it -> list; sent
+    with the shard, because the prompt file may change during the run. credentials: shard -> those of its images, which
+    are not stored anywhere.
     """
     given = [None] * len(todo) if prompts is None else [_to_json(prompts[shard]) for shard in todo]
     secrets = [json.dumps(credentials[shard]) if shard in credentials else None for shard in todo]
@@ -100,10 +100,10 @@ def _to_json(prompts: Mapping[int, list[Prompt]]) -> str:
 
 
 class _ShardSource(ray.data.Datasource):
-    """Few read tasks of many rows each; Ray Data splits what they give into the number of blocks that it is asked for.
+    """A few read tasks with many rows each; Ray Data splits their output into the requested number of blocks.
 
-    Put into the object store one by one, as ray.data.from_blocks does it, the shards of a large plan take minutes
-    before any actor starts (jobs/scale.py start).
+    With ray.data.from_blocks, which puts each shard into the object store separately, a large plan takes minutes before
+    any actor starts (jobs/scale.py start).
     """
 
     def __init__(self, table: pa.Table) -> None:
@@ -117,7 +117,8 @@ class _ShardSource(ray.data.Datasource):
         return int(self.table.nbytes)
 
     def get_read_tasks(self, *_: Any, **__: Any) -> list[ray.data.ReadTask]:
-        """Of as equal a number of rows as can be: Ray Data splits each into as many blocks as the largest one needs."""
+        """Tasks with nearly equal numbers of rows: Ray Data splits each into as many blocks as the largest one
+        needs."""
         num_tasks = -(-len(self) // SHARDS_PER_TASK)
         ends = [len(self) * i // num_tasks for i in range(num_tasks + 1)]
         return [_read_task(self.table.slice(start, end - start)) for start, end in itertools.pairwise(ends)]
@@ -129,7 +130,7 @@ def _read_task(table: pa.Table) -> ray.data.ReadTask:
 
 
 def fetch_shard(batch: pa.Table, *, plan: Plan, config: Config, retry_failed: bool) -> pa.Table:
-    """Stage 2. One row of SOURCE in, one of FETCHED out: bytes, or the reason why there are none, for each image."""
+    """Stage 2. One row of SOURCE in, one row of FETCHED out: for each image its bytes, or why there are none."""
     storage.configure(config.storage)
     end_with_ray()
     (source,) = batch.to_pylist()
@@ -174,7 +175,7 @@ SAMPLED_FILES_PER_SHARD = 4
 
 
 def sample_files(plan: Plan, credentials: Mapping[str, str]) -> list[str]:
-    """Files of a few images from all over the plan, to see whether the input can be read at all.
+    """Files of a few images from all over the plan, to check whether the input can be read at all.
 
     credentials: of one shard; files that need others are left out.
     """
@@ -190,7 +191,7 @@ def sample_files(plan: Plan, credentials: Mapping[str, str]) -> list[str]:
 
 
 def places_to_redo(plan: Plan, shard: int, retry_failed: bool) -> list[int]:
-    """Places in a finished shard: of images that have changed since, and with retry_failed of those that failed."""
+    """Indices in a finished shard of the images that changed since and, with retry_failed, of failed images."""
     table = read_shard(plan.output, shard, ["image", "status"])
     made_by = samray_metadata(table.schema).get("generation", 0)
     changed = plan.changed_images(shard, after=made_by)

@@ -1,7 +1,7 @@
-"""What a run counts for those who watch it: Ray exports these figures, with `ray_` before the name, for Prometheus.
+"""Metrics of a run for monitoring: Ray exports them for Prometheus, with `ray_` before the name.
 
-For watching, never for truth: a shard that is labelled twice counts twice, and figures may get lost. Shares come from
-pairs of counters, because a gauge that is set once a shard is missing from most scrapes.
+Not exact: a shard that is labelled twice counts twice, and values may get lost. Shares are pairs of counters, because a
+gauge that is set once per shard is missing from most scrapes.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from samray.pipeline.report import Labelled
 logger = logging.getLogger(__name__)
 
 COUNTERS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
-    "samray_images": ("Images labelled, the failed ones included.", ()),
-    "samray_masks": ("Masks found.", ()),
+    "samray_images": ("Images labelled, including failed ones.", ()),
+    "samray_masks": ("Masks generated.", ()),
     "samray_failed_images": ("Images that became a failed row.", ("reason",)),
     "samray_encoded_bytes": ("Encoded bytes of these images.", ()),
     "samray_stage_seconds": ("Seconds of work, summed over all workers.", ("stage",)),
-    "samray_batch_images": ("Images that were given to the model.", ()),
-    "samray_batch_room_images": ("Images that would have been, had every batch been full.", ()),
-    "samray_device_busy_seconds": ("Seconds that labelling actors spent on masks.", ()),
-    "samray_device_held_seconds": ("Seconds that labelling actors existed; on a CPU times their threads.", ()),
+    "samray_batch_images": ("Images passed to the model.", ()),
+    "samray_batch_room_images": ("Images that full batches would have contained.", ()),
+    "samray_device_busy_seconds": ("Seconds that labelling actors spent generating masks.", ()),
+    "samray_device_held_seconds": ("Lifetime of labelling actors in seconds; on a CPU times their threads.", ()),
     "samray_shards": ("Shards committed.", ()),
     "samray_written_bytes": ("Bytes of these shards.", ()),
 }
@@ -35,19 +35,19 @@ COUNTERS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
 
 GAUGES: Final = {
     "samray_run_images": "Images in the plan.",
-    "samray_run_images_done": "Images of finished shards, and those labelled of shards under way.",
+    "samray_run_images_done": "Images of finished shards, and labelled images of shards in progress.",
     "samray_run_images_failed": "Failed images of this run.",
 }
-"""Set by the driver, as often as it looks. Prometheus sees `ray_<name>`."""
+"""Set regularly by the driver. Prometheus sees `ray_<name>`."""
 
-HISTOGRAMS: Final = {"samray_shard_seconds": "Seconds from one finished shard of an actor to its next."}
+HISTOGRAMS: Final = {"samray_shard_seconds": "Seconds from one finished shard of an actor to the next."}
 """Prometheus sees `ray_<name>_bucket`, `_sum` and `_count`."""
 
 SHARD_SECONDS: Final = [1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0]
 
 
 def exported_names() -> set[str]:
-    """What Prometheus may be asked for."""
+    """The names that Prometheus may query."""
     histograms = {f"ray_{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum", "count")}
     return {f"ray_{name}_total" for name in COUNTERS} | {f"ray_{name}" for name in GAUGES} | histograms
 
@@ -64,7 +64,7 @@ def _metric(name: str) -> Any:
 def record(name: str, value: float, **tags: str) -> None:
     """Add to a counter, set a gauge or observe for a histogram; costs microseconds. Never raises.
 
-    Without Ray, or with a Ray that exports nothing, it has no effect.
+    No effect without Ray, or if Ray exports no metrics.
     """
     try:
         metric = _metric(name)
@@ -74,18 +74,19 @@ def record(name: str, value: float, **tags: str) -> None:
             metric.observe(value)
         elif value > 0:
             metric.inc(value, tags)
-    except Exception:  # a figure that nobody sees must not cost a shard
+    except Exception:  # a failed metric must not fail a shard
         logger.debug("could not record %s", name, exc_info=True)
 
 
 class ActorFigures:
-    """The counts of one labelling actor; made before its model is loaded, for it holds its device from then on."""
+    """The counters of one labelling actor. Create it before loading the model, to count the whole time on the
+    device."""
 
     def __init__(self) -> None:
         self._shard_from = self._counted_to = time.monotonic()
 
     def add(self, batch: Labelled, num_workers: int) -> None:
-        """Count images just labelled, and the time since the last ones."""
+        """Count newly labelled images, and the time since the last call."""
         record("samray_images", len(batch.records))
         record("samray_masks", sum(len(r.annotations) for r in batch.records))
         for reason, number in Tally(reason_of(r.error) for r in batch.records if r.error is not None).items():
@@ -99,7 +100,7 @@ class ActorFigures:
         self._counted_to = now
 
     def finish(self, shard: Labelled, num_workers: int) -> None:
-        """Count the stages of a shard that is done, and write down how long the actor existed for it."""
+        """Count the stages of a finished shard, and store the actor's lifetime for it in the shard."""
         now = time.monotonic()
         held_s, self._shard_from = now - self._shard_from, now
         shard.held_seconds = held_s * num_workers
@@ -115,10 +116,10 @@ def record_stages(stage_seconds: Mapping[str, float]) -> None:
 
 
 def reserved_gpus() -> float:
-    """GPUs, or the part of one, that Ray has reserved for this actor; 0 outside of one."""
+    """GPUs, possibly a fraction, that Ray reserved for this actor; 0 outside of an actor."""
     import ray
 
     if not ray.is_initialized():
-        return 0.0  # asking for the context would start a Ray
+        return 0.0  # asking for the context would start Ray
     context: Any = ray.get_runtime_context()
     return float(context.get_assigned_resources().get("GPU", 0.0)) if context.get_actor_id() else 0.0

@@ -1,4 +1,4 @@
-"""What can be known before Ray starts and before OUTPUT is written to: a start that fails claims nothing."""
+"""Checks before Ray starts and before OUTPUT is written: a failed start leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Final
 from samray.output.destination import check_apart, check_space, check_writable
 
 _MANY_SHARDS: Final = 1_000_000
-"""How many there will be is not known yet."""
+"""The number of shards is not known yet."""
 
 if TYPE_CHECKING:
     from samray.config import ClusterConfig, Config
 
 
 def check_label(input_uri: str, output_uri: str, config: Config, *, with_model: bool, is_new: bool) -> None:
-    """Raises: ConfigError if a run could not start or could not end: places, disk, weights, device, Ray.
+    """Raises: ConfigError if a run could not start or finish: locations, disk, weights, device, Ray.
 
-    with_model: whether the actors load the model that config names. is_new: whether OUTPUT holds no run yet.
+    with_model: whether the actors load the model of config. is_new: whether OUTPUT has no run yet.
     """
     if is_new:
         check_apart(input_uri, output_uri)
@@ -32,9 +32,9 @@ def check_label(input_uri: str, output_uri: str, config: Config, *, with_model: 
 
 
 def check_fan_out(output_uri: str, ray_wanted: bool | None, address: str | None) -> None:
-    """Raises: ConfigError if OUTPUT cannot be written, or a cluster that is named does not answer.
+    """Raises: ConfigError if OUTPUT cannot be written, or a given cluster does not respond.
 
-    ray_wanted: False if all is done in this process; then no cluster is asked.
+    ray_wanted: False to do everything in this process; then no cluster is checked.
     """
     from samray.config import ClusterConfig
 
@@ -56,9 +56,9 @@ def _check_ray(config: Config, with_model: bool) -> None:
 
 
 def machine_nodes(config: ClusterConfig) -> list[dict[str, float]] | None:
-    """The nodes of the Ray that `running_ray` will give, if it is a Ray of this machine alone; None of a cluster.
+    """The nodes of the Ray from `running_ray`, if it is a Ray on only this machine; None for a cluster.
 
-    Raises: ConfigError if a cluster that is to be joined does not answer, or if this machine's disk is full.
+    Raises: ConfigError if a cluster to join does not respond, or if this machine's disk is full.
     """
     import ray
 

@@ -1,4 +1,4 @@
-"""What a run did: the summary of each shard, and of all of them."""
+"""Results of a run: the summary of each shard, and of all shards."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from samray.text import cost_in_words, duration
 
 @dataclass
 class Labelled:
-    """The records of a shard, or of a batch of its images, in the order of the images, and what they cost."""
+    """The records of a shard or of a batch of its images, in image order, and what they cost."""
 
     records: list[ImageRecord] = field(default_factory=list)
     stage_seconds: dict[str, float] = field(default_factory=dict)
-    """Of a shard only."""
+    """For a shard only."""
     device_seconds: float = 0.0
-    """In the mask generator, summed over the threads that run one."""
+    """Seconds in the mask generator, summed over its threads."""
     held_seconds: float = 0.0
-    """Of a shard only, and only in a run: how long its actor has existed for it, since the shard before or since its
-    start, times those threads. What is not device_seconds of it, the device was idle."""
+    """For a shard in a run only: seconds since the actor's start or its previous shard, times its threads. The device
+    was idle for the part that is not device_seconds."""
     gpu_seconds: float = 0.0
-    """The same, without the threads, times the GPUs that the actor holds: what one pays for."""
+    """The same without the threads, times the actor's GPUs: the GPU time to pay for."""
     encoded_bytes: int = 0
-    """Of the images that came encoded."""
+    """Bytes of the images that came encoded."""
     batch_images: int = 0
-    """Given to the mask generator."""
+    """Images passed to the mask generator."""
     batch_room: int = 0
-    """What batch_images would be, had every batch been full."""
+    """What batch_images would be if every batch had been full."""
 
     def add(self, batch: Labelled) -> None:
         """Append a batch."""
@@ -49,23 +49,23 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True)
 class ShardSummary:
-    """Counts of one shard, small enough to send to the driver; the shard's Parquet metadata keeps them too."""
+    """Counts of one shard, small enough to send to the driver; also stored in the shard's Parquet metadata."""
 
     shard: int
     num_images: int = 0
     num_masks: int = 0
     failures: dict[str, int] = field(default_factory=dict)
-    """Reason -> number of images that failed for it."""
+    """Reason -> number of failed images."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
     device_seconds: float = 0.0
-    """Time in the mask generator, on whatever device it ran."""
+    """Seconds in the mask generator, on any device."""
     held_seconds: float = 0.0
     gpu_seconds: float = 0.0
     """As in `Labelled`."""
 
     @classmethod
     def of(cls, shard: int, done: Labelled) -> ShardSummary:
-        """The summary of a shard just labelled."""
+        """The summary of a newly labelled shard."""
         return cls(
             shard=shard,
             num_images=len(done.records),
@@ -87,41 +87,41 @@ class ShardSummary:
 
     @classmethod
     def from_json(cls, text: str) -> ShardSummary:
-        """The opposite of to_json."""
+        """The inverse of to_json."""
         return cls(**json.loads(text))
 
 
 @dataclass(kw_only=True)
 class WithFailures:
-    """Failed images of a whole output, earlier runs included."""
+    """Failed images of a whole output, including earlier runs."""
 
     num_failed: int = 0
     failures: dict[str, int] = field(default_factory=dict)
-    """Reason -> number of those, the most frequent first."""
+    """Reason -> number of failed images, most frequent first."""
 
     def add_failures(self, failures: dict[str, int]) -> None:
-        """Count failed images."""
+        """Add counts of failed images."""
         self.num_failed += sum(failures.values())
         self.failures = dict((Counter(self.failures) + Counter(failures)).most_common())
 
 
 @dataclass
 class LabelReport(WithFailures):
-    """What `samray.label` did, and how it ended."""
+    """Result of `samray.label`."""
 
     output: str
     num_images: int
-    """In the plan."""
+    """Images in the plan."""
     num_shards: int
     num_shards_skipped: int = 0
-    """Of earlier runs, found done."""
+    """Shards finished by earlier runs."""
     num_labelled: int = 0
     """Images labelled by this run."""
     num_masks: int = 0
-    """Of this run."""
+    """Masks of this run."""
     num_missing_shards: int = 0
     num_images_not_found: int = 0
-    """Images of a file of prompts (`input.prompts`) that the plan does not have."""
+    """Images in a prompt file (`input.prompts`) that the plan does not have."""
     skipped: dict[str, dict[str, int]] = field(default_factory=dict)
     """What the listing of INPUT left out: reason -> kind of file -> number (`samray.inputs.skipped`)."""
     wall_s: float = 0.0
@@ -130,38 +130,38 @@ class LabelReport(WithFailures):
     device_seconds: float = 0.0
     held_seconds: float = 0.0
     gpu_seconds: float = 0.0
-    """Of this run; as in `Labelled`."""
+    """For this run; as in `Labelled`."""
     gpu_price_per_hour: float | None = None
     exit_code: int = 0
-    """0 all there; 1 shards missing or too many failed images; 130 or 143 interrupted, and resumable."""
+    """0: complete; 1: shards missing or too many failed images; 130 or 143: interrupted, can be resumed."""
     problem: str | None = None
-    """Why exit_code is not 0, in a sentence."""
+    """Why exit_code is not 0, as a sentence."""
     warning: str | None = None
-    """What looks wrong although all went well, in a sentence."""
+    """A likely problem in a successful run, as a sentence."""
 
     @property
     def images_per_s(self) -> float:
-        """Of this run, start-up included."""
+        """Rate of this run, including start-up."""
         done = self.num_labelled
         return done / self.wall_s if self.wall_s > 0 else 0.0
 
     @property
     def busy_share(self) -> float:
-        """Part of the actors' time in which they were at masks, from 0 to 1; the rest they waited."""
+        """Fraction of the actors' time that they spent generating masks; the rest they waited."""
         return min(self.device_seconds / self.held_seconds, 1.0) if self.held_seconds > 0 else 0.0
 
     @property
     def cost(self) -> float | None:
-        """Of the GPUs, for the time that this run's actors held them; None where no price was given."""
+        """Cost of the GPUs for the time that this run's actors reserved them; None without a price."""
         return None if self.gpu_price_per_hour is None else self.gpu_seconds / 3600 * self.gpu_price_per_hour
 
     @property
     def cost_per_million_images(self) -> float | None:
-        """The same for a million labelled images; None where none was labelled or no price was given."""
+        """The same per million labelled images; None without a price or without labelled images."""
         return None if self.cost is None or not self.num_labelled else 1e6 * self.cost / self.num_labelled
 
     def add(self, summary: ShardSummary) -> None:
-        """Count a shard that this run committed; not its failures, for those are of the output as it is at the end."""
+        """Add a shard that this run committed, without its failures: those are counted over the final output."""
         self.num_labelled += summary.num_images - sum(summary.failures.values())
         self.num_masks += summary.num_masks
         self.device_seconds += summary.device_seconds
@@ -173,63 +173,63 @@ class LabelReport(WithFailures):
 
 @dataclass
 class ImportReport(WithFailures):
-    """What `samray.import_` did."""
+    """Result of `samray.import_`."""
 
     output: str
     format: str
     num_images: int = 0
-    """In OUTPUT, failed ones included."""
+    """Images in OUTPUT, including failed ones."""
     num_masks: int = 0
-    """Of this run."""
+    """Masks of this run."""
     num_dropped: int = 0
-    """Annotations of this run that hold no pixel, or belong to no image."""
+    """Annotations of this run without a pixel or without an image."""
     num_corrected: int = 0
-    """Images that a person looked at; 0 where nothing is corrected."""
+    """Images with manual corrections; 0 for a plain import."""
     num_unknown_images: int = 0
-    """Of a person's file, which the corrected output does not have."""
+    """Images of the corrected file that the output does not have."""
     changes: dict[str, int] = field(default_factory=dict)
-    """Of this run: masks that a person left unchanged, changed, added or removed, and those that were left_out."""
+    """Masks of this run by change: unchanged, changed, added, removed, left_out."""
     num_shards: int = 0
     num_shards_skipped: int = 0
-    """Found done."""
+    """Shards finished by earlier calls."""
     warning: str = ""
-    """What is likely wrong, though the import went through: no image was found."""
+    """A likely problem in a successful import: no image was found."""
     wall_s: float = 0.0
 
     def add(self, summary: ShardSummary, num_dropped: int) -> None:
-        """Count a shard that this run wrote."""
+        """Add a shard that this run wrote."""
         self.num_masks += summary.num_masks
         self.num_dropped += num_dropped
         self.add_failures(summary.failures)
 
 
 def no_masks(num_images: int, config: Config) -> str:
-    """The warning that none of so many labelled images has a mask, and what the likely reason is."""
-    images = "the one image" if num_images == 1 else f"any of the {num_images:,} images"
+    """The warning that none of the labelled images has a mask, with the likely reason."""
+    images = "the only image" if num_images == 1 else f"any of the {num_images:,} images"
     found = f"NO MASK was found in {images} labelled"
     if config.input.prompts is not None:
-        return f"{found}: {config.input.prompts} holds no prompt for them"
+        return f"{found}: {config.input.prompts} has no prompts for them"
     own = MaskConfig().for_model(config.model.name)
     strict = [
-        f"{row.name}={getattr(config.masks, key)} (its own: {getattr(own, key)})"
+        f"{row.name}={getattr(config.masks, key)} (default: {getattr(own, key)})"
         for row in setting_rows("masks")
         if getattr(config.masks, key := row.name.partition(".")[2]) != getattr(own, key)
     ]
     if strict:
         return (
-            f"{found}. These settings are not those that suit the model {config.model.name}: {', '.join(strict)};"
-            " leave them out, or change them, and label into another OUTPUT"
+            f"{found}. These settings differ from the defaults of the model {config.model.name}: {', '.join(strict)};"
+            " remove or change them, and label into another OUTPUT"
         )
     return (
-        f"{found}, with the settings that suit the model {config.model.name}. Look at the images, and at"
-        " model.checkpoint if it is your own. Lower thresholds find more, into another OUTPUT:"
+        f"{found}, with the default settings of the model {config.model.name}. Look at the images, and at"
+        " model.checkpoint if you set it. Lower thresholds give more masks (into another OUTPUT):"
         f" masks.pred_iou_thresh is {own.pred_iou_thresh:g},"
         f" masks.stability_score_thresh is {own.stability_score_thresh:g}"
     )
 
 
 def print_report(report: LabelReport, console: Console | None = None) -> None:
-    """The closing summary of a run, for people."""
+    """Print the closing summary of a run."""
     console = console or Console(stderr=True)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
@@ -237,9 +237,9 @@ def print_report(report: LabelReport, console: Console | None = None) -> None:
     skipped = f" ({report.num_shards_skipped} of {report.num_shards} shards were done before)"
     table.add_row("images", f"{report.num_images}" + skipped * bool(report.num_shards_skipped))
     if report.num_labelled:
-        rate = f"{report.images_per_s:.2f} images/s with the start of Ray"
+        rate = f"{report.images_per_s:.2f} images/s including the start of Ray"
         table.add_row("labelled now", f"{report.num_labelled} in {duration(report.wall_s)}, {rate}")
-        table.add_row("masks", f"{report.num_masks}, {report.num_masks / report.num_labelled:.1f} an image")
+        table.add_row("masks", f"{report.num_masks}, {report.num_masks / report.num_labelled:.1f} per image")
     if report.num_failed:
         reasons = ", ".join(f"{number} {reason}" for reason, number in report.failures.items())
         table.add_row("failed images", f"{report.num_failed}: {reasons}")
@@ -273,8 +273,8 @@ def _stages(stage_seconds: dict[str, float]) -> str:
 
 def _next_commands(report: LabelReport) -> list[str]:
     if report.exit_code in (130, 143):
-        return ["the same command again goes on from here"]
+        return ["run the same command to resume"]
     if report.num_missing_shards:
-        return ["the same command again labels what is missing"]
-    retry = ["the same command with --retry-failed tries the failed images again"] * bool(report.num_failed)
+        return ["run the same command to label the missing images"]
+    retry = ["add --retry-failed to the same command to retry the failed images"] * bool(report.num_failed)
     return [*retry, f"samray verify {report.output}", f"samray report {report.output}"]

@@ -1,4 +1,4 @@
-"""Stage 5: finished Parquet bytes, one conditional PUT. That the file exists is the only mark that a shard is done."""
+"""Stage 5: one conditional PUT of the finished Parquet file. Its existence is the only mark that the shard is done."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 WRITTEN = pa.schema(
     [
         ("shard", pa.int64()),
-        ("summary", pa.string()),  # of the images just labelled
-        ("failures", pa.string()),  # of the shard as it now lies: JSON, reason -> number of images
-        ("version", pa.string()),  # of the file of which failures says so; null where another try's file was there
+        ("summary", pa.string()),  # of the newly labelled images
+        ("failures", pa.string()),  # of the shard as stored: JSON, reason -> number of images
+        ("version", pa.string()),  # of the file that failures describes; null if another attempt had written it
         ("digest", pa.string()),  # the checksum in that file
     ]
 )
 
 
 def write_shard(batch: pa.Table, *, plan: Plan, config: Config, run_id: str) -> pa.Table:
-    """One row of LABELLED in; commits the shard; one of WRITTEN out, all null where the shard was left alone.
+    """One row of LABELLED in; commits the shard; one row of WRITTEN out, all null if the shard was skipped.
 
-    A shard that is already there was committed by another try at the same images: that is success.
+    If the shard exists already, another attempt committed the same images: that is success.
     """
     end_with_ray()
     (labelled,) = batch.to_pylist()
@@ -76,7 +76,7 @@ def write_shard(batch: pa.Table, *, plan: Plan, config: Config, run_id: str) -> 
 
 
 def _version_of(output: str, shard: int, num_bytes: int) -> str | None:
-    """The version of the file of num_bytes just written; None where it is another's, or was replaced since."""
+    """The version of the file of num_bytes just written; None if it is another attempt's, or was replaced since."""
     if num_bytes == 0:
         return None
     version = storage.file_version(shard_uri(output, shard))
@@ -84,7 +84,7 @@ def _version_of(output: str, shard: int, num_bytes: int) -> str | None:
 
 
 def put_rows(old: pa.Table, places: list[int], new: pa.Table) -> pa.Table:
-    """old with the rows at places replaced by those of new, in order; the metadata of new."""
+    """Replace the rows of old at these indices by those of new, in order; keeps the metadata of new."""
     assert new.num_rows == len(places), (new.num_rows, places)
     order = list(range(old.num_rows))
     for i, place in enumerate(places):
@@ -94,7 +94,7 @@ def put_rows(old: pa.Table, places: list[int], new: pa.Table) -> pa.Table:
 
 
 def merged_stats(old: dict[str, Any], new: ShardSummary, table: pa.Table) -> dict[str, Any]:
-    """Counts of the table as it now is; the times of both runs together."""
+    """Counts of the current table; times of both runs together."""
     errors = table["error"].drop_null().to_pylist()
     merged = replace(
         new,

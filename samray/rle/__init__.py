@@ -1,1 +1,1 @@
-"""COCO's run lengths: encoding masks, decoding what somebody else may have written, outlines as polygons."""
+"""COCO run lengths: encode masks, decode untrusted ones, and trace their outlines as polygons."""

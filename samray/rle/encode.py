@@ -1,7 +1,7 @@
-"""COCO run-length encoding: runs of 0 and 1 in turn, column by column, starting with 0.
+"""COCO run-length encoding: alternating runs of 0 and 1, column by column, starting with 0.
 
-`counts` is the run lengths as an int64 array, the uncompressed form; pycocotools makes the strings. Everything here
-works on runs, so masks of large images are never held more than a few at a time.
+`counts` is an int64 array of run lengths, the uncompressed form; pycocotools makes the strings. Everything here works
+on runs, which limits how many masks of a large image are in memory.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ Counts = npt.NDArray[np.int64]
 
 
 def encode_masks(masks: Tensor, origin_xy: tuple[int, int], image_hw: tuple[int, int]) -> list[Counts]:
-    """Run lengths of masks that cover a window of the image; outside of it they are 0.
+    """Run lengths of masks that cover a window of the image; outside the window they are 0.
 
-    masks: (M, h, w) bool, any device. origin_xy: the window's left top pixel. Returns M arrays, each summing to H * W.
+    masks: (M, h, w) bool, any device. origin_xy: the window's left top pixel. Returns M arrays, each with the sum H *
+    W.
     """
     num, h, w = masks.shape
     height, width = image_hw
     x0, y0 = origin_xy
-    # A 0 above and below every column: each column's changes then alternate between a start and an end of a run.
+    # Pad every column with 0 above and below: its changes then alternate between starts and ends of runs.
     columns = torch.zeros((num, w, h + 2), dtype=torch.bool, device=masks.device)
     columns[:, :, 1:-1] = masks.transpose(1, 2)
     changed = (columns[:, :, 1:] != columns[:, :, :-1]).flatten()
-    on_cpu = changed.device.type == "cpu"  # there numpy is three times faster
+    on_cpu = changed.device.type == "cpu"  # numpy is three times faster there
     flat = np.flatnonzero(changed.numpy()) if on_cpu else changed.nonzero()[:, 0].cpu().numpy()
     index, column, row = flat // (w * (h + 1)), flat // (h + 1) % w, flat % (h + 1)
     position = (column + x0) * height + row + y0
-    # A run that ends with its column where the next column starts one is the same run: both changes cancel.
+    # A run at the end of a column and one at the start of the next are the same run: both changes cancel.
     cancel = np.zeros(len(position) + 1, dtype=bool)
     cancel[1:-1] = (position[1:] == position[:-1]) & (index[1:] == index[:-1])
     keep = ~(cancel[1:] | cancel[:-1])
@@ -81,7 +82,7 @@ def box_xyxy(counts: Counts, image_hw: tuple[int, int]) -> npt.NDArray[np.int64]
 
 
 def make_disjoint(masks: list[Counts], image_hw: tuple[int, int]) -> list[Counts]:
-    """Give each pixel to the first mask that has it. masks: first wins. Returns as many masks, some perhaps empty."""
+    """Assign each pixel to the first mask that has it. Returns the same number of masks, some possibly empty."""
     num_pixels = image_hw[0] * image_hw[1]
     owner = np.full(num_pixels, -1, dtype=np.int32)
     for index in reversed(range(len(masks))):
@@ -98,7 +99,7 @@ def make_disjoint(masks: list[Counts], image_hw: tuple[int, int]) -> list[Counts
 
 
 def _counts(changes: Counts, num_pixels: int) -> Counts:
-    """Run lengths from the positions at which the mask changes, 0 before the first."""
+    """Run lengths from the positions where the mask changes; it starts with 0."""
     counts = np.diff(changes, prepend=0, append=num_pixels)
-    # The runs of a mask that ends in a 1 end with it: a last run of no pixels would be a different string.
+    # If the last pixel is 1, its run is the last one: an extra empty run would give a different string.
     return counts[:-1] if counts[-1] == 0 and len(counts) > 1 else counts

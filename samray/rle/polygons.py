@@ -1,8 +1,8 @@
-"""The outlines of masks as polygons that follow the edges of pixels, so that filling them gives the mask back exactly.
+"""Outlines of masks as polygons along the edges of pixels: filling them gives exactly the mask.
 
 Coordinates are those of pixel corners: the image spans 0..width and 0..height, and pixel (x, y) has its centre at
-(x + 0.5, y + 0.5). Everything is done on runs, for all masks of an image at once; the cost grows with the length of the
-outlines, not with the areas.
+(x + 0.5, y + 0.5). Works on runs, for all masks of an image at once; the cost grows with the length of the outlines,
+not with the areas.
 """
 
 from __future__ import annotations
@@ -16,39 +16,39 @@ import numpy.typing as npt
 from samray.rle.runs import Runs, batches, column_intervals
 
 Ring = npt.NDArray[np.int64]
-"""(N, 2) x, y of the corners of a closed outline; the first is not repeated at the end."""
+"""(N, 2) x, y of the corners of a closed outline, without repeating the first."""
 
 _MAX_NEAREST: Final = 256
-"""Rings that are joined where they come closest; a mask of more is noise, for which that would take hours."""
+"""Maximum number of rings to join at their closest points. A mask with more is noise, and would take hours."""
 
 
 def outlines(masks: list[Runs], image_hw: tuple[int, int]) -> Iterator[list[list[Ring]]]:
-    """For each mask its components, for each component its outer ring and then its holes.
+    """For each mask its components; for each component its outer ring, then its holes.
 
-    masks: run lengths that sum to H * W. Components are 4-connected: pixels that touch at a corner only are two.
-    Outer rings run counter-clockwise as seen on the screen, holes clockwise. An empty mask has no component.
+    masks: run lengths with the sum H * W. Components are 4-connected: pixels that touch only at a corner are separate.
+    Outer rings run counter-clockwise on the screen, holes clockwise. An empty mask has no components.
     """
     for batch in batches(masks, image_hw[0]):
         yield from _outlines(batch, image_hw)
 
 
 def _outlines(masks: list[Runs], image_hw: tuple[int, int]) -> list[list[list[Ring]]]:
-    """As `outlines`, all at once."""
+    """`outlines`, all at once."""
     height, width = image_hw
     number, column, top, bottom = column_intervals(masks, height)
     line = height + 1
-    left_of = (number * (width + 1) + column) * line  # of the vertical line that is the column's left side
+    left_of = (number * (width + 1) + column) * line  # index of the vertical line at the column's left side
     toggles = np.stack([left_of + top, left_of + bottom], axis=1).ravel()
     direction = np.tile(np.array([1, -1], dtype=np.int8), len(left_of))
 
-    # A corner lies where the columns on both sides of a vertical line do not start or end alike.
+    # A vertical line has a corner where the intervals of the columns on its two sides do not start or end alike.
     places = np.union1d(toggles, toggles + line)
     on_right, on_left = np.zeros((2, len(places)), dtype=np.int8)
     on_right[np.searchsorted(places, toggles)] = direction
     on_left[np.searchsorted(places, toggles + line)] = direction
     is_corner = on_right != on_left
     places, on_right, on_left = places[is_corner], on_right[is_corner], on_left[is_corner]
-    # Where two pixels touch at a corner, two outlines pass: it counts twice, above and below.
+    # Where two pixels touch at a corner, two outlines pass: the corner counts twice, above and below.
     twice = (on_right != 0) & (on_left != 0)
     repeats = 1 + twice
     second = np.arange(repeats.sum()) - np.repeat(repeats.cumsum() - repeats, repeats)
@@ -58,8 +58,8 @@ def _outlines(masks: list[Runs], image_hw: tuple[int, int]) -> list[list[list[Ri
     xs = places // line % (width + 1)
     number = places // line // (width + 1)
 
-    # Along a vertical line the corners come in pairs, each an edge, and so they do along a horizontal one. Of a corner
-    # that counts twice the one that bounds the pixel on the left ends the edge on the left.
+    # Corners come in pairs along a vertical line, each pair an edge, and likewise along a horizontal one. Of a corner
+    # that counts twice, the one that bounds the pixel on the left ends the edge on the left.
     slot = np.where(twice & (on_left == 1), 1 - second, second)
     by_row = ((number * line + ys) * (width + 1) + xs) * 2 + slot
     row_order = np.argsort(by_row, kind="stable")
@@ -70,8 +70,8 @@ def _outlines(masks: list[Runs], image_hw: tuple[int, int]) -> list[list[list[Ri
     first = np.array([ring[0] for ring in rings], dtype=np.int64)
     is_outer = on_right[first] == 1
     parent = np.arange(len(rings))
-    # The pixel above a hole's first corner belongs to its component, and so does the edge at which that pixel's
-    # interval starts: on an outline that was found before.
+    # The pixel above a hole's first corner belongs to the hole's component, and so does the edge where that pixel's
+    # interval starts, which is on an outline found earlier.
     holes = first[~is_outer]
     interval = np.searchsorted(toggles, places[holes]) // 2
     edge = ((number[holes] * line + top[interval]) * (width + 1) + xs[holes]) * 2 + 1
@@ -93,9 +93,9 @@ def _outlines(masks: list[Runs], image_hw: tuple[int, int]) -> list[list[list[Ri
 
 
 def _trace(across: list[int]) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
-    """Follow the edges. across: the other end of each corner's horizontal edge; that of its vertical one is i ^ 1.
+    """Follow the edges. across: the other end of each corner's horizontal edge; that of its vertical edge is i ^ 1.
 
-    Returns the rings as corners, each from the top of its leftmost edge downwards, in the order of those; and the ring
+    Returns the rings as corners, each from the top of its leftmost edge downwards, ordered by that edge; and the ring
     of each corner.
     """
     ring_of = [-1] * len(across)
@@ -117,9 +117,9 @@ def _trace(across: list[int]) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
 
 
 def join(rings: list[Ring]) -> Ring:
-    """One polygon of many: each ring hangs on the others by a bridge of no width, passed there and back.
+    """Join many rings to one polygon: bridges of zero width, passed in both directions, connect them.
 
-    Filled by either rule, even-odd or non-zero, it covers what the rings cover: outer ones less their holes.
+    Filled with either rule, even-odd or non-zero, it covers the same area: outer rings minus their holes.
     """
     polygon, *others = rings
     for ring in others[:_MAX_NEAREST]:
@@ -132,9 +132,9 @@ def join(rings: list[Ring]) -> Ring:
 
 
 def simplified(ring: Ring, tolerance: float) -> Ring:
-    """The ring without corners that lie within tolerance, in pixels, of the outline that is left.
+    """The ring without corners that are within tolerance, in pixels, of the remaining outline.
 
-    No longer exact: what it covers differs by up to that much. Source: Ramer 1972; Douglas and Peucker 1973.
+    Not exact: the covered area differs by up to that distance. Source: Ramer 1972; Douglas and Peucker 1973.
     """
     closed = np.concatenate([ring, ring[:1]])
     far = int(np.square(ring - ring[0]).sum(axis=1).argmax())

@@ -1,9 +1,9 @@
 """COCO's compressed run lengths as numbers, pixels, areas and boxes, and the runs of a mask's columns, without torch.
 
-The one decoder of masks that samray did not just make itself: of an import, and of any OUTPUT, whose Parquet may be
-damaged or made to do harm. pycocotools trusts what it is given: it reads behind the end of a string that stops in the
-middle of a number, and writes behind its memory for runs that sum to more than height * width. So every mask passes
-`checked_runs` first, which also bounds what it may cost.
+The only decoder for masks that samray did not just generate: from an import or from any OUTPUT, whose Parquet may be
+damaged or malicious. pycocotools trusts its input: it reads past the end of a string that stops inside a number, and
+writes past its memory for runs that sum to more than height * width. Every mask therefore passes `checked_runs` first,
+which also limits its cost.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from samray.errors import StorageError
 Runs = npt.NDArray[np.int64]
 
 MAX_SIDE: Final = 2**20
-"""Longest side of a mask, pixels: one step of some exports is a list of the columns that a mask spans."""
+"""Maximum side of a mask in pixels: some exports make a list of the columns that a mask spans."""
 MAX_PIXELS: Final = 2**30
-"""Most pixels of a mask. pycocotools counts them in 32 bits, from 2^31 on with a sign."""
+"""Maximum pixels of a mask. pycocotools counts them in 32 bits, signed from 2^31."""
 MAX_CHARS: Final = 2**24
-"""Longest string of run lengths: SAM's have hundreds to thousands of characters. Decoding takes up to 60 bytes each."""
+"""Maximum length of a run-length string. SAM's have hundreds to thousands of characters; decoding takes up to 60 bytes
+each."""
 
 _CHARS_AT_ONCE: Final = 2**17
-"""Characters of run lengths that are checked together, unless one string is longer: they fit into a CPU's cache."""
+"""Characters of run lengths checked together, unless one string is longer: they fit a CPU cache."""
 
 _INTERVALS_AT_ONCE: Final = 2**19
-"""Masks that are traced together: 400 bytes each, at most."""
+"""Masks traced together, with at most 400 bytes each."""
 
 _MAX_LETTERS: Final = 12
 _MAX_RUN: Final = 2**32
 
 
 def run_lengths(counts: str) -> Runs | None:
-    """COCO's compressed run lengths as numbers; None where the string is not well-formed.
+    """COCO's compressed run lengths as numbers; None if the string is malformed.
 
-    Groups of five bits, lowest first, as characters from "0" on; the sixth bit says that more follow; from the fourth
-    run on each is the difference to the run before the last. Source: pycocotools, rleFrString.
+    Groups of five bits, lowest first, as characters from "0"; the sixth bit says that more follow; from the fourth run
+    on, each number is the difference to the run before the previous one. Source: pycocotools, rleFrString.
     """
     if not 0 < len(counts) <= MAX_CHARS:
         return None
@@ -56,17 +57,17 @@ def run_lengths(counts: str) -> Runs | None:
 
 
 def _numbers(letters: npt.NDArray[np.uint8]) -> Runs | None:
-    """The numbers as they are written, before differences are summed; None if one is too large for a sum.
+    """The numbers as written, before summing differences; None if one is too large for a sum.
 
-    letters: of six bits each, the last one of a number.
+    letters: with six bits each, the last one ends a number.
     """
-    last = np.flatnonzero(letters < 32)  # of each number
+    last = np.flatnonzero(letters < 32)  # the last letter of each number
     first = np.append(0, last[:-1] + 1)
     num_letters = last - first + 1
     if (most := int(num_letters.max())) > _MAX_LETTERS:
         return None
     runs: Runs = (letters[first] & 31).astype(np.int64)
-    for place in range(1, most):  # of most numbers one or two letters
+    for place in range(1, most):  # most numbers have one or two letters
         longer = np.flatnonzero(num_letters > place)
         runs[longer] |= (letters[first[longer] + place] & 31).astype(np.int64) << 5 * place
     negative = np.flatnonzero(letters[last] >= 16)
@@ -75,29 +76,29 @@ def _numbers(letters: npt.NDArray[np.uint8]) -> Runs | None:
 
 
 def check_size(size: object) -> tuple[int, int]:
-    """Height and width of an image or mask, as whole numbers. Raises: ValueError where they are none or too large."""
+    """Height and width of an image or mask as integers. Raises: ValueError if they are invalid or too large."""
     sides: list[Any] = list(size) if isinstance(size, list | tuple) else [size]
     if len(sides) != 2 or not all(isinstance(side, int | np.integer) and side > 0 for side in sides):
         raise ValueError(f"the size {sides!r}: expected height and width in pixels")
     height, width = int(sides[0]), int(sides[1])
     if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
         raise ValueError(
-            f"the size {width}x{height}: at most {MAX_SIDE} pixels a side and {MAX_PIXELS} pixels in all can be handled"
+            f"the size {width}x{height}: at most {MAX_SIDE} pixels per side and {MAX_PIXELS} pixels in all are allowed"
         )
     return height, width
 
 
 def checked_runs(counts: object, hw: tuple[int, int]) -> Runs:
-    """The run lengths of a mask of an image of this height and width.
+    """The run lengths of a mask in an image of this height and width.
 
     counts: COCO's compressed string. Returns (N,) int64, none negative, with the sum height * width.
-    Raises: ValueError, a sentence's end, where it is no such mask or a size that cannot be handled.
+    Raises: ValueError, phrased as the end of a sentence, if it is not such a mask or a size is not supported.
     """
     height, width = check_size(hw)
     if not isinstance(counts, str):
         raise ValueError(f"run lengths of type {type(counts).__name__}: expected COCO's compressed string")
     if len(counts) > MAX_CHARS:
-        raise ValueError(f"a run-length string of {len(counts)} characters: at most {MAX_CHARS} can be handled")
+        raise ValueError(f"a run-length string of {len(counts)} characters: at most {MAX_CHARS} are supported")
     runs = run_lengths(counts)
     if runs is None:
         raise ValueError("a run-length string that cannot be decoded")
@@ -109,7 +110,7 @@ def checked_runs(counts: object, hw: tuple[int, int]) -> Runs:
 
 
 def all_sound(counts: pa.Array, num_pixels: npt.NDArray[np.int64]) -> bool:
-    """Whether `checked_runs` takes every one of these strings; many are checked at once, in a tenth of the time.
+    """Whether `checked_runs` accepts all of these strings; checks many at once, in a tenth of the time.
 
     counts: N strings, none null. num_pixels: (N,) height * width of each, as `check_size` allows them.
     """
@@ -133,15 +134,15 @@ def all_sound(counts: pa.Array, num_pixels: npt.NDArray[np.int64]) -> bool:
 
 
 def _are_sound(text: npt.NDArray[np.uint8], bounds: Runs, num_pixels: Runs) -> bool:
-    """As `all_sound`. text: the strings, one after the other. bounds: (N + 1,) where each begins, and the end."""
+    """`all_sound` for concatenated strings. text: the strings. bounds: (N + 1,) the start of each, and the end."""
     letters = text - np.uint8(48)
     if letters.max() > 63 or (letters[bounds[1:] - 1] & 32).any():
         return False
     runs = _numbers(letters)
     if runs is None:
         return False
-    # From the fourth run of a mask on, each is the difference to the run before the last: summed over all masks, in
-    # two interleaved sums, less what the masks before had summed up to. 2^24 numbers of 2^33 fit into 64 bits.
+    # From the fourth run of a mask on, each number is the difference to the run before the previous one: take two
+    # interleaved sums over all masks and subtract the total of the masks before. 2^24 numbers of 2^33 fit into 64 bits.
     begin = np.append(0, (letters < 32).cumsum()[bounds[1:] - 1])  # the first number of each mask
     num_runs = np.diff(begin)
     begin = begin[:-1]
@@ -169,7 +170,7 @@ def area(runs: Runs) -> int:
 
 
 def bbox_xywh(runs: Runs, hw: tuple[int, int]) -> list[float]:
-    """The smallest box around a mask of checked runs, as pycocotools' toBbox; zeros for an empty one."""
+    """The smallest box around a mask of checked runs, as from pycocotools' toBbox; zeros for an empty mask."""
     start, end = spans(runs)
     if not len(start):
         return [0.0, 0.0, 0.0, 0.0]
@@ -182,7 +183,7 @@ def bbox_xywh(runs: Runs, hw: tuple[int, int]) -> list[float]:
 
 
 def spans(runs: Runs) -> tuple[Runs, Runs]:
-    """Starts and ends (exclusive) of the runs of 1, as column-major positions: none empty, none touching the next."""
+    """Starts and ends (exclusive) of the runs of 1, as column-major positions: none empty, none adjacent."""
     ends = runs.cumsum()
     start, end = ends[0::2][: len(runs) // 2], ends[1::2]
     filled = end > start
@@ -193,7 +194,7 @@ def spans(runs: Runs) -> tuple[Runs, Runs]:
 
 
 def union_area(masks: list[Runs]) -> int:
-    """How many pixels lie in any of the masks, given as run lengths of the same image."""
+    """Number of pixels in the union of masks, given as run lengths of the same image."""
     pairs = [spans(runs) for runs in masks]
     if not pairs:
         return 0
@@ -205,7 +206,7 @@ def union_area(masks: list[Runs]) -> int:
 
 
 def batches(masks: list[Runs], height: int) -> Iterator[list[Runs]]:
-    """The masks in their order, in lists whose `column_intervals` fit into memory; none for no mask."""
+    """The masks in order, in lists whose `column_intervals` fit into memory; no list for no masks."""
     batch: list[Runs] = []
     size = 0
     for runs in masks:
@@ -221,7 +222,7 @@ def batches(masks: list[Runs], height: int) -> Iterator[list[Runs]]:
 
 
 class Intervals(NamedTuple):
-    """The columns of several masks, each as its intervals of 1: sorted by mask, column and top; (N,) int64 each."""
+    """The columns of several masks as intervals of 1, sorted by mask, column and top; (N,) int64 each."""
 
     mask: Runs
     column: Runs
@@ -231,7 +232,7 @@ class Intervals(NamedTuple):
 
 
 def column_intervals(masks: list[Runs], height: int) -> Intervals:
-    """masks: the run lengths of masks that are `height` pixels high. A run that spans columns is cut between them."""
+    """masks: run lengths of masks with this `height`. Runs that span columns are split at them."""
     pairs = [spans(runs) for runs in masks]
     number = np.repeat(np.arange(len(masks)), [len(start) for start, _ in pairs])
     none = np.zeros(0, dtype=np.int64)
@@ -246,18 +247,18 @@ def column_intervals(masks: list[Runs], height: int) -> Intervals:
 
 
 def runs_of_image(image_id: int, counts: list[str], hw: tuple[int, int]) -> list[Runs]:
-    """The run lengths of an image's masks. Raises: StorageError if one does not fit that height and width."""
+    """The run lengths of an image's masks. Raises: StorageError if one does not fit its height and width."""
     masks = []
     try:
         check_size(hw)
     except ValueError as error:
-        raise StorageError(f"image {image_id} has {error}; `samray verify --deep` finds all such faults") from error
+        raise StorageError(f"image {image_id} has {error}; `samray verify --deep` finds all such problems") from error
     for place, text in enumerate(counts):
         try:
             masks.append(checked_runs(text, hw))
         except ValueError as error:
             raise StorageError(
-                f"image {image_id}, annotation {place} is no mask of its image: it has {error}; "
-                "`samray verify --deep` finds all such faults"
+                f"image {image_id}, annotation {place} does not fit its image: it has {error}; "
+                "`samray verify --deep` finds all such problems"
             ) from error
     return masks

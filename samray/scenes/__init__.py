@@ -1,1 +1,1 @@
-"""Painted scenes whose masks are known: for the demo, for training and for measuring."""
+"""Synthetic scenes with known masks: for the demo, training and evaluation."""

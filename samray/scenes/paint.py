@@ -1,6 +1,6 @@
-"""What scenes are painted with: random outlines, textures and patches of photographs.
+"""Building blocks of scenes: random outlines, textures and patches of photographs.
 
-Lengths are in pixels, colours in 0..255, masks and mixtures in 0..1; everything random comes from the generator given.
+Lengths are in pixels, colours in 0..255, masks and mixtures in 0..1; all randomness comes from the given generator.
 """
 
 from collections.abc import Callable
@@ -12,17 +12,17 @@ from PIL import Image, ImageDraw
 
 Split = Literal["train", "heldout"]
 Float = npt.NDArray[np.floating[Any]]
-"""float32 wherever speed matters."""
+"""float32, for speed."""
 
 
 class Source(Protocol):
-    """Where photographic material comes from (samray.train.cutouts.CutoutSource)."""
+    """A source of photographic material (samray.train.cutouts.CutoutSource)."""
 
     def cutout(self, rng: np.random.Generator, split: Split) -> Image.Image | None:
-        """A random object as an RGBA image, or None if there is none of this split."""
+        """A random object as an RGBA image, or None if this split has none."""
 
     def photo(self, rng: np.random.Generator, split: Split) -> Image.Image | None:
-        """A random photographic background as an RGB image, or None if there is none of this split."""
+        """A random photographic background as an RGB image, or None if this split has none."""
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ _HELDOUT_SHAPES = {"heart": _heart, "cross": _cross, "gear": _gear}
 
 
 def outline_alpha(rng: np.random.Generator, diameter: float, split: Split) -> Float:
-    """A random outline as an antialiased (h, w) alpha, its longest extent about the diameter."""
+    """A random outline as an antialiased (h, w) alpha; its longest side is about the diameter."""
     unseen = split == "heldout" and rng.random() < 0.5
     shapes = _HELDOUT_SHAPES if unseen else _SHAPES
     outline = shapes[list(shapes)[int(rng.integers(len(shapes)))]](rng)
@@ -103,7 +103,7 @@ def outline_alpha(rng: np.random.Generator, diameter: float, split: Split) -> Fl
     outline = (outline - low) * (diameter / (high - low).max())
     w, h = np.ceil(outline.max(axis=0)).astype(int) + 3
     ring = rng.random() < 0.12
-    image = Image.new("L", (2 * w, 2 * h))  # drawn twice as large and averaged, for soft edges
+    image = Image.new("L", (2 * w, 2 * h))  # drawn at twice the size and averaged, for soft edges
     draw = ImageDraw.Draw(image)
     draw.polygon([(x, y) for x, y in (outline * 2 + 2).tolist()], fill=255)
     if ring:
@@ -130,7 +130,7 @@ def ramp(rng: np.random.Generator, h: int, w: int) -> Float:
 
 
 def clouds(rng: np.random.Generator, h: int, w: int) -> Float:
-    """(h, w) noise of several octaves in about 0..1."""
+    """(h, w) noise of several octaves, about 0..1."""
     total, amplitude, cells = np.zeros((h, w), np.float32), 1.0, int(rng.integers(2, 12))
     decay = rng.uniform(0.4, 0.9)
     for _ in range(int(rng.integers(1, 5))):
@@ -143,7 +143,7 @@ def clouds(rng: np.random.Generator, h: int, w: int) -> Float:
 
 
 def _pattern(rng: np.random.Generator, h: int, w: int, split: Split) -> Float:
-    """(h, w) in 0..1: how two colours mix."""
+    """(h, w) in 0..1: the mixture of two colours."""
     kinds = ["flat", "ramp", "clouds", "clouds", "radial", "stripes", "checks", "dots"]
     kind = kinds[int(rng.integers(len(kinds)))]
     if split == "heldout" and rng.random() < 0.2:
@@ -178,7 +178,7 @@ def _pattern(rng: np.random.Generator, h: int, w: int, split: Split) -> Float:
 
 
 def _colour(rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    """(3,) in 0..255, mostly of less than full saturation, as in photographs."""
+    """(3,) in 0..255, mostly with less than full saturation, as in photographs."""
     colour = rng.uniform(0, 255, 3)
     dulled: npt.NDArray[np.float64] = colour.mean() + (colour - colour.mean()) * rng.uniform(0, 1)
     return dulled
@@ -199,7 +199,7 @@ def texture(rng: np.random.Generator, h: int, w: int, source: Source | None, spl
 
 
 def photo_crop(rng: np.random.Generator, photo: Image.Image, h: int, w: int) -> Float:
-    """A random crop of the photograph, brought to (h, w, 3)."""
+    """A random crop of the photograph, resized to (h, w, 3)."""
     fit = min(photo.width / w, photo.height / h)
     scale = fit * rng.uniform(0.3, 1.0)
     x, y = rng.uniform(0, photo.width - scale * w), rng.uniform(0, photo.height - scale * h)

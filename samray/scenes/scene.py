@@ -1,9 +1,9 @@
-"""Synthetic scenes with exact masks: what the demo labels and what the embedded model is trained on.
+"""Synthetic scenes with exact masks: labelled by the demo, and used to train the embedded model.
 
-A scene is painted back to front: a background, then three to twelve objects at many scales. Each layer that is painted
-takes the pixels it covers from the ones below, so the masks are the visible pixels after occlusion and disjoint, except
-that an object's mask includes those of its parts. Without a source of cut-outs everything is procedural; with one,
-photographic objects and backgrounds are mixed in. Equal arguments give equal scenes.
+A scene is painted back to front: a background, then three to twelve objects at many scales. Each new layer hides the
+pixels that it covers, so the masks are the visible pixels after occlusion, and disjoint, except that an object's mask
+includes its parts. Without a source of cut-outs everything is procedural; with one, photographic objects and
+backgrounds are mixed in. The same arguments give the same scene.
 """
 
 import io
@@ -25,21 +25,21 @@ NUM_OBJECTS_RANGE = (3, 12)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """A picture and its ground truth."""
+    """An image and its ground truth."""
 
     image: npt.NDArray[np.uint8]
     """(H, W, 3) RGB."""
     masks: Bool
     """(N, H, W) visible pixels; N may be 0."""
     kinds: list[str]
-    """N of "object" (a whole, its parts included), "part" (a piece of one) and "region" (a side of the background)."""
+    """N of "object" (a whole with its parts), "part" (a piece of one) and "region" (a side of the background)."""
 
 
 @dataclass(slots=True)
 class _Layer:
     rgb: Float  # (h, w, 3) in 0..255
     alpha: Float  # (h, w) in 0..1
-    parts: npt.NDArray[np.int16]  # (h, w), 0 where no part, else the part's number from 1
+    parts: npt.NDArray[np.int16]  # (h, w), 0 outside of parts, else the part's number from 1
 
 
 def make_scene(
@@ -47,8 +47,9 @@ def make_scene(
 ) -> Scene:
     """Paint one scene of `size` (a side, or height and width).
 
-    The splits share no random stream, no cut-out and no photograph; some shapes and textures occur in "heldout" only.
-    Masks with fewer than MIN_VISIBLE_PIXELS, or with less than MIN_VISIBLE_FRACTION of the layer left, are no targets.
+    The splits share no random stream, cut-out or photograph; some shapes and textures occur only in "heldout".
+    Masks with fewer than MIN_VISIBLE_PIXELS, or with less than MIN_VISIBLE_FRACTION of the layer visible, are not
+    targets.
     """
     if split not in ("train", "heldout"):
         raise ValueError(f"split must be 'train' or 'heldout', not {split!r}")
@@ -62,7 +63,7 @@ def make_scene(
     low, high = np.log(DIAMETER_RANGE)
     num_objects = int(rng.integers(NUM_OBJECTS_RANGE[0], NUM_OBJECTS_RANGE[1] + 1))
     diameters = np.exp(rng.uniform(low, high, num_objects)) * min(height, width)
-    if rng.random() < 0.6:  # small things mostly lie before large ones; otherwise few of them would stay visible
+    if rng.random() < 0.6:  # mostly put small objects in front, because otherwise few of them would stay visible
         diameters = np.sort(diameters)[::-1]
     full_areas = []
     for index, diameter in enumerate(diameters, start=1):
@@ -106,7 +107,7 @@ def _paint(
     owner: npt.NDArray[np.int16],
     part_of: npt.NDArray[np.int16],
 ) -> None:
-    """Lay the layer somewhere on the canvas, in place; its centre lies within the picture, the rest may not."""
+    """Paint the layer somewhere on the canvas, in place; only its centre must be inside the image."""
     height, width = owner.shape
     h, w = layer.alpha.shape
     top, left = int(rng.uniform(0, height) - h / 2), int(rng.uniform(0, width) - w / 2)
@@ -123,7 +124,7 @@ def _paint(
 
 
 def _shade(rng: np.random.Generator, alpha: Float, top: int, left: int, canvas: Float) -> None:
-    """Darken the canvas by the layer's soft, displaced shadow."""
+    """Darken the canvas by the layer's soft, shifted shadow."""
     h, w = alpha.shape
     pad = max(2, int(0.15 * max(h, w)))
     shadow = Image.new("L", (w + 2 * pad, h + 2 * pad))
@@ -170,7 +171,7 @@ def _cutout_layer(rng: np.random.Generator, diameter: float, picture: Image.Imag
     scale = diameter / max(picture.size)
     stretch = np.exp(rng.uniform(-0.2, 0.2))
     size = (max(3, round(picture.width * scale * stretch)), max(3, round(picture.height * scale / stretch)))
-    # Resampled with premultiplied alpha: otherwise the colour hidden under the transparent pixels shows at the rim.
+    # Resample with premultiplied alpha: otherwise the hidden colour of transparent pixels shows at the edge.
     picture = picture.convert("RGBa").resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
     if rng.random() < 0.5:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -189,7 +190,7 @@ def _cutout_layer(rng: np.random.Generator, diameter: float, picture: Image.Imag
 
 
 def _add_parts(rng: np.random.Generator, layer: _Layer, source: Source | None, split: Split) -> None:
-    """Paint one or two pieces of another look onto the layer, cut to its outline, in place."""
+    """Paint one or two differently textured pieces onto the layer, cut to its outline, in place."""
     h, w = layer.alpha.shape
     for number in range(1, int(rng.integers(1, 3)) + 1):
         ys, xs = np.nonzero(layer.alpha > 0.9)
@@ -214,13 +215,13 @@ def _add_parts(rng: np.random.Generator, layer: _Layer, source: Source | None, s
 
 
 def _background(rng: np.random.Generator, h: int, w: int, source: Source | None, split: Split) -> tuple[Float, Bool]:
-    """The canvas (h, w, 3) in 0..255, and the (h, w) pixels of its one side (none if it is all of a piece)."""
+    """The canvas (h, w, 3) in 0..255, and the (h, w) pixels of one of its two sides (none if it has only one)."""
     horizon = np.zeros((h, w), bool)
     photo = source.photo(rng, split) if source is not None and rng.random() < 0.5 else None
     if photo is not None:
         return photo_crop(rng, photo, h, w), horizon
     canvas = texture(rng, h, w, None, split)
-    if rng.random() < 0.35:  # two sides, as sky and ground, with a wavy border
+    if rng.random() < 0.35:  # two sides, like sky and ground, with a wavy border
         border = ramp(rng, h, w) + (clouds(rng, h, w) - 0.5) * np.float32(rng.uniform(0, 0.3))
         horizon = border > rng.uniform(0.3, 0.7)
         canvas[horizon] = texture(rng, h, w, source, split)[horizon]
@@ -228,7 +229,7 @@ def _background(rng: np.random.Generator, h: int, w: int, source: Source | None,
 
 
 def _photograph(rng: np.random.Generator, canvas: Float) -> npt.NDArray[np.uint8]:
-    """What a camera does to the picture: exposure, blur, noise, JPEG."""
+    """Simulate a camera: exposure, blur, noise, JPEG."""
     if rng.random() < 0.5:
         canvas = (canvas - 128) * np.float32(rng.uniform(0.6, 1.15)) + np.float32(128 + rng.uniform(-30, 30))
     image = Image.fromarray(to_uint8(canvas))

@@ -1,13 +1,13 @@
-"""Files on any fsspec filesystem: list, read, and writes that appear whole or not at all.
+"""Files on any fsspec filesystem: listing, reading, and atomic writes.
 
-This is the only package that talks to storage and the only one that retries. Names found by listing are taken
-literally: a `*`, `?`, `[`, `%` or `#` in a name is just a character. Local files are plain absolute paths, all others
-`scheme://...` URIs. Endpoint and credentials come from the usual environment variables (`AWS_ENDPOINT_URL`,
-`AWS_ACCESS_KEY_ID`, ...) and from fsspec's own configuration (`FSSPEC_S3_...`); none is ever put into a message.
+Only this package talks to storage, and only it retries. Names from a listing are literal: a `*`, `?`, `[`, `%` or `#`
+in a name is an ordinary character. Local files are plain absolute paths, all others `scheme://...` URIs. Endpoint and
+credentials come from the usual environment variables (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, ...) and from fsspec's
+configuration (`FSSPEC_S3_...`); no message contains them.
 
-`put_new` is what makes a shard appear exactly once: on local disks a finished temporary file is hard-linked to its
-name, which fails if the name is taken; on object stores it is one conditional PUT of finished bytes; on filesystems
-that write in place a finished temporary file is renamed. `check_output` names a storage that can do none of this.
+`put_new` ensures that a shard is created exactly once. On local disks it hard-links a finished temporary file to its
+name, which fails if the name exists; on object stores it is one conditional PUT; on filesystems that write in place it
+renames a finished temporary file. `check_output` rejects storage that supports none of these.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Addresses of the web: which are this machine's or a private network's, and the client that avoids some of them."""
+"""Web addresses: which belong to this machine or a private network, and an HTTP client that avoids some of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _CLOUD_METADATA: Final = frozenset(
     map(ipaddress.ip_address, ("100.100.100.200", "168.63.129.16", "192.0.0.192", "fd00:ec2::254", "fd20:ce::254"))
 )
-"""Where clouds answer besides the link-local 169.254.0.0/16 and fe80::/10."""
+"""Cloud metadata addresses in addition to the link-local 169.254.0.0/16 and fe80::/10."""
 _METADATA_NAMES: Final = ("metadata", "metadata.google.internal", "metadata.goog", "instance-data")
 _INTERNAL_ENDINGS: Final = (".localhost", ".local", ".internal", ".intranet", ".lan", ".home.arpa", ".localdomain")
 
@@ -33,7 +33,7 @@ def is_internal(host: str) -> bool:
 
 
 def _parse(host: str) -> tuple[_Address | None, str]:
-    """The address that `host` spells out, in any of the ways that a resolver takes; and the bare name."""
+    """The address that `host` denotes, in any notation that a resolver accepts; and the bare name."""
     name = host.rpartition("@")[2].lower()
     name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
     name = name.rstrip(".")
@@ -56,8 +56,8 @@ def _is_metadata(address: _Address) -> bool:
 
 
 async def make_client(**options: Any) -> Any:
-    """The aiohttp session of fsspec's HTTP filesystem. It connects to no link-local address, also not by a name that
-    resolves to one or by a redirect.
+    """The aiohttp session of fsspec's HTTP filesystem, which refuses to connect to link-local addresses, also via a
+    name that resolves to one or a redirect.
     """
     import aiohttp
 
@@ -65,7 +65,7 @@ async def make_client(**options: Any) -> Any:
         family, kind, protocol, _, address = info
         if _is_metadata(_unmapped(ipaddress.ip_address(address[0].partition("%")[0]))):
             raise FileError(
-                f"samray never asks {address[0]}: it is a link-local address, where clouds keep credentials"
+                f"samray never connects to {address[0]}: it is a link-local address, where clouds serve credentials"
             )
         return socket.socket(family, kind, protocol)
 

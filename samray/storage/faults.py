@@ -1,8 +1,8 @@
-"""What an error of a storage backend means: try again, the file's fault, or the end of the run.
+"""Classify the errors of storage backends: retry, an error of this file, or the end of the run.
 
-One table each for the server's own codes, HTTP statuses, errno and the exceptions of client libraries, asked in this
-order: the more precise answer first. Whatever may succeed next time is tried again. A file is blamed for good only when
-it is missing; for any other refusal `samray.inputs.fetch` first looks whether other files can still be read.
+One table each for the server's error codes, HTTP statuses, errno and client exceptions, checked in this order, from
+specific to general. Whatever may succeed next time is retried. A missing file is that file's own error; for any other
+refusal `samray.inputs.fetch` first checks whether other files can still be read.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Fault(enum.Enum):
     """What to do about an error."""
 
     RETRY = "retry"
-    """It may succeed next time: throttling, a broken connection, a server that is restarted, a damaged body."""
+    """May succeed next time: throttling, a broken connection, a server restart, a damaged body."""
     MISSING = "missing"
-    """The file is not there."""
+    """The file does not exist."""
     FILE = "file"
-    """This file is refused, and perhaps every other one: only reading others tells."""
+    """This file is refused, and perhaps all others: only reading others can tell."""
     RUN = "run"
-    """No request will succeed: wrong or expired credentials, a clock that is off, a full disk."""
+    """No request will succeed: wrong or expired credentials, a wrong clock, a full disk."""
 
 
 def _codes(fault: Fault, codes: str) -> dict[str, Fault]:
@@ -48,7 +48,7 @@ _SERVICE_CODES: Final[dict[str, Fault]] = {
         XAmzContentSHA256Mismatch XMinioServerNotInitialized""",
     ),
     **_codes(Fault.MISSING, "BlobNotFound NoSuchKey NoSuchVersion"),
-    # A missing bucket says nothing about one of its files.
+    # A missing bucket says nothing about a file in it.
     **_codes(Fault.FILE, "ContainerNotFound NoSuchBucket NotImplemented"),
     **_codes(
         Fault.RUN,
@@ -63,7 +63,7 @@ _THROTTLING: Final = re.compile(
     r"Throttl|SlowDown|TooManyRequests|RequestLimitExceeded|Time(?:d)?[Oo]ut|Unavailable|ServerBusy|^Internal\w*"
     r"|InsufficientResources|Overload"
 )
-"""Codes that mean "later", in the many spellings of services that speak S3."""
+"""Codes that mean "later", in the spellings of various S3-compatible services."""
 
 _RATE_LIMIT: Final = re.compile(r"[rR]ateLimitExceeded")
 """Google's reason for a 403 that means "later"."""
@@ -73,11 +73,11 @@ _HTTP_STATUS: Final[dict[int, Fault]] = {
     **dict.fromkeys(range(500, 600), Fault.RETRY),
     **dict.fromkeys((404, 410), Fault.MISSING),
 }
-"""Every other status from 300 on is Fault.FILE."""
+"""Every other status of 300 or above is Fault.FILE."""
 
 
 def _errnos(fault: Fault, names: str) -> dict[int, Fault]:
-    """Some of them exist on Linux alone."""
+    """Some of them exist only on Linux."""
     return {getattr(errno, name): fault for name in names.split() if hasattr(errno, name)}
 
 
@@ -93,13 +93,14 @@ _ERRNO: Final[dict[int, Fault]] = {
 }
 """Every other number is Fault.FILE."""
 _OWN_ERRNO: Final = frozenset(_errnos(Fault.FILE, "EFBIG EILSEQ EINVAL EISDIR ELOOP ENAMETOOLONG ENOTDIR EOVERFLOW"))
-"""Those that say something about this file alone. A lost device or an expired ticket is an error of all of them."""
+"""Errors of one file only. A lost device or an expired ticket affects all files."""
 
-# By name, not imported: local files need none of these packages. The first line that fits the class or a base counts.
+# By name, not imported: local files need none of these packages. The first pattern that matches the class or a base
+# wins.
 _EXCEPTIONS: Final[tuple[tuple[re.Pattern[str], Fault], ...]] = tuple(
     (re.compile(pattern), fault)
     for pattern, fault in (
-        (r"botocore\.exceptions\.(CredentialRetrievalError|MetadataRetrievalError)", Fault.RETRY),  # throttled, too
+        (r"botocore\.exceptions\.(CredentialRetrievalError|MetadataRetrievalError)", Fault.RETRY),  # or throttled
         (r"botocore\.exceptions\.(\w*Credential\w*|\w*Token\w*|NoRegionError|\w*SSO\w*|ProfileNotFound)", Fault.RUN),
         (r"azure\.core\.exceptions\.ClientAuthenticationError", Fault.RUN),
         (r"google\.auth\.exceptions\.(RefreshError|DefaultCredentialsError)", Fault.RUN),
@@ -119,21 +120,21 @@ _EXCEPTIONS: Final[tuple[tuple[re.Pattern[str], Fault], ...]] = tuple(
         (r"ftplib\.error_(temp|reply|proto)", Fault.RETRY),
         (r"paramiko\.ssh_exception\.AuthenticationException", Fault.RUN),
         (r"paramiko\.ssh_exception\.\w+", Fault.RETRY),
-        (r"zlib\.error", Fault.RETRY),  # a compressed body that was cut or damaged on its way
+        (r"zlib\.error", Fault.RETRY),  # a compressed body truncated or damaged in transit
         (r"builtins\.EOFError", Fault.RETRY),
     )
 )
 
 
 class DamagedBodyError(OSError):
-    """A body that is shorter or longer than it has to be: it was cut on its way, whatever its status says."""
+    """A body of the wrong length: it was truncated in transit, whatever its status."""
 
 
 _AIOHTTP_PARSER: Final = "aiohttp.http_exceptions"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it was raised from; s3fs keeps the server's own answer there."""
+    """The error and its chain of causes; s3fs keeps the server's response there."""
     cause: BaseException | None = error
     for _ in range(8):
         if cause is None:
@@ -143,13 +144,13 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def server_answer(error: BaseException) -> tuple[str, int]:
-    """The code and HTTP status that the server gave; ("", 0) if the error holds none."""
+    """The server's error code and HTTP status; ("", 0) if the error has none."""
     for cause in _causes(error):
         response = getattr(cause, "response", None)
         if isinstance(response, Mapping):  # botocore
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             return str(response.get("Error", {}).get("Code", "")), _as_status(status)
-        # aiohttp's parser has a class attribute `code` = 400, and passes it on as a status that no server has sent.
+        # aiohttp's parser has a class attribute `code` = 400 and sets it as a status, although no server sent it.
         if type(cause.__cause__).__module__ == _AIOHTTP_PARSER:
             continue
         for name in () if type(cause).__module__ == _AIOHTTP_PARSER else ("status", "status_code", "code"):
@@ -169,7 +170,7 @@ def _as_status(value: Any) -> int:
 
 
 def fault_of(error: BaseException) -> Fault:
-    """What to do about the error of a storage backend."""
+    """Classify the error of a storage backend."""
     code, status = server_answer(error)
     code = "" if code.isdigit() else code.rpartition(".")[2]  # botocore repeats the status of a HEAD; KMS has a prefix
     if code in _SERVICE_CODES:
@@ -188,7 +189,7 @@ def fault_of(error: BaseException) -> Fault:
 
 
 def _fault_of_exception(error: BaseException) -> Fault | None:
-    """None if the exception says nothing by itself, as one that merely wraps another does."""
+    """None if the exception alone is not specific, for example a wrapper around another one."""
     if isinstance(error, FileNotFoundError):
         return Fault.MISSING
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -205,7 +206,7 @@ def _fault_of_exception(error: BaseException) -> Fault | None:
 
 
 def is_conflict(error: BaseException) -> bool:
-    """Whether a conditional create failed because the object is there."""
+    """Whether a conditional create failed because the object exists."""
     if isinstance(error, FileExistsError):
         return True
     code, status = server_answer(error)
@@ -213,25 +214,27 @@ def is_conflict(error: BaseException) -> bool:
 
 
 def as_storage_error(error: Exception, doing: str, uri: str, tried: str = "") -> StorageError:
-    """The error as a sentence: what was tried, where, what came, what to do.
+    """Describe the error in a sentence: what was tried, where, the response, and what to do.
 
-    tried: how often and how long, for an error that was tried again.
+    tried: attempts and duration, for an error that was retried.
     """
     where = redact(uri)
     code, status = server_answer(error)
     said = redact_error(error, uri).strip().rstrip(".") or type(error).__name__
     if isinstance(error, TimeoutError) and not str(error):
-        said = "no answer in time"
+        said = "no response in time"
     fault = fault_of(error)
     if code in ("NoSuchBucket", "ContainerNotFound"):
         return BucketNotFoundError(f"cannot {doing} {where}: its bucket does not exist")
     if fault is Fault.MISSING:
-        missing = "its bucket or folder is not there and cannot be made" if doing == "write" else "it does not exist"
+        missing = (
+            "its bucket or folder does not exist and cannot be created" if doing == "write" else "it does not exist"
+        )
         return NotFoundError(f"cannot {doing} {where}: {missing}")
     if fault is Fault.RUN and isinstance(error, OSError) and error.errno in _ERRNO and not (code or status):
-        return StorageError(f"cannot {doing} {where}: {said}; make room or give another OUTPUT")
+        return StorageError(f"cannot {doing} {where}: {said}; free some space or choose another OUTPUT")
     if code.startswith("RequestTimeTooSkewed"):
-        return StorageError(f"cannot {doing} {where}: the clock of this machine is off ({said}); set it")
+        return StorageError(f"cannot {doing} {where}: the clock of this machine is wrong ({said}); set it")
     if fault is Fault.RUN:
         return StorageError(
             f"cannot {doing} {where}: the storage refused the credentials ({code or said}); "
@@ -244,7 +247,9 @@ def as_storage_error(error: Exception, doing: str, uri: str, tried: str = "") ->
         )
     if isinstance(error, NotADirectoryError) and is_local(uri):
         file = next((str(path) for path in Path(uri).parents if path.is_file()), uri)
-        return FileError(f"cannot {doing} {where}: {redact(file)} is a file; expected a folder, or a name that is free")
+        return FileError(
+            f"cannot {doing} {where}: {redact(file)} is a file; expected a folder, or a name that does not exist"
+        )
     if isinstance(error, PermissionError) or status in (401, 403):
         return RefusedError(
             f"cannot {doing} {where}: permission denied ({code or said}); grant it, or use another place"
@@ -253,12 +258,12 @@ def as_storage_error(error: Exception, doing: str, uri: str, tried: str = "") ->
         return RefusedError(f"cannot {doing} {where}: {said}")
     if _is_of_one_file(error):
         return FileError(f"cannot {doing} {where}: {said}")
-    return RefusedError(f"cannot {doing} {where}: {said}")  # perhaps every other file fails the same way
+    return RefusedError(f"cannot {doing} {where}: {said}")  # all other files may fail the same way
 
 
 def _is_of_one_file(error: Exception) -> bool:
-    """Whether an error that no server sent is certainly about this file: its name or its kind."""
+    """Whether an error that no server sent is certainly about this file: its name or its type."""
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ssl.SSLError):
         return error.errno in _OWN_ERRNO
-    # Clients raise ValueError for impossible names. OpenSSL's errors are ValueErrors, too.
+    # Clients raise ValueError for impossible names. OpenSSL's errors are also ValueErrors.
     return isinstance(error, ValueError) and not isinstance(error, ssl.SSLError)

@@ -1,4 +1,4 @@
-"""The process's fsspec filesystems."""
+"""The fsspec filesystems of this process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from samray.storage.uris import is_local, scheme_of
 
 _CONNECT_S: Final = 10.0
 SCHEMES_OF_HOSTS: Final = frozenset({"ftp", "hdfs", "sftp", "smb", "ssh", "webhdfs"})
-"""Their filesystems take host, port and user from the URI."""
+"""Filesystems that take host, port and user from the URI."""
 
 _filesystems: dict[str, Any] = {}
 _filesystems_lock = threading.Lock()
@@ -23,12 +23,12 @@ _inherited: list[Any] = []
 
 
 def _forget_filesystems() -> None:
-    """A forked child has neither the event loop's thread nor a right to the sockets that its parent's clients use.
+    """Drop the parent's filesystems in a forked child, which has no event loop thread and must not use its sockets.
 
-    They are kept alive, unused: their finalizers would take the sockets out of the epoll set, which both processes
-    share, and the parent would wait in vain for its answers.
-    Nor does the child collect what garbage the parent had: among it may be references of Ray's, whose finalizers wait
-    for locks that were held by threads which the child does not have.
+    The objects are kept alive, unused: their finalizers would remove the sockets from the epoll set that both processes
+    share, and the parent would never get its responses.
+    The child does not collect the parent's garbage either: it may contain Ray references whose finalizers wait for
+    locks of threads that the child does not have.
     """
     gc.freeze()
     global _filesystems_lock
@@ -42,23 +42,23 @@ os.register_at_fork(after_in_child=_forget_filesystems)
 
 
 def reset() -> None:
-    """Forget all connections, so that changed credentials and endpoints are read from the environment again."""
+    """Drop all connections; credentials and endpoints are then read from the environment again."""
     with _filesystems_lock:
         _filesystems.clear()
     retrying.forget_outages()
 
 
 def configure(settings: StorageConfig) -> None:
-    """Use these settings from now on, in this process; connections with another time limit are made again."""
+    """Use these settings from now on in this process; reconnects if the time limit changed."""
     if settings.stall_timeout_s != retrying.settings().stall_timeout_s:
         reset()
     retrying.use(settings)
 
 
 def filesystem(uri: str) -> Any:
-    """The process's one fsspec filesystem for the URI's scheme, made on first use and shared by all threads.
+    """The filesystem for the URI's scheme, created on first use and shared by all threads of the process.
 
-    One for each host, if a filesystem is a connection to one.
+    One per host if a filesystem is a connection to a host.
     """
     key = _key_of(uri)
     with _filesystems_lock:
@@ -69,7 +69,7 @@ def filesystem(uri: str) -> Any:
 
 
 def reconnect(uri: str) -> None:
-    """Make the next request open a connection of its own, if the filesystem is one connection that may be broken."""
+    """Make the next request open a new connection, if the filesystem is a single connection that may be broken."""
     if scheme_of(uri) in SCHEMES_OF_HOSTS:
         with _filesystems_lock:
             _filesystems.pop(_key_of(uri), None)
@@ -81,9 +81,10 @@ def _key_of(uri: str) -> str:
 
 
 def for_arrow(uri: str) -> tuple[Any, str]:
-    """The filesystem as pyarrow and Ray take it, and the path there; None and the path as it is of a local one.
+    """The filesystem and path for pyarrow and Ray; for a local file None and the unchanged path.
 
-    By a URI alone they would open another one, which knows fewer storages and not fsspec's configuration.
+    From a URI alone they would open their own filesystem, which supports fewer storages and ignores fsspec's
+    configuration.
     """
     if is_local(uri):
         return None, uri
@@ -97,12 +98,12 @@ def _make_filesystem(scheme: str, uri: str) -> Any:
     import fsspec
     from fsspec.config import conf
 
-    # Listings are never cached: another driver's shards must be seen.
+    # Listings are never cached: shards of another driver must be visible.
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     stall_s = retrying.settings().stall_timeout_s
     if scheme in ("s3", "s3a"):
         given = dict(conf.get("s3", {}).get("config_kwargs", {}))
-        # No retries below ours: nested loops multiply, and botocore's would hide which attempt succeeded.
+        # No retries below ours: nested loops multiply, and botocore's hide which attempt succeeded.
         options["config_kwargs"] = {
             "connect_timeout": min(_CONNECT_S, stall_s),
             "read_timeout": stall_s,
@@ -122,7 +123,7 @@ def _make_filesystem(scheme: str, uri: str) -> Any:
     except ImportError as error:
         raise ConfigError(f"{scheme}:// needs a package that is not installed: {error}") from error
     except ValueError as error:
-        raise ConfigError(f"{scheme}:// is no filesystem that fsspec knows: {error}") from error
+        raise ConfigError(f"{scheme}:// is not an fsspec filesystem: {error}") from error
     if scheme in ("s3", "s3a"):
         fs.retries = 1
     return fs

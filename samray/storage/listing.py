@@ -23,10 +23,10 @@ from samray.storage.uris import glob_base, has_glob, is_local, normalize, scheme
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """A file found by listing: where it is, and its size in bytes (None where the filesystem does not say).
+    """A listed file: its location, and its size in bytes (None if the filesystem does not report it).
 
-    etag: what changes when the file is replaced: an object store's entity tag, on disks the time of modification in
-    nanoseconds; None where there is neither.
+    etag: changes if the file is replaced: an object store's entity tag, on disks the modification time in nanoseconds;
+    None if there is neither.
     """
 
     uri: str
@@ -37,11 +37,11 @@ class FileEntry:
 
 
 def list_files(uri: str) -> Iterator[FileEntry]:
-    """Every file below a folder or prefix, or the files that a glob matches, in no promised order.
+    """Every file below a folder or prefix, or the files that match a glob, in no particular order.
 
-    A URI that names something as it stands is never taken for a glob. In a glob `*` and `?` stay within one path
-    segment, `**` spans any number of them; files below a matched folder are matched, too. Symbolic links to
-    folders are followed, but never in a circle.
+    A URI that names something literally is not treated as a glob. In a glob `*` and `?` stay within one path segment,
+    `**` spans any number of them, and files below a matched folder match, too. Symbolic links to folders are followed,
+    but not in circles.
 
     Raises: NotFoundError if nothing has that name, FileError, StorageError.
     """
@@ -60,10 +60,10 @@ def list_files(uri: str) -> Iterator[FileEntry]:
 
 
 def _refuse_glob_of_bucket(uri: str) -> None:
-    """Raises: ConfigError. Before anything is asked of the storage, which would call such a name invalid."""
+    """Raises: ConfigError. Called before any request, because the storage would only report an invalid name."""
     if not is_local(uri) and has_glob(uri.partition("://")[2].partition("/")[0].partition("?")[0]):
         raise ConfigError(
-            f"{redact(uri)}: the bucket's name cannot be a glob; name one bucket, as in s3://bucket/*, "
+            f"{redact(uri)}: a bucket name cannot be a glob; name one bucket, as in s3://bucket/*, "
             "and run once for each bucket"
         )
 
@@ -73,7 +73,7 @@ def _glob(pattern: str) -> Iterator[FileEntry]:
 
     base = glob_base(pattern)
     expression = glob_translate(pattern)
-    # fsspec's translation ends in \Z or \z; what lies below a matched folder counts as matched.
+    # fsspec's translation ends in \Z or \z; files below a matched folder also match.
     body = re.sub(r"\\[zZ]$", "", expression)
     matches = re.compile(rf"{body}(?:/.*)?\Z", re.DOTALL).match
     if not is_dir_like(base):
@@ -95,15 +95,15 @@ def _walk(folder: str) -> Iterator[FileEntry]:
     for name, info in found.items():
         if info.get("type") == "file" and not name.endswith("/"):
             size = info.get("size")
-            if scheme in SCHEMES_OF_HOSTS:  # fsspec's names there begin below the host
+            if scheme in SCHEMES_OF_HOSTS:  # fsspec's names there start below the host
                 path = folder.split("/", 3)[2] + "/" + name.lstrip("/")
             else:
-                path = fs.unstrip_protocol(name).partition("://")[2]  # under the name that was asked for: s3a, not s3
+                path = fs.unstrip_protocol(name).partition("://")[2]  # with the requested scheme: s3a, not s3
             yield FileEntry(f"{scheme}://{path}", None if size is None else int(size), etag_of(info))
 
 
 def _walk_local(top: str) -> Iterator[FileEntry]:
-    """Iterative: folders may be nested more deeply than Python calls."""
+    """Iterative, because folders may be nested deeper than Python's recursion limit."""
     folders: list[tuple[str, tuple[tuple[int, int], ...]]] = [(top, ())]
     while folders:
         folder, above = folders.pop()
@@ -112,7 +112,7 @@ def _walk_local(top: str) -> Iterator[FileEntry]:
         if identity in above:
             continue
         for entry in retry("list", folder, lambda: _scan(folder)):  # noqa: B023
-            with contextlib.suppress(FileNotFoundError):  # removed while we looked
+            with contextlib.suppress(FileNotFoundError):  # removed during the scan
                 if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
                     folders.append((entry.path, (*above, identity)))
                 else:
@@ -125,7 +125,7 @@ def _scan(folder: str) -> list[os.DirEntry[str]]:
 
 
 def _local_entry(entry: os.DirEntry[str]) -> FileEntry:
-    """A file, or what is none but has a name: listed, so that it becomes a failed row and not a silent gap."""
+    """A file, or anything else with a name: listed, to become a failed row and not a silent gap."""
     path = _printable(entry.path)
     problem = None
     if path != entry.path:
@@ -135,19 +135,19 @@ def _local_entry(entry: os.DirEntry[str]) -> FileEntry:
     except OSError:
         if not entry.is_symlink():
             raise
-        return FileEntry(path, None, problem=problem)  # a dangling link, or one in a circle: reading will say so
+        return FileEntry(path, None, problem=problem)  # a dangling or circular link: reading it reports that
     if not stat.S_ISREG(status.st_mode):
         return FileEntry(path, None, problem=problem or f"unreadable: {path} is {kind_of_file(status.st_mode)}")
     return FileEntry(path, status.st_size, str(status.st_mtime_ns), problem)
 
 
 def _printable(path: str) -> str:
-    """`path`, with bytes that are no UTF-8 written as escapes: Parquet holds text, and such a row is to fail."""
+    """`path` with bytes that are not UTF-8 escaped: Parquet stores text, and the row must fail."""
     return path.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def list_names(folder: str) -> dict[str, int]:
-    """The files directly in a folder: name to size in bytes; empty where the folder does not exist.
+    """The files directly in a folder: name -> size in bytes; empty if the folder does not exist.
 
     Raises: FileError, StorageError.
     """
@@ -155,24 +155,24 @@ def list_names(folder: str) -> dict[str, int]:
 
 
 def list_times(folder: str) -> dict[str, float | None]:
-    """The files directly in a folder: name to when it was last written, by the clock of the storage (`clock`).
+    """The files directly in a folder: name -> time of the last write, by the storage's clock (see `clock`).
 
-    Seconds since 1970; None where the storage does not say. Object stores keep whole seconds. Empty where the folder
-    does not exist. Raises: FileError, StorageError.
+    Seconds since 1970; None if the storage does not report it. Object stores have a resolution of one second. Empty if
+    the folder does not exist. Raises: FileError, StorageError.
     """
     return {name: _written_at(info) for name, info in _list_folder(folder).items()}
 
 
 def list_versions(folder: str) -> dict[str, str | None]:
-    """The files directly in a folder: name to what changes when the file is replaced, as `file_version` has it.
+    """The files directly in a folder: name -> version that changes if the file is replaced, as in `file_version`.
 
-    Empty where the folder does not exist. Raises: FileError, StorageError.
+    Empty if the folder does not exist. Raises: FileError, StorageError.
     """
     return {name: version_of(info) for name, info in _list_folder(folder).items()}
 
 
 def _list_folder(folder: str) -> dict[str, dict[str, Any]]:
-    """Name -> what the filesystem says of each file directly in a folder."""
+    """Name -> the filesystem's info, for each file directly in a folder."""
     folder = normalize(folder)
     if is_local(folder):
 
@@ -180,7 +180,7 @@ def _list_folder(folder: str) -> dict[str, dict[str, Any]]:
             found = {}
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    with contextlib.suppress(FileNotFoundError):  # removed while we looked, as temporary files are
+                    with contextlib.suppress(FileNotFoundError):  # removed during the scan, like temporary files
                         if entry.is_file():
                             status = entry.stat()
                             times = {"mtime": status.st_mtime, "mtime_ns": status.st_mtime_ns}
@@ -192,7 +192,7 @@ def _list_folder(folder: str) -> dict[str, dict[str, Any]]:
         fs = filesystem(folder)
 
         def ask() -> dict[str, dict[str, Any]]:
-            own = fs._strip_protocol(folder)  # some servers list an emptied folder as an object within itself
+            own = fs._strip_protocol(folder)  # some servers list an emptied folder as an object inside itself
             found = [
                 info for info in fs.ls(folder, detail=True, **attempt_options(fs)) if info["name"].rstrip("/") != own
             ]
@@ -207,7 +207,7 @@ def _list_folder(folder: str) -> dict[str, dict[str, Any]]:
 
 
 def _written_at(info: dict[str, Any]) -> float | None:
-    """Each filesystem has a name of its own for it, and a datetime, ISO text or number as value."""
+    """The write time, from the differing keys and types (datetime, ISO text, number) of filesystems."""
     names = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
     value = next((info[name] for name in names if info.get(name)), None)
     if isinstance(value, str):
@@ -221,9 +221,10 @@ def _written_at(info: dict[str, Any]) -> float | None:
 
 
 def clock(uri: str) -> float | None:
-    """Now, seconds since 1970, by the clock that dates the files there: S3's, or on a disk this machine's.
+    """The current time, in seconds since 1970, by the clock that dates the files there: S3's, or this machine's for a
+    disk.
 
-    None where the storage cannot be asked. Raises: StorageError where it does not answer.
+    None if the storage does not report it. Raises: StorageError if it does not respond.
     """
     uri = normalize(uri)
     if is_local(uri):

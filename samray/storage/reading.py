@@ -1,4 +1,4 @@
-"""Bytes of files, whole or by ranges, and what is there."""
+"""Read files, whole or by ranges, and look up what exists."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_bytes(uri: str, offset: int | None = None, length: int | None = None) -
         if length is not None and len(data) > length:
             raise DamagedBodyError(f"asked for {length} bytes, got {len(data)}")
         if length is not None and len(data) < length and not is_local(uri):
-            size = _info_once(uri).get("size")  # the file's end, or an answer that was cut?
+            size = _info_once(uri).get("size")  # the end of the file, or a truncated response?
             if size is not None and (offset or 0) + len(data) < min(int(size), (offset or 0) + length):
                 raise DamagedBodyError(f"the answer ended after {len(data)} of {length} bytes")
         return data
@@ -42,22 +42,22 @@ def read_bytes(uri: str, offset: int | None = None, length: int | None = None) -
 
 
 def read_whole(uri: str, max_bytes: int, size: int | None = None) -> bytes:
-    """The file's bytes, if they are at most max_bytes. Memory stays below that whatever a web server sends.
+    """The file's bytes, if there are at most max_bytes. Bounds the memory whatever a web server sends.
 
-    size: as it was listed; None looks it up. An answer of another length was cut on its way, unless that is the file's
-    size now. Raises: TooLargeError, NotFoundError, FileError, StorageError.
+    size: from the listing; None looks it up. A response of another length was truncated, unless that is the file's
+    current size. Raises: TooLargeError, NotFoundError, FileError, StorageError.
     """
     uri = normalize(uri)
     if is_web(uri):
         return retry("read", uri, lambda: read_whole_once(uri, max_bytes))
     if size is None:
-        size = file_size(uri)  # a look before a leap into what may be a disk image
+        size = file_size(uri)  # check first, because it may be a disk image
     if size is None:
         data = read_bytes(uri, 0, max_bytes + 1)
     elif size > max_bytes:
         raise TooLargeError(size, f"{redact(uri)} has {size} bytes")
     elif is_local(uri):
-        # One byte more than allowed shows that a file has grown since it was listed, without reading all of it.
+        # Reading one byte more than allowed detects a file that grew after listing, without reading all of it.
         data = read_bytes(uri, 0, max_bytes + 1)
     else:
         data = retry("read", uri, lambda: _read_listed(uri, size))
@@ -82,10 +82,10 @@ def _read_once(uri: str, offset: int | None, length: int | None) -> bytes:
     if is_web(uri):
         return read_range_once(uri, offset or 0, length)
     fs = filesystem(uri)
-    if scheme_of(uri) in SCHEMES_OF_HOSTS:  # fsspec's FTP would ask for a file of that whole name
+    if scheme_of(uri) in SCHEMES_OF_HOSTS:  # fsspec's FTP would request a file with that whole name
         uri = fs._strip_protocol(uri)
     if offset is None and length is None:
-        # Without max_concurrency=1 s3fs asks for the size first: two requests where one does.
+        # Without max_concurrency=1 s3fs requests the size first: two requests instead of one.
         options = {"max_concurrency": 1} if scheme_of(uri) in ("s3", "s3a") else {}
         return cast(bytes, fs.cat_file(uri, **options, **attempt_options(fs)))
     start = offset or 0
@@ -100,21 +100,21 @@ def _read_once(uri: str, offset: int | None, length: int | None) -> bytes:
 
 
 def open_local(path: str) -> BinaryIO:
-    """A file of this machine. Raises: FileError for a FIFO, socket or device, without opening it; OSError."""
+    """Open a local file. Raises: FileError for a FIFO, socket or device, without opening it; OSError."""
     mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a folder, open() says what it is
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # for a folder, open() reports it
         raise FileError(f"cannot read {redact(path)}: it is {kind_of_file(mode)}, expected a file")
     return open(path, "rb")
 
 
 def kind_of_file(mode: int) -> str:
-    """What `os.stat` says of something that is not a regular file, in words."""
+    """Name the kind of a file that is not a regular file."""
     kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 class _RangeFile(io.RawIOBase):
-    """A remote file as a seekable stream of ranged reads, each with the retries of `read_bytes`."""
+    """A remote file as a seekable stream of ranged reads, with the retries of `read_bytes`."""
 
     def __init__(self, uri: str, size: int) -> None:
         self._uri = uri
@@ -147,10 +147,10 @@ class _RangeFile(io.RawIOBase):
 
 
 def open_read(uri: str, *, size: int | None = None, buffered: bool = True) -> BinaryIO:
-    """A seekable binary stream; on object stores each read is a ranged request, small ones are buffered.
+    """Open a seekable binary stream; on object stores each read is a ranged request, and small reads are buffered.
 
-    size: the file's bytes where they are known, which saves asking for them. buffered: False fetches exactly the bytes
-    of each read, for a reader that knows what it wants.
+    size: the file's bytes, if known, which saves a request. buffered: False fetches exactly the bytes of each read, for
+    readers that plan their own reads.
 
     Raises: NotFoundError, FileError, StorageError.
     """
@@ -183,22 +183,22 @@ _VERSION_MARKS: Final = (
 
 
 def file_version(uri: str) -> str | None:
-    """What changes when the file is replaced: its size with the entity tag, generation or time the storage keeps.
+    """A value that changes if the file is replaced: its size with the storage's entity tag, generation or time.
 
-    None where it keeps none. `list_versions` says the same of all files of a folder.
+    None if it has none. `list_versions` gives the same for all files of a folder.
     Raises: NotFoundError, FileError, StorageError.
     """
     return version_of(info_of(uri))
 
 
 def version_of(info: Mapping[str, Any]) -> str | None:
-    """The version in a filesystem's info of a file; the same whether the file was listed or looked up."""
+    """The version in a filesystem's info of a file; the same from a listing and from a lookup."""
     etag = etag_of(info)
     return None if etag is None else f"{info.get('size')} {etag}"
 
 
 def etag_of(info: Mapping[str, Any]) -> str | None:
-    """Entity tag, generation or modification time, whichever the storage keeps; None if it keeps none."""
+    """Entity tag, generation or modification time, whichever the storage has; None if it has none."""
     return next((str(info[mark]).strip('"') for mark in _VERSION_MARKS if info.get(mark)), None)
 
 
@@ -222,7 +222,7 @@ def _info_once(uri: str) -> dict[str, Any]:
         fs = filesystem(uri)
         return cast(dict[str, Any], fs.info(uri, **attempt_options(fs, 0)))
     except FileNotFoundError as error:
-        # fsspec's HTTP says "not found" whatever went wrong, be it that there is no network; the cause knows better.
+        # fsspec's HTTP reports "not found" for every error, even without a network; the cause is more precise.
         if isinstance(error.__cause__, Exception) and is_web(uri):
             raise error.__cause__ from None
         raise

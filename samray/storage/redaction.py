@@ -1,6 +1,6 @@
 """Hide what must not be shown or stored: user names, passwords, tokens and signatures in URIs, and in texts with URIs.
 
-Decided by structure, not by a list of names: everything before the `@` of a URI's host, and every value of its query
+Decided by structure, not by a list of secret names: everything before the `@` of a URI's host, and every query value
 that is not known to be harmless.
 """
 
@@ -17,7 +17,7 @@ HIDDEN: Final = "***"
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]{1,30}):/{1,2}")
 _NO_HOST: Final = frozenset({"file", "local", "memory", "tar", "zip"})
 _CONTAINER_AT_ACCOUNT: Final = frozenset({"abfs", "abfss", "wasb", "wasbs"})
-"""Schemes in which `name@host` is a place, not a user."""
+"""Schemes in which `name@host` is a location, not a user."""
 _BUCKET_FIRST: Final = frozenset({"s3", "s3a", "gs", "gcs", "az", "oss", "r2", "b2"})
 """Schemes without ports: what follows a colon is a password."""
 _HARMLESS_NAMES: Final = frozenset(
@@ -29,14 +29,14 @@ _HARMLESS_NAMES: Final = frozenset(
     versionid w width x y year z zoom
     """.split()  # noqa: SIM905  (a list of words)
 )
-"""Parameters that say which image is meant, or in what form."""
+"""Parameters that select an image or its format."""
 _MOST_HARMLESS: Final = 128
 _MOST_OF_A_LETTER: Final = 16
-"""Characters of the value of `h=`, `w=` and the like: a longer one is not a size or a place but a hash."""
+"""Maximum characters of the value of `h=`, `w=` and similar: a longer value is not a size or position but a hash."""
 HARMLESS_QUERY: Final = (
     rf"^[^@?#;\s]*\?(?:(?i:{'|'.join(sorted(_HARMLESS_NAMES))})=[A-Za-z0-9_.,~+\-]{{0,{_MOST_OF_A_LETTER}}}(?:&|$))*$"
 )
-"""Matches nearly all URIs with a query that `redact` leaves as they are, and no other. For Arrow: Python is slower."""
+"""Matches nearly all URIs with a query that `redact` leaves unchanged, and no others. For Arrow: Python is slower."""
 _SHORT: Final = re.compile(r"[0-9]{1,3}|.|true|false|")
 _QUERY: Final = re.compile(r"[?#;]")
 _PART: Final = re.compile(r"[^&;#]+")
@@ -55,7 +55,7 @@ _HARMLESS_OPTIONS: Final = re.compile(
     r"(?i)(?:.*(?:url|endpoint|region|block_?size|cache_?type|acl|version|timeout|retries|protocol|addressing_style"
     r"|profile|project|bucket|host|port|account_name|mode|path|dir|consistency|location))$"
 )
-"""Options of a filesystem, by the end of their names, whose values may be shown."""
+"""Filesystem options, by the end of their names, whose values may be shown."""
 _SECRET_VARIABLE: Final = re.compile(
     r"(?i)secret|token|passw|credential|access_?key|account_?key|sas|connection_string|api_?key"
 )
@@ -65,24 +65,24 @@ Span = tuple[int, int]
 
 
 def redact(text: object) -> str:
-    """`text`, a URI or a text that holds some, with `***` in place of every credential. Idempotent."""
+    """Replace every credential in `text`, a URI or a text with URIs, with `***`. Idempotent."""
     text = str(text)
     return _without(text, _spans(text)) if _may_hold_any(text) else text
 
 
 def has_credentials(uri: str) -> bool:
-    """Whether the URI holds something that `redact` hides and that is not hidden yet."""
+    """Whether the URI has something that `redact` would hide."""
     return _may_hold_any(uri) and redact(uri) != uri
 
 
 def is_redacted(uri: str) -> bool:
-    """Whether credentials of the URI have been hidden: it names an image, but may not be enough to read it."""
+    """Whether credentials of the URI were hidden: it identifies an image, but may not suffice to read it."""
     return f"//{HIDDEN}@" in uri or f"={HIDDEN}" in uri or f"?{HIDDEN}" in uri
 
 
 def redact_error(error: object, uri: str = "") -> str:
-    """The text of an error of a storage client, which may quote the URI that was asked for, in any encoding, or the
-    credentials in the environment."""
+    """The redacted text of a storage client's error, which may quote the requested URI in any encoding, or credentials
+    from the environment."""
     text = str(error)
     if uri:
         text = text.replace(uri, redact(uri))
@@ -113,7 +113,7 @@ def _spans(text: str) -> Iterator[Span]:
     """Start and end of each credential in the text."""
     schemes = list(_SCHEME.finditer(text))
     yield from _free_spans(text, 0, schemes[0].start() if schemes else len(text))
-    # A text that is one URI may hold spaces; within a sentence a URI ends at the first one.
+    # A text that is one URI may contain spaces; within a sentence a URI ends at the first space.
     whole = bool(schemes) and schemes[0].start() == 0 and not re.search(r"[:;,.] |\n", text)
     for i, scheme in enumerate(schemes):
         start, end = scheme.end(), schemes[i + 1].start() if i + 1 < len(schemes) else len(text)
@@ -129,9 +129,9 @@ def _spans(text: str) -> Iterator[Span]:
 
 
 def _userinfo_length(rest: str, scheme: str, whole: bool) -> int:
-    """How many characters of `rest`, what follows `scheme://`, are user name and password with their @; 0 if none.
+    """Length of user name and password, with their @, at the start of `rest` (what follows `scheme://`); 0 if none.
 
-    Passwords are taken as people write them: with slashes, `@`, `?`, quotes and spaces that should be encoded.
+    Accepts passwords as people write them: with slashes, `@`, `?`, quotes and spaces that should be encoded.
     """
     if scheme in _NO_HOST:
         return 0
@@ -163,7 +163,7 @@ def _userinfo_length(rest: str, scheme: str, whole: bool) -> int:
 
 
 def _query_spans(text: str, start: int, end: int, *, whole: bool, bare: bool) -> Iterator[Span]:
-    """The values in `name=value&...` from start to end. bare: a query without a name may be a token, too."""
+    """The values in `name=value&...` from start to end. bare: a query without a name may also be a token."""
     for part in _PART.finditer(text, start, end):
         found = _PARAMETER.match(text, part.start(), end)
         if found is None:
@@ -208,7 +208,7 @@ def _secrets_of(uri: str) -> Iterator[str]:
 
 
 def _secrets_of_environment() -> Iterator[str]:
-    """Keys and passwords that fsspec's configuration (`FSSPEC_*`, ~/.config/fsspec) or the environment holds."""
+    """Keys and passwords from fsspec's configuration (`FSSPEC_*`, ~/.config/fsspec) or the environment."""
     from fsspec.config import conf
 
     yield from _secret_options(conf)
@@ -226,7 +226,7 @@ def _secret_options(options: Mapping[str, Any]) -> Iterator[str]:
 
 
 def redact_json(value: Any) -> Any:
-    """The same value as JSON would give it back, without the credentials that its texts may hold."""
+    """A JSON round trip of the value, without the credentials in its strings."""
     if isinstance(value, Mapping):
         return {redact(str(key)): redact_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

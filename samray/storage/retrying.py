@@ -1,8 +1,8 @@
-"""The one retry loop of samray: how often and how long a request is tried, and when a storage counts as gone.
+"""samray's only retry loop: how often and how long a request is retried, and when a storage counts as unavailable.
 
-A request is tried for `storage.timeout_s` with full jitter between attempts, so that many workers do not come back at
-the same moment. All requests of a process share what they know of a bucket or host: one that has failed without a
-single success for that long is tried once more by each new request, not for minutes again.
+A request is retried for `storage.timeout_s` with full jitter, which spreads the retries of many workers over time. The
+requests of a process share what they know about a bucket or host: if it has failed without any success for that long,
+new requests are retried only once, not for minutes again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FIRST_BACKOFF_S: Final = 0.25
 MAX_BACKOFF_S: Final = 10.0
 
 _LEAST_ATTEMPT_S: Final = 15.0
-"""What an attempt gets at least, unless its caller has set a limit: it may begin in the last moment."""
+"""Minimum seconds per attempt, unless the caller set a limit: an attempt may begin at the last moment."""
 
 _SLOWEST_BYTES_PER_S: Final = 100_000
 """A slower transfer counts as stalled."""
@@ -41,12 +41,12 @@ _settings = StorageConfig()
 
 
 class _Limit(threading.local):
-    """Time limits of the current request of this thread."""
+    """Time limits of this thread's current request."""
 
     until = float("inf")
-    """By time.monotonic(), as `time_limit` has it."""
+    """In time.monotonic(), set by `time_limit`."""
     attempt_until = float("inf")
-    """When retry's patience ends; a bounded attempt may run a little longer."""
+    """When retry gives up; a bounded attempt may run a little longer."""
 
 
 _limit = _Limit()
@@ -62,7 +62,7 @@ def use(settings: StorageConfig) -> None:
 
 
 def settings() -> StorageConfig:
-    """The settings in force in this process."""
+    """The current settings of this process."""
     return _settings
 
 
@@ -73,7 +73,7 @@ def timeout_s() -> float:
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """All requests of this thread within the block together get so many seconds, those under way included."""
+    """Limit the total time of this thread's requests within the block, including the one in progress."""
     before = _limit.until
     _limit.until = min(before, time.monotonic() + seconds)
     try:
@@ -83,9 +83,9 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def attempt_options(fs: Any, num_bytes: int | None = None) -> dict[str, float]:
-    """Options of a call on this fsspec filesystem that end it when its time is up.
+    """Options for a call on this fsspec filesystem that end it when its time is up.
 
-    num_bytes: what it transfers; None if that may be anything: then only a stall or `time_limit` ends it.
+    num_bytes: size of the transfer; None if unknown: then only a stall or `time_limit` ends it.
     """
     if not getattr(fs, "async_impl", False):
         return {}
@@ -98,16 +98,16 @@ def attempt_options(fs: Any, num_bytes: int | None = None) -> dict[str, float]:
 
 
 def reconnect_with(reconnect: Callable[[str], None]) -> None:
-    """What closes the connections to a URI's server after each failed attempt."""
+    """Set the function that closes the connections to a URI's server after each failed attempt."""
     global _reconnect
     _reconnect = reconnect
 
 
 def retry(doing: str, uri: str, call: Callable[[], T]) -> T:
-    """Call until it succeeds, fails for good, or its time or `storage.max_attempts` is up.
+    """Call until it succeeds, fails permanently, or its time or `storage.max_attempts` is used up.
 
-    Raises: FileError or NotFoundError if it is this file that is refused, UnavailableError if every attempt failed,
-    StorageError if no request will succeed; FileExistsError from `call` passes.
+    Raises: FileError or NotFoundError if this file is refused, UnavailableError if every attempt failed, StorageError
+    if no request can succeed. FileExistsError from `call` is passed on.
     """
     started = time.monotonic()
     place = place_of(uri)
@@ -121,7 +121,7 @@ def retry(doing: str, uri: str, call: Callable[[], T]) -> T:
                 result = call()
         except (StorageError, ConfigError):
             raise
-        except Exception as error:  # every fsspec backend raises its own types; nothing is swallowed here
+        except Exception as error:  # every fsspec backend raises its own types; all are re-raised
             if is_conflict(error):
                 _answered(place)
                 raise FileExistsError(errno.EEXIST, "already there", redact(uri)) from error
@@ -130,7 +130,7 @@ def retry(doing: str, uri: str, call: Callable[[], T]) -> T:
                 raise as_storage_error(error, doing, uri) from error
             wait_s = _wait_before_next(attempt, started, place)
             if isinstance(error, TimeoutError) and not str(error) and seen is not None:
-                error = seen  # what the server said before says more than that time is up
+                error = seen  # the server's earlier error is more precise than a timeout
             seen = error
             if _reconnect is not None:
                 _reconnect(uri)
@@ -149,7 +149,7 @@ def _wait_before_next(attempt: int, started: float, place: str) -> float | None:
     """Seconds until the next attempt; None if this one was the last."""
     now = time.monotonic()
     end = min(started, _failing_since(place, now)) + _settings.timeout_s
-    left = min(end - now, (_limit.until - now) / 2)  # half of the time is for the next attempt itself
+    left = min(end - now, (_limit.until - now) / 2)  # leave half of the time for the next attempt
     if left <= 0.01 * _settings.timeout_s or attempt == _settings.max_attempts:
         return None
     backoff_s = random.uniform(0, min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(attempt - 1, 10)))
@@ -157,7 +157,7 @@ def _wait_before_next(attempt: int, started: float, place: str) -> float | None:
 
 
 def _failing_since(place: str, now: float) -> float:
-    """When the present run of failures began, of which this is one; failures far apart are not one run."""
+    """Start of the current series of failures, including this one; failures far apart start a new series."""
     with _outages_lock:
         since, last = _outages.get(place, (now, now))
         if now - last > _settings.timeout_s:
@@ -167,14 +167,14 @@ def _failing_since(place: str, now: float) -> float:
 
 
 def _answered(place: str) -> None:
-    """The storage there answers, be it with a refusal."""
+    """Note that the storage responded, even with a refusal."""
     if place in _outages:
         with _outages_lock:
             _outages.pop(place, None)
 
 
 def forget_outages() -> None:
-    """Begin with a clean slate, as a forked child and a process with new endpoints do."""
+    """Forget past failures: for a forked child, or a process with new endpoints."""
     global _outages_lock, _ftp_lock
     _outages_lock, _ftp_lock = threading.Lock(), threading.RLock()
     _outages.clear()

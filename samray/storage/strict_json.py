@@ -1,4 +1,4 @@
-"""JSON that somebody else may have written."""
+"""Parse JSON from untrusted sources."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 
 def parse_json(text: str | bytes) -> Any:
-    """As json.loads. Raises: ValueError also where it is nested too deeply to be read."""
+    """Like json.loads. Raises: ValueError also if it is nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
-        raise ValueError("it is nested too deeply; samray's JSON has a few levels") from None
+        raise ValueError("it is nested too deeply; samray's JSON has only a few levels") from None

@@ -1,10 +1,10 @@
-"""The only place that opens Parquet and Arrow data. Nothing that it returns can run code.
+"""The only module that opens Parquet and Arrow data. Nothing that it returns can run code.
 
-Arrow data may name extension types. Once Ray is imported, `ray.data.arrow_pickled_object` is one of them, and its
-values are unpickled as soon as they are looked at; other packages register types of their own, whose Python code runs
-even when a schema is read. samray needs none of them: a Parquet file that names one is read by its Parquet types alone,
-so such a column is what it is stored as (a pickled object is mere bytes). Columns that others hand over in memory are
-checked by `code_free`. A test holds that nothing else in samray opens such data.
+Arrow data may use extension types. Once Ray is imported, `ray.data.arrow_pickled_object` is one of them, and its values
+are unpickled on access; other packages register types whose Python code runs even when a schema is read. samray needs
+none of them. Parquet files are read by their Parquet types alone, which turns such a column into its storage type (a
+pickled object into plain bytes). Columns passed in memory are checked by `code_free`. A test ensures that no other
+module opens such data.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 _TAIL_BYTES: Final = 64 * 1024
-"""Read first, from the end: the footer of most files."""
+"""Bytes read first, from the end: enough for the footer of most files."""
 _MAX_DEPTH: Final = 64
-"""Levels of nesting that a schema may have. Arrow walks schemas by recursion, deep ones would end the process."""
+"""Maximum nesting of a schema. Arrow reads schemas recursively, and deep ones would crash the process."""
 
 _ARROW_SCHEMA: Final = b"ARROW:schema"
-_IGNORED: Final = b"ARROW-schema"  # of the same length: a footer keeps its offsets
+_IGNORED: Final = b"ARROW-schema"  # same length, which preserves the footer's offsets
 
 
 def _in_base64(text: bytes) -> list[bytes]:
-    """How `text` appears within base64, for each of the three places that it may start at."""
+    """How `text` appears within base64, at each of the three possible alignments."""
     encoded = [(shift, base64.b64encode(bytes(shift) + text)) for shift in range(3)]
-    # The characters that hold no bit of what comes before or after.
+    # Only the characters without bits of the bytes before or after.
     return [code[-(-shift * 8 // 6) : (shift + len(text)) * 8 // 6] for shift, code in encoded]
 
 
@@ -39,10 +39,10 @@ _EXTENSION_MARKS: Final = _in_base64(b"ARROW:extension:name")
 def open_parquet(
     source: bytes | BinaryIO | pa.NativeFile, footer: pq.FileMetaData | None = None, *, pre_buffer: bool = True
 ) -> pq.ParquetFile:
-    """A Parquet file with no extension type in its schema. Pages are checked against the checksums that they have.
+    """Open a Parquet file without extension types in its schema. Checks the checksums of pages that have one.
 
-    source: the file's bytes, or a seekable binary stream. footer: what `parse_footer` gave, if it was read before.
-    Raises: pa.ArrowException, OSError or ValueError if it is not sound Parquet.
+    source: the file's bytes, or a seekable binary stream. footer: from `parse_footer`, if read before.
+    Raises: pa.ArrowException, OSError or ValueError if it is not valid Parquet.
     """
     if isinstance(source, bytes):
         source = pa.BufferReader(source)
@@ -54,24 +54,24 @@ def open_parquet(
         arrow_extensions_enabled=False,
         schema_depth_limit=_MAX_DEPTH,
     )
-    if any(is_extension(field.type) for field in file.schema_arrow):  # cannot be, by what parse_footer does
+    if any(is_extension(field.type) for field in file.schema_arrow):  # impossible after parse_footer
         raise pa.ArrowInvalid("the schema names an extension type, which may run code")
     return file
 
 
 def read_parquet(source: bytes | BinaryIO, columns: list[str] | None = None) -> pa.Table:
-    """All rows of a Parquet file, as `open_parquet` reads it."""
+    """All rows of a Parquet file, read with `open_parquet`."""
     return open_parquet(source).read(columns=columns)
 
 
 def parse_footer(tail: bytes) -> pq.FileMetaData:
-    """The footer of a Parquet file. tail: its last bytes, the whole footer (`footer_bytes`) among them.
+    """Parse the footer of a Parquet file. tail: its last bytes, with at least the whole footer (`footer_bytes`).
 
     Raises: pa.ArrowException, OSError or ValueError.
     """
     if any(mark in tail for mark in _EXTENSION_MARKS):
-        # Arrow reads the Arrow schema that a writer left next to the Parquet schema, by this name, before it reads
-        # anything else. Without it, types are Parquet's own, and there is nothing to deserialize.
+        # Arrow first reads the Arrow schema that a writer stored next to the Parquet schema, under this name. Without
+        # it, it uses the Parquet types, and there is nothing to deserialize.
         length = footer_bytes(tail)
         tail = tail[:-length] + tail[-length:].replace(_ARROW_SCHEMA, _IGNORED)
     file = pq.ParquetFile(
@@ -81,7 +81,7 @@ def parse_footer(tail: bytes) -> pq.FileMetaData:
 
 
 def footer_bytes(tail: bytes) -> int:
-    """How many bytes at the end of a Parquet file are its footer, the eight behind it included."""
+    """Size of the footer at the end of a Parquet file, including the last eight bytes."""
     return int.from_bytes(tail[-8:-4], "little") + 8
 
 
@@ -98,7 +98,7 @@ def _read_from(source: BinaryIO | pa.NativeFile, start: int) -> bytes:
 
 
 def is_extension(kind: pa.DataType) -> bool:
-    """Whether a type is an extension type, or one is nested in it."""
+    """Whether a type is, or contains, an extension type."""
     return next(_extensions(kind), None) is not None
 
 
@@ -106,7 +106,7 @@ def _extensions(kind: pa.DataType) -> Iterator[pa.BaseExtensionType]:
     if isinstance(kind, pa.BaseExtensionType):
         yield kind
         yield from _extensions(kind.storage_type)
-    elif pa.types.is_dictionary(kind):  # says that it has no fields
+    elif pa.types.is_dictionary(kind):  # it reports no fields
         yield from _extensions(kind.value_type)
     else:
         for i in range(kind.num_fields):
@@ -124,7 +124,7 @@ _TENSORS: Final = frozenset(
 
 
 def is_tensor(kind: pa.DataType) -> bool:
-    """Whether a type holds arrays of numbers as Ray Data passes them on: then its values are safe to look at."""
+    """Whether a type has arrays of numbers as Ray Data passes them, whose values are safe to access."""
     return (
         isinstance(kind, pa.BaseExtensionType)
         and kind.extension_name in _TENSORS
@@ -134,20 +134,20 @@ def is_tensor(kind: pa.DataType) -> bool:
 
 
 def code_free(name: str, kind: pa.DataType) -> None:
-    """Check a column that was handed over in memory, before a value of it is touched.
+    """Check a column that was passed in memory, before accessing a value.
 
     Raises: ValueError if it has an extension type other than a tensor of numbers.
     """
     if is_extension(kind) and not is_tensor(kind):
         names = ", ".join(sorted({one.extension_name for one in _extensions(kind)}))
         raise ValueError(
-            f"the column {name!r} has the extension type {names}, whose values may run code as they are read; "
+            f"the column {name!r} has the extension type {names}, whose values may run code when read; "
             "expected binary, struct<bytes, path>, lists or tensors of numbers: convert the column first"
         )
 
 
 def to_stream(table: pa.Table) -> bytes:
-    """The table as an Arrow stream."""
+    """Serialize the table as an Arrow stream."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -155,7 +155,7 @@ def to_stream(table: pa.Table) -> bytes:
 
 
 def from_stream(data: bytes) -> pa.Table:
-    """What `to_stream` was given. Raises: ValueError if a column has an extension type."""
+    """Deserialize the output of `to_stream`. Raises: ValueError if a column has an extension type."""
     reader: Any = pa.ipc.open_stream(data)
     for field in reader.schema:
         code_free(field.name, field.type)

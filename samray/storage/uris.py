@@ -1,4 +1,4 @@
-"""Names of files: one spelling for each place, joined and resolved without ever guessing at special characters."""
+"""File URIs: a canonical form, joining and resolving, without interpreting special characters."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def scheme_of(uri: str) -> str:
 
 
 def is_local(uri: str) -> bool:
-    """Whether the URI names a file on this machine's own filesystem."""
+    """Whether the URI names a file on a local filesystem."""
     return scheme_of(uri) == "file"
 
 
 def place_of(uri: str) -> str:
-    """What fails as a whole: `scheme://` with the bucket or host; `file://` for this machine's own files."""
+    """The unit that fails as a whole: `scheme://` with the bucket or host; `file://` for local files."""
     scheme = scheme_of(uri)
     return (
         "file://" if scheme == "file" else f"{scheme}://{uri.split('://', 1)[1].partition('/')[0].rpartition('@')[2]}"
@@ -32,14 +32,14 @@ def place_of(uri: str) -> str:
 
 
 def is_web(uri: str) -> bool:
-    """Whether the URI is served by some web server."""
+    """Whether the URI is served by a web server."""
     return scheme_of(uri) in ("http", "https")
 
 
 def normalize(uri: str) -> str:
-    """One spelling for each place: an absolute plain path for local files, `scheme://...` without end slash else.
+    """The canonical form: an absolute plain path for local files, else `scheme://...` without a trailing slash.
 
-    Percent signs and the like are taken literally, as fsspec does.
+    Percent signs and the like are literal, as in fsspec.
     """
     uri = os.fspath(uri)
     if not is_local(uri):
@@ -52,19 +52,19 @@ def normalize(uri: str) -> str:
 
 
 def join(uri: str, *parts: str) -> str:
-    """`uri` with the relative `parts` below it; parts are taken literally."""
+    """Append the relative `parts` to `uri`; parts are literal."""
     base = uri.rstrip("/") or "/"
     return base + "".join(("" if base == "/" and i == 0 else "/") + part.strip("/") for i, part in enumerate(parts))
 
 
 def resolve(base: str, uri: str) -> str:
-    """`uri` as written in a file that lies in the folder `base`: relative ones start there."""
+    """Resolve a `uri` from a file in the folder `base`: relative ones start there."""
     if _SCHEME.match(uri):
         return normalize(uri)
     if is_local(base):
         return os.path.normpath(os.path.join(normalize(base), os.path.expanduser(uri) if uri[:2] == "~/" else uri))
     scheme, rest = normalize(base).split("://", 1)
-    if uri.startswith("/"):  # such as a network mount, that every worker has
+    if uri.startswith("/"):  # for example a network mount that every worker has
         return normalize(uri)
     path = f"{rest}/{uri}"
     if any(part in (".", "..") for part in uri.split("/")):
@@ -73,7 +73,7 @@ def resolve(base: str, uri: str) -> str:
 
 
 def parent(uri: str) -> str:
-    """The folder that holds `uri`."""
+    """The folder of `uri`."""
     uri = normalize(uri)
     if is_local(uri):
         return os.path.dirname(uri)
@@ -82,12 +82,12 @@ def parent(uri: str) -> str:
 
 
 def has_glob(uri: str) -> bool:
-    """Whether `uri` holds a character that a glob would give a meaning."""
+    """Whether `uri` has a character with a meaning in globs."""
     return _GLOB_CHARS.search(uri) is not None
 
 
 def glob_base(uri: str) -> str:
-    """The folder above a glob's first wild segment: the root that listed names are relative to."""
+    """The folder above a glob's first wildcard segment: the root of the listed names."""
     segments = normalize(uri).split("/")
     wild = next((i for i, segment in enumerate(segments) if has_glob(segment)), len(segments))
     return "/".join(segments[:wild]) or "/"

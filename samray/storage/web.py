@@ -15,7 +15,7 @@ from samray.storage.retrying import attempt_options
 
 _PIECE_BYTES: Final = 256 * 1024
 _MOST_SKIPPED_BYTES: Final = 64 * 2**20
-"""Read and thrown away to reach an offset, if the server sends the whole file instead of the range."""
+"""Maximum bytes read and discarded to reach an offset, if the server sends the whole file instead of a range."""
 
 _MOST_BOXES: Final = 1000
 
@@ -25,12 +25,12 @@ Decode = Callable[[bytes], Iterator[bytes]]
 
 
 def read_whole_once(uri: str, max_bytes: int) -> bytes:
-    """The decoded body; memory holds max_bytes and a little. Raises: TooLargeError, FileError, what aiohttp raises."""
+    """The decoded body, in little more than max_bytes of memory. Raises: TooLargeError, FileError, aiohttp's errors."""
     return _run(uri, None, _read_whole, uri, max_bytes)
 
 
 def read_range_once(uri: str, offset: int, length: int | None) -> bytes:
-    """`length` bytes from `offset`, fewer at the end of the file. Raises: FileError, what aiohttp raises."""
+    """`length` bytes from `offset`, fewer at the end of the file. Raises: FileError, aiohttp's errors."""
     return _run(uri, length, _read_range, uri, offset, length)
 
 
@@ -43,7 +43,7 @@ def _run(uri: str, num_bytes: int | None, coroutine: Callable[..., Any], *args: 
 
 
 def _ask(fs: Any, method: Callable[..., Any], uri: str, headers: dict[str, str]) -> Any:
-    options = {**fs.kwargs, "allow_redirects": True, "auto_decompress": False}  # aiohttp would do it without a bound
+    options = {**fs.kwargs, "allow_redirects": True, "auto_decompress": False}  # aiohttp's would have no limit
     options["headers"] = {**options.get("headers", {}), "Accept-Encoding": "identity", **headers}
     return method(fs.encode_url(uri), **options)
 
@@ -73,9 +73,9 @@ async def _read_whole(fs: Any, uri: str, max_bytes: int) -> bytes:
 
 
 def _ends_as_picture(body: bytearray) -> bool:
-    """Whether this is a JPEG, PNG, WebP, AVIF or HEIC file that is complete by its own account.
+    """Whether this is a complete JPEG, PNG, WebP, AVIF or HEIC file, by its own end marks.
 
-    Then HEAD is not asked, which may speak of another form: some servers send WebP or AVIF in place of a larger file.
+    Then no HEAD is sent, which may describe another version: some servers send WebP or AVIF instead of a larger file.
     """
     end = bytes(body[-64:])
     if body[:2] == b"\xff\xd8":
@@ -88,13 +88,13 @@ def _ends_as_picture(body: bytearray) -> bool:
 
 
 def _ends_with_box(body: bytearray) -> bool:
-    """Whether the last of the ISO boxes (length, name, content) ends where the body does."""
+    """Whether the last ISO box (length, name, content) ends exactly where the body does."""
     place = 0
     for _ in range(_MOST_BOXES):
         if len(body) - place < 8:
             break
         length = int.from_bytes(body[place : place + 4], "big")
-        if length == 1:  # the length follows in 8 bytes
+        if length == 1:  # a length of 8 bytes follows
             length = int.from_bytes(body[place + 8 : place + 16], "big")
         if length < 8:
             return False
@@ -103,14 +103,14 @@ def _ends_with_box(body: bytearray) -> bool:
 
 
 async def _compare_with_head(fs: Any, session: Any, uri: str, num_bytes: int) -> None:
-    """Raises: DamagedBodyError if HEAD promises more than came; a cut body may say that it is whole, or nothing."""
+    """Raises: DamagedBodyError if HEAD reports more bytes than came; a truncated body may claim to be complete."""
     from aiohttp import ClientError
 
     try:
         async with _ask(fs, session.head, uri, {}) as head:
             coded = head.headers.get("Content-Encoding", "identity") != "identity"
             promised = head.headers.get("Content-Length", "") if head.status == 200 and not coded else ""
-    except (ClientError, TimeoutError):  # many servers answer GET alone
+    except (ClientError, TimeoutError):  # many servers support only GET
         return
     if promised.isdigit() and int(promised) > num_bytes:
         raise DamagedBodyError(f"the body ended after {num_bytes} of {promised} bytes")
@@ -124,7 +124,7 @@ async def _read_range(fs: Any, uri: str, offset: int, length: int | None) -> byt
             return b""
         fs._raise_not_found_for_status(response, uri)
         if response.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
-            raise FileError(f"{redact(uri)}: the server sends a compressed range, which is not one of the file")
+            raise FileError(f"{redact(uri)}: the server sends a compressed range, which is not a range of the file")
         skip = offset
         if response.status == 206:
             match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
@@ -133,7 +133,9 @@ async def _read_range(fs: Any, uri: str, offset: int, length: int | None) -> byt
             skip = 0
         elif skip > _MOST_SKIPPED_BYTES:
             response.close()
-            raise FileError(f"{redact(uri)}: the server sends no ranges of files; copy the file to another storage")
+            raise FileError(
+                f"{redact(uri)}: the server does not support range requests; copy the file to another storage"
+            )
         body = bytearray()
         async for chunk in response.content.iter_chunked(_PIECE_BYTES):
             body += chunk[skip:]
@@ -146,19 +148,19 @@ async def _read_range(fs: Any, uri: str, offset: int, length: int | None) -> byt
 
 
 def _decoder(coding: str, uri: str) -> Decode:
-    """Chunks as they were sent -> pieces of the body, each of a bounded size; an empty chunk says that it has ended."""
+    """Returns a function from received chunks to pieces of the body, each of limited size; an empty chunk ends it."""
     if coding in ("", "identity"):
         return lambda chunk: iter((chunk,))
     if coding not in ("gzip", "x-gzip", "deflate"):
         raise FileError(
-            f"{redact(uri)}: the server sends the body as {coding!r}, though it was asked not to compress it"
+            f"{redact(uri)}: the server sends the body as {coding!r}, although the request asked for no compression"
         )
     inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
 
     def decode(chunk: bytes) -> Iterator[bytes]:
         if not chunk:
             if not inflate.eof:
-                raise DamagedBodyError("the compressed body was cut")
+                raise DamagedBodyError("the compressed body was truncated")
             return
         while chunk and not inflate.eof:
             yield inflate.decompress(chunk, _PIECE_BYTES)

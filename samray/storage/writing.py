@@ -1,4 +1,4 @@
-"""Writes that appear whole or not at all."""
+"""Atomic writes: a file appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from samray.storage.retrying import attempt_options, retry
 from samray.storage.uris import is_local, join, normalize, parent, scheme_of
 
 TEMPORARY_PREFIX: Final = ".samray-"
-"""What the names of files begin with that are not finished yet."""
+"""Prefix of the names of unfinished files."""
 _TEMPORARY_SUFFIX: Final = ".tmp"
 
-# One PUT holds at most 5 GiB. s3fs would cut larger bodies than twice its chunk size into a multipart upload, whose
-# parts are no single conditional request; a shard is megabytes, so one PUT it is.
+# One PUT has at most 5 GiB. For bodies above twice its chunk size s3fs would use a multipart upload, which is not a
+# single conditional request; a shard has megabytes, so one PUT is enough.
 _MAX_PUT_BYTES: Final = 5 * 2**30
 
 _OBJECT_STORES: Final = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"})
-"""Schemes under which fsspec writes a file by one request, or by one that completes it."""
+"""Schemes for which fsspec writes a file with one request, or with one that completes it."""
 
 
 def put_new(uri: str, data: bytes) -> bool:
-    """Create the file with exactly `data`, whole or not at all; False if it is already there (left untouched).
+    """Create the file with exactly `data`, all or nothing; False if it already exists (left unchanged).
 
-    A request that was carried out though its answer got lost finds its own object on the retry and returns False:
-    callers treat "already there" as success.
+    If a request succeeded but its response was lost, the retry finds the object and returns False: callers treat
+    "already there" as success.
 
     Raises: FileError, StorageError.
     """
@@ -52,7 +52,7 @@ def put_new(uri: str, data: bytes) -> bool:
 
 
 def put(uri: str, data: bytes) -> None:
-    """Write the file with exactly `data`, replacing what is there in one step. Raises: FileError, StorageError."""
+    """Write the file with exactly `data`, atomically replacing an existing one. Raises: FileError, StorageError."""
     uri = normalize(uri)
     if is_local(uri):
         retry("write", uri, lambda: _write_local(uri, data, replace=True))
@@ -61,10 +61,10 @@ def put(uri: str, data: bytes) -> None:
 
 
 def put_chunks(uri: str, chunks: Iterable[bytes]) -> None:
-    """Write a file of any size, chunk by chunk, replacing what is there in one step; memory holds one chunk.
+    """Write a file of any size in chunks, atomically replacing an existing one; memory holds one chunk.
 
-    On object stores what is made is first spooled to this machine's disk, and uploaded once it is whole: an error in
-    `chunks` leaves nothing behind. Raises: FileError, StorageError, and what `chunks` raises.
+    For object stores the chunks are first spooled to local disk and uploaded when complete: an error in `chunks` leaves
+    nothing behind. Raises: FileError, StorageError, and what `chunks` raises.
     """
     uri = normalize(uri)
     folder = os.path.dirname(uri) if is_local(uri) else None
@@ -92,7 +92,7 @@ def put_chunks(uri: str, chunks: Iterable[bytes]) -> None:
 
 @contextlib.contextmanager
 def _plain_errors(uri: str) -> Iterator[None]:
-    """This machine's own errors as sentences; nothing is tried again, for half of it may have been done."""
+    """Convert local errors to sentences, without retries: half of the work may have been done."""
     try:
         yield
     except OSError as error:
@@ -100,10 +100,10 @@ def _plain_errors(uri: str) -> Iterator[None]:
 
 
 def check_output(folder: str) -> None:
-    """Write one key twice in a folder of an object store, which has to refuse the second write. Leaves nothing behind.
+    """Check that an object store refuses to create a key twice, by doing so in a folder. Leaves nothing behind.
 
-    On this machine's own disks nothing is written: there a link is what refuses.
-    Raises: ConfigError if the storage is not fit for an output, FileError, StorageError.
+    Writes nothing on local disks, where hard links have this property.
+    Raises: ConfigError if the storage is not suitable for an output, FileError, StorageError.
     """
     folder = normalize(folder)
     if is_local(folder) or not _puts_whole(filesystem(folder), folder):
@@ -113,32 +113,32 @@ def check_output(folder: str) -> None:
         put_new(uri, b"first")
         if put_new(uri, b"second") or read_bytes(uri) != b"first":
             raise ConfigError(
-                f"OUTPUT {redact(folder)}: the storage creates a file that is there (it ignores If-None-Match), "
-                "so two workers could overwrite each other's shards; give an OUTPUT with conditional writes"
+                f"OUTPUT {redact(folder)}: the storage overwrites existing files (it ignores If-None-Match), "
+                "so two workers could overwrite each other's shards; use an OUTPUT with conditional writes"
             )
     finally:
         delete(uri)
 
 
 def _puts_whole(fs: Any, uri: str) -> bool:
-    """Whether a file appears there whole or not at all; False if it has to be written under another name and renamed.
+    """Whether a file appears there complete or not at all; False if it needs a temporary name and a rename.
 
-    Raises: ConfigError if neither can be had: a process that is killed would leave half a file that counts as done.
+    Raises: ConfigError if neither works: a killed process would leave a partial file that counts as done.
     """
     from fsspec.spec import AbstractFileSystem
 
     if scheme_of(uri) in _OBJECT_STORES:
         return True
-    if type(fs).mv is AbstractFileSystem.mv:  # copies, and deletes what it has copied
+    if type(fs).mv is AbstractFileSystem.mv:  # the default copies, then deletes the source
         raise ConfigError(
-            f"{redact(uri)}: files on {scheme_of(uri)}:// are written in place and cannot be renamed, so a process "
-            "that is killed would leave half a file that counts as done; give an OUTPUT on a disk or an object store"
+            f"{redact(uri)}: files on {scheme_of(uri)}:// are written in place and cannot be renamed, and a killed "
+            "process would leave a partial file that counts as done; use an OUTPUT on a disk or an object store"
         )
     return False
 
 
 def _write_and_rename(fs: Any, uri: str, write: Callable[[str], None], *, replace: bool) -> None:
-    """Have `write` write another file in the folder, then give it its name. Raises: FileExistsError."""
+    """Let `write` write another file in the folder, then rename it. Raises: FileExistsError."""
     folder = parent(uri)
     fs.makedirs(folder, exist_ok=True)
     if not replace and fs.exists(uri):
@@ -146,7 +146,7 @@ def _write_and_rename(fs: Any, uri: str, write: Callable[[str], None], *, replac
     temporary = join(folder, f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}{_TEMPORARY_SUFFIX}")
     try:
         write(temporary)
-        # Of two writers at the same instant the second may replace the first with its own finished bytes.
+        # If two writers get here at the same time, the second may replace the first with its own complete bytes.
         fs.mv(temporary, uri)
     except BaseException:
         with contextlib.suppress(Exception):
@@ -170,7 +170,7 @@ def _pipe(uri: str, data: bytes, mode: str) -> None:
     options: dict[str, Any] = {"mode": mode}
     if scheme_of(uri) in ("s3", "s3a"):
         if len(data) >= _MAX_PUT_BYTES:
-            raise StorageError(f"cannot write {redact(uri)}: {len(data)} bytes are more than one PUT holds (5 GiB)")
+            raise StorageError(f"cannot write {redact(uri)}: {len(data)} bytes exceed the limit of one PUT (5 GiB)")
         options["chunksize"] = _MAX_PUT_BYTES
     fs.pipe_file(uri, data, **options, **attempt_options(fs, len(data)))
 
@@ -196,29 +196,29 @@ def _write_local(path: str, data: bytes, *, replace: bool) -> None:
 def _make_folder(folder: str) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
-    except FileExistsError as error:  # not to be mistaken for "the file is already there"
-        raise NotADirectoryError(errno.ENOTDIR, "a file of that name is in the way", folder) from error
+    except FileExistsError as error:  # different from "the file exists already"
+        raise NotADirectoryError(errno.ENOTDIR, "a file with that name exists", folder) from error
 
 
 def _temporary_file(folder: str | None) -> tuple[int, str]:
-    """Hidden and with an ending of its own: a torso left by kill -9 is never taken for a shard.
+    """Hidden, with a suffix of its own: a partial file after kill -9 is never mistaken for a shard.
 
-    Locked as long as it is open, and open until it has its final name: `remove_leftovers` takes it for one otherwise.
+    Stays open and locked until it has its final name; otherwise `remove_leftovers` would delete it.
     """
     while True:
         handle, path = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, suffix=_TEMPORARY_SUFFIX, dir=folder)
-        with contextlib.suppress(OSError):  # some network mounts know no locks; nothing is removed there either
+        with contextlib.suppress(OSError):  # some network mounts have no locks; nothing is removed there either
             fcntl.flock(handle, fcntl.LOCK_EX)
         if os.fstat(handle).st_nlink:
             return handle, path
-        os.close(handle)  # removed between its making and its lock
+        os.close(handle)  # removed between creation and lock
 
 
 def remove_leftovers(folder: str, *, recursive: bool = True) -> int:
-    """Remove the unfinished files that killed processes left in a folder; files that are being written stay.
+    """Delete the unfinished files of killed processes in a folder; keeps files that are being written.
 
-    Object stores have none, but files for them were spooled on this machine: those are removed. Returns how many were.
-    Never raises.
+    Object stores have none, but their files were spooled on this machine: those are deleted. Returns the number
+    deleted. Never raises.
     """
     folder, recursive = (normalize(folder), recursive) if is_local(folder) else (tempfile.gettempdir(), False)
     num_removed = 0
@@ -232,7 +232,7 @@ def remove_leftovers(folder: str, *, recursive: bool = True) -> int:
 
 
 def _remove_unlocked(path: str) -> bool:
-    """Remove a file that no process holds a lock on."""
+    """Delete a file that no process has locked."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -248,28 +248,28 @@ def _remove_unlocked(path: str) -> bool:
 
 
 def _sync(file: BinaryIO) -> None:
-    """Bring what was written to the disk, readable as any other file."""
+    """Flush the file to disk, with normal read permissions."""
     file.flush()
     os.fchmod(file.fileno(), 0o666 & ~_umask())
     os.fsync(file.fileno())
 
 
 def _link_new(temporary: str, path: str) -> None:
-    """Give the finished file its name, unless the name is taken. Raises: FileExistsError."""
+    """Give the finished file its name, unless the name exists. Raises: FileExistsError."""
     try:
         os.link(temporary, path)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
             raise
-        # No hard links here (FAT, some network mounts). A rename is still whole or nothing; of two writers at the
-        # same instant the second replaces the first with its own finished bytes of the same rows.
+        # No hard links here (FAT, some network mounts). A rename is still atomic; if two writers get here at the same
+        # time, the second replaces the first with its own complete bytes of the same rows.
         if os.path.exists(path):
             raise FileExistsError(errno.EEXIST, "already there", path) from error
         os.replace(temporary, path)
 
 
 def _sync_folder(folder: str) -> None:
-    """Make the new name itself durable; some filesystems cannot sync a folder, and then there is nothing to do."""
+    """Make the new name durable; some filesystems cannot sync a folder, and then nothing can be done."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -281,7 +281,7 @@ def _sync_folder(folder: str) -> None:
 
 
 def _umask() -> int:
-    """The process's umask: files made by mkstemp are private, a dataset's are as any other file."""
+    """The process's umask: mkstemp creates private files, but a dataset needs normal permissions."""
     global _cached_umask
     if _cached_umask is None:
         with _umask_lock:
@@ -295,7 +295,7 @@ _cached_umask: int | None = None
 
 
 def delete(uri: str) -> None:
-    """Remove one file; nothing happens if it is not there. Raises: FileError, StorageError."""
+    """Delete one file; does nothing if it does not exist. Raises: FileError, StorageError."""
     uri = normalize(uri)
     try:
         if is_local(uri):

@@ -8,49 +8,49 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from samray.config import ModelConfig, Sections, make_sections, own_settings
+from samray.config import ModelConfig, Sections, make_sections, user_settings
 from samray.config.base import Settings
 from samray.errors import ConfigError
 
 LAST_BLOCKS = "last_blocks:"
 SCORES = "iou_head"
-"""Value of train.trainable: what predicts the masks' IoUs, and nothing else."""
+"""Value of train.trainable: train only the part that predicts the masks' IoUs."""
 
 
 class DataConfig(Settings):
-    """Which examples are made of DATA: images, their masks, prompts."""
+    """How training examples are made from DATA: images, masks, prompts."""
 
     section: ClassVar[str] = "data"
     shares: tuple[float, ...] | None = None
-    """How much of each DATA, in their order, such as [3,1]; null draws each by the root of its number of images."""
+    """Weights for mixing several DATA, in order, such as [3,1]; null weights each by the square root of its images."""
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
-    """Part of the images, by a hash of their URI, that is never trained on; of `scenes` always their own split."""
+    """Fraction of the images held out from training, by a hash of their URI. `scenes` always use their own split."""
     validation_images: int = Field(default=48, ge=1)
-    """Held-out images that validation looks at, at most, all DATA together."""
+    """Maximum number of held-out images for validation, over all DATA."""
     prompts_per_image: int = Field(default=16, ge=1)
-    """Masks of an image that are asked for in a step, drawn anew each time."""
+    """Masks per image and step, sampled again each time."""
     centre_fraction: float = Field(default=0.5, ge=0, le=1)
-    """Part of the first clicks that are at the mask's centre; the others are anywhere in it."""
+    """Fraction of the first clicks at the centre of the mask; the others are anywhere in the mask."""
     scale_jitter: tuple[float, float] = (0.5, 2.0)
-    """Images are scaled by a factor between these, then cropped or padded; [1,1] leaves them whole."""
+    """Scale images by a random factor in this range, then crop or pad; [1,1] turns it off."""
     flip_fraction: float = Field(default=0.5, ge=0, le=1)
-    """Part of the images that are mirrored, left to right."""
+    """Fraction of the images that are flipped left to right."""
     colour_jitter: float = Field(default=0.2, ge=0, lt=1)
-    """How much brightness, contrast and saturation vary: 0.2 is by a fifth up and down."""
+    """Strength of random brightness, contrast and saturation changes: 0.2 is up to 20% in either direction."""
     min_area: int = Field(default=64, ge=1)
-    """Masks smaller than this, pixels of the image, are not asked for."""
+    """Ignore masks smaller than this, in pixels of the image."""
     area_power: float = Field(default=0.0, ge=0, le=1)
-    """Large masks are asked for more often, as this power of their area: 0 asks for all alike, 1 by their pixels."""
+    """Sample masks in proportion to this power of their area: 0 samples all alike, 1 in proportion to their pixels."""
     weigh_by_score: bool = False
-    """Ask for a mask more often the higher its predicted_iou x stability_score is; for labels that nobody looked at."""
+    """Sample masks in proportion to predicted_iou x stability_score; for labels that nobody has checked."""
     min_predicted_iou: float | None = Field(default=None, ge=0, le=1)
-    """Only masks that whoever labelled them scored at least so; null takes all."""
+    """Use only masks with at least this predicted_iou; null uses all."""
     image_root: tuple[str, str] | None = None
-    """What the images' URIs began with, and what they begin with now, such as [s3://old,/data/new]."""
+    """Old and new start of the images' URIs, for images that moved: [s3://old,/data/new]."""
     sources: tuple[str, ...] = ()
-    """Folders of cut-outs and photographs that `scenes` are painted of, beside what is made up."""
+    """Folders of cut-outs and photographs that `scenes` use, in addition to generated shapes."""
     cache: str = "~/.cache/samray"
-    """Where the decoded `data.sources` are kept, on each node."""
+    """Local directory on each node for the decoded `data.sources`."""
 
     @field_validator("shares", "scale_jitter", "image_root", "sources", mode="before")
     @classmethod
@@ -76,65 +76,69 @@ class TrainConfig(Settings):
 
     section: ClassVar[str] = "train"
     steps: int | None = Field(default=2000, ge=1)
-    """Budget in steps; null leaves it to train.minutes."""
+    """Budget in steps; null means that only train.minutes applies."""
     minutes: float | None = Field(default=None, gt=0)
-    """Budget in minutes, summed over resumed runs. With both, the schedule follows what is used up faster."""
+    """Budget in minutes, summed over resumed runs. With both budgets, the one that is used up faster counts."""
     batch_size: int = Field(default=4, ge=1)
-    """Images a step, all workers together."""
+    """Images per step, over all workers."""
     trainable: str = "all"
-    """all, iou_head (only what predicts the masks' IoUs: masks stay as they are, their ranking improves), decoder (the
-    mask decoder), decoder+prompt, or last_blocks:N (those, and the encoder's last N blocks)."""
+    """What to train: all; iou_head (only the IoU prediction: better ranking, same masks); decoder (the mask decoder);
+    decoder+prompt; or last_blocks:N (those, and the last N blocks of the image encoder)."""
     from_scratch: bool = False
-    """Begin with random weights, not with those of model.checkpoint."""
+    """Start from random weights instead of those of model.checkpoint."""
     learning_rate: float = Field(default=1e-4, gt=0)
-    """Of AdamW, after the warm-up; the image encoder's layers get less by train.layer_decay."""
+    """AdamW learning rate after the warm-up; the image encoder's layers get less, see train.layer_decay."""
     warmup_steps: int = Field(default=100, ge=1)
-    """Steps in which the learning rate rises to its value."""
+    """Steps of linear learning-rate warm-up."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
-    """How the learning rate falls with the budget: a half cosine to 0, in steps (train.decay_at), or not at all."""
+    """Learning-rate schedule over the budget: cosine to 0, steps at train.decay_at, or constant."""
     decay_at: tuple[float, ...] = (0.667, 0.963)
-    """Parts of the budget after which `step` lowers the learning rate; the SAM paper's 60,000 and 86,666 of 90,000."""
+    """Fractions of the budget at which `step` lowers the learning rate; default as in the SAM paper (60,000 and 86,666
+    of 90,000)."""
     decay_factor: float = Field(default=0.1, gt=0, le=1)
-    """What `step` multiplies the learning rate by, each time."""
+    """Factor by which `step` multiplies the learning rate each time."""
     layer_decay: float = Field(default=0.8, gt=0, le=1)
-    """Each layer of the image encoder learns this much slower than the one after it; 1 lets all learn alike."""
+    """Learning-rate factor from each layer of the image encoder to the layer before it; 1 uses the same rate for
+    all."""
     weight_decay: float = Field(default=0.05, ge=0)
-    """Of matrices; biases, norms and single embeddings have none."""
+    """AdamW weight decay of matrices; biases, norms and single embeddings have none."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)
-    """How often the last encoder block's branches are left out of an image in training; less in earlier blocks."""
+    """Stochastic depth: probability of skipping the last encoder block's branches; smaller for earlier blocks."""
     max_grad_norm: float = Field(default=2.0, gt=0)
-    """Longer gradients are cut to this."""
+    """Maximum gradient norm; longer gradients are clipped."""
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
-    """Of the running average of the weights, which is what is validated and written."""
+    """Decay of the exponential moving average of the weights, which is what is validated and saved."""
     box_fraction: float = Field(default=0.5, ge=0, le=1)
-    """Part of the steps whose first prompt is a jittered box, not a click."""
+    """Fraction of the steps whose first prompt is a jittered box instead of a click."""
     interaction_steps: int = Field(default=11, ge=1)
-    """Rounds of prompting: a first prompt, then clicks where the answer is wrong; from 4 on two rounds add no click."""
+    """Prompting rounds: a first prompt, then clicks where the mask is wrong. With 4 or more, two rounds add no
+    click."""
     refine_fraction: float = Field(default=1.0, ge=0, le=1)
-    """Part of the steps that go beyond their first prompt."""
+    """Fraction of the steps that use more than the first prompt."""
     single_weight: float = Field(default=0.25, ge=0)
-    """Of the single mask's loss beside the best of three after one click; it is 1 where the prompt is not ambiguous."""
+    """Weight of the single mask's loss after one click, next to the best of three; 1 if the prompt is not ambiguous."""
     doubt: float = Field(default=0.0, ge=0, le=4)
-    """A mask of a labelled image counts as this power of the IoU of the model's best answer, so that wrong labels,
-    which no answer fits, teach less; 0 trusts all alike."""
+    """Weight each mask of a labelled image by this power of the IoU of the model's best mask, which reduces the effect
+    of wrong labels; 0 weights all alike."""
     later_multi_weight: float = Field(default=0.0, ge=0)
-    """Of the best of three's loss beside the single mask's after the first round."""
+    """Weight of the best-of-three loss next to the single mask's loss after the first round."""
     first_image_size: int = Field(default=256, ge=32)
-    """Input side in the first part of the budget, pixels: of models with a TinyViT, whose weights fit any size."""
+    """Input side in the first part of the budget, in pixels; only for models with a TinyViT, which accept any size."""
     first_fraction: float = Field(default=0.0, ge=0, le=1)
-    """How much of the budget that part is; the rest trains at the model's own input size."""
+    """Length of that part, as a fraction of the budget; the rest trains at the model's own input size."""
     distill_from: Literal["vit_t", "vit_b", "vit_l", "vit_h"] | None = None
-    """A larger model: the encoder learns its image embeddings; prompt encoder and decoder are taken from it."""
+    """Distillation teacher, a larger model: the encoder learns its image embeddings; prompt encoder and decoder are
+    copied."""
     distill_checkpoint: str | None = None
-    """That model's weights; null takes the published file."""
+    """Weights of the teacher; null uses the published file."""
     seed: int = Field(default=0, ge=0, lt=2**31)
-    """Of everything that is drawn."""
+    """Random seed."""
     log_every: int = Field(default=20, ge=1)
-    """Steps a line of metrics.jsonl, with their means."""
+    """Steps per line of metrics.jsonl, which contains their means."""
     validate_every: int = Field(default=500, ge=1)
-    """Steps from one validation to the next; the last is at the end."""
+    """Steps between validations; the last validation is at the end."""
     save_every_minutes: float = Field(default=5.0, ge=0)
-    """Minutes from one save to the next: what a death costs at most."""
+    """Minutes between checkpoints: the most work that a crash can lose."""
 
     @field_validator("decay_at", mode="before")
     @classmethod
@@ -156,28 +160,28 @@ class TrainConfig(Settings):
         if self.distill_from is not None and self.trainable != "all":
             raise ValueError("train.distill_from trains the image encoder alone; leave train.trainable at all")
         if self.distill_from is None and self.distill_checkpoint is not None:
-            raise ValueError("train.distill_checkpoint needs train.distill_from, the name of its model")
+            raise ValueError("train.distill_checkpoint needs train.distill_from, the name of the teacher")
         return self
 
 
 class TrainClusterConfig(Settings):
-    """Where the work runs. Nothing here is part of the run's identity: it may be resumed with other values."""
+    """Where the work runs. These settings are not part of the run's identity: it may resume with other values."""
 
     section: ClassVar[str] = "cluster"
     address: str | None = None
-    """Ray cluster to join (auto, host:port or ray://...); null joins RAY_ADDRESS if set, else starts Ray here."""
+    """Ray cluster to join (auto, host:port or ray://...); null joins RAY_ADDRESS if set, else starts Ray locally."""
     num_workers: int | None = Field(default=None, ge=1)
-    """Training processes, which share out each batch; null is one a GPU, or one where there is none."""
+    """Training processes, which divide each batch; null is one per GPU, or one in total without GPUs."""
     num_gpus_per_worker: float | None = Field(default=None, ge=0)
-    """GPUs reserved a worker; null is 1 where the cluster has GPUs, else 0."""
+    """GPUs per worker; null is 1 if the cluster has GPUs, else 0."""
     num_cpus_per_worker: float | None = Field(default=None, gt=0)
-    """CPU cores a worker computes with; null shares out what the cluster has."""
+    """CPU cores per worker; null divides the cluster's cores."""
     num_data_actors: int | None = Field(default=None, ge=1)
-    """Processes that read and augment images, all workers together; null follows the workers and their cores."""
+    """Processes that read and augment images, over all workers; null follows the number of workers and their cores."""
     max_failures: int = Field(default=3, ge=0)
-    """Worker deaths that are survived within 4,096 steps, each from the last save on."""
+    """Worker deaths tolerated within 4,096 steps; each resumes from the last checkpoint."""
     drain_timeout_s: float = Field(default=120.0, ge=0)
-    """Seconds to finish the step and save after SIGTERM or Ctrl-C."""
+    """Seconds allowed to finish the step and save after SIGTERM or Ctrl-C."""
 
 
 class TrainSettings(Settings):
@@ -191,10 +195,11 @@ class TrainSettings(Settings):
     cluster: TrainClusterConfig = TrainClusterConfig()
 
     def identity(self) -> dict[str, Any]:
-        """What determines the curve, as plain JSON values; a run resumes only onto an OUTPUT with the same identity.
+        """The settings that determine the result, as plain JSON values. A run resumes only onto an OUTPUT with the same
+        ones.
 
-        Left out: the cluster, where things are kept, and how often is saved. The checkpoint is left out because its
-        path may change while its content does not: the run adds its SHA-256, and that of a teacher.
+        Left out: the cluster, where files are kept, and how often it saves. The checkpoint is left out because a file
+        may move without changing: the run adds its SHA-256, and that of a teacher.
         """
         plain = self.model_dump(mode="json")
         for name in ("cache", "image_root"):
@@ -212,11 +217,11 @@ TRAIN_SECTIONS: Sections = {cls.section: cls for cls in (DataConfig, ModelConfig
 
 
 def load_train_settings(file: str | Path | None = None, overrides: Sequence[str] = ()) -> TrainSettings:
-    """Defaults, then the file, then the overrides, each `section.key=value`.
+    """Load the settings of a training run: defaults, then the file, then the overrides (`section.key=value`).
 
-    Raises ConfigError that names every bad setting, its value, what is allowed and the nearest valid name.
+    Raises ConfigError that names every bad setting, its value, what is allowed and the closest valid name.
     """
-    own, problems = own_settings(TRAIN_SECTIONS, file, overrides)
+    own, problems = user_settings(TRAIN_SECTIONS, file, overrides)
     settings = TrainSettings(**make_sections(TRAIN_SECTIONS, own, problems))
     if settings.model.device is not None:
         raise ConfigError(

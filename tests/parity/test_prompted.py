@@ -104,7 +104,7 @@ def test_a_prompt_that_gives_no_pixel_is_named() -> None:
     for parameter in sam.mask_decoder.output_hypernetworks_mlps[0].layers[-1].parameters():
         parameter.zero_()  # the single mask's logits are 0 all over, which is not above 0
     prompts = [Prompt(points=((100, 70),), labels=(1,)), Prompt(box=(10, 10, 120, 90))]
-    with pytest.raises(ImageError, match=r"^bad_prompt: prompts\[1\]: the model finds no pixel there$"):
+    with pytest.raises(ImageError, match=r"^bad_prompt: prompts\[1\]: the model finds no mask there$"):
         PromptedGenerator(sam).generate([blobs(20, WIDE)], [prompts])
 
 
@@ -112,12 +112,12 @@ def test_what_lies_outside_of_its_image_is_named_before_anything_is_encoded(sam:
     image = blobs(20, WIDE)
     generator = PromptedGenerator(sam)
     outside = {
-        Prompt(points=((220.0, 10.0),), labels=(1,)): r"point \[220, 10\] lies outside of the image of 220x150 pixels",
-        Prompt(points=((1.0, 150.0),), labels=(1,)): r"point \[1, 150\] lies outside",
-        Prompt(points=((-0.25, 1.0),), labels=(1,)): r"point \[-0.25, 1\] lies outside",
-        Prompt(box=(3, -1, 20, 10)): r"box \[3, -1, 20, 10\] reaches out",
-        Prompt(box=(200, 0, 20.5, 10)): r"box \[200, 0, 20.5, 10\] reaches out of the image of 220x150 pixels",
-        Prompt(box=(0, 100, 10, 51)): r"box \[0, 100, 10, 51\] reaches out",
+        Prompt(points=((220.0, 10.0),), labels=(1,)): r"point \[220, 10\] is outside the image of 220x150 pixels",
+        Prompt(points=((1.0, 150.0),), labels=(1,)): r"point \[1, 150\] is outside",
+        Prompt(points=((-0.25, 1.0),), labels=(1,)): r"point \[-0.25, 1\] is outside",
+        Prompt(box=(3, -1, 20, 10)): r"box \[3, -1, 20, 10\] extends beyond",
+        Prompt(box=(200, 0, 20.5, 10)): r"box \[200, 0, 20.5, 10\] extends beyond the image of 220x150 pixels",
+        Prompt(box=(0, 100, 10, 51)): r"box \[0, 100, 10, 51\] extends beyond",
     }
     for prompt, problem in outside.items():
         with pytest.raises(ImageError, match=rf"^bad_prompt: prompts\[1\]: the {problem}"):

@@ -74,7 +74,7 @@ def test_images_are_labelled_as_ever_and_one_that_kills_the_child_is_a_failed_ro
     expected = standin.make_labeler(load_config(), 1).label([images[0], images[2], images[3]]).records
     assert [done.records[i] for i in (0, 2, 3)] == expected
     assert done.records[1].error is not None
-    assert done.records[1].error.startswith("quarantined: labelling this image, alone, ended the process 2 times")
+    assert done.records[1].error.startswith("quarantined: labelling only this image ended the process 2 times")
     assert "SIGABRT" in done.records[1].error
     assert len(seen) == 4
     assert not [name for name in attempts_left(str(tmp_path)) if "image" in name]
@@ -94,7 +94,7 @@ def test_an_image_at_which_whole_attempts_died_again_and_again_is_left_out(tmp_p
     done = alone.label([_image(0), _image(1), _image(2)], _attempts(tmp_path))
     alone.close()
     assert [record.error is None for record in done.records] == [True, False, True]
-    assert f"the labelling processes of {STRIKES_TO_BLAME} attempts died at this image" in str(done.records[1].error)
+    assert f"the labelling processes of {STRIKES_TO_BLAME} attempts died on this image" in str(done.records[1].error)
 
 
 def test_five_images_that_crash_in_one_shard_are_five_failed_rows(tmp_path: Path, label: Label) -> None:
@@ -125,6 +125,6 @@ def test_kills_from_outside_blame_no_image(tmp_path: Path, label: Label) -> None
 def test_a_sick_machine_ends_the_run_with_a_sentence(tmp_path: Path, label: Label) -> None:
     (tmp_path / "in").mkdir()
     standin.write_images(str(tmp_path / "in"), 3)
-    with pytest.raises(SamrayError, match="the machine that is at fault"):
+    with pytest.raises(SamrayError, match="the machine is at fault"):
         label(tmp_path / "in", tmp_path / "out", make_labeler=standin.make_sick_labeler)
     assert done_shards(str(tmp_path / "out")) == set()

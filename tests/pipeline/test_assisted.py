@@ -69,7 +69,7 @@ def test_each_prompt_is_a_mask_in_order_and_a_rerun_finishes_what_is_missing(
     assert (report.failures, report.num_images_not_found) == ({"bad_prompt": 1}, 1)
     rows = {row["image"]["file_name"]: row for row in rows_of(output)}  # verifies, too
     assert rows["3.png"]["error"] == (
-        "bad_prompt: prompts[1]: the point [129, 5] lies outside of the image of 128x96 pixels"
+        "bad_prompt: prompts[1]: the point [129, 5] is outside the image of 128x96 pixels"
     )
     assert (rows["2.png"]["status"], rows["2.png"]["annotations"]) == ("ok", [])  # nobody asked for a mask of it
     generator = PromptedGenerator(load_model("tiny", str(tiny_checkpoint)), config().masks)

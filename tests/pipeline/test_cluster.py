@@ -91,7 +91,7 @@ def test_the_closing_summary_says_what_was_done_and_what_to_do_next() -> None:
     assert "--retry-failed" in text
     interrupted = _report()
     interrupted.exit_code, interrupted.problem = 143, "interrupted with 1 of 3 shards to do"
-    assert "goes on from here" in _printed(interrupted)
+    assert "run the same command to resume" in _printed(interrupted)
     assert "samray verify" not in _printed(interrupted)
 
 
@@ -121,7 +121,7 @@ def test_a_gpu_that_no_node_has_is_refused() -> None:
         check_fits(choose_sizes(ClusterConfig(), nodes, num_shards=1), nodes, device)
     with pytest.raises(ConfigError, match="an actor sees only the 1 GPUs that it reserves"):
         check_fits(choose_sizes(ClusterConfig(), two_gpus, num_shards=1), two_gpus, "cuda:1")
-    with pytest.raises(ConfigError, match=r"model.device = 'cuda' is not possible: there is no GPU here"):
+    with pytest.raises(ConfigError, match=r"model.device = 'cuda' is not possible: this machine has no GPU"):
         check_fits(choose_sizes(ClusterConfig(), LAPTOP, num_shards=1), LAPTOP, "cuda")
 
 

@@ -33,7 +33,7 @@ def test_a_job_is_stopped_and_the_same_job_again_finishes(head: Head, tiny_check
     head.wait_for(lambda: len(done_shards(output)) >= 1, first)
     head.ray("job", "stop", first)
     assert head.end_of(first) == "STOPPED"
-    assert "goes on from here" in head.logs(first)
+    assert "run the same command to resume" in head.logs(first)
     done = done_shards(output)
     assert 1 <= len(done) < NUM_IMAGES // 2
     assert not storage.exists(storage.join(output, "_SUCCESS"))

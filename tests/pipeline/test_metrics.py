@@ -148,9 +148,9 @@ def test_the_closing_summary_tells_idle_time_and_cost() -> None:
     assert "cost" not in _printed(report)
     report.gpu_price_per_hour = 2.5
     assert (report.cost, report.cost_per_million_images) == (2.5, 1250.0)
-    assert "2.50, 1,250.00 per million images at 2.50 per GPU hour (1 GPU hours held)" in _printed(report)
+    assert "2.50, 1,250.00 per million images at 2.50 per GPU hour (1 GPU hours)" in _printed(report)
     report.gpu_seconds = 0.0
-    assert "none: no actor held a GPU" in _printed(report)
+    assert "none: no actor used a GPU" in _printed(report)
 
 
 def test_a_price_is_no_part_of_a_runs_identity() -> None:

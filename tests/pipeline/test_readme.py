@@ -100,7 +100,7 @@ def test_a_run_without_any_mask_says_so_and_why(
     (tmp_path / "photos").mkdir()
     Image.fromarray(np.full((64, 64, 3), 128, np.uint8)).save(tmp_path / "photos" / "grey.png")
     config = samray.Config(masks=samray.MaskConfig(points_per_side=2, pred_iou_thresh=0.99))
-    with pytest.warns(UserWarning, match=r"NO MASK .* tiny: .*masks.pred_iou_thresh=0.99 \(its own: 0.5\)"):
+    with pytest.warns(UserWarning, match=r"NO MASK .* tiny: .*masks.pred_iou_thresh=0.99 \(default: 0.5\)"):
         report = samray.label(tmp_path / "photos", tmp_path / "out", config, progress=False)
     print_report(report)
-    assert "NO MASK was found in the one image" in " ".join(capsys.readouterr().err.split())
+    assert "NO MASK was found in the only image" in " ".join(capsys.readouterr().err.split())

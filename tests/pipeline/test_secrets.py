@@ -161,7 +161,9 @@ def test_a_resume_without_the_credentials_says_what_it_needs(label: Label, site:
     label(listed, output)
     (output / "annotations" / "shard-000000.parquet").unlink()
     Path(listed).write_text(f"http://{site}/other.png\n")
-    with pytest.raises(ConfigError, match=r"keeps no credentials.* has none of those that are left .*0\.png\?v=3"):
+    with pytest.raises(
+        ConfigError, match=r"stores no credentials.* has none of the images that are left .*0\.png\?v=3"
+    ):
         label(listed, output)
     Path(listed).unlink()
     with pytest.raises(ConfigError, match=r"does not exist.*keeps no credentials"):

@@ -33,7 +33,7 @@ def test_a_signal_drains_and_the_same_command_goes_on(
         assert first.wait() == exit_code, first.text()
         done = done_shards(output)
         assert 1 <= len(done) < NUM_IMAGES // 4, first.text()
-        assert "goes on from here" in first.text()
+        assert "run the same command to resume" in first.text()
         assert not storage.exists(storage.join(output, "_SUCCESS"))
         assert attempts_left(output) == {}  # nothing was left half done
         assert not first.clean_up(patience_s=30)

@@ -198,8 +198,8 @@ def test_errors_of_the_command_are_told_in_a_sentence(
 
     output = str(tmp_path / "out")
     assert "Missing argument 'OUTPUT'" in told(data[0])
-    assert "there is no setting train.setps; did you mean train.steps?" in told(data[0], output, "train.setps=3")
-    assert "holds no samray run" in told(str(tmp_path), output)
+    assert "unknown setting train.setps; did you mean train.steps?" in told(data[0], output, "train.setps=3")
+    assert "is not the output of a samray run" in told(str(tmp_path), output)
     assert "encoder has only 12 blocks" in told(data[0], output, "train.trainable=last_blocks:99")
     assert "data.shares has 1 numbers, but there are 2 DATA" in told(*data, output, "data.shares=[1]")
     assert not Path(output).exists()

@@ -118,7 +118,7 @@ def test_label_ends_with_the_runs_exit_code(label_calls: list[dict[str, Any]], m
         (["label", "a", "masks.max_masks=3"], ["Missing argument", "OUTPUT"]),
         (["lable", "a", "b"], ["lable", "label"]),
         (["label", "a", "b", "--prest", "tiny"], ["--prest", "--preset"]),
-        (["label", "a", "b", "--preset", "sa1"], ["no preset 'sa1'", "did you mean sa1b?"]),
+        (["label", "a", "b", "--preset", "sa1"], ["unknown preset 'sa1'", "did you mean sa1b?"]),
         (["label", "a", "b", "masks.points_per_side"], ["section.key=value"]),
         (["label", "a", "b", "points_per_side=8"], ["did you mean masks.points_per_side?"]),
         (["label", "a", "b", "masks.points_per_sides=8"], ["did you mean masks.points_per_side?"]),
@@ -128,7 +128,7 @@ def test_label_ends_with_the_runs_exit_code(label_calls: list[dict[str, Any]], m
         (["report", "a", "--images", "1000"], ["--images"]),
         (["train", "labels", "weights", "steps=5"], ["did you mean train.steps?"]),
         (["train", "labels", "weights", "tran.steps=5"], ["did you mean train?"]),
-        (["train", "labels", "weights", "masks.points_per_side=8"], ["no section masks"]),
+        (["train", "labels", "weights", "masks.points_per_side=8"], ["unknown section masks"]),
         (["train", "labels"], ["Missing argument", "OUTPUT"]),
     ],
 )
@@ -148,8 +148,8 @@ def test_wrong_usage_is_one_sentence_and_starts_nothing(
         (ConfigError("no [images] in here"), 2, "no [images] in here"),
         (StorageError("s3://b: no such bucket"), 3, "s3://b: no such bucket"),
         (SamrayError("something"), 1, "something"),
-        (RuntimeError("two\nlines"), 1, "unexpected RuntimeError: two lines (SAMRAY_DEBUG=1 shows where)"),
-        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from here"),
+        (RuntimeError("two\nlines"), 1, "unexpected RuntimeError: two lines (set SAMRAY_DEBUG=1 for a traceback)"),
+        (KeyboardInterrupt(), 130, "interrupted; run the same command to resume"),
     ],
 )
 def test_errors_become_a_sentence_and_an_exit_code(
@@ -233,7 +233,7 @@ def test_a_pattern_that_the_shell_expanded(
     assert main(["label", *words]) == 2
     error = capsys.readouterr().err
     assert "expected INPUT and OUTPUT" in error
-    assert f"put it in quotes: '{pattern}'" in error
+    assert f"quote it: '{pattern}'" in error
     assert not (tmp_path / "labels").exists()
 
 
@@ -249,4 +249,4 @@ def test_a_dry_run_says_what_is_left_out_and_what_will_fail(tmp_path: Path, caps
     assert main(["label", str(tmp_path / "in" / "list.txt"), str(tmp_path / "out"), "--dry-run"]) == 0
     error = " ".join(capsys.readouterr().err.split())
     assert "left out 1 .jpg: listed more than once" in error
-    assert "will fail 1 image; the first: not_allowed: a list may name files of this machine only below" in error
+    assert "will fail 1 image; the first: not_allowed: a list may name local files only below" in error

@@ -156,8 +156,8 @@ def test_values_are_yaml_scalars_without_surprises(text: str, value: object) -> 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("masks.points_per_sid=3", ["no setting masks.points_per_sid", "did you mean masks.points_per_side?"]),
-        ("mask.points_per_side=3", ["no section mask", "did you mean masks?"]),
+        ("masks.points_per_sid=3", ["unknown setting masks.points_per_sid", "did you mean masks.points_per_side?"]),
+        ("mask.points_per_side=3", ["unknown section mask", "did you mean masks?"]),
         ("points_per_side=16", ["section.key=value", "did you mean masks.points_per_side?"]),
         ("masks.points_per_side", ["section.key=value"]),
         ("masks.points_per_side=big", ["masks.points_per_side = 'big'", "a whole number from 1 to 256"]),
@@ -172,10 +172,10 @@ def test_values_are_yaml_scalars_without_surprises(text: str, value: object) -> 
         ("masks.bbox_convention=voc", ["one of coco, sam"]),
         ("model.name=vit_x", ["model.name = 'vit_x'", "tiny, vit_t, vit_b, vit_l, vit_h"]),
         ("masks.point_grids=[[[0.5, 2]]]", ["outside 0..1"]),
-        ("masks.point_grids=[[]]", ["a grid without a point"]),
+        ("masks.point_grids=[[]]", ["has no points"]),
         (f"masks.points_per_side={'9' * 5000}", ["masks.points_per_side", "too long"]),
         ("masks.point_grids=[[1, 2]]", ["masks.point_grids", "[x, y]"]),
-        ("masks.point_grids=[[[0.5", ["masks.point_grids", "does not close"]),
+        ("masks.point_grids=[[[0.5", ["masks.point_grids", "not closed"]),
     ],
 )
 def test_refusals_name_field_value_range_and_nearest_name(override: str, words: list[str]) -> None:
@@ -216,7 +216,7 @@ def test_unknown_preset_names_the_nearest() -> None:
     [
         ("masks:\n  points_per_side: 8\n  points_per_side: 9\n", ["line 3", "'points_per_side' is given twice"]),
         ("masks: {a: 1\n", ["run.yaml, line"]),
-        ("- 1\n", ["must hold sections"]),
+        ("- 1\n", ["must contain sections"]),
         ("masks: 3\n", ["masks = 3"]),
         ("1: 2\n", ["1 is not text"]),
         ("a: !!python/object:os.system x\n", ["run.yaml, line 1"]),

@@ -71,19 +71,19 @@ def test_a_corrected_output_goes_on_like_any_other(corrected: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda row: row["annotations"].reverse(), "ids do not rise from image_id"),
-        (lambda row: row["annotations"][0].update(id=65536), "ids do not rise from image_id"),
+        (lambda row: row["annotations"].reverse(), "ids do not increase from image_id"),
+        (lambda row: row["annotations"][0].update(id=65536), "ids do not increase from image_id"),
         (
             lambda row: row["corrections"].append({"id": 0, "change": "removed"}),
-            "annotation 0 was removed, and it is there",
+            "annotation 0 was removed, but it is there",
         ),
         (
             lambda row: row["corrections"].append({"id": 9, "change": "added"}),
-            "annotation 9 was added, and it is not there",
+            "annotation 9 was added, but it is not there",
         ),
         (
             lambda row: row["corrections"].append({"id": 9, "change": "lost"}),
-            "annotation 9 was lost, and it is not there",
+            "annotation 9 was lost, but it is not there",
         ),
     ],
 )

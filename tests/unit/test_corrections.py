@@ -278,7 +278,5 @@ def test_names_of_several_images_need_the_id(tmp_path: Path) -> None:
     report = import_(write(tmp_path / "x.json", content), tmp_path / "new", both)
     assert report.changes == {"unchanged": 10, "removed": 5}
     renumbered = as_cvat(content, keep_attributes=True)
-    with pytest.raises(
-        ConfigError, match=r"the file_name 'a\.png' is that of several images of .*, none with the id 1"
-    ):
+    with pytest.raises(ConfigError, match=r"the file_name 'a\.png' matches several images of .*, none with the id 1"):
         import_(write(tmp_path / "y.json", renumbered), tmp_path / "out2", both)

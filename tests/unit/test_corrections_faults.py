@@ -43,16 +43,16 @@ def test_an_image_without_an_id_left_fails(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(corrections, "ANNOTATIONS_PER_IMAGE", 5)
     report = import_(write(tmp_path / "x.json", content), tmp_path / "new", plan)
     assert report.failures == {"unsupported": 1}
-    assert rows_of(tmp_path / "new")["a/0.png"]["error"] == "unsupported: no id is left: an image has 5"
+    assert rows_of(tmp_path / "new")["a/0.png"]["error"] == "unsupported: no mask id is left: an image has at most 5"
 
 
 @pytest.mark.parametrize(
     ("exported", "given", "said"),
     [
-        ({"confident": 0}, {"confident": 0.9}, "by --confident 0.9, were not exported: that of samray_id 1 has a "
-         "predicted IoU of 0.5 and a stability of 0.99; give the bounds of the export"),
-        ({"confident": 0.9}, {"confident": 0.9, "stable": 0.95}, "by --confident 0.9 --stable 0.95, were not exported: "
-         "that of samray_id 2 has"),
+        ({"confident": 0}, {"confident": 0.9}, "masks that --confident 0.9 would not have exported: the one with "
+         "samray_id 1 has a predicted IoU of 0.5 and a stability of 0.99; give the thresholds of the export"),
+        ({"confident": 0.9}, {"confident": 0.9, "stable": 0.95}, "--confident 0.9 --stable 0.95 would not have "
+         "exported: the one with samray_id 2 has"),
     ],
 )  # fmt: skip
 def test_bounds_that_are_not_the_exports_are_refused_before_anything_is_written(
@@ -111,10 +111,10 @@ def test_wrong_commands_are_one_sentence(plan: Plan, tmp_path: Path, capsys: pyt
     assert "--stable needs --corrects" in refusal("import", source, out, "--stable", "0.9")
     assert "--keep-rest needs --corrects" in refusal("import", source, out, "--keep-rest")
     with_corrects = ("import", source, out, "--corrects", labels)
-    assert "with --corrects SOURCE is COCO" in refusal(*with_corrects, "--format", "sa1b")
+    assert "with --corrects, SOURCE is COCO" in refusal(*with_corrects, "--format", "sa1b")
     assert "leave out --images" in refusal(*with_corrects, "--images", tmp_path)
-    assert "holds no samray run" in refusal("import", source, out, "--corrects", tmp_path / "in")
-    assert "DEST must be another folder than the OUTPUT" in refusal("import", source, labels, "--corrects", labels)
+    assert "is not the output of a samray run" in refusal("import", source, out, "--corrects", tmp_path / "in")
+    assert "DEST and the OUTPUT to correct must be different" in refusal("import", source, labels, "--corrects", labels)
 
     def of(**changes: Any) -> Path:
         return write(tmp_path / "bad" / "x.json", {**content, **changes})
@@ -124,19 +124,21 @@ def test_wrong_commands_are_one_sentence(plan: Plan, tmp_path: Path, capsys: pyt
     twice = [{"id": i, "file_name": "c.png", **size} for i in (1, 2)]
     arguments = (out, "--corrects", labels)
     assert "none of its 1 images is in" in refusal("import", of(images=[stranger]), *arguments)
-    assert "its first is '0.png', there the first is 'a/0.png'" in refusal("import", of(images=[stranger]), *arguments)
-    assert "holds the image 'c.png' twice" in refusal("import", of(images=twice), *arguments)
+    assert "its first is '0.png', the output's first is 'a/0.png'" in refusal(
+        "import", of(images=[stranger]), *arguments
+    )
+    assert "has the image 'c.png' twice" in refusal("import", of(images=twice), *arguments)
     assert "the image 1 has no file_name" in refusal("import", of(images=[{"id": 1}]), *arguments)
     assert not out.exists()
 
     assert main([*map(str, with_corrects), "--confident", "0.9", "--no-progress"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "corrected 4 images; the others stay as they were" in said
+    assert "corrected 4 images; the others are unchanged" in said
     assert "unchanged 12 masks" in said
-    assert "left out 3 masks, not sure enough (--keep-rest keeps them)" in said
+    assert "left out 3 masks, below --confident or --stable (--keep-rest keeps them)" in said
     assert "corrects.keep_rest: false there, true now" in refusal(*with_corrects, "--confident", "0.9", "--keep-rest")
     (out / "_samray" / "run.json").unlink()
-    assert "holds shards of which nothing says what they are" in refusal(*with_corrects, "--confident", "0.9")
+    assert "has shards without a description" in refusal(*with_corrects, "--confident", "0.9")
     Path(shard_uri(labels, 1)).unlink()
     assert "is not finished: 1 of 3 shards are missing" in refusal("import", source, tmp_path / "o", *arguments[1:])
 

@@ -120,7 +120,9 @@ def test_an_image_at_which_the_child_ends_each_time_is_quarantined(
 ) -> None:
     _killing(monkeypatch, times, signum)
     decoder = Decoder(LIMIT, 60.0)
-    with pytest.raises(ImageError, match=rf"ended the process {times} times, at last by signal \d+ \({signum.name}\)"):
+    with pytest.raises(
+        ImageError, match=rf"ended the process {times} times, the last time by signal \d+ \({signum.name}\)"
+    ):
         decoder(encoded())
     assert decoder(encoded()).shape == (32, 48, 3)
 

@@ -39,7 +39,7 @@ def test_another_demos_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="different demo"):
         write_scenes(tmp_path, make_scenes(3))
     (tmp_path / "other" / "images").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="name another directory"):
+    with pytest.raises(ConfigError, match="choose another directory"):
         write_scenes(tmp_path / "other", make_scenes(2))
 
 

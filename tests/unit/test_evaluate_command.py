@@ -139,8 +139,8 @@ def test_points_from_the_command_line(bsds: str, tmp_path: Path, capsys: pytest.
     assert (figures["data"], figures["min_area"], figures["device"]) == (bsds, 500, "cpu")
     assert figures["versions"]["torch"] == torch.__version__
     said = " ".join(capsys.readouterr().out.split())
-    assert f"mean IoU {figures['miou']:.4f} of the mask that the model scores best" in said
-    assert "regions 3 of at least 500 pixels, a click each" in said
+    assert f"mean IoU {figures['miou']:.4f} of the mask with the highest predicted IoU" in said
+    assert "regions 3 of at least 500 pixels, one click each" in said
     assert "failed images 1: 1 not_an_image (this is text" in said
     assert Image.open(sheet).format == "PNG"
 
@@ -173,7 +173,7 @@ def test_proposals_from_the_command_line(bsds: str, tmp_path: Path, capsys: pyte
         (["points"], 2, "Missing argument 'DATA'"),
         (["points", "model.name=tiny"], 2, "Missing argument 'DATA'"),
         (["points", "absent"], 2, "absent does not exist"),
-        (["points", "{bsds}", "masks.points_per_side=4"], 2, "masks.points_per_side=4 has no part in this"),
+        (["points", "{bsds}", "masks.points_per_side=4"], 2, "masks.points_per_side=4 does not apply here"),
         (["points", "{bsds}", "cluster.address=auto"], 2, "it takes settings of model"),
         (["proposals", "{bsds}", "output.images_per_shard=4"], 2, "it takes settings of model and masks"),
         (["proposals", "{bsds}", "masks.points_per_sid=4"], 2, "did you mean masks.points_per_side?"),

@@ -53,7 +53,7 @@ def test_images_that_cannot_be_used_stand_in_their_place_with_a_reason(tmp_path:
     assert isinstance(broken, ImageError)
     assert broken.reason == "not_an_image"
     assert "large.jpg is 61x40 pixels, but its regions are for 60x40" in str(large)
-    assert "bad.jpg holds a region that cannot be decoded" in str(bad)
+    assert "bad.jpg has a region that cannot be decoded" in str(bad)
     assert isinstance(image, RegionImage)
     assert [type(one) for one in data] == [type(one) for one in (broken, large, bad, image)], "it can be read again"
 
@@ -103,7 +103,7 @@ def test_parquet_in_the_layout_of_sa1b_needs_no_plan_and_resolves_relative_uris(
         ({"image": None}, "lacks its size or part of a region"),
         ({"annotations": [None]}, "lacks its size or part of a region"),
         ({"annotations": [{"segmentation": {"size": [HEIGHT, WIDTH], "counts": None}}]}, "lacks its size"),
-        ({"annotations": [annotation(box(0, 9, 0, 9, (WIDTH, HEIGHT)))]}, "holds a region that is not 60x40 pixels"),
+        ({"annotations": [annotation(box(0, 9, 0, 9, (WIDTH, HEIGHT)))]}, "has a region that is not 60x40 pixels"),
         ({"uri": None}, "missing: "),
         ({"status": "failed", "error": "truncated: the file ends"}, "truncated: the file ends"),
         ({"status": "failed", "error": "who knows"}, "unreadable: failed in DATA"),
@@ -192,12 +192,12 @@ def unfinished(folder: Path) -> str:
     ("make", "words"),
     [
         (lambda folder: str(folder / "absent"), "does not exist; give an OUTPUT of samray, or Parquet with regions"),
-        (no_parquet, "holds no .parquet file, among 1"),
-        (other_columns, "annotators.regions (bsds500); found are uri string, masks.counts string"),
-        (other_columns, "wanted are image.width, image.height, annotations.segmentation.size"),
-        (no_rows, "holds no image"),
-        (broken_parquet, "is no Parquet file that can be read"),
-        (unfinished, "holds no labelled image yet"),
+        (no_parquet, "has no .parquet file among its 1"),
+        (other_columns, "annotators.regions (bsds500); found uri string, masks.counts string"),
+        (other_columns, "expected image.width, image.height, annotations.segmentation.size"),
+        (no_rows, "has no images"),
+        (broken_parquet, "cannot be read as Parquet"),
+        (unfinished, "has no labelled images yet"),
     ],
 )
 def test_wrong_data_is_refused_in_a_sentence(tmp_path: Path, make: Any, words: str) -> None:

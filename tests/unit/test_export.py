@@ -158,14 +158,14 @@ def test_wrong_exports_are_one_sentence(plan: Plan, tmp_path: Path, capsys: pyte
     assert not Path(dest).exists()
     assert main(["export", plan.output, dest, "--format", "coco", "--no-progress"]) == 0
     capsys.readouterr()
-    assert "holds another export (format: coco there, yolo now)" in refusal(dest, "--format", "yolo")
-    assert "holds another export (options: {} there" in refusal(dest, "--format", "coco", "--polygons")
+    assert "has a different export (format: coco there, yolo now)" in refusal(dest, "--format", "yolo")
+    assert "has a different export (options: {} there" in refusal(dest, "--format", "coco", "--polygons")
     other = write_output(str(tmp_path / "other"), NAMES[:2])
-    with pytest.raises(ConfigError, match="holds an export of another run's masks"):
+    with pytest.raises(ConfigError, match="has an export of another run"):
         export(other, dest, "coco")
     assert "is not empty" in refusal(str(tmp_path / "in"), "--format", "coco")
     assert main(["export", str(tmp_path / "in"), dest, "--format", "coco"]) == 2
-    assert "holds no samray run" in capsys.readouterr().err
+    assert "is not the output of a samray run" in capsys.readouterr().err
 
 
 def test_an_output_that_changed_is_refused(plan: Plan, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_an_unfinished_output_is_refused_unless_what_is_there_is_asked_for(tmp_p
         export(plan, tmp_path / "coco", "coco")
     assert export(plan, tmp_path / "coco", "coco", partial=True).num_images == 7
     nothing = write_output(str(tmp_path / "nothing"), NAMES, missing_shards=(0, 1, 2, 3))
-    with pytest.raises(ConfigError, match="holds no finished shard yet"):
+    with pytest.raises(ConfigError, match="has no finished shards yet"):
         export(nothing, tmp_path / "none", "coco", partial=True)
 
 

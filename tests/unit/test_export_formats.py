@@ -232,7 +232,7 @@ def test_label_maps_of_overlapping_masks(tmp_path: Path, on_top: str | None, lab
 def test_more_masks_than_labels_is_one_sentence() -> None:
     many = label_map.MAX_LABEL + 1
     image = LabelledImage(7, 1, 1, "a.jpg", "", [0] * many, ["01"] * many, *[[]] * 6)
-    with pytest.raises(ConfigError, match=r"image 7 has 65536 masks, and a label map of 16 bits holds 65535"):
+    with pytest.raises(ConfigError, match=r"image 7 has 65536 masks, and a label map of 16 bits allows 65535"):
         label_map.label_map(image, "area")
 
 
@@ -248,7 +248,7 @@ def test_equal_names_in_folders_and_of_other_endings_stay_apart(tmp_path: Path) 
     assert files == ["a/x-0.json", "a/x-1.json", "b/x.json", "b/y.json", "c/Y-4.json", "c/y-5.json"]
     found = sorted(json.loads((tmp_path / "sa1b" / name).read_text())["image"]["file_name"] for name in files)
     assert found == sorted(names)
-    with pytest.raises(ConfigError, match=r"4 images have names that differ in their ending or case only.*with-images"):
+    with pytest.raises(ConfigError, match=r"4 images have names that differ only in extension or case.*with-images"):
         export(plan, tmp_path / "yolo", "yolo")
     assert not (tmp_path / "yolo").exists()
     export(plan, tmp_path / "yolo", "yolo", with_images=True)
@@ -288,7 +288,7 @@ def test_what_waits_to_be_labelled_again_is_not_exported_unasked(tmp_path: Path)
     config = load_config("default", overrides=["output.images_per_shard=3"])
     where = str(tmp_path / "in")
     plan, _ = join_images(plan, where, config, config.identity(), append=False, redo_changed=True)
-    with pytest.raises(ConfigError, match=r"1 of 2 shards of .* wait to be labelled again: finish the run"):
+    with pytest.raises(ConfigError, match=r"1 of 2 shards of .* must be labelled again: finish the run"):
         export(plan, tmp_path / "flat", "flat")
     assert export(plan, tmp_path / "flat", "flat", partial=True).num_images == 6
 

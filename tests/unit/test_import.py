@@ -340,14 +340,14 @@ def test_wrong_imports_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
 
     source = coco_source(tmp_path / "coco")
     assert "does not exist" in refusal(tmp_path / "nothing")
-    assert "there is no format 'yolo' to import" in refusal(source, "--format", "yolo")
+    assert "unknown import format 'yolo'" in refusal(source, "--format", "yolo")
     (tmp_path / "empty").mkdir()
     assert "no JSON file found, among 0 files" in refusal(tmp_path / "empty")
     (tmp_path / "empty" / "x.json").write_text('{"a": 1}')
-    assert "neither SA-1B's nor COCO's" in refusal(tmp_path / "empty")
-    assert "holds no list of images" in refusal(tmp_path / "empty", "--format", "coco")
+    assert "neither SA-1B nor COCO" in refusal(tmp_path / "empty")
+    assert "has no list of images" in refusal(tmp_path / "empty", "--format", "coco")
     (tmp_path / "empty" / "x.json").write_text('{"annotations": [%s], "image": {"image_id": 1}}' % (" " * 5000))
-    assert "give --format sa1b if it is SA-1B's" in refusal(tmp_path / "empty")
+    assert "use --format sa1b if it is SA-1B" in refusal(tmp_path / "empty")
     (tmp_path / "empty" / "x.json").write_text('{"images": [{"id": 1}, {"id": 1}]}')
     assert "two images with the id 1" in refusal(tmp_path / "empty")
     (tmp_path / "empty" / "x.json").write_text('{"images": [{"id": 1}')
@@ -361,13 +361,13 @@ def test_another_import_into_the_same_output_is_refused(tmp_path: Path) -> None:
     source = coco_source(tmp_path / "coco")
     import_(source, tmp_path / "out")
     import_(source, tmp_path / "out")
-    with pytest.raises(ConfigError, match="holds another run or import"):
+    with pytest.raises(ConfigError, match="has another run or import"):
         samray.import_(source, tmp_path / "out", images_per_shard=5, progress=False)
     shutil.copy(source, tmp_path / "coco" / "more.json")
-    with pytest.raises(ConfigError, match="holds another run or import"):
+    with pytest.raises(ConfigError, match="has another run or import"):
         samray.import_(tmp_path / "coco", tmp_path / "out", progress=False)
     plan = write_output(str(tmp_path / "labels"), NAMES[:2])
-    with pytest.raises(ConfigError, match="holds another run or import"):
+    with pytest.raises(ConfigError, match="has another run or import"):
         samray.import_(source, plan.output, progress=False)
 
 

@@ -84,7 +84,7 @@ def test_the_repro(tmp_path: Path) -> None:
     assert (row["status"], row["image"]["file_name"], len(row["annotations"])) == ("ok", "b\\udce4r.png", 1)
     source = write(tmp_path, [{**IMAGE, "file_name": "images\\a.png"}], [SQUARE], "windows.json")
     report = samray.import_(str(source), str(tmp_path / "windows"), progress=False)
-    assert report.warning.startswith(f"no image was found: 1 of 1 were looked for, such as {tmp_path}/images/a.png")
+    assert report.warning.startswith(f"no image was found: looked for 1 of 1, for example {tmp_path}/images/a.png")
     picture(tmp_path / "images/a.png")
     assert samray.import_(str(source), str(tmp_path / "again"), progress=False).warning == ""
 
@@ -109,7 +109,7 @@ def test_an_image_without_a_name_is_a_failed_row(tmp_path: Path) -> None:
     images = [IMAGE, {**IMAGE, "id": 2, "file_name": None}, {**IMAGE, "id": 3, "file_name": 7}]
     rows = imported(write(tmp_path, images, [SQUARE]), tmp_path / "out")
     assert [row["status"] for row in rows] == ["ok", "failed", "failed"]
-    assert rows[1]["error"] == "missing: the annotations say no file_name of the image"
+    assert rows[1]["error"] == "missing: the annotations have no file_name for the image"
 
 
 def test_results_belong_to_the_images_beside_them(tmp_path: Path) -> None:
@@ -122,10 +122,10 @@ def test_results_belong_to_the_images_beside_them(tmp_path: Path) -> None:
     one, two = read_rows(tmp_path / "out")
     assert (one["annotations"], report.num_dropped) == ([], 1)
     assert [mask["predicted_iou"] for mask in two["annotations"]] == [0.25]
-    with pytest.raises(ConfigError, match="a list of results, which does not say the names and sizes of its images"):
+    with pytest.raises(ConfigError, match="a list of results, without the names and sizes of its images"):
         samray.import_(str(folder / "results.json"), str(tmp_path / "alone"), progress=False)
     write(folder, [IMAGE], [], "more.json")
-    with pytest.raises(ConfigError, match="several of the other files have images with the same ids"):
+    with pytest.raises(ConfigError, match="several other files have images with the same ids"):
         samray.import_(str(folder), str(tmp_path / "three"), progress=False)
 
 
@@ -146,9 +146,9 @@ def test_results_belong_to_the_images_beside_them(tmp_path: Path) -> None:
         ([{**SQUARE, "segmentation": []}], "boxes alone are not imported"),
         (
             [{**SQUARE, "segmentation": [[1, 1, 2, 2]]}] * 2,
-            "not one mask could be imported; 2 annotations",
+            "no mask could be imported; 2 annotations",
         ),
-        ([{**SQUARE, "segmentation": {"size": [H, W], "counts": [H * W]}}], "not one mask could be imported"),
+        ([{**SQUARE, "segmentation": {"size": [H, W], "counts": [H * W]}}], "no mask could be imported"),
     ],
 )
 def test_an_import_that_drops_everything_fails(tmp_path: Path, annotations: Any, said: str) -> None:
@@ -184,14 +184,14 @@ def whole_file() -> bytes:
         (whole_file()[:9_000], r"after 9,000 bytes, inside the list 'annotations', after \d+ whole elements; the file"),
         (whole_file()[:40], r"after 40 bytes, inside the list 'images', after 0 whole elements; .* fetch or export it"),
         (whole_file()[:-2] + b"\xc3", r"ends too early|damaged"),
-        (b'{"images": [' + b"[" * 5_000_000, r"nested too deep at about byte 12, inside the list 'images'"),
-        (b'{"images": [{"id": 1, "x": ' + b"[" * 900 + b"]" * 900 + b"}]}", r"no file_name|nested too deep"),
-        (b'{"images": ' + b'{"a":' * 100_000, "nested too deep"),
+        (b'{"images": [' + b"[" * 5_000_000, r"nested too deeply at about byte 12, inside the list 'images'"),
+        (b'{"images": [{"id": 1, "x": ' + b"[" * 900 + b"]" * 900 + b"}]}", r"no file_name|nested too deep(ly)?"),
+        (b'{"images": ' + b'{"a":' * 100_000, "nested too deep(ly)?"),
         (b'{"info": "\xff", "images": []}', "damaged, or not UTF-8, near byte 10"),
-        ('{"images": []}'.encode("utf-16"), "neither SA-1B's nor COCO's"),
-        (b"[" * 100_000, "nested too deep"),
+        ('{"images": []}'.encode("utf-16"), "neither SA-1B nor COCO"),
+        (b"[" * 100_000, "nested too deep(ly)?"),
         (b"[1, 2]", "a list of results"),
-        (b"", "neither SA-1B's nor COCO's"),
+        (b"", "neither SA-1B nor COCO"),
     ],
 )
 def test_files_that_cannot_be_read_are_one_sentence(tmp_path: Path, content: bytes, said: str) -> None:
@@ -205,7 +205,7 @@ def test_deep_json_in_an_annotation_is_one_sentence(tmp_path: Path) -> None:
     deep = b"[" * 5_000 + b"]" * 5_000
     text = json.dumps({"images": [IMAGE], "annotations": [{**SQUARE, "attributes": "HERE"}]}).encode()
     (tmp_path / "x.json").write_bytes(text.replace(b'"HERE"', deep))
-    with pytest.raises(ConfigError, match="nested too deep"):
+    with pytest.raises(ConfigError, match=r"nested too deep(ly)?"):
         samray.import_(str(tmp_path / "x.json"), str(tmp_path / "out"), progress=False)
 
 
@@ -337,7 +337,7 @@ def test_nothing_outside_is_read(
         assert rows[1]["uri"] == f"{root}/{name}"
     else:
         assert [row["status"] for row in rows] == ["ok", "failed"]
-        assert rows[1]["error"].startswith("not_allowed: its annotations name a file that is not below ")
+        assert rows[1]["error"].startswith("not_allowed: its annotations name a file outside ")
     assert main(["report", str(tmp_path / "out"), "--out", str(tmp_path / "report.html")]) == 0
     samray.export(str(tmp_path / "out"), str(tmp_path / "there"), format="sa1b", with_images=True, progress=False)
     assert [path.name for path in (tmp_path / "there").glob("*.png")] == ["a.png"]
@@ -417,5 +417,5 @@ def test_polygons_may_be_lists_of_points(tmp_path: Path, nested: bool) -> None:
 @pytest.mark.parametrize("rest", [b"x", b"{}", b"\0"])
 def test_a_file_that_goes_on_after_its_end_is_not_half_read(tmp_path: Path, rest: bytes) -> None:
     (tmp_path / "two.json").write_bytes(whole_file() + b"\n" + rest)
-    with pytest.raises(ConfigError, match="goes on with"):
+    with pytest.raises(ConfigError, match="after its end"):
         samray.import_(tmp_path / "two.json", tmp_path / "out", progress=False)

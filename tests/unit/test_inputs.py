@@ -517,7 +517,7 @@ def test_a_redirect_to_a_link_local_address_is_not_followed(tmp_path: Path) -> N
         redirected, good = fetch_images(listed(str(tmp_path / "x.txt")), InputConfig())
         server.shutdown()
     assert good == b"picture"
-    assert str(redirected).startswith("unreadable: samray never asks 169.254.169.254")
+    assert str(redirected).startswith("unreadable: samray never connects to 169.254.169.254")
 
 
 def test_damage_to_a_row_group_is_that_of_its_images_alone(tmp_path: Path) -> None:

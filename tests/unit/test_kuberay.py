@@ -142,8 +142,8 @@ def test_told_commands_are_samrays(commands: Commands) -> None:
     ("right", "wrong", "told"),
     [
         ("--preset", "--presets", "--presets"),
-        ("--preset sa1b", "--preset sa1", "there is no preset 'sa1'"),
-        ("cluster.max_actors", "cluster.max_actor", "there is no setting cluster.max_actor"),
+        ("--preset sa1b", "--preset sa1", "unknown preset 'sa1'"),
+        ("cluster.max_actors", "cluster.max_actor", "unknown setting cluster.max_actor"),
         ("cluster.max_actors=8", "cluster.max_actors=eight", "cluster.max_actors = 'eight' is not allowed"),
         ("cluster.max_actors=8", "cluster.max_actors 8", "'cluster.max_actors' is not of the form"),
         ("samray label", "samray labels", "No such command 'labels'"),

@@ -71,7 +71,7 @@ def test_another_run_is_refused_with_the_differences(storage_root: str) -> None:
         "output.images_per_shard",
     ]
     assert "masks.points_per_side: 8 there, 16 now" in str(caught.value)
-    assert "give another OUTPUT" in lines[-1]
+    assert "choose another OUTPUT" in lines[-1]
 
 
 @pytest.mark.parametrize("section", ["input", "masks"])
@@ -112,7 +112,7 @@ def test_a_plan_half_made_is_finished_by_the_same_command_only(
         patched.setattr(storage, "put_new", die_before_run_json)
         with pytest.raises(DriverDied):
             make_plan(source, output, config, config.identity())
-    with pytest.raises(ConfigError, match="no samray run"):
+    with pytest.raises(ConfigError, match="not the output of a samray run"):
         load_plan(output)
     storage.put(storage.join(source, "late.jpg"), b"x")
     other = config_of("output.images_per_shard=3")
@@ -156,7 +156,7 @@ def test_shards_without_a_plan_are_not_taken_over(storage_root: str) -> None:
     for name in ("run.json", "manifest.parquet"):
         storage.delete(storage.join(plan.output, "_samray", name))
     config = config_of()
-    with pytest.raises(ConfigError, match=r"holds shards, but no _samray/run\.json"):
+    with pytest.raises(ConfigError, match=r"has shards, but no _samray/run\.json"):
         make_plan(storage.join(storage_root, "in"), plan.output, config, config.identity())
 
 
@@ -164,7 +164,7 @@ def test_foreign_files_in_our_places_are_refused(output_root: str) -> None:
     config = config_of()
     for content in (b"not json", b"[]", b"{}"):
         storage.put(storage.join(output_root, "_samray", "run.json"), content)
-        with pytest.raises(ConfigError, match="cannot be understood"):
+        with pytest.raises(ConfigError, match="is not valid"):
             make_plan("in", output_root, config, config.identity())
 
 

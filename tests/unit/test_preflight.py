@@ -68,12 +68,12 @@ def refused(source: str, output: Path, *overrides: str, match: str) -> None:
         ("cluster.num_cpus_per_actor=5000", r"an actor needs 4999\.75 CPUs"),
         ("cluster.min_actors=5000", r"5000 actors \(cluster\.min_actors\) each need"),
         ("cluster.num_gpus_per_actor=64", "and 64 GPUs"),
-        (f"cluster.address={DEAD}", f"no Ray cluster answers at {DEAD}"),
-        ("cluster.address=ray://127.0.0.1:1025", "no Ray cluster answers at ray://127.0.0.1:1025"),
-        ("cluster.address=ray://", "not a Ray cluster's address"),
-        ("cluster.address=http://127.0.0.1:8265", "not a Ray cluster's address"),
+        (f"cluster.address={DEAD}", f"no Ray cluster responds at {DEAD}"),
+        ("cluster.address=ray://127.0.0.1:1025", "no Ray cluster responds at ray://127.0.0.1:1025"),
+        ("cluster.address=ray://", "not the address of a Ray cluster"),
+        ("cluster.address=http://127.0.0.1:8265", "not the address of a Ray cluster"),
         ("cluster.address=head.invalid:6379", "head.invalid"),
-        ("cluster.address=head", "not a Ray cluster's address"),
+        ("cluster.address=head", "not the address of a Ray cluster"),
     ],
 )
 def test_settings_that_cannot_work(source: str, tmp_path: Path, setting: str, match: str,
@@ -84,8 +84,8 @@ def test_settings_that_cannot_work(source: str, tmp_path: Path, setting: str, ma
 
 def test_an_address_from_the_environment(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", DEAD)
-    refused(source, tmp_path / "out", match=f"no Ray cluster answers at {DEAD}")
-    with pytest.raises(ConfigError, match="no Ray cluster answers"):
+    refused(source, tmp_path / "out", match=f"no Ray cluster responds at {DEAD}")
+    with pytest.raises(ConfigError, match="no Ray cluster responds"):
         train("scenes", tmp_path / "weights", load_train_settings(None, ["train.steps=1"]), progress=False)
     assert not (tmp_path / "weights").exists()
 
@@ -94,7 +94,7 @@ def test_a_server_that_accepts_and_never_answers(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(address, "CONNECT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         for prefix in ("", "ray://"):
-            with pytest.raises(ConfigError, match="no Ray cluster answers"):
+            with pytest.raises(ConfigError, match="no Ray cluster responds"):
                 address.check_cluster(f"{prefix}127.0.0.1:{server.getsockname()[1]}")
 
 
@@ -123,7 +123,7 @@ def answers() -> Iterator[Callable[[grpc.StatusCode], str]]:
 def test_a_cluster_that_asks_for_a_token(answers: Callable[[grpc.StatusCode], str]) -> None:
     with pytest.raises(ConfigError, match="RAY_AUTH_MODE=token"):
         address.check_cluster(answers(grpc.StatusCode.UNAUTHENTICATED))
-    with pytest.raises(ConfigError, match="is not a Ray cluster of this Ray's version"):
+    with pytest.raises(ConfigError, match="is not a Ray cluster of this Ray version"):
         address.check_cluster(answers(grpc.StatusCode.UNIMPLEMENTED))
 
 
@@ -167,8 +167,8 @@ def test_links_do_not_hide_that_they_are_one(source: str, tmp_path: Path) -> Non
 
 def test_output_that_is_a_file(source: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    refused(source, tmp_path / "file", match="is a file; give the name of a folder")
-    refused(source, tmp_path / "file" / "out", match="is a file; give the name of a folder")
+    refused(source, tmp_path / "file", match="is a file; choose a folder")
+    refused(source, tmp_path / "file" / "out", match="is a file; choose a folder")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "annotations").write_text("mine")
     refused(source, tmp_path / "out", match="annotations is a file")
@@ -201,7 +201,7 @@ def test_append_on_a_wrong_address_adds_nothing(source: str, tmp_path: Path, mon
     run.label(source, output, load_config(), progress=False)
     storage.put(storage.join(source, "new.png"), standin.make_image(7))
     before = sorted(output.rglob("*"))
-    with pytest.raises(ConfigError, match="no Ray cluster answers"):
+    with pytest.raises(ConfigError, match="no Ray cluster responds"):
         run.label(source, output, load_config(None, None, [f"cluster.address={DEAD}"]), append=True, progress=False)
     assert sorted(output.rglob("*")) == before
 
@@ -209,7 +209,7 @@ def test_append_on_a_wrong_address_adds_nothing(source: str, tmp_path: Path, mon
 def test_an_import_on_a_wrong_address_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "sa").mkdir()
     (tmp_path / "sa" / "sa_1.json").write_text('{"image": {"image_id": 1}, "annotations": []}')
-    with pytest.raises(ConfigError, match="no Ray cluster answers"):
+    with pytest.raises(ConfigError, match="no Ray cluster responds"):
         import_(tmp_path / "sa", tmp_path / "out", format="sa1b", address=DEAD, progress=False)
     assert not (tmp_path / "out").exists()
 

@@ -52,25 +52,25 @@ def test_prompts_go_through_json_and_back() -> None:
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        ([1, 2], "'[1, 2]' is no object with points and labels, box, or both"),
-        ({"point": [[1, 2]], "labels": [1]}, "there is no key 'point'; did you mean points?; keys are points"),
+        ([1, 2], "'[1, 2]' is not an object with points and labels, box, or both"),
+        ({"point": [[1, 2]], "labels": [1]}, "unknown key 'point'; did you mean points?; keys are points"),
         ({"points": "1,2", "labels": [1]}, "points is '1,2', not a list"),
-        ({"points": [1, 2], "labels": [1]}, "the point [1] is no [x, y] of pixels"),
-        ({"points": [[10**400, 2]], "labels": [1]}, "is no [x, y] of pixels"),
+        ({"points": [1, 2], "labels": [1]}, "the point [1] is not an [x, y] in pixels"),
+        ({"points": [[10**400, 2]], "labels": [1]}, "is not an [x, y] in pixels"),
         ({"points": [[1, 2, 3]], "labels": [1]}, "the point [1, 2, 3] is no"),
         ({"points": [[1, float("nan")]], "labels": [1]}, "the point [1, nan] is no"),
         ({"points": [[1, float("-inf")]], "labels": [1]}, "the point [1, -inf] is no"),
         ({"points": [[1, True]], "labels": [1]}, "the point [1, True] is no"),
-        ({"points": [[1, 2], [3, 4]], "labels": [1]}, "points and labels are of different number: 2 and 1"),
-        ({"points": [[1, 2]]}, "points and labels are of different number: 1 and 0"),
+        ({"points": [[1, 2], [3, 4]], "labels": [1]}, "points and labels differ in number: 2 and 1"),
+        ({"points": [[1, 2]]}, "points and labels differ in number: 1 and 0"),
         ({"points": [[1, 2]], "labels": [2]}, "the label 2 is neither 1"),
         ({"points": [[1, 2]], "labels": [True]}, "the label True is neither 1"),
         ({"points": [[1, 2]], "labels": [1.0]}, "the label 1.0 is neither 1"),
-        ({"points": [[1, 2]], "labels": [0]}, "neither a point with the label 1 nor a box"),
-        ({}, "neither a point with the label 1 nor a box"),
-        ({"box": [1, 2, 3]}, "the box [1, 2, 3] is no [x, y, w, h]"),
-        ({"box": [1, 2, -3, 3]}, "with a width and a height above 0"),
-        ({"box": [1, 2, 0, 3]}, "with a width and a height above 0"),
+        ({"points": [[1, 2]], "labels": [0]}, "expected a point with label 1 or a box"),
+        ({}, "expected a point with label 1 or a box"),
+        ({"box": [1, 2, 3]}, "the box [1, 2, 3] is not an [x, y, w, h]"),
+        ({"box": [1, 2, -3, 3]}, "with width and height above 0"),
+        ({"box": [1, 2, 0, 3]}, "with width and height above 0"),
     ],
 )
 def test_what_is_wrong_with_a_prompt_is_said_with_image_and_place(tmp_path: Path, value: Any, problem: str) -> None:
@@ -86,12 +86,12 @@ def test_what_is_wrong_with_a_prompt_is_said_with_image_and_place(tmp_path: Path
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        ({"points": [[-0.25, 2]], "labels": [1]}, "the point [-0.25, 2] lies outside of the image of 30x20 pixels"),
-        ({"points": [[3, 2], [3, -1]], "labels": [1, 0]}, "the point [3, -1] lies outside"),
-        ({"points": [[30, 2]], "labels": [1]}, "the point [30, 2] lies outside"),
-        ({"box": [-0.5, 2, 9, 9]}, "the box [-0.5, 2, 9, 9] reaches out of the image of 30x20 pixels"),
-        ({"box": [1, -2, 9, 9]}, "the box [1, -2, 9, 9] reaches out"),
-        ({"box": [1, 2, 9, 19]}, "the box [1, 2, 9, 19] reaches out"),
+        ({"points": [[-0.25, 2]], "labels": [1]}, "the point [-0.25, 2] is outside the image of 30x20 pixels"),
+        ({"points": [[3, 2], [3, -1]], "labels": [1, 0]}, "the point [3, -1] is outside"),
+        ({"points": [[30, 2]], "labels": [1]}, "the point [30, 2] is outside"),
+        ({"box": [-0.5, 2, 9, 9]}, "the box [-0.5, 2, 9, 9] extends beyond the image of 30x20 pixels"),
+        ({"box": [1, -2, 9, 9]}, "the box [1, -2, 9, 9] extends beyond"),
+        ({"box": [1, 2, 9, 19]}, "the box [1, 2, 9, 19] extends beyond"),
         ({"points": [[0, 19.5]], "labels": [1], "box": [0, 0, 30, 20]}, None),
     ],
 )
@@ -148,15 +148,15 @@ def test_the_hash_is_of_the_content(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [
-        ("p.jsonl", "", "holds no prompt"),
-        ("p.jsonl", '{"file_name": "a.png", "prompts": []}', "holds no prompt"),
+        ("p.jsonl", "", "has no prompts"),
+        ("p.jsonl", '{"file_name": "a.png", "prompts": []}', "has no prompts"),
         ("p.csv", "a", "is neither .jsonl nor .parquet"),
         ("p.jsonl", "{", "cannot be read as jsonl"),
         ("p.parquet", "{", "cannot be read as parquet"),
         ("p.jsonl", "\n[1]", "line 2: expected an object with uri or file_name, and prompts"),
-        ("p.jsonl", '{"prompts": []}', "line 1: neither uri nor file_name says which image it is for"),
-        ("p.jsonl", '{"uri": "a.png"}', "line 1: uri takes text, and prompts a list"),
-        ("p.jsonl", '{"uri": 5, "prompts": []}', "line 1: uri takes text, and prompts a list"),
+        ("p.jsonl", '{"prompts": []}', "line 1: expected uri or file_name, got neither"),
+        ("p.jsonl", '{"uri": "a.png"}', "line 1: uri must be a string, and prompts a list"),
+        ("p.jsonl", '{"uri": 5, "prompts": []}', "line 1: uri must be a string, and prompts a list"),
     ],
 )
 def test_files_that_cannot_be_read_are_one_sentence(tmp_path: Path, name: str, text: str, problem: str) -> None:
@@ -188,7 +188,7 @@ def test_the_uri_wins_and_relative_ones_start_at_the_file(tmp_path: Path) -> Non
 def test_names_of_several_images_and_rows_for_the_same_one_are_refused(tmp_path: Path) -> None:
     images = images_of("/1/a.png", "/2/a.png", "/2/b.png")
     file = PromptFile.read(write(tmp_path, [{"file_name": "a.png", "prompts": [CLICK]}]))
-    with pytest.raises(ConfigError, match=r"the file_name 'a\.png' is that of 2 images of INPUT; give the uri"):
+    with pytest.raises(ConfigError, match=r"the file_name 'a\.png' matches 2 images of INPUT; use the uri"):
         file.match(images)
     rows = [{"file_name": "b.png", "prompts": [CLICK]}, {"uri": "/2/b.png", "prompts": [BOX]}]
     with pytest.raises(ConfigError, match=r"two rows are for the image '/2/b\.png'"):

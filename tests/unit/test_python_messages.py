@@ -29,10 +29,10 @@ def test_a_section_that_is_given_as_text() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"masks.points_per_side": 16}, "['masks.points_per_side=16']; it got a dict"),
+        ({"masks.points_per_side": 16}, "['masks.points_per_side=16']; got dict"),
         ({"masks": {"points_per_side": 16, "non_overlapping": True}}, "'masks.non_overlapping=true'"),
-        ("masks.points_per_side=16", "['masks.points_per_side=16']; it got a str"),
-        ([("masks.points_per_side", 16)], "it got a list"),
+        ("masks.points_per_side=16", "['masks.points_per_side=16']; got str"),
+        ([("masks.points_per_side", 16)], "got list"),
     ],
 )
 def test_overrides_that_are_not_a_list_of_texts(overrides: Any, words: str) -> None:
@@ -81,7 +81,7 @@ def test_both_generators_check_their_images() -> None:
         ({"points": (120, 80)}, "(120, 80), not a list of points; write one point as points=((x, y),)"),
         ({"points": 5}, "not a list of points"),
         ({"points": ((1, 2),), "labels": 1}, "labels is 1, not a list; write one label as labels=(1,)"),
-        ({"points": ((1, 2),)}, "points and labels are of different number: 1 and 0"),
+        ({"points": ((1, 2),)}, "points and labels differ in number: 1 and 0"),
     ],
 )
 def test_prompts_of_one_point(given: Any, words: str) -> None:

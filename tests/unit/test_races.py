@@ -99,7 +99,7 @@ def test_a_mark_of_an_older_generation_is_none(tmp_path: Path) -> None:
     false = json.dumps({**json.loads(old), "num_shards": plan.num_shards}).encode()
     storage.put(storage.join(plan.output, shards.SUCCESS), false)
     assert run_status(plan.output).state == "unmarked"
-    assert any("speaks of generation 0 of the plan, the last one is 1" in one for one in verify(plan.output).problems)
+    assert any("names generation 0 of the plan, the last one is 1" in one for one in verify(plan.output).problems)
 
 
 # --- label ----------------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str) ->
     once(monkeypatch, export_job, "read_rows", lambda: replace(plan, 0, "another"))
     dest = tmp_path / "dest"
     options: dict[str, Any] = {"format": format, "progress": False}
-    with pytest.raises(StorageError, match="were replaced while they were exported"):
+    with pytest.raises(StorageError, match="were replaced during the export"):
         samray.export(plan.output, dest, **options)
     assert not (dest / "_export" / "_SUCCESS").exists()
     with pytest.raises(ConfigError, match="has changed since"):

@@ -127,7 +127,7 @@ def test_credentials_are_hidden_in_sentences(form: str) -> None:
         "http://[::1]:9000/bucket/img@2x.jpg",
         "http://[fe80::1%eth0]/bucket/img@2x.jpg",
         "cannot read s3://bucket: it does not exist; write to me@example.org",
-        "there is no setting masks.x; did you mean masks.y?",
+        "unknown setting masks.x; did you mean masks.y?",
         "Basic English, bearer of news",
     ],
 )

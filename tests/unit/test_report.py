@@ -153,10 +153,10 @@ def test_output_without_any_mask(tmp_path: Path) -> None:
 
 def test_nothing_to_report_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = write_output(str(tmp_path), num_images=2, missing_shards=(0,))
-    with pytest.raises(ConfigError, match="no finished shard yet"):
+    with pytest.raises(ConfigError, match="no finished shards yet"):
         write_report(plan.output)
     assert main(["report", str(tmp_path / "in")]) == 2
-    assert "holds no samray run" in capsys.readouterr().err
+    assert "is not the output of a samray run" in capsys.readouterr().err
     Path(shard_uri(plan.output, 0)).parent.mkdir(exist_ok=True)
     Path(shard_uri(plan.output, 0)).write_bytes(b"PAR1 and no more")
     assert main(["report", plan.output]) == 3
@@ -212,7 +212,7 @@ def test_damaged_mask_costs_its_image_only(tmp_path: Path) -> None:
     plan = write_output(str(tmp_path), num_images=2, masks=lambda place: [damaged] if place else nested_masks(0))
     page = page_of(plan)
     assert [len(image["masks"]) for image in images_of(page)] == [3, 0]
-    assert "annotation 0 is no mask of its image" in text_of(page)
+    assert "annotation 0 does not fit its image" in text_of(page)
 
 
 def test_masks_without_scores_or_points(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     assert main(["report", plan.output, "--out", str(out), "--images", "2", "--open"]) == 0
     said = capsys.readouterr()
     assert said.out.strip() == str(out)
-    assert "no screen" in said.err
+    assert "no display" in said.err
     assert len(images_of(out.read_text())) == 2
     assert opened == []
     monkeypatch.setenv("DISPLAY", ":0")

@@ -79,7 +79,7 @@ def test_no_bounds_no_review_and_a_bound_of_0_reviews_all(plan: Plan, tmp_path: 
     assert (tmp_path / "all" / "review.csv").exists()
     assert is_sure(-0.1, 0.5, None, 0.5)
     assert not is_sure(-0.1, 0.5, 0.0, None)
-    with pytest.raises(ConfigError, match="holds another export"):
+    with pytest.raises(ConfigError, match="has a different export"):
         export(plan, tmp_path / "plain", confident=0)
 
 

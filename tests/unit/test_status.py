@@ -86,7 +86,7 @@ def test_a_run_from_the_plan_to_the_mark(storage_root: str) -> None:
     storage.put(storage.join(plan.output, "_samray", "attempts", "shard-000001.attempt-0001"), b"run")
     seen = run_status(plan.output)
     assert (seen.state, seen.num_shards_begun, seen.last_shard_s_ago) == ("running", 1, None)
-    assert "1 shard under way" in sentence(seen)
+    assert "1 shard in progress" in sentence(seen)
 
     commit(plan, 1, "truncated")
     seen = run_status(plan.output)
@@ -99,7 +99,7 @@ def test_a_run_from_the_plan_to_the_mark(storage_root: str) -> None:
     commit(plan, 2)
     seen = run_status(plan.output)
     assert (seen.state, seen.num_images_done) == ("unmarked", 5)  # the last shard has one image
-    assert "_SUCCESS is not" in sentence(seen)
+    assert "not _SUCCESS" in sentence(seen)
     shards.mark_success(plan.output)
     seen = run_status(plan.output)
     assert (seen.state, seen.eta_s) == ("finished", None)
@@ -126,7 +126,7 @@ def test_other_files_are_no_shards(disk_plan: Plan) -> None:
 def test_no_run_there_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(tmp_path)]) == 2
     said = capsys.readouterr()
-    assert said.err.strip() == f"samray: {tmp_path} holds no samray run (_samray/run.json is missing)"
+    assert said.err.strip() == f"samray: {tmp_path} is not the output of a samray run (_samray/run.json is missing)"
     assert main(["status", str(tmp_path), "--watch", "0"]) == 2
     assert "--watch" in capsys.readouterr().err
 
@@ -199,8 +199,8 @@ def test_stalled_is_relative_to_the_usual_pace(disk_plan: Plan) -> None:
     written_at(disk_plan, {shard: 3000.0 - 10 * shard for shard in range(4)})
     seen = run_status(disk_plan.output)
     assert (seen.state, seen.eta_s) == ("stalled", None)
-    assert "No sign of life for 49 min" in sentence(seen)
-    assert "came every 10.0 s" in sentence(seen)
+    assert "No activity for 49 min" in sentence(seen)
+    assert "one shard every 10.0 s" in sentence(seen)
 
     written_at(disk_plan, {shard: 6600.0 - 1200 * shard for shard in range(4)})  # every 20 minutes: 50 are no wonder
     assert run_status(disk_plan.output).state == "running"

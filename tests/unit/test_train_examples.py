@@ -269,7 +269,7 @@ def test_data_may_be_named_by_its_folder_of_shards():
 def test_no_data_and_all_held_out_are_config_errors(labels: str, tmp_path: Path):
     with pytest.raises(ConfigError, match="no DATA"):
         open_data([], settings_of())
-    with pytest.raises(ConfigError, match="holds no samray run"):
+    with pytest.raises(ConfigError, match="is not the output of a samray run"):
         open_data([str(tmp_path)], settings_of())
     with pytest.raises(ConfigError, match=r"are held out; lower data.validation_fraction"):
         open_data([labels], settings_of("data.validation_fraction=0.9999999"))

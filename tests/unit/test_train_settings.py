@@ -15,9 +15,9 @@ from samray.train.settings import load_train_settings
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.step=5", "no setting train.step; did you mean train.steps"),
+        ("train.step=5", "unknown setting train.step; did you mean train.steps"),
         ("steps=5", "did you mean train.steps"),
-        ("masks.points_per_side=8", "no section masks; sections are data, model, train, cluster"),
+        ("masks.points_per_side=8", "unknown section masks; sections are data, model, train, cluster"),
         ("train.steps=null", "both null"),
         ("train.trainable=last_blocks:0", "last_blocks:N"),
         ("train.trainable=encoder", "decoder.prompt"),

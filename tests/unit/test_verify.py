@@ -48,18 +48,18 @@ def first_mask(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 SHALLOW: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], str]] = {
     "row lost": (lambda rows: rows.pop(2), "shard-000001.parquet: image 6 is missing"),
-    "row twice": (lambda rows: rows.append(rows[0]), "image 4 is there more than once"),
+    "row twice": (lambda rows: rows.append(rows[0]), "image 4 occurs more than once"),
     "foreign row": (lambda rows: rows[3]["image"].update(image_id=99), "image 99 is not in the plan"),
     "order": (lambda rows: rows.reverse(), "not in the order of the plan"),
-    "uri": (lambda rows: rows[0].update(uri="/other"), "image 4 has uri '/other', planned was"),
+    "uri": (lambda rows: rows[0].update(uri="/other"), "image 4 has uri '/other', expected"),
     "name": (lambda rows: rows[0]["image"].update(file_name="z"), "image 4 has file_name 'z'"),
     "status": (lambda rows: rows[0].update(status="done"), "unknown status 'done'"),
-    "no reason": (lambda rows: rows[0].update(status="failed", annotations=[]), "failed, but does not say why"),
+    "no reason": (lambda rows: rows[0].update(status="failed", annotations=[]), "failed, but has no error"),
     "failed with masks": (lambda rows: rows[0].update(status="failed", error="x: y"), "'failed' and 2 masks"),
     "ok with error": (lambda rows: rows[0].update(error="x: y"), "is ok, but has an error"),
-    "no width": (lambda rows: rows[0]["image"].update(width=0), "is ok, but 0x"),
+    "no width": (lambda rows: rows[0]["image"].update(width=0), "is ok, but has 0x"),
     "annotation id": (lambda rows: first_mask(rows).update(id=5), "image 5, annotation 0 has the id 5"),
-    "mask size": (lambda rows: rows[1]["image"].update(height=99), "is a mask of size"),
+    "mask size": (lambda rows: rows[1]["image"].update(height=99), "has a mask of size"),
     "score": (lambda rows: first_mask(rows).update(predicted_iou=float("nan")), "a score that is not a number"),
     "high score": (
         lambda rows: first_mask(rows).update(predicted_iou=1.5),
@@ -68,10 +68,10 @@ SHALLOW: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], str]] = {
     "low score": (lambda rows: first_mask(rows).update(stability_score=-0.1), "a score out of range: stability_score"),
     "NaN box": (lambda rows: first_mask(rows)["bbox"].__setitem__(2, float("nan")), "a box that is not four finite"),
     "short box": (lambda rows: first_mask(rows)["bbox"].pop(), "a box that is not four finite numbers: bbox"),
-    "box outside": (lambda rows: first_mask(rows).update(bbox=[0.0, 0.0, 99.0, 1.0]), "a box outside of the image"),
+    "box outside": (lambda rows: first_mask(rows).update(bbox=[0.0, 0.0, 99.0, 1.0]), "a box outside the image"),
     "crop box": (
         lambda rows: first_mask(rows).update(crop_box=[-1.0, 0.0, 1.0, 1.0]),
-        "outside of the image: crop_box",
+        "outside the image: crop_box",
     ),
     "points": (lambda rows: first_mask(rows).update(point_coords=[[1.0]]), "points that are not pairs"),
     "no box": (lambda rows: first_mask(rows).update(bbox=[None] * 4), "has an empty field"),
@@ -126,7 +126,7 @@ def test_missing_foreign_and_torn_shards(storage_root: str) -> None:
 def test_success_agrees(tmp_path: Path) -> None:
     plan = finished_output(str(tmp_path))
     storage.put(storage.join(plan.output, "_SUCCESS"), b'{"num_shards": 2}')
-    assert verify(plan.output).problems == ["_SUCCESS speaks of 2 shards, the plan has 3"]
+    assert verify(plan.output).problems == ["_SUCCESS names 2 shards, the plan has 3"]
     storage.delete(storage.join(plan.output, "_SUCCESS"))
     assert len(verify(plan.output).problems) == 1
     storage.delete(shards.shard_uri(plan.output, 2))
@@ -168,7 +168,7 @@ def test_problems_are_bounded_a_shard(tmp_path: Path) -> None:
 
 
 def test_verify_needs_a_plan(output_root: str) -> None:
-    with pytest.raises(ConfigError, match="no samray run"):
+    with pytest.raises(ConfigError, match="not the output of a samray run"):
         verify(output_root)
 
 

@@ -127,7 +127,7 @@ def test_a_shard_that_is_not_the_one_that_success_names(plan: Plan) -> None:
     other = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata(table.schema.metadata)
     shards.replace_shard(plan.output, 1, other)
     (problem,) = verify(plan.output).problems
-    assert problem.startswith("shard-000001.parquet is not the file that _SUCCESS names")
+    assert problem.startswith("shard-000001.parquet was replaced after _SUCCESS was written")
 
 
 def test_statistics_that_are_false(plan: Plan) -> None:
@@ -140,7 +140,7 @@ def test_statistics_that_are_false(plan: Plan) -> None:
     start = edited.rfind(b"samray.sha256") + 15
     storage.put(uri, seals.seal(edited[:start] + b"0" * 64 + edited[start + 64 :]))
     shards.mark_success(plan.output)
-    assert any("the statistics of image.image_id in row group 0 are false" in p for p in verify(plan.output).problems)
+    assert any("the statistics of image.image_id in row group 0 are wrong" in p for p in verify(plan.output).problems)
 
 
 def test_counts_in_a_footer_that_are_false(plan: Plan) -> None:
@@ -149,8 +149,8 @@ def test_counts_in_a_footer_that_are_false(plan: Plan) -> None:
     shards.replace_shard(plan.output, 2, with_stats(table, stats))
     shards.mark_success(plan.output)
     problems = "\n".join(verify(plan.output).problems)
-    assert "shard-000002.parquet: its footer says num_masks 5, its rows give 4" in problems
-    assert "shard-000002.parquet: its footer says failures {'missing': 1}, its rows give {}" in problems
+    assert "shard-000002.parquet: its footer has num_masks 5, its rows give 4" in problems
+    assert "shard-000002.parquet: its footer has failures {'missing': 1}, its rows give {}" in problems
     assert "shard-000002.parquet was written as shard-000001.parquet" in problems
 
 
@@ -191,8 +191,8 @@ def edited_manifest(plan: Plan, change: Any) -> None:
         (lambda rows: rows[5].update(uri="/else"), "image 5 has uri"),
         (lambda rows: rows[5].update(image_id=77), "image 77 is missing"),
         (lambda rows: rows[5].update(image_id=None), "image None is missing"),
-        (lambda rows: rows[5].update(shard=0), "its rows of shard 1 are not those planned"),
-        (lambda rows: rows.pop(), "its rows of shard 2 are not those planned"),
+        (lambda rows: rows[5].update(shard=0), "its rows of shard 1 differ from the plan"),
+        (lambda rows: rows.pop(), "its rows of shard 2 differ from the plan"),
         (lambda rows: rows.clear(), "cannot be compared with the plan"),
     ],
 )
@@ -243,7 +243,7 @@ def test_run_json_that_is_none(plan: Plan, text: bytes) -> None:
 )
 def test_success_that_says_nothing(plan: Plan, text: bytes) -> None:
     storage.put(storage.join(plan.output, "_SUCCESS"), text)
-    assert any("_SUCCESS speaks of" in problem for problem in verify(plan.output).problems)
+    assert any("_SUCCESS names" in problem for problem in verify(plan.output).problems)
 
 
 @pytest.mark.parametrize(
