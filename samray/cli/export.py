@@ -15,12 +15,12 @@ from samray.text import count, two_columns
 
 
 class ExportCommand(Command):
-    """Takes the options of every format, straight from the table of formats, which is imported only now."""
+    """Adds the options of every format, from the table of formats, which is imported only on use."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         from samray.exports.formats import FORMATS
 
-        if _OPTIONS not in ctx.meta:  # the same objects each time: the parser compares them
+        if _OPTIONS not in ctx.meta:  # keep the same objects, because the parser compares them
             ctx.meta[_OPTIONS] = _format_options()
         params = super().get_params(ctx)
         after = next(place for place, param in enumerate(params) if param.name == "format") + 1
@@ -36,14 +36,14 @@ _OPTIONS: Final = "samray.cli.export.options"
 
 
 def _format_options() -> list[Any]:
-    """The options of all formats as parameters of a command; one that several formats have is one parameter."""
+    """The options of all formats as parameters of a command; an option of several formats is one parameter."""
     from samray.exports.base import as_option
     from samray.exports.formats import option_fields, option_help
 
     parameters = []
     for name, fields in option_fields().items():
         kind: Any = next(iter(fields.values())).annotation
-        flag = kind is bool  # --name, without the --no-name that typer adds by itself
+        flag = kind is bool  # --name only: typer would also add --no-name
         option = typer.Option(*([as_option(name)] if flag else []), help=option_help(fields))
         parameters.append(
             inspect.Parameter(
@@ -73,11 +73,11 @@ Ray = Annotated[
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join (auto, host:port or ray://...); implies --ray.")]
 Confident = Annotated[
     float | None,
-    typer.Option(min=0, max=1, metavar="IOU", help="--corrects: what the export was given."),
+    typer.Option(min=0, max=1, metavar="IOU", help="--corrects: --confident of the export."),
 ]
 Stable = Annotated[
     float | None,
-    typer.Option(min=0, max=1, metavar="SCORE", help="--corrects: what the export was given."),
+    typer.Option(min=0, max=1, metavar="SCORE", help="--corrects: --stable of the export."),
 ]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="Do not show progress.")]
 
@@ -87,15 +87,15 @@ def export(
     output: Output,
     dest: Annotated[str, typer.Argument(metavar="DEST", help="An empty folder or prefix (local, s3://, ...).")],
     format: Annotated[str, typer.Option("--format", "-f")],
-    partial: Annotated[bool, typer.Option("--partial", help="Export what is there of an unfinished OUTPUT.")] = False,
+    partial: Annotated[bool, typer.Option("--partial", help="Export only the finished shards of OUTPUT.")] = False,
     ray: Ray = None,
     address: Address = None,
     no_progress: NoProgress = False,
 ) -> int:
     """Write the masks of OUTPUT to DEST in the format of another tool.
 
-    Failed images are left out. The same command again finishes what is missing and redoes nothing; another format,
-    other options or a changed OUTPUT are refused.
+    Failed images are left out. To resume, run the same command again. A different format, different options or a
+    changed OUTPUT are refused.
 
     Examples:
 
@@ -248,4 +248,4 @@ def _interrupted() -> int:
 
 
 COMMANDS: dict[Callable[..., int], type[Command]] = {export: ExportCommand, import_: Command}
-"""In the order in which `samray --help` lists them."""
+"""In the order of `samray --help`."""

@@ -12,9 +12,7 @@ from rich.markup import escape
 
 from samray.text import count, two_columns
 
-Output = Annotated[
-    str, typer.Argument(metavar="OUTPUT", help="A folder or prefix that holds, or is to hold, the labels.")
-]
+Output = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or prefix of the labels (local, s3://, ...).")]
 
 
 def verify(

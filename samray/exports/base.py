@@ -1,4 +1,4 @@
-"""What a format is: a class of options and some functions. A file defines one, and a row in `formats` registers it."""
+"""The definition of a format: a class of options and some functions, in one file, plus one row in `formats`."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from samray.exports.pieces import Done, Files, Job, Piece
 
 IMAGES_PER_PIECE: Final = 128
-"""Images that one task exports at a time; sa1b --tar and coco hold them in memory as text, polygons are the longest."""
+"""Images per piece: sa1b --tar and coco hold a piece in memory as text, of which polygons are the longest."""
 
 
 class ExportOptions(BaseModel):
-    """The options of a format: a subclass with a default for each field, and below each field its help text.
+    """The options of a format: a subclass with a default for each field and its help text as docstring.
 
-    `samray export --help`, the keywords of `samray.export` and the checks of both come from the fields. A field is a
-    bool that defaults to False, or it may be None, which leaves the choice to the format.
+    `samray export --help`, the keywords of `samray.export` and their validation come from the fields. A field is a bool
+    that defaults to False, or it may be None, which leaves the choice to the format.
     """
 
     model_config = Settings.model_config
 
-    if not TYPE_CHECKING:  # for type checkers the signature stays the one made from the fields
+    if not TYPE_CHECKING:  # type checkers keep the signature made from the fields
 
         def __init__(self, **values: Any) -> None:
             try:
@@ -38,7 +38,7 @@ class ExportOptions(BaseModel):
                 raise SettingsError([_sentence(type(self), problem) for problem in error.errors()]) from None
 
     def chosen(self) -> dict[str, Any]:
-        """The options that are not at their default, as JSON: what the identity of an export holds."""
+        """The options that differ from their defaults, as JSON: part of the identity of an export."""
         return self.model_dump(exclude_defaults=True)
 
 
@@ -48,8 +48,8 @@ def as_option(name: str) -> str:
 
 
 def _sentence(cls: type[ExportOptions], problem: Any) -> str:
-    """One of pydantic's error entries as a clause in the words of the command line."""
-    if not problem["loc"]:  # two options disagree: the validator's own words
+    """Turn one of pydantic's error entries into a clause with the names of the command line."""
+    if not problem["loc"]:  # from a model validator, about several options
         return str(problem["ctx"]["error"])
     name = str(problem["loc"][0])
     allowed = allowed_values(cls.model_fields[name]).removesuffix(" or null")
@@ -74,24 +74,24 @@ def _no_check(job: Job[Any]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
-    """A format: its options, and the functions that make its files."""
+    """A format: its options, and the functions that write its files."""
 
     help: str
     """One line for `samray export --help`."""
     options: type[ExportOptions] = ExportOptions
     write: Callable[[Job[Any], Piece, Iterator[pa.Table], Done], Files]
-    """The files of a piece, given its rows that did not fail."""
+    """Write the files of a piece, from its rows that did not fail."""
     sizes: Callable[[Any], tuple[int, int | None]] = _whole_pieces
-    """Given the options: images per piece, and images per file that is assembled from pieces (None: one for all)."""
+    """From the options: images per piece, and images per assembled file (None: one file for all)."""
     names_files: bool = False
-    """Whether files have the names of images, so that two images might want the same one."""
+    """Whether files are named after images, and could therefore collide."""
     stem_of: Callable[[str], str] = names.stem_of
-    """The stem of an image's files, given the image's name."""
+    """The stem of an image's files, from the image's name."""
     endings: tuple[str, ...] = field(default=())
-    """What the format puts behind a stem, if it is not in `names.ENDINGS`."""
+    """Extensions that the format appends to a stem, if not in `names.ENDINGS`."""
     assembled: Callable[[Job[Any], int], list[str]] = _nothing_assembled
-    """The names of the files that the pieces of one file number are assembled to."""
+    """The names of the files that are assembled from the pieces of one file number."""
     chunks: Callable[[Job[Any], str, list[Piece]], Iterator[bytes]] = _no_chunks
-    """The content of one of those."""
+    """The content of one of those files."""
     check: Callable[[Job[Any]], None] = _no_check
     """Raises: ConfigError if the export is known to fail."""

@@ -44,15 +44,15 @@ class CocoOptions(ExportOptions):
     polygons: bool = False
     """Exact polygons instead of RLE."""
     images_per_file: int | None = Field(None, gt=0)
-    """Images per JSON file; all in one file if not given."""
+    """Images per JSON file; default is one file for all."""
     confident: float | None = Field(None, ge=0, le=1)
-    """Only masks of at least this predicted IoU, for a person to correct."""
+    """Export only masks with at least this predicted IoU, for manual correction."""
     stable: float | None = Field(None, ge=0, le=1)
-    """Only masks of at least this stability score, for a person to correct."""
+    """Export only masks with at least this stability score, for manual correction."""
 
     @property
     def for_review(self) -> bool:
-        """Whether the file is for a person, who corrects the masks that it holds and adds those that it lacks."""
+        """Whether the file is for an annotator, who corrects the masks and adds missing ones."""
         return self.confident is not None or self.stable is not None
 
 

@@ -62,10 +62,9 @@ def export(
 ) -> ExportReport:
     """Export output to dest, or finish an export that was begun there.
 
-    format: a name that `samray export --help` lists. options: the format's own, as that help lists them, with
-    underscores: with_images=True for --with-images. partial: export what is there of an output that is not finished.
-    ray: fan out as Ray Data tasks (None: for large outputs, or if address names a cluster).
-    Raises: ConfigError before anything is written, StorageError if storage cannot be reached.
+    format, options: as listed by `samray export --help`, with underscores: with_images=True for --with-images.
+    partial: export the finished shards of an unfinished output. ray: use Ray Data tasks (None: for large outputs, or if
+    address names a cluster). Raises: ConfigError before anything is written, StorageError if storage cannot be reached.
     """
     started = time.monotonic()
     checked = options_of(format, options)

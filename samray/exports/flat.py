@@ -45,9 +45,9 @@ IMAGES_PER_TABLE: Final = 1024
 
 class FlatOptions(ExportOptions):
     images_per_file: int | None = Field(None, gt=0)
-    """Images per Parquet file; 1024 if not given."""
+    """Images per Parquet file; default 1024."""
     partitions: int | None = Field(None, gt=0)
-    """Hive folders image_bucket=K, where K is image_id modulo this number."""
+    """Number of Hive folders image_bucket=K, with K = image_id mod this number."""
 
 
 def write(job: Job[FlatOptions], piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:

@@ -1,4 +1,4 @@
-"""The table of formats: one row each. Everything that has to know which formats there are asks it."""
+"""The table of formats, one row each. All code that depends on the set of formats uses it."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ FORMATS: Final[dict[str, Format]] = {
 
 
 def find_format(name: str) -> Format:
-    """The row of that name. Raises: ConfigError that names the nearest one."""
+    """The row with this name. Raises: ConfigError that names the closest one."""
     if name not in FORMATS:
-        raise ConfigError(f"there is no format {name!r}{did_you_mean(name, FORMATS)}; formats are {', '.join(FORMATS)}")
+        raise ConfigError(f"unknown format {name!r}{did_you_mean(name, FORMATS)}; formats are {', '.join(FORMATS)}")
     return FORMATS[name]
 
 
 def options_of(name: str, values: Mapping[str, Any]) -> ExportOptions:
     """The options of a format with these values. None, and False for an option of another format, count as not given.
 
-    Raises: ConfigError for an option that the format does not have, and for a value that is not allowed.
+    Raises: ConfigError for an option that the format does not have, and for an invalid value.
     """
     cls = find_format(name).options
     for option, value in values.items():
@@ -42,7 +42,7 @@ def options_of(name: str, values: Mapping[str, Any]) -> ExportOptions:
         if others:
             raise ConfigError(f"{as_option(option)} is an option of {' and '.join(others)}, not of {name}")
         near = did_you_mean(option, option_fields())
-        raise ConfigError(f"there is no option {option} of exports{near}; {_options_in_words(name)}")
+        raise ConfigError(f"unknown option {option}{near}; {_options_in_words(name)}")
     return cls(**{key: value for key, value in values.items() if key in cls.model_fields and value is not None})
 
 
@@ -52,7 +52,7 @@ def _options_in_words(name: str) -> str:
 
 
 def option_fields() -> dict[str, dict[str, FieldInfo]]:
-    """Option -> the formats that have it, each with its field of the settings class."""
+    """Option -> the formats that have it, each with the field of its options class."""
     fields: dict[str, dict[str, FieldInfo]] = {}
     for name, row in FORMATS.items():
         for option, field in row.options.model_fields.items():
@@ -61,7 +61,7 @@ def option_fields() -> dict[str, dict[str, FieldInfo]]:
 
 
 def option_help(fields: Mapping[str, FieldInfo]) -> str:
-    """The help texts of an option, each followed by the formats that it holds for."""
+    """The help texts of an option, each followed by the formats that it applies to."""
     formats: dict[str, list[str]] = {}
     for name, field in fields.items():
         formats.setdefault((field.description or "").rstrip(".\n"), []).append(name)

@@ -33,7 +33,7 @@ MAX_PIXELS: Final = 2**28
 
 class LabelMapOptions(ExportOptions):
     on_top: Literal["area", "predicted_iou"] = "area"
-    """Where masks overlap: the smaller one is on top (area), or the better one (predicted_iou)."""
+    """If masks overlap, show the smaller one (area) or the better one (predicted_iou)."""
 
 
 def write(job: Job[LabelMapOptions], piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 class Sa1bOptions(ExportOptions):
     tar: bool = False
-    """Pack sa_000000.tar, ... as published."""
+    """Pack into sa_000000.tar, ..., like the published data set."""
     with_images: bool = False
-    """Copy the images, too."""
+    """Also copy the images."""
     images_per_file: int | None = Field(None, gt=0)
     """Images per tar; needs --tar."""
 
@@ -41,7 +41,7 @@ class Sa1bOptions(ExportOptions):
 
 
 def write(job: Job[Sa1bOptions], piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
-    """The piece's JSON files and images, or one tar of them."""
+    """Write the piece's JSON files and images, or one tar of them."""
     files = _members(job, piece, tables, done)
     if not job.options.tar:
         yield from files

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 class YoloOptions(ExportOptions):
     with_images: bool = False
-    """Copy the images, too."""
+    """Also copy the images."""
     simplify: float | None = Field(None, gt=0)
-    """Drop corners of polygons within this many pixels; files are smaller, masks no longer exact."""
+    """Simplify polygons by up to this many pixels; smaller files, but not exact."""
 
 
 _LINE_ENDS: Final = r"\r\n\x0b\x0c\x1c\x1d\x1e\x{85}\x{2028}\x{2029}"
