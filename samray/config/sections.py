@@ -119,7 +119,7 @@ class MaskConfig(Settings):
                     f"masks.point_grids has {num_grids} grids, but masks.crop_n_layers={layers} needs {layers + 1}"
                 )
             if not any(self.point_grids):
-                raise ValueError("masks.point_grids has no points: without points there are no masks")
+                raise ValueError("masks.point_grids has no points; it needs at least one")
             if any(not 0 <= c <= 1 for grid in self.point_grids for point in grid for c in point):
                 raise ValueError(
                     "masks.point_grids has a coordinate outside 0..1; coordinates are fractions of the crop's size"

@@ -63,7 +63,7 @@ class Sheet:
 
     def caption(self) -> str:
         """The text above the tiles."""
-        return f"{self.title}; {len(self._kept)} sampled at random from {self.num_offered:,}, worst to best"
+        return f"{self.title}; {len(self._kept)} a random sample of {self.num_offered:,}, worst to best"
 
     def encode(self, kind: str) -> bytes:
         """The sheet as PNG or JPEG. Raises ValueError if no tile was offered."""

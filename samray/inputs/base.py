@@ -60,7 +60,7 @@ class Reader:
     nothing: str
     """As in "no image in the tar"."""
     endings: tuple[str, ...]
-    """Of file names, in lower case. A file is taken in any case."""
+    """File extensions in lower case; matched in any case."""
     list: Callable[[Container, InputConfig], Part]
     """The images of a container. Raises: ConfigError, FileError for a fault of this one file, StorageError."""
     fetch: Callable[[str, Sequence[dict[str, Any]], InputConfig, FetchFile], Sequence[bytes | ImageError]] | None = None

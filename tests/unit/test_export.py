@@ -148,7 +148,7 @@ def test_wrong_exports_are_one_sentence(plan: Plan, tmp_path: Path, capsys: pyte
         return " ".join(capsys.readouterr().err.split())
 
     dest = str(tmp_path / "dest")
-    assert "there is no format 'coc'; did you mean coco?" in refusal(dest, "--format", "coc")
+    assert "unknown format 'coc'; did you mean coco?" in refusal(dest, "--format", "coc")
     assert "--polygons is an option of coco, not of yolo" in refusal(dest, "--format", "yolo", "--polygons")
     assert "--images-per-file needs --tar" in refusal(dest, "--format", "sa1b", "--images-per-file", "3")
     assert "--simplify=-1.0 is not allowed" in refusal(dest, "--format", "yolo", "--simplify", "-1")

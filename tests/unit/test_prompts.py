@@ -212,7 +212,7 @@ def test_no_message_holds_the_credentials_of_a_uri(tmp_path: Path) -> None:
         assert "secret" not in str(caught.value)
         return str(caught.value)
 
-    assert "the file_name 'x.png?sig=***' is that of 2" in said({"file_name": "x.png?sig=secret", "prompts": [CLICK]})
+    assert "the file_name 'x.png?sig=***' matches 2" in said({"file_name": "x.png?sig=secret", "prompts": [CLICK]})
     assert f"image '{shown.format('a')}', prompts[0]" in said({"uri": a, "prompts": [{}]})
     assert f"two rows are for the image '{shown.format('a')}'" in said(*[{"uri": a, "prompts": [CLICK]}] * 2)
     none = said({"uri": gone, "prompts": [CLICK]})
