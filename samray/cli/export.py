@@ -156,7 +156,7 @@ def import_(
     images: Annotated[
         str | None, typer.Option(help="Folder of the images that SOURCE names, if not next to its JSON files.")
     ] = None,
-    images_per_shard: Annotated[int | None, typer.Option(min=1, help="Images per Parquet shard. [64]")] = None,
+    images_per_shard: Annotated[int | None, typer.Option(min=1, help="Images per Parquet shard; default 64.")] = None,
     corrects: Annotated[
         str | None,
         typer.Option(metavar="LABELS", help="The output whose export was corrected manually to get SOURCE."),
