@@ -22,7 +22,10 @@ import typer
 import samray
 from samray import errors
 from samray.cli import main as cli
+from samray.cli import status_view
 from samray.config import SECTIONS, setting_rows
+from samray.output.status import Status
+from samray.text import cost_in_words
 from samray.train.settings import TRAIN_SECTIONS
 
 CONFIG = pages.REPOSITORY / "docs" / "site" / "mkdocs.yml"
@@ -93,6 +96,27 @@ def test_no_page_loads_anything_from_another_host(site: dict[Path, Page]) -> Non
     styles = [style for path in site for style in path.parent.glob("assets/**/*.css")]
     assert styles
     assert all("fonts.googleapis.com" not in style.read_text() for style in styles)
+
+
+def test_the_examples_of_status_and_cost_are_what_is_printed() -> None:
+    status = Status(
+        output="s3://bucket/labels", state="running", num_shards=15_625, num_shards_done=6_440, num_shards_begun=8,
+        num_images=1_000_000, num_images_done=412_160, num_shards_read=101, num_masks=38_241_900,
+        failures={"truncated": 32}, device_seconds=94, held_seconds=100, gpu_seconds=34.9 * 3600, images_per_s=23.61,
+        images_per_s_overall=22.87, eta_s=24_900, last_shard_s_ago=12, quiet_s=12, usual_gap_s=3, own_clock=False,
+        gpu_price_per_hour=2.0,
+    )  # fmt: skip
+    page = (pages.REPOSITORY / "docs" / "deployment" / "monitoring.md").read_text()
+    assert "\n".join(f"{name}: {value}" for name, value in status_view.rows(status)) in page
+    assert cost_in_words(3600, 2.5, 2000) in page
+
+
+def test_quoted_messages_are_in_the_code() -> None:
+    page = (pages.REPOSITORY / "docs" / "reference" / "errors.md").read_text()
+    source = "".join(path.read_text() for path in (pages.REPOSITORY / "samray").rglob("*.py"))
+    for message in re.findall(r"^\| `([^`]*[a-z] [^`]*)` \|", page.partition("## Frequent errors")[2], re.MULTILINE):
+        for part in message.split("..."):
+            assert part.strip() in source, message
 
 
 def test_the_readme_is_short() -> None:
