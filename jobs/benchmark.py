@@ -39,6 +39,7 @@ import samray  # noqa: E402
 from samray.config import load_config  # noqa: E402
 from samray.inputs.decode import decode_image  # noqa: E402
 from samray.inputs.listing import list_images  # noqa: E402
+from samray.rle.records import MaskRecord  # noqa: E402
 from samray.sam.sam import Sam  # noqa: E402
 from samray.sam.spec import MODELS  # noqa: E402
 
@@ -111,7 +112,7 @@ def memory(model_name: str, megapixels: float) -> dict[str, Any]:
     current = peers.status_bytes("VmRSS")
     peers.forget_peak()
     generator = samray.MaskGenerator(model, samray.MaskConfig(stability_score_thresh=0.5))
-    masks: list[dict[str, Any]] = []
+    masks: list[MaskRecord] = []
     seconds = timed(lambda: masks.extend(generator.generate([image])[0]))
     return {
         "model": model_name,

@@ -35,11 +35,11 @@ from samray.evaluate.points import evaluate_points
 from samray.evaluate.proposals import best_ious
 from samray.evaluate.regions import RegionImage
 from samray.output.shards import done_shards, read_shard
+from samray.rle.records import Rle
 from samray.train.run import train
 from samray.train.settings import load_train_settings
 
 Bool = npt.NDArray[np.bool_]
-Rle = dict[str, Any]
 SIDE = 256
 ACCEPTED, REDRAWN = 0.75, 0.4  # IoU with a blob from which a person accepts a mask, or mends it
 

@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from samray.sam.sam import Sam  # noqa: E402
 from samray.sam.spec import MODELS  # noqa: E402
 
 Images = list[np.ndarray[Any, np.dtype[np.uint8]]]
-Run = Callable[[Images], list[list[dict[str, Any]]]]
+Run = Callable[[Images], Sequence[Sequence[Mapping[str, Any]]]]
 """Images (H, W, 3) RGB to a list of masks each, with `segmentation` as COCO RLE, `predicted_iou`."""
 
 

@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 from measuring import measure  # noqa: E402
 
 from samray.config import Config, load_config  # noqa: E402
+from samray.rle.records import MaskRecord  # noqa: E402
 
 # --- planning and resume -------------------------------------------------------------------------------------------
 
@@ -203,11 +204,18 @@ class Sleeper:
         self.seconds = seconds
         self.stage_seconds = {"encode": 0.0}
         self.log = Path(log, str(os.getpid()))
-        box = {"bbox": [0.0, 0.0, 8.0, 8.0], "crop_box": [0.0, 0.0, 8.0, 8.0], "point_coords": [[4.0, 4.0]]}
-        scores = {"area": 64, "predicted_iou": 0.9, "stability_score": 0.95}
-        self.masks = [{"segmentation": {"size": [8, 8], "counts": "0P2"}, **box, **scores} for _ in range(masks)]
+        mask: MaskRecord = {
+            "segmentation": {"size": [8, 8], "counts": "0P2"},
+            "bbox": [0.0, 0.0, 8.0, 8.0],
+            "area": 64,
+            "predicted_iou": 0.9,
+            "stability_score": 0.95,
+            "point_coords": [[4.0, 4.0]],
+            "crop_box": [0.0, 0.0, 8.0, 8.0],
+        }
+        self.masks = [mask] * masks
 
-    def generate(self, images: list[Any]) -> list[list[dict[str, Any]]]:
+    def generate(self, images: list[Any]) -> list[list[MaskRecord]]:
         started = time.time()
         time.sleep(self.seconds * len(images))
         self.stage_seconds["encode"] += self.seconds * len(images)

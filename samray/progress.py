@@ -81,7 +81,7 @@ class ProgressView:
 
     def _rate(self, now: float) -> str:
         """Rate and time left, measured from the first image: start-up would distort both."""
-        failed = [f"{self.num_failed} failed"] * bool(self.num_failed)
+        failed = [f"{self.num_failed} failed"] if self.num_failed else []
         if self._first_image_at is None or now - self._first_image_at[0] < 1.0:
             return ", ".join(failed)
         since, num_then = self._first_image_at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,6 +22,12 @@ def two_columns() -> Table:
 def count(number: int, thing: str) -> str:
     """`1 shard`, `2,000 shards`."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def first_few(words: Sequence[str], number: int, total: int | None = None) -> str:
+    """`a, b, c, ...`: at most the first `number` words; the dots where `total`, or else `words`, holds more."""
+    shown = ", ".join(words[:number])
+    return f"{shown}, ..." if (len(words) if total is None else total) > number else shown
 
 
 def duration(seconds: float) -> str:

@@ -224,7 +224,7 @@ def import_(
         table.add_row("corrected", f"{count(report.num_corrected, 'image')}; the others are unchanged")
         for change in ("unchanged", "changed", "added", "removed", "left_out"):
             if report.changes.get(change):
-                why = ", below --confident or --stable (--keep-rest keeps them)" * (change == "left_out")
+                why = ", below --confident or --stable (--keep-rest keeps them)" if change == "left_out" else ""
                 table.add_row(change.replace("_", " "), f"{count(report.changes[change], 'mask')}{why}")
     if report.num_unknown_images:
         table.add_row("not found", f"{count(report.num_unknown_images, 'image')} of SOURCE that LABELS does not have")

@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 from samray.config import SECTIONS, Sections, SettingRow, preset_names, setting_rows
 from samray.config.base import as_typed
 from samray.errors import ConfigError
-from samray.text import two_columns
+from samray.text import first_few, two_columns
 
 EXIT_CODES = {
     0: "success",
@@ -105,9 +105,8 @@ def refuse_expanded_glob(words: list[str]) -> None:
     endings = {path.suffix for path in files}
     folder = Path(os.path.commonpath([path.parent for path in files]))
     pattern = folder / f"*{endings.pop() if len(endings) == 1 else ''}"
-    shown = ", ".join(words[:3]) + ", ..." * (len(words) > 3)
     raise ConfigError(
-        f"expected INPUT and OUTPUT, got {len(words)} arguments: {shown}; "
+        f"expected INPUT and OUTPUT, got {len(words)} arguments: {first_few(words, 3)}; "
         f"if the shell expanded a pattern, quote it: '{pattern}'"
     )
 

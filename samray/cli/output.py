@@ -133,7 +133,7 @@ def compact(
         )
     table = two_columns()
     table.add_row("images", f"{done.num_images:,}")
-    skipped = f" ({done.num_files_skipped} existed)" * bool(done.num_files_skipped)
+    skipped = f" ({done.num_files_skipped} existed)" if done.num_files_skipped else ""
     table.add_row("files", f"{done.num_files:,}{skipped}, before {done.num_files_before:,}")
     table.add_row("output", escape(done.dest))
     Console().print(table)

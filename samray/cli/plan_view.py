@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from samray import storage
 from samray.config import Config, MaskConfig
-from samray.text import count, duration, two_columns
+from samray.text import count, duration, first_few, two_columns
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -79,7 +79,7 @@ def _prompts(prompts: MatchedPrompts | None) -> list[tuple[str, str]]:
         return []
     rows = [("prompts", f"{prompts.num_prompts:,}, on {count(len(prompts.by_place), 'image')}")]
     if prompts.num_unknown:
-        shown = ", ".join(prompts.unknown) + ", ..." * (prompts.num_unknown > len(prompts.unknown))
+        shown = first_few(prompts.unknown, len(prompts.unknown), total=prompts.num_unknown)
         rows.append(
             ("not found", f"{count(prompts.num_unknown, 'image')} with prompts that INPUT does not have: {shown}")
         )

@@ -74,7 +74,7 @@ def rows(status: Status) -> list[tuple[str, str]]:
         ("images", f"{done:,} of {total:,} ({_percent(done, total)})"),
         ("shards", f"{status.num_shards_done:,} of {status.num_shards:,}"),
     ]
-    about = "about " * status.estimated
+    about = "about " if status.estimated else ""
     labelled = max(done - status.num_failed, 1)
     if status.num_shards_read:
         lines.append(("masks", f"{about}{status.num_masks:,}, {status.num_masks / labelled:.1f} per image"))
@@ -101,7 +101,8 @@ def rows(status: Status) -> list[tuple[str, str]]:
 
 def line(status: Status) -> str:
     """All of it in one line, for a log."""
-    state = status.state + "?" * (status.state == "stalled")
+    # A run that is merely slow looks the same, hence the question mark.
+    state = f"{status.state}?" if status.state == "stalled" else status.state
     done, total = status.num_images_done, status.num_images
     parts = [state, f"{done:,}/{total:,} images ({_percent(done, total)})"]
     if status.images_per_s is not None:
@@ -109,7 +110,8 @@ def line(status: Status) -> str:
     if status.eta_s is not None:
         parts.append(f"{duration(status.eta_s)} left")
     if status.num_failed:
-        parts.append(f"{'about ' * status.estimated}{status.num_failed:,} failed")
+        about = "about " if status.estimated else ""
+        parts.append(f"{about}{status.num_failed:,} failed")
     if status.last_shard_s_ago is not None:
         parts.append(f"last shard {ago(status.last_shard_s_ago)}")
     return ", ".join(parts)

@@ -128,7 +128,8 @@ def check_fits(
         )
     places = num_places(nodes, sizes.actor_cpus, sizes.actor_gpus, spare_cpus)
     if places < sizes.min_actors:
-        needed = f"{sizes.actor_cpus:g} CPUs" + f" and {sizes.actor_gpus:g} GPUs" * bool(sizes.actor_gpus)
+        gpus = f" and {sizes.actor_gpus:g} GPUs" if sizes.actor_gpus else ""
+        needed = f"{sizes.actor_cpus:g} CPUs{gpus}"
         held = "; ".join(f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes)
         who = "an actor needs" if sizes.min_actors == 1 else f"{sizes.min_actors} actors (cluster.min_actors) each need"
         raise ConfigError(

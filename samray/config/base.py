@@ -60,7 +60,9 @@ def allowed_values(field: FieldInfo) -> str:
     """The values that a field accepts: `a number from 0 to 1`, `true or false`, `one of coco, sam`, `... or null`."""
     kinds = typing.get_args(field.annotation) if _is_union(field.annotation) else (field.annotation,)
     words = [_kind_in_words(kind) + _range_in_words(field) for kind in kinds if kind is not types.NoneType]
-    return " or ".join(words + ["null"] * (types.NoneType in kinds))
+    if types.NoneType in kinds:
+        words.append("null")
+    return " or ".join(words)
 
 
 def _is_union(annotation: Any) -> bool:

@@ -10,7 +10,7 @@ import io
 import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,9 @@ from scipy import ndimage
 from samray.errors import ConfigError
 from samray.evaluate.points import Answers
 from samray.evaluate.proposals import best_ious
-from samray.evaluate.regions import Bool, RegionImage, Rle, RleMasks, areas
+from samray.evaluate.regions import Bool, RegionImage, RleMasks, areas
 from samray.inputs.decode import RGBArray
+from samray.rle.records import MaskRecord, Rle
 
 FORMATS: Final = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 """File formats of a sheet, by extension."""
@@ -146,7 +147,7 @@ def proposal_sheet() -> Sheet:
     return Sheet(title, _NUM_IMAGES, _IMAGE_COLUMNS)
 
 
-def offer_masks(sheet: Sheet, image: RegionImage, masks: list[dict[str, Any]]) -> None:
+def offer_masks(sheet: Sheet, image: RegionImage, masks: list[MaskRecord]) -> None:
     """Offer a tile for each image with regions, scored by the mean IoU of its regions' best masks.
 
     image: with only the regions that count (`evaluate_proposals`).

@@ -24,8 +24,9 @@ from pycocotools.cocoeval import COCOeval
 
 from samray.errors import ImageError
 from samray.evaluate.failures import Failures
-from samray.evaluate.regions import RegionImage, Rle, areas, large_enough
+from samray.evaluate.regions import RegionImage, areas, large_enough
 from samray.inputs.decode import RGBArray
+from samray.rle.records import MaskRecord, Rle
 
 MAX_MASKS: Final = (10, 100, 1000)
 """Maximum number of masks per image, highest predicted IoU first."""
@@ -35,7 +36,7 @@ _CATEGORY: Final = 1  # the same for all, because the evaluation is class-agnost
 class MaskSource(Protocol):
     """The part of samray.MaskGenerator that is needed here."""
 
-    def generate(self, images: list[RGBArray]) -> list[list[dict[str, Any]]]: ...
+    def generate(self, images: list[RGBArray]) -> list[list[MaskRecord]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ def evaluate_proposals(
     *,
     min_area: int = 0,
     on_image: Callable[[Failures], None] = lambda failures: None,
-    on_masks: Callable[[RegionImage, list[dict[str, Any]]], None] = lambda image, masks: None,
+    on_masks: Callable[[RegionImage, list[MaskRecord]], None] = lambda image, masks: None,
 ) -> dict[str, Any]:
     """`average_recall` over the regions of at least min_area pixels, num_masks, num_images, num_failed, failures.
 

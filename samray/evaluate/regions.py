@@ -30,12 +30,11 @@ from samray.inputs.rows import INPUT_SCHEMA
 from samray.output.mask_dataset import input_config_of
 from samray.output.plan import RUN, Plan, load_plan
 from samray.output.shards import FOLDER, reraise_damaged, shard_number
+from samray.rle.records import Rle
 from samray.rle.runs import runs_of_image
 from samray.storage.tables import open_parquet
 
 Bool = npt.NDArray[np.bool_]
-Rle = dict[str, Any]
-"""COCO RLE: {"size": [H, W], "counts": compressed run lengths as text}."""
 
 _ROWS_AT_ONCE: Final = 4
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from samray.errors import StorageError
-from samray.rle.runs import all_sound, check_size, checked_runs
+from samray.rle.runs import all_sound, check_size, checked_runs, slices_of
 
 
 def check_rows(table: pa.Table) -> None:
@@ -41,17 +41,17 @@ def check_rows(table: pa.Table) -> None:
     sides = masks.field("segmentation").field("size").flatten().to_numpy(zero_copy_only=False).reshape(-1, 2)
     counts = masks.field("segmentation").field("counts")
     true_sides = np.array(sizes, np.int64).reshape(-1, 2)[image_of]
+    # All at once first, in a tenth of the time; one by one only to find the mask at fault.
     if np.array_equal(sides, true_sides) and all_sound(counts, true_sides.prod(axis=1)):
         return
-    for place, (index, size, text) in enumerate(zip(image_of.tolist(), sides.tolist(), counts, strict=True)):
-        try:
-            if tuple(size) != sizes[index]:
-                raise ValueError(f"a mask of size {size}, not {list(sizes[index])} like the image (height, width)")
-            checked_runs(text.as_py(), sizes[index])
-        except ValueError as error:
-            raise _fault(
-                images[index].as_py(), f"{error} (annotation {place - int(image_of.searchsorted(index))})"
-            ) from error
+    for index, rows in enumerate(slices_of(image_of, len(images))):
+        for number, (size, text) in enumerate(zip(sides[rows].tolist(), counts[rows], strict=True)):
+            try:
+                if tuple(size) != sizes[index]:
+                    raise ValueError(f"a mask of size {size}, not {list(sizes[index])} like the image (height, width)")
+                checked_runs(text.as_py(), sizes[index])
+            except ValueError as error:
+                raise _fault(images[index].as_py(), f"{error} (annotation {number})") from error
 
 
 def _fault(image: dict[str, object] | None, what: str) -> StorageError:

@@ -110,7 +110,10 @@ def _annotations(image: LabelledImage, options: CocoOptions) -> Iterator[dict[st
 def assembled(job: Job[CocoOptions], file: int) -> list[str]:
     """The COCO file that a piece belongs to, and the list of images left to review in it."""
     number = f"-{file:06d}" if job.options.images_per_file else ""
-    return [f"instances{number}.json", *[f"review{number}.csv"] * job.options.for_review]
+    names = [f"instances{number}.json"]
+    if job.options.for_review:
+        names.append(f"review{number}.csv")
+    return names
 
 
 def chunks(job: Job[CocoOptions], name: str, pieces: list[Piece]) -> Iterator[bytes]:

@@ -22,13 +22,11 @@ from samray.errors import ImageError, StorageError
 from samray.exports.review import ID_ATTRIBUTE, is_sure
 from samray.imports.records import counts_of, image_hw, measure
 from samray.output.schema import ANNOTATIONS_PER_IMAGE, ImageRecord
+from samray.rle.records import MaskRecord
 from samray.rle.runs import runs_of_image
 
 MATCH_IOU: Final = 0.5
 """Minimum IoU to match a corrected mask with an original one."""
-
-Mask = dict[str, Any]
-"""A value of `ANNOTATION`."""
 
 
 def record_as_it_is(row: Mapping[str, Any]) -> ImageRecord:
@@ -69,63 +67,104 @@ def corrected_record(
             )
         drawn = [_drawn(i, raw, hw) for i, raw in enumerate(annotations)]
         theirs = [mask for mask in drawn if mask is not None]
-        numbers: Counter[str] = Counter(dropped=len(drawn) - len(theirs))
-        ids = [mask["id"] for mask in row["annotations"]]
-        marks = {entry["id"]: entry["change"] for entry in row.get("corrections") or []}
-        next_id = max([*ids, *marks], default=known["image_id"] * ANNOTATIONS_PER_IMAGE - 1) + 1
-
-        shown: list[Mask] = []
-        rest: list[Mask] = []
-        for mask in row["annotations"]:
-            (shown if is_sure(mask["predicted_iou"], mask["stability_score"], confident, stable) else rest).append(mask)
-        if any(mask["segmentation"]["size"] != list(hw) for mask in row["annotations"]):
-            raise StorageError(
-                f"image {known['image_id']} has a mask of another size than the image, {hw[1]}x{hw[0]}; "
-                "`samray verify --deep` finds all such problems"
-            )
-        runs_of_image(known["image_id"], [mask["segmentation"]["counts"] for mask in shown], hw)
-        same_as = match_masks(shown, theirs, hw)
-
-        kept: dict[int, Mask] = {mask["id"]: mask for mask in rest} if keep_rest else {}
-        if not keep_rest:
-            marks |= {mask["id"]: "left_out" for mask in rest}
-            numbers["left_out"] = len(rest)
-        for place, mask in enumerate(shown):
-            counts = theirs[same_as[place]][0] if place in same_as else None
-            if counts is None:
-                numbers["removed"] += 1
-                marks[mask["id"]] = "removed"
-            elif _same_pixels(counts, mask["segmentation"]["counts"], hw):
-                numbers["unchanged"] += 1
-                kept[mask["id"]] = mask
-            else:
-                numbers["changed"] += 1
-                kept[mask["id"]] = {**mask, **_of_a_person(counts, hw, bbox_convention)}
-                if marks.get(mask["id"]) != "added":  # a mask added manually stays so
-                    marks[mask["id"]] = "changed"
-        for place, (counts, _) in enumerate(theirs):
-            if place not in same_as.values():
-                numbers["added"] += 1
-                whole = [0.0, 0.0, float(hw[1]), float(hw[0])]
-                own = _of_a_person(counts, hw, bbox_convention)
-                kept[next_id] = {"id": next_id, **own, "point_coords": [], "crop_box": whole}
-                marks[next_id] = "added"
-                next_id += 1
-        if next_id > (known["image_id"] + 1) * ANNOTATIONS_PER_IMAGE:
-            raise ImageError("unsupported", f"no mask id is left: an image has at most {ANNOTATIONS_PER_IMAGE}")
+        shown, rest = _parted(row, hw, confident, stable)
+        edit = _Edit(row, hw, bbox_convention)
+        edit.numbers["dropped"] = len(drawn) - len(theirs)
+        edit.set_aside(rest, keep=keep_rest)
+        edit.apply(shown, theirs)
     except ImageError as error:
         failed = {"image_id": known["image_id"], "file_name": known["file_name"], "uri": row["uri"]}
         return ImageRecord(**failed, width=0, height=0, error=str(error)), Counter()
     record = ImageRecord(
         **known,
         uri=row["uri"],
-        annotations=[kept[id] for id in sorted(kept)],
-        corrections=[{"id": id, "change": marks[id]} for id in sorted(marks)],
+        annotations=[edit.kept[id] for id in sorted(edit.kept)],
+        corrections=[{"id": id, "change": edit.marks[id]} for id in sorted(edit.marks)],
     )
-    return record, numbers
+    return record, edit.numbers
 
 
-def match_masks(shown: Sequence[Mask], theirs: Sequence[tuple[str, int | None]], hw: tuple[int, int]) -> dict[int, int]:
+def _parted(
+    row: Mapping[str, Any], hw: tuple[int, int], confident: float | None, stable: float | None
+) -> tuple[list[MaskRecord], list[MaskRecord]]:
+    """The masks that the export showed to the person, and the rest. Raises: StorageError if one is damaged."""
+    shown: list[MaskRecord] = []
+    rest: list[MaskRecord] = []
+    for mask in row["annotations"]:
+        (shown if is_sure(mask["predicted_iou"], mask["stability_score"], confident, stable) else rest).append(mask)
+    image_id = row["image"]["image_id"]
+    if any(mask["segmentation"]["size"] != list(hw) for mask in row["annotations"]):
+        raise StorageError(
+            f"image {image_id} has a mask of another size than the image, {hw[1]}x{hw[0]}; "
+            "`samray verify --deep` finds all such problems"
+        )
+    # pycocotools, which is about to compare them, reads and writes outside of its memory for unsound run lengths.
+    runs_of_image(image_id, [mask["segmentation"]["counts"] for mask in shown], hw)
+    return shown, rest
+
+
+class _Edit:
+    """The masks of one image while a person's changes are applied to them."""
+
+    def __init__(self, row: Mapping[str, Any], hw: tuple[int, int], bbox_convention: str) -> None:
+        self.hw, self.bbox_convention = hw, bbox_convention
+        self.kept: dict[int, MaskRecord] = {}
+        """Id -> mask of the corrected image."""
+        self.marks: dict[int, str] = {entry["id"]: entry["change"] for entry in row.get("corrections") or []}
+        """Id -> what was changed, earlier corrections included."""
+        self.numbers: Counter[str] = Counter()
+        first_id = row["image"]["image_id"] * ANNOTATIONS_PER_IMAGE
+        ids = [mask["id"] for mask in row["annotations"]]
+        self._next_id = max([*ids, *self.marks], default=first_id - 1) + 1
+        self._end_id = first_id + ANNOTATIONS_PER_IMAGE
+
+    def set_aside(self, masks: Sequence[MaskRecord], *, keep: bool) -> None:
+        """Masks that the person did not see: kept as is, or left out and marked so."""
+        if keep:
+            self.kept |= {mask["id"]: mask for mask in masks}
+        else:
+            self.marks |= {mask["id"]: "left_out" for mask in masks}
+            self.numbers["left_out"] = len(masks)
+
+    def apply(self, shown: Sequence[MaskRecord], theirs: Sequence[tuple[str, int | None]]) -> None:
+        """Compare what the person saw with what came back. theirs: as for `match_masks`. Raises: ImageError."""
+        same_as = match_masks(shown, theirs, self.hw)
+        for place, mask in enumerate(shown):
+            if place in same_as:
+                self._keep_or_change(mask, theirs[same_as[place]][0])
+            else:
+                self.numbers["removed"] += 1
+                self.marks[mask["id"]] = "removed"
+        matched = set(same_as.values())
+        for place, (counts, _) in enumerate(theirs):
+            if place not in matched:
+                self._add(counts)
+        if self._next_id > self._end_id:
+            raise ImageError("unsupported", f"no mask id is left: an image has at most {ANNOTATIONS_PER_IMAGE}")
+
+    def _keep_or_change(self, mask: MaskRecord, counts: str) -> None:
+        if _same_pixels(counts, mask["segmentation"]["counts"], self.hw):
+            self.numbers["unchanged"] += 1
+            self.kept[mask["id"]] = mask  # scores and all
+            return
+        self.numbers["changed"] += 1
+        drawn = _of_a_person(counts, self.hw, self.bbox_convention, mask["point_coords"], mask["crop_box"])
+        self.kept[mask["id"]] = {**mask, **drawn}
+        if self.marks.get(mask["id"]) != "added":  # a mask added manually stays so
+            self.marks[mask["id"]] = "changed"
+
+    def _add(self, counts: str) -> None:
+        self.numbers["added"] += 1
+        whole = [0.0, 0.0, float(self.hw[1]), float(self.hw[0])]
+        drawn = _of_a_person(counts, self.hw, self.bbox_convention, [], whole)
+        self.kept[self._next_id] = {"id": self._next_id, **drawn}
+        self.marks[self._next_id] = "added"
+        self._next_id += 1
+
+
+def match_masks(
+    shown: Sequence[MaskRecord], theirs: Sequence[tuple[str, int | None]], hw: tuple[int, int]
+) -> dict[int, int]:
     """Index in shown -> index in theirs of the same mask; one to one.
 
     theirs: run lengths, and the id that came back, if any. If several have the same id, as after copy and paste, the
@@ -161,16 +200,19 @@ def _same_pixels(ours: str, theirs: str, hw: tuple[int, int]) -> bool:
     return ours == theirs or bool(_ious([ours], [theirs], hw)[0, 0] == 1.0)
 
 
-def _of_a_person(counts: str, hw: tuple[int, int], bbox_convention: str) -> Mask:
+def _of_a_person(
+    counts: str, hw: tuple[int, int], bbox_convention: str, point_coords: list[list[float]], crop_box: list[float]
+) -> MaskRecord:
     """The record of a manually drawn mask. Its scores are 1, to pass any score filter."""
     area, bbox = measure(counts, hw, bbox_convention)
-    segmentation = {"size": list(hw), "counts": counts}
     return {
-        "segmentation": segmentation,
+        "segmentation": {"size": list(hw), "counts": counts},
         "bbox": bbox,
         "area": area,
         "predicted_iou": 1.0,
         "stability_score": 1.0,
+        "point_coords": point_coords,
+        "crop_box": crop_box,
     }
 
 

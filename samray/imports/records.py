@@ -19,6 +19,7 @@ from pycocotools import mask as coco_mask
 
 from samray.errors import ImageError
 from samray.output.schema import ANNOTATIONS_PER_IMAGE, ImageRecord
+from samray.rle.records import MaskRecord
 from samray.rle.runs import MAX_CHARS, Runs, area, bbox_xywh, check_size, checked_runs, spans
 
 _MAX_OUTLINE: Final = 2**22
@@ -39,7 +40,7 @@ def record_of(
     known = {name: planned[name] for name in ("image_id", "file_name", "uri")}
     try:
         height, width = image_hw(image)
-        kept: list[dict[str, Any]] = []
+        kept: list[MaskRecord] = []
         num_chars = 0
         for i, raw in enumerate(annotations):
             mask = _annotation(i, raw, (height, width), bbox_convention)
@@ -83,7 +84,7 @@ def whole(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _annotation(place: int, raw: Any, hw: tuple[int, int], bbox_convention: str) -> dict[str, Any] | None:
+def _annotation(place: int, raw: Any, hw: tuple[int, int], bbox_convention: str) -> MaskRecord | None:
     """As from `MaskGenerator`, without id; None if there is no pixel. Raises: ImageError."""
     try:
         counts = counts_of(raw.get("segmentation"), hw)

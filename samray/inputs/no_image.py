@@ -15,6 +15,7 @@ from samray.errors import ConfigError, NotFoundError
 from samray.inputs.decode import image_extensions
 from samray.inputs.readers import container_endings, list_endings, what_to_give
 from samray.inputs.tar import is_compressed_tar
+from samray.text import first_few
 
 _ARCHIVES: Final = (
     *(".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".lzma", ".z", ".br", ".cab", ".iso", ".dmg"),
@@ -83,7 +84,7 @@ def nothing_found(uri: str, root: str, found: pa.ChunkedArray) -> str:
     names = [name[start:] for name in names]
     counts = Counter(posixpath.splitext(name.lower())[1] or "without ending" for name in names)
     ordered = sorted(counts.items(), key=lambda item: -item[1])
-    kinds = ", ".join(f"{number} {ending}" for ending, number in ordered[:5]) + ", ..." * (len(ordered) > 5)
+    kinds = first_few([f"{number} {ending}" for ending, number in ordered], 5)
     looked += f", among {len(names)} files ({kinds})" if len(found) else f"; below {storage.redact(root)} are {kinds}"
     wanted = container_endings() if len(found) else (*image_extensions(), *container_endings())
     there = [ending for ending in wanted if counts[ending] and ending != ".txt"]

@@ -95,4 +95,7 @@ def _repeat(value: pa.Scalar, number: int) -> pa.ChunkedArray:
     """The repeated value, in the memory of one chunk: null columns of ten million rows would take 300 MB."""
     chunk = pa.repeat(value, min(number, _CHUNK_ROWS))
     whole, rest = divmod(number, _CHUNK_ROWS)
-    return pa.chunked_array([chunk] * whole + [chunk.slice(0, rest)] * bool(rest), value.type)
+    chunks = [chunk] * whole
+    if rest:
+        chunks.append(chunk.slice(0, rest))
+    return pa.chunked_array(chunks, value.type)

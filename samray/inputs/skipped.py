@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from samray.storage.redaction import redact_json
+from samray.text import first_few
 
 NOT_AN_IMAGE: Final = "not images by their ending"
 HIDDEN: Final = "hidden"
@@ -77,8 +78,8 @@ class Skipped:
             if reason == UNUSABLE:
                 lines += [text if text != _OTHERS else f"and {number:,} more" for text, number in ordered]
             else:
-                shown = ", ".join(f"{number:,} {kind}" for kind, number in ordered[:8])
-                lines.append(f"{shown}{', ...' * (len(ordered) > 8)}: {reason}")
+                shown = first_few([f"{number:,} {kind}" for kind, number in ordered], 8)
+                lines.append(f"{shown}: {reason}")
         return lines
 
 

@@ -105,10 +105,10 @@ class Directory:
         """The layout of its samples in words."""
         samples = self.value(_SAMPLES, 1)
         kind = _SAMPLE_FORMATS.get(self.sample_format, "samples of an unknown kind")
-        return (
-            f"{samples} value{'s' * (samples != 1)} per pixel, {self.bits}-bit {kind},"
-            f" compression {self.value(_COMPRESSION, 1)}{', channels stored one after the other' * self.is_planar}"
-        )
+        values = "value" if samples == 1 else "values"
+        planes = ", channels stored one after the other" if self.is_planar else ""
+        compression = self.value(_COMPRESSION, 1)
+        return f"{samples} {values} per pixel, {self.bits}-bit {kind}, compression {compression}{planes}"
 
 
 def is_tiff(data: bytes) -> bool:

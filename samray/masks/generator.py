@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby, pairwise, zip_longest
+from itertools import groupby, zip_longest
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,8 @@ from samray.masks.scores import MASK_THRESHOLD, above, areas, mask_boxes, stabil
 from samray.masks.windows import upsample_occupied
 from samray.rle import encode as rle
 from samray.rle.encode import Counts
+from samray.rle.records import MaskRecord
+from samray.rle.runs import slices_of
 from samray.sam.kernels import enabled
 from samray.sam.sam import Decoded, Sam, input_size
 from samray.sam.transformer import ImageTokens
@@ -88,17 +90,16 @@ class MaskGenerator:
         self._queued: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @torch.inference_mode()
-    def generate(self, images: list[Image]) -> list[list[dict[str, Any]]]:
+    def generate(self, images: list[Image]) -> list[list[MaskRecord]]:
         """All masks of each image, with keys and meanings as in SA-1B.
 
         images: RGB uint8 (H, W, 3), of any sizes. Returns one list per image, smallest crops first and within a crop
-        highest predicted IoU first, of dicts: segmentation {"size": [H, W], "counts": str}, bbox [x, y, w, h], area,
-        predicted_iou, stability_score, point_coords [[x, y]], crop_box [x, y, w, h]. An image without masks gives an
+        highest predicted IoU first, of `samray.rle.records.MaskRecord` without id. An image without masks gives an
         empty list. Raises ValueError for invalid images.
         """
         check_images(images)
         views = [view for i, image in enumerate(images) for view in self._views(i, image)]
-        results: list[Future[list[dict[str, Any]]]] = []
+        results: list[Future[list[MaskRecord]]] = []
         image_candidates: list[Candidates] = []
         with self._host_executor() as host:
             for batch, pixels in self._preprocessed(images, views, host):
@@ -201,10 +202,11 @@ class MaskGenerator:
 
     def _score(self, decoded: Decoded, points: list[Float64], views: list[_View]) -> Iterator[Candidates]:
         """For each view, the masks that are stable, have an allowed size and are not cut off by the crop's edge."""
+        # Masks come prompt by prompt, and prompts view by view.
+        view_of_prompt = np.repeat(np.arange(len(views)), [len(of_view) for of_view in points])
         prompt_index = decoded.prompt_index.cpu().numpy()
-        ends = np.cumsum([len(of_view) for of_view in points])
-        bounds = [0, *np.searchsorted(prompt_index, ends).tolist()]  # masks come prompt by prompt, view by view
-        of_views = [slice(first, last) for first, last in pairwise(bounds)]
+        of_views = slices_of(view_of_prompt[prompt_index], len(views))
+        points_of_masks = np.concatenate(points)[prompt_index]
         measured = [
             self._measure(few, view.crop)
             for view, rows in zip(views, of_views, strict=True)
@@ -213,9 +215,8 @@ class MaskGenerator:
         ]
         numbers = torch.cat(measured).cpu().numpy() if measured else np.zeros((0, 6))
         predicted_iou = decoded.iou.cpu().numpy()
-        for view, rows, xy, end in zip(views, of_views, points, ends, strict=True):
-            own_points = xy[prompt_index[rows] - (end - len(xy))]
-            yield self._filter(decoded.logits[rows], predicted_iou[rows], numbers[rows], own_points, view)
+        for view, rows in zip(views, of_views, strict=True):
+            yield self._filter(decoded.logits[rows], predicted_iou[rows], numbers[rows], points_of_masks[rows], view)
 
     def _filter(
         self,
@@ -262,7 +263,7 @@ class MaskGenerator:
     # --- one image: no duplicates across crops, then pixels for the kept ----------------------------------------------
 
     @torch.inference_mode()  # like `generate`; the mode is per thread
-    def _process_image(self, candidates: Candidates, image_hw: tuple[int, int]) -> list[dict[str, Any]]:
+    def _process_image(self, candidates: Candidates, image_hw: tuple[int, int]) -> list[MaskRecord]:
         """Records of the masks that remain after removing duplicates across crops."""
         config, crops = self.config, self._crops(image_hw)
         if len(crops) > 1:

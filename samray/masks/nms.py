@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as coco_mask
+
+from samray.rle.records import Rle
 
 Indices = npt.NDArray[np.int64]
 
@@ -35,7 +35,7 @@ def box_nms(boxes_xyxy: npt.ArrayLike, scores: npt.ArrayLike, iou_thresh: float)
     return np.asarray(keep, dtype=np.int64)
 
 
-def mask_nms(rles: list[dict[str, Any]], iou_thresh: float) -> Indices:
+def mask_nms(rles: list[Rle], iou_thresh: float) -> Indices:
     """Indices of the masks to keep, in order: drops a mask if its IoU with an earlier kept one is above iou_thresh.
 
     rles: COCO run-length encodings of one image, best first. Decodes no masks.

@@ -25,6 +25,7 @@ from samray.masks.records import Mask, to_record
 from samray.masks.scores import MASK_THRESHOLD, above, stability_scores
 from samray.prompts import Prompt
 from samray.rle import encode as rle
+from samray.rle.records import MaskRecord
 from samray.sam.sam import Sam, input_size
 
 Image = npt.NDArray[np.uint8]
@@ -50,7 +51,7 @@ class PromptedGenerator:
         self.stage_seconds = dict.fromkeys(STAGES, 0.0)
 
     @torch.inference_mode()
-    def generate(self, images: Sequence[Image], prompts: Sequence[Sequence[Prompt]]) -> list[list[dict[str, Any]]]:
+    def generate(self, images: Sequence[Image], prompts: Sequence[Sequence[Prompt]]) -> list[list[MaskRecord]]:
         """One mask for each prompt of each image, in the order of the prompts.
 
         images: RGB uint8 (H, W, 3), upright, of any sizes. prompts: one list per image, in its pixels. Returns one list
@@ -68,7 +69,7 @@ class PromptedGenerator:
             raise ValueError(f"{len(images)} images, but prompts for {len(prompts)}")
         for image, own in zip(images, prompts, strict=True):
             _check(image, own)
-        found: list[list[dict[str, Any]]] = [[] for _ in images]
+        found: list[list[MaskRecord]] = [[] for _ in images]
         asked = [i for i, own in enumerate(prompts) if own]
         size = _CPU_IMAGES if self.model.device.type == "cpu" else _GPU_IMAGES
         for start in range(0, len(asked), size):
@@ -81,10 +82,10 @@ class PromptedGenerator:
                 found[i] = self._masks(embedding[None], images[i].shape[:2], prompts[i])
         return found
 
-    def _masks(self, embedding: Tensor, image_hw: tuple[int, ...], prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    def _masks(self, embedding: Tensor, image_hw: tuple[int, ...], prompts: Sequence[Prompt]) -> list[MaskRecord]:
         """The masks of one image. embedding: (1, C, h, w)."""
         height, width = image_hw
-        records: dict[int, dict[str, Any]] = {}
+        records: dict[int, MaskRecord] = {}
         for places in self._batches(prompts):
             with self._stage("decode"):
                 logits, iou = self._decode(embedding, [prompts[i] for i in places], (height, width))
@@ -125,7 +126,7 @@ class PromptedGenerator:
 
     def _record(
         self, place: int, prompt: Prompt, logits: Tensor, predicted_iou: float, image_hw: tuple[int, int]
-    ) -> dict[str, Any]:
+    ) -> MaskRecord:
         """logits: (1, 4h, 4w). Raises: ImageError if the mask has no pixel."""
         upscaled = self.model.postprocess(logits, input_size(*image_hw, self.model.image_size), image_hw)
         pixels = above(upscaled, MASK_THRESHOLD)

@@ -12,6 +12,7 @@ from samray.config import MaskConfig
 from samray.masks.crops import Crop
 from samray.masks.nms import mask_nms
 from samray.rle import encode as rle
+from samray.rle.records import MaskRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +61,7 @@ def wanted_areas(areas: npt.NDArray[Any], image_hw: tuple[int, int], config: Mas
     return wanted
 
 
-def to_record(mask: Mask, image_hw: tuple[int, int], config: MaskConfig) -> dict[str, Any]:
+def to_record(mask: Mask, image_hw: tuple[int, int], config: MaskConfig) -> MaskRecord:
     """The mask as SA-1B writes it. bbox: COCO's, or with bbox_convention "sam" one pixel narrower and lower."""
     x0, y0, x1, y1 = rle.box_xyxy(mask.counts, image_hw).tolist()
     inclusive = 1 if config.bbox_convention == "coco" else 0

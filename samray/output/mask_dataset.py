@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -152,15 +154,15 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         """The row group of an image, and its row in it."""
         shard, row = int(self._index.shards[index]), int(self._index.rows[index])
         _, starts = self._footer(shard)
-        group = int(np.searchsorted(starts, row, side="right")) - 1
-        return self._group(shard, group), row - int(starts[group])
+        group = bisect_right(starts, row) - 1  # the last one that does not begin after the row
+        return self._group(shard, group), row - starts[group]
 
     def _hold_nothing(self) -> None:
         # Caches that threads may share, and that are dropped on pickling and forking.
         self._footer = lru_cache(_FOOTERS_HELD)(self._read_footer)
         self._group = lru_cache(_GROUPS_HELD)(self._read_group)
 
-    def _read_footer(self, shard: int) -> tuple[pq.FileMetaData, npt.NDArray[np.int64]]:
+    def _read_footer(self, shard: int) -> tuple[pq.FileMetaData, list[int]]:
         """A shard's footer, and the first row of each of its row groups."""
         footer = read_shard_footer(self.output, shard, int(self._index.sizes[shard]))
         if seal_of(footer) != self._index.digests.get(shard):
@@ -169,7 +171,7 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
                 "again"
             )
         num_rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
-        return footer, np.cumsum([0, *num_rows[:-1]])
+        return footer, [0, *accumulate(num_rows[:-1])]
 
     def _read_group(self, shard: int, group: int) -> pa.Table:
         # Read the whole group for masks: the few unneeded bytes cost less than a second request.

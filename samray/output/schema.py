@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
+from samray.rle.records import MaskRecord
 from samray.storage.strict_json import parse_json
 
 ANNOTATIONS_PER_IMAGE: Final = 65536
@@ -69,7 +70,7 @@ class ImageRecord:
     height: int
     file_name: str
     uri: str
-    annotations: list[dict[str, Any]] = field(default_factory=list)
+    annotations: list[MaskRecord] = field(default_factory=list)
     """As from `MaskGenerator`; a missing `id` is added."""
     error: str | None = None
     """"reason: message" of a failed image."""

@@ -6,14 +6,13 @@ device is no image's fault; it is raised, and the actor ends with it.
 
 from __future__ import annotations
 
-import math
 import queue
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -23,26 +22,15 @@ from samray.inputs.child import ChildNotStarted
 from samray.inputs.decode_apart import decode_apart
 from samray.output.schema import ANNOTATIONS_PER_IMAGE, ImageRecord
 from samray.pipeline.faults import DeviceFault, internal_error, is_out_of_memory, one_line, raise_if_fatal
+from samray.pipeline.groups import GPU_GROUP_IMAGES, GROUP_PIXELS, GroupSize, OutOfMemoryCount
 from samray.pipeline.metrics import reserved_gpus
 from samray.pipeline.report import Labelled
+from samray.rle.records import MaskRecord
 
 if TYPE_CHECKING:
     from samray.config import Config, MaskConfig
     from samray.prompts import Prompt
     from samray.sam.sam import Sam
-
-GPU_GROUP_IMAGES = 16
-"""Images given to the mask generator at once, at most. On a CPU a batch gains nothing: there it is one, and as many
-threads."""
-
-GROW_AFTER_GROUPS = 8
-"""After so many groups that fit, groups that memory had made smaller become twice as large again."""
-
-GROUP_PIXELS = 100_000_000
-"""A group is closed at this many pixels: decoded images are three bytes a pixel."""
-
-MAX_CONSECUTIVE_OUT_OF_MEMORY = 3
-"""When more images in a row do not fit, it is the device that is short of memory, not the images that are large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +59,7 @@ class MaskSource(Protocol):
     stage_seconds: dict[str, float]
 
     @property
-    def generate(self) -> Callable[..., list[list[dict[str, Any]]]]:
+    def generate(self) -> Callable[..., list[list[MaskRecord]]]:
         """Called with the images, or with the images and their prompts."""
 
 
@@ -99,15 +87,14 @@ class ShardLabeler:
         self.decode_timeout_s = InputConfig().decode_timeout_s if decode_timeout_s is None else decode_timeout_s
         self.device_type = device_type
         self.num_workers = num_threads if device_type == "cpu" else 1
-        self.group_images = self.max_group_images = 1 if device_type == "cpu" else GPU_GROUP_IMAGES
-        self.num_groups_that_fit = 0
+        self.group_size = GroupSize(1 if device_type == "cpu" else GPU_GROUP_IMAGES)
         self.generators = [make_generator(None) for _ in range(self.num_workers)]
         self.free: queue.SimpleQueue[MaskSource] = queue.SimpleQueue()
         for generator in self.generators:
             self.free.put(generator)
         self.workers = ThreadPoolExecutor(self.num_workers, thread_name_prefix="label")
         self.decoders = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
-        self.num_consecutive_out_of_memory = 0
+        self.out_of_memory = OutOfMemoryCount()
 
     def label(
         self,
@@ -155,13 +142,13 @@ class ShardLabeler:
         group: list[Decoded] = []
         num_pixels = 0
         while waiting or ahead:
-            while waiting and len(ahead) < self.max_group_images + 1:
+            while waiting and len(ahead) < self.group_size.largest + 1:
                 image = waiting.popleft()
                 ahead.append((image, self.decoders.submit(self.decode, image)))
             image, future = ahead.popleft()
             decoded = future.result()
             size = decoded.shape[0] * decoded.shape[1] if isinstance(decoded, np.ndarray) else 0
-            if group and (len(group) == self.max_group_images or num_pixels + size > GROUP_PIXELS):
+            if group and (len(group) == self.group_size.largest or num_pixels + size > GROUP_PIXELS):
                 yield group
                 group, num_pixels = [], 0
             group.append((image, decoded))
@@ -201,14 +188,14 @@ class ShardLabeler:
             records=[make_record(im, d, next(masks) if isinstance(d, np.ndarray) else d) for im, d in group],
             encoded_bytes=sum(len(image.data) for image, _ in group if isinstance(image.data, bytes | memoryview)),
             batch_images=len(work),
-            batch_room=self.max_group_images * math.ceil(len(work) / self.group_images),
+            batch_room=self.group_size.room(len(work)),
         )
 
-    def _generate(self, generator: MaskSource, work: list[Work]) -> list[list[dict[str, Any]] | ImageError]:
+    def _generate(self, generator: MaskSource, work: list[Work]) -> list[list[MaskRecord] | ImageError]:
         """Masks or an error for each image. A failing group is run again in smaller ones, to fail only the guilty."""
-        answers: list[list[dict[str, Any]] | ImageError] = []
+        answers: list[list[MaskRecord] | ImageError] = []
         while len(answers) < len(work):
-            part = work[len(answers) :][: self.group_images]
+            part = work[len(answers) :][: self.group_size.num_images]
             try:
                 answers += masks_of(generator, part)
             except Exception as error:
@@ -216,42 +203,34 @@ class ShardLabeler:
                 is_memory = is_out_of_memory(error)
                 answer = None if is_memory else error if isinstance(error, ImageError) else internal_error(error)
             else:
-                self.num_consecutive_out_of_memory = 0
-                self._fitted(len(part))
+                self.out_of_memory.fitted()
+                self.group_size.fitted(len(part))
                 continue
-            # Only here, where the error is gone, is what its frames held on the device free again.
+            # Only after the except block, where the error is gone, is what its frames held on the device free again.
             if is_memory and self.device_type == "cuda":
                 _empty_cache()
             if len(part) == 1:
                 answers.append(self._generate_in_small_batches(part[0]) if answer is None else answer)
             elif is_memory:
-                self.group_images, self.num_groups_that_fit = len(part) // 2, 0
+                self.group_size.too_large(len(part))
             else:
                 answers += [one for each in part for one in self._generate(generator, [each])]
         return answers
 
-    def _fitted(self, num_images: int) -> None:
-        """A group did; after some as large as may be, the next ones may be larger, up to what they were at first."""
-        self.num_groups_that_fit += num_images == self.group_images
-        if self.num_groups_that_fit >= GROW_AFTER_GROUPS:
-            self.group_images, self.num_groups_that_fit = min(2 * self.group_images, self.max_group_images), 0
-
-    def _generate_in_small_batches(self, work: Work) -> list[dict[str, Any]] | ImageError:
+    def _generate_in_small_batches(self, work: Work) -> list[MaskRecord] | ImageError:
         """The image alone did not fit with the usual number of points at once: try fewer, then give it up."""
         for points_per_batch in (16, 4, 1):
             if self.device_type == "cuda":
                 _empty_cache()
             try:
                 masks = masks_of(self.make_generator(points_per_batch), [work])[0]
-                self.num_consecutive_out_of_memory = 0
+                self.out_of_memory.fitted()
                 return masks
             except Exception as error:
                 raise_if_fatal(error)
                 if not is_out_of_memory(error):
                     return error if isinstance(error, ImageError) else internal_error(error)
-        self.num_consecutive_out_of_memory += 1
-        if self.num_consecutive_out_of_memory > MAX_CONSECUTIVE_OUT_OF_MEMORY:
-            raise DeviceFault(f"{self.num_consecutive_out_of_memory} images in a row did not fit into memory")
+        self.out_of_memory.add()
         height, width = work[0].shape[:2]
         return ImageError("out_of_memory", f"{width}x{height} pixels do not fit, even with one point at a time")
 
@@ -265,7 +244,7 @@ def _empty_cache() -> None:
         raise DeviceFault(one_line(error)) from error
 
 
-def masks_of(generator: MaskSource, work: list[Work]) -> list[list[dict[str, Any]]]:
+def masks_of(generator: MaskSource, work: list[Work]) -> list[list[MaskRecord]]:
     """The masks of each image: all that there are or, of a run with prompts, those that were asked for."""
     images = [pixels for pixels, _ in work]
     prompts = [own for _, own in work if own is not None]
@@ -273,7 +252,7 @@ def masks_of(generator: MaskSource, work: list[Work]) -> list[list[dict[str, Any
 
 
 def make_record(
-    image: EncodedImage, decoded: np.ndarray | ImageError, masks: list[dict[str, Any]] | ImageError
+    image: EncodedImage, decoded: np.ndarray | ImageError, masks: list[MaskRecord] | ImageError
 ) -> ImageRecord:
     """The row of one image."""
     height, width = decoded.shape[:2] if isinstance(decoded, np.ndarray) else (0, 0)
@@ -288,6 +267,10 @@ def make_record(
         annotations=[{"id": image.image_id * ANNOTATIONS_PER_IMAGE + i, **mask} for i, mask in enumerate(found)],
         error=error,
     )
+
+
+MakeLabeler = Callable[["Config", int], ShardLabeler]
+"""Called with the settings and the number of threads, in each labelling actor."""
 
 
 def build_labeler(config: Config, num_threads: int, checkpoint_sha256: str | None = None) -> ShardLabeler:

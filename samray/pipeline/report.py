@@ -234,8 +234,10 @@ def print_report(report: LabelReport, console: Console | None = None) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    skipped = f" ({report.num_shards_skipped} of {report.num_shards} shards were done before)"
-    table.add_row("images", f"{report.num_images}" + skipped * bool(report.num_shards_skipped))
+    images = f"{report.num_images}"
+    if report.num_shards_skipped:
+        images += f" ({report.num_shards_skipped} of {report.num_shards} shards were done before)"
+    table.add_row("images", images)
     if report.num_labelled:
         rate = f"{report.images_per_s:.2f} images/s including the start of Ray"
         table.add_row("labelled now", f"{report.num_labelled} in {duration(report.wall_s)}, {rate}")
@@ -276,5 +278,7 @@ def _next_commands(report: LabelReport) -> list[str]:
         return ["run the same command to resume"]
     if report.num_missing_shards:
         return ["run the same command to label the missing images"]
-    retry = ["add --retry-failed to the same command to retry the failed images"] * bool(report.num_failed)
-    return [*retry, f"samray verify {report.output}", f"samray report {report.output}"]
+    commands = [f"samray verify {report.output}", f"samray report {report.output}"]
+    if report.num_failed:
+        commands.insert(0, "add --retry-failed to the same command to retry the failed images")
+    return commands

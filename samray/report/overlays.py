@@ -19,7 +19,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from samray.errors import StorageError
-from samray.rle.runs import Runs, batches, column_intervals, runs_of_image
+from samray.rle.runs import Runs, batches, column_intervals, runs_of_image, slices_of
 
 MAX_MASKS = 600
 """Largest masks of an image that are shown."""
@@ -113,18 +113,17 @@ def _scaled_counts(masks: list[Runs], original_hw: tuple[int, int], target_hw: t
     top, bottom = np.searchsorted(row_of, intervals.top), np.searchsorted(row_of, intervals.bottom)
     kept = (column_of[column] == intervals.column) & (bottom > top)
     start, end = (column * height + top)[kept], (column * height + bottom)[kept]
-    which = intervals.mask[kept]
-    bounds = np.searchsorted(which, np.arange(len(masks) + 1))
-    first = np.searchsorted(intervals.mask, np.arange(len(masks)))
-    found = []
-    for i in range(len(masks)):
-        mine = slice(bounds[i], bounds[i + 1])
-        starts, ends = start[mine], end[mine]
-        if len(starts) == 0 and first[i] < len(intervals.mask) and intervals.mask[first[i]] == i:
-            starts = column[first[i]][None] * height + top[first[i]].clip(max=height - 1)
+    of_mask = slices_of(intervals.mask[kept], len(masks))
+    of_mask_before = slices_of(intervals.mask, len(masks))
+    scaled = []
+    for now, before in zip(of_mask, of_mask_before, strict=True):
+        starts, ends = start[now], end[now]
+        if now.start == now.stop and before.start < before.stop:  # between the centres: one pixel stands for the mask
+            first = before.start
+            starts = column[first][None] * height + top[first].clip(max=height - 1)
             ends = starts + 1
-        found.append(_compressed(starts, ends, height, width))
-    return found
+        scaled.append(_compressed(starts, ends, height, width))
+    return scaled
 
 
 def _nearest(small: int, large: int) -> npt.NDArray[np.int64]:

@@ -6,14 +6,14 @@ on runs, which limits how many masks of a large image are in memory.
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
+
+from samray.rle.records import Rle
+from samray.rle.runs import slices_of
 
 Counts = npt.NDArray[np.int64]
 
@@ -40,8 +40,7 @@ def encode_masks(masks: Tensor, origin_xy: tuple[int, int], image_hw: tuple[int,
     cancel[1:-1] = (position[1:] == position[:-1]) & (index[1:] == index[:-1])
     keep = ~(cancel[1:] | cancel[:-1])
     index, position = index[keep], position[keep]
-    bounds = np.searchsorted(index, np.arange(num + 1))
-    return [_counts(position[a:b], height * width) for a, b in pairwise(bounds)]
+    return [_counts(position[own], height * width) for own in slices_of(index, num)]
 
 
 def encode_array(mask: npt.NDArray[np.bool_]) -> Counts:
@@ -49,8 +48,8 @@ def encode_array(mask: npt.NDArray[np.bool_]) -> Counts:
     return encode_masks(torch.from_numpy(mask)[None], (0, 0), (mask.shape[0], mask.shape[1]))[0]
 
 
-def compress(counts: Counts, image_hw: tuple[int, int]) -> dict[str, Any]:
-    """COCO's compressed form, ready for JSON: {"size": [H, W], "counts": str}."""
+def compress(counts: Counts, image_hw: tuple[int, int]) -> Rle:
+    """COCO's compressed form, ready for JSON."""
     size = [int(side) for side in image_hw]
     rle = coco_mask.frPyObjects({"size": size, "counts": counts}, *size)
     return {"size": size, "counts": rle["counts"].decode("ascii")}

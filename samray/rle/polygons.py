@@ -41,11 +41,13 @@ def _outlines(masks: list[Runs], image_hw: tuple[int, int]) -> list[list[list[Ri
     toggles = np.stack([left_of + top, left_of + bottom], axis=1).ravel()
     direction = np.tile(np.array([1, -1], dtype=np.int8), len(left_of))
 
-    # A vertical line has a corner where the intervals of the columns on its two sides do not start or end alike.
-    places = np.union1d(toggles, toggles + line)
+    # A vertical line has a corner where the intervals of the columns on its two sides do not start or end alike. Each
+    # toggle is one of the column on the right of its own line, and of the column on the left of the next line.
+    places, place_of = np.unique(np.concatenate([toggles, toggles + line]), return_inverse=True)
+    place_as_right, place_as_left = np.split(place_of, 2)
     on_right, on_left = np.zeros((2, len(places)), dtype=np.int8)
-    on_right[np.searchsorted(places, toggles)] = direction
-    on_left[np.searchsorted(places, toggles + line)] = direction
+    on_right[place_as_right] = direction
+    on_left[place_as_left] = direction
     is_corner = on_right != on_left
     places, on_right, on_left = places[is_corner], on_right[is_corner], on_left[is_corner]
     # Where two pixels touch at a corner, two outlines pass: the corner counts twice, above and below.
@@ -73,7 +75,8 @@ def _outlines(masks: list[Runs], image_hw: tuple[int, int]) -> list[list[list[Ri
     # The pixel above a hole's first corner belongs to the hole's component, and so does the edge where that pixel's
     # interval starts, which is on an outline found earlier.
     holes = first[~is_outer]
-    interval = np.searchsorted(toggles, places[holes]) // 2
+    interval = np.searchsorted(toggles, places[holes]) // 2  # two toggles each: where it starts and where it ends
+    # The edge's own corner may be further to the left on that row: the last one at or before this pixel's.
     edge = ((number[holes] * line + top[interval]) * (width + 1) + xs[holes]) * 2 + 1
     parent[~is_outer] = ring_of[row_order[np.searchsorted(by_row[row_order], edge, side="right") - 1]]
 

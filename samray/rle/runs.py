@@ -9,6 +9,7 @@ which also limits its cost.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -125,6 +126,7 @@ def all_sound(counts: pa.Array, num_pixels: npt.NDArray[np.int64]) -> bool:
     letters = np.frombuffer(text, np.uint8)
     start = 0
     while start < len(lengths):
+        # As many whole strings as fit into the limit, but at least one, however long it is.
         end = max(start + 1, int(np.searchsorted(bounds, bounds[start] + _CHARS_AT_ONCE, side="right")) - 1)
         first, last = int(bounds[start]), int(bounds[end])
         if not _are_sound(letters[first:last], bounds[start : end + 1] - first, num_pixels[start:end]):
@@ -244,6 +246,16 @@ def column_intervals(masks: list[Runs], height: int) -> Intervals:
     top = np.where(step == 0, start[which] % height, 0)
     bottom = np.where(step == num_columns[which] - 1, last[which] % height + 1, height)
     return Intervals(number[which], start[which] // height + step, top, bottom)
+
+
+def slices_of(owners: Runs, num_owners: int) -> list[slice]:
+    """Where the entries of each owner are. owners: (N,) the owner of each entry, from 0 on, in ascending order.
+
+    Returns a slice per owner, empty ones included: slices of tensors and arrays share their memory, lists of indices do
+    not.
+    """
+    ends = np.bincount(owners, minlength=num_owners).cumsum().tolist()
+    return [slice(first, last) for first, last in pairwise([0, *ends])]
 
 
 def runs_of_image(image_id: int, counts: list[str], hw: tuple[int, int]) -> list[Runs]:

@@ -183,8 +183,48 @@ class TwoWayBlock(nn.Module):
         self.norm4 = nn.LayerNorm(dim)
         self.cross_attn_image_to_token = Attention(dim, num_heads, downsample=2)
 
+    # --- tokens read from the image: the same in both paths ----------------------------------------------------------
+
+    def read_shared(self, image: ImageTokens, positions: Tensor) -> Tensor:
+        """The first layer's token side, where all prompts of an image face the same image tokens.
+
+        positions: (B * N, T, C), which are also the tokens themselves. Returns (B * N, T, C).
+        """
+        x = self.norm1(self.self_attn(positions, positions, positions))
+        read = self.cross_attn_token_to_image
+        # The prompts of an image are just more rows of one product: (B, H, N * T, d) against (B, H, L, d).
+        q = read.split(read.q_proj(x + positions).view(len(image), -1, read.q_proj.out_features))
+        out = F.scaled_dot_product_attention(q.to(image.read_keys.dtype), image.read_keys, image.read_values)
+        x = self.norm2(x + read.merge(out.to(positions.dtype)).view_as(x))
+        return self.norm3(x + self.mlp(x))
+
+    def read(self, x: Tensor, positions: Tensor, keys: Tensor, pe_keys: Tensor) -> Tensor:
+        """A later layer's token side, where each prompt has image tokens of its own, keys (B * N, L, C)."""
+        q = x + positions
+        x = self.norm1(x + self.self_attn(q, q, x))
+        x = self.norm2(x + self.cross_attn_token_to_image.tokens_to_image(x + positions, keys, pe_keys))
+        return self.norm3(x + self.mlp(x))
+
+    # --- image tokens read from tokens: plain ------------------------------------------------------------------------
+
+    def write_shared(self, image: ImageTokens, x: Tensor, positions: Tensor) -> Tensor:
+        """The first layer's image side: image tokens of every prompt, (B * N, L, C), from those of its image."""
+        attn, b, (_, t, _) = self.cross_attn_image_to_token, len(image), x.shape
+        centred = attn.centred_keys(x + positions)
+        k = attn.split(centred.view(b, -1, centred.shape[-1]))
+        scores = k.to(image.write_queries.dtype) @ image.write_queries.transpose(-2, -1)  # (B, H, N * T, L)
+        scores = scores.unflatten(2, (-1, t)).transpose(1, 2).reshape(len(x), attn.num_heads * t, -1)
+        src = image.src[:, None].expand(b, len(x) // b, -1, -1).flatten(0, 1)
+        return self.norm4(attn.spread(src, scores, x))
+
+    def write_absorbed(self, keys: Tensor, pe_queries: Tensor, x: Tensor, positions: Tensor) -> Tensor:
+        """A later layer's image side. keys: (B * N, L, C); their memory is used again if no gradient is wanted."""
+        return self.norm4(self.cross_attn_image_to_token.image_to_tokens(keys, pe_queries, x + positions, x))
+
+    # --- image tokens read from tokens: by the kernel ----------------------------------------------------------------
+
     def write(self, keys: Tensor, queries: Tensor, tokens: Tensor, values: Tensor, *, absorb: bool) -> Tensor:
-        """Image tokens read from tokens, then norm4, by the kernel: in one pass, and without scores in memory.
+        """Image tokens read from tokens, then norm4, in one pass, and without scores in memory.
 
         keys: (B, L, C) for N / B prompts each. queries: (B, heads, L, head_dim), `write_queries`; or with absorb, for
         what depends on keys, only the positions', (heads, head_dim, L). tokens and values: (N, T, C) as in
@@ -238,38 +278,30 @@ class TwoWayTransformer(nn.Module):
 
     def forward(self, image: ImageTokens, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens: (B, N, T, C), N prompts an image. Returns the tokens (B * N, T, C) and image tokens (B * N, L, C)."""
-        b, n, t, c = tokens.shape
         positions = tokens.flatten(0, 1)
-        first, *later = self.blocks()
-        fused = enabled(tokens.device) and t <= MAX_TOKENS and not torch.is_grad_enabled()
-
-        # Layer 1: every prompt of an image faces the same image tokens; its prompts are just more rows of one product.
-        x = first.norm1(first.self_attn(positions, positions, positions))
-        read = first.cross_attn_token_to_image
-        q = read.split(read.q_proj(x + positions).view(b, n * t, -1))  # (B, H, N * T, d)
-        out = F.scaled_dot_product_attention(q.to(image.read_keys.dtype), image.read_keys, image.read_values)
-        x = first.norm2(x + read.merge(out.to(tokens.dtype)).view(b * n, t, c))
-        x = first.norm3(x + first.mlp(x))
-        if fused:
-            keys = first.write(image.src, image.write_queries, x + positions, x, absorb=False)
-        else:
-            write = first.cross_attn_image_to_token
-            k = write.split(write.centred_keys(x + positions).view(b, n * t, -1))
-            queries = image.write_queries
-            scores = k.to(queries.dtype) @ queries.transpose(-2, -1)  # (B, H, N * T, L)
-            scores = scores.unflatten(2, (n, t)).transpose(1, 2).reshape(b * n, write.num_heads * t, -1)
-            src = image.src[:, None].expand(b, n, -1, -1).flatten(0, 1)
-            keys = first.norm4(write.spread(src, scores, x))
-
-        for block, pe_keys, pe_queries in zip(later, image.pe_keys, image.pe_queries, strict=False):
-            q = x + positions
-            x = block.norm1(x + block.self_attn(q, q, x))
-            x = block.norm2(x + block.cross_attn_token_to_image.tokens_to_image(x + positions, keys, pe_keys))
-            x = block.norm3(x + block.mlp(x))
-            if fused:
-                keys = block.write(keys, pe_queries, x + positions, x, absorb=True)
-            else:
-                keys = block.norm4(block.cross_attn_image_to_token.image_to_tokens(keys, pe_queries, x + positions, x))
-
+        # The kernel has no backward pass, and its rows crowd the chip from some number of tokens on.
+        fused = enabled(tokens.device) and tokens.shape[2] <= MAX_TOKENS and not torch.is_grad_enabled()
+        x, keys = self._fused(image, positions) if fused else self._plain(image, positions)
         x = x + self.final_attn_token_to_image.tokens_to_image(x + positions, keys, image.pe_keys[-1])
         return self.norm_final_attn(x), keys
+
+    def _plain(self, image: ImageTokens, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Through all layers with torch's own operations."""
+        first, *later = self.blocks()
+        x = first.read_shared(image, positions)
+        keys = first.write_shared(image, x, positions)
+        # Not strict: the last of pe_keys is for the attention after the layers.
+        for block, pe_keys, pe_queries in zip(later, image.pe_keys, image.pe_queries, strict=False):
+            x = block.read(x, positions, keys, pe_keys)
+            keys = block.write_absorbed(keys, pe_queries, x, positions)
+        return x, keys
+
+    def _fused(self, image: ImageTokens, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Through all layers, the image side's writes by the kernel `samray.sam.kernels.image_to_tokens`."""
+        first, *later = self.blocks()
+        x = first.read_shared(image, positions)
+        keys = first.write(image.src, image.write_queries, x + positions, x, absorb=False)
+        for block, pe_keys, pe_queries in zip(later, image.pe_keys, image.pe_queries, strict=False):
+            x = block.read(x, positions, keys, pe_keys)
+            keys = block.write(keys, pe_queries, x + positions, x, absorb=True)
+        return x, keys

@@ -135,7 +135,7 @@ def retry(doing: str, uri: str, call: Callable[[], T]) -> T:
             if _reconnect is not None:
                 _reconnect(uri)
             if wait_s is None:
-                tried = f" after {attempt} attempt{'s' * (attempt != 1)} in {time.monotonic() - started:.0f} s"
+                tried = f" after {attempt} attempt{'' if attempt == 1 else 's'} in {time.monotonic() - started:.0f} s"
                 raise as_storage_error(error, doing, uri, tried) from error
             log.info("attempt %d to %s %s failed (%s), next in %.2f s",
                      attempt, doing, redact(uri), redact_error(error, uri), wait_s)  # fmt: skip

@@ -161,7 +161,7 @@ def _load(path: Path) -> npt.NDArray[np.uint8] | None:
     if not has_alpha:
         picture.thumbnail((PHOTO_SIDE, PHOTO_SIDE))
         return np.asarray(picture)
-    box = picture.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox()
+    box = picture.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox()
     if box is None:
         return None
     picture = picture.crop(box).convert("RGBa")

@@ -75,7 +75,8 @@ class TrainView:
         elif self.enabled and now - self._logged_at >= LOG_EVERY_S:
             self._logged_at = now
             step = "" if line is None else f", step {line['step']:,} ({100 * progress:.0f}%)"
-            print(f"samray: {self.note}{step}{', ' * bool(words)}{words}", file=self.file, flush=True)
+            figures = f", {words}" if words else ""
+            print(f"samray: {self.note}{step}{figures}", file=self.file, flush=True)
 
     def _take(self, line: Mapping[str, Any], now: float) -> None:
         self._last_step = line["step"]

@@ -20,7 +20,8 @@ from samray.errors import ImageError, StorageError
 from samray.pipeline import labeler
 from samray.pipeline.attempts import CAREFUL_FROM_ATTEMPT, STRIKES_TO_BLAME, ShardAttempts
 from samray.pipeline.faults import DeviceFault, is_out_of_memory, raise_if_fatal
-from samray.pipeline.labeler import MAX_CONSECUTIVE_OUT_OF_MEMORY, EncodedImage, ShardLabeler
+from samray.pipeline.groups import MAX_CONSECUTIVE_OUT_OF_MEMORY
+from samray.pipeline.labeler import EncodedImage, ShardLabeler
 from samray.pipeline.report import Labelled
 from samray.sam import checkpoints
 

@@ -1,0 +1,34 @@
+"""The records of masks, as SA-1B writes them: what generators return, and what lies in the column `annotations`."""
+
+from __future__ import annotations
+
+from typing import NotRequired, TypedDict
+
+
+class Rle(TypedDict):
+    """A mask as COCO's compressed run lengths."""
+
+    size: list[int]
+    """[H, W] of the whole image."""
+    counts: str
+    """Runs of 0 and 1 in turn, column by column, starting with 0 (`samray.rle.runs.run_lengths`)."""
+
+
+class MaskRecord(TypedDict):
+    """One mask of an image. Boxes and points are in pixels of the upright image."""
+
+    segmentation: Rle
+    bbox: list[float]
+    """[x, y, width, height]; with `masks.bbox_convention=sam` both sides are one pixel shorter."""
+    area: int
+    """Pixels."""
+    predicted_iou: float
+    """The model's own estimate, about 0 to 1."""
+    stability_score: float
+    """0 to 1."""
+    point_coords: list[list[float]]
+    """[[x, y], ...] of the foreground clicks; empty for a mask that comes from a box alone or from an import."""
+    crop_box: list[float]
+    """[x, y, width, height] of the crop in which the mask was found; the whole image if there were no crops."""
+    id: NotRequired[int]
+    """image_id * 65536 + index. Generators leave it out: they do not know the image's id."""
