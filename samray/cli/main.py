@@ -48,7 +48,22 @@ Input = Annotated[
         "(.parquet, .csv, .jsonl, .txt with a uri column), or Parquet with image bytes.",
     ),
 ]
-
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SECTION.KEY=VALUE]...", help="Settings, listed below; they override --config and --preset."
+    ),
+]
+Preset = Annotated[
+    str | None, typer.Option(help="Start from a preset. Without a preset, mask settings follow the model.")
+]
+RetryFailed = Annotated[
+    bool, typer.Option("--retry-failed", help="Label again the images that failed in an earlier run.")
+]
+Append = Annotated[
+    bool, typer.Option("--append", help="Add images of INPUT that OUTPUT does not have yet, as new shards.")
+]
+RedoChanged = Annotated[bool, typer.Option("--redo-changed", help="Label again the images whose size or ETag changed.")]
 
 DEMO_FOLDER = "samray-demo"
 
@@ -57,25 +72,12 @@ DEMO_FOLDER = "samray-demo"
 def label(
     input: Input,
     output: Output,
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[SECTION.KEY=VALUE]...", help="Settings, listed below; they override --config and --preset."
-        ),
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="Start from a preset. Without a preset, mask settings follow the model.")
-    ] = None,
+    settings: Settings = None,
+    preset: Preset = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; overrides the preset.")] = None,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Label again the images that failed in an earlier run.")
-    ] = False,
-    append: Annotated[
-        bool, typer.Option("--append", help="Add images of INPUT that OUTPUT does not have yet, as new shards.")
-    ] = False,
-    redo_changed: Annotated[
-        bool, typer.Option("--redo-changed", help="Label again the images whose size or ETag changed.")
-    ] = False,
+    retry_failed: RetryFailed = False,
+    append: Append = False,
+    redo_changed: RedoChanged = False,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join; same as cluster.address=...")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and exit; writes nothing.")] = False,
     no_progress: Annotated[bool, typer.Option("--no-progress", help="Do not show progress.")] = False,
@@ -103,12 +105,13 @@ def label(
     if address is not None:
         overrides.append(f"cluster.address={address}")
     resolved = load_config(preset, config, overrides)
-    if dry_run:
-        from samray.cli.plan_view import print_dry_run
-
-        print_dry_run(input, output, resolved, append=append, redo_changed=redo_changed)
-        return 0
     from samray.cli.plan_view import print_plan
+
+    if dry_run:
+        from samray.pipeline.plan_run import plan_run
+
+        print_plan(plan_run(input, output, resolved, append=append, redo_changed=redo_changed, dry_run=True))
+        return 0
     from samray.pipeline.report import print_report
     from samray.pipeline.run import label_with
 
@@ -121,7 +124,7 @@ def label(
             append=append,
             redo_changed=redo_changed,
             progress=not no_progress,
-            on_plan=lambda plan, done, news, prompts: print_plan(plan, done, resolved, news, prompts),
+            on_plan=print_plan,
         )
     except KeyboardInterrupt:  # pressed before the run handles it, or pressed twice
         return _fail("interrupted; run the same command to resume", 130)

@@ -13,12 +13,10 @@ from samray.config import Config, MaskConfig
 from samray.text import count, duration, first_few, two_columns
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from samray.inputs.prompt_file import MatchedPrompts
     from samray.inputs.skipped import Skipped
     from samray.output.append import News
-    from samray.output.plan import Plan
+    from samray.pipeline.plan_run import Preview, RunPlan
 
 
 _CORE_SECONDS: Final = {
@@ -29,24 +27,35 @@ _LONG_S: Final = 24 * 3600
 _MANY_PROMPTS: Final = 50_000
 
 
-def print_plan(
-    plan: Plan, done: set[int], config: Config, news: News | None = None, prompts: MatchedPrompts | None = None
-) -> None:
-    """The plan that is about to be worked on, on stderr. done: shards that an earlier run finished."""
-    num_done = sum(plan.num_images_of(shard) for shard in done if shard < plan.num_shards)
+def print_plan(planned: RunPlan) -> None:
+    """The plan that is about to be worked on, or of a dry run, on stderr."""
+    plan = planned.plan
+    num_done = sum(plan.num_images_of(shard) for shard in planned.versions)
     most = max(generation.images_per_shard for generation in plan.generations)
-    images = f"{plan.num_images:,} in {count(plan.num_shards, 'shard')} of up to {most}"
-    before = f"{count(num_done, 'image')} in {count(len(done), 'shard')}" if done else "none"
-    inputs = dict.fromkeys(generation.identity["input_uri"] for generation in plan.generations)
-    rows = [("input", ", ".join(inputs)), ("images", images), ("done before", before), *_news(news), *_prompts(prompts)]
-    rows += skipped_rows(plan.skipped if news is None or news.skipped is None else news.skipped)
-    _print(rows, plan.output, config, plan.run["identity"]["model"]["checkpoint_sha256"], plan.num_images - num_done)
+    cut = " in" if planned.preview is None else ", to be cut into"
+    done = f"{count(num_done, 'image')} in {count(len(planned.versions), 'shard')}" if planned.versions else "none"
+    rows = [
+        ("input", _inputs(planned)),
+        ("images", f"{plan.num_images:,}{cut} {count(plan.num_shards, 'shard')} of up to {most}"),
+        ("done before", done),
+        *_news(planned.changes),
+        *_prompts(planned.prompts),
+        *skipped_rows(planned.skipped),
+        *_problems(planned.preview),
+    ]
+    sha256 = plan.run["identity"]["model"].get("checkpoint_sha256")
+    output = plan.output if planned.preview is None else planned.preview.output_uri
+    _print(rows, output, planned.config, sha256, plan.num_images - num_done)
 
 
-def _news(news: News | None) -> list[tuple[str, str]]:
+def _inputs(planned: RunPlan) -> str:
+    if planned.preview is not None:
+        return planned.preview.input_uri
+    return ", ".join(dict.fromkeys(generation.identity["input_uri"] for generation in planned.plan.generations))
+
+
+def _news(news: News) -> list[tuple[str, str]]:
     """What the comparison of INPUT with the plan found, and what becomes of it."""
-    if news is None:
-        return []
     if not news.listed:
         return [("new images", "not looked for: INPUT was not listed again; --append adds what is new")]
     rows = []
@@ -65,12 +74,11 @@ def skipped_rows(skipped: Skipped) -> list[tuple[str, str]]:
     return [("left out" if i == 0 else "", line) for i, line in enumerate(skipped.lines())]
 
 
-def problem_rows(listed: pa.Table) -> list[tuple[str, str]]:
+def _problems(preview: Preview | None) -> list[tuple[str, str]]:
     """Images of which listing says already that they cannot be read: how many, and why the first one."""
-    problems = listed["problem"].drop_null()
-    if not len(problems):
+    if preview is None or not preview.num_unreadable:
         return []
-    return [("will fail", f"{count(len(problems), 'image')}; the first: {problems[0].as_py()}")]
+    return [("will fail", f"{count(preview.num_unreadable, 'image')}; the first: {preview.first_problem}")]
 
 
 def _prompts(prompts: MatchedPrompts | None) -> list[tuple[str, str]]:
@@ -84,50 +92,6 @@ def _prompts(prompts: MatchedPrompts | None) -> list[tuple[str, str]]:
             ("not found", f"{count(prompts.num_unknown, 'image')} with prompts that INPUT does not have: {shown}")
         )
     return rows
-
-
-def print_dry_run(input: str, output: str, config: Config, *, append: bool = False, redo_changed: bool = False) -> None:
-    """The plan of a run that is not to be made, on stderr. Nothing is written, and no weights are downloaded.
-
-    append, redo_changed: as for `samray.label`; INPUT is compared with the plan that lies there.
-    Raises ConfigError and StorageError as the run itself would on this input and output.
-    """
-    import pyarrow as pa
-
-    from samray.inputs.listing import check_readable, list_images
-    from samray.inputs.prompt_file import PromptFile
-    from samray.inputs.skipped import Skipped
-    from samray.output.append import News, join_images
-    from samray.output.credentials import hide
-    from samray.output.plan import load_plan, make_plan
-    from samray.output.shards import done_shards
-
-    given = None if config.input.prompts is None else PromptFile.read(config.input.prompts)
-    if storage.exists(storage.join(output, "_samray", "run.json")):
-        plan = load_plan(output)
-        config = config.as_begun(plan.run["identity"])
-        identity = config.identity() | (given.identity if given else {})
-        identity["model"]["checkpoint_sha256"] = plan.run["identity"].get("model", {}).get("checkpoint_sha256")
-        joining = append or redo_changed
-        plan, news = make_plan(input, output, config, identity, joining=joining), News()  # only compares
-        if joining:
-            plan, news = join_images(
-                plan, input, config, identity, append=append, redo_changed=redo_changed, dry_run=True
-            )
-        matched = given.match(plan.read_images(["uri", "file_name"])) if given else None
-        print_plan(plan, done_shards(plan.output), config, news, matched)
-        return
-    skipped = Skipped()
-    listed = pa.concat_tables(list_images(input, config.input, skipped))
-    check_readable(listed, input)
-    listed, _ = hide(listed)
-    num_images = listed.num_rows
-    num_shards = -(-num_images // config.output.images_per_shard)
-    images = f"{num_images:,}, to be cut into {count(num_shards, 'shard')} of up to {config.output.images_per_shard}"
-    matched = given.match(listed) if given else None
-    rows = [("input", input), ("images", images), ("done before", "none"), *_prompts(matched)]
-    rows += skipped_rows(skipped) + problem_rows(listed)
-    _print(rows, output, config, None, num_images)
 
 
 def _print(

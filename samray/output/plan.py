@@ -184,6 +184,16 @@ def make_plan(
     return plan
 
 
+def preview_plan(input_uri: str, output_uri: str, config: Config, identity: Mapping[str, Any]) -> tuple[Plan, pa.Table]:
+    """The plan that `make_plan` would write to an OUTPUT that holds none, unwritten, and its images (`INPUT_SCHEMA`).
+
+    Raises: ConfigError if INPUT holds nothing, StorageError.
+    """
+    wanted = run_identity(input_uri, identity)
+    generation, images = _list_generation(input_uri, config, wanted)
+    return Plan(storage.normalize(output_uri), [generation], {"identity": wanted, "generation": 0}), images
+
+
 def run_identity(input_uri: str, identity: Mapping[str, Any]) -> dict[str, Any]:
     """`identity` with the input's URI, round-tripped through JSON, without any credentials in the URI."""
     return dict(redact_json({**identity, "input_uri": storage.redact(storage.normalize(input_uri))}))
@@ -251,24 +261,30 @@ def _write_plan(
     """Write the manifest, then run.json, unless another driver was first: then return its run.json."""
     held = read_generation(output, 0)
     if held is None:
-        skipped = Skipped()
-        listed, credentials = hide(pa.concat_tables(list_images(input_uri, config.input, skipped)))
-        check(listed)
-        table = build_manifest(listed, config.output.images_per_shard)
-        own = Generation(
-            0,
-            wanted,
-            table.num_rows,
-            config.output.images_per_shard,
-            skipped=skipped.redacted(),
-            num_hidden=len(credentials),
-        )
+        own, images = _list_generation(input_uri, config, wanted)
+        check(images)
+        table = build_manifest(images, config.output.images_per_shard)
         held = own if create_generation(output, own, table) else read_generation(output, 0)
         if held is None:
             raise StorageError(f"{storage.redact(manifest_uri(output, 0))} was deleted during the run")
     refuse_differences(output, held.identity, wanted, config.default_identity())
     run = {"identity": wanted, "input": wanted["input_uri"], "config": config.model_dump(mode="json")}
     return _create_run(output, held, run)
+
+
+def _list_generation(input_uri: str, config: Config, wanted: dict[str, Any]) -> tuple[Generation, pa.Table]:
+    """The first generation of a plan for INPUT, and its images (`INPUT_SCHEMA`) without credentials."""
+    skipped = Skipped()
+    images, credentials = hide(pa.concat_tables(list_images(input_uri, config.input, skipped)))
+    generation = Generation(
+        0,
+        wanted,
+        images.num_rows,
+        config.output.images_per_shard,
+        skipped=skipped.redacted(),
+        num_hidden=len(credentials),
+    )
+    return generation, images
 
 
 def _create_run(output: str, first: Generation, run: Mapping[str, Any]) -> dict[str, Any]:

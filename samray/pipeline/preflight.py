@@ -14,21 +14,20 @@ _MANY_SHARDS: Final = 1_000_000
 
 if TYPE_CHECKING:
     from samray.config import ClusterConfig, Config
+    from samray.sam.checkpoints import WeightsFile
 
 
-def check_label(input_uri: str, output_uri: str, config: Config, *, with_model: bool, is_new: bool) -> None:
+def check_label(input_uri: str, output_uri: str, config: Config, weights: WeightsFile | None, *, is_new: bool) -> None:
     """Raises: ConfigError if a run could not start or finish: locations, disk, weights, device, Ray.
 
-    with_model: whether the actors load the model of config. is_new: whether OUTPUT has no run yet.
+    weights: those of config's model; None if the actors do not load it. is_new: whether OUTPUT has no run yet.
     """
     if is_new:
         check_apart(input_uri, output_uri)
     check_writable(output_uri, "_samray", "annotations")
-    if with_model:
-        from samray.sam.checkpoints import check_checkpoint
-
-        check_checkpoint(config.model.name, config.model.checkpoint)
-    _check_ray(config, with_model)
+    if weights is not None:
+        weights.check()
+    _check_ray(config, with_model=weights is not None)
 
 
 def check_fan_out(output_uri: str, ray_wanted: bool | None, address: str | None) -> None:
@@ -44,7 +43,7 @@ def check_fan_out(output_uri: str, ray_wanted: bool | None, address: str | None)
         machine_nodes(ClusterConfig(address=address))
 
 
-def _check_ray(config: Config, with_model: bool) -> None:
+def _check_ray(config: Config, *, with_model: bool) -> None:
     from samray.cluster.sizes import check_fits, choose_sizes
     from samray.sam.checkpoints import check_device
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +80,40 @@ def build(spec: ModelSpec, state: Mapping[str, Tensor], origin: str) -> Sam:
     return model.eval().requires_grad_(False)
 
 
+class WeightsFile:
+    """The weights that a run is about to use: found, hashed and checked at most once each, when first asked for.
+
+    name and checkpoint: as for `load_model`. Each of the three raises ConfigError where `load_model` would, and
+    StorageError when the storage behind a URI fails.
+    """
+
+    def __init__(self, name: str = "tiny", checkpoint: str | Path | None = None) -> None:
+        self.name, self.checkpoint = name, checkpoint
+        self._is_checked = False
+
+    @cached_property
+    def path(self) -> Path:
+        """The local file, downloaded and verified if need be."""
+        return resolve_checkpoint(self.name, self.checkpoint)
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 in hex: part of a run's identity."""
+        spec, path = find_spec(self.name), self.path
+        if self.checkpoint is None and spec.url is not None and spec.sha256 is not None:
+            return spec.sha256  # published weights were hashed when they were resolved, and refused if they differ
+        return fetch.file_sha256(path)
+
+    def check(self) -> None:
+        """Look at the weights without building the model."""
+        if not self._is_checked:
+            _refuse_misfit(find_spec(self.name), read_state_dict(self.path), str(self.path))
+            self._is_checked = True
+
+
 def check_checkpoint(name: str = "tiny", checkpoint: str | Path | None = None) -> None:
     """Look at a model's weights without building the model. Raises ConfigError where `load_model` would."""
-    path = resolve_checkpoint(name, checkpoint)
-    _refuse_misfit(find_spec(name), read_state_dict(path), str(path))
+    WeightsFile(name, checkpoint).check()
 
 
 def _refuse_misfit(spec: ModelSpec, state: Mapping[str, Tensor], origin: str) -> None:
@@ -128,7 +158,7 @@ def resolve_checkpoint(name: str = "tiny", checkpoint: str | Path | None = None)
 
 def checkpoint_sha256(name: str = "tiny", checkpoint: str | Path | None = None) -> str:
     """SHA-256 (hex) of the weights file: part of a run's identity. Remembered for large files that did not change."""
-    return fetch.file_sha256(resolve_checkpoint(name, checkpoint))
+    return WeightsFile(name, checkpoint).sha256
 
 
 def list_models() -> list[ModelRow]:

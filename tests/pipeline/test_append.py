@@ -9,11 +9,11 @@ from outputs import check_every_image_once, rows_of
 
 from samray import storage
 from samray.config import Config
-from samray.output.append import News, join_images
-from samray.output.plan import Plan, load_plan
+from samray.output.append import join_images
+from samray.output.plan import load_plan
 from samray.output.shards import SUCCESS, done_shards, read_shard, replace_shard, shard_uri, unmark_success
+from samray.pipeline.plan_run import RunPlan, run_identity
 from samray.pipeline.report import LabelReport
-from samray.pipeline.run import run_identity
 
 Label = Callable[..., LabelReport]
 
@@ -102,13 +102,13 @@ def test_success_is_left_to_the_run_that_added_last(
     images = {f"{i}.png": standin.make_image(i) for i in range(6)}
     input_uri = put(storage_root, images)
 
-    def another_run_adds(plan: Plan, done: set[int], news: News, prompts: None) -> None:
+    def another_run_adds(planned: RunPlan) -> None:
         """Plans four more images, in a shard that the run under way knows nothing of, and is killed."""
         more = {f"{i}.png": standin.make_image(i) for i in range(6, 10)}
         images.update(more)
         put(storage_root, more)
         identity = run_identity(config())
-        join_images(plan, input_uri, config(), identity, append=True, redo_changed=False)
+        join_images(planned.plan, input_uri, config(), identity, append=True, redo_changed=False)
 
     report = label(input_uri, output_root, on_plan=another_run_adds)
     assert (report.exit_code, report.num_labelled) == (0, 6)

@@ -39,7 +39,7 @@ from manifests import (
 
 from samray.cluster.sizes import IO_CPUS, check_fits, choose_sizes
 from samray.config import ClusterConfig
-from samray.pipeline.run import GIVE_UP_S, LEAVE_S
+from samray.pipeline.drive import GIVE_UP_S, LEAVE_S
 
 CRDS = REPOSITORY.parent / "shared" / "data" / "kuberay"
 Schemas = dict[tuple[str, str], dict[str, Any]]

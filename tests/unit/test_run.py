@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,18 +16,21 @@ from typing import Any
 import handmade
 import pytest
 import ray
+import standin
 
 from samray import storage
 from samray.cluster.control import StopRequest
 from samray.config import load_config
 from samray.output.plan import Plan
-from samray.pipeline import run
+from samray.pipeline import drive, plan_run, run
+from samray.pipeline.drive import GIVE_UP_S, Drain, Phase
+from samray.sam import checkpoints, fetch
 
 
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     """Of a finished output of three shards, in two of which an image has failed."""
-    monkeypatch.setattr(run, "run_identity", lambda config: config.identity())
+    monkeypatch.setattr(plan_run, "run_identity", lambda config, weights: config.identity())
     return handmade.write_output(str(tmp_path), [f"{i}.png" for i in range(9)], failed=(1, 4))
 
 
@@ -38,7 +43,7 @@ def _label(plan: Plan, **options: Any) -> run.LabelReport:
 def test_a_retry_that_a_signal_ends_keeps_what_failed(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[set[int]] = []
 
-    def stopped_at_once(one: run._Run) -> StopRequest:
+    def stopped_at_once(one: drive.Run) -> StopRequest:
         asked.append(set(one.todo))
         return StopRequest(signal.SIGTERM)
 
@@ -52,7 +57,7 @@ def test_a_retry_that_a_signal_ends_keeps_what_failed(plan: Plan, monkeypatch: p
 
 
 def test_a_retry_that_a_signal_ends_after_its_last_shard_is_done(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopped_at_the_end(one: run._Run) -> StopRequest:
+    def stopped_at_the_end(one: drive.Run) -> StopRequest:
         one.committed |= set(one.todo)
         return StopRequest(signal.SIGINT)
 
@@ -75,7 +80,7 @@ def test_a_state_actor_that_does_not_answer_is_no_sign_that_nothing_is_in_flight
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, seconds in (("POLL_S", 0.01), ("LEAVE_S", 0.1), ("GIVE_UP_S", 0.1)):
-        monkeypatch.setattr(run, name, seconds)
+        monkeypatch.setattr(drive, name, seconds)
     began = time.monotonic()
     asked: list[float] = []
 
@@ -93,8 +98,50 @@ def test_a_state_actor_that_does_not_answer_is_no_sign_that_nothing_is_in_flight
     view = SimpleNamespace(num_done=0, update=lambda **figures: None)
     cluster = SimpleNamespace(cluster=SimpleNamespace(drain_timeout_s=60.0))
     history = SimpleNamespace(save=lambda every_s=0.0: None)
-    one: Any = SimpleNamespace(view=view, todo={7: False}, config=cluster, history=history)
+    one: Any = SimpleNamespace(
+        view=view, todo={7: False}, config=cluster, history=history, plan=SimpleNamespace(num_images=3)
+    )
     stream: Any = _Stream()
-    run._drive(stream, one, SimpleNamespace(end=does(), stop=does(), snapshot=does()), StopRequest(signal.SIGTERM))
+    drive.drive(stream, one, SimpleNamespace(end=does(), stop=does(), snapshot=does()), StopRequest(signal.SIGTERM))
     stream.ended.set()
     assert asked[-1] > 1.0  # while shard 7 was in flight it was waited for
+
+
+def test_the_driver_reads_and_hashes_the_weights_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = shutil.copy(checkpoints.resolve_checkpoint("tiny"), tmp_path / "weights.safetensors")
+    standin.write_images(str(tmp_path / "in"), 3)
+    config = load_config(None, overrides=[f"model.checkpoint={weights}"])
+    calls: Counter[str] = Counter()
+
+    def counted(module: Any, name: str) -> None:
+        body = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **options: calls.update([name]) or body(*args, **options))
+
+    counted(checkpoints, "read_state_dict")
+    counted(fetch, "file_sha256")
+    monkeypatch.setattr(run, "_run_on_ray", lambda one: None)
+    for _ in range(2):  # to begin with, and when the run is resumed
+        run.label(tmp_path / "in", tmp_path / "out", config, progress=False)
+        assert calls == {"read_state_dict": 1, "file_sha256": 1}
+        calls.clear()
+
+
+def test_the_phases_of_a_stop() -> None:
+    drain = Drain(10.0)
+    drain.update(0.0, 0)
+    assert (drain.phase, drain.is_overdue(99.0)) == (Phase.RUNNING, False)
+    drain.begin(100.0)
+    drain.begin(105.0)  # asked again: the deadline stays
+    seen = []
+    for now, num_in_flight in [(101.0, 2), (102.0, None), (103.0, 0), (104.0, 1), (105.0, 0), (107.1, 0)]:
+        drain.update(now, num_in_flight)
+        seen.append(drain.phase.name)
+    assert seen == ["DRAINING", "DRAINING", "LEAVING", "DRAINING", "LEAVING", "OVER"]
+    assert (drain.is_overdue(110.0), drain.is_overdue(110.1)) == (False, True)
+
+    silent = Drain(10.0)
+    silent.begin(0.0)
+    for now in (10.0 + GIVE_UP_S, 10.1 + GIVE_UP_S, 10.2 + GIVE_UP_S, 12.2 + GIVE_UP_S):
+        silent.update(now, None)
+        seen.append(silent.phase.name)
+    assert seen[-4:] == ["DRAINING", "LEAVING", "LEAVING", "OVER"]

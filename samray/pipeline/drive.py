@@ -1,0 +1,194 @@
+"""The driver of a run under way: counts what is committed, shows it, and brings the run to an end when asked to stop.
+
+A run ends in one of five ways: the stream ends because every shard is there, or fails; or a signal asked for a stop,
+and then nothing is in flight any more, or the time for that is up (`Drain`), or a second signal cuts everything off.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from samray.cluster.errors import plain_error
+from samray.output.failures import SAVE_EVERY_S
+from samray.pipeline.metrics import record
+from samray.pipeline.stream import EventStream, ShardDone, ShardLeft, StreamEnded, StreamFailed
+
+if TYPE_CHECKING:
+    import ray.data
+
+    from samray.cluster.control import StopRequest
+    from samray.config import Config
+    from samray.output.failures import FailureCounts
+    from samray.output.plan import Plan
+    from samray.pipeline.labeler import MakeLabeler
+    from samray.pipeline.report import LabelReport
+    from samray.progress import ProgressView
+    from samray.prompts import Prompt
+
+POLL_S = 0.5
+
+GIVE_UP_S = 20.0
+"""How long a labeler may take, after the drain's time is up, to come to the end of a group of images and notice."""
+
+LEAVE_S = 2.0
+"""How long what is left may take to run dry: that ends more quietly than being cut off, but may be a million shards."""
+
+_ANSWER_S: Final = 5.0
+"""How long to wait for the state actor before it counts as out of reach."""
+
+
+@dataclass
+class Run:
+    """What a run works on, and what came of it so far."""
+
+    plan: Plan
+    config: Config
+    todo: Mapping[int, bool]
+    """Shard -> whether it is finished, and only some of its images are to be labelled again."""
+    prompts: Mapping[int, Mapping[int, list[Prompt]]] | None
+    """A person's prompts: shard -> place of the image in it -> list. None if masks are found without any."""
+    credentials: Mapping[int, Mapping[str, str]]
+    """Shard -> those in the URIs of its images, which the plan does not keep."""
+    retry_failed: bool
+    report: LabelReport
+    history: FailureCounts
+    view: ProgressView
+    make_labeler: MakeLabeler | None
+    """None for the labeler of the model that config names."""
+    committed: set[int] = field(default_factory=set)
+    """Shards of todo, so far."""
+
+
+class Phase(enum.Enum):
+    """How far a run has come in stopping."""
+
+    RUNNING = enum.auto()
+    DRAINING = enum.auto()
+    """No shard is begun any more; those in flight are finished or, when the time is up, given up."""
+    LEAVING = enum.auto()
+    """Nothing is in flight, or what is does not answer: the stream may run dry for a moment."""
+    OVER = enum.auto()
+
+
+class Drain:
+    """The phases of a stop. Times are `time.monotonic()`, in seconds."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.phase = Phase.RUNNING
+        self._timeout_s = timeout_s
+        self._deadline = 0.0
+        self._left_at = 0.0
+
+    def begin(self, now: float) -> None:
+        """A signal asked for a stop; further calls change nothing."""
+        if self.phase is Phase.RUNNING:
+            self.phase, self._deadline = Phase.DRAINING, now + self._timeout_s
+
+    def is_overdue(self, now: float) -> bool:
+        """Whether the shards in flight are to be given up."""
+        return self.phase is not Phase.RUNNING and now > self._deadline
+
+    def update(self, now: float, num_in_flight: int | None) -> None:
+        """num_in_flight: shards that are begun and not committed; None if the state actor does not answer."""
+        if self.phase is Phase.RUNNING:
+            return
+        # No answer is no sign that nothing is in flight: then only the clock ends the drain.
+        if num_in_flight != 0 and now <= self._deadline + GIVE_UP_S:
+            self.phase = Phase.DRAINING  # also from LEAVING: a shard may begin while the stop is on its way to actors
+        elif self.phase is Phase.DRAINING:
+            self.phase, self._left_at = Phase.LEAVING, now
+        elif now > self._left_at + LEAVE_S:
+            self.phase = Phase.OVER
+
+
+class _Progress:
+    """Counts what came out of the stream, for the report, the progress bar and the metrics."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.num_before = self.num_committed = run.view.num_done
+        self.num_failed = 0
+
+    def add(self, done: ShardDone) -> None:
+        run = self.run
+        run.report.add(done.summary)
+        run.committed.add(done.shard)
+        run.history.set(done.shard, done.version, done.failures, done.digest)
+        self.num_failed += sum(done.summary.failures.values())
+        # The images of a shard that was finished before are counted in num_before already.
+        if not run.todo[done.shard]:
+            self.num_committed += run.plan.num_images_of(done.shard)
+
+    def show(self, in_flight: Mapping[int, int] | None = None) -> None:
+        """in_flight: shard -> images of it that are labelled and not committed."""
+        run = self.run
+        ahead = sum(number for shard, number in (in_flight or {}).items() if not run.todo.get(shard))
+        num_done = self.num_committed + ahead
+        run.view.update(num_done=num_done, num_failed=self.num_failed)
+        record("samray_run_images", run.plan.num_images)
+        record("samray_run_images_done", num_done)
+        record("samray_run_images_failed", self.num_failed)
+
+    def note(self, phase: Phase, in_flight: Mapping[int, int]) -> str:
+        """What is being done, for the progress bar."""
+        if phase is not Phase.RUNNING:
+            return f"stopping, {len(in_flight)} shard{'' if len(in_flight) == 1 else 's'} in flight"
+        return "labelling" if in_flight or self.num_committed > self.num_before else "loading the model"
+
+
+def drive(dataset: ray.data.Dataset, run: Run, state: Any, stop: StopRequest) -> None:
+    """Count what is committed until all is, or until a stop is asked for and what was in flight is committed.
+
+    state: handle of `samray.cluster.control.RunState`. Raises: what the pipeline failed with, unwrapped.
+    """
+    stream, drain, progress = EventStream(dataset), Drain(run.config.cluster.drain_timeout_s), _Progress(run)
+    stream.start()
+    try:
+        while drain.phase is not Phase.OVER:
+            for event in stream.waiting(POLL_S):
+                match event:
+                    case StreamFailed(error):
+                        raise plain_error(error)
+                    case StreamEnded():
+                        progress.show()
+                        return
+                    case ShardDone():
+                        state.end.remote(event.shard)
+                        progress.add(event)
+                    case ShardLeft(shard):
+                        state.end.remote(shard)
+            _poll(run, state, stop, drain, progress)
+        stream.halt()
+        stream.join(GIVE_UP_S)  # it must not find Ray gone: it would start another
+    finally:
+        stream.halt()
+        run.history.save()
+
+
+def _poll(run: Run, state: Any, stop: StopRequest, drain: Drain, progress: _Progress) -> None:
+    """Pass a stop on to the actors, ask what is in flight, and show it."""
+    if stop.signum is not None:
+        drain.begin(time.monotonic())
+        # Repeated each time: a state actor that was restarted has forgotten it.
+        state.stop.remote(abandon=drain.is_overdue(time.monotonic()))
+    in_flight = _in_flight(state)
+    drain.update(time.monotonic(), None if in_flight is None else len(in_flight))
+    if drain.phase is not Phase.OVER:
+        run.view.update(note=progress.note(drain.phase, in_flight or {}))
+        run.history.save(SAVE_EVERY_S)
+        progress.show(in_flight)
+
+
+def _in_flight(state: Any) -> dict[int, int] | None:
+    """Shards that are begun and not committed -> images labelled; None if the state actor does not answer."""
+    import ray
+
+    try:
+        in_flight: dict[int, int] = ray.get(state.snapshot.remote(), timeout=_ANSWER_S)
+        return in_flight
+    except ray.exceptions.RayError:
+        return None

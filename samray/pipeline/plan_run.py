@@ -1,0 +1,187 @@
+"""What a run is about to do: the one path on which `samray label` and its `--dry-run` plan.
+
+The order is part of the contract: whatever can be refused is refused before anything is written to OUTPUT, because what
+is written there ties it to this run.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from samray import storage
+from samray.inputs.listing import check_readable
+from samray.inputs.prompt_file import MatchedPrompts, PromptFile
+from samray.output.append import News, join_images
+from samray.output.destination import check_is_folder
+from samray.output.plan import Plan, load_plan, make_plan, preview_plan
+from samray.output.shards import shard_versions
+from samray.pipeline.preflight import check_label
+
+if TYPE_CHECKING:
+    from samray.config import Config
+    from samray.inputs.skipped import Skipped
+    from samray.sam.checkpoints import WeightsFile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """What a run is about to do, before anything is started."""
+
+    plan: Plan
+    """The plan in OUTPUT; in a dry run on a new OUTPUT one that is not written, of which no images can be read."""
+    config: Config
+    """The settings. In an OUTPUT that an older version began, with the mask settings of then (`Config.as_begun`)."""
+    weights: WeightsFile | None
+    """Those that the actors will load; None if they load another model than config names."""
+    is_new: bool
+    """Whether OUTPUT held no run before."""
+    is_checked: bool
+    """Whether `check_label` has passed: a run that resumes checks only if it has something to do."""
+    changes: News
+    """What INPUT holds that the plan did not."""
+    prompts: MatchedPrompts | None
+    """A person's prompts, if config.input.prompts names a file of them."""
+    versions: dict[int, str | None]
+    """Finished shard -> version of its file."""
+    preview: Preview | None = None
+    """In a dry run on a new OUTPUT what is known only of a fresh listing."""
+
+    @property
+    def skipped(self) -> Skipped:
+        """What listing INPUT left out: just now, or when the plan was made."""
+        return self.plan.skipped if self.changes.skipped is None else self.changes.skipped
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preview:
+    """A listing of INPUT that no plan was written for."""
+
+    input_uri: str
+    output_uri: str
+    """Both as given."""
+    num_unreadable: int
+    """Images of which listing says already that they cannot be read."""
+    first_problem: str | None
+    """Why the first of those cannot."""
+
+
+def plan_run(
+    input_uri: str,
+    output_uri: str,
+    config: Config,
+    *,
+    append: bool = False,
+    redo_changed: bool = False,
+    with_model: bool = True,
+    dry_run: bool = False,
+) -> RunPlan:
+    """Plan a run and write the plan to OUTPUT, or take up the one that is there.
+
+    append, redo_changed: as for `samray.label`. with_model: whether the actors load the model that config names.
+    dry_run: write nothing, look at no weights and ask no Ray.
+    Raises: ConfigError if the run cannot start or is not the one in OUTPUT, before it writes anything; StorageError.
+    """
+    from samray.sam.checkpoints import WeightsFile
+
+    storage.configure(config.storage)
+    check_is_folder(output_uri)
+    is_new = not storage.exists(storage.join(output_uri, "_samray", "run.json"))
+    begun = None if is_new else load_plan(output_uri).run["identity"]
+    if begun is not None:
+        config = config.as_begun(begun)
+    joining = append or redo_changed
+    weights = WeightsFile(config.model.name, config.model.checkpoint)
+    weights_to_load = weights if with_model else None
+    # A run that resumes may find nothing to do, and is then spared the look at weights and cluster.
+    is_checked = not dry_run and (is_new or joining)
+    if is_checked:
+        check_label(input_uri, output_uri, config, weights_to_load, is_new=is_new)
+    if is_new and not dry_run:
+        storage.check_output(output_uri)
+    prompt_file = None if config.input.prompts is None else PromptFile.read(config.input.prompts)
+    identity = _identity_of_dry_run(config, begun) if dry_run else run_identity(config, weights)
+    if prompt_file:
+        identity |= prompt_file.identity
+    if is_new and dry_run:
+        return _preview(input_uri, output_uri, config, identity, prompt_file)
+    check = functools.partial(_check_images, input_uri=input_uri, prompt_file=prompt_file)
+    plan = make_plan(input_uri, output_uri, config, identity, joining=joining, check=check)
+    changes = News(listed=is_new)
+    if joining and not is_new:
+        plan, changes = join_images(
+            plan, input_uri, config, identity, append=append, redo_changed=redo_changed, dry_run=dry_run
+        )
+    if not dry_run:
+        storage.remove_leftovers(plan.output)
+    return RunPlan(
+        plan=plan,
+        config=config,
+        weights=weights_to_load,
+        is_new=is_new,
+        is_checked=is_checked,
+        changes=changes,
+        versions=finished_shards(plan),
+        prompts=prompt_file.match(plan.read_images(["uri", "file_name"])) if prompt_file else None,
+    )
+
+
+def run_identity(config: Config, weights: WeightsFile | None = None) -> dict[str, Any]:
+    """What a run must share with the one whose output it resumes: settings, and the weights by content.
+
+    weights: those of config's model, if they are at hand: they are hashed only once then.
+    """
+    if weights is None:
+        from samray.sam.checkpoints import WeightsFile
+
+        weights = WeightsFile(config.model.name, config.model.checkpoint)
+    identity = config.identity()
+    return {**identity, "model": {**identity["model"], "checkpoint_sha256": weights.sha256}}
+
+
+def finished_shards(plan: Plan) -> dict[int, str | None]:
+    """Shard -> version of its file, for the shards of the plan that are there. Raises: StorageError."""
+    # Another run may be adding to this output: shards of its plan are not this one's.
+    return {shard: version for shard, version in shard_versions(plan.output).items() if shard < plan.num_shards}
+
+
+def _check_images(images: pa.Table, input_uri: str, prompt_file: PromptFile | None) -> None:
+    """Raises: ConfigError if no image can be read, or none has prompts: what is too late to say in a written plan."""
+    check_readable(images, input_uri)
+    if prompt_file:
+        prompt_file.match(images)
+
+
+def _identity_of_dry_run(config: Config, begun: Mapping[str, Any] | None) -> dict[str, Any]:
+    """As `run_identity`, but with the weights of the run that is there, since they may not be on this machine yet."""
+    identity = config.identity()
+    if begun is not None:
+        identity["model"]["checkpoint_sha256"] = begun.get("model", {}).get("checkpoint_sha256")
+    return identity
+
+
+def _preview(
+    input_uri: str, output_uri: str, config: Config, identity: Mapping[str, Any], prompt_file: PromptFile | None
+) -> RunPlan:
+    """The plan of a dry run on a new OUTPUT."""
+    plan, images = preview_plan(input_uri, output_uri, config, identity)
+    check_readable(images, input_uri)
+    problems = images["problem"].drop_null()
+    first_problem = problems[0].as_py() if len(problems) else None
+    return RunPlan(
+        plan=plan,
+        config=config,
+        weights=None,
+        is_new=True,
+        is_checked=False,
+        changes=News(listed=True),
+        versions={},
+        prompts=prompt_file.match(images) if prompt_file else None,
+        preview=Preview(
+            input_uri=input_uri, output_uri=output_uri, num_unreadable=len(problems), first_problem=first_problem
+        ),
+    )

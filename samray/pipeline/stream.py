@@ -1,0 +1,117 @@
+"""What comes out of the pipeline, as typed events, from the thread that runs it to the one that follows the run."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from samray.pipeline.report import ShardSummary
+
+if TYPE_CHECKING:
+    import ray.data
+
+
+@dataclass(frozen=True, slots=True)
+class ShardDone:
+    """A shard's file is committed."""
+
+    shard: int
+    version: str | None
+    """Of its file, as `samray.output.shards.shard_versions` lists it."""
+    digest: str | None
+    """Its checksum (`samray.output.seals`)."""
+    failures: dict[str, int]
+    """Reason -> number of its images that failed, earlier runs included."""
+    summary: ShardSummary
+    """What this run did for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardLeft:
+    """A shard was given up, or never begun, because the run is stopping."""
+
+    shard: int
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEnded:
+    """Every shard came out."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamFailed:
+    """The pipeline failed; nothing more comes."""
+
+    error: BaseException
+
+
+Event = ShardDone | ShardLeft | StreamEnded | StreamFailed
+
+
+class EventStream:
+    """Runs the pipeline in a thread of its own, so that the caller's stays free for signals and the progress bar."""
+
+    def __init__(self, dataset: ray.data.Dataset) -> None:
+        self._dataset = dataset
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._halt = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="samray-stream", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def waiting(self, timeout_s: float) -> Iterator[Event]:
+        """The events that are there now; waits up to timeout_s for the first."""
+        try:
+            yield self._events.get(timeout=timeout_s)
+            while True:
+                yield self._events.get_nowait()
+        except queue.Empty:
+            return
+
+    def halt(self) -> None:
+        """Ask the thread to end after the block that it is at."""
+        self._halt.set()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the thread to end."""
+        self._thread.join(timeout=timeout_s)
+
+    def _run(self) -> None:
+        """The thread. If the driver's main thread is cut off, this one finds Ray gone: it must not start another."""
+        from ray._private import auto_init_hook
+
+        before, auto_init_hook.enable_auto_connect = auto_init_hook.enable_auto_connect, False
+        try:
+            for row in self._rows():
+                self._events.put(_event_of(row))
+            if not self._halt.is_set():
+                self._events.put(StreamEnded())
+        except BaseException as error:  # whatever it is, the main thread is the one to raise it
+            self._events.put(StreamFailed(error))
+        finally:
+            auto_init_hook.enable_auto_connect = before
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        """The rows of `samray.pipeline.write.write_shard`, until there are no more or `halt` was called."""
+        import ray
+
+        bundle: Any
+        # Not iter_batches: its three threads hand each other what one row per shard does not need.
+        for bundle in self._dataset.iter_internal_ref_bundles():
+            for block in ray.get([entry.ref for entry in bundle.blocks]):
+                yield from block.to_pylist()
+            if self._halt.is_set():
+                return
+
+
+def _event_of(row: dict[str, Any]) -> Event:
+    if row["summary"] is None:
+        return ShardLeft(row["shard"])
+    return ShardDone(
+        row["shard"], row["version"], row["digest"], json.loads(row["failures"]), ShardSummary.from_json(row["summary"])
+    )
