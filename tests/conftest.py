@@ -31,6 +31,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: context.__exit__(None, None, None))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All but tests/unit is slow; of that, the files that say so."""
+    for item in items:
+        if item.path.parent.name != "unit":
+            item.add_marker("slow")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
     """What a fixture of a wider scope starts may outlive the test that happens to be the first to ask for it."""

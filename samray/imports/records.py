@@ -19,6 +19,7 @@ from pycocotools import mask as coco_mask
 
 from samray.errors import ImageError
 from samray.output.schema import ANNOTATIONS_PER_IMAGE, ImageRecord
+from samray.output.verify_rows import check_numbers
 from samray.rle.records import MaskRecord
 from samray.rle.runs import MAX_CHARS, Runs, area, bbox_xywh, check_size, checked_runs, spans
 
@@ -95,7 +96,7 @@ def _annotation(place: int, raw: Any, hw: tuple[int, int], bbox_convention: str)
             return None
         score = raw.get("predicted_iou", raw.get("score"))
         points = raw.get("point_coords") or []
-        return {
+        mask = {
             "segmentation": {"size": list(hw), "counts": counts},
             "bbox": bbox,
             "area": num_pixels,
@@ -104,6 +105,9 @@ def _annotation(place: int, raw: Any, hw: tuple[int, int], bbox_convention: str)
             "point_coords": [[_finite(x), _finite(y)] for x, y in points],
             "crop_box": _four(raw.get("crop_box")) or [0.0, 0.0, float(hw[1]), float(hw[0])],
         }
+        for problem in check_numbers(mask, hw):
+            raise ValueError(f"it {problem}")
+        return mask
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ImageError("unreadable", f"annotation {place} is not valid: {str(error)[:300]}") from error
 

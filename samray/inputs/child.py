@@ -18,6 +18,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from samray.errors import SamrayError
+
 Answer = tuple[bytes, int | None]
 """A child's answer: bytes, and a file descriptor or None."""
 
@@ -48,7 +50,7 @@ class ChildDied(Exception):
         return self.returncode in _CRASHES or self.returncode > 0
 
 
-class ChildNotStarted(Exception):
+class ChildNotStarted(SamrayError):
     """No process could be started, or it ended before it was ready: not the fault of an image."""
 
 
@@ -86,14 +88,14 @@ class Child:
                 env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
             )
         except OSError as error:
-            raise ChildNotStarted(str(error)) from error
+            raise ChildNotStarted(f"could not start a process of its own for an image: {error}") from error
         finally:
             theirs.close()
             their_lifeline.close()
         try:
             self.ask(setup, timeout_s=start_timeout_s)
         except ChildDied as death:
-            raise ChildNotStarted(str(death)) from death
+            raise ChildNotStarted(f"a process of its own for an image did not start: {death}") from death
 
     @property
     def pid(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Final
 
@@ -84,7 +84,7 @@ def check_image(name: str, row: dict[str, Any], bbox_convention: str, deep: bool
         if mask["segmentation"]["size"] != hw:
             yield f"{which} has a mask of size {mask['segmentation']['size']}, not {hw} like the image (height, width)"
             continue
-        yield from (f"{which} {problem}" for problem in _check_numbers(mask, hw))
+        yield from (f"{which} {problem}" for problem in check_numbers(mask, hw))
         if deep:
             problem = check_mask(mask, bbox_convention)
             if problem:
@@ -97,8 +97,8 @@ def _holds_null(value: Any) -> bool:
     return any(map(_holds_null, value)) if isinstance(value, list | type({}.values())) else value is None
 
 
-def _check_numbers(mask: dict[str, Any], hw: list[int]) -> Iterator[str]:
-    """Check that scores, boxes and points are possible values."""
+def check_numbers(mask: Mapping[str, Any], hw: Sequence[int]) -> Iterator[str]:
+    """Yield a sentence for each score, box or point that is not a possible value. hw: height and width of the image."""
     scores = {"predicted_iou": PREDICTED_IOU_RANGE, "stability_score": (0.0, 1.0)}
     for column, (low, high) in scores.items():
         if not math.isfinite(mask[column]):

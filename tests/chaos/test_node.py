@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -21,9 +22,9 @@ NUM_SHARDS = 16
 LABELER = "MapWorker(MapBatches(LabelActor))"
 
 
-@pytest.mark.parametrize("min_actors", [1, 2])
+@pytest.mark.parametrize("min_actors", [1, 2] if "SAMRAY_CHAOS_ROUNDS" in os.environ else [2])
 def test_a_worker_node_is_lost_in_the_middle(min_actors: int, tmp_path: Path) -> None:
-    """With a pool that may do with the one actor left, and with one that will never be whole again."""
+    """With a pool that will never be whole again; SAMRAY_CHAOS_ROUNDS=1: and one that may do with the actor left."""
     source, output = str(tmp_path / "in"), str(tmp_path / "out")
     names = {f"{i:03d}.png" for i in range(NUM_IMAGES)}
     for i, name in enumerate(sorted(names)):

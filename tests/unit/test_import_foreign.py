@@ -105,6 +105,21 @@ def test_lvis_has_a_coco_url_and_no_name(tmp_path: Path, folder: str) -> None:
     assert row["image"]["file_name"].endswith("000000000001.jpg")
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"score": 87.5}, {"predicted_iou": -3}, {"stability_score": 1.5}, {"crop_box": [0, 0, W + 9, H]}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_a_score_or_crop_box_that_cannot_be_fails_the_image(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    """`verify` would find fault with the row otherwise."""
+    for name in ("a.png", "b.png"):
+        picture(tmp_path / name)
+    images = [IMAGE, {**IMAGE, "id": 2, "file_name": "b.png"}]
+    bad, good = imported(write(tmp_path, images, [SQUARE | wrong, {**SQUARE, "image_id": 2}]), tmp_path / "out")
+    assert (bad["status"], good["status"]) == ("failed", "ok")
+    assert bad["error"].startswith("unreadable: annotation 0 cannot be understood: it has a ")
+
+
 def test_an_image_without_a_name_is_a_failed_row(tmp_path: Path) -> None:
     images = [IMAGE, {**IMAGE, "id": 2, "file_name": None}, {**IMAGE, "id": 3, "file_name": 7}]
     rows = imported(write(tmp_path, images, [SQUARE]), tmp_path / "out")

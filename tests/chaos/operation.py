@@ -1,0 +1,66 @@
+"""One operation on an output, as a process of its own for the test that kills it.
+
+python tests/chaos/operation.py NAME FOLDER SECONDS_PER_IMAGE ON_RAY
+
+label, append, retry: FOLDER/in (then FOLDER/more too) into FOLDER/out, with the stand-in labeler. compact, export and
+import: FOLDER/out into FOLDER/compact, FOLDER/out into FOLDER/export, FOLDER/export into FOLDER/import.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(2, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import standin
+
+from samray.config import Config, load_config
+from samray.errors import ImageError
+from samray.exports.export import export
+from samray.imports.import_ import import_
+from samray.output.compact import compact
+from samray.pipeline.labeler import ShardLabeler
+from samray.pipeline.run import label_with
+
+FAILS_AT_FIRST = (7, 7, 7)
+"""First pixel of an image that fails until `retry`."""
+
+
+class Failing(standin.StandIn):
+    """The stand-in, to which some images are too hard."""
+
+    def generate(self, images: list[np.ndarray]) -> list[list[dict[str, object]]]:
+        if any(tuple(image[0, 0]) == FAILS_AT_FIRST for image in images):
+            raise ImageError("too_hard", "not this time")
+        return super().generate(images)
+
+
+def make_labeler(config: Config, num_threads: int, seconds: float, fails: bool) -> ShardLabeler:
+    kind = Failing if fails else standin.StandIn
+    return ShardLabeler(lambda _: kind(seconds), max_pixels=config.input.max_pixels, num_threads=num_threads)
+
+
+def main(name: str, folder: str, seconds: str, on_ray: str) -> int:
+    root, ray = Path(folder), on_ray == "ray"
+    if name in ("label", "append", "retry"):
+        base = [f"model.checkpoint={standin.__file__}", "output.images_per_shard=2", "output.max_failed_fraction=1.0"]
+        config = load_config(None, None, [*base, "cluster.max_actors=1", "cluster.num_cpus_per_actor=1"])
+        labeler = functools.partial(make_labeler, seconds=float(seconds), fails=name != "retry")
+        source = root / ("in" if name == "label" else "more")
+        options = {"append": name == "append", "retry_failed": name == "retry"}
+        return label_with(str(source), str(root / "out"), config, make_labeler=labeler, **options).exit_code
+    if name == "compact":
+        compact(str(root / "out"), str(root / "compact"), 4096)
+    elif name == "export":
+        export(root / "out", root / "export", format="sa1b", images_per_file=2, ray=ray, progress=False)
+    else:
+        import_(root / "export", root / "import", format="sa1b", images_per_shard=2, ray=ray, progress=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

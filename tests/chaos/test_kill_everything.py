@@ -1,0 +1,164 @@
+"""Driver, raylet, GCS, actors and whole process groups are killed in every operation; every image is there once.
+
+SAMRAY_CHAOS_ROUNDS=100 kills a hundred times, SAMRAY_CHAOS_SEED=8 at other moments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import standin
+from drivers import Driver, driver
+from operation import FAILS_AT_FIRST
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "pipeline"))
+
+from outputs import expected_masks, rows_of
+
+from samray.output.shards import done_shards
+
+OPERATION = Path(__file__).with_name("operation.py")
+OPERATIONS = ("label", "append", "retry", "compact", "export", "import")
+ON_RAY = ("label", "append", "retry")
+"""The others are done by the driver alone, or on Ray if they are asked to."""
+
+PLAN = [
+    *(("label", victim) for victim in ("driver", "group", "raylet", "gcs", "actor")),
+    *(("append", victim) for victim in ("raylet", "driver")),
+    *(("retry", victim) for victim in ("group", "actor")),
+    *(("compact", "driver"), ("export", "driver"), ("import", "driver")),
+]
+"""What CI does. An actor last: its run goes on and leaves nothing to be killed."""
+
+ROUNDS = int(os.environ.get("SAMRAY_CHAOS_ROUNDS", len(PLAN)))
+PROCESSES = {"raylet": "raylet/raylet", "gcs": "gcs/gcs_server", "actor": "MapWorker"}
+SECONDS_PER_IMAGE = "0.3"
+PATIENCE_S = 150.0
+"""An agent of Ray that has lost its raylet looks a minute for the GCS, to report it, before it ends."""
+
+
+def planned(rng: random.Random) -> list[tuple[str, str]]:
+    """Operation and victim of each kill, operation by operation: the plan, then more of the same at random."""
+    kills = PLAN[:ROUNDS]
+    while len(kills) < ROUNDS:
+        name = rng.choice(OPERATIONS)
+        kills.append((name, rng.choice(["driver", "group", *(PROCESSES if name != "compact" else ())])))
+    return sorted(kills, key=lambda kill: OPERATIONS.index(kill[0]))
+
+
+def write_images(root: Path, num_images: int) -> dict[str, bytes]:
+    """Images for label in `in`, the same and as many more in `more`; every fifth one fails until retried."""
+    images = {}
+    for i in range(2 * num_images):
+        data = standin.make_image(i, first_pixel=FAILS_AT_FIRST if i % 5 == 0 else None)
+        images[f"{i:04d}.png"] = data
+        for folder in ("in", "more") if i < num_images else ("more",):
+            (root / folder).mkdir(exist_ok=True)
+            (root / folder / f"{i:04d}.png").write_bytes(data)
+    return images
+
+
+def start(root: Path, name: str, log: str, seconds: str, *, on_ray: bool) -> contextlib.AbstractContextManager[Driver]:
+    environment = {"RAY_gcs_rpc_server_reconnect_timeout_s": "3"}  # how long a driver waits for a GCS that is gone
+    arguments = (name, str(root), seconds, "ray" if on_ray else "alone")
+    return driver(root / log, *arguments, program=(str(OPERATION),), environment=environment)
+
+
+def kill(running: Driver, victim: str) -> int:
+    """Kill -9; returns how many processes were there to be killed."""
+    if victim in ("driver", "group"):
+        was_there = running.process.poll() is None
+        running.look_around()
+        if victim == "group" and was_there:
+            os.killpg(running.process.pid, signal.SIGKILL)
+        running.kill()
+        return int(was_there)
+    victims = running.workers(PROCESSES[victim])
+    for process in victims:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    return len(victims)
+
+
+def one_kill(root: Path, name: str, victim: str, number: int, rng: random.Random) -> int:
+    """At a random moment of the work; of the driver and its group, half of the times while Ray starts.
+
+    Returns how many processes were killed: 0 if the operation had ended by itself.
+    """
+    on_ray = name in ON_RAY or victim in PROCESSES
+    before = _num_shards(root)
+    with start(root, name, f"{number}.log", SECONDS_PER_IMAGE, on_ray=on_ray) as running:
+        if not on_ray:
+            _wait(running, (root / name).exists)
+            time.sleep(rng.uniform(0.0, 0.3))
+        elif victim in ("driver", "group") and number % 2 == 0:
+            _wait(running, lambda: bool(running.workers("raylet/raylet")))
+            time.sleep(rng.uniform(0.0, 1.5))
+        else:
+            title = PROCESSES.get(victim, "MapWorker")
+            _wait(running, lambda: bool(running.workers(title)))
+            if name in ("label", "append"):
+                _wait(running, lambda: _num_shards(root) > before)
+            time.sleep(rng.uniform(0.0, 0.5))
+        killed = kill(running, victim)
+        if victim in PROCESSES:
+            exit_code = running.wait()  # with whatever exit code: it must not hang
+            assert exit_code == 0 or victim != "actor" or not killed, running.text()
+        left = running.clean_up(patience_s=PATIENCE_S)
+        print(f"{name}: {victim} {'killed' if killed else 'was gone'}, exit code {running.process.returncode}")
+        assert not left, "\n".join([*left, running.text()])
+    return killed
+
+
+def _wait(running: Driver, condition: Callable[[], bool]) -> None:
+    """Until it holds or the driver has ended: what is to be killed may be done before."""
+    deadline = time.monotonic() + 300
+    while not condition() and running.process.poll() is None:
+        assert time.monotonic() < deadline, running.text()
+        running.look_around()
+        time.sleep(0.05)
+
+
+def _num_shards(root: Path) -> int:
+    return len(done_shards(str(root / "out"))) if (root / "out").exists() else 0
+
+
+def check_every_image_once(output: Path, images: dict[str, bytes], failing: bool) -> None:
+    rows = rows_of(str(output))
+    assert sorted(row["image"]["file_name"] for row in rows) == sorted(images)
+    for row in rows:
+        data = images[row["image"]["file_name"]]
+        is_hard = int(row["image"]["file_name"][:4]) % 5 == 0
+        assert row["status"] == ("failed" if failing and is_hard else "ok"), row["error"]
+        wanted = [] if failing and is_hard else expected_masks(data)
+        assert [mask["segmentation"] for mask in row["annotations"]] == [mask["segmentation"] for mask in wanted]
+
+
+@pytest.mark.timeout(600 + 120 * ROUNDS)
+def test_every_image_is_there_once_whatever_is_killed(tmp_path: Path) -> None:
+    rng = random.Random(os.environ.get("SAMRAY_CHAOS_SEED", "7"))
+    kills = planned(rng)
+    images = write_images(tmp_path, 2 * (sum(name == "label" for name, _ in kills) + 12))
+    first = {name: data for name, data in images.items() if (tmp_path / "in" / name).exists()}
+    num_hits = 0
+    for name in OPERATIONS:
+        for number, (operation, victim) in enumerate(kills):
+            if operation == name:
+                num_hits += one_kill(tmp_path, name, victim, number, rng) > 0
+        with start(tmp_path, name, f"{name}.log", "0", on_ray=name in ON_RAY) as running:
+            assert running.wait() == 0, running.text()
+        if name in ON_RAY:
+            check_every_image_once(tmp_path / "out", first if name == "label" else images, failing=name != "retry")
+    for copy in ("compact", "import"):
+        check_every_image_once(tmp_path / copy, images, failing=False)
+    print(f"{num_hits} of {len(kills)} kills came before the end of their operation")
+    assert num_hits > len(kills) / 2
