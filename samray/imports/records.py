@@ -96,7 +96,7 @@ def _annotation(place: int, raw: Any, hw: tuple[int, int], bbox_convention: str)
             return None
         score = raw.get("predicted_iou", raw.get("score"))
         points = raw.get("point_coords") or []
-        mask = {
+        mask: MaskRecord = {
             "segmentation": {"size": list(hw), "counts": counts},
             "bbox": bbox,
             "area": num_pixels,

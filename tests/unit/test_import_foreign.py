@@ -117,7 +117,7 @@ def test_a_score_or_crop_box_that_cannot_be_fails_the_image(tmp_path: Path, wron
     images = [IMAGE, {**IMAGE, "id": 2, "file_name": "b.png"}]
     bad, good = imported(write(tmp_path, images, [SQUARE | wrong, {**SQUARE, "image_id": 2}]), tmp_path / "out")
     assert (bad["status"], good["status"]) == ("failed", "ok")
-    assert bad["error"].startswith("unreadable: annotation 0 cannot be understood: it has a ")
+    assert bad["error"].startswith("unreadable: annotation 0 is not valid: it has a ")
 
 
 def test_an_image_without_a_name_is_a_failed_row(tmp_path: Path) -> None:
