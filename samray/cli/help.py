@@ -57,7 +57,8 @@ class CommandWithSettings(TyperCommand):
             table = two_columns()
             for row in setting_rows(section, self.sections):
                 default = escape(f"[{_default_in_words(row)}]")
-                table.add_row(f"[cyan]{row.name}[/cyan]", f"{escape(row.description)} [dim]{default}[/dim]")
+                names = f": {row.allowed}" if row.is_name else ""
+                table.add_row(f"[cyan]{row.name}[/cyan]", f"{escape(row.description + names)} [dim]{default}[/dim]")
             console.print(table)
         if self.has_presets:
             presets = ", ".join(preset_names())

@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from samray import storage
 from samray.config import Config, MaskConfig
+from samray.config.models import MODELS
 from samray.text import count, duration, first_few, two_columns
 
 if TYPE_CHECKING:
@@ -19,10 +20,6 @@ if TYPE_CHECKING:
     from samray.pipeline.plan_run import Preview, RunPlan
 
 
-_CORE_SECONDS: Final = {
-    "tiny": (0.3, 0.004), "vit_t": (2, 0.05), "vit_b": (12, 0.05), "vit_l": (30, 0.05), "vit_h": (55, 0.05)
-}  # fmt: skip
-"""Seconds of one core for a pass of the image encoder and for a prompt, from the measurements in docs/benchmarks.md."""
 _LONG_S: Final = 24 * 3600
 _MANY_PROMPTS: Final = 50_000
 
@@ -149,13 +146,14 @@ def work_per_image(masks: MaskConfig) -> tuple[int, int]:
 
 def _cpu_seconds(config: Config, passes: int, prompts: int) -> float | None:
     """An image's, within a factor of three or so; None if the run is not on this machine's CPUs."""
-    if config.cluster.address or os.environ.get("RAY_ADDRESS") or config.model.name not in _CORE_SECONDS:
+    core_seconds = MODELS[config.model.name].core_seconds
+    if config.cluster.address or os.environ.get("RAY_ADDRESS") or core_seconds is None:
         return None
     import torch
 
     if torch.cuda.is_available() and config.model.device != "cpu":
         return None
-    encode, decode = _CORE_SECONDS[config.model.name]
+    encode, decode = core_seconds
     return (passes * encode + prompts * decode) / len(os.sched_getaffinity(0))
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 
 import annotated_types
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import core_schema
 
 from samray.errors import ConfigError
 
@@ -26,6 +28,21 @@ class SettingsError(ConfigError):
         many = len(self.problems) > 1
         text = "".join(f"\n  - {p}" for p in self.problems)
         super().__init__(f"{len(self.problems)} settings are wrong:{text}" if many else self.problems[0])
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """Text that must be a name of a table; the table is asked at each check, for rows may be added."""
+
+    names: Callable[[], Sequence[str]]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, name: str) -> str:
+        if name not in self.names():
+            raise ValueError(f"{name} is not one of {', '.join(self.names())}")
+        return name
 
 
 class Settings(BaseModel):
@@ -59,6 +76,8 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
 def allowed_values(field: FieldInfo) -> str:
     """The values that a field accepts: `a number from 0 to 1`, `true or false`, `one of coco, sam`, `... or null`."""
     kinds = typing.get_args(field.annotation) if _is_union(field.annotation) else (field.annotation,)
+    tables = [limit for limit in field.metadata if isinstance(limit, OneOf)]
+    kinds = tuple(Annotated[kind, *tables] if kind is str and tables else kind for kind in kinds)
     words = [_kind_in_words(kind) + _range_in_words(field) for kind in kinds if kind is not types.NoneType]
     if types.NoneType in kinds:
         words.append("null")
@@ -72,6 +91,8 @@ def _is_union(annotation: Any) -> bool:
 def _kind_in_words(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is Annotated:
+        return "one of " + ", ".join(name for table in kind.__metadata__ for name in table.names())
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if typing.get_origin(kind) is tuple and typing.get_args(kind)[0] in words:
         items = [item for item in typing.get_args(kind) if item is not Ellipsis]

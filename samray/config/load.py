@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
-from samray.config.base import Settings, SettingsError, allowed_values, as_typed, did_you_mean
+from samray.config.base import OneOf, Settings, SettingsError, allowed_values, as_typed, did_you_mean
+from samray.config.models import model_names
 from samray.config.presets import preset_path
 from samray.config.sections import (
     ClusterConfig,
@@ -18,7 +19,6 @@ from samray.config.sections import (
     InputConfig,
     MaskConfig,
     ModelConfig,
-    ModelName,
     OutputConfig,
     StorageConfig,
     model_masks,
@@ -44,6 +44,8 @@ class SettingRow(NamedTuple):
     description: str
     default_of: Mapping[str, Any] = {}
     """Model name -> default, for the models with their own default."""
+    is_name: bool = False
+    """Whether `allowed` lists the names of a table."""
 
 
 def setting_rows(section: str, sections: Sections = SECTIONS) -> list[SettingRow]:
@@ -53,8 +55,10 @@ def setting_rows(section: str, sections: Sections = SECTIONS) -> list[SettingRow
         description = " ".join((field.description or "").rstrip(".").split())
         own = {}
         if sections[section] is MaskConfig:
-            own = {name: model_masks(name)[key] for name in get_args(ModelName) if key in model_masks(name)}
-        rows.append(SettingRow(f"{section}.{key}", field.default, allowed_values(field), description, own))
+            own = {name: model_masks(name)[key] for name in model_names() if key in model_masks(name)}
+        is_name = any(isinstance(limit, OneOf) for limit in field.metadata)
+        allowed = allowed_values(field)
+        rows.append(SettingRow(f"{section}.{key}", field.default, allowed, description, own, is_name))
     return rows
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from samray.config.base import Settings
+from samray.config.base import OneOf, Settings
+from samray.config.models import model_names
 from samray.config.presets import preset_names, preset_path
 from samray.config.yaml import load_yaml_file
 
-ModelName = Literal["tiny", "vit_t", "vit_b", "vit_l", "vit_h"]
+ModelName = Annotated[str, OneOf(model_names)]
+"""A row of `samray.config.models`."""
 PointGrid = tuple[tuple[float, float], ...]
 
 
@@ -44,7 +46,7 @@ class ModelConfig(Settings):
 
     section: ClassVar[str] = "model"
     name: ModelName = "tiny"
-    """tiny (embedded in samray), vit_t (MobileSAM), vit_b, vit_l or vit_h (Meta)."""
+    """Model; `samray models` lists their sizes, licences and sources."""
     checkpoint: str | None = None
     """Path or URI of the weights (.pth, .pt, .safetensors); null downloads and verifies the published file."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -22,6 +22,7 @@ from samray.evaluate.failures import Failures
 from samray.evaluate.regions import Bool, RegionImage, RleMasks, large_enough
 from samray.inputs.decode import RGBArray
 from samray.masks.scores import MASK_THRESHOLD, above, areas
+from samray.sam.frames import frame_of
 from samray.sam.sam import Sam
 
 # Size limit, in floats, of the masks of one chunk of clicks, at full resolution or in the model's input, whichever is
@@ -115,7 +116,7 @@ def answer_clicks(model: Sam, image: RGBArray, regions: Masks) -> Iterator[Answe
     original_hw = (image.shape[0], image.shape[1])
     pixels, [input_hw] = model.preprocess([image])
     context = model.prepare_decoder(model.encode_images(pixels))
-    scale = torch.tensor([input_hw[1] / original_hw[1], input_hw[0] / original_hw[0]], device=model.device)
+    scale = torch.tensor(frame_of(model).scale_xy(original_hw).tolist(), device=model.device)
     size = _chunk(model, original_hw)
     for start in range(0, len(regions), size):
         wanted = regions[start : start + size]
@@ -134,7 +135,7 @@ def answer_clicks(model: Sam, image: RGBArray, regions: Masks) -> Iterator[Answe
 def _chunk(model: Sam, original_hw: tuple[int, int]) -> int:
     """Number of clicks per chunk."""
     chunk_bytes = _CPU_CHUNK_BYTES if model.device.type == "cpu" else _GPU_CHUNK_BYTES
-    mask_bytes = 4 * max(model.image_size**2, original_hw[0] * original_hw[1])
+    mask_bytes = 4 * max(frame_of(model).size ** 2, original_hw[0] * original_hw[1])
     return max(1, chunk_bytes // (3 * mask_bytes))
 
 

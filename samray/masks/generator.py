@@ -36,8 +36,9 @@ from samray.rle import encode as rle
 from samray.rle.encode import Counts
 from samray.rle.records import MaskRecord
 from samray.rle.runs import slices_of
+from samray.sam.frames import Frame, frame_of
 from samray.sam.kernels import enabled
-from samray.sam.sam import Decoded, Sam, input_size
+from samray.sam.sam import Decoded, Sam
 from samray.sam.transformer import ImageTokens
 
 Image = npt.NDArray[np.uint8]
@@ -89,6 +90,10 @@ class MaskGenerator:
         self._booking = threading.Lock()
         self._queued: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
+    @property
+    def frame(self) -> Frame:
+        return frame_of(self.model)
+
     @torch.inference_mode()
     def generate(self, images: list[Image]) -> list[list[MaskRecord]]:
         """All masks of each image, with keys and meanings as in SA-1B.
@@ -134,7 +139,7 @@ class MaskGenerator:
     ) -> Iterator[tuple[list[_View], Tensor]]:
         """Yield batches of views for the encoder with their pixels; prepares the next batch in the background."""
         pixels = _CPU_ENCODE_PIXELS if self.model.device.type == "cpu" else _GPU_ENCODE_PIXELS
-        size = 1 if self.frugal else min(max(pixels // self.model.image_size**2, 1), _MAX_ENCODE_BATCH)
+        size = 1 if self.frugal else min(max(pixels // self.frame.size**2, 1), _MAX_ENCODE_BATCH)
         batches = [views[start : start + size] for start in range(0, len(views), size)]
 
         def resize(batch: list[_View]) -> list[Image]:
@@ -194,8 +199,9 @@ class MaskGenerator:
         points: (N, 2) per view, crop frame. Masks below the threshold are never upscaled. A threshold of 0 keeps all,
         as in the reference.
         """
-        sizes = [(np.array(self._input_hw(view.crop)[::-1]), np.array(view.crop.hw[::-1])) for view in views]
-        in_input = np.concatenate([xy * (to / of) for xy, (to, of) in zip(points, sizes, strict=True)])
+        in_input = np.concatenate(
+            [self.frame.points_in(xy, view.crop.hw) for xy, view in zip(points, views, strict=True)]
+        )
         clicks = torch.from_numpy(in_input).float().to(self.model.device)[:, None]
         labels = torch.ones(clicks.shape[:2], dtype=torch.int64, device=clicks.device)
         return self.model.decode_points(context, clicks, labels, min_iou=self.config.pred_iou_thresh or None)
@@ -245,16 +251,17 @@ class MaskGenerator:
 
     def _measure(self, logits: Tensor, crop: Crop) -> Tensor:
         """Low-res logits (M, 4h, 4w) to (M, 6) float64: stability score, area, box xyxy in the crop (inclusive)."""
-        offset, input_hw = self.config.stability_score_offset, self._input_hw(crop)
+        offset = self.config.stability_score_offset
+        side, inside_hw = self.frame.mask_steps(logits.shape[-1], crop.hw)
         if enabled(logits.device):
             from samray.sam.kernels.measure import measure
 
-            return measure(logits, self.model.image_size, input_hw, crop.hw, MASK_THRESHOLD, offset)
+            return measure(logits, side, inside_hw, crop.hw, MASK_THRESHOLD, offset)
         if self._masks_at_once(crop) == 1:  # in a large image most pixels are far from a single mask
             lowest = MASK_THRESHOLD - offset
-            (x0, y0), upscaled = upsample_occupied(logits, lowest, self.model.image_size, input_hw, crop.hw)
+            (x0, y0), upscaled = upsample_occupied(logits, lowest, side, inside_hw, crop.hw)
         else:
-            (x0, y0), upscaled = (0, 0), self.model.postprocess(logits, input_hw, crop.hw)
+            (x0, y0), upscaled = (0, 0), self.frame.masks_out(logits, crop.hw)
         masks = above(upscaled, MASK_THRESHOLD)
         boxes = mask_boxes(masks) + torch.tensor([x0, y0, x0, y0], device=masks.device)
         columns = [stability_scores(upscaled, MASK_THRESHOLD, offset), areas(masks), *boxes.T]
@@ -304,7 +311,7 @@ class MaskGenerator:
 
     def _runs(self, logits: Tensor, crop: Crop, image_hw: tuple[int, int]) -> list[tuple[Counts, bool]]:
         """Run lengths in the image frame for a few low-res logits (M, 4h, 4w), and whether each mask was cleaned."""
-        pixels = above(self.model.postprocess(logits, self._input_hw(crop), crop.hw), MASK_THRESHOLD)
+        pixels = above(self.frame.masks_out(logits, crop.hw), MASK_THRESHOLD)
         boxes = mask_boxes(pixels).cpu().numpy()
         (x0, y0), (x1, y1) = boxes[:, :2].min(axis=0).tolist(), boxes[:, 2:].max(axis=0).tolist()
         pixels = pixels[:, y0 : y1 + 1, x0 : x1 + 1]  # the rest is outside of all boxes
@@ -324,11 +331,11 @@ class MaskGenerator:
 
     def _input_hw(self, crop: Crop) -> tuple[int, int]:
         """The crop's (h, w) inside the model's square input."""
-        return input_size(*crop.hw, self.model.image_size)
+        return self.frame.input_hw(crop.hw)
 
     def _masks_at_once(self, crop: Crop) -> int:
         """Number of masks to hold at the crop's resolution at a time."""
-        bytes_each = 4 * max(crop.area, self.model.image_size**2)
+        bytes_each = 4 * max(crop.area, self.frame.size**2)
         budget = _CPU_PIXEL_BYTES if self.model.device.type == "cpu" else _GPU_PIXEL_BYTES
         return 1 if self.frugal else max(budget // bytes_each, 1)
 

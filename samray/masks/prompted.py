@@ -26,7 +26,8 @@ from samray.masks.scores import MASK_THRESHOLD, above, stability_scores
 from samray.prompts import Prompt
 from samray.rle import encode as rle
 from samray.rle.records import MaskRecord
-from samray.sam.sam import Sam, input_size
+from samray.sam.frames import frame_of
+from samray.sam.sam import Sam
 
 Image = npt.NDArray[np.uint8]
 
@@ -47,6 +48,7 @@ class PromptedGenerator:
 
     def __init__(self, model: Sam, config: MaskConfig | None = None) -> None:
         self.model = model
+        self.frame = frame_of(model)
         self.config = (config or MaskConfig()).for_model(model.spec.name)
         self.stage_seconds = dict.fromkeys(STAGES, 0.0)
 
@@ -106,10 +108,9 @@ class PromptedGenerator:
 
     def _decode(self, embedding: Tensor, prompts: list[Prompt], image_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """One mask for each of N prompts of the same form: low-res logits (N, 4h, 4w) and predicted IoUs (N,)."""
-        to_input = np.array(input_size(*image_hw, self.model.image_size)[::-1]) / np.array(image_hw[::-1])
 
         def in_input_frame(xy: Any) -> Tensor:
-            scaled = np.asarray(xy, dtype=np.float64).reshape(len(prompts), -1, 2) * to_input
+            scaled = self.frame.points_in(np.asarray(xy, dtype=np.float64).reshape(len(prompts), -1, 2), image_hw)
             return torch.from_numpy(scaled).float().to(self.model.device)
 
         points = labels = boxes = None
@@ -128,7 +129,7 @@ class PromptedGenerator:
         self, place: int, prompt: Prompt, logits: Tensor, predicted_iou: float, image_hw: tuple[int, int]
     ) -> MaskRecord:
         """logits: (1, 4h, 4w). Raises: ImageError if the mask has no pixel."""
-        upscaled = self.model.postprocess(logits, input_size(*image_hw, self.model.image_size), image_hw)
+        upscaled = self.frame.masks_out(logits, image_hw)
         pixels = above(upscaled, MASK_THRESHOLD)
         (counts,) = rle.encode_masks(pixels, (0, 0), image_hw)
         if rle.area(counts) == 0:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samray.sam.spec import VitSpec
+from samray.sam.encoder import Features, ImageEncoder
+from samray.sam.spec import ModelSpec, VitSpec
 
 # A global block's bias is (heads, 4096, 4096) float32 an image: 0.8 GB for ViT-B. Queries go through in slices so that
 # a slice's bias stays below this many elements.
@@ -148,8 +149,10 @@ class PatchEmbed(nn.Module):
         return out.permute(0, 2, 3, 1)
 
 
-class ImageEncoderViT(nn.Module):
+class ImageEncoderViT(ImageEncoder):
     """(B, 3, S, S) normalised pixels -> (B, C, S / patch, S / patch)."""
+
+    stem = ("patch_embed", "pos_embed")
 
     def __init__(self, spec: VitSpec, image_size: int, out_channels: int) -> None:
         super().__init__()
@@ -162,9 +165,17 @@ class ImageEncoderViT(nn.Module):
         )
         self.neck = make_neck(spec.dim, out_channels)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def features(self, pixels: Tensor) -> Features:
         x = self.patch_embed(pixels) + self.pos_embed
         for block in self.blocks:
             x = block(x)
-        out: Tensor = self.neck(x.permute(0, 3, 1, 2))
-        return out
+        return Features(self.neck(x.permute(0, 3, 1, 2)))
+
+    def block_names(self) -> list[tuple[str, ...]]:
+        return [(f"blocks.{i}",) for i in range(len(self.blocks))]
+
+
+def build_encoder(spec: ModelSpec) -> ImageEncoderViT:
+    """The ViT of a model's row."""
+    assert isinstance(spec.encoder, VitSpec)
+    return ImageEncoderViT(spec.encoder, spec.image_size, spec.embed_dim)

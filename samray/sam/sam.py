@@ -11,18 +11,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
-from samray.sam.image_encoder import ImageEncoderViT
+from samray.sam.encoder import build_encoder
+from samray.sam.frames import FRAMES, Frame, frame_of, input_size, interpolate
 from samray.sam.mask_decoder import DecoderState, MaskDecoder
 from samray.sam.precision import exact_convolutions
 from samray.sam.prompt_encoder import PromptEncoder
-from samray.sam.spec import ModelSpec, VitSpec
-from samray.sam.tiny_vit import TinyViT
+from samray.sam.spec import ModelSpec
 from samray.sam.transformer import ImageTokens
+
+__all__ = ["Decoded", "Sam", "input_size"]
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -48,12 +48,6 @@ class Decoded:
     all_iou: Tensor
 
 
-def input_size(height: int, width: int, image_size: int) -> tuple[int, int]:
-    """(h, w) after scaling the longest side to `image_size`, rounded half up as the reference, at least one pixel."""
-    scale = image_size / max(height, width)
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
-
-
 class Sam(nn.Module):
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -61,11 +55,8 @@ class Sam(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.image_encoder: nn.Module = (
-            ImageEncoderViT(spec.encoder, spec.image_size, spec.embed_dim)
-            if isinstance(spec.encoder, VitSpec)
-            else TinyViT(spec.encoder, spec.embed_dim)
-        )
+        self.frame: Frame = FRAMES[spec.frame](spec.image_size)
+        self.image_encoder = build_encoder(spec)
         self.prompt_encoder = PromptEncoder(spec.embed_dim, spec.grid, spec.image_size, spec.mask_in_chans)
         self.mask_decoder = MaskDecoder(spec)
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
@@ -99,10 +90,8 @@ class Sam(nn.Module):
     # --- image side --------------------------------------------------------------------------------------------------
 
     def resize(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """image: (H, W, 3) uint8 RGB. Returns it with its longest side at S, by Pillow's bilinear filter."""
-        height, width = image.shape[:2]
-        h, w = input_size(height, width, self.image_size)
-        return np.array(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))  # writable, for torch
+        """image: (H, W, 3) uint8 RGB. Returns it as large as it is in the model's square, see `Frame.resize`."""
+        return self.frame.resize(image)
 
     def preprocess(self, images: list[NDArray[np.uint8]]) -> tuple[Tensor, list[tuple[int, int]]]:
         """Images of any sizes to one batch.
@@ -126,7 +115,7 @@ class Sam(nn.Module):
     def encode_images(self, pixels: Tensor) -> Tensor:
         """pixels: (B, 3, S, S) as `preprocess` gives them. Returns the embeddings (B, C, h, w).
 
-        Of a model with `fine_features` these follow as further channels; the decoder knows.
+        High-res features of a model follow as further channels (`packed`); `prepare_decoder` takes them apart.
         """
         with exact_convolutions(self.device):
             out: Tensor = self.image_encoder(pixels)
@@ -269,11 +258,12 @@ class Sam(nn.Module):
     def postprocess(self, logits: Tensor, input_hw: tuple[int, int], original_hw: tuple[int, int]) -> Tensor:
         """Low-res logits to the original frame, by the reference's two bilinear steps.
 
-        logits: (K, 4h, 4w). Returns (K, H, W) of the same dtype, unthresholded.
+        logits: (K, 4h, 4w). input_hw: as `preprocess` gives it. Returns (K, H, W) of the same dtype, unthresholded.
         """
-        square = F.interpolate(logits[None], (self.image_size, self.image_size), mode="bilinear", align_corners=False)
-        cut = square[..., : input_hw[0], : input_hw[1]]
-        return F.interpolate(cut, original_hw, mode="bilinear", align_corners=False)[0]
+        frame = frame_of(self)
+        if frame.is_padded:
+            return interpolate(logits, frame.size, input_hw, original_hw)
+        return frame.masks_out(logits, original_hw)
 
 
 def _tokens(maps: Tensor) -> Tensor:

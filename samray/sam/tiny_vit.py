@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from samray.sam.encoder import Features, ImageEncoder
 from samray.sam.image_encoder import make_neck, merge_windows, partition_windows
-from samray.sam.spec import TinyVitSpec
+from samray.sam.spec import ModelSpec, TinyVitSpec
 
 
 class ConvNorm(nn.Sequential):
@@ -128,7 +129,7 @@ class Stage(nn.Module):
 
 
 class FineFeatures(nn.Module):
-    """What the decoder's upscaling adds at its first and second doubling, packed cell by cell of the embedding grid.
+    """What the decoder's upscaling adds at its first and second doubling.
 
     Source: SAM 2 (Ravi et al., 2024), the decoder's skip connections; the two projections begin at zero.
     """
@@ -142,24 +143,20 @@ class FineFeatures(nn.Module):
             assert conv.bias is not None
             nn.init.zeros_(conv.bias)
 
-    def forward(self, stage0: Tensor, stage1: Tensor) -> Tensor:
-        """stage0: (B, dims[0], 4h, 4w), stage1: (B, dims[1], 2h, 2w). Returns (B, 4 * C / 4 + 16 * C / 8, h, w).
-
-        Channels: the C / 4 features of a cell's four quarters (y, x), then the C / 8 features of its sixteen sixteenths
-        (y, x of the quarter, y, x within it): the order in which `MaskDecoder.upscale` makes them.
-        """
+    def forward(self, stage0: Tensor, stage1: Tensor) -> tuple[Tensor, Tensor]:
+        """stage0: (B, dims[0], 4h, 4w), stage1: (B, dims[1], 2h, 2w). Returns them as `Features.high_res`."""
         s1, s0 = self.conv_s1(stage1), self.conv_s0(stage0)
-        b, _, h, w = s1.shape
-        halves = s1.view(b, -1, h // 2, 2, w // 2, 2).permute(0, 3, 5, 1, 2, 4)
-        quarters = s0.view(b, -1, h // 2, 2, 2, w // 2, 2, 2).permute(0, 3, 6, 4, 7, 1, 2, 5)
-        return torch.cat([halves.reshape(b, -1, h // 2, w // 2), quarters.reshape(b, -1, h // 2, w // 2)], dim=1)
+        return s0, s1
 
 
-class TinyViT(nn.Module):
-    """(B, 3, S, S) normalised pixels -> (B, C, S / stride, S / stride), more channels with `fine_features`."""
+class TinyViT(ImageEncoder):
+    """(B, 3, S, S) normalised pixels -> (B, C, S / stride, S / stride), and high-res features with `fine_features`."""
+
+    stem = ("patch_embed",)
 
     def __init__(self, spec: TinyVitSpec, out_channels: int) -> None:
         super().__init__()
+        self.depths = spec.depths
         self.patch_embed = PatchEmbed(spec.dims[0])
         self.layers = nn.ModuleList()
         for i, (dim, depth, heads, window) in enumerate(
@@ -174,7 +171,7 @@ class TinyViT(nn.Module):
         if spec.fine_features:
             self.fine = FineFeatures(spec.dims, out_channels)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def features(self, pixels: Tensor) -> Features:
         x = self.patch_embed(pixels.contiguous(memory_format=torch.channels_last))
         features = []
         for stage in self.layers:
@@ -183,5 +180,18 @@ class TinyViT(nn.Module):
                 x = block(x)
             features.append(x)
             x = stage.downsample(x) if hasattr(stage, "downsample") else x
-        out: Tensor = self.neck(x)
-        return torch.cat([out, self.fine(*features[:2])], dim=1) if hasattr(self, "fine") else out
+        return Features(self.neck(x), self.fine(*features[:2]) if hasattr(self, "fine") else None)
+
+    def block_names(self) -> list[tuple[str, ...]]:
+        """What merges patches after a stage belongs to the stage's last block."""
+        names: list[tuple[str, ...]] = []
+        for i, depth in enumerate(self.depths):
+            names += [(f"layers.{i}.blocks.{j}",) for j in range(depth)]
+            names[-1] += (f"layers.{i}.downsample",)
+        return names
+
+
+def build_encoder(spec: ModelSpec) -> TinyViT:
+    """The TinyViT of a model's row."""
+    assert isinstance(spec.encoder, TinyVitSpec)
+    return TinyViT(spec.encoder, spec.embed_dim)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -54,6 +54,12 @@ class Frame:
     """S."""
     low_res: int
     """R."""
+    is_padded: bool = True
+    """As `samray.sam.frames.Frame.is_padded`; without padding a view is stretched to the whole square."""
+
+    def placed(self, view: View) -> View:
+        """The view as it gets into the square."""
+        return view if self.is_padded else replace(view, size_hw=(self.image_size, self.image_size))
 
 
 def pack(
@@ -111,6 +117,7 @@ class SceneExamples:
         rng = np.random.default_rng([seed, 1])
         short = int(rng.choice(SHAPES) * frame.image_size)
         size = (short, frame.image_size) if rng.random() < 0.65 else (frame.image_size, short)
+        size = size if frame.is_padded else (frame.image_size, frame.image_size)
         scene = make_scene(seed, size, self.source)
         retry = 0
         while not scene.kinds:  # everything hidden or too small: rare
@@ -191,10 +198,10 @@ class MaskExamples:
         rles, weights = masks_of
         image = self._image(index)
         (h, w), config = image.shape[:2], self.config
-        view = draw_view(h, w, frame.image_size, config.scale_jitter, config.flip_fraction, rng)
+        view = frame.placed(draw_view(h, w, frame.image_size, config.scale_jitter, config.flip_fraction, rng))
         masks = self._draw_masks(rles, weights, view, rng)
         if len(masks) == 0:
-            view = whole_view(h, w, frame.image_size)
+            view = frame.placed(whole_view(h, w, frame.image_size))
             masks = self._draw_masks(rles, weights, view, rng)
         if len(masks) == 0:
             return None

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from samray.errors import ConfigError
 from samray.sam.checkpoints import find_spec, load_model
+from samray.sam.frames import FRAMES
 from samray.sam.precision import auto_dtype
 from samray.sam.sam import Sam
-from samray.sam.spec import ModelSpec, TinyVitSpec
+from samray.sam.spec import ModelSpec
 from samray.train.examples import Frame
 from samray.train.interaction import Batch, DistillationLoss, InteractionLoss, seed_of
 from samray.train.optimizer import (
@@ -70,14 +71,14 @@ def size_due(config: TrainConfig, spec: ModelSpec, position: Position) -> tuple[
 def frame_of(spec: ModelSpec, image_size: int) -> Frame:
     """What examples must be like for a model at this input size."""
     sized = dataclasses.replace(spec, image_size=image_size)
-    return Frame(image_size, 4 * sized.grid)
+    return Frame(image_size, 4 * sized.grid, FRAMES[spec.frame].is_padded)
 
 
 def check_settings(settings: TrainSettings) -> ModelSpec:
     """The model's row of the table. Raises: ConfigError where settings and model do not go together."""
     spec, config = find_spec(settings.model.name), settings.train
     if config.first_fraction > 0:
-        if not isinstance(spec.encoder, TinyVitSpec):
+        if not spec.encoder.takes_any_size:
             raise ConfigError(
                 f"train.first_fraction = {config.first_fraction:g} needs a model with a TinyViT; of {spec.name} the"
                 " positions are learnt for one input size: set train.first_fraction=0"

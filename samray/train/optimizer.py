@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from samray.errors import ConfigError
-from samray.sam.image_encoder import ImageEncoderViT
 from samray.sam.sam import Sam
-from samray.sam.tiny_vit import TinyViT
 from samray.train.settings import LAST_BLOCKS, SCORES, TrainConfig
 
 ENCODER = "image_encoder."
@@ -21,38 +18,18 @@ ENCODER = "image_encoder."
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 
-def encoder_blocks(sam: Sam) -> list[nn.Module]:
-    """The image encoder's blocks, from the image to the neck."""
-    encoder = sam.image_encoder
-    if isinstance(encoder, ImageEncoderViT):
-        return list(encoder.blocks)
-    assert isinstance(encoder, TinyViT)
-    return [block for stage in encoder.layers for block in stage.blocks]  # type: ignore[union-attr]
-
-
 def layer_of(sam: Sam) -> dict[str, int]:
-    """Each parameter's and buffer's layer: 0 before the encoder's blocks, i + 1 for block i, the last for all after.
-
-    What merges patches after a stage of a TinyViT belongs to the stage's last block.
-    """
+    """Each parameter's and buffer's layer: 0 before the encoder's blocks, i + 1 for block i, the last for all after."""
     encoder = sam.image_encoder
-    prefixes: list[tuple[str, int]] = []
-    if isinstance(encoder, ImageEncoderViT):
-        prefixes = [(f"{ENCODER}blocks.{i}.", i + 1) for i in range(len(encoder.blocks))]
-    else:
-        layer = 0
-        for i, stage in enumerate(encoder.layers):  # type: ignore[arg-type]
-            for j in range(len(stage.blocks)):
-                layer += 1
-                prefixes.append((f"{ENCODER}layers.{i}.blocks.{j}.", layer))
-            prefixes.append((f"{ENCODER}layers.{i}.downsample.", layer))
-    last = len(encoder_blocks(sam)) + 1
+    blocks = encoder.block_names()
+    prefixes = [(f"{ENCODER}{name}.", i + 1) for i, names in enumerate(blocks) for name in names]
+    stem = tuple(f"{ENCODER}{name}" for name in encoder.stem)
     layers = {}
     for name, _ in [*sam.named_parameters(), *sam.named_buffers()]:
-        found = next((layer for prefix, layer in prefixes if name.startswith(prefix)), None)
-        if found is None:
-            found = 0 if re.match(rf"{ENCODER}(patch_embed|pos_embed)", name) else last
-        layers[name] = found
+        layer = next((layer for prefix, layer in prefixes if name.startswith(prefix)), None)
+        if layer is None:
+            layer = 0 if name.startswith(stem) else len(blocks) + 1
+        layers[name] = layer
     return layers
 
 
@@ -61,7 +38,7 @@ def set_trainable(sam: Sam, trainable: str, *, distilling: bool = False) -> None
 
     Raises: ConfigError where the encoder has fewer blocks than asked for.
     """
-    blocks = len(encoder_blocks(sam))
+    blocks = len(sam.image_encoder.block_names())
     first = 0 if trainable == "all" else blocks + 2
     if trainable.startswith(LAST_BLOCKS):
         number = int(trainable.removeprefix(LAST_BLOCKS))
@@ -100,7 +77,7 @@ def make_optimizer(sam: Sam, config: TrainConfig) -> torch.optim.AdamW:
     second beta, there 0.999: runs here are of thousands of steps, not of 90,000.
     """
     layers = layer_of(sam)
-    last = len(encoder_blocks(sam)) + 1
+    last = len(sam.image_encoder.block_names()) + 1
     groups: dict[tuple[int, bool], list[Tensor]] = {}
     for name, parameter in sam.named_parameters():
         if parameter.requires_grad:
@@ -139,7 +116,7 @@ def add_drop_path(sam: Sam, rate: float) -> None:
     """
     if rate == 0:
         return
-    blocks = encoder_blocks(sam)
+    blocks = sam.image_encoder.blocks_in_order()
     for i, block in enumerate(blocks):
         own = rate * (i + 1) / len(blocks)
         for name in ("attn", "mlp", "conv3"):  # what a block adds to its input, in a ViT, a TinyViT, an MBConv

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from samray.config import ModelConfig, Sections, make_sections, user_settings
-from samray.config.base import Settings
+from samray.config.base import OneOf, Settings
+from samray.config.models import teacher_names
 from samray.errors import ConfigError
 
 LAST_BLOCKS = "last_blocks:"
@@ -126,7 +127,7 @@ class TrainConfig(Settings):
     """Input side in the first part of the budget, in pixels; only for models with a TinyViT, which accept any size."""
     first_fraction: float = Field(default=0.0, ge=0, le=1)
     """Length of that part, as a fraction of the budget; the rest trains at the model's own input size."""
-    distill_from: Literal["vit_t", "vit_b", "vit_l", "vit_h"] | None = None
+    distill_from: Annotated[str, OneOf(teacher_names)] | None = None
     """Distillation teacher, a larger model: the encoder learns its image embeddings; prompt encoder and decoder are
     copied."""
     distill_checkpoint: str | None = None

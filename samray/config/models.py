@@ -1,0 +1,192 @@
+"""The models samray knows: one table, one row per model. Every variant is a row here, never a class.
+
+Settings, help, `samray models`, the estimate of a run's time and the tests take names and figures from here, so this
+module imports neither torch nor anything else of samray.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+APACHE = "Apache-2.0"
+
+
+class EncoderSpec(Protocol):
+    """The numbers of an image encoder, and where it is built: frozen, so that it can be compared and hashed."""
+
+    builder: ClassVar[str]
+    """`module:function`, called with the ModelSpec; it returns a `samray.sam.encoder.ImageEncoder`."""
+    takes_any_size: ClassVar[bool]
+    """Whether the weights fit any input side that is a multiple of the stride."""
+
+    @property
+    def stride(self) -> int:
+        """Input pixels per embedding cell."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VitSpec:
+    """A plain ViT with windowed attention and a few global blocks (SAM paper, appendix A, "Image encoder")."""
+
+    builder: ClassVar[str] = "samray.sam.image_encoder:build_encoder"
+    takes_any_size: ClassVar[bool] = False  # positions are learnt for one size
+    dim: int
+    depth: int
+    num_heads: int
+    global_blocks: tuple[int, ...]
+    """Blocks that attend over the whole grid; all others attend within windows."""
+    window: int = 14
+    patch: int = 16
+
+    @property
+    def stride(self) -> int:
+        return self.patch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TinyVitSpec:
+    """TinyViT: one convolutional stage, then stages of windowed attention with a depthwise convolution (MobileSAM)."""
+
+    builder: ClassVar[str] = "samray.sam.tiny_vit:build_encoder"
+    takes_any_size: ClassVar[bool] = True
+    dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    windows: tuple[int, ...]
+    strides: tuple[int, ...]
+    """What the merging after stage i shrinks the grid by; one entry fewer than stages. The stem shrinks by 4."""
+    fine_features: bool = False
+    """Hand the first two stages' features to the decoder's upscaling, as SAM 2 does: sharp edges from a small model."""
+
+    @property
+    def stride(self) -> int:
+        return 4 * math.prod(self.strides)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """One row: what builds a Sam, and where its published weights are."""
+
+    name: str
+    image_size: int
+    """Side S of the square input, pixels."""
+    frame: Literal["pad", "square"] = "pad"
+    """How an image gets into the square, see `samray.sam.frames`."""
+    encoder: EncoderSpec
+    embed_dim: int = 256
+    """C: channels of the image embedding and of the decoder."""
+    decoder_heads: int = 8
+    decoder_mlp_dim: int = 2048
+    iou_hidden_dim: int = 256
+    mask_in_chans: int = 16
+    file_name: str = ""
+    """The published file; for `tiny` the file inside this package."""
+    url: str | None = None
+    sha256: str | None = None
+    size_mb: float = 0.0
+    licence: str = APACHE
+    source: str = ""
+    core_seconds: tuple[float, float] | None = None
+    """Seconds of one CPU core for a pass of the image encoder and for a prompt, as measured in docs/benchmarks.md;
+    None if they were not measured."""
+
+    @property
+    def stride(self) -> int:
+        """Input pixels per embedding cell."""
+        return self.encoder.stride
+
+    @property
+    def grid(self) -> int:
+        """Side h = w of the embedding grid."""
+        return self.image_size // self.stride
+
+
+_SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
+_SAM_SOURCE = "Meta, Segment Anything (2023)"
+
+MODELS: dict[str, ModelSpec] = {
+    spec.name: spec
+    for spec in (
+        ModelSpec(
+            name="tiny",
+            image_size=384,
+            encoder=TinyVitSpec(
+                dims=(32, 64, 160),
+                depths=(2, 2, 8),
+                num_heads=(1, 2, 5),
+                windows=(8, 8, 24),  # the last stage attends over the whole grid
+                strides=(2, 2),
+                fine_features=True,
+            ),
+            embed_dim=128,
+            decoder_heads=4,
+            decoder_mlp_dim=512,
+            iou_hidden_dim=128,
+            file_name="tiny.safetensors",
+            source="samray's own trainer, embedded in the package",
+            core_seconds=(0.3, 0.004),
+        ),
+        ModelSpec(
+            name="vit_t",
+            image_size=1024,
+            encoder=TinyVitSpec(
+                dims=(64, 128, 160, 320),
+                depths=(2, 2, 6, 2),
+                num_heads=(2, 4, 5, 10),
+                windows=(7, 7, 14, 7),
+                strides=(2, 2, 1),
+            ),
+            file_name="mobile_sam.pt",
+            url="https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/master/weights/mobile_sam.pt",
+            sha256="6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+            size_mb=40.7,
+            source="MobileSAM (Zhang et al., 2023)",
+            core_seconds=(2, 0.05),
+        ),
+        ModelSpec(
+            name="vit_b",
+            image_size=1024,
+            encoder=VitSpec(dim=768, depth=12, num_heads=12, global_blocks=(2, 5, 8, 11)),
+            file_name="sam_vit_b_01ec64.pth",
+            url=_SAM_URL + "sam_vit_b_01ec64.pth",
+            sha256="ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+            size_mb=375.0,
+            source=_SAM_SOURCE,
+            core_seconds=(12, 0.05),
+        ),
+        ModelSpec(
+            name="vit_l",
+            image_size=1024,
+            encoder=VitSpec(dim=1024, depth=24, num_heads=16, global_blocks=(5, 11, 17, 23)),
+            file_name="sam_vit_l_0b3195.pth",
+            url=_SAM_URL + "sam_vit_l_0b3195.pth",
+            sha256="3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+            size_mb=1249.5,
+            source=_SAM_SOURCE,
+            core_seconds=(30, 0.05),
+        ),
+        ModelSpec(
+            name="vit_h",
+            image_size=1024,
+            encoder=VitSpec(dim=1280, depth=32, num_heads=16, global_blocks=(7, 15, 23, 31)),
+            file_name="sam_vit_h_4b8939.pth",
+            url=_SAM_URL + "sam_vit_h_4b8939.pth",
+            sha256="a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+            size_mb=2564.6,
+            source=_SAM_SOURCE,
+            core_seconds=(55, 0.05),
+        ),
+    )
+}
+
+
+def model_names() -> list[str]:
+    """The names of all models, in the table's order."""
+    return list(MODELS)
+
+
+def teacher_names() -> list[str]:
+    """The models with published weights, which a smaller one can be distilled from."""
+    return [name for name, spec in MODELS.items() if spec.url is not None]

@@ -1,0 +1,66 @@
+"""What an image encoder is to the rest of samray, and how the one of a model is built."""
+
+from __future__ import annotations
+
+import importlib
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from samray.sam.spec import ModelSpec
+
+
+class Features(NamedTuple):
+    """What an encoder makes of B images."""
+
+    embedding: Tensor
+    """(B, C, h, w)."""
+    high_res: tuple[Tensor, Tensor] | None = None
+    """(B, C / 8, 4h, 4w) and (B, C / 4, 2h, 2w), which the decoder adds as it upscales; None if it adds nothing."""
+
+
+class ImageEncoder(nn.Module):
+    """(B, 3, S, S) normalised pixels -> `Features`. The names serve partial training and layer-wise decay."""
+
+    stem: ClassVar[tuple[str, ...]] = ()
+    """Starts of the names of parameters that come before the blocks."""
+
+    def features(self, pixels: Tensor) -> Features:
+        """What the encoder makes of pixels (B, 3, S, S)."""
+        raise NotImplementedError
+
+    def block_names(self) -> list[tuple[str, ...]]:
+        """The blocks from the image to the neck: each one's name as a submodule, then those of what belongs to it."""
+        raise NotImplementedError
+
+    def blocks_in_order(self) -> list[nn.Module]:
+        """The blocks themselves."""
+        return [self.get_submodule(names[0]) for names in self.block_names()]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """The features as one tensor, see `packed`."""
+        return packed(self.features(pixels))
+
+
+def build_encoder(spec: ModelSpec) -> ImageEncoder:
+    """The encoder of a model, by the function that its row names."""
+    module, _, function = spec.encoder.builder.partition(":")
+    encoder: ImageEncoder = getattr(importlib.import_module(module), function)(spec)
+    return encoder
+
+
+def packed(features: Features) -> Tensor:
+    """Features as one tensor (B, C + ..., h, w), which can be sliced by image: the high-res ones cell by cell.
+
+    Channels: C of the embedding, then the C / 4 features of a cell's four quarters (y, x), then the C / 8 features of
+    its sixteen sixteenths (y, x of the quarter, y, x within it): the order in which `MaskDecoder.upscale` makes them.
+    """
+    if features.high_res is None:
+        return features.embedding
+    s0, s1 = features.high_res
+    b, _, h, w = s1.shape
+    halves = s1.view(b, -1, h // 2, 2, w // 2, 2).permute(0, 3, 5, 1, 2, 4)
+    quarters = s0.view(b, -1, h // 2, 2, 2, w // 2, 2, 2).permute(0, 3, 6, 4, 7, 1, 2, 5)
+    cells = [part.reshape(b, -1, h // 2, w // 2) for part in (halves, quarters)]
+    return torch.cat([features.embedding, *cells], dim=1)
