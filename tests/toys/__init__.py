@@ -1,1 +1,1 @@
-"""Toys that show what a new format, kind of input or model needs: one file each."""
+"""Toys that show what a new export format, kind of input or model needs: a file each, and the row that adds it."""

@@ -1,0 +1,28 @@
+"""The pipeline's stages with the toys' rows: unpickling one of these in a worker of Ray's imports this module there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from samray.config.models import MODELS
+from samray.inputs.readers import READERS
+from samray.pipeline import fetch, labeler
+from toys import base64_input, patch_model
+
+_fetch_shard, _build_labeler = fetch.fetch_shard, labeler.build_labeler
+
+
+def _add_rows() -> None:
+    MODELS["toy"] = patch_model.SPEC
+    if base64_input.READER not in READERS:
+        READERS.append(base64_input.READER)
+
+
+def fetch_shard(*args: Any, **kwargs: Any) -> Any:
+    _add_rows()
+    return _fetch_shard(*args, **kwargs)
+
+
+def build_labeler(*args: Any, **kwargs: Any) -> Any:
+    _add_rows()
+    return _build_labeler(*args, **kwargs)
