@@ -82,5 +82,11 @@ class ImageError(SamrayError):
         self.reason = reason
         self.message = message
 
+    @classmethod
+    def parse(cls, text: str) -> ImageError:
+        """The error whose `str` this is, out of a column; a reason of a newer samray counts as unreadable."""
+        reason, _, message = text.partition(": ")
+        return cls(reason if reason in IMAGE_ERROR_REASONS else "unreadable", message)
+
     def __str__(self) -> str:
         return f"{self.reason}: {self.message}"

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from samray.errors import ImageError
+from samray.sam.memory import is_out_of_memory
 
 
 class Failures:
@@ -32,7 +31,9 @@ class Failures:
         """Count an image that does not fit into memory as failed; re-raise every other error."""
         try:
             yield
-        except (MemoryError, torch.OutOfMemoryError) as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             self.add(ImageError("out_of_memory", " ".join(str(error).split()) or "it does not fit into memory"))
 
     def figures(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pycocotools import mask as coco_mask
 
 from samray import storage
 from samray.config import InputConfig
-from samray.errors import IMAGE_ERROR_REASONS, ConfigError, ImageError, NotFoundError, StorageError
+from samray.errors import ConfigError, ImageError, NotFoundError, StorageError
 from samray.inputs.decode import RGBArray
 from samray.inputs.decode_apart import decode_apart
 from samray.inputs.listing import fetch_images
@@ -218,9 +218,8 @@ class RegionData:
     def _sa1b_image(self, row: dict[str, Any], file: _File, place: pa.Table | None) -> RegionImage:
         """place: the image's row in the plan, if there is one."""
         if row.get("status") == "failed":
-            reason, _, message = (row.get("error") or "").partition(": ")
-            message = storage.redact(message) or "failed in DATA"
-            raise ImageError(reason if reason in IMAGE_ERROR_REASONS else "unreadable", message)
+            error = ImageError.parse(row.get("error") or "")
+            raise ImageError(error.reason, storage.redact(error.message) or "failed in DATA")
         if place is None:
             uri = storage.resolve(storage.parent(file.uri), row["uri"]) if row["uri"] else ""
             place = pa.Table.from_pylist([{"uri": uri}], INPUT_SCHEMA)

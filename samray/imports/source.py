@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from samray import storage
-from samray.errors import ConfigError, NotFoundError
+from samray.errors import ConfigError, ImageError, NotFoundError
 from samray.inputs.listing import IMAGE_EXTENSIONS
 from samray.inputs.tar import is_tar, list_tar
 from samray.output.schema import MAX_IMAGE_ID
@@ -125,7 +125,7 @@ def _list_tar(uri: str) -> pa.Table:
         if not member.name.lower().endswith(".json"):
             continue
         if member.problem or member.extents is not None:
-            problem = (member.problem or "unreadable: it is a sparse file").partition(": ")[2]
+            problem = ImageError.parse(member.problem or "unreadable: it is a sparse file").message
             raise ConfigError(f"{storage.redact(uri)}, {member.name}: {problem}; create the tar without sparse files")
         row = {"json": uri, "json_offset": member.offset, "json_size": member.size}
         photo = photos.get(member.name.rpartition(".")[0])

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from samray import storage
-from samray.errors import IMAGE_ERROR_REASONS, ImageError
+from samray.errors import ImageError
 from samray.inputs.skipped import Skipped
 
 if TYPE_CHECKING:
@@ -78,12 +78,6 @@ class Reader:
     def matches(self, uri: str) -> bool:
         """Whether a file is of this kind, by its name."""
         return uri.lower().endswith(self.endings)
-
-
-def known_problem(text: str) -> ImageError:
-    """The error of a row whose `problem` says `reason: message`."""
-    reason, _, message = text.partition(": ")
-    return ImageError(reason if reason in IMAGE_ERROR_REASONS else "unreadable", message)
 
 
 def too_large(size: int, config: InputConfig) -> ImageError:

@@ -26,7 +26,7 @@ from samray.errors import (
     UnavailableError,
 )
 from samray.inputs import folder
-from samray.inputs.base import FetchFile, known_problem, too_large
+from samray.inputs.base import FetchFile, too_large
 from samray.inputs.readers import reader_of
 from samray.inputs.rows import INPUT_SCHEMA
 
@@ -112,7 +112,7 @@ def _fetch_all(items: list[dict[str, Any]], config: InputConfig, timeout_s: floa
         container = item["container"]
         reader = reader_of(container) if container else None
         if item["problem"]:
-            fetched[i] = known_problem(item["problem"])
+            fetched[i] = ImageError.parse(item["problem"])
         elif storage.is_redacted(_file_of(item)):
             fetched[i] = ImageError("missing", NO_CREDENTIALS.format(item["uri"]))
         elif reader is not None and reader.fetch_at_once:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from samray import storage
-from samray.errors import BucketNotFoundError, ConfigError, FileError, NotFoundError, RefusedError
+from samray.errors import BucketNotFoundError, ConfigError, FileError, ImageError, NotFoundError, RefusedError
 from samray.inputs.base import Container, Part, Reader, relative_to
 from samray.inputs.fetch import fetch_images
 from samray.inputs.folder import IMAGE_EXTENSIONS, files_table, list_files, relative_names
@@ -59,7 +59,7 @@ def check_readable(images: pa.Table, input_uri: str) -> None:
         where = storage.redact(storage.normalize(input_uri))
         raise ConfigError(
             f"INPUT {where}: none of its {images.num_rows:,} images can be read; "
-            f"the first is {storage.redact(uri)}: {problem.partition(': ')[2]}"
+            f"the first is {storage.redact(uri)}: {ImageError.parse(problem).message}"
         )
 
 
@@ -79,7 +79,7 @@ def _list_all(uri: str, config: InputConfig, skipped: Skipped) -> pa.Table:
     root = _root(uri)
     is_file = found.num_rows == 1 and found["uri"][0].as_py() == uri
     if is_file and (problem := found["problem"][0].as_py()):
-        raise ConfigError(f"INPUT {where} cannot be read: {problem.partition(': ')[2]}")
+        raise ConfigError(f"INPUT {where} cannot be read: {ImageError.parse(problem).message}")
     if not is_file:
         keep = pc.invert(pc.match_substring_regex(relative_names(found["uri"], root), r"(^|/)(\.|_samray/)"))
         count_skipped(found["uri"], keep, HIDDEN, skipped)
@@ -164,7 +164,7 @@ class _Containers:
     def _list_one(self, file: dict[str, Any]) -> Part:
         uri = file["uri"]
         if file["problem"]:
-            return Part(error=f"{storage.redact(uri)}: {file['problem'].partition(': ')[2]}")
+            return Part(error=f"{storage.redact(uri)}: {ImageError.parse(file['problem']).message}")
         prefix = "" if uri == self.uri else relative_to(uri, self.root).rpartition(".")[0]
         try:
             return self.reader.list(Container(uri, file["etag"], self.root, prefix), self.config)

@@ -21,7 +21,7 @@ from samray.errors import (
     RefusedError,
     UnavailableError,
 )
-from samray.inputs.base import Container, FetchFile, Part, Reader, known_problem, too_large
+from samray.inputs.base import Container, FetchFile, Part, Reader, too_large
 from samray.inputs.outside import place_problem
 from samray.inputs.parquet_types import binary_column, is_binary, is_text, text_column
 from samray.inputs.rows import input_rows
@@ -178,7 +178,7 @@ def _bytes_of(value: pa.Array, folder: str, config: InputConfig, fetch_file: Fet
     if path:  # Hugging Face's layout may have a path instead of bytes
         uri = storage.resolve(folder, path)
         problem = place_problem(uri, folder, allow_outside=config.allow_outside)
-        return fetch_file(uri) if problem is None else known_problem(problem)
+        return fetch_file(uri) if problem is None else ImageError.parse(problem)
     return ImageError("missing", "the row has no image")
 
 

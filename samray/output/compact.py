@@ -24,7 +24,7 @@ from samray.errors import ConfigError, StorageError
 from samray.output.append import missing_shards, stale_shards
 from samray.output.manifests import MANIFEST_SCHEMA
 from samray.output.plan import Plan, load_plan, write_plan
-from samray.output.schema import STATS_SECONDS, samray_metadata, schema_of, shard_metadata
+from samray.output.schema import STATS_SECONDS, reason_of, samray_metadata, schema_of, shard_metadata
 from samray.output.shards import (
     FOLDER,
     commit_shard,
@@ -166,7 +166,7 @@ def rows_between(plan: Plan, starts: list[int], start: int, number: int) -> tupl
         stage_seconds.update({name: seconds * share for name, seconds in stats.get("stage_seconds", {}).items()})
     rows = pa.concat_tables(tables)
     assert rows.num_rows == number, (rows.num_rows, number)
-    failures = Counter(error.partition(":")[0] for error in rows["error"].drop_null().to_pylist())
+    failures = Counter(reason_of(error) for error in rows["error"].drop_null().to_pylist())
     return rows, {
         "num_images": number,
         "num_masks": pc.sum(pc.list_value_length(rows["annotations"])).as_py() or 0,

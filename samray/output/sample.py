@@ -18,7 +18,8 @@ from typing import Any, Final, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from samray.output.schema import samray_metadata
+from samray.errors import ImageError
+from samray.output.schema import reason_of, samray_metadata
 from samray.output.shards import open_shard
 
 MAX_FOOTERS: Final = 4096
@@ -110,7 +111,7 @@ def _count_rows(file: pq.ParquetFile) -> tuple[int, Counter[str]]:
     num_masks, failures = 0, Counter[str]()
     for batch in file.iter_batches(SAMPLE_IMAGES, columns=["annotations.list.element.id", "error"]):
         num_masks += len(batch["annotations"].flatten())
-        failures.update(error.partition(":")[0] for error in batch["error"].drop_null().to_pylist())
+        failures.update(reason_of(error) for error in batch["error"].drop_null().to_pylist())
     return num_masks, failures
 
 
@@ -180,9 +181,8 @@ def examples_by_reason(output: str, footers: Sequence[Footer], number: int) -> d
 
     for _, rows in _by_shard(output, sorted(groups), read):
         for error, uri in rows:
-            reason, _, message = (error or "").partition(": ")
-            if error is not None and len(found[reason]) < number:
-                found[reason].append((uri, message))
+            if error is not None and len(found[reason_of(error)]) < number:
+                found[reason_of(error)].append((uri, ImageError.parse(error).message))
     return found
 
 

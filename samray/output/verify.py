@@ -24,7 +24,7 @@ from samray.output import manifests as generations
 from samray.output import shards
 from samray.output.append import stale_shards
 from samray.output.plan import Plan, load_plan
-from samray.output.schema import samray_metadata, schema_of
+from samray.output.schema import reason_of, samray_metadata, schema_of
 from samray.output.seals import is_intact, seal_of
 from samray.output.verify_rows import check_image, check_planned, check_status
 from samray.storage.tables import open_parquet
@@ -185,7 +185,7 @@ def _check_metadata(plan: Plan, shard: int, table: pa.Table) -> Iterator[str]:
     counted = {
         "num_images": table.num_rows,
         "num_masks": pc.sum(pc.list_value_length(table["annotations"])).as_py() or 0,
-        "failures": dict(Counter(error.partition(":")[0] for error in errors)),
+        "failures": dict(Counter(reason_of(error) for error in errors)),
     }
     for key, number in counted.items():
         if stats.get(key, number) != number:

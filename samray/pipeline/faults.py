@@ -6,12 +6,11 @@ import logging
 from typing import Final
 
 from samray.errors import ImageError
+from samray.sam.memory import is_out_of_memory
+
+__all__ = ["DeviceFault", "internal_error", "is_out_of_memory", "one_line", "raise_if_fatal"]
 
 logger = logging.getLogger(__name__)
-
-
-_OF_NO_MEMORY: Final = ("can't allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED")
-"""Texts in out-of-memory errors of torch, its CPU allocators, CUDA, Triton, cuBLAS and cuDNN."""
 
 _OF_A_LOST_DEVICE: Final = ("CUDA error", "Triton Error [CUDA]", "cuDNN error")
 
@@ -29,15 +28,6 @@ def raise_if_fatal(error: Exception) -> None:
     told = isinstance(error, RuntimeError) and any(text in str(error) for text in _OF_A_LOST_DEVICE)
     if told or isinstance(error, getattr(torch, "AcceleratorError", ())):  # torch 2.6 does not have it yet
         raise DeviceFault(one_line(error)) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the work was too large for the memory of the device or the host; smaller batches may help."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in _OF_NO_MEMORY)
-    )
 
 
 def internal_error(error: Exception) -> ImageError:
