@@ -72,7 +72,7 @@ def test_a_format_is_a_file_and_a_row(toy_format: None, tmp_path: Path, capsys: 
     assert "--digits=9 is not allowed; it takes a whole number from 0 to 6" in said(capsys)
     assert main([*command[:4], "yolo", "--digits", "2"]) == 2
     assert "--digits is an option of toy-csv, not of yolo" in said(capsys)
-    with pytest.raises(ConfigError, match=r"no option digit of exports; did you mean digits\?"):
+    with pytest.raises(ConfigError, match=r"unknown option digit; did you mean digits\?"):
         samray.export(plan.output, tmp_path / "3", format="toy-csv", digit=2)
 
 
@@ -85,7 +85,7 @@ def test_an_export_of_before_goes_on_though_its_format_has_an_option_more(toy_fo
     assert begun["options"] == {}
     identity.write_text(json.dumps(begun | {"options": {"on_top": "area"}}))  # as samray 0.1 wrote the default
     assert samray.export(plan.output, tmp_path / "maps", **options).num_pieces_skipped == 1
-    with pytest.raises(ConfigError, match="holds another export"):
+    with pytest.raises(ConfigError, match="has a different export"):
         samray.export(plan.output, tmp_path / "maps", on_top="predicted_iou", **options)
 
 
