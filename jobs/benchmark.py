@@ -1,15 +1,15 @@
 """The measurements behind docs/benchmarks.md. Each prints JSON with the machine and the versions.
 
-    python jobs/benchmark.py decoder             our decoder against the published one: 64 prompts, one process
+    python jobs/benchmark.py decoder             samray's decoder and the published one: 64 prompts, one process
     python jobs/benchmark.py generator           all masks of an image, by samray (also in bfloat16) and its peers
-    python jobs/benchmark.py decode PHOTOS       JPEG by Pillow and by others, and whether it is the same
+    python jobs/benchmark.py decode PHOTOS       JPEG decoding by Pillow and others, and whether pixels agree
     python jobs/benchmark.py memory              peak memory of the mask generator on one 12-megapixel image
-    python jobs/benchmark.py pipeline PHOTOS     `samray.label` against the bare MaskGenerator, the same images
-    python jobs/benchmark.py export              memory and seconds of `samray.export`, killed half-way and run again
+    python jobs/benchmark.py pipeline PHOTOS     `samray.label` and the bare MaskGenerator on the same images
+    python jobs/benchmark.py export              memory and seconds of `samray.export`, killed half-way and resumed
     python jobs/benchmark.py report              seconds, memory and page size of `samray report` on 100,000 images
     python jobs/benchmark.py extract PARQUET DIR writes the photographs of a Parquet file with a `jpeg` column as files
-    python jobs/benchmark.py read                bytes that one image of 100,000 costs on S3, and what an index costs
-    python jobs/benchmark.py train DATA...       `samray train` against a plain PyTorch loop, the same model and batches
+    python jobs/benchmark.py read                bytes read from S3 for one image of 100,000, and for an index
+    python jobs/benchmark.py train DATA...       `samray train` and a plain PyTorch loop, same model and batches
 
 `decoder` and `read` need the test extra (segment-anything, an S3 server). Quote ratios of one run, not single times.
 """
@@ -70,7 +70,7 @@ def decoder(rounds: int, prompts: int) -> dict[str, Any]:
         return out
 
     logits, iou = run_reference()
-    # A third of the candidates passes the IoU filter, as is typical of real weights.
+    # A third of the candidates passes the IoU filter, which is typical of real weights.
     min_iou = float(iou.flatten().quantile(2 / 3))
 
     def run_all() -> Any:
@@ -97,9 +97,9 @@ def decoder(rounds: int, prompts: int) -> dict[str, Any]:
 
 
 def memory(model_name: str, megapixels: float) -> dict[str, Any]:
-    """Peak resident memory beyond the loaded model while masks of one large image are generated.
+    """Peak resident memory, beyond the loaded model, while generating the masks of one large image.
 
-    Default options, but stability_score_thresh 0.5: random weights stand in for the published ones, and their masks are
+    Default options, but stability_score_thresh 0.5: random weights replace the published ones, and their masks are
     less stable.
     """
     sys.path.insert(0, str(ROOT / "tests" / "parity"))
@@ -126,10 +126,10 @@ def memory(model_name: str, megapixels: float) -> dict[str, Any]:
 
 
 def decode(photos: Path, megapixels: float, limit: int | None) -> dict[str, Any]:
-    """Milliseconds to decode a JPEG by Pillow, as samray does, and by others; and whether the pixels are the same.
+    """Milliseconds to decode a JPEG with Pillow, as samray does, and with others; and whether the pixels agree.
 
-    The photographs as they are, and one of them at `megapixels`. "half size" decodes at half the resolution, as
-    libjpeg-turbo can from the frequencies, and resizes that to the model's input; its difference is that of the input.
+    The photographs as they are, and one of them at `megapixels`. "half size" decodes at half the resolution, which
+    libjpeg-turbo can do from the frequencies, and resizes to the model's input; its difference is measured there.
     """
     import io
 
@@ -178,7 +178,7 @@ def pipeline(photos: Path, limit: int | None, settings: list[str]) -> dict[str, 
     """Wall time of `samray.label` and of a plain loop over the same files; a run with one image gives the start-up."""
     config = load_config(None, None, settings + ([f"input.limit={limit}"] if limit else []))
     listed = [uri for table in list_images(str(photos), config.input) for uri in table["uri"].to_pylist()]
-    files = [Path(uri) for uri in listed]  # those that the run will take, in its order
+    files = [Path(uri) for uri in listed]  # the files of the run, in its order
     model = samray.load_model(config.model.name, config.model.checkpoint, config.model.device, config.model.dtype)
     generator = samray.MaskGenerator(model, config.masks)
 
@@ -216,9 +216,9 @@ def pipeline(photos: Path, limit: int | None, settings: list[str]) -> dict[str, 
 
 
 def _busy_once_running(output: str) -> float | None:
-    """Of the time that the labelling actor was there, the share in which its model worked, by the shards' own counts.
+    """Fraction of the labelling actor's time in which its model worked, from the shards' counts.
 
-    Without the shard in which it did so least: that is the one that waited for the model to load.
+    Excludes the shard with the lowest fraction: that is the one that waited for the model to load.
     """
     from samray.output.shards import done_shards, read_metadata
 
@@ -251,13 +251,13 @@ def main() -> int:
     sub.add_argument("--engines", nargs="+", default=["samray", "segment-anything"], choices=compare.ENGINES)
     sub.add_argument("--rounds", type=int, default=3)
     sub.add_argument("--image-hw", nargs=2, type=int, default=(1200, 1800), metavar=("H", "W"))
-    sub.add_argument("--num-images", type=int, default=1, help="in one call")
-    sub.add_argument("--photos", type=Path, help="a folder of photographs; by default seeded coloured patches")
-    sub.add_argument("--checkpoint", help="of published weights; by default seeded random ones")
+    sub.add_argument("--num-images", type=int, default=1, help="images per call")
+    sub.add_argument("--photos", type=Path, help="folder of photographs (default: seeded coloured patches)")
+    sub.add_argument("--checkpoint", help="published weights (default: seeded random ones)")
     sub.add_argument(
-        "--dtype", default="float32", choices=["float32", "bfloat16"], help="samray's; peers run as shipped"
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="for samray; peers use their defaults"
     )
-    sub.add_argument("--stages", action="store_true", help="also where samray's time goes, and how many FLOP it does")
+    sub.add_argument("--stages", action="store_true", help="also measure samray's stages and FLOP")
     sub = commands.add_parser("memory")
     sub.add_argument("--model", dest="model_name", default="vit_b", choices=list(MODELS))
     sub.add_argument("--megapixels", type=float, default=12.0)
@@ -271,28 +271,28 @@ def main() -> int:
     sub.add_argument("--limit", type=int)
     sub = commands.add_parser("export")
     sub.add_argument("--images", type=int, default=10_000)
-    sub.add_argument("--masks", type=int, default=100, help="an image")
+    sub.add_argument("--masks", type=int, default=100, help="masks per image")
     sub.add_argument("--format", default="coco", choices=["sa1b", "coco", "yolo", "flat", "label-map"])
     sub.add_argument("--polygons", action="store_true")
     sub = commands.add_parser("report")
     sub.add_argument("--images", type=int, default=100_000)
-    sub.add_argument("--masks", type=int, default=100, help="an image")
-    sub.add_argument("--file-mb", type=int, default=256, help="of the compacted output")
-    sub.add_argument("--folder", type=Path, help="where the outputs are made and kept; by default they are not")
+    sub.add_argument("--masks", type=int, default=100, help="masks per image")
+    sub.add_argument("--file-mb", type=int, default=256, help="file size of the compacted output")
+    sub.add_argument("--folder", type=Path, help="folder to keep the outputs in (default: deleted)")
     sub = commands.add_parser("extract")
     sub.add_argument("parquet", type=Path)
     sub.add_argument("folder", type=Path)
     sub.add_argument("--limit", type=int)
     sub = commands.add_parser("train")
-    sub.add_argument("data", nargs="+", metavar="DATA", help="as `samray train` takes them")
+    sub.add_argument("data", nargs="+", metavar="DATA", help="as for `samray train`")
     sub.add_argument("--rounds", type=int, default=3)
     sub.add_argument("--steps", type=int, default=40)
     sub.add_argument("--settings", nargs="*", default=[], help="section.key=value")
     sub = commands.add_parser("read")
     sub.add_argument("--rows", type=int, default=100_000)
-    sub.add_argument("--masks", type=int, default=12, help="an image")
-    sub.add_argument("--shapes", type=int, default=4000, help="different masks")
-    sub.add_argument("--uri", help="an empty folder on an object store; by default a local S3 server is started")
+    sub.add_argument("--masks", type=int, default=12, help="masks per image")
+    sub.add_argument("--shapes", type=int, default=4000, help="number of different masks")
+    sub.add_argument("--uri", help="an empty folder on an object store (default: starts a local S3 server)")
     bodies: dict[str, Callable[..., dict[str, Any]]] = {
         "decoder": decoder,
         "decode": decode,

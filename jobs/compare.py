@@ -1,6 +1,6 @@
-"""`jobs/benchmark.py generator`: the whole mask generator and its peers, which run in `jobs/peers.py`, in turn.
+"""`jobs/benchmark.py generator`: samray's mask generator and its peers, which run in `jobs/peers.py`, taking turns.
 
-Top to bottom: images, weights and thresholds that all engines share; the turns; what the figures say.
+In order: images, weights and thresholds that all engines share; the turns; the evaluation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from samray.sam.spec import MODELS
 ROOT = Path(__file__).resolve().parent.parent
 
 ENGINES = ("samray", "samray-bfloat16", "segment-anything", "transformers")
-"""samray-bfloat16 is samray itself in that precision, as `model.dtype=bfloat16` has it."""
+"""samray-bfloat16 is samray with `model.dtype=bfloat16`."""
 
 
 def generator(
@@ -41,8 +41,8 @@ def generator(
 ) -> dict[str, Any]:
     """The whole mask generator and its peers: same images, same weights, one process each, taking turns.
 
-    Seeded random weights, unless `checkpoint` names published ones, with thresholds such that a third of the 3,072
-    candidates of an image passes the IoU filter and about 100 masks are kept, as with real weights.
+    Uses seeded random weights unless `checkpoint` names published ones. The thresholds let a third of an image's 3,072
+    candidates pass the IoU filter and keep about 100 masks, as with real weights.
     """
     images = _benchmark_images(image_hw, num_images, photos)
     results: dict[str, Any] = {}
@@ -76,7 +76,7 @@ def generator(
 
 
 def _benchmark_images(image_hw: tuple[int, int], number: int, photos: Path | None) -> list[Any]:
-    """Photographs in the given size, scaled up where they are smaller; without any, seeded coloured patches."""
+    """Photographs resized to the given size; without any, seeded coloured patches."""
     import numpy as np
     from PIL import Image
 
@@ -91,7 +91,7 @@ def _benchmark_images(image_hw: tuple[int, int], number: int, photos: Path | Non
 
 
 def _make_job(folder: Path, name: str, images: list[Any], checkpoint: str | None, dtype: str) -> dict[str, Any]:
-    """The weights, images and settings that all engines share, as files in folder."""
+    """Write the weights, images and settings that all engines share to files in folder."""
     import numpy as np
     from safetensors.torch import save_file
     from weights import random_sam
@@ -112,16 +112,16 @@ def _make_job(folder: Path, name: str, images: list[Any], checkpoint: str | None
 
 
 def _preset_of(name: str) -> dict[str, Any]:
-    """What `samray label` takes for a published model: for the embedded one its preset, else the defaults."""
+    """The defaults of `samray label` for a published model: its preset for the embedded one, else none."""
     wanted = load_config(None, None, [f"model.name={name}"]).masks.model_dump()
     return {key: value for key, value in wanted.items() if value != MaskConfig().model_dump()[key]}
 
 
 @torch.inference_mode()
 def _typical_settings(model: Sam, image: Any) -> dict[str, float]:
-    """Have random weights let as many candidates through as published ones do: moves the predicted IoUs so that a
-    third is above 0.88, and returns thresholds of stability and of NMS with which 600 and then about 100 are left.
-    Where boxes are so alike that NMS leaves either far fewer or all, all are.
+    """Make random weights keep as many candidates as published ones: shifts the predicted IoUs to put a third above
+    0.88, and returns thresholds of stability and NMS that keep 600 and then about 100. If the boxes are so similar that
+    NMS can keep only far fewer or all, it keeps all.
     """
     import numpy as np
 
@@ -157,7 +157,7 @@ def _typical_settings(model: Sam, image: Any) -> dict[str, float]:
 
 
 def _take_turns(engines: list[str], job: dict[str, Any], rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """Every engine's figures of each round. None is left out to warm up: medians do not mind, and a round is long."""
+    """Every engine's results per round. No round is discarded as warm-up: medians tolerate it, and a round is long."""
     path = Path(job["weights"]).with_name("job.json")
     path.write_text(json.dumps(job))
     runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
@@ -195,7 +195,7 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _agreement(ours: list[list[dict[str, Any]]], theirs: list[list[dict[str, Any]]], engine: str) -> dict[str, Any]:
-    """How alike two engines' masks are: counts, RLEs that are the same, and IoU of each mask with its best match."""
+    """Similarity of two engines' masks: counts, identical RLEs, and each mask's IoU with its best match."""
     from pycocotools import mask as coco_mask
 
     same, best = 0, []
@@ -212,7 +212,7 @@ def _agreement(ours: list[list[dict[str, Any]]], theirs: list[list[dict[str, Any
 
 @torch.inference_mode()
 def _arithmetic(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """Floating point operations of one image, by torch's own count, and what the machine does in a plain product."""
+    """Floating point operations for one image, counted by torch, and the machine's rate for a plain matrix product."""
     import numpy as np
     from peers import samray_engine
     from torch.utils.flop_counter import FlopCounterMode

@@ -1,12 +1,12 @@
-"""The data engine on a small world that no model has seen: label, correct, train, label again.
+"""The data engine on a small synthetic world that no model has seen: label, correct, train, label again.
 
     python jobs/data_engine.py world/ [--images 50] [--steps 600]
 
-The world is of stripes: blobs that differ from what is around them by the direction of their stripes alone. Its images
-are labelled by a model, a simulated person corrects what was exported for it (accepts a mask that fits a blob, redraws
-one that half does, removes the rest, draws what is missing), the model's mask decoder is trained on that, and other
-images of the same world, held out, are labelled before and after. Prints what a person would want to know, as a table
-and, with --json, as JSON. Every step is a command of samray's, and is taken up where it was left.
+The world consists of stripes: blobs that differ from their surroundings only by the direction of their stripes. Its
+images are labelled by a model. A simulated annotator corrects the export (accepts a mask that fits a blob, redraws one
+that half fits, removes the rest, draws missing ones). The model's mask decoder is trained on the result, and held-out
+images of the same world are labelled before and after. Prints the results as a table and, with --json, as JSON. Every
+step is a samray command, and resumes if interrupted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from scipy import ndimage
 
-# A script's own folder is on the path, the folder above it, where samray lies in a checkout, is not.
+# A script's own folder is on sys.path, but not the folder above it, where a checkout has samray.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import samray
@@ -41,7 +41,7 @@ from samray.train.settings import load_train_settings
 
 Bool = npt.NDArray[np.bool_]
 SIDE = 256
-ACCEPTED, REDRAWN = 0.75, 0.4  # IoU with a blob from which a person accepts a mask, or mends it
+ACCEPTED, REDRAWN = 0.75, 0.4  # minimum IoU with a blob to accept a mask, or to redraw it
 
 
 def paint(seed: int, side: int = SIDE) -> tuple[npt.NDArray[np.uint8], Bool]:
@@ -78,7 +78,7 @@ def _stripes(xs: npt.NDArray[Any], ys: npt.NDArray[Any], angle: float, period: f
 
 
 def make_world(folder: Path, seeds: Sequence[int]) -> dict[str, list[Rle]]:
-    """folder/<seed>.png, and the blobs of each file's name."""
+    """Write folder/<seed>.png; returns the blobs of each file's name."""
     folder.mkdir(parents=True, exist_ok=True)
     known = {}
     for seed in seeds:
@@ -95,7 +95,7 @@ def encode(mask: Bool) -> Rle:
 
 
 def correct(exported: Path, corrected: Path, known: dict[str, list[Rle]]) -> Counter[str]:
-    """What a patient person makes of an export: each blob gets one mask. Returns what was done, how often."""
+    """Simulate a patient annotator on an export: each blob gets one mask. Returns counts of what was done."""
     coco = json.loads(exported.read_text())
     done: Counter[str] = Counter()
     masks: list[dict[str, Any]] = []
@@ -116,7 +116,7 @@ def correct(exported: Path, corrected: Path, known: dict[str, list[Rle]]) -> Cou
 
 
 def quality(labels: Path, known: dict[str, list[Rle]]) -> dict[str, float]:
-    """mean_best_iou of the blobs with the mask that fits each best, and num_masks an image, of an output."""
+    """mean_best_iou of the blobs with their best matching masks, and num_masks per image, for an output."""
     best: list[float] = []
     num_masks = num_images = 0
     for shard in sorted(done_shards(str(labels))):
@@ -137,7 +137,7 @@ def clicks(checkpoint: str | None, folder: Path, known: dict[str, list[Rle]]) ->
 
 
 def run(folder: Path, num_images: int, num_heldout: int, steps: int, *, progress: bool = True) -> dict[str, Any]:
-    """The loop, once. Returns the figures of held-out images before and after, and what the person had to do."""
+    """Run the loop once. Returns the results on held-out images before and after, and the annotator's work."""
     known = make_world(folder / "images", range(num_images))
     heldout = make_world(folder / "heldout", range(100_000, 100_000 + num_heldout))
     preset = load_config("tiny", None, ["output.images_per_shard=8"])
@@ -157,7 +157,7 @@ def run(folder: Path, num_images: int, num_heldout: int, steps: int, *, progress
         [
             "train.trainable=decoder", f"train.steps={steps}", "train.learning_rate=5e-4", "train.interaction_steps=1",
             "train.box_fraction=0", "data.prompts_per_image=8", "train.validate_every=100000",
-            # Held out are images of the world's own. A part of these would be chosen by the folder's name, too.
+            # Held-out images are separate files: a split of these would depend on the folder's name.
             "data.validation_fraction=0",
         ],
     )  # fmt: skip
@@ -179,19 +179,19 @@ def run(folder: Path, num_images: int, num_heldout: int, steps: int, *, progress
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--images", type=int, default=50, help="to label and train on (default: %(default)s)")
-    parser.add_argument("--heldout", type=int, default=30, help="to measure on (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=600, help="of training (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=50, help="images to label and train on (default: %(default)s)")
+    parser.add_argument("--heldout", type=int, default=30, help="held-out images to measure on (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="training steps (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     if args.heldout < 1:
-        parser.error("--heldout is 1 at least: there would be nothing to measure on")
+        parser.error("--heldout must be at least 1")
     figures = run(args.folder, args.images, args.heldout, args.steps)
     if args.json is not None:
         args.json.write_text(json.dumps(figures, indent=2))
-    print("the person: " + ", ".join(f"{number} {what}" for what, number in figures["person"].items()))
-    print(f"training: {figures['train_seconds']:.0f} s with the start of Ray")
-    print(f"{'held out':10}{'one click':>12}{'best of 3':>12}{'labelled':>12}{'masks an image':>16}")
+    print("the annotator: " + ", ".join(f"{number} {what}" for what, number in figures["person"].items()))
+    print(f"training: {figures['train_seconds']:.0f} s including the start of Ray")
+    print(f"{'held out':10}{'one click':>12}{'best of 3':>12}{'labelled':>12}{'masks per image':>16}")
     for name in ("before", "after"):
         f = figures[name]
         shown = f"{f['miou']:12.3f}{f['miou_oracle']:12.3f}{f['mean_best_iou']:12.3f}{f['num_masks']:16.1f}"

@@ -1,4 +1,4 @@
-"""Takes exactly the arguments of `samray evaluate`, and is it: `python jobs/evaluate.py points DATA ...`."""
+"""Run `samray evaluate` with the same arguments: `python jobs/evaluate.py points DATA ...`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # A script's own folder is on the path, the folder above it, where samray lies in a checkout, is not.
+    # A script's own folder is on sys.path, but not the folder above it, where a checkout has samray.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from samray.cli.main import main
 

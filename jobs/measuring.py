@@ -1,4 +1,4 @@
-"""What the measurements of `jobs/benchmark.py` and `jobs/scale.py` share: the machine, and how a result is given."""
+"""Shared by `jobs/benchmark.py` and `jobs/scale.py`: the machine, and the output of results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def timed(body: Callable[[], object]) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on; of torch only where it has been imported."""
+    """The machine and versions; includes torch only if it was imported."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -38,7 +38,7 @@ def machine() -> dict[str, Any]:
 
 
 def measure(parser: argparse.ArgumentParser, commands: Any, bodies: dict[str, Callable[..., dict[str, Any]]]) -> int:
-    """Run the command that was typed, and print what it measured as JSON, or also write it to a file."""
+    """Run the chosen command and print its result as JSON; optionally also write it to a file."""
     for sub in commands.choices.values():
         sub.add_argument("--json", type=Path, help="also write the result to this file")
     arguments = vars(parser.parse_args())

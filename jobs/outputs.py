@@ -1,4 +1,4 @@
-"""`jobs/benchmark.py export`, `report` and `read`: what large outputs cost those who read them."""
+"""`jobs/benchmark.py export`, `report` and `read`: the cost of reading large outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import samray
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# VmHWM and not ru_maxrss, which a child inherits from the process that started it.
+# VmHWM instead of ru_maxrss, which a child inherits from its parent process.
 EXPORT_CODE = """
 import json, re, sys, samray
 run = samray.export(*sys.argv[1:3], format=sys.argv[3], polygons=bool(int(sys.argv[4])))
@@ -28,7 +28,7 @@ print(json.dumps({"peak_mb": peak, "seconds": run.wall_s, **counts}))
 
 
 def export(images: int, masks: int, format: str, polygons: bool) -> dict[str, Any]:
-    """Peak memory and seconds of an export in a fresh process; then of one that is killed half-way and run again."""
+    """Peak memory and seconds of an export in a fresh process; then of one that is killed half-way and resumed."""
     from synthetic_output import digest, write_synthetic_output
 
     with tempfile.TemporaryDirectory() as folder:
@@ -80,9 +80,10 @@ print(json.dumps({**seconds, "peak_mb": peak, "page_mb": os.path.getsize(page) /
 
 
 def report(images: int, masks: int, file_mb: int, folder: Path | None) -> dict[str, Any]:
-    """A report of a synthetic output in shards of 64 images, and of the same compacted into files of `file_mb`.
+    """A report on a synthetic output in shards of 64 images, and on the same output compacted into files of `file_mb`.
 
-    Its images are 8 different ones of 2250x1500, used in turn. Each report is made by a fresh process, imports counted.
+    Its images are 8 different ones of 2250x1500, used in turn. Each report runs in a fresh process; imports are
+    included.
     """
     from PIL import Image
     from synthetic_output import HEIGHT, WIDTH, write_synthetic_output
@@ -93,7 +94,7 @@ def report(images: int, masks: int, file_mb: int, folder: Path | None) -> dict[s
     with tempfile.TemporaryDirectory() as temporary:
         root = folder or Path(temporary)
         photos = [root / f"photo-{i}.jpg" for i in range(8)]
-        if not (root / "output" / "_SUCCESS").exists():  # else it was kept from an earlier call
+        if not (root / "output" / "_SUCCESS").exists():  # else it exists from an earlier call
             root.mkdir(parents=True, exist_ok=True)
             for i, photo in enumerate(photos):
                 Image.fromarray(make_scene(i, (480, 720)).image).resize((WIDTH, HEIGHT)).save(photo)
@@ -112,16 +113,16 @@ def report(images: int, masks: int, file_mb: int, folder: Path | None) -> dict[s
 def read(rows: int, masks: int, shapes: int, uri: str | None) -> dict[str, Any]:
     """Bytes fetched to read single images by id from an output of one shard.
 
-    Without `uri` the output lies on a local S3 server, and all that it sends is counted on the wire: headers, lookups
-    and all. What other readers fetch for the same image is counted, too. With `uri`, an empty folder on an object
-    store, the bytes that samray reads are counted.
+    Without `uri` the output is on a local S3 server, and everything it sends is counted on the wire, including headers
+    and lookups; other readers of the same image are measured, too. With `uri`, an empty folder on an object store, only
+    the bytes that samray reads are counted.
     """
     sys.path.insert(0, str(ROOT / "tests"))
     from byte_counts import count_on_the_wire, count_reads
     from s3_server import make_bucket, running_s3
     from synthetic_output import write_synthetic_output
 
-    # Radii that give RLEs of 60 to 300 characters, and so many shapes that pages compress as if none came twice.
+    # Radii that give RLEs of 60 to 300 characters, and enough shapes that pages compress as if all were different.
     options: dict[str, Any] = {"images_per_shard": rows, "log_radius": (1.1, 1.7), "num_shapes": shapes}
     if uri is not None:
         made = write_synthetic_output(uri, rows, masks, **options)
@@ -145,7 +146,7 @@ def read(rows: int, masks: int, shapes: int, uri: str | None) -> dict[str, Any]:
 
 
 def _one_image(output: str, rows: int, count: Callable[[], int]) -> dict[str, Any]:
-    """What `read_image` and `MaskDataset` fetch, by a counter of bytes so far."""
+    """Bytes fetched by `read_image` and `MaskDataset`, by a counter of bytes so far."""
     from samray import storage
     from samray.output.lookup import read_footer
     from samray.output.shards import shard_uri
@@ -176,13 +177,13 @@ def _one_image(output: str, rows: int, count: Callable[[], int]) -> dict[str, An
 
 
 def _queries(uri: str, image_id: int) -> dict[str, Callable[[], int]]:
-    """How other readers are asked for one image; each returns the rows that it found."""
+    """Queries for one image with other readers; each returns the number of rows found."""
     import duckdb
     import polars
     import pyarrow.dataset as pads
     import s3fs
 
-    duckdb.register_filesystem(s3fs.S3FileSystem(default_cache_type="none"))  # else blocks of 50 MB are read ahead
+    duckdb.register_filesystem(s3fs.S3FileSystem(default_cache_type="none"))  # else it reads ahead blocks of 50 MB
     return {
         "pyarrow_dataset": lambda: (
             pads.dataset(uri).to_table(filter=pads.field("image", "image_id") == image_id).num_rows

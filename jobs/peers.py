@@ -1,8 +1,8 @@
-"""Automatic mask generation by samray and by its peers, each in a process of its own: `jobs/benchmark.py generator`.
+"""Automatic mask generation by samray and its peers, each in its own process, for `jobs/benchmark.py generator`.
 
 A worker loads one engine with given weights and waits; for every line on its standard input it generates the masks of
-the image once, and prints seconds, memory and masks as one line of JSON. So engines take turns on the same machine, and
-none pays for another's caches or memory.
+the image once, and prints seconds, memory and masks as one line of JSON. This lets engines take turns on the same
+machine without affecting each other's caches or memory.
 
     python jobs/peers.py ENGINE JOB.json        ENGINE: samray, samray-bfloat16, segment-anything, transformers
 """
@@ -37,14 +37,14 @@ from samray.sam.spec import MODELS  # noqa: E402
 
 Images = list[np.ndarray[Any, np.dtype[np.uint8]]]
 Run = Callable[[Images], Sequence[Sequence[Mapping[str, Any]]]]
-"""Images (H, W, 3) RGB to a list of masks each, with `segmentation` as COCO RLE, `predicted_iou`."""
+"""Images (H, W, 3) RGB to one list of masks each, with `segmentation` as COCO RLE, `predicted_iou`."""
 
 
 def samray_engine(job: dict[str, Any], device: str) -> tuple[Run, Sam, MaskGenerator]:
     dtype = torch.bfloat16 if job.get("dtype") == "bfloat16" else torch.float32
     model = Sam(MODELS[job["model"]])
     model.load_state_dict(load_file(job["weights"]))
-    model = model.eval().requires_grad_(False).to(device).narrow(dtype)
+    model = model.eval().requires_grad_(False).to(device).cast_image_side(dtype)
     generator = MaskGenerator(model, MaskConfig(bbox_convention="sam", **job["settings"]))
     return generator.generate, model, generator
 
@@ -67,7 +67,7 @@ def transformers_engine(job: dict[str, Any], device: str) -> Run:
         "points_per_crop": settings.get("points_per_side", 32),
         "pred_iou_thresh": settings["pred_iou_thresh"],
         "stability_score_thresh": settings["stability_score_thresh"],
-        "crops_nms_thresh": settings.get("box_nms_thresh", 0.7),  # its only one
+        "crops_nms_thresh": settings.get("box_nms_thresh", 0.7),  # its only NMS threshold
         "points_per_batch": 64,
     }
 
@@ -84,7 +84,7 @@ def transformers_engine(job: dict[str, Any], device: str) -> Run:
 
 
 class Stopwatch:
-    """Seconds by name, of calls that do not overlap; a wrapped call within another's is counted for the inner one."""
+    """Seconds by name, of calls that do not overlap; nested calls count for the inner one."""
 
     def __init__(self, device: str) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -122,8 +122,8 @@ class Stopwatch:
 
 
 def watch_stages(model: Sam, generator: MaskGenerator, device: str) -> Stopwatch:
-    """A stopwatch on the parts of a mask generator. On a GPU it waits for each part, so that the whole takes longer."""
-    generator.overlaps = False  # what is done at the same time cannot be told apart
+    """A stopwatch on the parts of a mask generator. On a GPU it waits for each part, which makes the whole slower."""
+    generator.overlaps = False  # concurrent work cannot be timed separately
     watch = Stopwatch(device)
     watch.wrap(model, "resize", "resize")
     watch.wrap(model, "normalize", "resize")
@@ -144,14 +144,14 @@ def watch_stages(model: Sam, generator: MaskGenerator, device: str) -> Stopwatch
 
 
 def status_bytes(field: str) -> int:
-    """A figure of /proc/self/status, such as VmHWM (the most memory resident) or VmRSS (now)."""
+    """A value of /proc/self/status, such as VmHWM (peak resident memory) or VmRSS (current)."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None, field
     return int(found[1]) * 1024
 
 
 def forget_peak() -> None:
-    """Let the peaks start from what is in use now."""
+    """Reset the peak to the current memory use."""
     Path("/proc/self/clear_refs").write_text("5")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -1,15 +1,15 @@
-"""Label photographs by a classical hierarchical segmentation: the first teacher of the embedded model.
+"""Label photographs with a classical hierarchical segmentation: the first teacher of the embedded model.
 
     python jobs/pseudo_label.py pictures/ FOLDER [FOLDER ...]
     samray import pictures/ labels/
 
-Every photograph below the folders is brought to 480 pixels and written to pictures/ as sa_<n>.jpg, with its regions at
-eight scales beside it, sa_<n>.json, in the SA-1B layout; a large one gives a second picture, about a quarter of it.
-Screenshots, drawings, logos, pictures with transparency and second sizes of one photograph are left out. Numbers come
-from the pictures' content, so what lies there already is not redone, and more folders may be added at any time.
+Every photograph in the folders is resized to 480 pixels and written to pictures/ as sa_<n>.jpg, with its regions at
+eight scales in sa_<n>.json, in the SA-1B layout; a large photograph gives a second image, about a quarter of it.
+Screenshots, drawings, logos, transparent images and other sizes of the same photograph are left out. Numbers come from
+the content: existing files are not redone, and more folders can be added at any time.
 
-What is written as a mask's stability_score is how much more the next merge costs, and as its predicted_iou how compact
-it is: of regions alike in size, those that people mark are the compact and long-lived ones (train with
+A mask's stability_score is the cost increase of the next merge, and its predicted_iou is its compactness: among regions
+of similar size, people mark the compact and long-lived ones (train with
 data.weigh_by_score=true).
 """
 
@@ -27,19 +27,19 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-# A script's own folder is on the path, the folder above it, where samray lies in a checkout, is not.
+# A script's own folder is on sys.path, but not the folder above it, where a checkout has samray.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from samray.rle.encode import box_xyxy, compress, encode_array
 from samray.train.regions import SIDE, region_tree
 
 COSTS = tuple(np.geomspace(12, 400, 8).tolist())
-"""Where the tree is cut: from a few hundred pieces to the two or three largest parts of a picture."""
-MIN_AREA, MAX_AREA = 0.002, 0.75  # of the picture
+"""Costs at which the tree is cut: from a few hundred pieces to the two or three largest parts of an image."""
+MIN_AREA, MAX_AREA = 0.002, 0.75  # fractions of the image
 MIN_SIDE = 240
 NUMBER_BITS = 37
-"""Of a picture's number, so that a mask's id, which is 65536 times as large, is below 2**53 and exact where JSON's
-numbers are floats. Of 10,000 pictures two have the same number in one of 1,400 cases; the second is left out then."""
+"""Range of image numbers: a mask's id, which is 65536 times as large, must be below 2**53 to be exact in JSON floats.
+With 10,000 images, two have the same number in one of 1,400 cases; then the second is left out."""
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm"}
 
 
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     pictures = _pictures(args.folders)
@@ -61,23 +61,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def label(number: int, path: Path, output: Path) -> int:
-    """Write the picture, as number, a tile of it if it is large, as the next, and their masks.
+    """Write the image under its number, a tile of it (if it is large) under the next, and their masks.
 
-    Returns the number of masks; 0 if left out.
+    Returns the number of masks; 0 if the image was left out.
     """
     views = _views(path)
     return sum(_write(output / f"sa_{number + i}", number + i, view) for i, view in enumerate(views))
 
 
 def number_of(picture: bytes) -> int:
-    """The number that a picture's file always has: even, for a tile of it has the next one."""
+    """The number of an image's content: even, because a tile of it has the next one."""
     digest = hashlib.sha256(picture).digest()
     return int.from_bytes(digest[:8]) >> (64 - NUMBER_BITS) & ~1
 
 
 def _pictures(folders: list[Path]) -> dict[int, Path]:
     """Number -> path. Every file once, whatever its names; of a wallpaper in many sizes (NAME/contents/images/WxH.jpg)
-    the largest.
+    only the largest.
     """
     found = [p for f in folders for p in sorted(f.rglob("*")) if p.suffix.lower() in _SUFFIXES and p.is_file()]
     found = [path for path in found if not path.is_symlink()]
@@ -118,7 +118,7 @@ def _views(path: Path) -> list[Image.Image]:
 
 
 def is_photograph(image: npt.NDArray[np.uint8]) -> bool:
-    """Whether an (H, W, 3) picture looks like one: many colours, none of which fills it, and some colour at all."""
+    """Whether an (H, W, 3) image looks like a photograph: many colours, none dominant, and not all grey."""
     coarse = (image >> 3).astype(np.int32)
     codes = (coarse[..., 0] << 10) | (coarse[..., 1] << 5) | coarse[..., 2]
     counts = np.bincount(codes.ravel())
@@ -128,7 +128,8 @@ def is_photograph(image: npt.NDArray[np.uint8]) -> bool:
 
 
 def compactness(mask: npt.NDArray[np.bool_]) -> float:
-    """4 pi area / outline^2 of a mask (H, W), the outline along pixel edges: pi / 4 for a square, 0 for a thread."""
+    """4 pi area / outline^2 of a mask (H, W), outline along pixel edges: pi / 4 for a square, near 0 for a thin
+    line."""
     outline = int((mask[1:] != mask[:-1]).sum()) + int((mask[:, 1:] != mask[:, :-1]).sum())
     return 4 * math.pi * int(mask.sum()) / max(outline, 1) ** 2
 

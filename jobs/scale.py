@@ -1,8 +1,8 @@
-"""How far samray goes beyond one machine: a plan of millions of images, and many actors, measured on a small machine.
+"""How samray scales beyond one machine: plans of millions of images and many actors, measured on a small machine.
 
-    python jobs/scale.py plan --images 10000000      a plan from a listing, and a resume of it, each in a fresh process
+    python jobs/scale.py plan --images 10000000      planning from a listing, and resuming, each in a fresh process
     python jobs/scale.py simulate                    `samray.label` on 1 to 64 actors that sleep instead of labelling
-    python jobs/scale.py driver                      the driver's CPU time, standing and for each image
+    python jobs/scale.py driver                      the driver's CPU time, idle and per image
     python jobs/scale.py start --shards 20000        seconds until the first shard comes out of Ray Data
     python jobs/scale.py paper                       GPU hours and days of SA-1B, by calculation: nothing is measured
 
@@ -34,7 +34,7 @@ from samray.rle.records import MaskRecord  # noqa: E402
 
 # --- planning and resume -------------------------------------------------------------------------------------------
 
-# VmHWM and not ru_maxrss, which a child inherits from the process that started it.
+# VmHWM instead of ru_maxrss, which a child inherits from its parent process.
 FIGURES_CODE = """
 import json, re, sys, time
 started = time.perf_counter()
@@ -78,10 +78,10 @@ run.label(*sys.argv[1:], load_config("tiny"), progress=False)
 
 
 def plan(images: int, kind: str, left: int, failed: float, folder: Path | None) -> dict[str, Any]:
-    """Seconds and peak memory of planning from a manifest of URIs, and of what a resume does before it starts Ray.
+    """Seconds and peak memory for planning from a manifest of URIs, and for a resume up to the start of Ray.
 
-    For the resume all shards but `left` are done: small ones, of one image each, in which so many of a shard's images
-    are said to have failed as chance would have it.
+    For the resume all shards but `left` are done: small ones with one image each, whose recorded failures follow the
+    given rate at random.
     """
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         input, output = f"{temporary}/listing.{kind}", f"{temporary}/output"
@@ -109,7 +109,7 @@ def _in_fresh_process(code: str, *arguments: str) -> dict[str, Any]:
 
 
 def write_listing(path: Path, num_images: int) -> None:
-    """A manifest of URIs on an object store, as an input: Parquet with uri and size, csv with both, or txt."""
+    """An input on an object store: Parquet with uri and size, csv with both, or txt."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.csv
@@ -133,7 +133,7 @@ def write_listing(path: Path, num_images: int) -> None:
 
 
 def finish_shards(output: str, left: int, failed: float) -> int:
-    """Put small valid shards where the plan has some, but for the last `left`. Returns how many images failed."""
+    """Write small valid shards for all but the last `left` shards of the plan. Returns the number of failed images."""
     import numpy as np
 
     from samray.output.plan import load_plan
@@ -161,14 +161,15 @@ def finish_shards(output: str, left: int, failed: float) -> int:
 
 
 def simulate(actors: list[int], seconds: float, masks: int, shards: int, images_per_shard: int) -> dict[str, Any]:
-    """`samray.label` as it is, on a local Ray with as many logical GPUs as actors; what sleeps is the mask generator.
+    """`samray.label` on a local Ray with as many logical GPUs as actors; only the mask generator is replaced by a
+    sleep.
 
-    Measured between the first image of the last actor to start and the last image of the first to run out of work, so
-    that neither start-up nor the end counts. Images are tiny, for on a cluster other machines decode them.
+    Measures from the first image of the last actor to start to the last image of the first actor to run out of work,
+    which excludes start-up and end. Images are tiny, because on a cluster other machines decode them.
     """
     results = {}
     for number in actors:
-        print(f"{number} actors, {seconds:g} s an image", file=sys.stderr, flush=True)
+        print(f"{number} actors, {seconds:g} s per image", file=sys.stderr, flush=True)
         settings = [number, seconds, masks, shards, images_per_shard]
         command = [sys.executable, __file__, "one-simulation", *map(str, settings)]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
@@ -178,15 +179,15 @@ def simulate(actors: list[int], seconds: float, masks: int, shards: int, images_
 
 
 def driver(actors: int, seconds: list[float], window_s: float, images_per_shard: int) -> dict[str, Any]:
-    """The driver process's CPU time: what it takes whatever happens, and what each image adds.
+    """The driver process's CPU time: a constant part, and a part per image.
 
-    Ray Data's scheduler looks around ten times a second, so that CPU time divided by images says little where images
-    are slow. Actors of several speeds give several rates; a line is laid through CPU share over images a second.
+    Ray Data's scheduler polls ten times a second, so CPU time divided by images means little if images are slow. Actors
+    of several speeds give several rates; a line is fitted through CPU share over images per second.
     """
     import numpy as np
 
     if len(set(seconds)) < 2:
-        raise SystemExit("--seconds: a line needs two points, give two speeds at least")
+        raise SystemExit("--seconds: fitting a line needs at least two speeds")
     found = []
     for s_per_image in seconds:
         shards = max(3, round(window_s / (images_per_shard * s_per_image)) + 2)
@@ -198,7 +199,7 @@ def driver(actors: int, seconds: list[float], window_s: float, images_per_shard:
 
 
 class Sleeper:
-    """In the place of a mask generator: takes its time, and writes down when."""
+    """Replaces a mask generator: sleeps, and logs the times."""
 
     def __init__(self, seconds: float, masks: int, log: str) -> None:
         self.seconds = seconds
@@ -237,7 +238,7 @@ def make_sleeper(config: Config, num_threads: int, seconds: float, masks: int, l
 
 
 def one_simulation(actors: int, seconds: float, masks: int, shards: int, images_per_shard: int) -> dict[str, Any]:
-    """One number of actors, in a process of its own, whose CPU time is then the driver's."""
+    """One number of actors, in a separate process, whose CPU time is then the driver's."""
     from PIL import Image
 
     from samray.cluster.session import local_ray
@@ -248,11 +249,11 @@ def one_simulation(actors: int, seconds: float, masks: int, shards: int, images_
         for i in range(256):
             Image.new("RGB", (8, 8), (i, 0, 0)).save(f"{folder}/{i}.png")
         names = [f"{i}.png" for i in range(num_images)]
-        for i in range(256, num_images):  # equal names would be one image
+        for i in range(256, num_images):  # equal names would count as one image
             os.link(f"{folder}/{i % 256}.png", f"{folder}/{i}.png")
         Path(folder, "listing.txt").write_text("\n".join(names))
         Path(folder, "log").mkdir()
-        # A quarter of a CPU is what an actor reserves of half of one.
+        # An actor reserves a quarter of a CPU when it uses half of one.
         with local_ray(num_cpus=actors // 2 + 4, num_gpus=actors, object_store_memory=2**30):
             config = load_config(
                 "tiny",
@@ -273,7 +274,7 @@ def one_simulation(actors: int, seconds: float, masks: int, shards: int, images_
         ]
     assert len(logs) == actors, len(logs)
     start, end = max(log[0][0] for log in logs), min(log[-1][1] for log in logs)
-    assert start < end, "the first actor had no work left when the last one started: take more --shards"
+    assert start < end, "the first actor ran out of work before the last one started: increase --shards"
     done = sum(
         number * max(0.0, min(to, end) - max(since, start)) / (to - since) for log in logs for since, to, number in log
     )
@@ -294,7 +295,7 @@ def one_simulation(actors: int, seconds: float, masks: int, shards: int, images_
 
 
 class CpuWatch:
-    """CPU seconds of this process, of its main thread (where samray's driver runs) and of the machine over time."""
+    """CPU seconds of this process, of its main thread (samray's driver) and of the machine over time."""
 
     def __init__(self) -> None:
         self.samples: list[tuple[float, float, float, float]] = []
@@ -318,16 +319,16 @@ class CpuWatch:
             self.samples.append((time.time(), *own, (user + nice + system) / ticks))
 
     def between(self, start: float, end: float) -> list[float]:
-        """CPU seconds of the main thread, the process and the machine between two times, to half a second."""
+        """CPU seconds of the main thread, the process and the machine between two times, accurate to half a second."""
         inside = [sample for sample in self.samples if start <= sample[0] <= end]
         first, last = inside[0], inside[-1]
         return [(last[i] - first[i]) * (end - start) / (last[0] - first[0]) for i in (1, 2, 3)]
 
 
 def start(shards: int, ways: list[str]) -> dict[str, Any]:
-    """Seconds from shards to do until the first of them has come through a stage, as samray hands them to Ray Data.
+    """Seconds until the first shard has passed a stage, with the way in which samray gives shards to Ray Data.
 
-    Beside it the plain way, one block put into the object store for each.
+    For comparison, the plain way: one block per shard in the object store.
     """
     import ray.data
 
@@ -366,17 +367,17 @@ def _as_it_is(batch: Any) -> Any:
 ENCODER_TFLOP = 5.9
 """ViT-H, one pass."""
 PROMPT_TFLOP = (0.85 + 0.8) / 1000
-"""One point through the decoder, its three masks upscaled: an upper bound, since those below the threshold are not."""
+"""One point through the decoder with its three masks upscaled: an upper bound, because not all are upscaled."""
 PEAK_TFLOP_PER_S = 989.0
-"""Of an H100 SXM or H200, dense bf16, by its data sheet."""
+"""Dense bf16 rate of an H100 SXM or H200, from the data sheet."""
 PRESETS = {"default": (1, 32 * 32), "sa1b": (1 + 4 + 16, 32 * 32 + 4 * 16 * 16 + 16 * 8 * 8)}
-"""Encoder passes and points an image."""
+"""Encoder passes and points per image."""
 
 
 def paper(images: int, gpus: int, shares: list[float], efficiency: float, seconds: list[float]) -> dict[str, Any]:
-    """GPU hours and time for ViT-H, from seconds an image where those are given, else from FLOP at shares of the peak.
+    """GPU hours and time for ViT-H, from seconds per image if given, else from FLOP at fractions of the peak rate.
 
-    Only the networks are counted, neither NMS nor run-length encoding. efficiency: of the pipeline, see `simulate`.
+    Counts only the networks, not NMS and run-length encoding. efficiency: of the pipeline, see `simulate`.
     """
 
     def cost(s_per_image: float) -> dict[str, float]:
@@ -396,7 +397,7 @@ def paper(images: int, gpus: int, shares: list[float], efficiency: float, second
 
 def _above_zero(text: str) -> int:
     if int(text) < 1:
-        raise argparse.ArgumentTypeError("it is 1 at least")
+        raise argparse.ArgumentTypeError("must be at least 1")
     return int(text)
 
 
@@ -409,31 +410,35 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("plan")
     sub.add_argument("--images", type=int, default=1_000_000)
-    sub.add_argument("--kind", default="parquet", choices=["parquet", "csv", "txt"], help="of the listing")
-    sub.add_argument("--left", type=_above_zero, default=5, help="shards that the resume has to do")
-    sub.add_argument("--failed", type=float, default=0.01, help="part of the images that have failed")
-    sub.add_argument("--folder", type=Path, help="where listing and output are made for a while")
+    sub.add_argument("--kind", default="parquet", choices=["parquet", "csv", "txt"], help="format of the listing")
+    sub.add_argument("--left", type=_above_zero, default=5, help="shards left for the resume")
+    sub.add_argument("--failed", type=float, default=0.01, help="fraction of the images that failed")
+    sub.add_argument("--folder", type=Path, help="folder for the temporary listing and output")
     sub = commands.add_parser("simulate")
     sub.add_argument("--actors", type=int, nargs="+", default=[1, 4, 16, 64])
-    sub.add_argument("--seconds", type=float, default=0.25, help="that an image takes on a GPU")
-    sub.add_argument("--masks", type=int, default=1, help="an image")
-    sub.add_argument("--shards", type=int, default=10, help="for each actor")
+    sub.add_argument("--seconds", type=float, default=0.25, help="seconds per image on a GPU")
+    sub.add_argument("--masks", type=int, default=1, help="masks per image")
+    sub.add_argument("--shards", type=int, default=10, help="shards per actor")
     sub.add_argument("--images-per-shard", type=int, default=64)
     sub = commands.add_parser("driver")
     sub.add_argument("--actors", type=int, default=16)
-    sub.add_argument("--seconds", type=float, nargs="+", default=[0.5, 0.125, 0.0625], help="an image, of each run")
-    sub.add_argument("--window-s", type=float, default=40, help="of work for each actor, about")
+    sub.add_argument(
+        "--seconds", type=float, nargs="+", default=[0.5, 0.125, 0.0625], help="seconds per image, for each run"
+    )
+    sub.add_argument("--window-s", type=float, default=40, help="approximate seconds of work per actor")
     sub.add_argument("--images-per-shard", type=int, default=64)
     sub = commands.add_parser("start")
     sub.add_argument("--shards", type=int, default=5000)
     names = ["shards_to_do", "put_as_blocks"]
-    sub.add_argument("--ways", nargs="+", default=names, choices=names, help="samray's, and the plain one")
+    sub.add_argument("--ways", nargs="+", default=names, choices=names, help="samray's and the plain way")
     sub = commands.add_parser("paper")
     sub.add_argument("--images", type=int, default=11_000_000)
     sub.add_argument("--gpus", type=int, default=64)
-    sub.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.2, 0.4], help="of the GPU's peak in bf16")
-    sub.add_argument("--efficiency", type=float, default=0.95, help="of the pipeline")
-    sub.add_argument("--seconds", type=float, nargs="*", default=[], help="an image, where they were measured")
+    sub.add_argument(
+        "--shares", type=float, nargs="+", default=[0.1, 0.2, 0.4], help="fractions of the GPU's peak rate in bf16"
+    )
+    sub.add_argument("--efficiency", type=float, default=0.95, help="efficiency of the pipeline")
+    sub.add_argument("--seconds", type=float, nargs="*", default=[], help="measured seconds per image")
     bodies: dict[str, Callable[..., dict[str, Any]]] = {
         "plan": plan,
         "simulate": simulate,

@@ -1,6 +1,6 @@
-"""A large output that nobody labelled, for measurements: `python jobs/synthetic_output.py OUTPUT IMAGES MASKS`.
+"""A large synthetic output for measurements: `python jobs/synthetic_output.py OUTPUT IMAGES MASKS`.
 
-The masks are smooth blobs of all sizes, drawn from a pool, in images of 2250x1500 as in SA-1B; the images do not exist.
+The masks are smooth blobs of all sizes from a pool, in images of 2250x1500 as in SA-1B; the images do not exist.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ HEIGHT, WIDTH = 1500, 2250
 POOL = 1000
 
 ALL_SCALES = (0.8, 2.6)
-"""Decimal logarithms of the least and the largest radius; nine in ten RLEs are then 47 to 1,972 characters long."""
+"""Decimal logarithms of the smallest and largest radius; 90% of the RLEs are then 47 to 1,972 characters long."""
 
 
 def blob(rng: np.random.Generator, log_radius: tuple[float, float] = ALL_SCALES) -> dict[str, Any]:
-    """A wobbly disc with a hole now and then; the logarithm of its radius is spread evenly."""
+    """A wobbly disc, sometimes with a hole; the logarithm of its radius is uniform."""
     radius = 10 ** rng.uniform(*log_radius)
     side = min(int(3 * radius) + 8, HEIGHT)
     y, x = np.indices((side, side)) - side / 2
@@ -68,7 +68,7 @@ def write_synthetic_output(
     num_shapes: int = POOL,
     photos: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Write a finished output; returns what it holds. photos: URIs of images that are there, to be used in turn."""
+    """Write a finished output; returns its counts. photos: URIs of existing images, used in turn."""
     rng = np.random.default_rng(0)
     pool = pa.array([blob(rng, log_radius) for _ in range(num_shapes)], ANNOTATION)
     names = [f"photos/{i:07d}.jpg" for i in range(num_images)]
@@ -116,10 +116,10 @@ def write_synthetic_output(
 
 
 def digest(folder: Path) -> str:
-    """Of the names and contents of all files."""
+    """A digest of the names and contents of all files."""
     whole = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
-        if file.is_file() and not file.name.startswith("."):  # a torso that kill -9 left
+        if file.is_file() and not file.name.startswith("."):  # a partial file left by kill -9
             whole.update(str(file.relative_to(folder)).encode())
             with open(file, "rb") as stream:
                 whole.update(hashlib.file_digest(stream, "sha256").digest())

@@ -1,7 +1,7 @@
 """Training for `ray job submit --working-dir . -- python jobs/train.py DATA... OUTPUT ...`.
 
-Takes exactly the arguments of `samray train`, and is it. How the embedded model is trained with it stands in the
-card of its weights, samray/weights/README.md.
+Takes the arguments of `samray train` and runs it. samray/weights/README.md describes how the embedded model is trained
+with it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # A script's own folder is on the path, the folder above it, where samray lies in a checkout, is not.
+    # A script's own folder is on sys.path, but not the folder above it, where a checkout has samray.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from samray.cli.main import main
 

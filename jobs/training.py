@@ -1,4 +1,4 @@
-"""`jobs/benchmark.py train`: what Ray Train and Ray Data cost a training, against a plain PyTorch loop."""
+"""`jobs/benchmark.py train`: the overhead of Ray Train and Ray Data, compared with a plain PyTorch loop."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from samray.train.settings import TrainSettings, load_train_settings
 from samray.train.store import Store
 
 _PARTS = 4
-"""Into which the steps are cut; the first is not counted, while caches, queues and clocks settle."""
+"""Parts of the steps; the first is not counted, while caches, queues and clocks settle."""
 
 
 class _Batches(Dataset[dict[str, torch.Tensor]]):
-    """Step by step the examples that the stream would give, for a DataLoader."""
+    """The examples of the stream, step by step, for a DataLoader."""
 
     def __init__(self, maker: ExampleMaker, batch_size: int, steps: int) -> None:
         self.maker, self.batch_size, self.steps = maker, batch_size, steps
@@ -38,7 +38,7 @@ class _Batches(Dataset[dict[str, torch.Tensor]]):
 
 
 def throughput(data: list[str], rounds: int, steps: int, settings: list[str]) -> dict[str, Any]:
-    """Examples a second of both, taking turns: the same model, examples, batches, threads and processes for data.
+    """Examples per second of both, taking turns: the same model, examples, batches, threads and data processes.
 
     The plain loop is a DataLoader with as many processes as the run has data actors, and the same step; neither
     validates or saves while it is timed.
@@ -49,7 +49,7 @@ def throughput(data: list[str], rounds: int, steps: int, settings: list[str]) ->
     rates: dict[str, list[float]] = {"plain": [], "samray": []}
     with running_ray(ClusterConfig(address=resolved.cluster.address)):
         sizes = choose_sizes(resolved, cluster_nodes())
-        assert sizes.num_workers == 1, "one worker is compared with one process"
+        assert sizes.num_workers == 1, "the comparison needs one worker and one process"
         for _ in range(rounds):
             with tempfile.TemporaryDirectory() as output:
                 rates["samray"].append(_ray(data, output, resolved))

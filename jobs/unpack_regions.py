@@ -1,13 +1,12 @@
-"""Unpack Parquet of photographs with regions into pictures and SA-1B JSON, to train on.
+"""Unpack Parquet of photographs with regions into images and SA-1B JSON for training.
 
     python jobs/unpack_regions.py pictures/ FILE.parquet [FILE.parquet ...]
     samray import pictures/ labels/
 
-The files have BSDS500's layout (`samray evaluate` reads it too): one row per image with `image_id`, `jpeg`, `width`,
-`height` and `annotators`, whose `regions` are COCO's compressed run lengths. An image becomes
-pictures/sa_<image_id>.jpg, the bytes as they are, and its regions sa_<image_id>.json. The regions of all annotators are
-kept; as people drew them, their predicted_iou and stability_score are 1. Pictures that are there already are not
-written again.
+The files have BSDS500's layout (which `samray evaluate` also reads): one row per image with `image_id`, `jpeg`,
+`width`, `height` and `annotators`, whose `regions` are COCO's compressed run lengths. An image becomes
+pictures/sa_<image_id>.jpg, with unchanged bytes, and its regions sa_<image_id>.json. The regions of all annotators are
+kept; their predicted_iou and stability_score are 1, because people drew them. Existing files are not written again.
 """
 
 import argparse
@@ -20,7 +19,7 @@ from typing import Any
 
 from pycocotools import mask as coco_mask
 
-# A script's own folder is on the path; the folder above it, which holds samray in a checkout, is not.
+# A script's own folder is on sys.path, but not the folder above it, where a checkout has samray.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from samray.evaluate.points import centre

@@ -116,4 +116,4 @@ def make_sick_labeler(config: Config, num_threads: int) -> ShardLabeler:
 
 def make_no_labeler(config: Config, num_threads: int) -> ShardLabeler:
     """For `label_with`: a model that cannot be had."""
-    raise ConfigError("model.device: cuda was asked for")
+    raise ConfigError("model.device: cuda is not available")

@@ -1,4 +1,4 @@
-"""What a run is about to do, printed before it starts, or instead of it."""
+"""The plan of a run, printed before it starts or, in a dry run, instead."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from samray.text import count, duration, first_few, two_columns
 if TYPE_CHECKING:
     from samray.inputs.prompt_file import MatchedPrompts
     from samray.inputs.skipped import Skipped
-    from samray.output.append import News
+    from samray.output.append import InputChanges
     from samray.pipeline.plan_run import Preview, RunPlan
 
 
@@ -25,7 +25,7 @@ _MANY_PROMPTS: Final = 50_000
 
 
 def print_plan(planned: RunPlan) -> None:
-    """The plan that is about to be worked on, or of a dry run, on stderr."""
+    """Print the plan of a run or dry run to stderr."""
     plan = planned.plan
     num_done = sum(plan.num_images_of(shard) for shard in planned.versions)
     most = max(generation.images_per_shard for generation in plan.generations)
@@ -51,35 +51,35 @@ def _inputs(planned: RunPlan) -> str:
     return ", ".join(dict.fromkeys(generation.identity["input_uri"] for generation in planned.plan.generations))
 
 
-def _news(news: News) -> list[tuple[str, str]]:
-    """What the comparison of INPUT with the plan found, and what becomes of it."""
+def _news(news: InputChanges) -> list[tuple[str, str]]:
+    """Differences between INPUT and the plan, and what will be done about them."""
     if not news.listed:
-        return [("new images", "not looked for: INPUT was not listed again; --append adds what is new")]
+        return [("new images", "not checked: INPUT was not listed again; --append adds new images")]
     rows = []
     if news.num_new:
         rows.append(
             ("new images", f"{news.num_new:,}, {'added' if news.appended else 'left out (--append adds them)'}")
         )
     if news.num_changed:
-        what = "to be labelled again" if news.redone else "left as they are (--redo-changed labels them again)"
+        what = "will be labelled again" if news.redone else "kept (--redo-changed labels them again)"
         rows.append(("changed images", f"{news.num_changed:,}, {what}: {', '.join(news.examples)}"))
     return rows
 
 
 def skipped_rows(skipped: Skipped) -> list[tuple[str, str]]:
-    """What the listing of INPUT left out, a line per reason."""
+    """What the listing of INPUT left out, one row per reason."""
     return [("left out" if i == 0 else "", line) for i, line in enumerate(skipped.lines())]
 
 
 def _problems(preview: Preview | None) -> list[tuple[str, str]]:
-    """Images of which listing says already that they cannot be read: how many, and why the first one."""
+    """Images that cannot be read according to the listing: how many, and why the first one."""
     if preview is None or not preview.num_unreadable:
         return []
     return [("will fail", f"{count(preview.num_unreadable, 'image')}; the first: {preview.first_problem}")]
 
 
 def _prompts(prompts: MatchedPrompts | None) -> list[tuple[str, str]]:
-    """What a person's prompts are for, and which images of theirs are not there."""
+    """User prompts: how many, and for which images they could not be matched."""
     if prompts is None:
         return []
     rows = [("prompts", f"{prompts.num_prompts:,}, on {count(len(prompts.by_place), 'image')}")]
@@ -106,9 +106,9 @@ def _print(
 
 
 def cost_rows(config: Config, num_images: int) -> list[tuple[str, str]]:
-    """What the run costs, as far as it can be known before: prompts per image, time on CPUs, weights to download.
+    """Estimated cost of the run: prompts per image, time on CPUs, weights to download.
 
-    num_images: that are left to label.
+    num_images: images left to label.
     """
     rows = []
     if config.input.prompts is None:
@@ -117,15 +117,15 @@ def cost_rows(config: Config, num_images: int) -> list[tuple[str, str]]:
         each = _cpu_seconds(config, passes, prompts)
         if each is not None and num_images:
             seconds = each * num_images
-            words = f"very roughly {duration(seconds)} on these CPUs for {count(num_images, 'image')}"
+            words = f"roughly {duration(seconds)} on these CPUs for {count(num_images, 'image')}"
             if seconds > _LONG_S:
-                fewer = "fewer masks.points_per_side or masks.crop_n_layers, a smaller model.name or GPUs take less"
+                fewer = (
+                    "to save time, lower masks.points_per_side or masks.crop_n_layers, or use a smaller model or GPUs"
+                )
                 words = f"WARNING: {words}; {fewer}"
             rows.append(("time", words))
         elif prompts > _MANY_PROMPTS:
-            rows.append(
-                ("WARNING", f"{count(prompts, 'prompt')} per image take long on any GPU: SA-1B was made with 3,072")
-            )
+            rows.append(("WARNING", f"{count(prompts, 'prompt')} per image take long on any GPU; SA-1B used 3,072"))
     if config.model.checkpoint is None:
         from samray.sam.checkpoints import list_models
 
@@ -135,7 +135,7 @@ def cost_rows(config: Config, num_images: int) -> list[tuple[str, str]]:
 
 
 def work_per_image(masks: MaskConfig) -> tuple[int, int]:
-    """Passes of the image encoder and point prompts that an image takes: layer i has 4^i crops."""
+    """Encoder passes and point prompts per image: layer i has 4^i crops."""
     layers = range(masks.crop_n_layers + 1)
     if masks.point_grids is not None:
         points = [len(grid) for grid in masks.point_grids]
@@ -145,7 +145,7 @@ def work_per_image(masks: MaskConfig) -> tuple[int, int]:
 
 
 def _cpu_seconds(config: Config, passes: int, prompts: int) -> float | None:
-    """An image's, within a factor of three or so; None if the run is not on this machine's CPUs."""
+    """CPU seconds per image, within a factor of about three; None if the run is not on this machine's CPUs."""
     core_seconds = MODELS[config.model.name].core_seconds
     if config.cluster.address or os.environ.get("RAY_ADDRESS") or core_seconds is None:
         return None
@@ -161,7 +161,7 @@ def _masks(config: Config) -> str:
     if config.input.prompts is not None:
         return f"one for each prompt of {config.input.prompts}"
     masks = config.masks
-    points = "points of your own" if masks.point_grids else f"{masks.points_per_side} x {masks.points_per_side} points"
+    points = "custom points" if masks.point_grids else f"{masks.points_per_side} x {masks.points_per_side} points"
     crops = f", {count(masks.crop_n_layers, 'layer')} of crops" if masks.crop_n_layers else ""
     return f"{points}{crops}, predicted IoU > {masks.pred_iou_thresh:g}, stability >= {masks.stability_score_thresh:g}"
 
@@ -171,7 +171,7 @@ def _where(config: Config) -> str:
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
         most = f"at most {cluster.max_actors}" if cluster.max_actors else "as many as fit"
-        return f"the Ray cluster at {address}: {count(cluster.min_actors, 'actor')} at least, {most}"
+        return f"the Ray cluster at {address}: at least {count(cluster.min_actors, 'actor')}, {most}"
     import torch
 
     num_gpus = torch.cuda.device_count()

@@ -33,7 +33,7 @@ _NUM_THREADS: Final = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class News:
+class InputChanges:
     """Differences between INPUT and the plan, and what was done about them."""
 
     listed: bool = False
@@ -95,7 +95,7 @@ def join_images(
     append: bool,
     redo_changed: bool,
     dry_run: bool = False,
-) -> tuple[Plan, News]:
+) -> tuple[Plan, InputChanges]:
     """List INPUT, and add a generation for its new images (append) and its changed images (redo_changed).
 
     Returns the current plan; the old one if there was nothing to add. If another driver adds a generation at the same
@@ -106,7 +106,7 @@ def join_images(
     listed, credentials = hide(pa.concat_tables(list_images(input_uri, config.input, skipped)))
     for _ in range(_MAX_TRIES):
         new, changed = compare(plan, listed)
-        news = News(
+        news = InputChanges(
             listed=True,
             num_new=new.num_rows,
             num_changed=changed.num_rows,

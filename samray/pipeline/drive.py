@@ -1,7 +1,7 @@
-"""The driver of a run under way: counts what is committed, shows it, and brings the run to an end when asked to stop.
+"""Follow a run in progress: count committed shards, show progress, and end the run on request.
 
-A run ends in one of five ways: the stream ends because every shard is there, or fails; or a signal asked for a stop,
-and then nothing is in flight any more, or the time for that is up (`Drain`), or a second signal cuts everything off.
+A run ends in one of five ways: all shards are done; the pipeline fails; or after a signal, nothing is in flight any
+more; or the time for that is up (`Drain`); or a second signal interrupts everything.
 """
 
 from __future__ import annotations
@@ -32,45 +32,45 @@ if TYPE_CHECKING:
 POLL_S = 0.5
 
 GIVE_UP_S = 20.0
-"""How long a labeler may take, after the drain's time is up, to come to the end of a group of images and notice."""
+"""Seconds, after the drain's time is up, for a labeler to finish a group of images and notice."""
 
 LEAVE_S = 2.0
-"""How long what is left may take to run dry: that ends more quietly than being cut off, but may be a million shards."""
+"""Seconds for the rest of the stream to end: quieter than interrupting it, but it may be a million shards."""
 
 _ANSWER_S: Final = 5.0
-"""How long to wait for the state actor before it counts as out of reach."""
+"""Seconds to wait for the state actor before it counts as unreachable."""
 
 
 @dataclass
 class Run:
-    """What a run works on, and what came of it so far."""
+    """The work of a run, and its results so far."""
 
     plan: Plan
     config: Config
     todo: Mapping[int, bool]
-    """Shard -> whether it is finished, and only some of its images are to be labelled again."""
+    """Shard -> whether it is finished, and only some of its images must be labelled again."""
     prompts: Mapping[int, Mapping[int, list[Prompt]]] | None
-    """A person's prompts: shard -> place of the image in it -> list. None if masks are found without any."""
+    """User prompts: shard -> index of the image in it -> list. None to generate all masks."""
     credentials: Mapping[int, Mapping[str, str]]
-    """Shard -> those in the URIs of its images, which the plan does not keep."""
+    """Shard -> credentials in the URIs of its images, which the plan does not store."""
     retry_failed: bool
     report: LabelReport
     history: FailureCounts
     view: ProgressView
     make_labeler: MakeLabeler | None
-    """None for the labeler of the model that config names."""
+    """None for the labeler of config's model."""
     committed: set[int] = field(default_factory=set)
-    """Shards of todo, so far."""
+    """Shards of todo committed so far."""
 
 
 class Phase(enum.Enum):
-    """How far a run has come in stopping."""
+    """Phases of stopping."""
 
     RUNNING = enum.auto()
     DRAINING = enum.auto()
-    """No shard is begun any more; those in flight are finished or, when the time is up, given up."""
+    """No new shards are begun; those in flight are finished or, when the time is up, abandoned."""
     LEAVING = enum.auto()
-    """Nothing is in flight, or what is does not answer: the stream may run dry for a moment."""
+    """Nothing is in flight, or it does not respond: give the stream a moment to end."""
     OVER = enum.auto()
 
 
@@ -84,21 +84,21 @@ class Drain:
         self._left_at = 0.0
 
     def begin(self, now: float) -> None:
-        """A signal asked for a stop; further calls change nothing."""
+        """A signal requested a stop; further calls have no effect."""
         if self.phase is Phase.RUNNING:
             self.phase, self._deadline = Phase.DRAINING, now + self._timeout_s
 
     def is_overdue(self, now: float) -> bool:
-        """Whether the shards in flight are to be given up."""
+        """Whether to abandon the shards in flight."""
         return self.phase is not Phase.RUNNING and now > self._deadline
 
     def update(self, now: float, num_in_flight: int | None) -> None:
-        """num_in_flight: shards that are begun and not committed; None if the state actor does not answer."""
+        """num_in_flight: shards begun but not committed; None if the state actor does not respond."""
         if self.phase is Phase.RUNNING:
             return
-        # No answer is no sign that nothing is in flight: then only the clock ends the drain.
+        # Without a response, shards may still be in flight: then only the time ends the drain.
         if num_in_flight != 0 and now <= self._deadline + GIVE_UP_S:
-            self.phase = Phase.DRAINING  # also from LEAVING: a shard may begin while the stop is on its way to actors
+            self.phase = Phase.DRAINING  # also from LEAVING: a shard may begin before the stop reaches its actor
         elif self.phase is Phase.DRAINING:
             self.phase, self._left_at = Phase.LEAVING, now
         elif now > self._left_at + LEAVE_S:
@@ -106,7 +106,7 @@ class Drain:
 
 
 class _Progress:
-    """Counts what came out of the stream, for the report, the progress bar and the metrics."""
+    """Counts the results of the stream, for the report, the progress bar and the metrics."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -119,12 +119,12 @@ class _Progress:
         run.committed.add(done.shard)
         run.history.set(done.shard, done.version, done.failures, done.digest)
         self.num_failed += sum(done.summary.failures.values())
-        # The images of a shard that was finished before are counted in num_before already.
+        # num_before already includes the images of a shard that was finished before.
         if not run.todo[done.shard]:
             self.num_committed += run.plan.num_images_of(done.shard)
 
     def show(self, in_flight: Mapping[int, int] | None = None) -> None:
-        """in_flight: shard -> images of it that are labelled and not committed."""
+        """in_flight: shard -> labelled images that are not committed."""
         run = self.run
         ahead = sum(number for shard, number in (in_flight or {}).items() if not run.todo.get(shard))
         num_done = self.num_committed + ahead
@@ -134,16 +134,16 @@ class _Progress:
         record("samray_run_images_failed", self.num_failed)
 
     def note(self, phase: Phase, in_flight: Mapping[int, int]) -> str:
-        """What is being done, for the progress bar."""
+        """The current activity, for the progress bar."""
         if phase is not Phase.RUNNING:
             return f"stopping, {len(in_flight)} shard{'' if len(in_flight) == 1 else 's'} in flight"
         return "labelling" if in_flight or self.num_committed > self.num_before else "loading the model"
 
 
 def drive(dataset: ray.data.Dataset, run: Run, state: Any, stop: StopRequest) -> None:
-    """Count what is committed until all is, or until a stop is asked for and what was in flight is committed.
+    """Count committed shards until all are, or until a stop is requested and the shards in flight are committed.
 
-    state: handle of `samray.cluster.control.RunState`. Raises: what the pipeline failed with, unwrapped.
+    state: handle of `samray.cluster.control.RunState`. Raises: the error of the pipeline, unwrapped.
     """
     stream, drain, progress = EventStream(dataset), Drain(run.config.cluster.drain_timeout_s), _Progress(run)
     stream.start()
@@ -163,7 +163,7 @@ def drive(dataset: ray.data.Dataset, run: Run, state: Any, stop: StopRequest) ->
                         state.end.remote(shard)
             _poll(run, state, stop, drain, progress)
         stream.halt()
-        stream.join(GIVE_UP_S)  # it must not find Ray gone: it would start another
+        stream.join(GIVE_UP_S)  # if Ray were gone, the thread would start another
     finally:
         stream.halt()
         run.history.save()
@@ -173,7 +173,7 @@ def _poll(run: Run, state: Any, stop: StopRequest, drain: Drain, progress: _Prog
     """Pass a stop on to the actors, ask what is in flight, and show it."""
     if stop.signum is not None:
         drain.begin(time.monotonic())
-        # Repeated each time: a state actor that was restarted has forgotten it.
+        # Repeated each time, because a restarted state actor has forgotten it.
         state.stop.remote(abandon=drain.is_overdue(time.monotonic()))
     in_flight = _in_flight(state)
     drain.update(time.monotonic(), None if in_flight is None else len(in_flight))
@@ -184,7 +184,7 @@ def _poll(run: Run, state: Any, stop: StopRequest, drain: Drain, progress: _Prog
 
 
 def _in_flight(state: Any) -> dict[int, int] | None:
-    """Shards that are begun and not committed -> images labelled; None if the state actor does not answer."""
+    """Shards begun but not committed -> images labelled; None if the state actor does not respond."""
     import ray
 
     try:

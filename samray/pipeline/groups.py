@@ -1,4 +1,4 @@
-"""How many images the mask generator gets at once, and what to do when they take too much memory."""
+"""Number of images per call of the mask generator, and how it adapts to the memory."""
 
 from __future__ import annotations
 
@@ -8,45 +8,45 @@ from typing import Final
 from samray.pipeline.faults import DeviceFault
 
 GPU_GROUP_IMAGES: Final = 16
-"""Images per group, at most. On a CPU a batch gains nothing: there a group is one image, and there are several
-threads."""
+"""Maximum images per group. On a CPU batching gains nothing: a group is one image, and several threads run in
+parallel."""
 
 GROUP_PIXELS: Final = 100_000_000
-"""A group is closed at this many pixels: decoded images are three bytes per pixel."""
+"""Maximum pixels per group: decoded images take three bytes per pixel."""
 
 GROW_AFTER_GROUPS: Final = 8
-"""After so many groups that fit, groups that memory had made smaller become twice as large again."""
+"""After this many groups that fit, reduced groups are doubled again."""
 
 MAX_CONSECUTIVE_OUT_OF_MEMORY: Final = 3
-"""When more images in a row do not fit, it is the device that is short of memory, not the images that are large."""
+"""If this many images in a row do not fit, the device is short of memory, rather than the images too large."""
 
 
 class GroupSize:
-    """The number of images per group: halved when a group does not fit into memory, doubled after many that did.
+    """The number of images per group: halved if a group does not fit into memory, doubled after many that did.
 
-    Memory that runs out is often not this process's doing, as when another one shares the GPU, so it may come back.
+    Memory often runs out because of another process, for example one that shares the GPU, and may become free again.
     """
 
     def __init__(self, largest: int) -> None:
         self.largest = largest
         self.num_images = largest
-        """Of the next group, at most."""
+        """Maximum for the next group."""
         self._num_groups_that_fit = 0
 
     def fitted(self, num_images: int) -> None:
-        """A group of this many images fitted."""
-        # Smaller ones say nothing about whether larger ones would fit: the last group of a shard is often short.
+        """Record that a group of this size fit."""
+        # Smaller groups say nothing about larger ones: the last group of a shard is often short.
         if num_images == self.num_images:
             self._num_groups_that_fit += 1
         if self._num_groups_that_fit >= GROW_AFTER_GROUPS:
             self._set(min(2 * self.num_images, self.largest))
 
     def too_large(self, num_images: int) -> None:
-        """A group of this many images, two at least, did not fit."""
+        """Record that a group of this size, at least two, did not fit."""
         self._set(num_images // 2)
 
     def room(self, num_images: int) -> int:
-        """What the groups for this many images could hold at their largest: by it the use of the device is measured."""
+        """Capacity of the groups for this many images at the maximum size, to measure device utilization."""
         return self.largest * math.ceil(num_images / self.num_images)
 
     def _set(self, num_images: int) -> None:
@@ -54,17 +54,17 @@ class GroupSize:
 
 
 class OutOfMemoryCount:
-    """Images in a row that did not fit into memory, not even alone and with one point at a time."""
+    """Consecutive images that did not fit into memory, even alone and with one point at a time."""
 
     def __init__(self) -> None:
         self._number = 0
 
     def fitted(self) -> None:
-        """Some image did."""
+        """Record that an image fit."""
         self._number = 0
 
     def add(self) -> None:
-        """One more did not. Raises: DeviceFault if they are too many to blame the images."""
+        """Record that an image did not fit. Raises: DeviceFault if there are too many to blame the images."""
         self._number += 1
         if self._number > MAX_CONSECUTIVE_OUT_OF_MEMORY:
             raise DeviceFault(f"{self._number} images in a row did not fit into memory")

@@ -1,7 +1,7 @@
-"""Encoded images in, one record each out: what a labelling actor does, without Ray.
+"""The work of a labelling actor without Ray: encoded images in, one record per image out.
 
-The one row boundary of the pipeline stands here: whatever one image does wrong becomes its row's error. A fault of the
-device is no image's fault; it is raised, and the actor ends with it.
+This is the only place that turns an exception into an image's error: whatever a single image causes goes into its row.
+A device error is not an image's fault: it is raised, and ends the actor.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """One image of a shard as the fetch stage hands it over."""
+    """One image of a shard from the fetch stage."""
 
     image_id: int
     file_name: str
     uri: str
     data: bytes | memoryview | np.ndarray | ImageError | Callable[[], bytes | ImageError]
-    """Encoded bytes, decoded pixels, why there are none, or where to get the bytes when their turn comes."""
+    """Encoded bytes, decoded pixels, an error, or where to fetch the bytes later."""
     prompts: list[Prompt] | None = None
-    """What masks a person asked for; None where the generator is to find all by itself."""
+    """The user prompts for this image; None to generate all masks."""
 
 
 Decoded = tuple[EncodedImage, np.ndarray | ImageError]
-"""An image and its pixels (H, W, 3) uint8, or why there are none."""
+"""An image and its pixels (H, W, 3) uint8, or an error."""
 
 Work = tuple[np.ndarray, "list[Prompt] | None"]
 """The pixels of an image, and its prompts."""
 
 
 class MaskSource(Protocol):
-    """What the labeler needs of samray.masks.MaskGenerator or, for images with prompts, PromptedGenerator."""
+    """The part of samray.masks.MaskGenerator (or PromptedGenerator, for images with prompts) that the labeler needs."""
 
     stage_seconds: dict[str, float]
 
@@ -64,10 +64,10 @@ class MaskSource(Protocol):
 
 
 class ShardLabeler:
-    """Labels images with one model. Call it from one thread at a time; it has threads of its own.
+    """Labels images with one model. Not thread-safe; uses threads internally.
 
-    On a CPU several images are labelled at once, each by one thread with a mask generator of its own: that scales
-    better than several threads on one image, and the numbers do not depend on how many there are. On a GPU one thread
+    On a CPU several images are labelled in parallel, each by one thread with a separate mask generator: that scales
+    better than several threads per image, and the results do not depend on the number of threads. On a GPU one thread
     labels groups of images, and the others decode.
     """
 
@@ -80,8 +80,8 @@ class ShardLabeler:
         num_threads: int = 1,
         device_type: str = "cpu",
     ) -> None:
-        """make_generator(points_per_batch) gives a mask generator; None leaves the batch to the generator, and a number
-        is for an image that took too much memory that way. decode_timeout_s: None takes the setting's default."""
+        """make_generator(points_per_batch) creates a mask generator; None leaves the batch size to the generator, a
+        number is for retrying an image that ran out of memory. decode_timeout_s: None uses the setting's default."""
         self.make_generator = make_generator
         self.max_pixels = max_pixels
         self.decode_timeout_s = InputConfig().decode_timeout_s if decode_timeout_s is None else decode_timeout_s
@@ -101,13 +101,13 @@ class ShardLabeler:
         images: Sequence[EncodedImage],
         on_progress: Callable[[Labelled], None] = lambda batch: None,
     ) -> Labelled:
-        """One record for each image, in their order, whatever the images are like.
+        """One record per image, in order, whatever the images are.
 
         Raises DeviceFault, StorageError, and what on_progress raises.
         """
         before = self._stage_seconds()
         done = Labelled()
-        num_ahead = 2 * self.num_workers  # enough that no worker waits for a slow image before its own
+        num_ahead = 2 * self.num_workers  # enough to keep workers busy behind a slow image
         pending: deque[Future[Labelled]] = deque()
 
         def collect(num_left: int) -> None:
@@ -136,7 +136,7 @@ class ShardLabeler:
         return dict(total)
 
     def _groups(self, images: Sequence[EncodedImage]) -> Iterator[list[Decoded]]:
-        """Decoded images, in order; the next ones are being decoded while the caller works on these."""
+        """Decoded images, in order; the next ones are decoded while the caller works on these."""
         waiting = deque(images)
         ahead: deque[tuple[EncodedImage, Future[np.ndarray | ImageError]]] = deque()
         group: list[Decoded] = []
@@ -157,7 +157,7 @@ class ShardLabeler:
             yield group
 
     def decode(self, image: EncodedImage) -> np.ndarray | ImageError:
-        """Pixels, or why there are none. Part of the row boundary: only storage that fails as a whole is raised."""
+        """Pixels or an error. Raises only storage errors that affect everything, and DeviceFault."""
         try:
             data = image.data() if callable(image.data) else image.data
             if isinstance(data, ImageError | np.ndarray):
@@ -168,7 +168,7 @@ class ShardLabeler:
         except StorageError:
             raise
         except ChildNotStarted as error:
-            raise DeviceFault(f"no process for decoding can be started: {error}") from error
+            raise DeviceFault(f"cannot start a decoding process: {error}") from error
         except MemoryError:
             return ImageError("out_of_memory", "the decoded image does not fit into memory")
         except Exception as error:
@@ -192,7 +192,8 @@ class ShardLabeler:
         )
 
     def _generate(self, generator: MaskSource, work: list[Work]) -> list[list[MaskRecord] | ImageError]:
-        """Masks or an error for each image. A failing group is run again in smaller ones, to fail only the guilty."""
+        """Masks or an error for each image. Retries a failing group in smaller groups, to fail only the images at
+        fault."""
         answers: list[list[MaskRecord] | ImageError] = []
         while len(answers) < len(work):
             part = work[len(answers) :][: self.group_size.num_images]
@@ -206,7 +207,7 @@ class ShardLabeler:
                 self.out_of_memory.fitted()
                 self.group_size.fitted(len(part))
                 continue
-            # Only after the except block, where the error is gone, is what its frames held on the device free again.
+            # After the except block, because the error's frames keep their device memory until then.
             if is_memory and self.device_type == "cuda":
                 _empty_cache()
             if len(part) == 1:
@@ -218,7 +219,7 @@ class ShardLabeler:
         return answers
 
     def _generate_in_small_batches(self, work: Work) -> list[MaskRecord] | ImageError:
-        """The image alone did not fit with the usual number of points at once: try fewer, then give it up."""
+        """Retry an image that did not fit with the usual batch size: use fewer points at a time, then give up."""
         for points_per_batch in (16, 4, 1):
             if self.device_type == "cuda":
                 _empty_cache()
@@ -240,12 +241,12 @@ def _empty_cache() -> None:
 
     try:
         torch.cuda.empty_cache()
-    except Exception as error:  # a fault of the device that shows only now
+    except Exception as error:  # a device error that only shows now
         raise DeviceFault(one_line(error)) from error
 
 
 def masks_of(generator: MaskSource, work: list[Work]) -> list[list[MaskRecord]]:
-    """The masks of each image: all that there are or, of a run with prompts, those that were asked for."""
+    """The masks of each image: all, or in a run with prompts the requested ones."""
     images = [pixels for pixels, _ in work]
     prompts = [own for _, own in work if own is not None]
     return generator.generate(images, prompts) if prompts else generator.generate(images)
@@ -274,9 +275,9 @@ MakeLabeler = Callable[["Config", int], ShardLabeler]
 
 
 def build_labeler(config: Config, num_threads: int, checkpoint_sha256: str | None = None) -> ShardLabeler:
-    """The labeler of an actor of Ray's: loads the model, where nothing else is set onto a GPU that it has reserved.
+    """Create the labeler of a Ray actor: loads the model, by default onto a GPU that the actor has reserved.
 
-    Raises: ConfigError if the weights are not those with checkpoint_sha256, or cannot be loaded.
+    Raises: ConfigError if the weights do not have checkpoint_sha256, or cannot be loaded.
     """
     import torch
 
@@ -284,10 +285,10 @@ def build_labeler(config: Config, num_threads: int, checkpoint_sha256: str | Non
     from samray.masks.prompted import PromptedGenerator
     from samray.sam.checkpoints import load_model
 
-    torch.set_num_threads(1)  # threads each take an image of their own, see ShardLabeler
+    torch.set_num_threads(1)  # each thread labels a separate image, see ShardLabeler
     device = config.model.device
     if device is None and reserved_gpus() == 0:
-        device = "cpu"  # Ray hides no GPU from an actor that has reserved none
+        device = "cpu"  # Ray does not hide GPUs from an actor without a reservation
     model: Sam = load_model(
         config.model.name, config.model.checkpoint, device, config.model.dtype, sha256=checkpoint_sha256
     )

@@ -1,7 +1,7 @@
-"""What a run is about to do: the one path on which `samray label` and its `--dry-run` plan.
+"""Plan a run: the same code for `samray label` and its `--dry-run`.
 
-The order is part of the contract: whatever can be refused is refused before anything is written to OUTPUT, because what
-is written there ties it to this run.
+The order is part of the contract: everything that can be refused is refused before anything is written to OUTPUT,
+because a written plan ties OUTPUT to this run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pyarrow as pa
 from samray import storage
 from samray.inputs.listing import check_readable
 from samray.inputs.prompt_file import MatchedPrompts, PromptFile
-from samray.output.append import News, join_images
+from samray.output.append import InputChanges, join_images
 from samray.output.destination import check_is_folder
 from samray.output.plan import Plan, load_plan, make_plan, preview_plan
 from samray.output.shards import shard_versions
@@ -30,44 +30,44 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
-    """What a run is about to do, before anything is started."""
+    """A planned run, before anything is started."""
 
     plan: Plan
-    """The plan in OUTPUT; in a dry run on a new OUTPUT one that is not written, of which no images can be read."""
+    """The plan in OUTPUT; in a dry run on a new OUTPUT an unwritten plan, whose images cannot be read."""
     config: Config
-    """The settings. In an OUTPUT that an older version began, with the mask settings of then (`Config.as_begun`)."""
+    """The settings; in an OUTPUT of an older version, with its mask settings (`Config.as_begun`)."""
     weights: WeightsFile | None
-    """Those that the actors will load; None if they load another model than config names."""
+    """The weights that the actors will load; None if they load another model than config names."""
     is_new: bool
-    """Whether OUTPUT held no run before."""
+    """Whether OUTPUT had no run before."""
     is_checked: bool
-    """Whether `check_label` has passed: a run that resumes checks only if it has something to do."""
-    changes: News
-    """What INPUT holds that the plan did not."""
+    """Whether `check_label` has passed: a resuming run checks only if it has work to do."""
+    changes: InputChanges
+    """Differences between INPUT and the plan."""
     prompts: MatchedPrompts | None
-    """A person's prompts, if config.input.prompts names a file of them."""
+    """The user prompts, if config.input.prompts names a file."""
     versions: dict[int, str | None]
     """Finished shard -> version of its file."""
     preview: Preview | None = None
-    """In a dry run on a new OUTPUT what is known only of a fresh listing."""
+    """In a dry run on a new OUTPUT: what only a new listing shows."""
 
     @property
     def skipped(self) -> Skipped:
-        """What listing INPUT left out: just now, or when the plan was made."""
+        """What the listing of INPUT left out: now, or when the plan was made."""
         return self.plan.skipped if self.changes.skipped is None else self.changes.skipped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preview:
-    """A listing of INPUT that no plan was written for."""
+    """A listing of INPUT without a written plan."""
 
     input_uri: str
     output_uri: str
-    """Both as given."""
+    """INPUT and OUTPUT as given."""
     num_unreadable: int
-    """Images of which listing says already that they cannot be read."""
+    """Images that cannot be read according to the listing."""
     first_problem: str | None
-    """Why the first of those cannot."""
+    """Why the first of them cannot be read."""
 
 
 def plan_run(
@@ -80,11 +80,12 @@ def plan_run(
     with_model: bool = True,
     dry_run: bool = False,
 ) -> RunPlan:
-    """Plan a run and write the plan to OUTPUT, or take up the one that is there.
+    """Plan a run and write the plan to OUTPUT, or use the plan that is there.
 
-    append, redo_changed: as for `samray.label`. with_model: whether the actors load the model that config names.
-    dry_run: write nothing, look at no weights and ask no Ray.
-    Raises: ConfigError if the run cannot start or is not the one in OUTPUT, before it writes anything; StorageError.
+    append, redo_changed: as for `samray.label`. with_model: whether the actors load the model of config.
+    dry_run: write nothing, and check neither weights nor Ray.
+    Raises: ConfigError if the run cannot start or differs from the one in OUTPUT, before anything is written;
+    StorageError.
     """
     from samray.sam.checkpoints import WeightsFile
 
@@ -97,7 +98,7 @@ def plan_run(
     joining = append or redo_changed
     weights = WeightsFile(config.model.name, config.model.checkpoint)
     weights_to_load = weights if with_model else None
-    # A run that resumes may find nothing to do, and is then spared the look at weights and cluster.
+    # A resuming run may have no work to do; then weights and cluster need no check.
     is_checked = not dry_run and (is_new or joining)
     if is_checked:
         check_label(input_uri, output_uri, config, weights_to_load, is_new=is_new)
@@ -111,7 +112,7 @@ def plan_run(
         return _preview(input_uri, output_uri, config, identity, prompt_file)
     check = functools.partial(_check_images, input_uri=input_uri, prompt_file=prompt_file)
     plan = make_plan(input_uri, output_uri, config, identity, joining=joining, check=check)
-    changes = News(listed=is_new)
+    changes = InputChanges(listed=is_new)
     if joining and not is_new:
         plan, changes = join_images(
             plan, input_uri, config, identity, append=append, redo_changed=redo_changed, dry_run=dry_run
@@ -131,9 +132,9 @@ def plan_run(
 
 
 def run_identity(config: Config, weights: WeightsFile | None = None) -> dict[str, Any]:
-    """What a run must share with the one whose output it resumes: settings, and the weights by content.
+    """What a run must share with the run that it resumes: the settings, and the weights by content.
 
-    weights: those of config's model, if they are at hand: they are hashed only once then.
+    weights: those of config's model, if available, to hash them only once.
     """
     if weights is None:
         from samray.sam.checkpoints import WeightsFile
@@ -144,20 +145,20 @@ def run_identity(config: Config, weights: WeightsFile | None = None) -> dict[str
 
 
 def finished_shards(plan: Plan) -> dict[int, str | None]:
-    """Shard -> version of its file, for the shards of the plan that are there. Raises: StorageError."""
-    # Another run may be adding to this output: shards of its plan are not this one's.
+    """Shard -> version of its file, for existing shards of the plan. Raises: StorageError."""
+    # Another run may be adding shards to this output: shards outside this plan are not this run's.
     return {shard: version for shard, version in shard_versions(plan.output).items() if shard < plan.num_shards}
 
 
 def _check_images(images: pa.Table, input_uri: str, prompt_file: PromptFile | None) -> None:
-    """Raises: ConfigError if no image can be read, or none has prompts: what is too late to say in a written plan."""
+    """Raises: ConfigError if no image can be read, or none has prompts; checked before the plan is written."""
     check_readable(images, input_uri)
     if prompt_file:
         prompt_file.match(images)
 
 
 def _identity_of_dry_run(config: Config, begun: Mapping[str, Any] | None) -> dict[str, Any]:
-    """As `run_identity`, but with the weights of the run that is there, since they may not be on this machine yet."""
+    """Like `run_identity`, but with the weights of the existing run, because they may not be on this machine yet."""
     identity = config.identity()
     if begun is not None:
         identity["model"]["checkpoint_sha256"] = begun.get("model", {}).get("checkpoint_sha256")
@@ -178,7 +179,7 @@ def _preview(
         weights=None,
         is_new=True,
         is_checked=False,
-        changes=News(listed=True),
+        changes=InputChanges(listed=True),
         versions={},
         prompts=prompt_file.match(images) if prompt_file else None,
         preview=Preview(

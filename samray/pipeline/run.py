@@ -1,4 +1,4 @@
-"""The main job, `samray.label`: plan, fetch, label, write, and count what is there at the end."""
+"""The main job, `samray.label`: plan, fetch, label, write, and check the result."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from samray.pipeline.labeler import MakeLabeler
 
 MAX_LOOKS = 3
-"""At an output that other runs change while this one ends."""
+"""Attempts on an output that other runs change while this one ends."""
 
 
 def label(
@@ -46,14 +46,14 @@ def label(
     redo_changed: bool = False,
     progress: bool = True,
 ) -> LabelReport:
-    """Label every image of input into Parquet shards under output, or finish what an earlier run left undone.
+    """Label every image of input into Parquet shards under output, or finish an earlier run.
 
-    retry_failed: also label the failed images of finished shards again. append: list input again, and label what the
-    output does not have yet, by URI, into new shards; input may be another one than before. redo_changed: list input
-    again, and label those images again whose size or etag has changed. progress: show it, on stderr.
-    Without config the settings are `Config()`: the embedded model with its own mask settings.
-    Raises ConfigError before anything starts, StorageError when storage stays away. A report with exit_code 130 or
-    143 means that a signal ended the run early; calling again resumes.
+    retry_failed: also label the failed images of finished shards again. append: list input again, and label images that
+    the output does not have yet, by URI, into new shards; input may differ from before. redo_changed: list input again,
+    and label images again whose size or ETag changed. progress: show progress on stderr.
+    Without config the settings are `Config()`: the embedded model with its mask settings.
+    Raises ConfigError before anything starts, StorageError if storage is unavailable. An exit_code of 130 or 143 in the
+    report means that a signal ended the run early; call again to resume.
     """
     report = label_with(
         input,
@@ -81,7 +81,7 @@ def label_with(
     make_labeler: MakeLabeler | None = None,
     on_plan: Callable[[RunPlan], None] = lambda planned: None,
 ) -> LabelReport:
-    """`label`, with make_labeler(config, num_threads) making the labeler of each actor.
+    """`label`, with make_labeler(config, num_threads) to create the labeler of each actor.
 
     on_plan is called with the plan before anything is started.
     """
@@ -125,18 +125,18 @@ def label_with(
 
 @dataclass(slots=True)
 class _Work:
-    """What is left to do for a plan."""
+    """The remaining work of a plan."""
 
     todo: dict[int, bool]
-    """Shard -> whether it is finished, and only some of its images are to be labelled again."""
+    """Shard -> whether it is finished, and only some of its images must be labelled again."""
     retries: set[int]
-    """Of those the finished ones; a shard leaves the set when it is committed again."""
+    """The finished shards among them; a shard is removed when it is committed again."""
     history: FailureCounts
-    """What is known of the failed images of each shard."""
+    """Known failed images of each shard."""
 
 
 def _find_work(planned: RunPlan, retry_failed: bool) -> _Work:
-    """The shards that are missing, have changed images or, with retry_failed, failed ones. Raises: StorageError."""
+    """The shards that are missing, or have changed or (with retry_failed) failed images. Raises: StorageError."""
     plan = planned.plan
     history = FailureCounts.load(plan.output)
     failures = failures_of_shards(plan.output, planned.versions, history)
@@ -148,7 +148,7 @@ def _find_work(planned: RunPlan, retry_failed: bool) -> _Work:
 
 
 def _begin_report(planned: RunPlan, work: _Work) -> LabelReport:
-    """The report of a run of which nothing is done yet."""
+    """The report of a run before its first shard."""
     plan = planned.plan
     return LabelReport(
         plan.output,
@@ -162,15 +162,15 @@ def _begin_report(planned: RunPlan, work: _Work) -> LabelReport:
 
 
 def _run_on_ray(run: Run) -> StopRequest | None:
-    """Label the shards of run.todo; returns the signal that ended it early, if one did."""
+    """Label the shards of run.todo; returns the signal that ended it early, if any."""
     from samray.cluster.control import start_run_state, stop_on_signals
     from samray.cluster.session import running_ray
     from samray.cluster.sizes import check_fits, choose_sizes, cluster_nodes, data_settings
 
     config = run.config.cluster
     run.view.update(note="starting Ray")
-    # Signals first: a Ctrl-C while Ray starts or ends would leave a part of it behind. Ray Data's settings before Ray:
-    # cut off by a second Ctrl-C, it logs tracebacks until Ray is gone.
+    # Signals first: Ctrl-C while Ray starts or ends would leave a part of it behind. Ray Data's settings before Ray:
+    # otherwise, after a second Ctrl-C, it logs tracebacks until Ray is gone.
     with stop_on_signals() as stop, data_settings(config), running_ray(config) as is_fixed:
         stop.listen()
         sizes = choose_sizes(config, cluster_nodes(), len(run.todo), run.config.model.device)
@@ -182,7 +182,7 @@ def _run_on_ray(run: Run) -> StopRequest | None:
 
 
 def build_pipeline(run: Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
-    """The five stages, of which the plan is the first: source, fetch, label, write. One row is one shard throughout."""
+    """The five stages (source, fetch, label, write, after the plan). Each row is one shard throughout."""
     import ray.data
 
     from samray.cluster.sizes import IO_CPUS
@@ -232,11 +232,11 @@ def build_pipeline(run: Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
 
 
 def _conclude(plan: Plan, history: FailureCounts) -> tuple[Counter[str], int]:
-    """Look again at what is there, since that, and nothing counted on the way, decides how the run ended.
+    """Check the output again: only what is stored, not what was counted, decides how the run ended.
 
-    Returns the failed images by reason, and the number of shards that are missing or wait to be labelled again.
-    `_SUCCESS` stands for the whole output, and for the very files that were looked at: if another run changes some in
-    the meantime, it is looked at again, and then left to that run.
+    Returns the failed images by reason, and the number of shards that are missing or must be labelled again.
+    `_SUCCESS` is valid for the whole output and exactly the files that were checked: if another run changes some,
+    checks again, and then leaves it to that run.
     """
     for _ in range(MAX_LOOKS):
         versions = finished_shards(plan)
@@ -259,15 +259,15 @@ def _conclude(plan: Plan, history: FailureCounts) -> tuple[Counter[str], int]:
 def _how_it_ended(
     planned: RunPlan, work: _Work, report: LabelReport, stopped_by: StopRequest | None
 ) -> tuple[int, str | None]:
-    """The exit code, and the problem in words if there is one."""
+    """The exit code, and the problem as a sentence or ""."""
     plan, num_missing = planned.plan, report.num_missing_shards
     allowed = planned.config.output.max_failed_fraction
-    # A signal that came when all was done has interrupted nothing.
+    # A signal after the last shard has interrupted nothing.
     if stopped_by is not None and num_missing:
-        return stopped_by.exit_code, f"interrupted with {num_missing} of {plan.num_shards} shards to do"
+        return stopped_by.exit_code, f"interrupted with {num_missing} of {plan.num_shards} shards left"
     if stopped_by is not None and work.retries:
         number = f"{len(work.retries)} shard{'' if len(work.retries) == 1 else 's'}"
-        return stopped_by.exit_code, f"interrupted with the failed images of {number} still to be tried again"
+        return stopped_by.exit_code, f"interrupted with the failed images of {number} left to retry"
     if num_missing:
         return 1, f"{num_missing} of {plan.num_shards} shards are missing"
     if report.num_failed > allowed * plan.num_images:

@@ -1,4 +1,4 @@
-"""What comes out of the pipeline, as typed events, from the thread that runs it to the one that follows the run."""
+"""The results of the pipeline as typed events, from the thread that runs it to the thread that follows the run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ShardDone:
 
     shard: int
     version: str | None
-    """Of its file, as `samray.output.shards.shard_versions` lists it."""
+    """Version of its file, as in `samray.output.shards.shard_versions`."""
     digest: str | None
     """Its checksum (`samray.output.seals`)."""
     failures: dict[str, int]
@@ -32,19 +32,19 @@ class ShardDone:
 
 @dataclass(frozen=True, slots=True)
 class ShardLeft:
-    """A shard was given up, or never begun, because the run is stopping."""
+    """A shard was abandoned, or never begun, because the run is stopping."""
 
     shard: int
 
 
 @dataclass(frozen=True, slots=True)
 class StreamEnded:
-    """Every shard came out."""
+    """All shards are done."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamFailed:
-    """The pipeline failed; nothing more comes."""
+    """The pipeline failed; no more events follow."""
 
     error: BaseException
 
@@ -53,7 +53,7 @@ Event = ShardDone | ShardLeft | StreamEnded | StreamFailed
 
 
 class EventStream:
-    """Runs the pipeline in a thread of its own, so that the caller's stays free for signals and the progress bar."""
+    """Runs the pipeline in a separate thread, which keeps the caller's thread free for signals and the progress bar."""
 
     def __init__(self, dataset: ray.data.Dataset) -> None:
         self._dataset = dataset
@@ -65,7 +65,7 @@ class EventStream:
         self._thread.start()
 
     def waiting(self, timeout_s: float) -> Iterator[Event]:
-        """The events that are there now; waits up to timeout_s for the first."""
+        """The available events; waits up to timeout_s for the first."""
         try:
             yield self._events.get(timeout=timeout_s)
             while True:
@@ -74,7 +74,7 @@ class EventStream:
             return
 
     def halt(self) -> None:
-        """Ask the thread to end after the block that it is at."""
+        """Ask the thread to end after its current block."""
         self._halt.set()
 
     def join(self, timeout_s: float) -> None:
@@ -82,7 +82,7 @@ class EventStream:
         self._thread.join(timeout=timeout_s)
 
     def _run(self) -> None:
-        """The thread. If the driver's main thread is cut off, this one finds Ray gone: it must not start another."""
+        """The thread's body. If the main thread is interrupted and Ray is gone, it must not start another Ray."""
         from ray._private import auto_init_hook
 
         before, auto_init_hook.enable_auto_connect = auto_init_hook.enable_auto_connect, False
@@ -91,7 +91,7 @@ class EventStream:
                 self._events.put(_event_of(row))
             if not self._halt.is_set():
                 self._events.put(StreamEnded())
-        except BaseException as error:  # whatever it is, the main thread is the one to raise it
+        except BaseException as error:  # the main thread raises it
             self._events.put(StreamFailed(error))
         finally:
             auto_init_hook.enable_auto_connect = before
@@ -101,7 +101,7 @@ class EventStream:
         import ray
 
         bundle: Any
-        # Not iter_batches: its three threads hand each other what one row per shard does not need.
+        # Not iter_batches: its three threads would only pass along one row per shard.
         for bundle in self._dataset.iter_internal_ref_bundles():
             for block in ray.get([entry.ref for entry in bundle.blocks]):
                 yield from block.to_pylist()

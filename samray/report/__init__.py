@@ -1,1 +1,1 @@
-"""The HTML pages of `samray report`, about an output and about a training."""
+"""The HTML pages of `samray report` for an output and for a training."""

@@ -1,4 +1,4 @@
-"""What the report draws of numbers: histograms as bars of an inline SVG, and a heat map of points."""
+"""Charts of the report: histograms as bars of an inline SVG, and a heat map of points."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_CELLS = 32
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One bar of a histogram, in the units of its SVG: 100 wide, 40 high, y downwards."""
+    """One bar of a histogram, in SVG units: 100 wide, 40 high, y downwards."""
 
     x: float
     width: float
@@ -37,7 +37,7 @@ class Chart:
     ticks: list[tuple[float, str]]
     """(x, label) along the lower edge."""
     marker: tuple[float, str] | None = None
-    """A vertical line, for a threshold."""
+    """Position of a vertical line, for a threshold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +45,11 @@ class HeatMap:
     """Counts of points over the unit square, ready to draw."""
 
     num_cells: int
-    """Along each side."""
+    """Number of cells along each side."""
     cells: list[tuple[int, int, float, str]]
-    """(column, row, strength above 0 to 1, words) of the cells that hold points."""
+    """(column, row, strength above 0 to 1, label) of the non-empty cells."""
     most: int
-    """Points in the fullest cell."""
+    """Number of points in the fullest cell."""
 
 
 def histogram(
@@ -61,15 +61,15 @@ def histogram(
     marker: float | None = None,
     whole_numbers: bool = False,
 ) -> Chart:
-    """At most MAX_BARS bars from the least to the largest value, and to the marker.
+    """At most MAX_BARS bars from the smallest to the largest value, extended to the marker.
 
-    values: (N,) numbers. show: a value to its label. whole_numbers: a bar stands for whole numbers, and is labelled in
-    its middle where it stands for one.
+    values: (N,) numbers. show: formats a value as a label. whole_numbers: a bar stands for integers, and has its label
+    in the middle if it stands for one.
     """
     if len(values) == 0:
         return Chart(title, "no values", [], [])
     low, high = float(values.min()), float(values.max())
-    if marker is not None:  # in sight, also where the bars stop short of it
+    if marker is not None:  # visible even if the bars end before it
         low, high = min(low, marker), max(high, marker)
     width: float
     if whole_numbers:
@@ -95,7 +95,7 @@ def histogram(
 
 
 def _round_width(least: float) -> float:
-    """The smallest of 1, 2, 2.5 and 5 times a power of ten that is no less."""
+    """The smallest of 1, 2, 2.5 and 5 times a power of ten that is not smaller than `least`."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= least * (1 - 1e-9))
 
@@ -103,7 +103,7 @@ def _round_width(least: float) -> float:
 def heat_map(points: Values, points_per_side: int | None) -> HeatMap:
     """points: (N, 2) x and y from 0 to 1, N at least 1.
 
-    The cells follow the grid that the points came from, lest they alias, and are larger where there are few points.
+    The cells follow the grid of the points, to avoid aliasing, and are larger if there are few points.
     """
     side = points_per_side or MAX_CELLS
     most_cells = min(MAX_CELLS, max(8, math.isqrt(len(points) // 3)))

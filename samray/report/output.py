@@ -1,8 +1,8 @@
-"""One self-contained HTML page about an output: what was found, how it looks, what failed, where the time went.
+"""One self-contained HTML page about an output: results, examples, failures, time spent.
 
 Everything comes from the output itself. Counts are exact, from the footers of the shards; distributions are estimated
-from a few thousand images drawn at random, and the page says which is which. Only the photos shown are read again from
-where they lie. So an output of 100,000 images takes seconds.
+from a random sample of a few thousand images, and the page marks each figure as exact or estimated. Only the photos in
+the gallery are read from the input. An output of 100,000 images therefore takes seconds.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ from samray.report.overlays import Overlay, jpeg_uri, make_overlay
 from samray.report.page import Counts, Figure, Numbers, render
 
 MAX_GALLERY_BYTES: Final = 13_000_000
-"""The gallery ends early rather than make a page that is slow to open."""
+"""Size limit of the gallery, which keeps the page fast to open."""
 
 EXAMPLES_PER_REASON: Final = 4
 
 _LARGE_SIDE: Final = 800
 _SMALL_SIDE: Final = 400
-"""Longest side of the photos, pixels: of up to 32 and of very many."""
+"""Longest side of the photos in pixels: for up to 32 photos, and for very many."""
 
 _PHOTO_THREADS: Final = 4
 
 
 def write_report(output: str, out: str | None = None, *, num_images: int = 24, agreement: Sequence[Figure] = ()) -> str:
-    """Write the page about output to `out` (a path or URI), by default into the output; returns where it lies.
+    """Write the page about output to `out` (a path or URI), by default into the output; returns its location.
 
-    num_images: how many the gallery shows. agreement: figures of how well the masks fit known ones, where there are.
-    Raises: ConfigError when output holds no samray run, StorageError when it cannot be read.
+    num_images: images in the gallery. agreement: figures on how well the masks fit known ones, if available.
+    Raises: ConfigError if output has no samray run, StorageError if it cannot be read.
     """
     plan = load_plan(output)
     done = sorted(done_shards(plan.output))
     if not done:
-        raise ConfigError(f"{storage.redact(output)} holds no finished shard yet; run samray label first")
+        raise ConfigError(f"{storage.redact(output)} has no finished shards yet; run samray label first")
     footers = sample.read_footers(plan.output, done)
     counts = _count(plan, done, footers)
     examples = sample.examples_by_reason(plan.output, footers, EXAMPLES_PER_REASON)
@@ -69,8 +69,8 @@ def write_report(output: str, out: str | None = None, *, num_images: int = 24, a
 
 
 def open_page(place: str) -> bool:
-    """Show a written page in the browser; False where there is no screen to show it on, or the page lies elsewhere."""
-    # Without a display Python would start a browser of the terminal, if there is one, and wait for it.
+    """Open a page in the browser; False if there is no display, or if the page is not on this machine."""
+    # Without a display Python would start a text browser, if there is one, and wait for it.
     screens = sys.platform in ("darwin", "win32") or any(os.environ.get(d) for d in ("DISPLAY", "WAYLAND_DISPLAY"))
     return screens and storage.is_local(place) and webbrowser.open(Path(storage.normalize(place)).as_uri())
 
@@ -107,7 +107,7 @@ def _numbers(tables: Iterable[pa.Table]) -> Numbers:
     per_image = masks.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
     flat = masks.flatten()
     width, height = (np.repeat(_floats(image.field(name)), per_image) for name in ("width", "height"))
-    with np.errstate(divide="ignore", invalid="ignore"):  # sizes may be damaged; such masks are left out
+    with np.errstate(divide="ignore", invalid="ignore"):  # sizes may be damaged; such masks are skipped
         area = _floats(flat.field("area")) / (width * height)
     area = area[np.isfinite(area)]
     return Numbers(
@@ -121,7 +121,7 @@ def _numbers(tables: Iterable[pa.Table]) -> Numbers:
 
 
 def _points(coords: pa.ListArray, size_wh: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The first point of each mask that has one, as parts of its image's size. coords: lists of [x, y]."""
+    """The first point of each mask that has one, as fractions of its image's size. coords: lists of [x, y]."""
     start, end = coords.offsets.to_numpy()[:-1], coords.offsets.to_numpy()[1:]
     has = end > start
     first = coords.values.take(pa.array(start[has]))
@@ -144,7 +144,7 @@ def _floats(array: pa.Array) -> npt.NDArray[np.float64]:
 
 
 def _choose(drawn: Sequence[tuple[sample.Draw, pa.Table]], number: int) -> dict[sample.Draw, list[int]]:
-    """Row group -> rows to show: labelled images, spread over how many masks they have."""
+    """Row group -> rows to show: labelled images, spread over the numbers of masks."""
     places: list[tuple[int, sample.Draw, int]] = []
     for draw, table in drawn:
         num_masks = table["annotations"].combine_chunks().value_lengths().to_pylist()
@@ -157,10 +157,10 @@ def _choose(drawn: Sequence[tuple[sample.Draw, pa.Table]], number: int) -> dict[
 
 
 def _overlays(plan: Plan, chosen: Mapping[sample.Draw, Sequence[int]], number: int) -> list[Overlay]:
-    """What the gallery shows, in the order of the output."""
+    """The images of the gallery, in output order."""
     side = round(max(_SMALL_SIDE, min(1.0, (32 / max(number, 1)) ** 0.5) * _LARGE_SIDE))
     settings = InputConfig(**plan.run["identity"].get("input", {}))
-    reading_plan = threading.Lock()  # it keeps the last part of the manifest that it read
+    reading_plan = threading.Lock()  # the plan caches the last part of the manifest
     unreachable: list[SamrayError] = []
 
     def finish(shard: int, row: Mapping[str, Any]) -> Overlay:
@@ -168,7 +168,7 @@ def _overlays(plan: Plan, chosen: Mapping[sample.Draw, Sequence[int]], number: i
         with reading_plan:
             planned = plan.read_shard(shard)
         try:
-            if unreachable:  # after all retries, which would cost minutes if each image went through them
+            if unreachable:  # fail the rest at once, because retries of each image would take minutes
                 raise unreachable[0]
             planned = planned.filter(pc.equal(planned["image_id"], row["image"]["image_id"]))
             overlay.photo = _photo(planned, overlay, settings)
@@ -195,5 +195,5 @@ def _photo(planned: pa.Table, overlay: Overlay, settings: InputConfig) -> str:
         raise data
     pixels = decode_apart(data, settings.max_pixels, settings.decode_timeout_s)
     if pixels.shape[:2] != overlay.original_hw:
-        raise ImageError("unreadable", f"it is {pixels.shape[1]} x {pixels.shape[0]} pixels now, and was another then")
+        raise ImageError("unreadable", f"its size has changed to {pixels.shape[1]} x {pixels.shape[0]} pixels")
     return jpeg_uri(pixels, (overlay.height, overlay.width))

@@ -1,7 +1,7 @@
 """An image of the report with its masks: the photo as a small JPEG, each mask as run lengths on the same small grid.
 
-The page paints the masks itself, so that it can show, hide and find single ones. They are brought down to the photo's
-size on their run lengths: a report of 24 images with hundreds of masks decodes none of them to pixels.
+The page paints the masks itself, to show, hide and find single ones. They are scaled to the photo's size as run
+lengths: a report of 24 images with hundreds of masks decodes none of them to pixels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from samray.errors import StorageError
 from samray.rle.runs import Runs, batches, column_intervals, runs_of_image, slices_of
 
 MAX_MASKS = 600
-"""Largest masks of an image that are shown."""
+"""Maximum number of masks shown per image, largest first."""
 
 
 @dataclass
@@ -33,33 +33,34 @@ class Overlay:
     uri: str
     original_hw: tuple[int, int]
     height: int
-    """Pixels of the photo and of the masks' grid."""
+    """Size in pixels of the photo and of the masks' grid."""
     width: int
     num_masks: int
-    """Of the image; fewer may be shown."""
+    """Number of masks of the image; fewer may be shown."""
     masks: list[dict[str, Any]] = field(default_factory=list)
-    """Largest first: id (a string, as it may exceed what JavaScript counts to), area, iou, stability, point, counts."""
+    """Largest first: id (a string, because it may exceed JavaScript's integers), area, iou, stability, point,
+    counts."""
     photo: str | None = None
-    """A data: URI; None when the image cannot be read any more."""
+    """A data: URI; None if the image cannot be read any more."""
     problem: str = ""
 
     @property
     def num_bytes(self) -> int:
-        """About what it adds to the page."""
+        """Approximate size in the page."""
         return len(self.photo or "") + sum(len(mask["counts"]) + 150 for mask in self.masks)
 
 
 def make_overlay(row: Mapping[str, Any], side: int) -> Overlay:
-    """A row of an output, without its photo. side: longest side of what is shown, pixels; nothing is enlarged.
+    """Make an overlay from a row of an output, without its photo. side: longest side in pixels; never enlarges.
 
-    Where a mask cannot be decoded none is shown, and `problem` says why.
+    If a mask cannot be decoded, none is shown and `problem` says why.
     """
     image, annotations = row["image"], row["annotations"] or []
     original_hw = (image["height"], image["width"])
     height, width = small_hw((max(1, original_hw[0] or 0), max(1, original_hw[1] or 0)), side)
     overlay = Overlay(image["file_name"], row["uri"], original_hw, height, width, len(annotations))
     if any(not mask or mask["area"] is None or mask["segmentation"] is None for mask in annotations):
-        overlay.problem = f"image {image['image_id']} has a mask without area or pixels; `samray verify` says which"
+        overlay.problem = f"image {image['image_id']} has a mask without area or pixels; `samray verify` shows which"
         return overlay
     shown = sorted(annotations, key=lambda a: -int(a["area"]))[:MAX_MASKS]
     strings = [annotation["segmentation"]["counts"] for annotation in shown]
@@ -83,7 +84,7 @@ def make_overlay(row: Mapping[str, Any], side: int) -> Overlay:
 
 
 def _finite(value: float | None) -> float | None:
-    """None for what JSON cannot hold; imported masks may have no scores."""
+    """None for values that JSON does not have; imported masks may have no scores."""
     return round(value, 5) if value is not None and math.isfinite(value) else None
 
 
@@ -94,10 +95,10 @@ def small_hw(original_hw: tuple[int, int], side: int) -> tuple[int, int]:
 
 
 def scaled_counts(masks: list[Runs], original_hw: tuple[int, int], target_hw: tuple[int, int]) -> list[str]:
-    """Masks on a coarser grid, each pixel as the original's nearest to its centre, as COCO's compressed run lengths.
+    """Masks on a coarser grid as COCO's compressed run lengths; each pixel takes the original at its centre.
 
-    masks: run lengths in the frame original_hw, no side smaller than in target_hw. A mask that falls between the
-    centres keeps one pixel, so that it can be found.
+    masks: run lengths in the frame original_hw, with no side smaller than in target_hw. A mask that falls between the
+    centres keeps one pixel, to stay visible.
     """
     return [
         counts for batch in batches(masks, original_hw[0]) for counts in _scaled_counts(batch, original_hw, target_hw)
@@ -105,7 +106,7 @@ def scaled_counts(masks: list[Runs], original_hw: tuple[int, int], target_hw: tu
 
 
 def _scaled_counts(masks: list[Runs], original_hw: tuple[int, int], target_hw: tuple[int, int]) -> list[str]:
-    """As `scaled_counts`, all at once."""
+    """`scaled_counts`, all at once."""
     height, width = target_hw
     intervals = column_intervals(masks, original_hw[0])
     row_of, column_of = (_nearest(small, large) for small, large in zip(target_hw, original_hw, strict=True))
@@ -127,24 +128,24 @@ def _scaled_counts(masks: list[Runs], original_hw: tuple[int, int], target_hw: t
 
 
 def _nearest(small: int, large: int) -> npt.NDArray[np.int64]:
-    """For each of `small` pixels the one of `large` that its centre falls into."""
+    """For each of `small` pixels, the one of `large` that its centre falls into."""
     return np.asarray((np.arange(small) + 0.5) * large / small, np.int64)
 
 
 def _compressed(starts: Runs, ends: Runs, height: int, width: int) -> str:
     changes: Runs = np.zeros(0, np.int64)
     if len(starts):
-        apart = starts[1:] > ends[:-1]  # runs that go on in the next column are one
+        apart = starts[1:] > ends[:-1]  # runs that continue in the next column are one
         changes = np.stack([starts[np.append(True, apart)], ends[np.append(apart, True)]], 1).ravel()
     counts = np.diff(changes, prepend=0, append=height * width).tolist()
-    if counts[-1] == 0 and len(counts) > 1:  # the runs of a mask that ends in a 1 end with it
+    if counts[-1] == 0 and len(counts) > 1:  # if the last pixel is 1, its run is the last one
         counts.pop()
     rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
     return str(rle["counts"].decode("ascii"))
 
 
 def jpeg_uri(image: npt.NDArray[np.uint8], hw: tuple[int, int]) -> str:
-    """image: (H, W, 3) RGB. Brought to hw, as a data: URI."""
+    """image: (H, W, 3) RGB. Resizes it to hw and returns a data: URI."""
     small = Image.fromarray(image).resize((hw[1], hw[0]), Image.Resampling.LANCZOS, reducing_gap=3.0)
     data = io.BytesIO()
     small.save(data, "JPEG", quality=82, optimize=True)

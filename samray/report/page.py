@@ -1,4 +1,4 @@
-"""The HTML page of `samray report`, from what was counted and drawn. Nothing is read here but the templates."""
+"""Render the HTML page of `samray report` from counts and charts. Reads only the templates."""
 
 from __future__ import annotations
 
@@ -34,38 +34,38 @@ STAGE_WORDS: Final = {
     "rle": "run-length coding",
     "write": "writing shards",
 }
-"""What the stages are called on the page; others go by their own names."""
+"""Names of the stages on the page; other stages keep their names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One of the headline figures."""
+    """A headline figure."""
 
     value: str
     what: str
     note: str = ""
     exact: bool = True
-    """Else it is an estimate from the sample."""
+    """Otherwise an estimate from the sample."""
 
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """What the drawn images say, as arrays: one value an image that was labelled, or one a mask."""
+    """Values from the sampled images, as arrays: one value per labelled image, or one per mask."""
 
     num_images: int
-    """Drawn, failed ones included."""
+    """Sampled images, including failed ones."""
     masks_per_image: npt.NDArray[np.int64]
     predicted_iou: npt.NDArray[np.float64]
     stability_score: npt.NDArray[np.float64]
     log_area: npt.NDArray[np.float64]
-    """log10 of a mask's part of its image."""
+    """log10 of the mask's fraction of its image."""
     points: npt.NDArray[np.float64]
-    """(N, 2) where the masks' points sat, x and y as parts of the image's width and height."""
+    """(N, 2) points of the masks, x and y as fractions of the image's width and height."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What the footers say, summed."""
+    """Sums over the footers."""
 
     num_images: int
     """In the finished shards."""
@@ -75,7 +75,7 @@ class Counts:
     stage_seconds: Counter[str]
     device_seconds: float
     share_read: float
-    """Of the finished shards, how many footers were read; below 1 the counts are scaled up, and estimates."""
+    """Fraction of the finished shards whose footers were read; below 1 the counts are extrapolated."""
 
 
 def render(
@@ -87,7 +87,7 @@ def render(
     examples: Mapping[str, Sequence[tuple[str, str]]],
     agreement: Sequence[Figure],
 ) -> str:
-    """The page. num_done: finished shards."""
+    """Render the page. num_done: finished shards."""
     run = plan.run
     masks = run.get("config", {}).get("masks", {})
     total, longest = sum(counts.stage_seconds.values()), max(counts.stage_seconds.values(), default=0.0)
@@ -140,7 +140,7 @@ def _template(name: str) -> str:
 
 
 def _data(overlay: Overlay) -> dict[str, Any]:
-    """What the page's script needs of an image."""
+    """The data of an image for the page's script."""
     return {
         "name": storage.redact(overlay.file_name),
         "size": [overlay.width, overlay.height],
@@ -157,7 +157,7 @@ def _headline(plan: Plan, counts: Counts, numbers: Numbers) -> list[Figure]:
     figures = [
         Figure(f"{counts.num_images:,}", "images", unfinished),
         Figure(f"{counts.num_masks:,}", "masks", exact=counted),
-        Figure(f"{counts.num_masks / labelled:.1f}", "masks an image", median, exact=counted),
+        Figure(f"{counts.num_masks / labelled:.1f}", "masks per image", median, exact=counted),
         Figure(
             f"{counts.num_failed:,}",
             "failed images",
@@ -170,8 +170,8 @@ def _headline(plan: Plan, counts: Counts, numbers: Numbers) -> list[Figure]:
         note = f"stability {stability.mean():.2f}" if len(stability) else ""
         figures.append(Figure(f"{numbers.predicted_iou.mean():.2f}", "mean predicted IoU", note, exact=drawn))
     if counts.device_seconds > 0:
-        whole = f"device time; {_seconds(counts.device_seconds)} in all"
-        figures.append(Figure(_seconds(counts.device_seconds / labelled), "an image", whole, exact=counted))
+        whole = f"device time; {_seconds(counts.device_seconds)} in total"
+        figures.append(Figure(_seconds(counts.device_seconds / labelled), "per image", whole, exact=counted))
     return figures
 
 
@@ -182,9 +182,9 @@ def _charts(numbers: Numbers, masks: Mapping[str, Any]) -> list[Chart]:
     def note(values: npt.NDArray[Any], show: str) -> str:
         return f"median {np.median(values):{show}}, mean {values.mean():{show}}" if len(values) else ""
 
-    area_note = f"part of the image, logarithmic; median {_part(float(np.median(area)))}" if len(area) else ""
+    area_note = f"fraction of the image, logarithmic; median {_part(float(np.median(area)))}" if len(area) else ""
     return [
-        histogram("Masks an image", note(per_image, ".0f"), per_image, show="{:.0f}".format, whole_numbers=True),
+        histogram("Masks per image", note(per_image, ".0f"), per_image, show="{:.0f}".format, whole_numbers=True),
         histogram("Relative area", area_note, area, show=_part),
         histogram("Predicted IoU", note(iou, ".3f"), iou, marker=masks.get("pred_iou_thresh")),
         histogram("Stability score", note(stability, ".3f"), stability, marker=masks.get("stability_score_thresh")),
@@ -197,7 +197,7 @@ def _heat(numbers: Numbers, masks: Mapping[str, Any]) -> HeatMap | None:
 
 
 def _part(log10: float) -> str:
-    """A part of the image, given its logarithm: `12%`, `0.3%`, `8e-6`."""
+    """A fraction of the image, given its logarithm: `12%`, `0.3%`, `8e-6`."""
     percent = 100 * 10**log10
     return f"{percent:.0f}%" if percent >= 10 else f"{percent:.2g}%" if percent >= 1e-3 else f"{percent / 100:.0e}"
 
@@ -213,9 +213,9 @@ def _seconds(seconds: float) -> str:
 def settings_tables(
     config: Mapping[str, Any], sections: Sections = SECTIONS
 ) -> tuple[list[tuple[str, str, str]], list[tuple[str, list[tuple[str, str]]]]]:
-    """(setting, value, default) of those that are not the default; and all, as (section, [(setting, value)]).
+    """(setting, value, default) for settings that differ from the default; and all, as (section, [(setting, value)]).
 
-    config: section -> key -> value, as plain JSON holds them. Defaults are those of its model.
+    config: section -> key -> value, as plain JSON. Defaults are those of its model.
     """
     changed, everything = [], []
     model = config.get("model", {}).get("name")

@@ -1,4 +1,4 @@
-"""The HTML page of `samray report` about a training: how it went, what it read, with which settings.
+"""The HTML page of `samray report` about a training: progress, data, settings.
 
 Everything comes from the training's OUTPUT: train.json, position.json, metrics.jsonl.
 """
@@ -24,23 +24,24 @@ from samray.train.settings import TRAIN_SECTIONS, TrainConfig
 from samray.train.store import WEIGHTS_FILE, Position, Store, is_training
 
 MAX_VALIDATIONS = 40
-"""Rows of the table: the first, and the last ones."""
+"""Rows of the table: the first ones, and the last ones."""
 
 
 def write_train_report(output: str, out: str | None = None) -> str:
-    """Write the page about a training's OUTPUT to `out` (a path or URI), by default OUTPUT/report.html; returns where.
+    """Write the page about a training's OUTPUT to `out` (a path or URI), by default OUTPUT/report.html; returns its
+    URI.
 
-    Raises: ConfigError when OUTPUT holds no training or none that has begun, StorageError when it cannot be read.
+    Raises: ConfigError if OUTPUT has no training or none that has begun, StorageError if it cannot be read.
     """
     if not is_training(output):
-        raise ConfigError(f"{storage.redact(output)} holds no training")
+        raise ConfigError(f"{storage.redact(output)} has no training")
     store = Store(output)
     run = store.read_run()
     assert run is not None
     position = store.read_position()
     lines = store.read_metrics()
     if not lines:
-        raise ConfigError(f"{storage.redact(output)} holds a training without a line of metrics yet; come back later")
+        raise ConfigError(f"{storage.redact(output)} has a training without metrics so far; try again later")
     place = out or store.uri("report.html")
     storage.put(place, _render(store, run, position, lines).encode())
     return place
@@ -80,11 +81,11 @@ def _headline(
     figures = []
     if validations:
         first, last = validations[0], validations[-1]
-        for key, what in (("miou", "best-scored mask"), ("miou_oracle", "best of three")):
+        for key, what in (("miou", "mask with the highest score"), ("miou_oracle", "best of three")):
             change = f"{first[key]:.3f} at step {first['step']:,}" if last is not first else ""
             figures.append(Figure(f"{last[key]:.3f}", f"mean IoU, one click, {what}", change))
     figures.append(Figure(f"{position.step:,}", "steps saved", duration(position.elapsed_s)))
     rates = [line["examples_per_s"] for line in lines if line.get("examples_per_s")]
     if rates:
-        figures.append(Figure(f"{statistics.median(rates):.3g}", "examples a second", "median"))
+        figures.append(Figure(f"{statistics.median(rates):.3g}", "examples per second", "median"))
     return figures

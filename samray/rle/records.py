@@ -1,4 +1,4 @@
-"""The records of masks, as SA-1B writes them: what generators return, and what lies in the column `annotations`."""
+"""The records of masks as in SA-1B: returned by generators, and stored in the column `annotations`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Rle(TypedDict):
     size: list[int]
     """[H, W] of the whole image."""
     counts: str
-    """Runs of 0 and 1 in turn, column by column, starting with 0 (`samray.rle.runs.run_lengths`)."""
+    """Alternating runs of 0 and 1, column by column, starting with 0 (`samray.rle.runs.run_lengths`)."""
 
 
 class MaskRecord(TypedDict):
@@ -19,16 +19,16 @@ class MaskRecord(TypedDict):
 
     segmentation: Rle
     bbox: list[float]
-    """[x, y, width, height]; with `masks.bbox_convention=sam` both sides are one pixel shorter."""
+    """[x, y, width, height]; with `masks.bbox_convention=sam` width and height are one pixel smaller."""
     area: int
     """Pixels."""
     predicted_iou: float
-    """The model's own estimate, about 0 to 1."""
+    """The model's estimate, about 0 to 1."""
     stability_score: float
     """0 to 1."""
     point_coords: list[list[float]]
-    """[[x, y], ...] of the foreground clicks; empty for a mask that comes from a box alone or from an import."""
+    """[[x, y], ...] of the foreground clicks; empty for a mask from a box alone or from an import."""
     crop_box: list[float]
-    """[x, y, width, height] of the crop in which the mask was found; the whole image if there were no crops."""
+    """[x, y, width, height] of the mask's crop; the whole image without crops."""
     id: NotRequired[int]
-    """image_id * 65536 + index. Generators leave it out: they do not know the image's id."""
+    """image_id * 65536 + index. Generators leave it out, because they do not know the image's id."""

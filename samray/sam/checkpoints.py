@@ -1,4 +1,4 @@
-"""From a model's name or a checkpoint to a Sam that is ready to run."""
+"""Load a Sam from a model's name or a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from samray.sam.spec import MODELS, ModelSpec
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HF_FILES = ("model.safetensors", "pytorch_model.bin")
-_NOT_NEEDED = ".num_batches_tracked"  # a counter of training; files without it are complete
+_NOT_NEEDED = ".num_batches_tracked"  # a training counter; files without it are complete
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +37,7 @@ class ModelRow:
     source: str
     url: str | None
     present: Path | None
-    """Where its weights are on this machine (not yet verified), or None."""
+    """Path of its weights on this machine (not verified), or None."""
 
 
 def load_model(
@@ -48,15 +48,15 @@ def load_model(
     *,
     sha256: str | None = None,
 ) -> Sam:
-    """A Sam in evaluation mode whose parameters take no gradients.
+    """Load a Sam in evaluation mode, without gradients for its parameters.
 
     name: a row of MODELS. checkpoint: a file, a Hugging Face folder or any fsspec URI; None means the published
-    weights, downloaded once per node, or for `tiny` the embedded ones. device: None is the GPU where there is one.
+    weights, downloaded once per node, or for `tiny` the embedded ones. device: None uses a GPU if there is one.
     dtype: float32 (the default), bfloat16, float16, or `auto`, which is bfloat16 on a GPU and float32 elsewhere.
-    sha256: what the weights file must have, in hex; None takes any.
+    sha256: expected digest of the weights file, in hex; None accepts any.
 
-    Raises ConfigError when the model, the file or its keys are not what they should be, StorageError when the storage
-    behind a URI fails.
+    Raises ConfigError if the model, the file or its keys are not as expected, StorageError if the storage of a URI
+    fails.
     """
     spec = find_spec(name)
     chosen_device = _device(device)
@@ -64,27 +64,27 @@ def load_model(
     path = resolve_checkpoint(name, checkpoint)
     with fetch.unchanged(path, sha256):
         model = build(spec, read_state_dict(path), str(path))
-    return model.to(chosen_device).narrow(chosen_dtype)
+    return model.to(chosen_device).cast_image_side(chosen_dtype)
 
 
 def build(spec: ModelSpec, state: Mapping[str, Tensor], origin: str) -> Sam:
-    """A float32 Sam on the CPU with these weights (Meta's names, any float dtype), as `load_model` returns it.
+    """Build a float32 Sam on the CPU with these weights (Meta's names, any float dtype), as returned by `load_model`.
 
-    Raises ConfigError naming the keys that are missing, unexpected or misshapen; origin is what it calls the file.
+    Raises ConfigError that names missing, unexpected or misshapen keys; origin: the file's name in messages.
     """
     _refuse_misfit(spec, state, origin)
     with _NoInit():
         model = Sam(spec)
-    # Copied, not assigned: half-precision files become float32 on the way, and nothing keeps the file mapped.
+    # Copied, not assigned: converts half-precision files to float32, and does not keep the file mapped.
     model.load_state_dict(dict(state), strict=False)
     return model.eval().requires_grad_(False)
 
 
 class WeightsFile:
-    """The weights that a run is about to use: found, hashed and checked at most once each, when first asked for.
+    """The weights of a run: located, hashed and checked at most once each, on first use.
 
-    name and checkpoint: as for `load_model`. Each of the three raises ConfigError where `load_model` would, and
-    StorageError when the storage behind a URI fails.
+    name and checkpoint: as for `load_model`. Each step raises ConfigError if `load_model` would, and StorageError if
+    the storage of a URI fails.
     """
 
     def __init__(self, name: str = "tiny", checkpoint: str | Path | None = None) -> None:
@@ -93,7 +93,7 @@ class WeightsFile:
 
     @cached_property
     def path(self) -> Path:
-        """The local file, downloaded and verified if need be."""
+        """The local file, downloaded and verified if needed."""
         return resolve_checkpoint(self.name, self.checkpoint)
 
     @cached_property
@@ -101,18 +101,18 @@ class WeightsFile:
         """SHA-256 in hex: part of a run's identity."""
         spec, path = find_spec(self.name), self.path
         if self.checkpoint is None and spec.url is not None and spec.sha256 is not None:
-            return spec.sha256  # published weights were hashed when they were resolved, and refused if they differ
+            return spec.sha256  # resolving published weights has checked their hash
         return fetch.file_sha256(path)
 
     def check(self) -> None:
-        """Look at the weights without building the model."""
+        """Check the weights without building the model."""
         if not self._is_checked:
             _refuse_misfit(find_spec(self.name), read_state_dict(self.path), str(self.path))
             self._is_checked = True
 
 
 def check_checkpoint(name: str = "tiny", checkpoint: str | Path | None = None) -> None:
-    """Look at a model's weights without building the model. Raises ConfigError where `load_model` would."""
+    """Check a model's weights without building the model. Raises ConfigError if `load_model` would."""
     WeightsFile(name, checkpoint).check()
 
 
@@ -131,9 +131,9 @@ def find_spec(name: str) -> ModelSpec:
 
 
 def resolve_checkpoint(name: str = "tiny", checkpoint: str | Path | None = None) -> Path:
-    """The local file with this model's weights, downloaded and verified if need be.
+    """The local file with this model's weights, downloaded and verified if needed.
 
-    Raises ConfigError when there is none and none can be had, StorageError when the storage behind a URI fails.
+    Raises ConfigError if there is none and it cannot be downloaded, StorageError if the storage of a URI fails.
     """
     spec = find_spec(name)
     if checkpoint is not None:
@@ -151,13 +151,13 @@ def resolve_checkpoint(name: str = "tiny", checkpoint: str | Path | None = None)
     except StorageError as error:
         raise ConfigError(
             f"the weights of {name} are not on this machine and downloading them failed: {error}. Get {spec.url} "
-            f"({spec.size_mb:,.0f} MB) elsewhere and put it at {fetch.published_path(spec.file_name)}, or set "
-            "model.checkpoint to a file or URI that this machine reaches"
+            f"({spec.size_mb:,.0f} MB) elsewhere and copy it to {fetch.published_path(spec.file_name)}, or set "
+            "model.checkpoint to a file or URI that this machine can read"
         ) from error
 
 
 def checkpoint_sha256(name: str = "tiny", checkpoint: str | Path | None = None) -> str:
-    """SHA-256 (hex) of the weights file: part of a run's identity. Remembered for large files that did not change."""
+    """SHA-256 (hex) of the weights file: part of a run's identity. Cached for large unchanged files."""
     return WeightsFile(name, checkpoint).sha256
 
 
@@ -195,14 +195,14 @@ def _resolve_given(checkpoint: str) -> Path:
         for file_name in _HF_FILES:
             if (path / file_name).is_file():
                 return path / file_name
-        raise ConfigError(f"model.checkpoint: the folder {path} holds neither {' nor '.join(_HF_FILES)}")
+        raise ConfigError(f"model.checkpoint: the folder {path} has neither {' nor '.join(_HF_FILES)}")
     if not path.is_file():
-        raise ConfigError(f"model.checkpoint: there is no file {path}")
+        raise ConfigError(f"model.checkpoint: the file {path} does not exist")
     return path
 
 
 def check_device(device: str | None, *, here: bool = True) -> None:
-    """Raises: ConfigError if device cannot be had; here: on this machine, else on none at all."""
+    """Raises: ConfigError if device is not available; here: on this machine, else if it is invalid anywhere."""
     if device is not None:
         _device(device) if here else _parse_device(device)
 
@@ -216,7 +216,7 @@ def _parse_device(device: str | torch.device) -> torch.device:
         raise ConfigError(
             f"model.device: {device!r} is not a device of this PyTorch, expected cpu, cuda or cuda:N"
         ) from error
-    raise ConfigError(f"model.device: {device!r} computes nothing, expected cpu, cuda or cuda:N")
+    raise ConfigError(f"model.device: {device!r} cannot compute, expected cpu, cuda or cuda:N")
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -224,7 +224,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = _parse_device(device)
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"model.device: {device} was asked for, and PyTorch sees {torch.cuda.device_count()} GPUs")
+        raise ConfigError(f"model.device: {device} is not available: PyTorch sees {torch.cuda.device_count()} GPUs")
     return chosen
 
 
@@ -240,7 +240,7 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
 
 
 class _NoInit(TorchFunctionMode):
-    """Leaves new parameters as the allocator gave them: every one is about to be filled from the checkpoint."""
+    """Leaves new parameters uninitialized, because all of them are filled from the checkpoint."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == nn.init.__name__:
@@ -250,7 +250,7 @@ class _NoInit(TorchFunctionMode):
 
 @cache
 def _shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """What a checkpoint of this model has to hold."""
+    """The expected tensors of a checkpoint for this model."""
     with torch.device("meta"):
         return {key: tuple(value.shape) for key, value in Sam(spec).state_dict().items()}
 
@@ -265,7 +265,7 @@ def _problems(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tenso
     missing = [key for key in expected if key not in state and not key.endswith(_NOT_NEEDED)]
     unexpected = [key for key in state if key not in expected]
     misshapen = [
-        f"{key} is {tuple(state[key].shape)} where {shape} is expected"
+        f"{key} is {tuple(state[key].shape)}, expected {shape}"
         for key, shape in expected.items()
         if key in state and tuple(state[key].shape) != shape
     ]
@@ -277,7 +277,7 @@ def _problems(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tenso
 
 
 def _clause(what: str, keys: Iterable[str], shown: int = 3) -> list[str]:
-    """`2 missing keys: a, b`, at most the first few by name; nothing when there are none."""
+    """`2 missing keys: a, b`, with at most the first few names; [] if there are none."""
     keys = list(keys)
     if not keys:
         return []

@@ -1,10 +1,11 @@
-"""Weights from anywhere to a local file: downloaded once per node, under a lock, verified, then renamed into place.
+"""Fetch weights to a local file: download once per node, under a lock, verify, then rename.
 
 The cache is `$SAMRAY_CACHE`, else `~/.cache/samray`:
 
-    checkpoints/NAME                 the published files, under their published names; one may be put there by hand
-    checkpoints/<key>-NAME           copies of remote checkpoints, <key> from the URI and the object's size and version
-    sha256/<key>.json                known digests, so that 2.5 GB are hashed once and not at every start
+    checkpoints/NAME                 published files under their published names; may be put there manually
+    checkpoints/<key>-NAME           copies of remote checkpoints; <key> is from the URI and the object's size and
+version
+    sha256/<key>.json                known digests, to hash 2.5 GB only once and not at every start
 """
 
 from __future__ import annotations
@@ -27,23 +28,23 @@ _log = logging.getLogger(__name__)
 
 _PIECE_BYTES = 32 * 1024 * 1024
 _MAX_TRIES = 3
-_SMALL_FILE_BYTES = 32 * 1024 * 1024  # hashed in a blink: not worth a cache entry
+_SMALL_FILE_BYTES = 32 * 1024 * 1024  # fast to hash: not worth a cache entry
 
 
 def cache_dir() -> Path:
-    """Where downloaded weights are kept on this node."""
+    """Folder of downloaded weights on this node."""
     return Path(os.environ.get("SAMRAY_CACHE") or "~/.cache/samray").expanduser()
 
 
 def published_path(file_name: str) -> Path:
-    """Where a published file lies, or would lie, in the cache."""
+    """Path of a published file in the cache, whether it exists or not."""
     return cache_dir() / "checkpoints" / file_name
 
 
 def fetch_published(file_name: str, url: str, sha256: str) -> Path:
-    """The published file in the cache, downloaded unless it is there, and verified either way.
+    """The published file in the cache, downloaded if missing, and always verified.
 
-    Raises ConfigError when its digest is wrong, and StorageError when it cannot be had.
+    Raises ConfigError if its digest is wrong, and StorageError if it cannot be downloaded.
     """
     path = published_path(file_name)
     _fetch(url, path, sha256)
@@ -51,15 +52,15 @@ def fetch_published(file_name: str, url: str, sha256: str) -> Path:
     if found != sha256:
         raise ConfigError(
             f"{path} is not the published {file_name}: expected SHA-256 {sha256}, found {found}; "
-            "delete it and run again, or name it with model.checkpoint if it is meant to differ"
+            "delete it and run again, or set model.checkpoint to it if it differs on purpose"
         )
     return path
 
 
 def fetch_remote(uri: str) -> Path:
-    """A remote checkpoint's copy in the cache. An object that was replaced under the same URI is fetched anew.
+    """A remote checkpoint's copy in the cache. Downloads it again if the object behind the URI was replaced.
 
-    Raises NotFoundError when there is no such object, and StorageError when it cannot be had.
+    Raises NotFoundError if there is no such object, and StorageError if it cannot be downloaded.
     """
     for _ in range(_MAX_TRIES):
         version = _version(uri)
@@ -74,7 +75,7 @@ def fetch_remote(uri: str) -> Path:
 
 
 class _Replaced(Exception):
-    """The object changed between the first and the last byte of its download."""
+    """The object changed during its download."""
 
 
 def _version(uri: str) -> str:
@@ -82,7 +83,7 @@ def _version(uri: str) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a local file, remembered for large files by path, inode, size and times of its last change."""
+    """SHA-256 of a local file, cached for large files by path, inode, size and times of the last change."""
     stat = path.stat()
     identity = _identity(path)
     key = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
@@ -95,7 +96,7 @@ def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if stat.st_size > _SMALL_FILE_BYTES:
-        with contextlib.suppress(OSError):  # a read-only home costs time at the next start, nothing else
+        with contextlib.suppress(OSError):  # a read-only home only costs time at the next start
             entry.parent.mkdir(parents=True, exist_ok=True)
             part = entry.with_suffix(f".{os.getpid()}.part")
             part.write_text(json.dumps({"identity": identity, "sha256": digest}))
@@ -104,14 +105,14 @@ def file_sha256(path: Path) -> str:
 
 
 def _identity(path: Path) -> list[str | int]:
-    """Differs after every change; ctime too, for a program may set mtime back and not ctime."""
+    """Differs after every change; includes ctime, because programs can reset mtime but not ctime."""
     stat = path.stat()
     return [str(path.absolute()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 @contextlib.contextmanager
 def unchanged(path: Path, sha256: str | None) -> Iterator[None]:
-    """The block reads a file with this SHA-256, from its first byte to its last; None: any file.
+    """Ensure that the block reads a file with this SHA-256 from its first to its last byte; None allows any file.
 
     Raises: ConfigError if it is another file, or if it was replaced while the block read it.
     """
@@ -119,18 +120,18 @@ def unchanged(path: Path, sha256: str | None) -> Iterator[None]:
     found = sha256 if sha256 is None else file_sha256(path)
     if found != sha256:
         raise ConfigError(
-            f"{path} on {socket.gethostname()} does not hold this run's weights: their SHA-256 is {sha256}, that of the"
-            f" file {found}. The file was replaced, or differs between machines: put the run's weights back, or give"
-            " another OUTPUT for these"
+            f"{path} on {socket.gethostname()} does not have this run's weights: their SHA-256 is {sha256}, the file"
+            f" has {found}. It was replaced, or differs between machines: restore the run's weights, or choose another"
+            " OUTPUT for these"
         )
     yield
     if sha256 is not None and _identity(path) != before:
-        raise ConfigError(f"{path} was replaced while it was loaded; put this run's weights back and run again")
+        raise ConfigError(f"{path} was replaced while it was loaded; restore this run's weights and run again")
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process of this node at a time; the kernel drops the lock of a process that dies."""
+    """Lock out other processes on this node; the kernel releases the lock of a process that dies."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.with_name(path.name + ".lock"))
@@ -138,7 +139,7 @@ def _locked(path: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(
             f"the cache of weights {path.parent} cannot be written ({error.strerror or error}); "
-            "set SAMRAY_CACHE to a folder that can"
+            "set SAMRAY_CACHE to a writable folder"
         ) from error
     try:
         yield
@@ -147,7 +148,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _fetch(uri: str, path: Path, expected_sha256: str | None = None, version: str | None = None) -> None:
-    """Makes `path` be there. A file appears whole, so one that is there needs no lock and no writable folder."""
+    """Create `path`. Files appear complete, so an existing file needs no lock and no writable folder."""
     if path.exists():
         return
     with _locked(path):
@@ -156,9 +157,9 @@ def _fetch(uri: str, path: Path, expected_sha256: str | None = None, version: st
 
 
 def _download(uri: str, path: Path, expected_sha256: str | None, version: str | None) -> None:
-    """Streams `uri` to disk next to `path` and renames it once it is whole; the caller holds the lock.
+    """Download `uri` next to `path` and rename it when complete; the caller holds the lock.
 
-    Raises: _Replaced if the object is not of this version any more: pieces of two would make a mixture.
+    Raises: _Replaced if the object's version has changed: parts of two versions would be mixed.
     """
     part = path.with_name(path.name + ".part")
     _log.info("downloading %s to %s", storage.redact(uri), path)
@@ -166,21 +167,21 @@ def _download(uri: str, path: Path, expected_sha256: str | None, version: str | 
         _stream(uri, part)
         if expected_sha256 is not None and (found := file_sha256(part)) != expected_sha256:
             raise ConfigError(
-                f"{storage.redact(uri)} came damaged or was changed: expected SHA-256 {expected_sha256}, found {found}"
+                f"{storage.redact(uri)} was damaged or changed: expected SHA-256 {expected_sha256}, found {found}"
             )
         if version is not None and (_version(uri) != version or not _is_same_again(uri, part)):
             raise _Replaced
         part.replace(path)
-    except OSError as error:  # of the local disk: `storage` raises its own kind
+    except OSError as error:  # from the local disk: `storage` raises its own errors
         raise ConfigError(
-            f"{path} cannot be written: {error.strerror or error}; SAMRAY_CACHE names the folder"
+            f"{path} cannot be written: {error.strerror or error}; SAMRAY_CACHE sets the folder"
         ) from error
     finally:
         part.unlink(missing_ok=True)
 
 
 def _is_same_again(uri: str, part: Path) -> bool:
-    """Whether a store that knows no versions gives the same bytes a second time; a version says so without reading."""
+    """Whether a store without versions returns the same bytes again; with a version this needs no reading."""
     if storage.file_version(uri) is not None:
         return True
     again = part.with_name(part.name + ".again")
@@ -192,7 +193,7 @@ def _is_same_again(uri: str, part: Path) -> bool:
 
 
 def _stream(uri: str, part: Path) -> None:
-    """Piece by piece: memory stays small, and `storage` retries a piece instead of the whole file."""
+    """Download in pieces: needs little memory, and `storage` retries a piece instead of the whole file."""
     size = storage.file_size(uri)
     with part.open("wb") as file:
         if size is None:
@@ -205,5 +206,5 @@ def _stream(uri: str, part: Path) -> None:
             if not data or file.tell() > size:
                 raise StorageError(
                     f"cannot read {storage.redact(uri)}: expected {size:,} bytes, got {file.tell():,}; it was replaced "
-                    "while it was read, or its server serves no ranges"
+                    "during the download, or its server does not support ranges"
                 )

@@ -1,8 +1,8 @@
-"""Checkpoint files to state dicts under Meta's names, whatever project wrote them.
+"""Read checkpoint files of various projects as state dicts with Meta's names.
 
-Known are Meta's `.pth`, MobileSAM's `.pt`, Hugging Face's `facebook/sam-vit-*` (safetensors or `pytorch_model.bin`) and
-samray's own safetensors. What a file is, its first bytes and its keys say, never its extension. Nothing in a file is
-executed: safetensors hold only tensors, and `torch.load` runs with `weights_only=True`.
+Supports Meta's `.pth`, MobileSAM's `.pt`, Hugging Face's `facebook/sam-vit-*` (safetensors or `pytorch_model.bin`) and
+samray's safetensors. The format is detected from a file's first bytes and keys, never from its extension. Nothing in a
+file is executed: safetensors has only tensors, and `torch.load` runs with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from torch import Tensor
 from samray.errors import ConfigError
 
 _ZIP_MAGIC = b"PK\x03\x04"  # torch.save since PyTorch 1.6
-_PICKLE_MAGIC = b"\x80"  # torch.save before
+_PICKLE_MAGIC = b"\x80"  # older torch.save
 _LFS_MAGIC = b"version https://git-lfs"
 
-# In MobileSAM's file, but no part of segmentation: TinyViT's classifier, and tables that follow from the window size.
+# In MobileSAM's file, but not needed for segmentation: TinyViT's classifier, and tables derived from the window size.
 _MOBILE_SAM_EXTRAS = re.compile(r"^image_encoder\.(norm_head|head)\.|\.attention_bias_idxs$")
 
 _HF_SHARED_POSITIONS = "shared_image_embedding.positional_embedding"
-_HF_TIED_POSITIONS = "prompt_encoder.shared_embedding.positional_embedding"  # the same tensor; some files hold it twice
+_HF_TIED_POSITIONS = "prompt_encoder.shared_embedding.positional_embedding"  # the same tensor; some files have it twice
 
 _GAUSSIAN = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 
-# Hugging Face's names to Meta's, applied in this order. An MLP's `layers.0` is its second layer, so it moves first.
+# Hugging Face's names to Meta's, applied in this order. An MLP's `layers.0` is its second layer, so it is renamed
+# first.
 _HF_RENAMES = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
@@ -62,15 +63,15 @@ _HF_RENAMES = tuple(
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file under Meta's names, on the CPU, in the dtypes they are stored in.
+    """The tensors of a checkpoint file with Meta's names, on the CPU, in their stored dtypes.
 
-    Raises ConfigError where the file is no checkpoint, is cut short, or cannot be loaded without executing it.
+    Raises ConfigError if the file is not a checkpoint, is truncated, or cannot be loaded without executing code.
     """
     return to_meta_names(_read_tensors(path), path)
 
 
 def to_meta_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Renames Hugging Face's keys and drops MobileSAM's classifier; what is already in Meta's names stays as it is."""
+    """Rename Hugging Face's keys and drop MobileSAM's classifier; keys with Meta's names are unchanged."""
     if _HF_SHARED_POSITIONS in state or any(key.startswith("vision_encoder.") for key in state):
         tied = state.pop(_HF_TIED_POSITIONS, None)
         if tied is not None and not torch.equal(state.setdefault(_HF_SHARED_POSITIONS, tied), tied):
@@ -82,7 +83,7 @@ def to_meta_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def meta_name(key: str) -> str:
-    """Meta's name of a tensor that has this one in a Hugging Face checkpoint."""
+    """Meta's name for a tensor's name in a Hugging Face checkpoint."""
     for pattern, name in _HF_RENAMES:
         key = pattern.sub(name, key)
     return key
@@ -105,7 +106,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     if head.startswith((_ZIP_MAGIC, _PICKLE_MAGIC)):
         return _torch_load(path, is_zip=head.startswith(_ZIP_MAGIC))
     raise ConfigError(
-        f"{path} ({size:,} bytes) is no checkpoint: expected a PyTorch state dict (.pth, .pt, .bin) or safetensors"
+        f"{path} ({size:,} bytes) is not a checkpoint: expected a PyTorch state dict (.pth, .pt, .bin) or safetensors"
     )
 
 
@@ -116,25 +117,25 @@ def _is_safetensors(head: bytes, size: int) -> bool:
 
 def _torch_load(path: Path, *, is_zip: bool) -> dict[str, Tensor]:
     try:
-        # mmap: a file's pages are read as they are copied into the model, not into memory of their own first.
+        # mmap: the file's pages are read as they are copied into the model, without an extra copy in memory.
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except EOFError as error:
-        raise ConfigError(f"{path} is cut short") from error
+        raise ConfigError(f"{path} is truncated") from error
     except pickle.UnpicklingError as error:
         if "truncated" in str(error):
-            raise ConfigError(f"{path} is cut short") from error
+            raise ConfigError(f"{path} is truncated") from error
         raise ConfigError(
-            f"{path} holds more than tensors, and samray does not execute what a checkpoint brings along; "
-            "save its state_dict() alone and give that file"
+            f"{path} has more than tensors, and samray does not execute code in checkpoints; "
+            "save only its state_dict() and use that file"
         ) from error
     except Exception as error:  # flipped bytes can make an unpickler raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{path} is a damaged PyTorch file: {reason}") from error
     if not isinstance(loaded, dict):
-        raise ConfigError(f"{path} is no state dict: expected a dict of tensors, found a {type(loaded).__name__}")
+        raise ConfigError(f"{path} is not a state dict: expected a dict of tensors, found a {type(loaded).__name__}")
     if others := [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]:
         raise ConfigError(
-            f"{path} is no state dict: expected tensors alone, but {', '.join(others[:3])} "
-            f"({len(others)} of {len(loaded)} entries) hold something else"
+            f"{path} is not a state dict: expected only tensors, but {', '.join(others[:3])} "
+            f"({len(others)} of {len(loaded)} entries) are something else"
         )
     return {str(key): value for key, value in loaded.items()}

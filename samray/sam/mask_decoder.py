@@ -1,8 +1,8 @@
 """The mask decoder: tokens and image tokens to mask logits and predicted IoUs.
 
 Source: SAM paper, appendix A, "Mask decoder"; `segment_anything.modeling.mask_decoder` (same parameter names and
-numbers). Predicted IoUs depend on the tokens alone, so the decoder comes in two halves: `run` gives the IoUs, and
-`upscale` makes the logits of only those masks that are wanted.
+numbers). Predicted IoUs depend only on the tokens, so the decoder has two parts: `run` gives the IoUs, and
+`upscale` computes the logits of only the masks that are needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from samray.sam.spec import ModelSpec
 from samray.sam.transformer import ImageTokens, TwoWayTransformer
 
 NUM_MASK_TOKENS = 4
-"""Token 0 is the single mask for unambiguous prompts; 1 to 3 are whole, part and subpart of an ambiguous one."""
+"""Token 0 is the single mask for unambiguous prompts; 1 to 3 are whole, part and subpart of an ambiguous prompt."""
 
 
 class MlpHead(nn.Module):
@@ -38,7 +38,7 @@ class MlpHead(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class DecoderState:
-    """Between the halves: mask_tokens (N, 4, C), keys (N, L, C) image tokens of every prompt, iou (N, 4)."""
+    """State between the two parts: mask_tokens (N, 4, C), keys (N, L, C) image tokens per prompt, iou (N, 4)."""
 
     mask_tokens: Tensor
     keys: Tensor
@@ -64,7 +64,7 @@ class MaskDecoder(nn.Module):
         self.iou_prediction_head = MlpHead(dim, spec.iou_hidden_dim, NUM_MASK_TOKENS, 3)
 
     def run(self, image: ImageTokens, sparse: Tensor) -> DecoderState:
-        """sparse: (B, N, P, C) prompt tokens of N prompts of each of the B images. The state's N is B * N."""
+        """sparse: (B, N, P, C) prompt tokens, for N prompts on each of B images. The state's N is B * N."""
         b, n = sparse.shape[:2]
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).to(sparse.dtype)
         tokens = torch.cat([output_tokens.expand(b, n, -1, -1), sparse], dim=2)
@@ -80,8 +80,8 @@ class MaskDecoder(nn.Module):
         """Mask logits at four times the embedding grid.
 
         keys: (N, L, C); hyper: (N, M, C / 8); fine: (B, L, ...) as `ImageTokens.fine`, for N / B prompts each. Returns
-        (N, M, 4h, 4w). The 2x2 transposed convolutions have stride 2, so each is a product cell by cell. Cells are
-        brought into image order last, when M channels are left of C / 8.
+        (N, M, 4h, 4w). The 2x2 transposed convolutions have stride 2, so each is a matrix product per cell. Cells are
+        rearranged to image order last, when only M channels of C / 8 are left.
         """
         conv1, norm, _, conv2, _ = self.output_upscaling
         assert isinstance(norm, LayerNorm2d)
@@ -105,7 +105,7 @@ class MaskDecoder(nn.Module):
 
 
 def _add_per_image(x: Tensor, fine: Tensor) -> Tensor:
-    """x: (N, n, c) plus what each of the B images has for all of its N / B prompts, (B, L, n / L * c)."""
+    """x: (N, n, c) plus the features of each of the B images, the same for its N / B prompts, (B, L, n / L * c)."""
     per_image = fine.reshape(len(fine), 1, *x.shape[1:])
-    each = len(x) // max(len(fine), 1)  # where no prompt is left there is no image either
+    each = len(x) // max(len(fine), 1)  # without prompts there are no images either
     return (x.view(len(fine), each, *x.shape[1:]) + per_image).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""What numbers a GPU computes in."""
+"""The precision of computations on a GPU."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 
 def auto_dtype(device: torch.device) -> torch.dtype:
-    """The dtype that `auto` stands for: bfloat16 on a GPU that computes in it, float32 elsewhere.
+    """The dtype for `auto`: bfloat16 on a GPU with native bfloat16, float32 elsewhere.
 
-    Before compute capability 8.0 torch only emulates bfloat16.
+    Below compute capability 8.0 torch only emulates bfloat16.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return torch.bfloat16
@@ -20,16 +20,15 @@ def auto_dtype(device: torch.device) -> torch.dtype:
 
 
 def products_in_tf32() -> bool:
-    """Whether this process lets float32 matrix products on a GPU be rounded to TF32; torch by itself does not."""
+    """Whether this process allows float32 matrix products on a GPU to use TF32; torch's default is not."""
     matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # the older name raises where somebody has used the newer one
+    if hasattr(matmul, "fp32_precision"):  # the older name raises if the newer one was used
         return bool(matmul.fp32_precision == "tf32")
     return bool(matmul.allow_tf32)
 
 
 class _Convolutions:
-    """torch's switch for float32 convolutions, which is the whole process's: the first one in turns it off, the last
-    one out back to what it was."""
+    """torch's process-wide switch for float32 convolutions: the first user turns it off, the last one restores it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -37,7 +36,7 @@ class _Convolutions:
         self.before: bool | str = True
 
     def switch(self) -> tuple[object, str, bool | str]:
-        """The object that has it, its name there, and its value for exact convolutions."""
+        """The object that has the switch, its attribute, and the value for exact convolutions."""
         if hasattr(torch.backends.cudnn, "conv"):  # from torch 2.9 on
             return torch.backends.cudnn.conv, "fp32_precision", "ieee"
         return torch.backends.cudnn, "allow_tf32", False
@@ -63,10 +62,10 @@ _convolutions = _Convolutions()
 
 @contextmanager
 def exact_convolutions(device: torch.device) -> Iterator[None]:
-    """Convolutions on a GPU are rounded only where products are: torch by itself lets float32 ones be, to TF32.
+    """Make convolutions on a GPU as exact as matrix products: by default torch rounds float32 convolutions to TF32.
 
-    Its ten bits are too few for the agreement with the reference that the float32 path promises. The switch is the
-    process's: meanwhile it holds for other threads, too.
+    TF32's ten bits are too few for the float32 path to agree with the reference. The switch is process-wide: it also
+    affects other threads meanwhile.
     """
     if device.type != "cuda" or products_in_tf32():
         yield

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from samray.sam.image_encoder import LayerNorm2d
 
 PAD_LABEL = -1
-"""Label of a point that is not there (the reference pads with one where no box is given)."""
+"""Label of a padding point (the reference adds one if there is no box)."""
 
 
 class PositionEncoding(nn.Module):
     """Random Fourier features of positions in the unit square.
 
-    Its matrix stays float32 whatever dtype the model is brought to: rounded to bfloat16 it would move every click.
+    Its matrix stays float32 for any dtype of the model: rounding it to bfloat16 would move every click.
     """
 
     def __init__(self, num_features: int) -> None:
@@ -75,14 +75,14 @@ class PromptEncoder(nn.Module):
         """Tokens of clicks.
 
         points: (..., P, 2) float xy, pixels of the padded square input. labels: (..., P), 1 foreground, 0 background,
-        -1 no point. pad: append the reference's "not a point" (it does where no box is given).
+        -1 no point. pad: append the reference's "not a point" (as it does if there is no box).
         Returns (..., P or P + 1, C).
         """
         if pad:
             points = torch.cat([points, points.new_zeros(*points.shape[:-2], 1, 2)], dim=-2)
             labels = torch.cat([labels, labels.new_full((*labels.shape[:-1], 1), PAD_LABEL)], dim=-1)
         encoded = self._positions((points.float() + 0.5) / self.image_size)
-        # One table look-up instead of three masked writes: rows are (not a point, background, foreground).
+        # One table lookup instead of three masked writes: rows are (not a point, background, foreground).
         table = torch.cat([self.not_a_point_embed.weight, *self._learned()[:2]])
         is_point = (labels != PAD_LABEL).unsqueeze(-1)
         return torch.where(is_point, encoded, torch.zeros_like(encoded)) + table[labels.long() + 1]

@@ -1,4 +1,4 @@
-"""Segment Anything: image encoder, prompt encoder and mask decoder behind state-free methods.
+"""Segment Anything: image encoder, prompt encoder and mask decoder behind stateless methods.
 
 Frames: *original* (the image as given, H x W), *input* (scaled so that the longest side is S, (h, w) = `input_hw`, then
 padded at the bottom and right to S x S) and *low-res* (the decoder's logits, a quarter of the embedding's stride).
@@ -27,8 +27,8 @@ __all__ = ["Decoded", "Sam", "input_size"]
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
-# Prompts that go through the decoder together on a CPU, by the size of their image tokens, (prompts, L, C). Upscaling
-# makes sixteen times that; from blocks beyond malloc's limit every page would be new from the system, time and again.
+# Prompts decoded together on a CPU, by the size of their image tokens, (prompts, L, C). Upscaling needs sixteen times
+# as much; blocks beyond malloc's limit would be newly mapped from the system each time.
 _CPU_CHUNK_BYTES = 8 * 1024 * 1024
 _CPU_UPSCALE_BYTES = 4 * 1024 * 1024
 
@@ -68,14 +68,14 @@ class Sam(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the image side is computed in; the prompts' side may be float32 beside it, see `narrow`."""
+        """dtype of the image side; the prompt side may be float32, see `cast_image_side`."""
         return next(self.image_encoder.parameters()).dtype
 
-    def narrow(self, dtype: torch.dtype) -> Sam:
-        """Bring to dtype, in place, what takes the time: the image encoder, and what is done to each prompt's image
-        tokens. Prompts, the tokens that carry them, predicted IoUs and mask weights stay as they are.
+    def cast_image_side(self, dtype: torch.dtype) -> Sam:
+        """Cast the expensive part to dtype, in place: the image encoder, and the processing of each prompt's image
+        tokens. Prompts, their tokens, predicted IoUs and mask weights keep their dtype.
 
-        Those few cost little, and what they are rounded by moves a mask as a whole.
+        Those cost little, and rounding them shifts a mask as a whole.
         """
         self.image_encoder.to(dtype)
         self.mask_decoder.output_upscaling.to(dtype)
@@ -96,14 +96,14 @@ class Sam(nn.Module):
     def preprocess(self, images: list[NDArray[np.uint8]]) -> tuple[Tensor, list[tuple[int, int]]]:
         """Images of any sizes to one batch.
 
-        images: (H, W, 3) uint8 RGB each. Returns pixels (B, 3, S, S) on the model's device, normalised, zero where
-        padded, and every image's (h, w) within the square.
+        images: (H, W, 3) uint8 RGB each. Returns pixels (B, 3, S, S) on the model's device, normalised and zero padded,
+        and every image's (h, w) within the square.
         """
         resized = [self.resize(image) for image in images]
         return self.normalize(resized), [(image.shape[0], image.shape[1]) for image in resized]
 
     def normalize(self, resized: list[NDArray[np.uint8]]) -> Tensor:
-        """The second half of `preprocess`: resized images (h, w, 3) to pixels (B, 3, S, S)."""
+        """The second half of `preprocess`: from resized images (h, w, 3) to pixels (B, 3, S, S)."""
         size = self.image_size
         pixels = torch.zeros(len(resized), 3, size, size, device=self.device, dtype=self.dtype)
         for i, image in enumerate(resized):
@@ -113,16 +113,16 @@ class Sam(nn.Module):
         return pixels
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """pixels: (B, 3, S, S) as `preprocess` gives them. Returns the embeddings (B, C, h, w).
+        """pixels: (B, 3, S, S) from `preprocess`. Returns the embeddings (B, C, h, w).
 
-        High-res features of a model follow as further channels (`packed`); `prepare_decoder` takes them apart.
+        High-resolution features are appended as further channels (`packed`); `prepare_decoder` separates them.
         """
         with exact_convolutions(self.device):
             out: Tensor = self.image_encoder(pixels)
         return out
 
     def prepare_decoder(self, embeddings: Tensor, mask_input: Tensor | None = None) -> ImageTokens:
-        """What all prompts of these images share, computed once.
+        """Compute once what all prompts of these images share.
 
         embeddings: (B, C, h, w). mask_input: (B, 1, 4h, 4w) logits, or None for no mask prompt.
         """
@@ -145,15 +145,15 @@ class Sam(nn.Module):
         multimask: bool = True,
         min_iou: float | None = None,
     ) -> Decoded:
-        """Masks for N point prompts on B images; only those with predicted IoU > min_iou are upscaled at all.
+        """Masks for N point prompts on B images; upscales only those with predicted IoU > min_iou.
 
         context: the images (`prepare_decoder(embeddings)`, or `[i]` of it for one). points: (N, P, 2) float xy, input
-        frame, N / B of each image, image by image. labels: (N, P). Kept masks come prompt by prompt. min_iou None keeps
+        frame, N / B per image, image by image. labels: (N, P). Kept masks are in prompt order. min_iou None keeps
         all N * M of them; M is 3, or 1 without `multimask`.
         """
         num, chunk = len(points), self._chunk(context, _CPU_CHUNK_BYTES)
         each = num // len(context)
-        assert each * len(context) == num, "as many prompts on each image"
+        assert each * len(context) == num, "each image needs the same number of prompts"
         if num == 0:
             return self._nothing_decoded(3 if multimask else 1)
         work = [(context, 0, num)]
@@ -172,7 +172,7 @@ class Sam(nn.Module):
         return Decoded(*(torch.cat([getattr(part, field) for part in parts]) for field in fields))
 
     def _nothing_decoded(self, masks_per_prompt: int) -> Decoded:
-        """What no prompts at all give."""
+        """The result for no prompts."""
         side, none = 4 * self.spec.grid, torch.zeros(0, device=self.device)
         index = none.long()
         return Decoded(none.new_zeros(0, side, side), none, index, index, none.new_zeros(0, masks_per_prompt))
@@ -184,7 +184,7 @@ class Sam(nn.Module):
         all_iou = state.iou[:, masks].float()
         keep = torch.ones_like(all_iou, dtype=torch.bool) if min_iou is None else all_iou > min_iou
         prompt, mask = keep.nonzero(as_tuple=True)
-        # A prompt with any survivor is upscaled once; of its masks only the survivors leave.
+        # A prompt with a kept mask is upscaled once; only its kept masks are returned.
         alive = keep.any(dim=1).nonzero()[:, 0]
         hyper = decoder.hyper(state.mask_tokens[alive], masks)
         size, each, fine = self._chunk(context, _CPU_UPSCALE_BYTES), len(all_iou) // len(context), context.fine
@@ -195,7 +195,7 @@ class Sam(nn.Module):
         return Decoded(torch.cat(logits), all_iou[prompt, mask], prompt + first_prompt, mask, all_iou)
 
     def _chunk(self, context: ImageTokens, cpu_bytes: int) -> int:
-        """How many prompts, by the size of their image tokens, go together; on a GPU the caller's number does."""
+        """Number of prompts to decode together, by the size of their image tokens; on a GPU the caller decides."""
         if self.device.type != "cpu":
             return 1 << 30
         return max(1, cpu_bytes // (context.src[0].numel() * context.src.element_size()))
@@ -222,7 +222,7 @@ class Sam(nn.Module):
         sparse = []
         if points is not None:
             if labels is None:
-                raise ValueError("points come with labels: 1 foreground, 0 background")
+                raise ValueError("points need labels: 1 foreground, 0 background")
             sparse.append(encoder.encode_points(points, labels, pad=boxes_xyxy is None))
         if boxes_xyxy is not None:
             sparse.append(encoder.encode_boxes(boxes_xyxy))
@@ -231,7 +231,7 @@ class Sam(nn.Module):
         )
         if mask_input is None:
             context, tokens = self.prepare_decoder(embedding), tokens[None]
-        else:  # every prompt has image tokens of its own: N "images" with one prompt each
+        else:  # every prompt has its own image tokens: N "images" with one prompt each
             context, tokens = self.prepare_decoder(embedding.expand(n, -1, -1, -1), mask_input), tokens[:, None]
         masks = slice(1, None) if multimask else slice(0, 1)
         state = self.mask_decoder.run(context, tokens)
@@ -241,7 +241,7 @@ class Sam(nn.Module):
     def decode_batch(
         self, embeddings: Tensor, sparse: Tensor, mask_input: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """All four masks of N prompts on each of B images, with gradients: the trainer's form.
+        """All four masks of N prompts on each of B images, with gradients: for training.
 
         embeddings: (B, C, h, w). sparse: (B, N, P, C) prompt tokens (`prompt_encoder.encode_points`, `encode_boxes`).
         mask_input: (B * N, 1, 4h, 4w) or None. Returns logits (B, N, 4, 4h, 4w) and IoU (B, N, 4).

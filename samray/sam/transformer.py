@@ -1,20 +1,20 @@
-"""The two-way transformer between prompt tokens and image tokens, with the image side's work done once or not at all.
+"""The two-way transformer between prompt tokens and image tokens; the image side's work is shared or avoided.
 
 Source: SAM paper, appendix A, "Mask decoder"; `segment_anything.modeling.transformer` (same parameter names, same
 numbers). The published form projects all L image tokens to queries, keys and values for every prompt. Here:
 
 1. In the first layer the image tokens are the same for every prompt of an image, so their three projections are made
-   once an image (`ImageTokens`).
-2. Later, T tokens x H heads (about 56) rows face L = 4,096 image tokens, so the image side's projection is absorbed
-   into the token side. Token to image, head j:
+   once per image (`ImageTokens`).
+2. Later, T tokens x H heads (about 56) rows attend to L = 4,096 image tokens, so the image side's projection is
+   absorbed into the token side. Token to image, head j:
        scores = (W_k,j^T q_j) . keys + q_j . (W_k,j pe)        out = W_v,j (P . keys) + b_v
    since rows of P sum to one; the key's bias adds the same to a whole row and drops out of the softmax. Image to token:
        scores = keys . (W_q,j^T k_j) + (W_q,j pe + b_q,j) . k_j        out = P (V_j W_o,j) + b_o
 
-`tests/parity` holds both against the textbook form.
+`tests/parity` compares both with the textbook form.
 
-In a narrow model (`Sam.narrow`) only what is as large as the image tokens is narrow. The few tokens of a prompt stay
-float32 through all layers.
+After `Sam.cast_image_side` only arrays as large as the image tokens are in half precision; the few tokens of a prompt
+stay float32 through all layers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from samray.sam.kernels import MAX_TOKENS, enabled
 
 
 class Attention(nn.Module):
-    """The projections of multi-head attention of reduced inner width. What is done with them depends on the side."""
+    """The projections of multi-head attention with reduced inner width. Their use depends on the side."""
 
     def __init__(self, dim: int, num_heads: int, downsample: int = 1) -> None:
         super().__init__()
@@ -58,16 +58,16 @@ class Attention(nn.Module):
         return out
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Plain attention, used among the few prompt tokens."""
+        """Plain attention, among the few prompt tokens."""
         q, k, v = self.split(self.q_proj(q)), self.split(self.k_proj(k)), self.split(self.v_proj(v))
         return self.merge(F.scaled_dot_product_attention(q, k, v))
 
     # --- the absorbed forms ------------------------------------------------------------------------------------------
 
     def tokens_to_image(self, tokens: Tensor, keys: Tensor, pe_keys: Tensor) -> Tensor:
-        """Tokens read from image tokens.
+        """Tokens attend to image tokens.
 
-        tokens: (N, T, C) with their positions added. keys: (N, L, C) without. pe_keys: (heads, head_dim, L), W_k pe.
+        tokens: (N, T, C) with positions added. keys: (N, L, C) without. pe_keys: (heads, head_dim, L), W_k pe.
         Returns (N, T, C).
         """
         n, t, _ = tokens.shape
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         return self.merge(out + self.v_proj.bias.view(self.num_heads, 1, -1))
 
     def image_to_tokens(self, keys: Tensor, pe_queries: Tensor, tokens: Tensor, values: Tensor) -> Tensor:
-        """Image tokens read from tokens and are added to.
+        """Image tokens attend to tokens; the result is added to them.
 
         keys: (N, L, C). pe_queries: (heads, head_dim, L), W_q pe + b_q. tokens: (N, T, C) with positions; values
         without. Returns (N, L, C).
@@ -88,31 +88,32 @@ class Attention(nn.Module):
         return self.spread(keys, scores, values, in_place=not torch.is_grad_enabled())
 
     def centred_keys(self, tokens: Tensor) -> Tensor:
-        """Scaled keys of tokens (N, T, C), less their mean over T: (N, T, inner).
+        """Scaled keys of tokens (N, T, C), minus their mean over T: (N, T, inner).
 
-        A softmax over T does not see what all T have in common, but a narrow dtype rounds scores by their size.
+        A softmax over T ignores what all T have in common, but a low-precision dtype rounds scores relative to their
+        size.
         """
         keys = self.k_proj(tokens) * self.scale
         return keys - keys.mean(dim=1, keepdim=True)
 
     def absorbed_scores(self, heads: Tensor, weight: Tensor, keys: Tensor, pe: Tensor) -> Tensor:
-        """heads (N, H, T, d), of tokens, against keys (N, L, C) projected by weight (H * d, C), plus pe (H, d, L).
+        """heads (N, H, T, d), from tokens, times keys (N, L, C) projected by weight (H * d, C), plus pe (H, d, L).
 
         Returns (N, H * T, L).
         """
         n, h, t, d = heads.shape
         absorbed = (heads @ self.per_head(weight)).flatten(1, 2).to(keys.dtype)
         scores = torch.bmm(absorbed, keys.transpose(1, 2))
-        # Positions are the same for all prompts: one product a head, of which no operand is repeated N times.
+        # Positions are the same for all prompts: one product per head, without repeating an operand N times.
         of_positions = heads.transpose(0, 1).reshape(h, n * t, d).to(pe.dtype) @ pe
         scores.view(n, h, t, -1).add_(of_positions.view(h, n, t, -1).transpose(0, 1))
         return scores
 
     def spread(self, keys: Tensor, scores: Tensor, values: Tensor, *, in_place: bool = False) -> Tensor:
-        """keys (N, L, C) plus what they read: softmax of scores (N, H * T, L) over each head's T, then V W_o at once.
+        """keys (N, L, C) plus attention output: softmax of scores (N, H * T, L) over each head's T, then V W_o at once.
 
         Each head's weights sum to one, so a share of the bias in every row adds up to the bias; with the residual as
-        the product's addend nothing of (N, L, C) is touched twice. in_place: the sum may lie where keys lie.
+        the product's addend, (N, L, C) is accessed only once. in_place: the sum may overwrite keys.
         """
         n, t, _ = values.shape
         weights = scores.view(n, self.num_heads, t, -1).softmax(dim=2).flatten(1, 2)
@@ -128,11 +129,12 @@ class Attention(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class ImageTokens:
-    """What the decoder needs of B images, made once for all of their prompts.
+    """Decoder inputs from B images, computed once for all of their prompts.
 
     src: (B, L, C) image tokens (embedding plus dense prompt). The first layer's projections: read_keys and read_values,
-    (B, heads, L, head_dim), for tokens -> image, write_queries for image -> tokens. Of the later attentions only what
-    depends on positions: pe_keys[i] and pe_queries[i], (heads, head_dim, L); the last of pe_keys is for the final one.
+    (B, heads, L, head_dim), for tokens -> image, write_queries for image -> tokens. Of the later attentions only the
+    part that depends on positions: pe_keys[i] and pe_queries[i], (heads, head_dim, L); the last of pe_keys is for the
+    final one.
     """
 
     src: Tensor
@@ -142,7 +144,7 @@ class ImageTokens:
     pe_keys: list[Tensor]
     pe_queries: list[Tensor]
     fine: Tensor | None = None
-    """(B, L, 4 * C / 4 + 16 * C / 8) features that join in the upscaling, of encoders that give them."""
+    """(B, L, 4 * C / 4 + 16 * C / 8) features added during upscaling, from encoders that provide them."""
 
     def __len__(self) -> int:
         return self.src.shape[0]
@@ -183,32 +185,32 @@ class TwoWayBlock(nn.Module):
         self.norm4 = nn.LayerNorm(dim)
         self.cross_attn_image_to_token = Attention(dim, num_heads, downsample=2)
 
-    # --- tokens read from the image: the same in both paths ----------------------------------------------------------
+    # --- tokens attend to the image: the same in both paths -----------------------------------------------------------
 
     def read_shared(self, image: ImageTokens, positions: Tensor) -> Tensor:
-        """The first layer's token side, where all prompts of an image face the same image tokens.
+        """The first layer's token side: all prompts of an image attend to the same image tokens.
 
-        positions: (B * N, T, C), which are also the tokens themselves. Returns (B * N, T, C).
+        positions: (B * N, T, C), which are also the tokens. Returns (B * N, T, C).
         """
         x = self.norm1(self.self_attn(positions, positions, positions))
         read = self.cross_attn_token_to_image
-        # The prompts of an image are just more rows of one product: (B, H, N * T, d) against (B, H, L, d).
+        # The prompts of an image are rows of one product: (B, H, N * T, d) times (B, H, L, d).
         q = read.split(read.q_proj(x + positions).view(len(image), -1, read.q_proj.out_features))
         out = F.scaled_dot_product_attention(q.to(image.read_keys.dtype), image.read_keys, image.read_values)
         x = self.norm2(x + read.merge(out.to(positions.dtype)).view_as(x))
         return self.norm3(x + self.mlp(x))
 
     def read(self, x: Tensor, positions: Tensor, keys: Tensor, pe_keys: Tensor) -> Tensor:
-        """A later layer's token side, where each prompt has image tokens of its own, keys (B * N, L, C)."""
+        """A later layer's token side: each prompt has its own image tokens, keys (B * N, L, C)."""
         q = x + positions
         x = self.norm1(x + self.self_attn(q, q, x))
         x = self.norm2(x + self.cross_attn_token_to_image.tokens_to_image(x + positions, keys, pe_keys))
         return self.norm3(x + self.mlp(x))
 
-    # --- image tokens read from tokens: plain ------------------------------------------------------------------------
+    # --- image tokens attend to tokens: plain -------------------------------------------------------------------------
 
     def write_shared(self, image: ImageTokens, x: Tensor, positions: Tensor) -> Tensor:
-        """The first layer's image side: image tokens of every prompt, (B * N, L, C), from those of its image."""
+        """The first layer's image side: image tokens per prompt, (B * N, L, C), from those of its image."""
         attn, b, (_, t, _) = self.cross_attn_image_to_token, len(image), x.shape
         centred = attn.centred_keys(x + positions)
         k = attn.split(centred.view(b, -1, centred.shape[-1]))
@@ -218,16 +220,17 @@ class TwoWayBlock(nn.Module):
         return self.norm4(attn.spread(src, scores, x))
 
     def write_absorbed(self, keys: Tensor, pe_queries: Tensor, x: Tensor, positions: Tensor) -> Tensor:
-        """A later layer's image side. keys: (B * N, L, C); their memory is used again if no gradient is wanted."""
+        """A later layer's image side. keys: (B * N, L, C); their memory is reused if no gradient is needed."""
         return self.norm4(self.cross_attn_image_to_token.image_to_tokens(keys, pe_queries, x + positions, x))
 
-    # --- image tokens read from tokens: by the kernel ----------------------------------------------------------------
+    # --- image tokens attend to tokens: kernel ------------------------------------------------------------------------
 
     def write(self, keys: Tensor, queries: Tensor, tokens: Tensor, values: Tensor, *, absorb: bool) -> Tensor:
-        """Image tokens read from tokens, then norm4, in one pass, and without scores in memory.
+        """Image tokens attend to tokens, then norm4, in one pass, without storing the scores.
 
-        keys: (B, L, C) for N / B prompts each. queries: (B, heads, L, head_dim), `write_queries`; or with absorb, for
-        what depends on keys, only the positions', (heads, head_dim, L). tokens and values: (N, T, C) as in
+        keys: (B, L, C) for N / B prompts each. queries: (B, heads, L, head_dim), `write_queries`; or with absorb only
+        those of the positions, (heads, head_dim, L), because the rest depends on keys. tokens and values: (N, T, C) as
+        in
         `image_to_tokens`. Returns (N, L, C).
         """
         from samray.sam.kernels.image_to_tokens import image_to_tokens
@@ -251,7 +254,7 @@ class TwoWayTransformer(nn.Module):
     def prepare(
         self, src: Tensor, pe: Tensor, fine: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> ImageTokens:
-        """src: (B, L, C) image tokens; pe: (L, C) their positions; fine: passed on. dtype: what to hold them in."""
+        """src: (B, L, C) image tokens; pe: (L, C) their positions; fine: passed on. dtype: to store them in."""
         src = src.contiguous()  # every prompt starts with a copy of it
         first, *later = self.blocks()
         read, write = first.cross_attn_token_to_image, first.cross_attn_image_to_token
@@ -277,16 +280,16 @@ class TwoWayTransformer(nn.Module):
         )
 
     def forward(self, image: ImageTokens, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens: (B, N, T, C), N prompts an image. Returns the tokens (B * N, T, C) and image tokens (B * N, L, C)."""
+        """tokens: (B, N, T, C), N prompts per image. Returns tokens (B * N, T, C) and image tokens (B * N, L, C)."""
         positions = tokens.flatten(0, 1)
-        # The kernel has no backward pass, and its rows crowd the chip from some number of tokens on.
+        # The kernel has no backward pass, and with many tokens its rows do not fit on the chip.
         fused = enabled(tokens.device) and tokens.shape[2] <= MAX_TOKENS and not torch.is_grad_enabled()
         x, keys = self._fused(image, positions) if fused else self._plain(image, positions)
         x = x + self.final_attn_token_to_image.tokens_to_image(x + positions, keys, image.pe_keys[-1])
         return self.norm_final_attn(x), keys
 
     def _plain(self, image: ImageTokens, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Through all layers with torch's own operations."""
+        """All layers with torch's own operations."""
         first, *later = self.blocks()
         x = first.read_shared(image, positions)
         keys = first.write_shared(image, x, positions)
@@ -297,7 +300,7 @@ class TwoWayTransformer(nn.Module):
         return x, keys
 
     def _fused(self, image: ImageTokens, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Through all layers, the image side's writes by the kernel `samray.sam.kernels.image_to_tokens`."""
+        """All layers, with the image side's writes in the kernel `samray.sam.kernels.image_to_tokens`."""
         first, *later = self.blocks()
         x = first.read_shared(image, positions)
         keys = first.write(image.src, image.write_queries, x + positions, x, absorb=False)

@@ -1,4 +1,4 @@
-"""Large-scale jitter, flips and colour: one view of an image, and the same view of its masks.
+"""Large-scale jitter, flips and colour changes: a view of an image, and the same view of its masks.
 
 Source: SAM paper, appendix A ("large-scale jitter"); Ghiasi et al., "Simple Copy-Paste" (2021).
 """
@@ -18,12 +18,12 @@ RGB = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Which part of an image is seen, and how large: the same for the image and each of its masks."""
+    """The visible part of an image and its scale: the same for the image and each of its masks."""
 
     box: tuple[float, float, float, float]
-    """Left, upper, right, lower, pixels of the original."""
+    """Left, upper, right, lower, in pixels of the original."""
     size_hw: tuple[int, int]
-    """Of the view, pixels; at most S x S."""
+    """Height and width of the view in pixels; at most S x S."""
     is_flipped: bool = False
 
     def of_image(self, image: RGB) -> RGB:
@@ -33,7 +33,7 @@ class View:
         return np.ascontiguousarray(seen[:, ::-1]) if self.is_flipped else seen
 
     def of_mask(self, mask: Bool) -> Bool:
-        """(H, W) -> (h, w): the pixels that are covered by more than half."""
+        """(H, W) -> (h, w): the pixels that are more than half covered."""
         h, w = self.size_hw
         whole = Image.fromarray(mask.view(np.uint8) * np.uint8(255))
         seen = np.asarray(whole.resize((w, h), Image.Resampling.BILINEAR, box=self.box)) > 127
@@ -41,7 +41,7 @@ class View:
 
 
 def whole_view(height: int, width: int, size: int) -> View:
-    """The whole image, scaled so that its longest side is `size`."""
+    """The whole image, scaled to a longest side of `size`."""
     scale = size / max(height, width)
     return View((0, 0, width, height), (max(1, round(height * scale)), max(1, round(width * scale))))
 
@@ -50,10 +50,10 @@ def draw_view(
     height: int, width: int, size: int, scale_jitter: tuple[float, float], flip_fraction: float,
     rng: np.random.Generator,
 ) -> View:  # fmt: skip
-    """A random view. Scaled by more than 1 a part is seen, of at most size x size; by less the whole, in a corner."""
+    """A random view. With a scale above 1 it shows a part of at most size x size; below 1 the whole, in a corner."""
     factor = float(np.exp(rng.uniform(*np.log(scale_jitter))))
     scale = factor * size / max(height, width)
-    # In pixels of the original: as much of each side as fits into the square at this scale.
+    # In pixels of the original: the part of each side that fits into the square at this scale.
     h, w = min(height, size / scale), min(width, size / scale)
     top, left = float(rng.uniform(0, height - h)), float(rng.uniform(0, width - w))
     seen = (min(size, max(1, round(h * scale))), min(size, max(1, round(w * scale))))
@@ -61,7 +61,7 @@ def draw_view(
 
 
 def jitter_colour(image: RGB, strength: float, rng: np.random.Generator) -> RGB:
-    """Brightness, contrast and saturation by factors in 1 - strength .. 1 + strength."""
+    """Multiply brightness, contrast and saturation by factors in 1 - strength .. 1 + strength."""
     if strength == 0:
         return image
     brightness, contrast, saturation = (np.float32(f) for f in rng.uniform(1 - strength, 1 + strength, 3))

@@ -1,4 +1,4 @@
-"""Masks to prompts: where a mask is clicked first, what box is drawn around it, where a wrong answer is corrected.
+"""Prompts from masks: first clicks and boxes, and clicks that correct a wrong mask.
 
 Shape letters as in `samray.sam.spec`: N prompts of an image, S the square input side, R = 4h = 4w the side of the
 decoder's low-res logits.
@@ -16,8 +16,8 @@ from samray.scenes.scene import Bool
 
 BOX_NOISE = 0.1
 MAX_BOX_NOISE_PIXELS = 20
-"""Noise on a box's sides, as in the paper's training: of a tenth of the side, at most 20 pixels (appendix A)."""
-_CENTRE_SIDE = 64  # masks are thinned to this side before a training click's distance transform, which is slow
+"""Noise on a box's sides, as in the paper's training: a tenth of the side, at most 20 pixels (appendix A)."""
+_CENTRE_SIDE = 64  # masks are subsampled to this side for a training click's distance transform, which is slow
 
 
 def first_prompts(
@@ -45,10 +45,10 @@ def first_prompts(
 def corrective_clicks(
     logits: Tensor, targets: Tensor, stride: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """One more click on each mask, uniform over where it is wrong (over everything where it is right).
+    """One more click on each mask, uniform over the wrong pixels (over all pixels if none is wrong).
 
     logits: (K, R, R). targets: (K, R, R) in 0..1. stride: input pixels per low-res pixel. generator: on their device.
-    Returns points (K, 1, 2) float xy, input frame, and labels (K, 1): 1 where the target was missed, 0 where exceeded.
+    Returns points (K, 1, 2) float xy, input frame, and labels (K, 1): 1 where the target is missing, 0 where not.
     """
     wanted = targets > 0.5
     wrong = (logits > 0) != wanted

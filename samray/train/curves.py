@@ -1,4 +1,4 @@
-"""The metrics of a run as a picture: losses, IoUs, learning rate."""
+"""Plot the metrics of a run: losses, IoUs, learning rate."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _PANELS = (
     ("IoU of held-out masks, one click", "validation", ("miou", "miou_oracle"), False),
     ("learning rate", "train", ("lr",), False),
 )
-"""Title, kind of line, figures, whether the axis is logarithmic."""
+"""Title, kind of line, metrics, and whether the axis is logarithmic."""
 
 
 def draw_curves(lines: Sequence[dict[str, Any]]) -> bytes:
-    """A PNG of four panels over the steps."""
+    """A PNG with four panels over the steps."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
     figure = Figure(figsize=(10, 6.5), layout="constrained")

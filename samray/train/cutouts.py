@@ -1,4 +1,4 @@
-"""Photographic material for scenes: objects with an alpha channel, and backgrounds, from folders of pictures."""
+"""Photographic material for scenes: objects with an alpha channel, and backgrounds, from folders of images."""
 
 import hashlib
 import os
@@ -26,14 +26,15 @@ _KEYS = ("group", "name", "is_object")
 
 
 class CutoutSource:
-    """The usable pictures below some folders, decoded once into a memory-mapped cache.
+    """The usable images in some folders, decoded once into a memory-mapped cache.
 
-    A PNG with real transparency and one dominant piece is an object; a large opaque picture is a background; the rest
-    is left out. A folder is drawn from as often as the root of its number of names, so that a small photographic one is
-    not drowned; within it all names are as frequent, however many variants of a drawing there are. HELDOUT_FRACTION of
-    the names, chosen by their hash, form the split "heldout". Raises ConfigError if nothing is usable.
+    A PNG with real transparency and one dominant piece is an object; a large opaque image is a background; all others
+    are ignored. Folders are sampled in proportion to the square root of their number of names, which gives small
+    photographic folders more weight; within a folder all names are equally likely, whatever the number of variants of
+    an image. HELDOUT_FRACTION of the names, chosen by hash, form the split "heldout". Raises ConfigError if nothing is
+    usable.
 
-    Picklable: on another node, which must reach the folders too, the cache is made there when it is first needed.
+    Picklable: on another node, which must also have the folders, the cache is made there on first use.
     """
 
     def __init__(self, folders: Sequence[str | os.PathLike[str]], cache_dir: str | os.PathLike[str]) -> None:
@@ -49,7 +50,7 @@ class CutoutSource:
         self._pixels: npt.NDArray[np.uint8] | None = None
         with np.load(cache.with_suffix(".npz")) as index:
             self._index = {key: index[key] for key in index.files}
-        # Folder, then name, then the pictures of that name, for each kind of picture and split.
+        # Folder -> name -> images of that name, for each kind of image and split.
         self._groups: dict[tuple[bool, str], dict[int, dict[str, list[int]]]] = {
             (is_object, split): {} for is_object in (True, False) for split in ("train", "heldout")
         }
@@ -59,7 +60,7 @@ class CutoutSource:
             names.setdefault(str(name), []).append(item)
 
     def __getstate__(self) -> dict[str, object]:
-        # The map is opened anew in each process: pickling it would copy hundreds of megabytes.
+        # Each process opens the memory map itself: pickling would copy hundreds of megabytes.
         return self.__dict__ | {"_pixels": None}
 
     def cutout(self, rng: np.random.Generator, split: Split) -> Image.Image | None:
@@ -71,7 +72,7 @@ class CutoutSource:
         return self._draw(rng, self._groups[False, split])
 
     def count(self, split: Split) -> tuple[int, int]:
-        """How many objects and how many backgrounds the split has."""
+        """Number of objects and of backgrounds in the split."""
         objects, photos = (
             sum(len(items) for names in self._groups[kind, split].values() for items in names.values())
             for kind in (True, False)
@@ -82,7 +83,7 @@ class CutoutSource:
         if not groups:
             return None
         if self._pixels is None:
-            if not self._pixels_path.exists():  # in a worker, which starts no processes of its own
+            if not self._pixels_path.exists():  # in a worker, which must not start processes
                 _build(self._files, self._roots, self._cache, (_load(path) for _, path in self._files))
             self._pixels = np.load(self._pixels_path, mmap_mode="r")
         folders = list(groups.values())
@@ -103,9 +104,9 @@ def _pictures(root: Path) -> Iterator[Path]:
 
 
 def _name(path: Path) -> str:
-    """What variants of one picture share: the stem up to its first digit, or the first folder if that leaves nothing.
+    """The part of a name shared by variants of one image: the stem up to its first digit, or the first folder if empty.
 
-    path: relative to its source. KDE keeps a wallpaper as NAME/contents/images/2560x1600.jpg, beside a screenshot.jpg.
+    path: relative to its source. KDE stores wallpapers as NAME/contents/images/2560x1600.jpg, next to a screenshot.jpg.
     """
     name = re.sub(r"\d.*", "", path.stem).strip("_- ")
     return path.parts[0] if name in ("", "screenshot") else name
@@ -135,11 +136,11 @@ def _build(
         is_object=np.array([pixels.shape[2] == 4 for *_, pixels in kept]),
         place=np.array([[start, *pixels.shape] for start, (*_, pixels) in zip(starts, kept, strict=True)]),
     )
-    os.replace(temporary, cache.with_suffix(".npz"))  # last: the index says that the cache is whole
+    os.replace(temporary, cache.with_suffix(".npz"))  # last: the index marks the cache as complete
 
 
 def _load(path: Path) -> npt.NDArray[np.uint8] | None:
-    """(h, w, 4) of an object, cut to its outline, (h, w, 3) of a background, or None."""
+    """(h, w, 4) for an object, cut to its outline; (h, w, 3) for a background; or None."""
     try:
         with Image.open(path) as image:
             if image.width * image.height > 40_000_000 or max(image.size) < MIN_CUTOUT_SIDE:
@@ -147,7 +148,7 @@ def _load(path: Path) -> npt.NDArray[np.uint8] | None:
             has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
             if not has_alpha and max(image.size) < PHOTO_SIDE:
                 return None
-            if has_alpha and max(image.size) > MAX_CUTOUT_SIDE:  # a wallpaper with see-through corners
+            if has_alpha and max(image.size) > MAX_CUTOUT_SIDE:  # a wallpaper with transparent corners
                 return None
             image.draft("RGB", (PHOTO_SIDE, PHOTO_SIDE))
             picture = image.convert("RGBA" if has_alpha else "RGB")
@@ -156,7 +157,7 @@ def _load(path: Path) -> npt.NDArray[np.uint8] | None:
         ValueError,
         SyntaxError,
         Image.DecompressionBombError,
-    ):  # Pillow's ways of saying that a file is no good
+    ):  # what Pillow raises for bad files
         return None
     if not has_alpha:
         picture.thumbnail((PHOTO_SIDE, PHOTO_SIDE))
@@ -170,8 +171,8 @@ def _load(path: Path) -> npt.NDArray[np.uint8] | None:
     solid = pixels[..., 3] > 127
     if max(solid.shape) < MIN_CUTOUT_SIDE or min(solid.shape) < 8 or not 0.1 < solid.mean() < 0.97:
         return None
-    # Line drawings and outlined letters are no things one would click on: they are all edge, or enclose more than what
-    # they cover.
+    # Line drawings and outlined letters are not objects to click on: they are mostly edge, or enclose more than they
+    # cover.
     thickness = 2 * ndimage.distance_transform_edt(np.pad(solid, 1)).max() / np.sqrt(solid.sum())
     if thickness < 0.35 or solid.sum() < 0.7 * ndimage.binary_fill_holes(solid).sum():
         return None

@@ -1,8 +1,8 @@
-"""The stream of examples: Ray Data actors read, decode and augment, the workers take batches in a fixed order.
+"""The stream of examples: Ray Data actors read, decode and augment; workers take batches in a fixed order.
 
-One block is one step's examples for all workers together. Where there are several workers, blocks go to them in turn,
-and each worker cuts its blocks into batches of its own size: after W steps, W workers have seen W whole blocks. So a
-position that is saved at such a step is a plain prefix of the order, whatever the number of workers was.
+One block has one step's examples for all workers. Several workers receive blocks in turn, and each cuts its blocks into
+its own batches: after W steps, W workers have seen W whole blocks. A position saved at such a step is therefore a
+prefix of the order, whatever the number of workers.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ if TYPE_CHECKING:
     import ray.data
 
 SCENES = "scenes"
-"""The word that stands for painted scenes among DATA."""
+"""The name of synthetic scenes among DATA."""
 
 DATA_CPUS = 0.25
-"""CPU that a data actor reserves. It may use a whole one, but must find room beside workers that hold all the rest."""
+"""CPUs that a data actor reserves. It may use a whole one, but must fit next to the workers, which use all the rest."""
 AHEAD_STEPS = 32
-"""Steps whose examples are made before they are due, beside those that workers and data actors have in hand."""
+"""Steps whose examples are prepared in advance, in addition to those that workers and data actors hold."""
 POLL_S = 0.2
 
 
 def open_data(data: Sequence[str], settings: TrainSettings) -> Mixture:
-    """All DATA, mixed. Raises: ConfigError where one is no labelled output or has no mask, StorageError."""
+    """All DATA, mixed. Raises: ConfigError if one is not a labelled output or has no masks, StorageError."""
     config, seed = settings.data, settings.train.seed
     if not data:
-        raise ConfigError(f"there is no DATA to train on; name an output of `samray label` or the word {SCENES}")
+        raise ConfigError(f"expected DATA to train on: an output of `samray label`, or {SCENES}")
     if list(data).count(SCENES) > 1:
-        raise ConfigError(f"DATA names {SCENES} twice, which would give the same ones again: use data.shares")
+        raise ConfigError(f"DATA has {SCENES} twice, which would repeat the same scenes: use data.shares")
     parts: list[Examples] = []
     for place, uri in enumerate(data):
         if uri != SCENES:
@@ -54,12 +54,12 @@ def open_data(data: Sequence[str], settings: TrainSettings) -> Mixture:
         parts.append(SceneExamples(source, config, seed))
     if config.image_root is not None and not any(isinstance(part, MaskExamples) and part.is_moved for part in parts):
         old = storage.redact(config.image_root[0])
-        raise ConfigError(f"data.image_root: no image of the DATA lies below {old}")
+        raise ConfigError(f"data.image_root: no image of the DATA is below {old}")
     return Mixture(parts, config.shares, seed)
 
 
 def output_of(uri: str) -> str:
-    """The OUTPUT that a DATA means: it may also be named by its folder of shards, or by a glob of them."""
+    """The OUTPUT that DATA refers to, which may also be given as its folder of shards or a glob of them."""
     uri = storage.normalize(uri)
     for ending in (f"/{FOLDER}/*.parquet", f"/{FOLDER}/*", f"/{FOLDER}"):
         if uri.endswith(ending):
@@ -70,21 +70,21 @@ def output_of(uri: str) -> str:
 class Pace:
     """Holds data actors back while they are `ahead` steps before the training.
 
-    Ray Data alone would first fill the object store, with the cores that the training needs, and throw most of it away
-    at the end of a leg; with a memory limit its scheduler spins on a core of its own (Ray 2.60).
-    monitor: a `samray.train.monitor.Monitor`. first_step: where the leg begins.
+    Without it Ray Data would first fill the object store, using cores that the training needs, and discard most of it
+    at the end of a leg; with a memory limit its scheduler busy-waits on a core (Ray 2.60).
+    monitor: a `samray.train.monitor.Monitor`. first_step: the leg's first step.
     """
 
     def __init__(self, monitor: Any, first_step: int, batch_size: int, ahead: int) -> None:
         self.monitor, self.step, self.batch_size, self.ahead = monitor, first_step, batch_size, ahead
 
     def wait(self, number: int) -> None:
-        """Until example `number` is due."""
+        """Wait until example `number` is due."""
         import ray
 
         due = number // self.batch_size - self.ahead
         while due > self.step:
-            with contextlib.suppress(ray.exceptions.RayError):  # nobody is told: it asks again
+            with contextlib.suppress(ray.exceptions.RayError):  # ignored, because the loop asks again
                 line = ray.get(self.monitor.read.remote(), timeout=30.0)
                 self.step = line["step"] if line else self.step
             if due > self.step:
@@ -92,7 +92,7 @@ class Pace:
 
 
 class ExampleMaker:
-    """Numbers of examples to examples: what a data actor runs."""
+    """Turns example numbers into examples: what a data actor runs."""
 
     def __init__(self, mixture: Any, frame: Frame, pace: Pace | None = None) -> None:
         from samray.cluster.processes import end_with_ray
@@ -106,7 +106,7 @@ class ExampleMaker:
         self.frame, self.pace = frame, pace
 
     def __call__(self, block: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """{"number": (B,)} -> the arrays of B examples (`samray.train.examples.Arrays`), each with a first axis B."""
+        """{"number": (B,)} -> the arrays of B examples (`samray.train.examples.Arrays`), each with first axis B."""
         if self.pace is not None:
             self.pace.wait(int(block["number"][0]))
         examples = [self.mixture.example(int(number), self.frame) for number in block["number"]]
@@ -114,7 +114,7 @@ class ExampleMaker:
 
 
 def blocks(first_step: int, num_steps: int, batch_size: int) -> Iterator[npt.NDArray[np.int64]]:
-    """The numbers of the examples of each of these steps."""
+    """The example numbers of each of these steps."""
     for step in range(first_step, first_step + num_steps):
         yield np.arange(step * batch_size, (step + 1) * batch_size)
 
@@ -130,17 +130,17 @@ def example_stream(
     num_actors: int,
     monitor: Any,
 ) -> ray.data.Dataset:
-    """The examples of `num_steps` steps as a Ray data set, one block a step.
+    """The examples of `num_steps` steps as a Ray dataset, one block per step.
 
-    mixture: also as Ray's reference to it. num_workers: that train. num_actors: that make the examples. monitor: what
-    knows how far the training is.
+    mixture: or Ray's reference to it. num_workers: training workers. num_actors: data actors. monitor: knows the
+    progress of the training.
 
-    Made within `samray.cluster.sizes.data_settings`, which keep blocks whole.
+    Created within `samray.cluster.sizes.data_settings`, which keep blocks whole.
     """
     import ray.data
 
-    # A worker has a block at work and one fetched, each of as many steps as there are workers, and Ray Data holds about
-    # as many back to share them out evenly.
+    # A worker has one block in use and one prefetched, each with as many steps as there are workers, and Ray Data holds
+    # back about as many to distribute them evenly.
     pace = Pace(monitor, first_step, batch_size, AHEAD_STEPS + 4 * num_workers + 2 * num_actors)
     numbers: Any = ray.data.from_blocks(
         [pa.table({"number": numbers}) for numbers in blocks(first_step, num_steps, batch_size)]

@@ -1,7 +1,7 @@
-"""Training examples: an image of the input size, N masks of it, and the prompts that ask for them.
+"""Training examples: an image of the input size, N of its masks, and prompts for them.
 
-Two kinds of DATA make them: images that are labelled (an OUTPUT of `samray label` or `samray import`), and painted
-scenes. Both are picklable and made once, by the driver. An example is a function of its number and the seed alone.
+Two kinds of DATA provide them: labelled images (an OUTPUT of `samray label` or `samray import`), and synthetic scenes.
+Both are picklable and created once, by the driver. An example depends only on its number and the seed.
 
 Shape letters as in `samray.sam.spec`: N prompts of an image, S the square input side, R = 4h = 4w the side of the
 decoder's low-res logits.
@@ -30,25 +30,25 @@ from samray.train.clicks import first_prompts
 from samray.train.settings import DataConfig
 
 KIND_WEIGHTS = {"object": 0.8, "part": 0.14, "region": 0.06}
-"""How often a click asks for each kind of a scene's masks, where it has it. A click on a part is also one on its whole:
-with more parts than these the model would score a part above the whole that is mostly meant."""
+"""Weights of the kinds of masks in a scene, among those it has. A click on a part is also a click on its whole: with
+more parts than this the model would score a part above the whole, which is usually meant."""
 SHAPES = (1.0, 1.0, 3 / 4, 2 / 3, 9 / 16)
-"""Short over long side of painted scenes: photographs are rarely square, and padding must be met in training."""
+"""Ratio of short to long side of scenes: photographs are rarely square, and training must include padding."""
 MIN_VISIBLE_PIXELS = 16
-"""Of a mask, in a view of its image: what has less left is not asked for."""
+"""Minimum visible pixels of a mask in a view; smaller ones are ignored."""
 _TRIES = 8
-"""Images that cannot be read, until an example is given up."""
+"""Unreadable images in a row before an example fails."""
 _VALIDATION_MASKS = 16
 
 Arrays = dict[str, npt.NDArray[Any]]
-"""An example: image (S, S, 3) uint8, zero where padded; input_hw (2,) int64; points (N, 2) and boxes_xyxy (N, 4)
-float32, input frame; targets (N, R, R) uint8, 255 times the covered share; from_labels () bool, False of a painted
+"""An example: image (S, S, 3) uint8, zero padded; input_hw (2,) int64; points (N, 2) and boxes_xyxy (N, 4) float32,
+input frame; targets (N, R, R) uint8, 255 times the covered fraction; from_labels () bool, False for a synthetic
 scene."""
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What a model asks of an example."""
+    """The sizes that a model needs in an example."""
 
     image_size: int
     """S."""
@@ -71,7 +71,7 @@ def pack(
     *,
     from_labels: bool = False,
 ) -> Arrays:
-    """An example of a view that fits the input: prompts drawn, everything padded.
+    """Make an example of a view that fits the input: sample prompts and pad.
 
     image: (h, w, 3), at most S x S. masks: (N, h, w), none empty.
     """
@@ -92,7 +92,7 @@ def pack(
 
 
 def area_downsample(masks: Bool, side: int) -> npt.NDArray[np.uint8]:
-    """masks: (N, S, S) with S a multiple of `side`. Returns (N, side, side) uint8, 255 times the covered share."""
+    """masks: (N, S, S) with S a multiple of `side`. Returns (N, side, side) uint8, 255 times the covered fraction."""
     n, size, _ = masks.shape
     cell = size // side
     assert cell * side == size, "the input side is a multiple of the low-res side"
@@ -101,11 +101,11 @@ def area_downsample(masks: Bool, side: int) -> npt.NDArray[np.uint8]:
     return share
 
 
-# --- painted scenes --------------------------------------------------------------------------------------------------
+# --- synthetic scenes ------------------------------------------------------------------------------------------------
 
 
 class SceneExamples:
-    """Draw number i is painted from scene seed i, on the fly: training never sees a scene twice."""
+    """Draw i is generated from scene seed i on the fly: training never repeats a scene."""
 
     num_images: int | None = None
 
@@ -120,7 +120,7 @@ class SceneExamples:
         size = size if frame.is_padded else (frame.image_size, frame.image_size)
         scene = make_scene(seed, size, self.source)
         retry = 0
-        while not scene.kinds:  # everything hidden or too small: rare
+        while not scene.kinds:  # rare: everything is hidden or too small
             retry += 1
             scene = make_scene(seed + (retry << 48), size, self.source)
         weights = np.array([KIND_WEIGHTS[kind] / scene.kinds.count(kind) for kind in scene.kinds])
@@ -128,7 +128,7 @@ class SceneExamples:
         return pack(scene.image, scene.masks[chosen], frame, self.config, rng)
 
     def validation(self, limit: int, frame: Frame) -> Iterator[Scene]:
-        """Scenes of the split that training never paints."""
+        """Scenes of the split that is not used for training."""
         return heldout_scenes(limit, frame.image_size, self.source)
 
 
@@ -136,11 +136,11 @@ class SceneExamples:
 
 
 class MaskExamples:
-    """The labelled images of an OUTPUT that have a mask, but for those held out.
+    """The labelled images of an OUTPUT that have masks, without the held-out ones.
 
-    Epoch after epoch, each in an order of its own; draw number i is image i % n of epoch i // n. An image that cannot
-    be read, or has no mask that the settings let through, gives way to the next.
-    Raises: ConfigError where there is none to train on, or `data.image_root` fits some URIs only; StorageError.
+    Each epoch has its own order; draw i is image i % n of epoch i // n. An unreadable image, or one without suitable
+    masks, is replaced by the next.
+    Raises: ConfigError if there is nothing to train on, or if `data.image_root` fits only some URIs; StorageError.
     """
 
     def __init__(self, output: str, config: DataConfig, seed: int, place: int = 0) -> None:
@@ -184,14 +184,16 @@ class MaskExamples:
                 if found is not None:
                     return found
         if faults:
-            raise StorageError(f"{len(faults)} images of {where} were no use, the last: {faults[-1]}") from faults[-1]
+            raise StorageError(f"{len(faults)} images of {where} cannot be used, the last: {faults[-1]}") from faults[
+                -1
+            ]
         raise ConfigError(
-            f"of the {len(self.train)} images of {where} none has a mask to train on: lower data.min_area"
+            f"none of the {len(self.train)} images of {where} has a mask to train on: lower data.min_area"
             f" ({config.min_area}) or data.min_predicted_iou ({config.min_predicted_iou})"
         )
 
     def _try(self, index: int, frame: Frame, rng: np.random.Generator) -> Arrays | None:
-        """An example of an image; None where no mask is let through or can be seen. Raises: StorageError."""
+        """An example from an image; None if no mask is suitable or visible. Raises: StorageError."""
         masks_of = self._masks(index)
         if masks_of is None:
             return None
@@ -214,7 +216,7 @@ class MaskExamples:
         return np.ascontiguousarray(self.dataset.image(index).permute(1, 2, 0).numpy())
 
     def _masks(self, index: int) -> tuple[list[dict[str, Any]], npt.NDArray[np.float64]] | None:
-        """An image's masks, and how often each is asked for, beside the others; None where there are none."""
+        """An image's masks and their sampling weights; None if there are none."""
         target = self.dataset.target(index)
         if not target["segmentation"]:
             return None
@@ -226,10 +228,10 @@ class MaskExamples:
     def _draw_masks(
         self, rles: list[dict[str, Any]], weights: npt.NDArray[np.float64], view: View, rng: np.random.Generator
     ) -> Bool:
-        """(N, h, w) random masks as the view shows them, some of them repeatedly where it shows too few; (0, h, w)."""
+        """(N, h, w) random masks as visible in the view, with repetitions if it shows too few; or (0, h, w)."""
         number = self.config.prompts_per_image
         seen: list[Bool] = []
-        # One after the other without putting back, each by its weight: the smallest of exponential waiting times.
+        # Weighted sampling without replacement: the smallest of exponential waiting times.
         for place in np.argsort(rng.exponential(size=len(rles)) / np.maximum(weights, 1e-9), kind="stable"):
             mask = view.of_mask(_decode(rles[place]))
             if np.count_nonzero(mask) >= MIN_VISIBLE_PIXELS:
@@ -241,7 +243,7 @@ class MaskExamples:
         return np.stack([seen[i % len(seen)] for i in range(number)])
 
     def validation(self, limit: int, frame: Frame) -> Iterator[Scene]:
-        """Held-out images, whole, their longest side at most S, with at most _VALIDATION_MASKS masks each."""
+        """Whole held-out images, longest side at most S, with at most _VALIDATION_MASKS masks each."""
         num_seen = 0
         for index in self.heldout[np.random.default_rng(0).permutation(len(self.heldout))]:
             if num_seen == limit:
@@ -275,15 +277,15 @@ class MaskExamples:
 
 
 def _decode(rle: dict[str, Any]) -> Bool:
-    """(H, W) bool of COCO's run lengths, as `MaskDataset` has checked them."""
+    """(H, W) bool from COCO run lengths that `MaskDataset` has checked."""
     return pixels(checked_runs(rle["counts"], rle["size"]), rle["size"])
 
 
 def held_out(uris: list[str], fraction: float) -> npt.NDArray[np.bool_]:
-    """(N,): which images are never trained on: this part of them, at least one where it is not 0.
+    """(N,): the images that are held out from training: this fraction, at least one if it is not 0.
 
-    By a hash of the URI alone: the same in every run, on any data. Only where that would leave none out is it the image
-    with the least hash of all, and then another data set may choose another.
+    By a hash of the URI: the same in every run, on any data. Only if that selects none is it the image with the
+    smallest hash, which depends on the dataset.
     """
     hashes = (int.from_bytes(hashlib.blake2b(uri.encode(), digest_size=4).digest(), "big") for uri in uris)
     values = np.fromiter(hashes, np.int64, len(uris))
@@ -294,12 +296,12 @@ def held_out(uris: list[str], fraction: float) -> npt.NDArray[np.bool_]:
 
 
 def _are_below(root: str, uris: list[str]) -> bool:
-    """Whether URIs begin with `root`: all of them, or none. Raises: ConfigError where only some do."""
+    """Whether all URIs start with `root`, or none. Raises: ConfigError if only some do."""
     prefix = storage.join(storage.normalize(root), "")
     others = [uri for uri in uris if not uri.startswith(prefix)]
     if others and len(others) < len(uris):
         raise ConfigError(
-            f"data.image_root: {len(others)} of {len(uris)} images do not lie below {storage.redact(root)}, such as"
+            f"data.image_root: {len(others)} of {len(uris)} images are not below {storage.redact(root)}, for example"
             f" {storage.redact(others[0])}"
         )
     return not others

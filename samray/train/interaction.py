@@ -1,7 +1,7 @@
-"""The simulated interaction: rounds of prompts on an image, each with its loss.
+"""Simulated interaction: rounds of prompts on an image, each with a loss.
 
-A first click or box; then clicks drawn from where the last answer is wrong, which is given back as a mask prompt; two
-of the rounds add no click, so that the model learns to improve an answer by looking again.
+First a click or box; then clicks sampled where the last mask is wrong, which is also passed back as a mask prompt. Two
+of the rounds add no click, which teaches the model to refine its mask without new input.
 Source: SAM paper, section 3, "Efficiency and training", and appendix A, "Training algorithm".
 """
 
@@ -21,27 +21,28 @@ from samray.train.losses import Losses, sam_loss
 from samray.train.settings import TrainConfig
 
 Batch = dict[str, Tensor]
-"""A batch of examples (`samray.train.examples.Arrays`), each with a first axis B."""
+"""A batch of examples (`samray.train.examples.Arrays`), each array with first axis B."""
 
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """How one step prompts: drawn from its number, the same for all its images and workers."""
+    """How one step prompts: sampled from its number, the same for all its images and workers."""
 
     use_boxes: bool
     adds_click: tuple[bool, ...]
-    """Of each round after the first."""
+    """For each round after the first."""
 
 
 def seed_of(purpose: str, *numbers: int) -> int:
-    """Of a random stream of torch's. Mixed into 32 bits, because its generator on a CPU takes no more."""
+    """The seed of a torch random stream, hashed to 32 bits, because torch's CPU generator accepts no more."""
     return int(np.random.SeedSequence([*purpose.encode(), *numbers]).generate_state(1, np.uint32)[0])
 
 
 def draw_course(config: TrainConfig, step: int) -> Course:
-    """What kind of prompts step number `step` gives.
+    """Sample the kind of prompts for step number `step`.
 
-    Of `interaction_steps` rounds the last one adds no click from 3 on, and from 4 on neither does a random one between.
+    With 3 or more `interaction_steps` the last round adds no click; with 4 or more, neither does a random one before
+    it.
     """
     generator = torch.Generator().manual_seed(seed_of("course", config.seed, step))
     kind, refine, between = (float(x) for x in torch.rand(3, generator=generator))
@@ -57,7 +58,7 @@ def draw_course(config: TrainConfig, step: int) -> Course:
 class Rounds:
     """The rounds on a batch, one after the other.
 
-    sam: in training. batch: on its device. generator: of the clicks, on that device.
+    sam: in training mode. batch: on its device. generator: for the clicks, on that device.
     """
 
     def __init__(self, sam: Sam, config: TrainConfig, course: Course, batch: Batch, generator: torch.Generator) -> None:
@@ -77,7 +78,8 @@ class Rounds:
         """(B * N, 4) actual IoUs of the last round's masks."""
 
     def run(self, embeddings: Tensor) -> Iterator[Tensor]:
-        """Each round's loss, a scalar with gradients. embeddings: (B, C, h, w); their gradients are the caller's."""
+        """Yield each round's loss, a scalar with gradients. embeddings: (B, C, h, w); the caller handles their
+        gradients."""
         weight = 1.0 if self.course.use_boxes else self.config.single_weight
         losses, answer = self._round(embeddings, None, weight, 1.0, multimask=True)
         self.first, self.last_iou = losses, losses.iou_scored
@@ -98,7 +100,7 @@ class Rounds:
     def _round(
         self, embeddings: Tensor, mask_input: Tensor | None, single: float, multi: float, *, multimask: bool
     ) -> tuple[Losses, Tensor]:
-        """One round's losses, and the answer that goes into the next: (B * N, R, R) logits without gradients."""
+        """One round's losses, and the mask passed to the next round: (B * N, R, R) logits without gradients."""
         logits, iou = self.sam.decode_batch(embeddings, self._tokens(), mask_input)
         logits, iou = logits.flatten(0, 1), iou.flatten(0, 1)
         losses = sam_loss(logits, iou, self.targets, single_weight=single, multi_weight=multi, doubt=self.doubt)
@@ -107,7 +109,7 @@ class Rounds:
         return losses, logits.detach()[torch.arange(len(best), device=best.device), best]
 
     def _tokens(self) -> Tensor:
-        """(B, N, tokens, C) of all prompts given so far."""
+        """(B, N, tokens, C) for all prompts so far."""
         encoder = self.sam.prompt_encoder
         if self.boxes is None:
             return encoder.encode_points(self.clicks, self.labels)
@@ -118,19 +120,19 @@ class Rounds:
 
 
 class InteractionLoss(nn.Module):
-    """A whole training step's loss as one forward pass, which is what data parallel training wraps."""
+    """A whole training step's loss as one forward pass, as data parallel training requires."""
 
     def __init__(self, sam: Sam, config: TrainConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.sam, self.config, self.dtype = sam, config, dtype
         self.idle: list[nn.Parameter] = []
-        """What had no part in the last step, such as a box's corners in one of clicks. Data parallel training gives
-        these gradients of zero, and an optimizer would move them by momentum and decay."""
+        """Parameters without a part in the last step, for example box corners in a step with clicks. Data parallel
+        training gives them zero gradients, and an optimizer would still change them by momentum and decay."""
 
     def forward(self, batch: Batch, step: int, stream: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss with gradients, and figures without.
+        """The loss with gradients, and metrics without.
 
-        stream: which of the random streams of the clicks, one for each worker.
+        stream: index of the random stream for the clicks, one per worker.
         """
         sam, device = self.sam, batch["image"].device
         generator = torch.Generator(device).manual_seed(seed_of("clicks", self.config.seed, step, stream))
@@ -165,7 +167,7 @@ class DistillationLoss(nn.Module):
     def __init__(self, sam: Sam, teacher: Sam, dtype: torch.dtype) -> None:
         super().__init__()
         self.sam, self.dtype = sam, dtype
-        self._teacher = [teacher]  # in a list: no submodule, so neither trained, saved nor kept equal across workers
+        self._teacher = [teacher]  # in a list, not a submodule: not trained, saved or synchronized
 
     def forward(self, batch: Batch, step: int, stream: int) -> tuple[Tensor, dict[str, Tensor]]:
         sam, teacher, device = self.sam, self._teacher[0], batch["image"].device
@@ -178,7 +180,7 @@ class DistillationLoss(nn.Module):
 
 
 def normalise(sam: Sam, images: Tensor, input_hw: Tensor) -> Tensor:
-    """(B, S, S, 3) uint8 and (B, 2) -> (B, 3, S, S), zero where padded, as `Sam.preprocess` gives them."""
+    """(B, S, S, 3) uint8 and (B, 2) -> (B, 3, S, S), zero padded, as from `Sam.preprocess`."""
     pixels = (images.permute(0, 3, 1, 2).float() - sam.pixel_mean) / sam.pixel_std
     place = torch.arange(images.shape[1], device=images.device)
     inside = (place[:, None] < input_hw[:, :1, None]) & (place < input_hw[:, 1:, None])
@@ -186,10 +188,10 @@ def normalise(sam: Sam, images: Tensor, input_hw: Tensor) -> Tensor:
 
 
 class _RoundByRound(torch.autograd.Function):
-    """The sum of losses that share embeddings and parameters, each loss's gradients taken as soon as it is there.
+    """The sum of losses that share embeddings and parameters; each loss's gradients are computed at once.
 
-    No loss depends on an earlier one but through clicks and masks, which have no gradients. So the memory is that of
-    one round, not of eleven; and to whatever listens to gradients (data parallel training) it is one backward pass.
+    Losses depend on earlier ones only through clicks and masks, which have no gradients. Memory is therefore that of
+    one round, not eleven, while hooks on gradients (data parallel training) see one backward pass.
     """
 
     @staticmethod
@@ -200,7 +202,7 @@ class _RoundByRound(torch.autograd.Function):
         embeddings: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        """idle: becomes those of the parameters that no loss depends on."""
+        """idle: updated to the parameters that no loss depends on."""
         leaf = embeddings.detach().requires_grad_(embeddings.requires_grad)
         inputs = [leaf, *parameters]
         wanted = [i for i, tensor in enumerate(inputs) if tensor.requires_grad]

@@ -1,4 +1,4 @@
-"""A model in training: one step at a time, and all that a resumed run needs. No Ray, no files."""
+"""A model in training: one step at a time, and the state for resuming. No Ray, no files."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ Wrap = Callable[[nn.Module], nn.Module]
 
 @dataclass(slots=True)
 class Means:
-    """Means of the figures since the last line of the log."""
+    """Means of the metrics since the last line of the log."""
 
     sums: dict[str, float] = field(default_factory=dict)
     count: int = 0
     since: float = field(default_factory=time.monotonic)
-    """Of the clock of this process: where the rate counts from."""
+    """Start of the rate measurement, by this process's clock."""
     counted: int = 0
-    """Steps since then, those without finite gradients included, which have no part in the means."""
+    """Steps since then, including those without finite gradients, which do not count in the means."""
 
     def add(self, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
@@ -53,7 +53,7 @@ class Means:
         self.count += 1
 
     def flush(self) -> tuple[float, dict[str, float]]:
-        """Steps a second, and the means; begins anew."""
+        """Steps per second and the means; resets both."""
         now = time.monotonic()
         rate = self.counted / max(now - self.since, 1e-9)
         means = {name: total / max(1, self.count) for name, total in self.sums.items()}
@@ -62,26 +62,26 @@ class Means:
 
 
 def size_due(config: TrainConfig, spec: ModelSpec, position: Position) -> tuple[int, float]:
-    """The input side that is due, pixels, and the progress until which it is."""
+    """The current input side in pixels, and the progress at which it changes."""
     if position.progress(config) < config.first_fraction:
         return config.first_image_size, config.first_fraction
     return spec.image_size, 1.0
 
 
 def frame_of(spec: ModelSpec, image_size: int) -> Frame:
-    """What examples must be like for a model at this input size."""
+    """The sizes of examples for a model at this input size."""
     sized = dataclasses.replace(spec, image_size=image_size)
     return Frame(image_size, 4 * sized.grid, FRAMES[spec.frame].is_padded)
 
 
 def check_settings(settings: TrainSettings) -> ModelSpec:
-    """The model's row of the table. Raises: ConfigError where settings and model do not go together."""
+    """The model's row of the table. Raises: ConfigError if settings and model do not fit."""
     spec, config = find_spec(settings.model.name), settings.train
     if config.first_fraction > 0:
         if not spec.encoder.takes_any_size:
             raise ConfigError(
-                f"train.first_fraction = {config.first_fraction:g} needs a model with a TinyViT; of {spec.name} the"
-                " positions are learnt for one input size: set train.first_fraction=0"
+                f"train.first_fraction = {config.first_fraction:g} needs a model with a TinyViT; {spec.name} has"
+                " positions learnt for one input size: set train.first_fraction=0"
             )
         if config.first_image_size % spec.stride:
             raise ConfigError(
@@ -92,8 +92,8 @@ def check_settings(settings: TrainSettings) -> ModelSpec:
         teacher = find_spec(config.distill_from)
         for what, own, wanted in (
             ("channels", spec.embed_dim, teacher.embed_dim),
-            ("cells a side", spec.grid, teacher.grid),
-            ("input pixels a side", spec.image_size, teacher.image_size),
+            ("cells per side", spec.grid, teacher.grid),
+            ("input pixels per side", spec.image_size, teacher.image_size),
         ):
             if own != wanted:
                 raise ConfigError(
@@ -101,16 +101,16 @@ def check_settings(settings: TrainSettings) -> ModelSpec:
                     f" {what}, those of {spec.name} {own}"
                 )
         if teacher.name == spec.name or config.first_fraction > 0:
-            raise ConfigError("train.distill_from takes another model than model.name, and train.first_fraction=0")
+            raise ConfigError("train.distill_from must differ from model.name, and needs train.first_fraction=0")
     return spec
 
 
 class Learner:
     """The model, its running average, the optimizer and the position.
 
-    identity: of the run (train.json); the weights it begins with must be those of which it holds the SHA-256.
-    image_size: of the input, pixels. state: as `Store.read_state` gives it, None to begin. wrap: what makes the loss a
-    parallel one. stream: this worker's number. keeps_average: whether this worker holds the average; one is enough.
+    identity: of the run (train.json); the initial weights must have its SHA-256. image_size: input side in pixels.
+    state: from `Store.read_state`; None to begin. wrap: makes the loss data parallel. stream: this worker's number.
+    keeps_average: whether this worker keeps the average; one is enough.
     """
 
     def __init__(
@@ -162,7 +162,8 @@ class Learner:
         self.loss: nn.Module = wrap(loss if teacher is None else DistillationLoss(self.sam, teacher, dtype))
 
     def _begin(self, settings: TrainSettings, teacher: Sam | None, sha256: str | None) -> None:
-        """The first weights: random, or those of a checkpoint; what a teacher does not teach is taken from it."""
+        """The initial weights: random, or from a checkpoint; parts that distillation does not train come from the
+        teacher."""
         if not self.config.from_scratch:
             begun = load_model(settings.model.name, settings.model.checkpoint, device="cpu", sha256=sha256)
             self.sam.load_state_dict(begun.state_dict())
@@ -172,19 +173,19 @@ class Learner:
 
     @property
     def progress(self) -> float:
-        """Share of the budget that is used up, 0 to 1."""
+        """Used fraction of the budget, 0 to 1."""
         return self.position.progress(self.config)
 
     @property
     def learning_rate(self) -> float:
-        """Of the last step, before each layer's own scale."""
+        """The last step's rate, before each layer's scale."""
         group = self.optimizer.param_groups[-1]
         return float(group["lr"] / group["lr_scale"])
 
     def step(self, batch: Batch, progress: float | None = None) -> dict[str, float]:
-        """One step on a batch (on the CPU or the device). Returns its figures.
+        """Train one step on a batch (on the CPU or the device). Returns its metrics.
 
-        progress: of all workers, where they must agree on it.
+        progress: over all workers, which must use the same value.
         """
         rate = learning_rate(self.config, self.position.step, self.progress if progress is None else progress)
         for group in self.optimizer.param_groups:
@@ -201,7 +202,7 @@ class Learner:
         self.position.step += 1
         found = {name: float(value) for name, value in figures.items()} | {"grad_norm": norm}
         self.means.counted += 1
-        if math.isfinite(norm):  # one bad image must not end a run of hours
+        if math.isfinite(norm):  # one bad image must not end a long run
             self.optimizer.step()
             self.means.add(found)
             if self.average is not None:
@@ -209,7 +210,7 @@ class Learner:
         return found
 
     def state(self) -> dict[str, Any]:
-        """All that a resumed run needs beside the position, tensors and plain values."""
+        """Everything a resumed run needs except the position, as tensors and plain values."""
         assert self.average is not None
         return {
             "model": self.sam.state_dict(),
@@ -221,7 +222,7 @@ class Learner:
         }
 
     def average_at_own_size(self) -> Sam:
-        """The running average, for the input size that the model is used at."""
+        """The running average, at the model's own input size."""
         assert self.average is not None
         if self.average.spec == self.spec:
             return self.average
@@ -230,10 +231,10 @@ class Learner:
         return sam.to(self.device).eval().requires_grad_(False)
 
     def weights(self) -> dict[str, Tensor]:
-        """The running average; what learns in half precision.
+        """The running average; trained weights in half precision.
 
-        What is frozen keeps every number, so that embeddings made before the training fit after it; it is halved where
-        that loses nothing. Buffers stay as they are: it would cost the random positions accuracy and gain no space.
+        Frozen weights keep their exact values, which keeps earlier embeddings valid; they are halved only if that is
+        lossless. Buffers are unchanged: halving would make the random positions less accurate and save nothing.
         """
         assert self.average is not None
         learns = {name: parameter.requires_grad for name, parameter in self.sam.named_parameters()}
@@ -245,7 +246,7 @@ class Learner:
 
 
 def autocast_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
-    """What `model.dtype` means in training: the precision of autocast; weights are always float32."""
+    """The dtype for autocast from `model.dtype`; the weights are always float32."""
     name = settings.model.dtype
     if name == "auto":
         return auto_dtype(device)

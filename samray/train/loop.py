@@ -1,4 +1,4 @@
-"""The training loop of one worker, on batches from anywhere: train, log, validate, save, until the leg is over."""
+"""The training loop of one worker, on batches from any source: train, log, validate, save, until the leg is over."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ def _alone(progress: float, stop: bool) -> tuple[float, bool]:
 
 @dataclass(kw_only=True)
 class Worker:
-    """What a worker's loop is given beside its learner and its batches."""
+    """What a worker's loop needs in addition to its learner and batches."""
 
     config: TrainConfig
     store: Store | None
-    """Of the first worker, which alone validates and writes."""
+    """Only for the first worker, which validates and writes."""
     validation: Callable[[], Iterator[Scene]]
     until: float = 1.0
-    """Progress at which the leg ends, as another input size is due."""
+    """Progress at which the leg ends, because the input size changes."""
     max_steps: int | None = None
-    """Steps of the leg at most."""
+    """Maximum steps of the leg."""
     save_every_steps: int = 1
-    """Saves fall on multiples of this many steps of the leg, where all workers together have seen whole batches."""
+    """Saves happen at multiples of this many steps, when all workers together have seen whole batches."""
     agree: Callable[[float, bool], tuple[float, bool]] = _alone
-    """(progress, stop) of the first worker, from all workers at once; they must not differ in what they do next."""
+    """Synchronizes (progress, stop) from the first worker to all, which must act alike. A collective call."""
     average: Callable[[dict[str, float]], dict[str, float]] = dict
-    """Means of figures over all workers, asked by all at once."""
+    """Averages metrics over all workers. A collective call."""
     report: Callable[[Line], bool] = lambda line: False
-    """Called after each step with how things are; whether to stop."""
+    """Called after each step with the current state; returns whether to stop."""
 
 
 def run_leg(learner: Learner, batches: Iterable[Batch], worker: Worker) -> None:
-    """Train until the budget is used up, the leg ends, or a stop is asked for; then save. Resumes are further legs."""
+    """Train until the budget is used up, the leg ends, or a stop is requested; then save. Resuming adds legs."""
     config, position, store = worker.config, learner.position, worker.store
     lines = store.read_metrics(position.step) if store else []
     started = saved = time.monotonic()
@@ -61,7 +61,7 @@ def run_leg(learner: Learner, batches: Iterable[Batch], worker: Worker) -> None:
         is_done = any(line["kind"] == "validation" and line["step"] == position.step for line in lines)
         if store and learner.average is not None and not is_done:
             figures = evaluate_clicks(learner.average_at_own_size(), worker.validation())
-            if figures["num_regions"]:  # else nothing is held out
+            if figures["num_regions"]:  # false if nothing is held out
                 record("validation", figures)
             store.write_metrics(lines)
             store.write_curves(draw_curves(lines))
@@ -71,7 +71,7 @@ def run_leg(learner: Learner, batches: Iterable[Batch], worker: Worker) -> None:
             store.write_metrics(lines)
             save_all(learner, store)
 
-    if position.step == 0:  # what there is to improve on
+    if position.step == 0:  # the baseline to improve on
         validate()
     progress, stop = worker.agree(learner.progress, False)
     left = math.inf if worker.max_steps is None else worker.max_steps
@@ -102,7 +102,7 @@ def run_leg(learner: Learner, batches: Iterable[Batch], worker: Worker) -> None:
 
 
 def save_all(learner: Learner, store: Store) -> None:
-    """The weights, then the state: the state is what says that a save is done."""
+    """Write the weights, then the state, which marks the save as complete."""
     metadata = {"model": learner.spec.name, "steps": str(learner.position.step)}
     store.write_weights(learner.weights(), metadata)
     store.write_state(learner.position, learner.state())

@@ -15,9 +15,9 @@ FOCAL_GAMMA = 2.0
 
 @dataclass(slots=True)
 class Losses:
-    """total: scalar with gradients; all the rest detached. iou: (K, 4) of each mask with its target.
-    iou_scored, iou_oracle: mean actual IoU of the best-scored and of the best of the three masks; iou_single: of the
-    single mask."""
+    """total: scalar with gradients; everything else is detached. iou: (K, 4) of each mask with its target.
+    iou_scored, iou_oracle: mean actual IoU of the mask with the highest score and of the best of the three masks;
+    iou_single: of the single mask."""
 
     total: Tensor
     iou: Tensor
@@ -32,7 +32,7 @@ def mask_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """20 focal + dice. logits, targets: broadcastable to (..., R, R), targets in 0..1, float32. Returns (...)."""
     probability = logits.sigmoid()
     cross_entropy = F.binary_cross_entropy_with_logits(logits, targets.expand_as(logits), reduction="none")
-    # Targets at a mask's edge are shares of covered area, so the focal weight is the distance to the target.
+    # At a mask's edge, targets are covered fractions: the focal weight is the distance to the target.
     focal = ((probability - targets).abs() ** FOCAL_GAMMA * cross_entropy).mean(dim=(-2, -1))
     overlap = (probability * targets).sum(dim=(-2, -1))
     dice = 1 - (2 * overlap + 1) / (probability.sum(dim=(-2, -1)) + targets.sum(dim=(-2, -1)) + 1)
@@ -40,18 +40,18 @@ def mask_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def actual_iou(logits: Tensor, targets: Tensor) -> Tensor:
-    """IoU of the thresholded masks, (...), without gradient; 0 where both are empty. Shapes as in `mask_losses`."""
+    """IoU of the thresholded masks, (...), without gradient; 0 if both are empty. Shapes as in `mask_losses`."""
     mask, wanted = logits.detach() > 0, targets > 0.5
     union = (mask | wanted).sum(dim=(-2, -1))
     return (mask & wanted).sum(dim=(-2, -1)) / union.clamp(min=1)
 
 
 def trust(best_iou: Tensor, doubt: Tensor) -> Tensor:
-    """What each prompt's loss counts, (K,), without gradient; 1 where `doubt` is 0.
+    """Weight of each prompt's loss, (K,), without gradient; 1 if `doubt` is 0.
 
-    Labels that nobody looked at are often wrong, and a wrong one is rarely what the model answers: so a doubted prompt
-    counts 0.1 + IoU^doubt of its best answer, brought to a mean of 1 over the doubted ones. (The small-loss trick; Han
-    et al., "Co-teaching", NeurIPS 2018.) best_iou, doubt: (K,).
+    Unchecked labels are often wrong, and the model rarely predicts a wrong one: a doubted prompt gets the weight 0.1 +
+    IoU^doubt of its best mask, normalized to a mean of 1 over the doubted prompts. (The small-loss trick; Han et al.,
+    "Co-teaching", NeurIPS 2018.) best_iou, doubt: (K,).
     """
     doubted = doubt > 0
     raw = 0.1 + best_iou.clamp(min=1e-6) ** doubt
@@ -71,9 +71,9 @@ def sam_loss(
     """The loss of K prompts.
 
     logits: (K, 4, R, R), mask 0 the single mask and 1 to 3 those of an ambiguous prompt. predicted_iou: (K, 4).
-    targets: (K, R, R) in 0..1. multi_weight: of the loss of the best of the three; single_weight: of mask 0's. Only the
-    best of the three gets a gradient, so that they become different answers; all four scores learn their mask's actual
-    IoU. doubt: (K,), see `trust`; None trusts all prompts alike.
+    targets: (K, R, R) in 0..1. multi_weight: for the best of the three; single_weight: for mask 0. Only the best of the
+    three gets a gradient, which lets them become different answers; all four scores learn their mask's actual IoU.
+    doubt: (K,), see `trust`; None weights all prompts alike.
     """
     logits, predicted_iou, targets = logits.float(), predicted_iou.float(), targets.float().unsqueeze(1)
     iou = actual_iou(logits, targets)

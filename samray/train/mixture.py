@@ -1,4 +1,4 @@
-"""Which example is number i: DATA mixed by shares, as a function of i alone, so that a run can begin anywhere."""
+"""Mix DATA by shares: example number i is a function of i alone, which lets a run begin anywhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from samray.scenes.scene import Scene
 from samray.train.examples import Arrays, Frame
 
 CYCLE = 1024
-"""Examples in which every DATA has its exact share, in an order drawn anew each time."""
+"""Examples per cycle; in a cycle every DATA has its exact share, in a new random order."""
 
 
 class Examples(Protocol):
@@ -22,13 +22,13 @@ class Examples(Protocol):
 
     @property
     def num_images(self) -> int | None:
-        """That are trained on; None of one that never ends."""
+        """Number of training images; None if unlimited."""
 
     def example(self, draw: int, frame: Frame) -> Arrays:
-        """Its draw number `draw`; the same each time."""
+        """Draw number `draw`; always the same."""
 
     def validation(self, limit: int, frame: Frame) -> Iterator[Scene]:
-        """At most `limit` images that are never drawn from, always the same."""
+        """At most `limit` images that are never drawn, always the same."""
 
 
 class Mixture:
@@ -43,7 +43,7 @@ class Mixture:
         self._order = lru_cache(4)(self._draw_order)
 
     def place(self, number: int) -> tuple[int, int]:
-        """Example `number`'s DATA, and which of its draws it is."""
+        """The DATA of example `number`, and the index of the draw within it."""
         cycle, at = divmod(number, CYCLE)
         order, before = self._order(cycle)
         part = int(order[at])
@@ -54,13 +54,13 @@ class Mixture:
         return self.parts[part].example(draw, frame)
 
     def validation(self, limit: int, frame: Frame) -> Iterator[Scene]:
-        """Held-out images of all DATA that training draws from, as many of each."""
+        """The same number of held-out images from each DATA used for training."""
         used = [part for part, slots in zip(self.parts, self.slots, strict=True) if slots]
         for i, part in enumerate(used):
             yield from part.validation(limit * (i + 1) // len(used) - limit * i // len(used), frame)
 
     def _draw_order(self, cycle: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(CYCLE,) each: an example's DATA, and how many of that DATA came before it in the cycle."""
+        """(CYCLE,) each: an example's DATA, and the number of examples of that DATA before it in the cycle."""
         order = np.random.default_rng([self.seed, cycle]).permutation(np.repeat(np.arange(len(self.slots)), self.slots))
         before = np.zeros(CYCLE, np.int64)
         for part in range(len(self.slots)):
@@ -77,9 +77,9 @@ class Mixture:
 
 
 def root_shares(parts: Sequence[Examples]) -> list[float]:
-    """By the root of the number of images: a small DATA is seen more often than its size says, a large one less.
+    """Shares by the square root of the number of images: small DATA are seen more often than their size implies.
 
-    What never ends gets the mean of the others.
+    Unlimited DATA get the mean of the others.
     """
     roots = [None if part.num_images is None else part.num_images**0.5 for part in parts]
     known = [root for root in roots if root is not None]
@@ -88,7 +88,7 @@ def root_shares(parts: Sequence[Examples]) -> list[float]:
 
 
 def _slots(shares: npt.NDArray[np.float64]) -> list[int]:
-    """How many of CYCLE examples each share is, by the largest remainders; none that is above 0 gets nothing."""
+    """Number of CYCLE examples for each share, by largest remainders; at least one if the share is above 0."""
     exact = shares * CYCLE
     slots = np.maximum(np.floor(exact).astype(int), shares > 0)
     short = CYCLE - int(slots.sum())

@@ -1,4 +1,4 @@
-"""What the first worker and the driver tell each other while a training is under way: figures, and "stop"."""
+"""Messages between the first worker and the driver during a training: metrics, and "stop"."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from samray.errors import SamrayError
 
 
 class Monitor:
-    """A Ray actor between the two. Nothing here is needed for correctness."""
+    """A Ray actor between the two. Correctness does not depend on it."""
 
     def __init__(self) -> None:
         self.line: dict[str, Any] | None = None
@@ -17,28 +17,28 @@ class Monitor:
         self.problem: SamrayError | None = None
 
     def begin(self) -> int:
-        """The first worker starts; how many times it has since the last step."""
+        """The first worker starts; returns its number of starts since the last step."""
         self.num_starts += 1
         return self.num_starts
 
     def give_up(self, problem: SamrayError) -> None:
-        """What another try would not help."""
+        """Report an error that a retry would not fix."""
         self.problem = self.problem or problem
 
     def why_given_up(self) -> SamrayError | None:
-        """The first of them."""
+        """The first such error."""
         return self.problem
 
     def beat(self, line: dict[str, Any]) -> bool:
-        """How things are; whether to stop."""
+        """Report the current state; returns whether to stop."""
         self.line = line
         self.num_starts = 0
         return self.stopping
 
     def stop(self) -> None:
-        """Let the workers save and end."""
+        """Ask the workers to save and end."""
         self.stopping = True
 
     def read(self) -> dict[str, Any] | None:
-        """The last line."""
+        """The last reported line."""
         return self.line

@@ -1,4 +1,4 @@
-"""How a training is going: a live line on a terminal, a line every ten seconds elsewhere; and the closing summary."""
+"""Progress of a training: a live line on a terminal, a line every ten seconds elsewhere; and the closing summary."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from samray.train.store import CURVES_FILE, WEIGHTS_FILE, Store
 LOG_EVERY_S = 10.0
 _SHOWN = {"mask_loss": "loss", "distill_loss": "loss", "iou_scored": "IoU", "iou_last": "last IoU"}
 _MEMORY = 0.9
-"""Of the shown figures: single steps jump, these are running averages."""
+"""Smoothing of the displayed metrics: single steps are noisy."""
 
 
 class TrainView:
-    """Progress, losses, examples a second, time left. Written to stderr, so that stdout stays the program's own."""
+    """Progress, losses, examples per second, time left. Writes to stderr, because stdout belongs to the program."""
 
     def __init__(self, batch_size: int, *, enabled: bool = True, file: TextIO | None = None) -> None:
         self.file, self.enabled, self.batch_size = file or sys.stderr, enabled, batch_size
         self.note = "starting Ray"
         self._figures: dict[str, float] = {}
-        self._first: tuple[float, float, int] | None = None  # time, progress and step when the first figures came
+        self._first: tuple[float, float, int] | None = None  # time, progress and step of the first metrics
         self._last_step = -1
         self._rate = ""
         self._logged_at = time.monotonic()
@@ -60,11 +60,11 @@ class TrainView:
             self._bar.stop()
 
     def update(self, line: Mapping[str, Any] | None = None, *, note: str | None = None) -> None:
-        """Show a step's figures, or what is being done; cheap enough to call often."""
+        """Show a step's metrics, or the current activity; cheap enough to call often."""
         now = time.monotonic()
         if note is not None and note != self.note:
             self.note = note
-            self._logged_at = 0.0  # worth a line at once
+            self._logged_at = 0.0  # print a changed note immediately
         if line is not None and line["step"] != self._last_step:
             self._take(line, now)
         progress = 0.0 if line is None else float(line["progress"])
@@ -84,7 +84,7 @@ class TrainView:
             if name in line:
                 before = self._figures.get(shown, line[name])
                 self._figures[shown] = _MEMORY * before + (1 - _MEMORY) * line[name]
-        if self._first is None or self._first[2] > line["step"]:  # the second: a worker died, and begins further back
+        if self._first is None or self._first[2] > line["step"]:  # the latter if a worker died and begins further back
             self._first = (now, line["progress"], line["step"])
         since, progress, step = self._first
         if now - since > 1.0 and line["progress"] > progress:
@@ -95,34 +95,32 @@ class TrainView:
 
 @dataclass
 class TrainReport:
-    """What `samray train` did, and how it ended."""
+    """Result of `samray train`."""
 
     output: str
     step: int
     minutes: float
-    """In training, earlier runs included."""
+    """In training, including earlier runs."""
     model: str
     num_images: list[tuple[str, int | None]]
-    """DATA and how many of its images are trained on; None of scenes, which never end."""
+    """DATA and the number of its training images; None for scenes, which are unlimited."""
     first: dict[str, Any] | None = None
     last: dict[str, Any] | None = None
-    """The first and the last validation of the run."""
+    """The run's first and last validation."""
     exit_code: int = 0
     problem: str | None = None
 
 
 def print_train_report(report: TrainReport) -> None:
-    """The closing summary, on stdout, with the command that comes next."""
+    """Print the closing summary to stdout, with the next command."""
     store = Store(report.output)
     table = two_columns()
-    shown = {uri: "no end of them" if n is None else f"{n:,} images" for uri, n in report.num_images}
+    shown = {uri: "unlimited" if n is None else f"{n:,} images" for uri, n in report.num_images}
     table.add_row("data", escape("; ".join(f"{storage.redact(uri)}: {words}" for uri, words in shown.items())))
     table.add_row("trained", f"{report.step:,} steps, {duration(60 * report.minutes)}")
     if report.last is not None:
-        words = (
-            f"mean IoU {report.last['miou']:.3f} with the best-scored mask, {report.last['miou_oracle']:.3f} with the"
-        )
-        table.add_row("held out", f"{words} best of three, {report.last['num_regions']:,} masks, one click each")
+        best = f"mean IoU {report.last['miou']:.3f} (highest score), {report.last['miou_oracle']:.3f} (best of three)"
+        table.add_row("held out", f"{best}, {report.last['num_regions']:,} masks, one click each")
         if report.first is not None and report.first["step"] < report.last["step"]:
             table.add_row("", f"at step {report.first['step']:,} it was {report.first['miou']:.3f}")
     where = storage.redact(store.uri(WEIGHTS_FILE))
@@ -132,12 +130,12 @@ def print_train_report(report: TrainReport) -> None:
         table.add_row("[red]problem[/red]", escape(report.problem))
     console = Console(highlight=False)
     console.print(table, soft_wrap=True)
-    if not report.problem:  # by itself, so that it can be copied: a table would fold it
+    if not report.problem:  # outside of the table, which would wrap it, to be copied
         console.print(f"\n{label_command(report.model, store.uri(WEIGHTS_FILE))}", soft_wrap=True, markup=False)
         console.print(f"samray report {shlex.quote(storage.redact(store.output))}", soft_wrap=True, markup=False)
 
 
 def label_command(model: str, weights: str) -> str:
-    """What comes after a training, to be copied."""
+    """The command to use the trained weights, to be copied."""
     checkpoint = shlex.quote(f"model.checkpoint={storage.redact(weights)}")
     return f"samray label INPUT OUTPUT model.name={model} {checkpoint}"

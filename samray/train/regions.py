@@ -1,11 +1,11 @@
-"""A classical hierarchical segmentation: regions of a photograph at every scale, with nothing learnt.
+"""Classical hierarchical segmentation: regions of a photograph at every scale, without learning.
 
-The embedded model's first teacher on photographs. Colour and brightness edges cut the picture into about a thousand
-pieces (watershed); the two neighbours that differ least are merged, again and again, until one is left. What the pieces
-were merged into, with the cost of each merge, is a tree; cutting it at a cost gives a segmentation.
+The first teacher of the embedded model on photographs. Colour and brightness edges split the image into about a
+thousand pieces (watershed); the two most similar neighbours are merged repeatedly until one region is left. The merges
+and their costs form a tree; cutting it at a cost gives a segmentation.
 
 Sources: Arbelaez et al., "Contour Detection and Hierarchical Image Segmentation", PAMI 2011 (the tree of regions from a
-watershed); Felzenszwalb and Huttenlocher, IJCV 2004 (a merge of large regions needs more evidence).
+watershed); Felzenszwalb and Huttenlocher, IJCV 2004 (merging large regions needs more evidence).
 """
 
 import heapq
@@ -19,7 +19,7 @@ from skimage.segmentation import watershed
 Float = npt.NDArray[np.float32]
 
 SIDE = 480
-"""Longest side of the pictures that the constants below were chosen at, pixels."""
+"""Longest side, in pixels, of the images for which the constants below were chosen."""
 _SIGMAS = (1.0, 2.0)
 _CHROMA_WEIGHT = 2.0
 _EDGE_GAIN = 8.0
@@ -30,14 +30,14 @@ _SIZE_POWER = 0.5
 
 @dataclass(frozen=True, slots=True)
 class RegionTree:
-    """N leaves and what they were merged into. Node i < N is leaf i; a parent has a higher number than its children."""
+    """N leaves and their merges. Node i < N is leaf i; a parent has a higher number than its children."""
 
     leaves: npt.NDArray[np.int32]
     """(H, W), the leaf of each pixel."""
     parent: npt.NDArray[np.int32]
     """(M,), M = 2N - 1; -1 for the root."""
     cost: Float
-    """(M,), of the merge that made the node, never below its children's; 0 for leaves."""
+    """(M,), cost of the merge that made the node, never below its children's; 0 for leaves."""
     area: npt.NDArray[np.int64]
     """(M,), pixels."""
 
@@ -51,20 +51,20 @@ class RegionTree:
         return mask
 
     def cut(self, cost: float) -> npt.NDArray[np.int64]:
-        """The nodes of the segmentation at `cost`: made at or below it, and merged on above it."""
+        """The nodes of the segmentation at `cost`: made at or below it, and merged further only above it."""
         above = np.where(self.parent >= 0, self.cost[self.parent], np.inf)
         return np.flatnonzero((self.cost <= cost) & (above > cost))
 
 
 def region_tree(image: npt.NDArray[np.uint8]) -> RegionTree:
-    """The tree of an (H, W, 3) RGB image, best at about SIDE pixels; about a second for each."""
+    """The tree of an (H, W, 3) RGB image, best at about SIDE pixels; takes about a second per image."""
     features = _features(image)
     edges = _edges(features)
     return _merge(edges, _watershed(edges), features)
 
 
 def _features(image: npt.NDArray[np.uint8]) -> list[Float]:
-    """CIE Lab, each in about 0..1, and how much brightness varies around the pixel."""
+    """CIE Lab, each about 0..1, and the local variation of brightness."""
     rgb = image.astype(np.float32) / 255
     linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
     to_xyz = np.array([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]])
@@ -78,7 +78,7 @@ def _features(image: npt.NDArray[np.uint8]) -> list[Float]:
 
 
 def _edges(features: list[Float]) -> Float:
-    """(H, W): how strongly Lab changes at each pixel, over two scales."""
+    """(H, W): strength of the change in Lab at each pixel, over two scales."""
     total = np.zeros_like(features[0])
     for sigma in _SIGMAS:
         for channel, weight in zip(features[:3], (1.0, _CHROMA_WEIGHT, _CHROMA_WEIGHT), strict=True):
@@ -92,7 +92,7 @@ def _watershed(edges: Float) -> npt.NDArray[np.int32]:
     """(H, W): the basin of each pixel, numbered from 0 without gaps."""
     smooth = ndimage.gaussian_filter(edges, 1.0)
     seeds, _ = ndimage.label(ndimage.minimum_filter(smooth, 7) == smooth, np.ones((3, 3)))
-    basins = watershed(smooth, seeds)  # not scipy's watershed_ift: its floods climb soft edges
+    basins = watershed(smooth, seeds)  # not scipy's watershed_ift, which floods across soft edges
     return np.unique(basins, return_inverse=True)[1].reshape(basins.shape).astype(np.int32)
 
 

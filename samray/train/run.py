@@ -1,9 +1,9 @@
-"""`samray.train`: DATA and settings to a trained model, on Ray Train. One CPU worker or many GPUs, the same code.
+"""`samray.train`: train a model from DATA and settings on Ray Train; the same code for one CPU worker or many GPUs.
 
-A run is a sequence of legs. Each is one TorchTrainer of bounded length at one input size, and begins with what OUTPUT
-holds: whether the leg before ended, a worker died (Ray Train starts the others anew) or the driver was killed, the way
-on is the same. Ray's own checkpoints are not used: on object stores they may be there in part, and beside OUTPUT they
-would be a second truth.
+A run is a sequence of legs. Each leg is one TorchTrainer of bounded length at one input size, and starts from what
+OUTPUT has, whether the previous leg ended, a worker died (Ray Train restarts the workers) or the driver was killed.
+Ray's own checkpoints are not used: on object stores they may be incomplete, and they would be a second source of truth
+next to OUTPUT.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
     from samray.cluster.control import StopRequest
 
 LEG_STEPS = 4096
-"""Steps of a leg at most: the driver hands each step's block to Ray Data before the first begins."""
+"""Maximum steps of a leg: the driver passes each step's block to Ray Data before the first one begins."""
 MAX_STARTS = 3
-"""Starts of the workers, one after the other, of which none came to a step."""
+"""Consecutive starts of the workers without a step before giving up."""
 POLL_S = 0.5
 BEAT_S = 0.25
-"""Seconds between two words of the first worker with the driver."""
+"""Seconds between two messages from the first worker to the driver."""
 _DATA_NAME = "train"
 
 
@@ -55,11 +55,11 @@ def train(
     *,
     progress: bool = True,
 ) -> TrainReport:
-    """Train a model on DATA into OUTPUT, or finish what an earlier run left undone.
+    """Train a model on DATA into OUTPUT, or finish an earlier run.
 
-    data: outputs of `samray label` or `samray import`, or the word `scenes`. progress: show it, on stderr.
-    Raises ConfigError before anything starts, StorageError when storage stays away. A report with exit_code 130 or 143
-    means that a signal ended the run early; calling again resumes.
+    data: outputs of `samray label` or `samray import`, or the word `scenes`. progress: show progress on stderr.
+    Raises ConfigError before anything starts, StorageError if storage is unavailable. An exit_code of 130 or 143 in the
+    report means that a signal ended the run early; call again to resume.
     """
     settings = _absolute(settings or load_train_settings())
     uris = [str(data)] if isinstance(data, str | Path) else [str(uri) for uri in data]
@@ -89,8 +89,8 @@ def train(
 
 
 def _check_start(output: str, settings: TrainSettings, mixture: Mixture) -> None:
-    """Raises: ConfigError if a training could not start: disk, weights, Ray, workers that have no place, or DATA of
-    which no image can be read (StorageError: their storage is why)."""
+    """Raises: ConfigError if a training could not start: disk, weights, Ray, workers that do not fit, or DATA whose
+    images cannot be read (StorageError if their storage is the reason)."""
     from samray.sam.checkpoints import check_checkpoint
 
     check_writable(output)
@@ -107,7 +107,7 @@ def _check_start(output: str, settings: TrainSettings, mixture: Mixture) -> None
 
 
 def full_identity(settings: TrainSettings, model: str, num_images: Sequence[tuple[str, int | None]]) -> dict[str, Any]:
-    """That of the settings, with the content of the weights it begins with, and DATA in their order."""
+    """The settings' identity, plus the SHA-256 of the initial weights, and DATA in order."""
     from samray.sam.checkpoints import checkpoint_sha256
 
     identity = settings.identity()
@@ -121,7 +121,7 @@ def full_identity(settings: TrainSettings, model: str, num_images: Sequence[tupl
 
 
 def _check_trainable(settings: TrainSettings) -> None:
-    """Raises: ConfigError where the model has no such parts, before anything starts."""
+    """Raises: ConfigError if the model does not have these parts, before anything starts."""
     import torch
 
     from samray.sam.sam import Sam
@@ -132,7 +132,7 @@ def _check_trainable(settings: TrainSettings) -> None:
 
 
 def _absolute(settings: TrainSettings) -> TrainSettings:
-    """Workers run in a folder of their own: what is relative is so to the driver's."""
+    """Make paths absolute: workers run in another folder, and relative paths refer to the driver's."""
 
     def absolute(uri: str | None) -> str | None:
         return None if uri is None else storage.normalize(uri)
@@ -149,43 +149,43 @@ class _Run:
     mixture: Mixture
     settings: TrainSettings
     identity: dict[str, Any]
-    """As `full_identity` gives it."""
+    """From `full_identity`."""
     store: Store
     view: TrainView
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of the cluster a training takes."""
+    """Resources of a training."""
 
     num_workers: int
     num_threads: int
-    """Of a worker."""
+    """Per worker."""
     worker_cpus: float
     worker_gpus: float
     num_data_actors: int
 
 
 def choose_sizes(settings: TrainSettings, nodes: list[dict[str, float]], *, can_grow: bool = True) -> Sizes:
-    """Workers, and what each takes: all GPUs, or the cores of one node, where the settings do not say otherwise.
+    """Number of workers and their resources: by default all GPUs, or the cores of one node.
 
-    nodes: each one's resources, as Ray names them. can_grow: whether nodes may be added, so that workers which have no
-    place now are waited for. Raises ConfigError where no worker has a place, or the batch cannot be shared out.
+    nodes: resources of each node, with Ray's names. can_grow: whether nodes may be added, so that workers can wait for
+    them. Raises ConfigError if no worker fits, or the batch cannot be divided among the workers.
     """
     config = settings.cluster
     gpus = config.num_gpus_per_worker
     if gpus is None:
         gpus = float(any(node.get("GPU", 0.0) >= 1 for node in nodes))
-    places = [int(node.get("GPU", 0.0) / gpus) if gpus else 0 for node in nodes]  # workers that each node has GPUs for
+    places = [int(node.get("GPU", 0.0) / gpus) if gpus else 0 for node in nodes]  # workers per node by GPUs
     workers = config.num_workers or (1 if 0 < gpus < 1 else max(1, sum(places)))
     if 0 < gpus < 1 < workers:
         raise ConfigError(
-            f"cluster.num_gpus_per_worker = {gpus:g} is for a single worker: several workers on one GPU cannot talk to"
-            " each other; give each a whole one, or set cluster.num_workers=1"
+            f"cluster.num_gpus_per_worker = {gpus:g} is for a single worker: workers cannot communicate on a shared"
+            " GPU; give each a whole one, or set cluster.num_workers=1"
         )
     if settings.train.batch_size % workers:
         raise ConfigError(
-            f"train.batch_size = {settings.train.batch_size} cannot be shared out among {workers} workers; it takes a"
+            f"train.batch_size = {settings.train.batch_size} cannot be divided among {workers} workers; it takes a"
             " multiple of cluster.num_workers"
         )
     num_cpus = [node.get("CPU", 0.0) for node in nodes]
@@ -194,7 +194,7 @@ def choose_sizes(settings: TrainSettings, nodes: list[dict[str, float]], *, can_
     else:
         cores = _largest_share(num_cpus, workers)
     cores = config.num_cpus_per_worker or max(cores, DATA_CPUS)
-    # A GPU's worker needs its data made faster than one core does; without one, training takes all there is.
+    # A GPU worker needs its data made faster than by one core; without a GPU, training takes all cores.
     actors = config.num_data_actors or workers * (max(1, min(8, int(cores) - 1)) if gpus else 1)
     reserved = min(cores, max(DATA_CPUS, cores - DATA_CPUS * (actors / workers + 1)))
     sizes = Sizes(workers, max(1, int(cores)), min(reserved, 1.0) if gpus else reserved, gpus, actors)
@@ -205,9 +205,9 @@ def choose_sizes(settings: TrainSettings, nodes: list[dict[str, float]], *, can_
     if sum(room) < (int(not is_told) if can_grow else workers):
         needed = f"{sizes.worker_cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
         held = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
-        growing = ", or set cluster.num_workers and cluster.num_gpus_per_worker for nodes yet to come"
+        growing = ", or set cluster.num_workers and cluster.num_gpus_per_worker for nodes that will be added"
         raise ConfigError(
-            f"there is no place for {workers} training worker{'' if workers == 1 else 's'} of {needed}: the nodes have"
+            f"no room for {workers} training worker{'' if workers == 1 else 's'} of {needed}: the nodes have"
             f" {held}; lower cluster.num_workers, cluster.num_cpus_per_worker or cluster.num_gpus_per_worker"
             f"{growing if can_grow else ''}"
         )
@@ -215,14 +215,14 @@ def choose_sizes(settings: TrainSettings, nodes: list[dict[str, float]], *, can_
 
 
 def _largest_share(num_cpus: list[float], workers: int) -> float:
-    """The most cores a worker that this many workers can have, each on one node of these sizes."""
+    """The most cores that each of this many workers can have, each on one node, given the nodes' cores."""
     shares = sorted({cpus / n for cpus in num_cpus if cpus for n in range(1, workers + 1)}, reverse=True)
     fits = (share for share in shares if sum(int(cpus / share + 1e-9) for cpus in num_cpus) >= workers)
     return next(fits, 1.0)
 
 
 def _run_on_ray(run: _Run) -> StopRequest | None:
-    """Leg after leg, until the budget is used up; returns the signal that ended it early, if one did."""
+    """Run legs until the budget is used up; returns the signal that ended it early, if any."""
     import ray
 
     from samray.cluster.control import stop_on_signals
@@ -245,17 +245,17 @@ def _run_on_ray(run: _Run) -> StopRequest | None:
             trainer = _make_trainer(run, sizes, mixture, before, folder)
             _drive(trainer.fit, trainer.train_loop_config["monitor"], run, stop)
             if stop.signum is None and run.store.read_position().step == before.step:
-                raise SamrayError("the training ended without a step; the same command again goes on from here")
+                raise SamrayError("the training ended without a step; run the same command to resume")
         return stop if stop.signum is not None else None
 
 
 @contextlib.contextmanager
 def _ray_folder(run: _Run, own: bool) -> Iterator[str]:
-    """Where Ray Train keeps its notes of a run: nothing that is needed after it."""
+    """Folder for Ray Train's notes on a run; not needed afterwards."""
     if own:
         with tempfile.TemporaryDirectory(prefix="samray-train-") as folder:
             yield folder
-    else:  # all nodes must reach it
+    else:  # all nodes need access to it
         yield run.store.uri("_ray_train")
 
 
@@ -314,7 +314,7 @@ def _make_trainer(run: _Run, sizes: Sizes, mixture: Any, position: Position, fol
             failure_config=FailureConfig(max_failures=settings.cluster.max_failures),
         ),
         datasets={_DATA_NAME: stream},
-        # The order is what makes a curve: the same after a death, and the same for each number of workers.
+        # The order determines the curve: the same after a death, and for any number of workers.
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
     )
 
@@ -323,7 +323,7 @@ def _make_trainer(run: _Run, sizes: Sizes, mixture: Any, position: Position, fol
 
 
 def _work(arguments: dict[str, Any]) -> None:
-    """One worker's leg; what Ray Train runs. The driver hears of what another try would not help, and ends it."""
+    """One worker's leg, called by Ray Train. Reports errors that a retry would not fix to the driver, which ends it."""
     import ray
     import ray.train
 
@@ -333,8 +333,8 @@ def _work(arguments: dict[str, Any]) -> None:
     monitor = arguments["monitor"]
     if ray.train.get_context().get_world_rank() == 0 and ray.get(monitor.begin.remote()) > MAX_STARTS:
         problem = SamrayError(
-            f"the training worker died {MAX_STARTS} times before its first step: most often the memory is too small for"
-            " model and batch (lower train.batch_size, or take a smaller model.name); Ray's log of the worker says more"
+            f"the training worker died {MAX_STARTS} times before its first step, most often for lack of memory for"
+            " model and batch (lower train.batch_size, or use a smaller model.name); see Ray's log of the worker"
         )
         ray.get(monitor.give_up.remote(problem))
         raise problem
@@ -420,9 +420,9 @@ def _train_leg(arguments: dict[str, Any]) -> None:
 
 
 def _drive(fit: Callable[[], object], monitor: Any, run: _Run, stop: StopRequest) -> None:
-    """Run a leg, showing how it goes, until it ends or a stop is asked for and the workers have saved.
+    """Run a leg and show its progress, until it ends or a stop is requested and the workers have saved.
 
-    It runs in a thread of its own, so that this one stays free for signals and the progress line.
+    The leg runs in a separate thread, which keeps this one free for signals and the progress line.
     """
     import ray
 
@@ -432,7 +432,7 @@ def _drive(fit: Callable[[], object], monitor: Any, run: _Run, stop: StopRequest
         try:
             fit()
             outcome.append(None)
-        except BaseException as error:  # whatever it is, the main thread is the one to raise it
+        except BaseException as error:  # the main thread raises it
             outcome.append(error)
 
     thread = threading.Thread(target=body, name="samray-train", daemon=True)
@@ -450,7 +450,7 @@ def _drive(fit: Callable[[], object], monitor: Any, run: _Run, stop: StopRequest
         with contextlib.suppress(ray.exceptions.RayError):
             problem = ray.get(monitor.why_given_up.remote(), timeout=5.0)
             line = ray.get(monitor.read.remote(), timeout=5.0) or line
-        if problem is not None:  # Ray Train would start the workers again
+        if problem is not None:  # Ray Train would restart the workers
             raise problem
         note = "stopping" if stop.signum is not None else "training" if line else "starting the workers"
         run.view.update(line, note=note)
@@ -459,7 +459,7 @@ def _drive(fit: Callable[[], object], monitor: Any, run: _Run, stop: StopRequest
 
 
 def plain_train_error(error: BaseException) -> BaseException:
-    """Our own error out of Ray Train's wrapping, or one that says in a line what Ray's says in a hundred."""
+    """Unwrap a samray error from Ray Train's, or reduce Ray's error to one line."""
     from samray.cluster.errors import plain_error
 
     failures = getattr(error, "worker_failures", None)
@@ -478,5 +478,5 @@ def _conclude(
     )  # fmt: skip
     if stopped_by is not None and position.progress(settings.train) < 1:
         report.exit_code = stopped_by.exit_code
-        report.problem = f"interrupted at step {position.step:,}; the same command goes on from there"
+        report.problem = f"interrupted at step {position.step:,}; run the same command to resume"
     return report

@@ -1,7 +1,7 @@
-"""Training of the predicted IoUs alone: the head learns, on many prompts at once, what the masks' actual IoUs were.
+"""Train only the IoU prediction: the head learns, on many prompts at once, the actual IoUs of the masks.
 
-With everything before the head frozen, its input for a prompt never changes. So a step also learns from prompts of
-earlier steps: a prompt costs an image and a decoder the first time, and next to nothing after that.
+Everything before the head is frozen, so its input for a prompt never changes, and a step can reuse prompts of earlier
+steps: a prompt costs an image encoding and a decoder pass the first time, and almost nothing later.
 """
 
 from __future__ import annotations
@@ -14,38 +14,38 @@ from samray.train.interaction import Batch, Rounds, draw_course, normalise, seed
 from samray.train.settings import TrainConfig
 
 MEMORY_PROMPTS = 65_536
-"""Prompts that are kept; then the oldest go. At 256 channels they take 70 MB."""
+"""Maximum stored prompts; the oldest are dropped first. At 256 channels they take 70 MB."""
 SAMPLE_PROMPTS = 4_096
-"""Kept prompts that a step learns from, drawn at random."""
+"""Stored prompts per step, sampled at random."""
 RANKING_WEIGHT = 1.0
 RANKING_TEMPERATURE = 0.03
-"""Scores that differ by much less than this count as equal: a smaller error could turn them around."""
+"""Scale of score differences: scores closer than this count as equal, because small errors could swap them."""
 
 
 def ranking_loss(predicted_iou: Tensor, iou: Tensor) -> Tensor:
-    """1 - the mean IoU of the mask that scores best, made smooth: masks weighted by a softmax of their scores.
+    """1 - the mean IoU of the mask with the highest score, smoothed: masks weighted by a softmax of their scores.
 
-    predicted_iou, iou: (K, 3) of the masks of an ambiguous prompt. Returns a scalar in [0, 1]. The squared error alone
-    spends most of what the head can do on prompts where the three masks are alike.
+    predicted_iou, iou: (K, 3), masks of an ambiguous prompt. Returns a scalar in [0, 1]. The squared error alone would
+    spend most of the head's capacity on prompts whose three masks are alike.
     """
     chosen = (predicted_iou / RANKING_TEMPERATURE).softmax(dim=1)
     return 1 - (chosen * iou).sum(dim=1).mean()
 
 
 class ScoreLoss(nn.Module):
-    """Squared error of the predicted IoUs, as `sam_loss` has it, and `ranking_loss` of the masks of ambiguous prompts.
+    """Squared error of the predicted IoUs, as in `sam_loss`, plus `ranking_loss` of the masks of ambiguous prompts.
 
-    Over prompts of this step and of earlier ones.
+    Over prompts of this and of earlier steps.
     """
 
     def __init__(self, sam: Sam, config: TrainConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.sam, self.config, self.dtype = sam, config, dtype
         self.memory: dict[str, Tensor] = {}
-        """tokens (M, C) that the head reads and ious (M, 4) of the masks, float32, the oldest first."""
+        """tokens (M, C) that the head reads, and ious (M, 4) of the masks, float32, oldest first."""
 
     def forward(self, batch: Batch, step: int, stream: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss with gradients, and figures of the step's own prompts without. stream: as for `InteractionLoss`."""
+        """The loss with gradients, and metrics of the step's own prompts without. stream: as in `InteractionLoss`."""
         generator = torch.Generator(batch["image"].device).manual_seed(
             seed_of("clicks", self.config.seed, step, stream)
         )
@@ -63,7 +63,7 @@ class ScoreLoss(nn.Module):
 
     @torch.no_grad()
     def _remember(self, batch: Batch, step: int, generator: torch.Generator) -> Rounds:
-        """Answer the batch's prompts, round by round, and keep what the head read and how good its masks were."""
+        """Decode the batch's prompts round by round, and store the head's inputs and the masks' IoUs."""
         tokens: list[Tensor] = []
         ious: list[Tensor] = []
         head = self.sam.mask_decoder.iou_prediction_head

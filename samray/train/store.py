@@ -1,13 +1,13 @@
-"""What a training run keeps in OUTPUT, on any filesystem; every file appears whole or not at all.
+"""The files of a training run in OUTPUT, on any filesystem; every file is written all or nothing.
 
 train.json           settings, DATA, versions: the run's identity
-weights.safetensors  the running average of the weights; `samray label model.checkpoint=` takes it
-state-<step>.pt      model, average, optimizer: what a resumed run begins with
-position.json        the step and the time of the state that counts; written after it
-metrics.jsonl        a line of means every `train.log_every` steps, and one for each validation
-curves.png           the same, drawn
+weights.safetensors  running average of the weights, for `samray label model.checkpoint=`
+state-<step>.pt      model, average, optimizer: where a resumed run begins
+position.json        step and time of the valid state; written after it
+metrics.jsonl        a line of means every `train.log_every` steps, and one per validation
+curves.png           the same as a plot
 
-One run at a time writes: two drivers on one OUTPUT would overwrite each other's steps.
+Only one run may write at a time: two drivers on one OUTPUT would overwrite each other's steps.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ _PACKAGES = ("numpy", "pillow", "pyarrow", "ray", "torch")
 
 @dataclass(slots=True)
 class Position:
-    """How far a run is."""
+    """The progress of a run."""
 
     step: int = 0
     """Steps done."""
     elapsed_s: float = 0.0
-    """Spent in training, validation and saving, earlier runs included."""
+    """Time spent in training, validation and saving, including earlier runs."""
 
     def progress(self, config: TrainConfig) -> float:
-        """Share of the budget that is used up, 0 to 1: of steps or of minutes, whichever is further."""
+        """Used fraction of the budget, 0 to 1: of steps or of minutes, whichever is larger."""
         by_steps = self.step / config.steps if config.steps else 0.0
         by_time = self.elapsed_s / (60 * config.minutes) if config.minutes else 0.0
         return min(1.0, max(by_steps, by_time))
@@ -63,13 +63,13 @@ def is_training(output: str) -> bool:
 
 
 class Store:
-    """OUTPUT of one run. Picklable."""
+    """The OUTPUT of one run. Picklable."""
 
     def __init__(self, output: str) -> None:
         self.output = storage.normalize(output)
 
     def uri(self, name: str) -> str:
-        """Where a file is."""
+        """The URI of a file."""
         return storage.join(self.output, name)
 
     # --- the run -----------------------------------------------------------------------------------------------------
@@ -77,28 +77,28 @@ class Store:
     def claim(
         self, identity: Mapping[str, Any], settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
     ) -> bool:
-        """Write train.json, or find the same identity there. Returns whether it was written.
+        """Write train.json, or check that it has the same identity. Returns whether it was written.
 
-        defaults: the identity of default settings, for those that a run begun earlier did not know.
-        Raises: ConfigError where it is another, StorageError.
+        defaults: the identity of default settings, for settings that an older run does not have.
+        Raises: ConfigError if the identity differs, StorageError.
         """
         wanted = redact_json(identity)
         run, is_new = self.read_run(), False
         if run is None:
             if storage.exists(self.uri(POSITION_FILE)):
                 raise ConfigError(
-                    f"{storage.redact(self.output)} holds {POSITION_FILE}, but no {RUN_FILE} that says what it is; give"
+                    f"{storage.redact(self.output)} has {POSITION_FILE}, but no {RUN_FILE} that describes it; choose"
                     " another OUTPUT, or empty this one"
                 )
             full = {"identity": wanted, "settings": redact_json(settings), **versions(_PACKAGES)}
             is_new = storage.put_new(self.uri(RUN_FILE), json.dumps(full, indent=2, sort_keys=True).encode() + b"\n")
             run = self.read_run() or full
-        run["identity"].get("data", {}).pop("image_root", None)  # stood there once
+        run["identity"].get("data", {}).pop("image_root", None)  # was stored by older versions
         refuse_differences(self.output, run["identity"], wanted, defaults or {})
         return is_new
 
     def give_back(self) -> None:
-        """Undo a claim that nothing came of, so that the same OUTPUT may be given with better settings.
+        """Undo a claim without result, to allow the same OUTPUT with other settings.
 
         Raises: StorageError.
         """
@@ -109,7 +109,7 @@ class Store:
                 storage.delete(self.uri(name))
 
     def read_run(self) -> dict[str, Any] | None:
-        """train.json; None where there is none. Raises: ConfigError where it is not ours, StorageError."""
+        """Read train.json; None if it does not exist. Raises: ConfigError if it is not samray's, StorageError."""
         try:
             run = parse_json(storage.read_bytes(self.uri(RUN_FILE)))
             if not isinstance(run, dict) or "identity" not in run:
@@ -118,20 +118,20 @@ class Store:
             return None
         except ValueError as error:
             where = storage.redact(self.uri(RUN_FILE))
-            raise ConfigError(f"{where} cannot be understood: {error}; give another OUTPUT") from error
+            raise ConfigError(f"{where} is not valid: {error}; choose another OUTPUT") from error
         return run
 
     # --- state and weights -------------------------------------------------------------------------------------------
 
     def read_position(self) -> Position:
-        """How far the run is; at its beginning where nothing was saved. Raises: StorageError."""
+        """The progress of the run; zero if nothing was saved. Raises: StorageError."""
         try:
             return Position(**json.loads(storage.read_bytes(self.uri(POSITION_FILE))))
         except NotFoundError:
             return Position()
 
     def read_state(self) -> dict[str, Any] | None:
-        """As `write_state` was given it, on the CPU; None before the first save. Raises: StorageError."""
+        """The state from `write_state`, on the CPU; None before the first save. Raises: StorageError."""
         position = self.read_position()
         if position == Position():
             return None
@@ -140,7 +140,7 @@ class Store:
         return {**state, "position": position}
 
     def write_state(self, position: Position, state: Mapping[str, Any]) -> None:
-        """The last of a save's files; then the states of earlier steps go. Raises: StorageError."""
+        """Write the position, the last file of a save; then delete earlier states. Raises: StorageError."""
         name = _state_name(position)
         self._put(name, lambda path: torch.save(dict(state), path))
         storage.put(self.uri(POSITION_FILE), json.dumps(dataclasses.asdict(position)).encode() + b"\n")
@@ -154,19 +154,19 @@ class Store:
         self._put(WEIGHTS_FILE, lambda path: save_file(weights, path, metadata))
 
     def _put(self, name: str, write: Callable[[Path], object]) -> None:
-        """By way of a temporary file: the largest model's state is 10 GB, more than one request holds."""
+        """Write via a temporary file: the largest model's state is 10 GB, more than one request allows."""
         with tempfile.TemporaryDirectory(prefix="samray-") as folder:
             path = Path(folder) / name
             try:
                 write(path)
             except (OSError, RuntimeError, SafetensorError) as error:
-                raise StorageError(f"{name} cannot be written to {folder} on its way to OUTPUT: {error}") from error
+                raise StorageError(f"cannot write {name} to the temporary folder {folder}: {error}") from error
             storage.put_chunks(self.uri(name), _chunks(path))
 
     # --- metrics -----------------------------------------------------------------------------------------------------
 
     def read_metrics(self, until_step: int | None = None) -> list[dict[str, Any]]:
-        """The lines up to this step: what came after the last save will come again. Raises: StorageError."""
+        """The lines up to this step; lines after the last save will be written again. Raises: StorageError."""
         try:
             text = storage.read_bytes(self.uri(METRICS_FILE)).decode()
         except NotFoundError:
@@ -175,7 +175,7 @@ class Store:
         return [line for line in lines if until_step is None or line["step"] <= until_step]
 
     def write_metrics(self, lines: list[dict[str, Any]]) -> None:
-        """All lines anew: object stores cannot append. Raises: StorageError."""
+        """Rewrite all lines, because object stores cannot append. Raises: StorageError."""
         storage.put(self.uri(METRICS_FILE), "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def write_curves(self, png: bytes) -> None:

@@ -97,7 +97,7 @@ def test_kernels_are_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("SAMRAY_TRITON")
     assert not enabled(GPU)
     monkeypatch.setenv("SAMRAY_TRITON", "yes")
-    with pytest.raises(ConfigError, match="SAMRAY_TRITON is 0 or 1; got 'yes'"):
+    with pytest.raises(ConfigError, match="SAMRAY_TRITON must be 0 or 1; got 'yes'"):
         enabled(GPU)
 
 

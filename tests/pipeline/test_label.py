@@ -223,7 +223,7 @@ def test_a_model_that_cannot_be_had_ends_the_run_with_its_own_sentence(tmp_path:
     source = _put_folder(str(tmp_path), _images())
     with pytest.raises(ConfigError) as caught:
         label(source, tmp_path / "out", make_labeler=standin.make_no_labeler)
-    assert str(caught.value) == "model.device: cuda was asked for"
+    assert str(caught.value) == "model.device: cuda is not available"
 
 
 def test_actors_refuse_weights_that_are_not_those_of_the_plan(
@@ -237,7 +237,7 @@ def test_actors_refuse_weights_that_are_not_those_of_the_plan(
     def run(on_plan: Callable[..., None] = lambda *anything: None) -> LabelReport:
         return label_with(source, output, settings, progress=False, on_plan=on_plan)
 
-    with pytest.raises(ConfigError, match="does not hold this run's weights"):
+    with pytest.raises(ConfigError, match="does not have this run's weights"):
         run(lambda *anything: weights.write_bytes(resolve_checkpoint().read_bytes()))
     assert done_shards(output) == set()
 

@@ -120,7 +120,7 @@ def test_a_hugging_face_folder_is_found_by_its_file(tmp_path: Path) -> None:
     assert resolve_checkpoint("small_vit", tmp_path) == tmp_path / "model.safetensors"
     assert resolve_checkpoint("small_vit", f"file://{tmp_path}") == tmp_path / "model.safetensors"
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"holds neither model\.safetensors nor pytorch_model\.bin"):
+    with pytest.raises(ConfigError, match=r"has neither model\.safetensors nor pytorch_model\.bin"):
         resolve_checkpoint("small_vit", tmp_path)
 
 
@@ -152,7 +152,7 @@ def test_missing_unexpected_and_misshapen_keys_are_named(tmp_path: Path) -> None
     message = load_error("small_vit", state, tmp_path / "sam.pth")
     assert "1 missing key: image_encoder.pos_embed" in message
     assert "1 unexpected key: image_encoder.extra" in message
-    assert "1 misshapen key: mask_decoder.iou_token.weight is (1, 7) where (1, 32) is expected" in message
+    assert "1 misshapen key: mask_decoder.iou_token.weight is (1, 7), expected (1, 32)" in message
     assert str(tmp_path / "sam.pth") in message
 
 
@@ -187,7 +187,7 @@ def test_a_file_cut_short_is_refused(form: str, kept: float, tmp_path: Path) -> 
         torch.save(random_state(VIT), path, _use_new_zipfile_serialization=form == "zip")
     data = path.read_bytes()
     path.write_bytes(data[: int(kept * len(data)) if isinstance(kept, float) else kept])
-    with pytest.raises(ConfigError, match=r"damaged|cut short|no checkpoint|more than tensors") as caught:
+    with pytest.raises(ConfigError, match=r"damaged|truncated|not a checkpoint|more than tensors") as caught:
         load_model("small_vit", path)
     assert str(path) in str(caught.value)
 
@@ -196,8 +196,8 @@ def test_a_file_cut_short_is_refused(form: str, kept: float, tmp_path: Path) -> 
     ("data", "words"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
-        (b"<!DOCTYPE html><html>Not Found</html>", "is no checkpoint"),
-        (b"", r"\(0 bytes\) is no checkpoint"),
+        (b"<!DOCTYPE html><html>Not Found</html>", "is not a checkpoint"),
+        (b"", r"\(0 bytes\) is not a checkpoint"),
     ],
 )
 def test_what_is_no_checkpoint_is_called_so(data: bytes, words: str, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_what_is_no_checkpoint_is_called_so(data: bytes, words: str, tmp_path: P
 
 def test_a_state_dict_holds_tensors_alone(tmp_path: Path) -> None:
     message = load_error("small_vit", {"model": random_state(VIT), "epoch": 3}, tmp_path / "sam.pth")
-    assert "model, epoch (2 of 2 entries) hold something else" in message
+    assert "model, epoch (2 of 2 entries) are something else" in message
     assert "found a list" in load_error("small_vit", [torch.zeros(1)], tmp_path / "sam.pth")
 
 
@@ -221,7 +221,7 @@ def test_a_state_dict_holds_tensors_alone(tmp_path: Path) -> None:
         ({"dtype": torch.float64}, "not one of auto, float32, bfloat16, float16"),
         ({"device": "gpu"}, "not a device of this PyTorch"),
         ({"device": "cuda:99"}, r"PyTorch sees \d+ GPUs"),
-        ({"checkpoint": "/nowhere/sam.pth"}, "there is no file /nowhere/sam.pth"),
+        ({"checkpoint": "/nowhere/sam.pth"}, "the file /nowhere/sam.pth does not exist"),
         ({"checkpoint": "memory://nowhere/sam.pth"}, "does not exist"),
         ({"checkpoint": "nosuch://bucket/sam.pth"}, "nosuch"),
     ],

@@ -181,7 +181,7 @@ def test_proposals_from_the_command_line(bsds: str, tmp_path: Path, capsys: pyte
         (["points", "{bsds}", "more"], 2, "'more' is not of the form section.key=value"),
         (["points", "{bsds}", "--picture", "sheet.gif"], 2, "must end in .png"),
         (["points", "{bsds}", "--limit", "0"], 2, "--limit"),
-        (["points", "{bsds}", "model.checkpoint=absent.pth"], 2, "model.checkpoint: there is no file"),
+        (["points", "{bsds}", "model.checkpoint=absent.pth"], 2, "model.checkpoint: the file "),
         (["points", "{bsds}", "--min-area", "2000"], 1, "has no region of at least 2,000 pixels"),
         (["points", "{broken}"], 1, "none of 1 image could be used: 1 not_an_image"),
         (["edges", "{bsds}"], 2, "edges"),

@@ -12,7 +12,7 @@ import pytest
 from samray import storage
 from samray.config import Config, load_config
 from samray.errors import ConfigError, StorageError
-from samray.output.append import News, join_images
+from samray.output.append import InputChanges, join_images
 from samray.output.compact import compact
 from samray.output.manifests import Generation, create_generation, image_ids, manifest_uri
 from samray.output.plan import Plan, load_plan, make_plan
@@ -45,7 +45,9 @@ def plan_of(root: str, input_uri: str, **options: Any) -> Plan:
     return make_plan(input_uri, storage.join(root, "out"), config, config.identity(), **options)
 
 
-def join(plan: Plan, input_uri: str, append: bool = False, redo: bool = False, **options: Any) -> tuple[Plan, News]:
+def join(
+    plan: Plan, input_uri: str, append: bool = False, redo: bool = False, **options: Any
+) -> tuple[Plan, InputChanges]:
     config = config_of(options.pop("images_per_shard", 4))
     return join_images(plan, input_uri, config, config.identity(), append=append, redo_changed=redo, **options)
 

@@ -38,11 +38,11 @@ def test_settings_that_take_days_are_warned_of() -> None:
     cpu = ["model.device=cpu"]
     rows = dict(cost_rows(load_config(overrides=["masks.points_per_side=256", "masks.crop_n_layers=4", *cpu]), 12))
     assert rows["work"].startswith("22,347,776 prompts per image, image encoder run 341 times")
-    assert rows["time"].startswith("WARNING: very roughly ")
+    assert rows["time"].startswith("WARNING: roughly ")
     assert "WARNING" in dict(cost_rows(load_config("sa1b", overrides=cpu), 10_000))["time"]
     assert "WARNING" not in str(cost_rows(Config(), 12))
     far = load_config(overrides=["masks.points_per_side=256", "masks.crop_n_layers=4", "cluster.address=h:6379"])
-    assert "SA-1B was made with 3,072" in dict(cost_rows(far, 12))["WARNING"]
+    assert "SA-1B used 3,072" in dict(cost_rows(far, 12))["WARNING"]
 
 
 def test_dry_run_states_prompts_and_download(
@@ -71,7 +71,7 @@ def test_a_rerun_says_that_input_was_not_listed_again(capsys: pytest.CaptureFixt
     (tmp_path / "in" / "b.jpg").write_bytes(b"x")
     argv = ["label", str(tmp_path / "in"), str(tmp_path / "out"), "--dry-run"]
     assert main(argv) == 0
-    assert "INPUT was not listed again; --append adds what is new" in capsys.readouterr().err
+    assert "INPUT was not listed again; --append adds new images" in capsys.readouterr().err
     assert main([*argv, "--append"]) == 0
     said = capsys.readouterr().err
     assert "not listed again" not in said

@@ -63,8 +63,8 @@ def refused(source: str, output: Path, *overrides: str, match: str) -> None:
     [
         ("model.device=gpu", "'gpu' is not a device of this PyTorch"),
         ("model.device=cuda:99", "PyTorch sees"),
-        ("model.device=meta", "computes nothing"),
-        ("model.checkpoint=nothing.pt", "there is no file"),
+        ("model.device=meta", "cannot compute"),
+        ("model.checkpoint=nothing.pt", "the file"),
         ("cluster.num_cpus_per_actor=5000", r"an actor needs 4999\.75 CPUs"),
         ("cluster.min_actors=5000", r"5000 actors \(cluster\.min_actors\) each need"),
         ("cluster.num_gpus_per_actor=64", "and 64 GPUs"),

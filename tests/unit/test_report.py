@@ -58,9 +58,9 @@ def test_page_tells_what_was_found(storage_root: str) -> None:
         "complete",
         "6 images",
         "18 masks",
-        "3.0 masks an image median 3",
+        "3.0 masks per image median 3",
         "0 failed images",
-        "750 ms an image device time; 4.50 s in all",  # 3 shards of 1.5 s on 6 images
+        "750 ms per image device time; 4.50 s in total",  # 3 shards of 1.5 s on 6 images
         "Every figure here is exact: all 6 images were read.",
         "mask decoder 3.00 s 67%",
         "image encoder 1.50 s 33%",
@@ -69,7 +69,7 @@ def test_page_tells_what_was_found(storage_root: str) -> None:
         "masks.crop_nms_thresh 0.7",
     ):
         assert words in text
-    changed = text[text.index("Not the default") : text.index("Model and run")]
+    changed = text[text.index("Changed settings") : text.index("Model and run")]
     assert "crop_nms_thresh" not in changed
     assert [image["name"] for image in images_of(page)] == [f"photo {i}.png" for i in range(6)]
     assert storage.exists(storage.join(plan.output, "_samray", "report.html"))
@@ -99,23 +99,23 @@ def test_figures_say_what_they_rest_on(tmp_path: Path, monkeypatch: pytest.Monke
     plan = write_output(str(tmp_path), num_images=12, masks=varied_masks)
     monkeypatch.setattr(sample, "MAX_GROUPS", 2)
     text = text_of(page_of(plan))
-    assert "12 images 18 masks 1.5 masks an image" in text
+    assert "12 images 18 masks 1.5 masks per image" in text
     assert "Counts and times are exact, from the footers of all 6 shards." in text
-    assert "estimated from 4 of 12 images, drawn at random" in text
+    assert "estimated from a random sample of 4 of 12 images" in text
     assert re.search(r"≈ 0\.\d\d mean predicted IoU", text)
     monkeypatch.setattr(sample, "MAX_FOOTERS", 3)
     text = text_of(page_of(plan))
-    assert "are estimates ( ≈ ) from the footers of 50% of 6 shards" in text
-    assert re.search(r" 12 images ≈ \d+ masks ≈ 1\.\d masks an image", text)
+    assert "are estimates ( ≈ ) from the footers of a random 50% of 6 shards" in text
+    assert re.search(r" 12 images ≈ \d+ masks ≈ 1\.\d masks per image", text)
 
 
 def test_counts_are_exact_also_where_footers_hold_none(tmp_path: Path) -> None:
     errors = {3: "truncated: it ends", 4: "truncated: it ends", 7: "missing: it is gone"}
     plan = write_output(str(tmp_path), 8, errors=errors, masks=varied_masks, with_stats=False)
     text = text_of(page_of(plan))
-    assert "8 images 6 masks 1.2 masks an image" in text  # places 1, 2, 5 and 6 have 1, 2, 1 and 2 masks
+    assert "8 images 6 masks 1.2 masks per image" in text  # places 1, 2, 5 and 6 have 1, 2, 1 and 2 masks
     assert "3 failed images 38%" in text
-    assert "Where the time went" not in text
+    assert "Time by stage" not in text
 
 
 def test_failures_by_reason_with_examples_escaped(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_rare_reasons_have_an_example_too(tmp_path: Path, monkeypatch: pytest.Mo
     text = text_of(page_of(write_output(str(tmp_path), 20, errors=errors)))
     assert "missing 19" in text
     assert f"quarantined 1 {tmp_path}/in/photo " in text
-    assert "There is no image to show: none could be labelled." in text
+    assert "No images to show: none could be labelled." in text
 
 
 def test_missing_shards_are_told(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_image_that_is_gone_or_another_now_shows_its_masks_on_grey(tmp_path: Pat
     Image.new("RGB", (5, 5)).save(tmp_path / "in" / "photo 1.png")
     page = page_of(plan)
     assert page.count("The image cannot be read now: ") == 2
-    assert "it is 5 x 5 pixels now" in page
+    assert "its size has changed to 5 x 5 pixels" in page
     assert page.count('src="data:image/jpeg') == 2
     assert [len(image["masks"]) for image in images_of(page)] == [3, 3, 3, 3]
 
@@ -221,7 +221,7 @@ def test_masks_without_scores_or_points(tmp_path: Path) -> None:
     page = page_of(write_output(str(tmp_path), num_images=2, masks=lambda place: bare))
     mask = images_of(page)[0]["masks"][0]
     assert (mask["iou"], mask["stability"], mask["point"]) == (None, None, None)
-    assert "Where points sat" not in text_of(page)
+    assert "Click points" not in text_of(page)
 
 
 def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ def test_a_retry_that_a_signal_ends_keeps_what_failed(plan: Plan, monkeypatch: p
     for _ in range(2):
         report = _label(plan, retry_failed=True)
         assert (report.num_failed, report.exit_code) == (2, 143)
-        assert report.problem == "interrupted with the failed images of 2 shards still to be tried again"
+        assert report.problem == "interrupted with the failed images of 2 shards left to retry"
         assert json.loads(storage.read_bytes(storage.join(plan.output, "_SUCCESS")))["num_failed"] == 2
     assert asked == [{0, 1}, {0, 1}]
 

@@ -257,7 +257,7 @@ def test_postprocess_cuts_the_padding_off(model: Sam) -> None:
 def narrowed(model: Sam) -> Sam:
     half = Sam(SPEC).eval()
     half.load_state_dict(model.state_dict())
-    return half.narrow(torch.bfloat16)
+    return half.cast_image_side(torch.bfloat16)
 
 
 @torch.no_grad()

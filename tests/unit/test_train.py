@@ -164,11 +164,11 @@ def test_validation_is_at_the_size_that_the_model_is_used_at(tmp_path: Path, mon
 def test_a_claim_that_nothing_came_of_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def refuses(one: object) -> None:
         Store(str(tmp_path)).write_metrics([{"kind": "validation", "step": 0}])
-        raise ConfigError("train.batch_size = 4 cannot be shared out among 3 workers")
+        raise ConfigError("train.batch_size = 4 cannot be divided among 3 workers")
 
     monkeypatch.setattr(run, "_run_on_ray", refuses)
     for batch_size in (4, 6):  # the advice is followed
-        with pytest.raises(ConfigError, match="cannot be shared out"):
+        with pytest.raises(ConfigError, match="cannot be divided"):
             run.train("scenes", tmp_path, settings_of(f"train.batch_size={batch_size}"), progress=False)
         assert list(tmp_path.iterdir()) == []
     store = Store(str(tmp_path))
@@ -303,10 +303,10 @@ def test_another_config_is_refused_with_the_difference(tmp_path: Path):
     held["identity"]["data"]["image_root"] = None  # as the first trainers wrote it
     (tmp_path / "train.json").write_text(json.dumps(held))
     store.claim(settings_of().identity(), {})
-    with pytest.raises(ConfigError, match=r"train.seed: 0 there, 1 now[^$]*give another OUTPUT"):
+    with pytest.raises(ConfigError, match=r"train.seed: 0 there, 1 now[^$]*choose another OUTPUT"):
         store.claim(settings_of("train.seed=1").identity(), {})
     (tmp_path / "train.json").write_text("[]")
-    with pytest.raises(ConfigError, match="cannot be understood"):
+    with pytest.raises(ConfigError, match="is not valid"):
         store.claim(settings_of().identity(), {})
     (tmp_path / "train.json").unlink()
     (tmp_path / "position.json").write_text("{}")

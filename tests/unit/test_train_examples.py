@@ -206,7 +206,7 @@ def test_a_moved_root_is_that_of_one_data_of_several(tmp_path: Path, labels: str
     moved = f"data.image_root=[{images},{tmp_path / 'new'}]"
     mixture = open_data([labels, plan.output], settings_of(moved, "data.validation_fraction=0"))
     assert all(part.example(0, FRAME)["image"].any() for part in mixture.parts)
-    with pytest.raises(ConfigError, match=r"no image of the DATA lies below /nowhere"):
+    with pytest.raises(ConfigError, match=r"no image of the DATA is below /nowhere"):
         open_data([labels], settings_of("data.image_root=[/nowhere,/here]"))
 
 
@@ -267,7 +267,7 @@ def test_data_may_be_named_by_its_folder_of_shards():
 
 
 def test_no_data_and_all_held_out_are_config_errors(labels: str, tmp_path: Path):
-    with pytest.raises(ConfigError, match="no DATA"):
+    with pytest.raises(ConfigError, match="expected DATA"):
         open_data([], settings_of())
     with pytest.raises(ConfigError, match="is not the output of a samray run"):
         open_data([str(tmp_path)], settings_of())

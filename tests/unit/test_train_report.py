@@ -52,9 +52,9 @@ def test_the_page_says_how_it_went(training: Path, capsys: pytest.CaptureFixture
 
 def test_a_training_without_a_figure_has_no_page_yet(training: Path, tmp_path: Path):
     (training / "metrics.jsonl").unlink()
-    with pytest.raises(ConfigError, match="without a line of metrics yet"):
+    with pytest.raises(ConfigError, match="without metrics so far"):
         write_train_report(str(training))
-    with pytest.raises(ConfigError, match="holds no training"):
+    with pytest.raises(ConfigError, match="has no training"):
         write_train_report(str(tmp_path))
 
 
@@ -62,5 +62,5 @@ def test_after_a_single_line_there_is_one(training: Path, tmp_path: Path):
     (training / "position.json").unlink()
     Store(str(training)).write_metrics([{"kind": "train", "step": 20, "minutes": 0.1, "progress": 0.1, "lr": 1e-4}])
     page = Path(write_train_report(str(training), str(tmp_path / "page.html"))).read_text()
-    assert "Nothing was held out" in page
+    assert "No images were held out" in page
     assert "0% done" in page

@@ -42,7 +42,7 @@ def test_wrong_settings_are_told_in_words(override: str, message: str):
     [
         ("vit_b", "train.first_fraction=0.5", "needs a model with a TinyViT"),
         ("tiny", "train.distill_from=vit_h", "have 256 channels, those of tiny 128"),
-        ("vit_h", "train.distill_from=vit_h", "takes another model"),
+        ("vit_h", "train.distill_from=vit_h", "must differ from model.name"),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_refused(model: str, override: str, message: str):
@@ -72,7 +72,7 @@ def test_sizes_share_out_the_cluster():
     assert 2 * pair.worker_cpus + 0.25 * pair.num_data_actors <= 1
     gpus = choose_sizes(settings_of("train.batch_size=16"), [{"CPU": 64.0, "GPU": 8.0}])
     assert (gpus.num_workers, gpus.worker_gpus, gpus.num_data_actors) == (8, 1, 56)
-    with pytest.raises(ConfigError, match=r"train.batch_size = 2 cannot be shared out among 8 workers"):
+    with pytest.raises(ConfigError, match=r"train.batch_size = 2 cannot be divided among 8 workers"):
         choose_sizes(settings_of(), [{"CPU": 64.0, "GPU": 8.0}])
     assert math.isclose(choose_sizes(settings_of(), [{"CPU": 1.0}]).worker_cpus, 0.5)
 
@@ -98,20 +98,20 @@ def test_a_part_of_a_gpu_is_for_one_worker():
 
 def test_workers_without_a_place_are_refused_not_waited_for():
     two = [{"CPU": 8.0, "GPU": 1.0}] * 2
-    with pytest.raises(ConfigError, match=r"no place for 1 training worker of 0.5 CPUs and 2 GPUs: the nodes"):
+    with pytest.raises(ConfigError, match=r"no room for 1 training worker of 0.5 CPUs and 2 GPUs: the nodes"):
         choose_sizes(settings_of("cluster.num_gpus_per_worker=2"), two)
-    with pytest.raises(ConfigError, match=r"no place for 1 training worker of 11\.5 CPUs"):
+    with pytest.raises(ConfigError, match=r"no room for 1 training worker of 11\.5 CPUs"):
         choose_sizes(settings_of("cluster.num_cpus_per_worker=12"), [{"CPU": 4.0}] * 3)
-    with pytest.raises(ConfigError, match="no place for 1 training worker"):
+    with pytest.raises(ConfigError, match="no room for 1 training worker"):
         choose_sizes(settings_of(), [{"CPU": 0.0, "GPU": 1.0}])
     told = ("cluster.num_workers=4", "cluster.num_gpus_per_worker=1", "cluster.num_cpus_per_worker=6")
     grows = choose_sizes(settings_of("train.batch_size=4", *told), [{"CPU": 0.0}])
     assert (grows.num_workers, grows.worker_gpus, grows.num_threads) == (4, 1.0, 6), "nodes that are yet to come"
     with pytest.raises(
-        ConfigError, match=r"or set cluster.num_workers and cluster.num_gpus_per_worker for nodes yet to come"
+        ConfigError, match=r"or set cluster.num_workers and cluster.num_gpus_per_worker for nodes that will be added"
     ):
         choose_sizes(settings_of("train.batch_size=4", told[0]), [{"CPU": 0.0}])
     ask = settings_of("cluster.num_workers=4", "train.batch_size=4")
     assert choose_sizes(ask, two).num_workers == 4, "the cluster may grow"
-    with pytest.raises(ConfigError, match="no place for 4 training workers"):
+    with pytest.raises(ConfigError, match="no room for 4 training workers"):
         choose_sizes(ask, two, can_grow=False)

@@ -56,7 +56,7 @@ def test_a_labeler_refuses_weights_that_were_replaced(
     assert sha256 == sha256_of(weights)
     build_labeler(config, 1, sha256)
     replace(weights, keep_times=keep_times)
-    with pytest.raises(ConfigError, match=f"does not hold this run's weights: their SHA-256 is {sha256}"):
+    with pytest.raises(ConfigError, match=f"does not have this run's weights: their SHA-256 is {sha256}"):
         build_labeler(config, 1, sha256)
 
 

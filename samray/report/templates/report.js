@@ -50,7 +50,7 @@ function rampColour(part) {
 }
 
 const css = (rgb) => `rgb(${rgb.join(" ")})`;
-const packed = ([red, green, blue], alpha) => ((alpha << 24) | (blue << 16) | (green << 8) | red) >>> 0;  // as canvases lie in memory
+const packed = ([red, green, blue], alpha) => ((alpha << 24) | (blue << 16) | (green << 8) | red) >>> 0;  // in the byte order of canvases
 
 // --- masks ---
 
@@ -256,7 +256,7 @@ function showMaskTip(picture, index, where) {
     ["click point", mask.point ? mask.point.map((c) => +c.toFixed(1)).join(", ") : "none"],
     ["id", mask.id],
   ]) list.append(node("dt", name), node("dd", value));
-  if (!where) {  // by the keyboard: beside the point that the mask came from, or the frame's middle
+  if (!where) {  // from the keyboard: next to the point that gave the mask, or the frame's middle
     const box = picture.base.getBoundingClientRect();
     const [x, y] = mask.point ? picture.fromOriginal(mask.point) : [picture.width / 2, picture.height / 2];
     where = [box.left + (x / picture.width) * box.width, box.top + (y / picture.height) * box.height];

@@ -1,7 +1,7 @@
-"""Triton kernels for a GPU, and whether they are used. What they replace stays: it is the path of every other device.
+"""Triton kernels for GPUs, and whether to use them. The plain code that they replace is used on all other devices.
 
-`image_to_tokens`: image tokens read prompt tokens, with residual and layer norm. `measure`: stability, area and box of
-masks that are never brought to full resolution. Both modules import triton, so they are imported where they are called.
+`image_to_tokens`: image tokens attend to prompt tokens, with residual and layer norm. `measure`: stability, area and
+box of masks without upsampling them to full resolution. Both modules import triton, so they are imported on use.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import torch
 from samray.errors import ConfigError
 
 MAX_TOKENS = 16
-"""With more prompt tokens than that a head's rows crowd the chip (72 KiB of shared memory as it is): the plain form
-reads those."""
+"""With more prompt tokens a head's rows do not fit on the chip (72 KiB of shared memory at this limit): use the plain
+code."""
 
 
 def enabled(device: torch.device) -> bool:
-    """Whether the kernels do their part of the work on this device.
+    """Whether the kernels are used on this device.
 
-    They are off unless SAMRAY_TRITON=1: so far no GPU was at hand to run them and measure whether they win. On a CPU
-    they run only in Triton's interpreter (TRITON_INTERPRET=1), for tests. Raises ConfigError where they are asked for
-    and triton is missing.
+    Off unless SAMRAY_TRITON=1: no GPU was available yet to run them and to measure a speed-up. On a CPU they run only
+    in Triton's interpreter (TRITON_INTERPRET=1), for tests. Raises ConfigError if they are requested but triton is
+    missing.
     """
     wanted = os.environ.get("SAMRAY_TRITON") or "0"
     if wanted not in ("0", "1"):
-        raise ConfigError(f"SAMRAY_TRITON is 0 or 1; got {wanted!r}")
+        raise ConfigError(f"SAMRAY_TRITON must be 0 or 1; got {wanted!r}")
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if wanted == "0" or not (device.type == "cuda" or interpreted):
         return False

@@ -1,8 +1,8 @@
-"""Image tokens read prompt tokens, with the residual and the layer norm: one pass over the image tokens.
+"""Image tokens attend to prompt tokens, with residual and layer norm: one pass over the image tokens.
 
-The plain form (`samray.sam.transformer`) writes the scores, reads them for the softmax, adds the product to the keys
-and reads the sum for the norm. Here a block of image tokens stays on the chip from its load to its store; what it
-faces, a few dozen rows a prompt, comes from the cache. Arithmetic between the two is float32.
+The plain code (`samray.sam.transformer`) writes the scores, reads them for the softmax, adds the product to the keys
+and reads the sum for the norm. Here a block of image tokens stays on the chip from load to store; the prompt side, a
+few dozen rows per prompt, comes from the cache. Intermediate arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from samray.sam.precision import products_in_tf32
 
 _ROWS = 16
-"""Rows (heads times tokens) that are worked on together: with more, or longer blocks, registers spill."""
+"""Rows (heads times tokens) processed together: more rows, or longer blocks, would spill registers."""
 _MIN_DOT = 16
-"""The shortest side of a product that Triton takes."""
+"""The smallest side of a matrix product in Triton."""
 LAUNCH = {"num_warps": 8, "num_stages": 2}
 
 
@@ -26,20 +26,20 @@ def image_to_tokens(
 ) -> Tensor:
     """norm(keys + P^T folded), P the softmax over each head's T of heads . queries (+ absorbed . keys).
 
-    keys: (B, L, C) for N / B prompts each, C a power of two; they stay as they are. queries: (B, H, L, d), or (H, d, L)
-    for all alike, of any strides. heads: (N, H, T, d), scaled; T at most `MAX_TOKENS`. absorbed and folded:
-    (N, H * T, C). Returns (N, L, C) of keys' dtype.
+    keys: (B, L, C) for N / B prompts each, C a power of two; not modified. queries: (B, H, L, d), or (H, d, L)
+    if equal for all, with any strides. heads: (N, H, T, d), scaled; T at most `MAX_TOKENS`. absorbed and folded:
+    (N, H * T, C). Returns (N, L, C) in the dtype of keys.
     """
     n, num_heads, t, d = heads.shape
     b, length, c = keys.shape
     if queries.dim() == 3:
-        queries = queries.transpose(1, 2).expand(b, -1, -1, -1)  # stride 0: no image has a copy of its own
+        queries = queries.transpose(1, 2).expand(b, -1, -1, -1)  # stride 0: no copy per image
     dtype = keys.dtype
     keys, queries, heads = keys.contiguous(), queries.to(dtype), heads.to(dtype).contiguous()
     folded = folded.to(dtype).contiguous()
     out = keys.new_empty(n, length, c)
     sizes = kernel_sizes(num_heads, t, d, c, dtype)
-    with torch.cuda.device_of(keys):  # Triton starts kernels on the current GPU, which need not be the tensors'
+    with torch.cuda.device_of(keys):  # Triton uses the current GPU, which may not be the tensors'
         kernel[(triton.cdiv(length, sizes["BLOCK"]), n)](
             keys,
             queries,
@@ -55,7 +55,7 @@ def image_to_tokens(
             *queries.stride(),
             **sizes,
             ABSORBED=absorbed is not None,
-            # Of float32 as exact as torch's own products: three of tf32 are, one is not.
+            # For float32, as exact as torch's products: three tf32 products are, one is not.
             PRECISION="tf32" if products_in_tf32() else "tf32x3",
             **LAUNCH,
         )
@@ -63,7 +63,7 @@ def image_to_tokens(
 
 
 def kernel_sizes(num_heads: int, t: int, d: int, c: int, dtype: torch.dtype) -> dict[str, int]:
-    """The kernel's sizes for `num_heads` heads of width d, t tokens, c channels; powers of two where it needs them."""
+    """The kernel's sizes for `num_heads` heads of width d, t tokens, c channels; powers of two where required."""
     padded_t, group = max(triton.next_power_of_2(t), 8), 1
     while num_heads % (2 * group) == 0 and 2 * group * padded_t <= _ROWS:
         group *= 2
@@ -108,7 +108,7 @@ def kernel(
     PRECISION: tl.constexpr,
 ):
     """BLOCK image tokens of one prompt, GROUP heads at a time. A group's rows are (head, token), tokens padded."""
-    prompt = tl.program_id(1).to(tl.int64)  # of hundreds of prompts the elements outnumber int32
+    prompt = tl.program_id(1).to(tl.int64)  # hundreds of prompts have more elements than int32 can index
     image = prompt // prompts_per_image
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = (at < length)[:, None]
@@ -124,7 +124,7 @@ def kernel(
     own_head = inner_head[:, None] == row_head[None, :]
     real = token < T
     for first in range(0, H, GROUP):
-        # The group's queries side by side against a matrix of one block a head: one product for all of them.
+        # Put the group's queries next to each other against a block-diagonal matrix: one product for all heads.
         row_at = (prompt * H + first + row_head) * T + token
         of_image = (first + inner_head) * query_stride_h + dim * query_stride_d
         query = tl.load(

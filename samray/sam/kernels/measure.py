@@ -1,8 +1,8 @@
-"""Stability, area and box of masks from their low-res logits: no pixel of full resolution reaches memory.
+"""Stability, area and box of masks from their low-res logits: full-resolution pixels are never stored.
 
-The plain form (`Sam.postprocess`, then `samray.masks.scores`) writes every mask at two resolutions and reads it five
-times. Here a pixel is made from the 16 low-res logits that its two bilinear steps reach, compared, counted and
-forgotten. Counts and boxes are integers, so the order in which blocks add to them changes nothing.
+The plain code (`Sam.postprocess`, then `samray.masks.scores`) writes every mask at two resolutions and reads it five
+times. Here a pixel is computed from the 16 low-res logits of its two bilinear steps, compared, counted and
+discarded. Counts and boxes are integers: the order in which blocks add to them does not matter.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _FIELDS = 7
 def measure(
     logits: Tensor, image_size: int, input_hw: tuple[int, int], hw: tuple[int, int], threshold: float, offset: float
 ) -> Tensor:
-    """What `MaskGenerator._measure` gives: (M, 6) float64 of stability score, area, box xyxy (inclusive).
+    """The result of `MaskGenerator._measure`: (M, 6) float64 of stability score, area, box xyxy (inclusive).
 
-    logits: (M, 4h, 4w) float32, of the model's square input, image_size a side; of that (h, w) = input_hw is the crop,
-    which is hw large. An empty mask has zeros. Pixels that meet a threshold but for rounding may fall on either side.
+    logits: (M, 4h, 4w) float32, of the model's square input with side image_size; the crop is its (h, w) = input_hw,
+    with original size hw. Empty masks give zeros. Pixels within rounding of a threshold may fall on either side.
     """
     (low_h, low_w), (height, width) = logits.shape[1:], hw
     neutral = torch.tensor([0, 0, 0, width, height, -1, -1], dtype=torch.int32, device=logits.device)
     found = neutral.repeat(len(logits), 1)
     tiles_x = triton.cdiv(width, BLOCK_HW[1])
     tiles = triton.cdiv(height, BLOCK_HW[0]) * tiles_x
-    with torch.cuda.device_of(logits):  # Triton starts kernels on the current GPU, which need not be the tensors'
+    with torch.cuda.device_of(logits):  # Triton uses the current GPU, which may not be the tensors'
         kernel[(tiles, len(logits))](
             logits.contiguous(),
             found,
@@ -53,7 +53,7 @@ def measure(
             **LAUNCH,
         )
     lower, area, upper, *box = found.unbind(dim=1)
-    stability = upper / lower.clamp(min=1)  # as `stability_scores`
+    stability = upper / lower.clamp(min=1)  # like `stability_scores`
     return torch.stack(
         [x.double() for x in (stability, area, *(torch.where(area > 0, side, 0) for side in box))], dim=1
     )
@@ -81,11 +81,12 @@ def kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """One tile of one mask. The first bilinear step is made at the four input pixels that the second one reads."""
+    """One tile of one mask. Computes the first bilinear step only at the four input pixels that the second one
+    needs."""
     tile, mask = tl.program_id(0), tl.program_id(1).to(tl.int64)
     y = (tile // tiles_x * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
     x = (tile % tiles_x * BLOCK_W + tl.arange(0, BLOCK_W))[None, :]
-    y0, y1, share_y = _source(tl.minimum(y, height - 1), scale_y, input_h)  # nothing is read beyond the crop
+    y0, y1, share_y = _source(tl.minimum(y, height - 1), scale_y, input_h)  # reads nothing beyond the crop
     x0, x1, share_x = _source(tl.minimum(x, width - 1), scale_x, input_w)
     logits += mask * low_h * low_w
     top0, bottom0, low_y0 = _source(y0, low_scale_y, low_h)
@@ -114,7 +115,8 @@ def kernel(
 
 @triton.jit
 def _source(i, scale, length):
-    """Where torch's bilinear interpolation (align_corners False) takes pixel i from: two neighbours, second's share."""
+    """Source of pixel i in torch's bilinear interpolation (align_corners False): two neighbours, weight of the
+    second."""
     at = tl.maximum(scale * (i.to(tl.float32) + 0.5) - 0.5, 0.0)
     first = at.to(tl.int32)
     return first, tl.minimum(first + 1, length - 1), at - first.to(tl.float32)
@@ -122,7 +124,7 @@ def _source(i, scale, length):
 
 @triton.jit
 def _read(logits, low_w, top, bottom, share_y, left, right, share_x):
-    """The first step's value: low-res logits at rows top and bottom, columns left and right, mixed."""
+    """The first step's value: low-res logits at rows top and bottom, columns left and right, interpolated."""
     return _mix(
         tl.load(logits + top * low_w + left),
         tl.load(logits + top * low_w + right),
@@ -135,7 +137,7 @@ def _read(logits, low_w, top, bottom, share_y, left, right, share_x):
 
 @triton.jit
 def _mix(top_left, top_right, bottom_left, bottom_right, share_y, share_x):
-    """In the order in which torch's CUDA kernel adds."""
+    """In the summation order of torch's CUDA kernel."""
     top = (1 - share_x) * top_left + share_x * top_right
     bottom = (1 - share_x) * bottom_left + share_x * bottom_right
     return (1 - share_y) * top + share_y * bottom
