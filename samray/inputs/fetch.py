@@ -54,7 +54,7 @@ _PROBE_BYTES: Final = 64 * 1024
 _PROBE_WEB_BYTES: Final = 16 * 2**20
 _LAST_TRY_S: Final = 20.0
 _ENOUGH: Final = 3
-"""So many files of a bucket, all refused, stand for the bucket."""
+"""Refused files of a bucket, without a readable one, after which the whole bucket counts as refused."""
 _MAX_REMEMBERED: Final = 10_000
 
 _readable: dict[str, str] = {}

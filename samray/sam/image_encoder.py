@@ -86,7 +86,7 @@ class Attention(nn.Module):
         rel_w = self.rel_pos_w[self.offsets]
         most = _CPU_BIAS_ELEMENTS if x.device.type == "cpu" else _GPU_BIAS_ELEMENTS
         rows = max(1, min(h, most // (b * heads * w * h * w)))
-        # Made before the slices: what lies between them would keep malloc from using a slice's memory for the next.
+        # Allocated before the slices: an allocation between them would keep malloc from reusing a slice's memory.
         out = q.new_empty(b, h * w, heads, dim // heads)
         for top in range(0, h, rows):
             bottom = min(h, top + rows)

@@ -10,7 +10,7 @@ _OF_NO_MEMORY: Final = ("can't allocate memory", "not enough memory", "out of me
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the work was too large for the memory of the device or the host; smaller batches may help."""
-    import torch  # not before: the labeler is also imported where no model runs
+    import torch  # imported on use: processes without a model also import the labeler
 
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in _OF_NO_MEMORY)

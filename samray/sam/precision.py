@@ -65,7 +65,7 @@ def exact_convolutions(device: torch.device) -> Iterator[None]:
     """Make convolutions on a GPU as exact as matrix products: by default torch rounds float32 convolutions to TF32.
 
     TF32's ten bits are too few for the float32 path to agree with the reference. The switch is process-wide: it also
-    affects other threads meanwhile.
+    affects other threads during the block.
     """
     if device.type != "cuda" or products_in_tf32():
         yield

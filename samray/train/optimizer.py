@@ -96,7 +96,7 @@ def make_optimizer(sam: Sam, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
-    """Of step number `step`, before each group's own scale. progress: share of the budget that is used up, 0 to 1."""
+    """The rate of step number `step`, before each group's scale. progress: used fraction of the budget, 0 to 1."""
     rate = config.learning_rate * min(1.0, (step + 1) / config.warmup_steps)
     if config.schedule == "cosine":
         return rate * 0.5 * (1 + math.cos(math.pi * progress))
