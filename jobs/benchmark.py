@@ -241,6 +241,7 @@ def extract(parquet: Path, folder: Path, limit: int | None) -> dict[str, Any]:
 
 
 def main() -> int:
+    """All commands with their options: one table, which splitting would only scatter, so it is long."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("decoder")

@@ -15,8 +15,9 @@ from samray.cluster.sizes import cluster_nodes
 from samray.config import ClusterConfig
 from samray.train.data import ExampleMaker, open_data
 from samray.train.learner import Learner, check_settings, frame_of
-from samray.train.run import choose_sizes, train
+from samray.train.run import train
 from samray.train.settings import TrainSettings, load_train_settings
+from samray.train.sizes import choose_sizes
 from samray.train.store import Store
 
 _PARTS = 4

@@ -12,6 +12,7 @@ import time
 from array import array
 from bisect import bisect_right
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -55,13 +56,11 @@ def correct(
     plan = load_plan(output)
     found = open_source(source, "coco")
     fingerprint, _ = look_at_finished(plan)
-    in_coco = coco.read_images(found)
-    image_at, num_unknown = _find_images(in_coco, plan, found)
+    in_coco, image_at, num_unknown = _find_images(coco.read_images(found), plan, found)
     _refuse_masks_not_shown(found, in_coco, image_at, plan, confident, stable)
     options: dict[str, Any] = {"confident": confident, "stable": stable, "keep_rest": keep_rest}
     per_shard = images_per_shard or plan.generations[0].images_per_shard
-    is_begun = _check_dest(plan, dest)
-    done = shard_versions(dest) if is_begun else {}
+    done = shard_versions(dest) if _check_dest(plan, dest) else {}
     ends = [min(start + per_shard, plan.num_images) for start in range(0, plan.num_images, per_shard)]
     todo = [shard for shard in range(len(ends)) if shard not in done]
     num_done = sum(ends[shard] - (ends[shard - 1] if shard else 0) for shard in done if shard < len(ends))
@@ -85,11 +84,10 @@ def correct(
         for shard, first, annotations in shards:
             table, _ = rows_between(plan, starts, first, target.num_images_of(shard))
             records, changes = _records(table.to_pylist(), first, image_at, annotations, settings)
-            report.num_dropped += changes.pop("dropped", 0)
-            report.changes = dict(Counter(report.changes) + changes)
             summary = ShardSummary.of(shard, Labelled(records))
             commit_shard(target.output, shard, records_to_table(records, target.run), summary.to_dict())
-            report.add(summary, 0)
+            report.add(summary, changes.pop("dropped", 0))
+            report.changes = dict(Counter(report.changes) + changes)
             num_done += target.num_images_of(shard)
             view.update(num_done=num_done, num_failed=report.num_failed)
     report.num_dropped += in_coco.num_unknown
@@ -120,13 +118,14 @@ def _records(
     return records, total
 
 
-def _find_images(in_coco: coco.CocoImages, plan: Plan, source: Source) -> tuple[dict[int, dict[str, Any]], int]:
-    """Index in the plan -> corrected image, matched by file_name because tools assign new ids; and the number not
-    found.
+def _find_images(
+    in_coco: coco.CocoImages, plan: Plan, source: Source
+) -> tuple[coco.CocoImages, dict[int, dict[str, Any]], int]:
+    """Match the corrected images with the plan, by file_name because tools assign new ids.
 
-    If several images have that name, the one with the corrected image's id is used. Afterwards `in_coco.place_of` gives
-    indices in the plan. Raises: ConfigError if an image has no name, a name is ambiguous, an image occurs twice, or
-    none is found.
+    If several images have that name, the one with the corrected image's id is used. Returns in_coco with `place_of` as
+    indices in the plan; index in the plan -> corrected image; and the number not found. Raises: ConfigError if an image
+    has no name, a name is ambiguous, an image occurs twice, or none is found.
     """
     where = f"SOURCE {storage.redact(source.uri)}"
     held = plan.read_images(["image_id", "file_name"])
@@ -156,10 +155,10 @@ def _find_images(in_coco: coco.CocoImages, plan: Plan, source: Source) -> tuple[
             f"{where}: none of its {len(in_coco.images)} images is in {storage.redact(plan.output)}; its first is "
             f"{in_coco.images[0]['file_name']!r}, the output's first is {held['file_name'][0].as_py()!r}"
         )
-    in_coco.place_of = [
-        {id: place_of[number] for id, number in own.items() if number in place_of} for own in in_coco.place_of
+    in_plan = [
+        {id: place_of[number] for id, number in numbers.items() if number in place_of} for numbers in in_coco.place_of
     ]
-    return image_at, len(in_coco.images) - len(image_at)
+    return replace(in_coco, place_of=in_plan), image_at, len(in_coco.images) - len(image_at)
 
 
 def _refuse_masks_not_shown(

@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,77 +57,148 @@ def import_(
     Raises: ConfigError, before anything is written unless it turns out that no annotation has a pixel; StorageError if
     storage is unavailable.
     """
-    given = {"confident": confident, "stable": stable, "keep_rest": keep_rest}
+    bounds = {"confident": confident, "stable": stable, "keep_rest": keep_rest}
     if corrects is not None:
         if images is not None or format not in (None, "coco"):
             raise ConfigError("with --corrects, SOURCE is COCO and the images are those of LABELS: leave out --images")
-        own: dict[str, Any] = {**given, "images_per_shard": images_per_shard, "progress": progress}
-        return correct(str(source), str(output), str(corrects), **own)
-    for name, value in given.items():
+        options: dict[str, Any] = {**bounds, "images_per_shard": images_per_shard, "progress": progress}
+        return correct(str(source), str(output), str(corrects), **options)
+    for name, value in bounds.items():
         if value is not None and value is not False:
             raise ConfigError(
                 f"--{name.replace('_', '-')} needs --corrects: it describes the export that was corrected"
             )
-    started = time.monotonic()
-    found = open_source(str(source), format)
     per_shard = OutputConfig(**({} if images_per_shard is None else {"images_per_shard": images_per_shard}))
     root = None if images is None else storage.normalize(str(images))
-    check_fan_out(str(output), ray if found.format == "sa1b" else False, address)
-    in_coco = coco.read_images(found) if found.format == "coco" else None
-    identity = {
-        "imported": found.format,
-        "input_uri": storage.redact(found.uri),
-        "files": found.fingerprint(),
-        "images": storage.redact(root) if root else None,
-        "output": {"images_per_shard": per_shard.images_per_shard},
-        "allow_outside": allow_outside or None,
-    }
-    plan = _plan_there(str(output), identity)
-    num_images = len(in_coco.images) if in_coco is not None else found.files.num_rows
-    step = per_shard.images_per_shard
-    ends = [min(start + step, num_images) for start in range(0, num_images, step)]
-    done = {} if plan is None else shard_versions(plan.output)
-    todo = [shard for shard in range(len(ends)) if shard not in done]
-    report = ImportReport(
-        output=storage.redact(storage.normalize(str(output))),
-        format=found.format,
-        num_images=num_images,
-        num_shards=len(ends),
-        num_shards_skipped=len(ends) - len(todo),
-    )
-    num_done = sum(ends[shard] - (ends[shard - 1] if shard else 0) for shard in done)
-    view = ProgressView(num_images, num_done, enabled=progress)
-    view.note = "importing"
-    with view, ExitStack() as stack:
-        annotations: coco.Shards = iter(())
-        if in_coco is not None:  # read completely before anything is written
-            annotations = stack.enter_context(coco.sorted_annotations(found, in_coco, ends, todo, view.update))
-            coco.refuse_if_nothing_is_kept(found, in_coco)
-        if plan is None:
-            plan = _new_plan(found, in_coco, str(output), root, identity, report)
-        for failures in failures_of_shards(plan.output, done).values():
-            report.add_failures(failures)
-        convention = plan.run["identity"]["masks"]["bbox_convention"]
-        results: Iterator[tuple[ShardSummary, int]]
-        if in_coco is None:
-            on_ray = bool(todo) and wants_ray(ray, address, num_images - num_done)
-            options: dict[str, Any] = {"images_root": root, "allow_outside": allow_outside}
-            task = functools.partial(_import_shard, plan=plan, bbox_convention=convention, **options)
-            results = run_tasks(task, _with_files(found, plan, todo), on_ray=on_ray, address=address)
-        else:
-            roots = None if allow_outside else coco.roots_of(found, in_coco, root)
-            rows = _coco_records(plan, in_coco, annotations, roots, convention)
-            results = (_commit(plan, shard, records, dropped) for shard, records, dropped in rows)
-        for summary, num_dropped in results:
-            report.add(summary, num_dropped)
-            num_done += plan.num_images_of(summary.shard)
-            view.update(num_done=num_done, num_failed=report.num_failed)
-    if in_coco is not None:
-        report.num_dropped += in_coco.num_unknown
-    _refuse_if_all_was_dropped(found, plan, report, done)
-    mark_success(plan.output, num_images=plan.num_images, num_failed=report.num_failed)
+    started = time.monotonic()
+    job = _Job(open_source(str(source), format), str(output), root, allow_outside, ray, address)
+    report = job.run(per_shard.images_per_shard, progress)
     report.wall_s = time.monotonic() - started
     return report
+
+
+@dataclass
+class _Job:
+    """The import of annotations that no person corrected."""
+
+    source: Source
+    output: str
+    root: str | None
+    """Where `file_name` starts, if not beside the annotations."""
+    allow_outside: bool
+    ray: bool | None
+    address: str | None
+    in_coco: coco.CocoImages | None = None
+    """The images that COCO names; None for SA-1B, where each is in a file of its own."""
+
+    def run(self, images_per_shard: int, progress: bool) -> ImportReport:
+        """As `import_`."""
+        source, is_coco = self.source, self.source.format == "coco"
+        check_fan_out(self.output, False if is_coco else self.ray, self.address)
+        self.in_coco = coco.read_images(source) if is_coco else None
+        identity = self._identity(images_per_shard)
+        plan = _plan_there(self.output, identity)
+        num_images = source.files.num_rows if self.in_coco is None else len(self.in_coco.images)
+        ends = [min(start + images_per_shard, num_images) for start in range(0, num_images, images_per_shard)]
+        done = {} if plan is None else shard_versions(plan.output)
+        todo = [shard for shard in range(len(ends)) if shard not in done]
+        report = ImportReport(
+            output=storage.redact(storage.normalize(self.output)),
+            format=source.format,
+            num_images=num_images,
+            num_shards=len(ends),
+            num_shards_skipped=len(ends) - len(todo),
+        )
+        num_done = sum(ends[shard] - (ends[shard - 1] if shard else 0) for shard in done)
+        view = ProgressView(num_images, num_done, enabled=progress)
+        view.note = "importing"
+        with view, ExitStack() as stack:
+            annotations: coco.Shards = iter(())
+            if self.in_coco is not None:  # read completely before anything is written
+                sorted_ = coco.sorted_annotations(source, self.in_coco, ends, todo, view.update)
+                annotations = stack.enter_context(sorted_)
+                coco.refuse_if_nothing_is_kept(source, self.in_coco)
+            if plan is None:
+                plan, report.warning = self._new_plan(identity)
+            for failures in failures_of_shards(plan.output, done).values():
+                report.add_failures(failures)
+            num_left = num_images - num_done
+            for summary, num_dropped in self._import_shards(plan, todo, annotations, num_left):
+                report.add(summary, num_dropped)
+                num_done += plan.num_images_of(summary.shard)
+                view.update(num_done=num_done, num_failed=report.num_failed)
+        if self.in_coco is not None:
+            report.num_dropped += self.in_coco.num_unknown
+        report.warning = self._refuse_if_all_was_dropped(plan, report, done) or report.warning
+        mark_success(plan.output, num_images=plan.num_images, num_failed=report.num_failed)
+        return report
+
+    def _identity(self, images_per_shard: int) -> dict[str, Any]:
+        """What calls on the same OUTPUT must share."""
+        return {
+            "imported": self.source.format,
+            "input_uri": storage.redact(self.source.uri),
+            "files": self.source.fingerprint(),
+            "images": storage.redact(self.root) if self.root else None,
+            "output": {"images_per_shard": images_per_shard},
+            "allow_outside": self.allow_outside or None,
+        }
+
+    def _import_shards(
+        self, plan: Plan, todo: list[int], annotations: coco.Shards, num_left: int
+    ) -> Iterator[tuple[ShardSummary, int]]:
+        """Commit the shards; gives the summary of each and its annotations dropped. num_left: images in them."""
+        convention = plan.run["identity"]["masks"]["bbox_convention"]
+        if self.in_coco is None:
+            on_ray = bool(todo) and wants_ray(self.ray, self.address, num_left)
+            options: dict[str, Any] = {"images_root": self.root, "allow_outside": self.allow_outside}
+            task = functools.partial(_import_shard, plan=plan, bbox_convention=convention, **options)
+            yield from run_tasks(task, _with_files(self.source, plan, todo), on_ray=on_ray, address=self.address)
+            return
+        roots = None if self.allow_outside else coco.roots_of(self.source, self.in_coco, self.root)
+        for shard, records, dropped in _coco_records(plan, self.in_coco, annotations, roots, convention):
+            yield _commit(plan, shard, records, dropped)
+
+    def _new_plan(self, identity: dict[str, Any]) -> tuple[Plan, str]:
+        """Write the plan; also gives the warning if no image is found. Raises: ConfigError, StorageError."""
+        source, root, allow_outside = self.source, self.root, self.allow_outside
+        if self.in_coco is None:
+            table, convention = sa1b.planned_images(source, root, allow_outside)
+        else:
+            table, convention = coco.planned_images(source, self.in_coco, root, allow_outside)
+        warning = ""
+        num_missing, example = missing_images(table, root or source.folder, allow_outside)
+        if num_missing:
+            warning = (
+                f"no image was found: looked for {num_missing} of {table.num_rows}, for example "
+                f"{storage.redact(example)}; the masks are imported, but reports, exports with images and training "
+                "need the images: set --images to their folder, and import into another OUTPUT"
+            )
+        settings = InputConfig().model_dump(mode="json")  # for readers that fetch the images
+        full = {**identity, "input": settings, "masks": {"bbox_convention": convention}}
+        per_shard = identity["output"]["images_per_shard"]
+        plan = write_plan(self.output, table, per_shard, {"identity": full, "input": identity["input_uri"]})
+        return plan, warning
+
+    def _refuse_if_all_was_dropped(self, plan: Plan, report: ImportReport, done: Iterable[int]) -> str:
+        """A warning if every image failed. done: shards of earlier calls.
+
+        Raises: ConfigError if there were annotations, and OUTPUT holds no mask.
+        """
+        if report.num_masks or storage.exists(storage.join(plan.output, SUCCESS)):
+            return ""
+        earlier = [read_metadata(plan.output, shard).get("stats", {}) for shard in done]
+        num_dropped = report.num_dropped + sum(stats.get("num_dropped", 0) for stats in earlier)
+        if num_dropped and not any(stats.get("num_masks") for stats in earlier):
+            raise ConfigError(
+                f"SOURCE {storage.redact(self.source.uri)}: no mask could be imported; {num_dropped:,} annotations have"
+                f" no pixel or image; {report.num_failed:,} of {report.num_images:,} images failed; OUTPUT"
+                f" {report.output} has no masks and can be deleted"
+            )
+        if report.num_failed != report.num_images:
+            return ""
+        reasons = ", ".join(f"{number} {reason}" for reason, number in report.failures.items())
+        return f"every image failed ({reasons}); the column `error` of OUTPUT has the reasons"
 
 
 def _plan_there(output: str, identity: dict[str, Any]) -> Plan | None:
@@ -145,50 +217,6 @@ def _plan_there(output: str, identity: dict[str, Any]) -> Plan | None:
             )
     storage.remove_leftovers(plan.output)
     return plan
-
-
-def _new_plan(
-    source: Source,
-    in_coco: coco.CocoImages | None,
-    output: str,
-    root: str | None,
-    own: dict[str, Any],
-    report: ImportReport,
-) -> Plan:
-    """Write the plan, and warn in the report if no image is found. Raises: ConfigError, StorageError."""
-    allow_outside = bool(own["allow_outside"])
-    if in_coco is None:
-        table, convention = sa1b.planned_images(source, root, allow_outside)
-    else:
-        table, convention = coco.planned_images(source, in_coco, root, allow_outside)
-    num_missing, example = missing_images(table, root or source.folder, allow_outside)
-    if num_missing:
-        report.warning = (
-            f"no image was found: looked for {num_missing} of {table.num_rows}, for example "
-            f"{storage.redact(example)}; the masks are imported, but reports, exports with images and training need "
-            "the images: set --images to their folder, and import into another OUTPUT"
-        )
-    settings = InputConfig().model_dump(mode="json")  # for readers that fetch the images
-    identity = {**own, "input": settings, "masks": {"bbox_convention": convention}}
-    per_shard = own["output"]["images_per_shard"]
-    return write_plan(output, table, per_shard, {"identity": identity, "input": own["input_uri"]})
-
-
-def _refuse_if_all_was_dropped(source: Source, plan: Plan, report: ImportReport, done: Iterable[int]) -> None:
-    """Raises: ConfigError if there were annotations, but OUTPUT has no mask. done: shards of earlier calls."""
-    if report.num_masks or storage.exists(storage.join(plan.output, SUCCESS)):
-        return
-    earlier = [read_metadata(plan.output, shard).get("stats", {}) for shard in done]
-    num_dropped = report.num_dropped + sum(stats.get("num_dropped", 0) for stats in earlier)
-    if num_dropped and not any(stats.get("num_masks") for stats in earlier):
-        raise ConfigError(
-            f"SOURCE {storage.redact(source.uri)}: no mask could be imported; {num_dropped:,} annotations have no "
-            f"pixel or image; {report.num_failed:,} of {report.num_images:,} images failed; OUTPUT {report.output} has "
-            "no masks and can be deleted"
-        )
-    if report.num_failed == report.num_images:
-        reasons = ", ".join(f"{number} {reason}" for reason, number in report.failures.items())
-        report.warning = f"every image failed ({reasons}); the column `error` of OUTPUT has the reasons"
 
 
 def _with_files(source: Source, plan: Plan, todo: list[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:

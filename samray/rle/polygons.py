@@ -80,19 +80,25 @@ def _outlines(masks: list[Runs], image_hw: tuple[int, int]) -> list[list[list[Ri
     edge = ((number[holes] * line + top[interval]) * (width + 1) + xs[holes]) * 2 + 1
     parent[~is_outer] = ring_of[row_order[np.searchsorted(by_row[row_order], edge, side="right") - 1]]
 
-    found: list[list[list[Ring]]] = [[] for _ in masks]
-    component: list[list[Ring]] = []
     corners = np.stack([xs, ys], axis=1)
-    owner = number[first].tolist()
-    for index, (ring, outer, above) in enumerate(zip(rings, is_outer.tolist(), parent.tolist(), strict=True)):
-        outline = corners[ring]
+    outlines = [corners[ring] for ring in rings]
+    return _components(outlines, is_outer.tolist(), parent.tolist(), number[first].tolist(), len(masks))
+
+
+def _components(
+    outlines: list[Ring], is_outer: list[bool], parent: list[int], owner: list[int], num_masks: int
+) -> list[list[list[Ring]]]:
+    """Each mask's components, each its outer ring and its holes. parent: a hole's ring around it. owner: its mask."""
+    components: list[list[list[Ring]]] = [[] for _ in range(num_masks)]
+    component_of: list[list[Ring]] = []  # of each ring
+    for outline, outer, above, mask in zip(outlines, is_outer, parent, owner, strict=True):
         if outer:
-            component.append([outline])
-            found[owner[index]].append(component[-1])
+            component_of.append([outline])
+            components[mask].append(component_of[-1])
         else:
-            component.append(component[above])
-            component[-1].append(outline[::-1])
-    return found
+            component_of.append(component_of[above])
+            component_of[-1].append(outline[::-1])  # all rings were traced downwards first: holes turn the other way
+    return components
 
 
 def _trace(across: list[int]) -> tuple[list[list[int]], npt.NDArray[np.int64]]:

@@ -18,20 +18,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samray import storage
-from samray.cluster.processes import end_with_ray
 from samray.config import ClusterConfig
-from samray.errors import ConfigError, SamrayError, StorageError
+from samray.errors import SamrayError, StorageError
 from samray.output.destination import check_writable
 from samray.pipeline.preflight import machine_nodes
-from samray.train.data import DATA_CPUS, SCENES, example_stream, open_data, output_of
-from samray.train.learner import Learner, check_settings, frame_of, size_due
-from samray.train.loop import Worker, run_leg
+from samray.train.data import SCENES, example_stream, open_data, output_of
+from samray.train.learner import check_settings, frame_of, size_due
 from samray.train.mixture import Mixture
 from samray.train.monitor import Monitor
 from samray.train.optimizer import set_trainable
 from samray.train.progress import TrainReport, TrainView
 from samray.train.settings import TrainSettings, load_train_settings
+from samray.train.sizes import Sizes, choose_sizes
 from samray.train.store import Position, Store
+from samray.train.worker import DATA_NAME, LegArguments, work
 
 if TYPE_CHECKING:
     import ray.data
@@ -40,12 +40,7 @@ if TYPE_CHECKING:
 
 LEG_STEPS = 4096
 """Maximum steps of a leg: the driver passes each step's block to Ray Data before the first one begins."""
-MAX_STARTS = 3
-"""Consecutive starts of the workers without a step before giving up."""
 POLL_S = 0.5
-BEAT_S = 0.25
-"""Seconds between two messages from the first worker to the driver."""
-_DATA_NAME = "train"
 
 
 def train(
@@ -154,73 +149,6 @@ class _Run:
     view: TrainView
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Resources of a training."""
-
-    num_workers: int
-    num_threads: int
-    """Per worker."""
-    worker_cpus: float
-    worker_gpus: float
-    num_data_actors: int
-
-
-def choose_sizes(settings: TrainSettings, nodes: list[dict[str, float]], *, can_grow: bool = True) -> Sizes:
-    """Number of workers and their resources: by default all GPUs, or the cores of one node.
-
-    nodes: resources of each node, with Ray's names. can_grow: whether nodes may be added, so that workers can wait for
-    them. Raises ConfigError if no worker fits, or the batch cannot be divided among the workers.
-    """
-    config = settings.cluster
-    gpus = config.num_gpus_per_worker
-    if gpus is None:
-        gpus = float(any(node.get("GPU", 0.0) >= 1 for node in nodes))
-    places = [int(node.get("GPU", 0.0) / gpus) if gpus else 0 for node in nodes]  # workers per node by GPUs
-    workers = config.num_workers or (1 if 0 < gpus < 1 else max(1, sum(places)))
-    if 0 < gpus < 1 < workers:
-        raise ConfigError(
-            f"cluster.num_gpus_per_worker = {gpus:g} is for a single worker: workers cannot communicate on a shared"
-            " GPU; give each a whole one, or set cluster.num_workers=1"
-        )
-    if settings.train.batch_size % workers:
-        raise ConfigError(
-            f"train.batch_size = {settings.train.batch_size} cannot be divided among {workers} workers; it takes a"
-            " multiple of cluster.num_workers"
-        )
-    num_cpus = [node.get("CPU", 0.0) for node in nodes]
-    if gpus:
-        cores = min((cpus / min(n, workers) for cpus, n in zip(num_cpus, places, strict=True) if n), default=1.0)
-    else:
-        cores = _largest_share(num_cpus, workers)
-    cores = config.num_cpus_per_worker or max(cores, DATA_CPUS)
-    # A GPU worker needs its data made faster than by one core; without a GPU, training takes all cores.
-    actors = config.num_data_actors or workers * (max(1, min(8, int(cores) - 1)) if gpus else 1)
-    reserved = min(cores, max(DATA_CPUS, cores - DATA_CPUS * (actors / workers + 1)))
-    sizes = Sizes(workers, max(1, int(cores)), min(reserved, 1.0) if gpus else reserved, gpus, actors)
-    room = [int(cpus / sizes.worker_cpus) for cpus in num_cpus]
-    if gpus:
-        room = [min(n, m) for n, m in zip(room, places, strict=True)]
-    is_told = config.num_workers is not None and config.num_gpus_per_worker is not None
-    if sum(room) < (int(not is_told) if can_grow else workers):
-        needed = f"{sizes.worker_cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
-        held = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
-        growing = ", or set cluster.num_workers and cluster.num_gpus_per_worker for nodes that will be added"
-        raise ConfigError(
-            f"no room for {workers} training worker{'' if workers == 1 else 's'} of {needed}: the nodes have"
-            f" {held}; lower cluster.num_workers, cluster.num_cpus_per_worker or cluster.num_gpus_per_worker"
-            f"{growing if can_grow else ''}"
-        )
-    return sizes
-
-
-def _largest_share(num_cpus: list[float], workers: int) -> float:
-    """The most cores that each of this many workers can have, each on one node, given the nodes' cores."""
-    shares = sorted({cpus / n for cpus in num_cpus if cpus for n in range(1, workers + 1)}, reverse=True)
-    fits = (share for share in shares if sum(int(cpus / share + 1e-9) for cpus in num_cpus) >= workers)
-    return next(fits, 1.0)
-
-
 def _run_on_ray(run: _Run) -> StopRequest | None:
     """Run legs until the budget is used up; returns the signal that ended it early, if any."""
     import ray
@@ -288,7 +216,7 @@ def _make_trainer(run: _Run, sizes: Sizes, mixture: Any, position: Position, fol
                 num_workers=sizes.num_workers, num_actors=sizes.num_data_actors, monitor=monitor,
             )  # fmt: skip
 
-    arguments = {
+    arguments: LegArguments = {
         "settings": settings,
         "identity": run.identity,
         "store": store,
@@ -302,7 +230,7 @@ def _make_trainer(run: _Run, sizes: Sizes, mixture: Any, position: Position, fol
     filesystem, path = storage.for_arrow(folder)
     resources = {"CPU": sizes.worker_cpus, **({"GPU": sizes.worker_gpus} if sizes.worker_gpus else {})}
     return TorchTrainer(
-        _work,
+        work,
         train_loop_config=arguments,
         scaling_config=ScalingConfig(
             num_workers=sizes.num_workers, use_gpu=sizes.worker_gpus > 0, resources_per_worker=resources
@@ -313,110 +241,10 @@ def _make_trainer(run: _Run, sizes: Sizes, mixture: Any, position: Position, fol
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=settings.cluster.max_failures),
         ),
-        datasets={_DATA_NAME: stream},
+        datasets={DATA_NAME: stream},
         # The order determines the curve: the same after a death, and for any number of workers.
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
     )
-
-
-# --- a worker --------------------------------------------------------------------------------------------------------
-
-
-def _work(arguments: dict[str, Any]) -> None:
-    """One worker's leg, called by Ray Train. Reports errors that a retry would not fix to the driver, which ends it."""
-    import ray
-    import ray.train
-
-    from samray.cluster.errors import plain_error
-
-    end_with_ray()
-    monitor = arguments["monitor"]
-    if ray.train.get_context().get_world_rank() == 0 and ray.get(monitor.begin.remote()) > MAX_STARTS:
-        problem = SamrayError(
-            f"the training worker died {MAX_STARTS} times before its first step, most often for lack of memory for"
-            " model and batch (lower train.batch_size, or use a smaller model.name); see Ray's log of the worker"
-        )
-        ray.get(monitor.give_up.remote(problem))
-        raise problem
-    try:
-        _train_leg(arguments)
-    except Exception as error:
-        plain = plain_error(error)
-        if isinstance(plain, ConfigError):
-            ray.get(monitor.give_up.remote(ConfigError(str(plain))))
-        raise
-
-
-def _train_leg(arguments: dict[str, Any]) -> None:
-    import ray
-    import ray.train
-    import ray.train.torch
-    import torch
-
-    settings, store = arguments["settings"], arguments["store"]
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(arguments["num_threads"])
-    spec = check_settings(settings)
-    learner = Learner(
-        settings,
-        spec,
-        identity=arguments["identity"],
-        image_size=arguments["image_size"],
-        device=device,
-        state=store.read_state(),
-        wrap=ray.train.torch.prepare_model,
-        stream=rank,
-        keeps_average=rank == 0,
-    )
-    mixture: Mixture = ray.get(arguments["mixture"])
-    whole = frame_of(spec, spec.image_size)
-    beaten, asked = 0.0, False
-
-    def report(line: dict[str, Any]) -> bool:
-        nonlocal beaten, asked
-        if line["step"] % settings.train.log_every == 0:
-            ray.train.report(line)
-        if rank == 0 and time.monotonic() - beaten > BEAT_S:
-            beaten = time.monotonic()
-            with contextlib.suppress(ray.exceptions.RayError):
-                asked = ray.get(arguments["monitor"].beat.remote(line), timeout=30.0)
-        return asked
-
-    def agree(progress: float, stop: bool) -> tuple[float, bool]:
-        if world == 1:
-            return progress, stop
-        told = torch.tensor([progress, float(stop)], device=device)
-        torch.distributed.broadcast(told, src=0)
-        return float(told[0]), bool(told[1])
-
-    def average(figures: dict[str, float]) -> dict[str, float]:
-        if world == 1:
-            return figures
-        means = torch.tensor(list(figures.values()), device=device) / world
-        torch.distributed.all_reduce(means)
-        return dict(zip(figures, means.tolist(), strict=True))
-
-    worker = Worker(
-        config=settings.train,
-        store=store if rank == 0 else None,
-        validation=lambda: mixture.validation(settings.data.validation_images, whole),
-        until=arguments["until"],
-        max_steps=arguments["end"] - learner.position.step,
-        save_every_steps=world,
-        agree=agree,
-        average=average,
-        report=report,
-    )
-    batches = ray.train.get_dataset_shard(_DATA_NAME).iter_torch_batches(
-        batch_size=settings.train.batch_size // world, prefetch_batches=2
-    )
-    run_leg(learner, batches, worker)
-
-
-# --- the driver ------------------------------------------------------------------------------------------------------
 
 
 def _drive(fit: Callable[[], object], monitor: Any, run: _Run, stop: StopRequest) -> None:

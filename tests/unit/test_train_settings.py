@@ -8,8 +8,8 @@ from micro import settings_of
 
 from samray.errors import ConfigError
 from samray.train.learner import check_settings
-from samray.train.run import choose_sizes
 from samray.train.settings import load_train_settings
+from samray.train.sizes import choose_sizes
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,10 @@ def kernel(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK image tokens of one prompt, GROUP heads at a time. A group's rows are (head, token), tokens padded."""
+    """BLOCK image tokens of one prompt, GROUP heads at a time. A group's rows are (head, token), tokens padded.
+
+    Long, because a kernel keeps everything in registers: parts split off would be inlined again.
+    """
     prompt = tl.program_id(1).to(tl.int64)  # hundreds of prompts have more elements than int32 can index
     image = prompt // prompts_per_image
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
