@@ -106,10 +106,9 @@ def label(
         overrides.append(f"cluster.address={address}")
     resolved = load_config(preset, config, overrides)
     from samray.cli.plan_view import print_plan
+    from samray.pipeline.plan_run import plan_run
 
     if dry_run:
-        from samray.pipeline.plan_run import plan_run
-
         print_plan(plan_run(input, output, resolved, append=append, redo_changed=redo_changed, dry_run=True))
         return 0
     from samray.pipeline.report import print_report
