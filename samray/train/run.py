@@ -231,7 +231,7 @@ def _make_trainer(run: _Run, sizes: Sizes, mixture: Any, position: Position, fol
     resources = {"CPU": sizes.worker_cpus, **({"GPU": sizes.worker_gpus} if sizes.worker_gpus else {})}
     return TorchTrainer(
         work,
-        train_loop_config=arguments,
+        train_loop_config=dict(arguments),
         scaling_config=ScalingConfig(
             num_workers=sizes.num_workers, use_gpu=sizes.worker_gpus > 0, resources_per_worker=resources
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import TYPE_CHECKING, Any, Final, TypedDict
+from typing import TYPE_CHECKING, Any, Final, TypedDict, cast
 
 from samray.cluster.processes import end_with_ray
 from samray.errors import ConfigError, SamrayError
@@ -26,7 +26,7 @@ BEAT_S: Final = 0.25
 
 
 class LegArguments(TypedDict):
-    """What the driver gives each worker: a plain dict, since that is what Ray Train passes on."""
+    """What the driver gives each worker; a dict, since that is what Ray Train passes on."""
 
     settings: TrainSettings
     identity: dict[str, Any]
@@ -45,8 +45,8 @@ class LegArguments(TypedDict):
     """Handle of the actor `samray.train.monitor.Monitor`."""
 
 
-def work(arguments: LegArguments) -> None:
-    """One worker's leg. The driver hears of what another try would not help, and ends it."""
+def work(arguments: dict[str, Any]) -> None:
+    """One worker's leg, given `LegArguments`. The driver hears of what another try would not help, and ends it."""
     import ray
     import ray.train
 
@@ -62,7 +62,7 @@ def work(arguments: LegArguments) -> None:
         ray.get(monitor.give_up.remote(problem))
         raise problem
     try:
-        _train_leg(arguments)
+        _train_leg(cast(LegArguments, arguments))
     except Exception as error:
         plain = plain_error(error)
         if isinstance(plain, ConfigError):  # Ray Train would start the workers again, with the same settings
