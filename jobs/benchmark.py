@@ -177,7 +177,7 @@ def decode(photos: Path, megapixels: float, limit: int | None) -> dict[str, Any]
 def pipeline(photos: Path, limit: int | None, settings: list[str]) -> dict[str, Any]:
     """Wall time of `samray.label` and of a plain loop over the same files; a run with one image gives the start-up."""
     config = load_config(None, None, settings + ([f"input.limit={limit}"] if limit else []))
-    listed = [uri for table in list_images(str(photos), config.input) for uri in table["uri"].to_pylist()]
+    listed = list_images(str(photos), config.input).images["uri"].to_pylist()
     files = [Path(uri) for uri in listed]  # the files of the run, in its order
     model = samray.load_model(config.model.name, config.model.checkpoint, config.model.device, config.model.dtype)
     generator = samray.MaskGenerator(model, config.masks)

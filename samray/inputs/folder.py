@@ -13,7 +13,7 @@ from samray.errors import ConfigError, ImageError
 from samray.inputs.decode import image_extensions
 from samray.inputs.no_image import nothing_found
 from samray.inputs.rows import input_rows
-from samray.inputs.skipped import NOT_AN_IMAGE, Skipped, count_skipped
+from samray.inputs.skipped import NOT_AN_IMAGE, Skipped, skipped_names
 
 if TYPE_CHECKING:
     from samray.config import InputConfig
@@ -40,22 +40,23 @@ def relative_names(uris: Any, root: str) -> Any:
     return pc.utf8_slice_codeunits(uris, start=len(storage.join(root, "")))
 
 
-def list_files(uri: str, root: str, files: pa.Table, *, spelled_out: bool, skipped: Skipped) -> pa.Table:
-    """The images among the files of INPUT, as a table of `INPUT_SCHEMA`.
+def list_files(uri: str, root: str, files: pa.Table, *, spelled_out: bool) -> tuple[pa.Table, Skipped]:
+    """The images among the files of INPUT, as a table of `INPUT_SCHEMA`, and what is left out.
 
     files: as `files_table` makes it. spelled_out: INPUT names them with their ending, so all of them are meant.
     Raises: ConfigError if there is none.
     """
-    images = files
+    images, skipped = files, Skipped()
     if not spelled_out:
         extensions = "|".join(re.escape(e) for e in IMAGE_EXTENSIONS)
         keep = pc.match_substring_regex(files["uri"], f"({extensions})$", ignore_case=True)
-        count_skipped(files["uri"], keep, NOT_AN_IMAGE, skipped)
+        skipped = skipped_names(files["uri"], keep, NOT_AN_IMAGE)
         images = files.filter(keep)
     if images.num_rows == 0:
         raise ConfigError(nothing_found(uri, root, files["uri"]))
     names = relative_names(images["uri"], root)
-    return input_rows(images["uri"], names, size=images["size"], etag=images["etag"], problem=images["problem"])
+    rows = input_rows(images["uri"], names, size=images["size"], etag=images["etag"], problem=images["problem"])
+    return rows, skipped
 
 
 def fetch(item: dict[str, Any], config: InputConfig) -> bytes | ImageError:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,7 +24,7 @@ from samray.inputs.folder import IMAGE_EXTENSIONS, files_table, list_files, rela
 from samray.inputs.no_image import refuse_unreadable_kinds
 from samray.inputs.readers import READERS, what_to_give
 from samray.inputs.rows import INPUT_SCHEMA
-from samray.inputs.skipped import HIDDEN, UNUSABLE, Skipped, count_skipped
+from samray.inputs.skipped import HIDDEN, UNUSABLE, Skipped, skipped_names
 from samray.inputs.uri_rows import UriRows, is_own_uri, merge_lists, rows_of_uris, with_distinct_names
 
 if TYPE_CHECKING:
@@ -35,21 +35,28 @@ __all__ = ["IMAGE_EXTENSIONS", "INPUT_SCHEMA", "fetch_images", "list_images"]
 _LIST_THREADS: Final = 32
 
 
-def list_images(input_uri: str, config: InputConfig, skipped: Skipped | None = None) -> Iterator[pa.Table]:
-    """All images of an input as a table of `INPUT_SCHEMA`, in the input's order: by name, or as a list has them.
+class Listing(NamedTuple):
+    """What listing an input gives."""
 
-    skipped: where to count what is left out. Of equal URIs one row is made; no two rows have the same file_name.
-    Raises: ConfigError where the input holds no image or cannot be understood, StorageError.
+    images: pa.Table
+    """`INPUT_SCHEMA`, in the input's order: by name, or as a list has them."""
+    skipped: Skipped
+    """What was left out."""
+
+
+def list_images(input_uri: str, config: InputConfig) -> Listing:
+    """All images of an input. Equal URIs give one row; no two rows have the same file_name.
+
+    Raises: ConfigError if the input has no image or cannot be understood, StorageError.
     """
-    skipped = Skipped() if skipped is None else skipped
     try:
         input_uri.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"INPUT {input_uri!a}: its name is not UTF-8; rename it, or give a link to it") from error
     if not input_uri.strip() or "\0" in input_uri:  # an unset variable of the shell would be the current folder
         raise ConfigError(f"INPUT is {input_uri!r}; {what_to_give()}")
-    table = _list_all(storage.normalize(input_uri), config, skipped)
-    yield table if config.limit is None else table.slice(0, config.limit)
+    listing = _list_all(storage.normalize(input_uri), config)
+    return listing if config.limit is None else listing._replace(images=listing.images.slice(0, config.limit))
 
 
 def check_readable(images: pa.Table, input_uri: str) -> None:
@@ -63,12 +70,12 @@ def check_readable(images: pa.Table, input_uri: str) -> None:
         )
 
 
-def _list_all(uri: str, config: InputConfig, skipped: Skipped) -> pa.Table:
+def _list_all(uri: str, config: InputConfig) -> Listing:
     where = storage.redact(uri)
     if is_own_uri(uri):
         folder = storage.normalize(".")
         written = pa.chunked_array([[uri]], pa.string())
-        return merge_lists([rows_of_uris(written, folder, folder, allow_outside=True)], folder, skipped)
+        return Listing(*merge_lists([rows_of_uris(written, folder, folder, allow_outside=True)], folder))
     refuse_unreadable_kinds(uri)
     try:
         found = files_table(uri)
@@ -80,17 +87,21 @@ def _list_all(uri: str, config: InputConfig, skipped: Skipped) -> pa.Table:
     is_file = found.num_rows == 1 and found["uri"][0].as_py() == uri
     if is_file and (problem := found["problem"][0].as_py()):
         raise ConfigError(f"INPUT {where} cannot be read: {ImageError.parse(problem).message}")
+    skipped = Skipped()
     if not is_file:
         keep = pc.invert(pc.match_substring_regex(relative_names(found["uri"], root), r"(^|/)(\.|_samray/)"))
-        count_skipped(found["uri"], keep, HIDDEN, skipped)
+        skipped = skipped_names(found["uri"], keep, HIDDEN)
         found = found.filter(keep)
     # A pattern that spells an extension out means what it says; everything else is narrowed to images.
     is_glob = storage.has_glob(uri) and root == storage.glob_base(uri)
     spelled_out = is_file or (is_glob and re.search(r"\.[^./*?\[\]]+$", uri) is not None)
     reader = _reader_of_all(found, spelled_out)
     if reader is None:
-        return list_files(uri, root, found, spelled_out=spelled_out, skipped=skipped)
-    return _Containers(uri, root, config, reader).list_all(found, skipped)
+        images, more_skipped = list_files(uri, root, found, spelled_out=spelled_out)
+    else:
+        images, more_skipped = _Containers(uri, root, config, reader).list_all(found)
+    skipped.update(more_skipped)
+    return Listing(images, skipped)
 
 
 def _reader_of_all(files: pa.Table, spelled_out: bool) -> Reader | None:
@@ -123,12 +134,13 @@ class _Containers:
     config: InputConfig
     reader: Reader
 
-    def list_all(self, found: pa.Table, skipped: Skipped) -> pa.Table:
+    def list_all(self, found: pa.Table) -> Listing:
         """The rows of all of them. Of several files those that cannot be read are counted, with the reason.
 
         Raises: ConfigError if the only one, or every one, cannot be read, or none holds anything. StorageError.
         """
         parts: list[Part] = []
+        skipped = Skipped()
         num_rows = 0
         for part in _in_order(self._list_one, found.to_pylist()):
             parts.append(part)
@@ -142,9 +154,13 @@ class _Containers:
         tables = [part.rows for part in parts if isinstance(part.rows, pa.Table)]
         lists = [part.rows for part in parts if isinstance(part.rows, UriRows)]
         if lists:
-            tables.append(merge_lists(lists, self.root, skipped))
+            merged, repeated = merge_lists(lists, self.root)
+            tables.append(merged)
+            skipped.update(repeated)
         rows = pa.concat_tables(tables)
-        return rows if found.num_rows == 1 and self.reader.distinct_names else with_distinct_names(rows)
+        if found.num_rows > 1 or not self.reader.distinct_names:
+            rows = with_distinct_names(rows)
+        return Listing(rows, skipped)
 
     def _check(self, parts: list[Part], num_files: int, num_rows: int) -> None:
         where = storage.redact(self.uri)

@@ -83,7 +83,9 @@ class Skipped:
         return lines
 
 
-def count_skipped(names: pa.ChunkedArray, keep: Any, reason: str, skipped: Skipped | None) -> None:
+def skipped_names(names: pa.ChunkedArray, keep: Any, reason: str) -> Skipped:
     """Count the names for which `keep` is false."""
-    if skipped is not None and not pc.all(keep, min_count=0).as_py():
+    skipped = Skipped()
+    if not pc.all(keep, min_count=0).as_py():
         skipped.add_names(reason, names.filter(pc.invert(keep)))
+    return skipped

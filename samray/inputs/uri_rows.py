@@ -137,8 +137,8 @@ class _OwnUris:
 # --- merging and naming --------------------------------------------------------------------------------------------
 
 
-def merge_lists(lists: Sequence[UriRows], root: str, skipped: Skipped) -> pa.Table:
-    """The rows of all lists as one table; of equal URIs the first is kept, and the others are counted.
+def merge_lists(lists: Sequence[UriRows], root: str) -> tuple[pa.Table, Skipped]:
+    """The rows of all lists as one table; of equal URIs the first is kept, and the others are counted as skipped.
 
     file_name is the path below `root` in lists with only relative URIs, else the part after the longest folder that all
     URIs of the other lists share.
@@ -153,12 +153,13 @@ def merge_lists(lists: Sequence[UriRows], root: str, skipped: Skipped) -> pa.Tab
         below = pc.coalesce(below, names) if below.null_count < len(below) else names
     rows = rows.set_column(rows.schema.get_field_index("file_name"), "file_name", _without_signatures(below))
     repeated = later_copies(rows["uri"])
+    skipped = Skipped()
     if len(repeated):
         keep = np.ones(rows.num_rows, bool)
         keep[repeated] = False
         skipped.add_names(REPEATED, take(rows["file_name"], pa.array(repeated)))
         rows = rows.filter(pa.array(keep))
-    return rows
+    return rows, skipped
 
 
 def _below(part: UriRows, root: str) -> pa.ChunkedArray:

@@ -102,8 +102,8 @@ def join_images(
     time, INPUT is compared again with that plan. dry_run: only compare.
     Raises: ConfigError if INPUT is empty or no image id is left, StorageError.
     """
-    skipped = Skipped()
-    listed, credentials = hide(pa.concat_tables(list_images(input_uri, config.input, skipped)))
+    images, skipped = list_images(input_uri, config.input)
+    listed, credentials = hide(images)
     for _ in range(_MAX_TRIES):
         new, changed = compare(plan, listed)
         news = InputChanges(

@@ -81,7 +81,7 @@ def read_credentials(plan: Plan, input_uri: str, config: Config, shards: Iterabl
         return {}
     where = f"{storage.redact(plan.output)} stores no credentials, so INPUT must list its images again"
     try:
-        listed = pa.concat_tables(list_images(input_uri, config.input))
+        listed = list_images(input_uri, config.input).images
     except ConfigError as error:
         raise ConfigError(f"{error}; {where}") from error
     _, credentials = hide(listed)

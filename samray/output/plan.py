@@ -274,8 +274,8 @@ def _write_plan(
 
 def _list_generation(input_uri: str, config: Config, wanted: dict[str, Any]) -> tuple[Generation, pa.Table]:
     """The first generation of a plan for INPUT, and its images (`INPUT_SCHEMA`) without credentials."""
-    skipped = Skipped()
-    images, credentials = hide(pa.concat_tables(list_images(input_uri, config.input, skipped)))
+    listed, skipped = list_images(input_uri, config.input)
+    images, credentials = hide(listed)
     generation = Generation(
         0,
         wanted,

@@ -79,7 +79,7 @@ def s3(through_the_proxy: FaultProxy) -> FaultProxy:
 
 
 def table_of(uri: str) -> pa.Table:
-    return pa.concat_tables(list_images(uri, InputConfig()))
+    return list_images(uri, InputConfig()).images
 
 
 def fetched(table: pa.Table, **options: Any) -> list[bytes | str]:

@@ -180,8 +180,7 @@ def test_inputs(path: str, tmp_path: Path, mark: Path) -> None:
     pickled.plant(uri, path, mark)
     assert pickled.is_live(uri)
     with contextlib.suppress(SamrayError):
-        for listed in list_images(uri, InputConfig()):
-            fetch_images(listed, InputConfig())
+        fetch_images(list_images(uri, InputConfig()).images, InputConfig())
     assert not mark.exists()
 
 

@@ -19,7 +19,6 @@ from samray.errors import ConfigError, ImageError, StorageError
 from samray.inputs import rows
 from samray.inputs import uri_list as uri_lists
 from samray.inputs.listing import INPUT_SCHEMA, fetch_images, list_images
-from samray.inputs.skipped import Skipped
 from samray.inputs.tar import list_tar
 from samray.inputs.uri_rows import merge_lists, rows_of_uris
 from samray.storage import reading
@@ -32,7 +31,7 @@ def write(root: str, *names: str) -> None:
 
 
 def listed(uri: str, **settings: Any) -> pa.Table:
-    table = pa.concat_tables(list_images(uri, InputConfig(**settings)))
+    table = list_images(uri, InputConfig(**settings)).images
     assert table.schema.equals(INPUT_SCHEMA)
     return table
 
@@ -316,7 +315,7 @@ def test_a_long_list_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_listing_takes_the_memory_of_its_uris_alone() -> None:
     uris = pa.chunked_array([pa.array([f"s3://bucket/{i}.jpg" for i in range(400_000)])])
     before = pa.total_allocated_bytes()
-    table = merge_lists([rows_of_uris(uris, "/lists", "/lists")], "/lists", Skipped())
+    table, _ = merge_lists([rows_of_uris(uris, "/lists", "/lists")], "/lists")
     assert pa.total_allocated_bytes() - before < 2 * uris.nbytes
     assert table["file_name"][-1].as_py() == "399999.jpg"
 

@@ -29,8 +29,7 @@ from samray.inputs.tar import index_tar
 
 
 def listed(uri: object, **settings: Any) -> tuple[pa.Table, Skipped]:
-    skipped = Skipped()
-    return pa.concat_tables(list_images(str(uri), InputConfig(**settings), skipped)), skipped
+    return list_images(str(uri), InputConfig(**settings))
 
 
 def names_of(uri: object, **settings: Any) -> list[str]:

@@ -39,9 +39,9 @@ URI = st.one_of(
 
 
 def table_of(uris: list[str | None]) -> tuple[pa.Table, Skipped]:
-    skipped = Skipped()
     written = pa.chunked_array([pa.array(uris, pa.string())])
-    return with_distinct_names(merge_lists([rows_of_uris(written, "/lists", "/lists")], "/lists", skipped)), skipped
+    rows, skipped = merge_lists([rows_of_uris(written, "/lists", "/lists")], "/lists")
+    return with_distinct_names(rows), skipped
 
 
 @FAST
@@ -146,7 +146,7 @@ def test_damaged_tars(members: list[tuple[str, Any]], flips: list[tuple[int, int
         path = Path(folder, "x.tar")
         path.write_bytes(data[:length])
         try:
-            rows = pa.concat_tables(list_images(str(path), InputConfig()))
+            rows = list_images(str(path), InputConfig()).images
         except ConfigError:
             return
         for found in fetch_images(rows, InputConfig(max_bytes=2**20)):
