@@ -182,7 +182,7 @@ def test_broken_annotation_files_are_failed_rows(tmp_path: Path) -> None:
     assert report.failures == {"unreadable": 5}
     rows = table_of(tmp_path / "out").to_pylist()
     assert [row["status"] for row in rows] == ["ok", "failed", "failed", "failed", "ok", "failed", "failed"]
-    assert "annotation 0 cannot be understood: a mask of size [10, 10]" in rows[1]["error"]
+    assert "annotation 0 is not valid: a mask of size [10, 10]" in rows[1]["error"]
     assert [row["image"]["image_id"] for row in rows] == [1, 2, 3, 8, 5, 6, 7]  # of the torn one nobody knows
 
 
