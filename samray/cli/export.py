@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -12,6 +12,10 @@ from rich.console import Console
 from samray.cli.help import Command
 from samray.cli.output import Output
 from samray.text import count, two_columns
+
+if TYPE_CHECKING:
+    from samray.exports.export import ExportReport
+    from samray.pipeline.report import ImportReport
 
 
 class ExportCommand(Command):
@@ -79,6 +83,29 @@ Stable = Annotated[
     float | None,
     typer.Option(min=0, max=1, metavar="SCORE", help="--corrects: --stable of the export."),
 ]
+SourceFormat = Annotated[
+    str | None, typer.Option("--format", "-f", help="sa1b or coco; detected from SOURCE by default.")
+]
+Images = Annotated[
+    str | None, typer.Option(help="Folder of the images that SOURCE names, if not next to its JSON files.")
+]
+Corrects = Annotated[
+    str | None,
+    typer.Option(metavar="LABELS", help="The output whose export was corrected manually to get SOURCE."),
+]
+KeepRest = Annotated[
+    bool,
+    typer.Option(
+        "--keep-rest", help="--corrects: keep the masks that --confident and --stable left out of the export."
+    ),
+]
+AllowOutside = Annotated[
+    bool,
+    typer.Option("--allow-outside", help="Accept images outside --images. Only if you trust SOURCE."),
+]
+Source = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="JSON files: a folder, prefix, glob or file. SA-1B: also tars.")
+]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="Do not show progress.")]
 
 
@@ -122,6 +149,11 @@ def export(
         )
     except KeyboardInterrupt:
         return _interrupted()
+    _print_export(report)
+    return 0
+
+
+def _print_export(report: ExportReport) -> None:
     table = two_columns()
     table.add_row("images", f"{report.num_images:,}")
     table.add_row("masks", f"{report.num_masks:,}")
@@ -142,37 +174,19 @@ def export(
         table.add_row("", f"and {len(report.files) - 3:,} more")
     Console().print(table)
     Console().print(report.dest, highlight=False, soft_wrap=True, markup=False)
-    return 0
 
 
 def import_(
-    source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="JSON files: a folder, prefix, glob or file. SA-1B: also tars.")
-    ],
+    source: Source,
     output: Output,
-    format: Annotated[
-        str | None, typer.Option("--format", "-f", help="sa1b or coco; detected from SOURCE by default.")
-    ] = None,
-    images: Annotated[
-        str | None, typer.Option(help="Folder of the images that SOURCE names, if not next to its JSON files.")
-    ] = None,
+    format: SourceFormat = None,
+    images: Images = None,
     images_per_shard: Annotated[int | None, typer.Option(min=1, help="Images per Parquet shard; default 64.")] = None,
-    corrects: Annotated[
-        str | None,
-        typer.Option(metavar="LABELS", help="The output whose export was corrected manually to get SOURCE."),
-    ] = None,
+    corrects: Corrects = None,
     confident: Confident = None,
     stable: Stable = None,
-    keep_rest: Annotated[
-        bool,
-        typer.Option(
-            "--keep-rest", help="--corrects: keep the masks that --confident and --stable left out of the export."
-        ),
-    ] = False,
-    allow_outside: Annotated[
-        bool,
-        typer.Option("--allow-outside", help="Accept images outside --images. Only if you trust SOURCE."),
-    ] = False,
+    keep_rest: KeepRest = False,
+    allow_outside: AllowOutside = False,
     ray: Ray = None,
     address: Address = None,
     no_progress: NoProgress = False,
@@ -217,6 +231,11 @@ def import_(
         )
     except KeyboardInterrupt:
         return _interrupted()
+    _print_import(report)
+    return int(0 < report.num_images == report.num_failed)
+
+
+def _print_import(report: ImportReport) -> None:
     table = two_columns()
     table.add_row("images", f"{report.num_images:,} ({report.format})")
     table.add_row("masks", f"{report.num_masks:,}")
@@ -239,7 +258,6 @@ def import_(
     Console().print(report.output, highlight=False, soft_wrap=True, markup=False)
     if report.warning:
         Console(stderr=True).print(f"samray: warning: {report.warning}", highlight=False, soft_wrap=True, markup=False)
-    return int(0 < report.num_images == report.num_failed)
 
 
 def _interrupted() -> int:

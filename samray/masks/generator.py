@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, zip_longest
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +24,7 @@ from torch import Tensor
 from samray.config import MaskConfig
 from samray.masks.candidates import Candidates
 from samray.masks.crops import Crop, make_crops, touches_crop_edge
+from samray.masks.executor import InlineExecutor
 from samray.masks.images import check_images
 from samray.masks.nms import box_nms
 from samray.masks.points import Float64, point_grids
@@ -383,15 +383,6 @@ class MaskGenerator:
             name, start, end = self._queued.pop()
             end.synchronize()
             self._book(name, start.elapsed_time(end) / 1000)
-
-
-class InlineExecutor(Executor):
-    """Runs submitted calls immediately, in the same thread."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        done: Future[Any] = Future()
-        done.set_result(fn(*args, **kwargs))
-        return done
 
 
 def _hw(image: Image) -> tuple[int, int]:
