@@ -310,7 +310,7 @@ def test_another_config_is_refused_with_the_difference(tmp_path: Path):
         store.claim(settings_of().identity(), {})
     (tmp_path / "train.json").unlink()
     (tmp_path / "position.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"holds position.json, but no train.json"):
+    with pytest.raises(ConfigError, match=r"has position.json, but no train.json"):
         store.claim(settings_of().identity(), {})
 
 
