@@ -32,7 +32,7 @@ def test_images_whose_corrections_cannot_be_understood_fail_and_say_why(plan: Pl
     assert report.failures == {"truncated": 1, "unreadable": 3}
     rows = rows_of(tmp_path / "new")
     assert rows["a/0.png"]["error"] == "unreadable: the corrected image is 7x24, the labelled one 31x24"
-    assert rows["a/1.png"]["error"].startswith("unreadable: annotation 4 cannot be understood: could not convert")
+    assert rows["a/1.png"]["error"].startswith("unreadable: annotation 4 is not valid: could not convert")
     assert rows["b/0.png"]["error"] == "unreadable: the image has the impossible height and width (24, None)"
 
 

@@ -220,7 +220,7 @@ def test_an_annotation_that_lies_makes_a_failed_row(segmentation: Any) -> None:
     planned = {"image_id": 3, "file_name": "a.png", "uri": "/a.png"}
     hw = {"height": HEIGHT, "width": WIDTH}
     record, dropped = record_of(planned, hw, [SOUND, {**SOUND, "segmentation": segmentation}], "coco")
-    assert (record.error or "").startswith("unreadable: annotation 1 cannot be understood: ")
+    assert (record.error or "").startswith("unreadable: annotation 1 is not valid: ")
     assert dropped == 0
 
 
