@@ -67,7 +67,7 @@ def test_images_that_are() -> None:
 
 
 def test_both_generators_check_their_images() -> None:
-    model: Any = SimpleNamespace(spec=SimpleNamespace(name="none"), device=SimpleNamespace(type="cpu"))
+    model: Any = SimpleNamespace(spec=SimpleNamespace(name="none"), device=SimpleNamespace(type="cpu"), image_size=64)
     for generate in (samray.MaskGenerator(model).generate, lambda x: samray.PromptedGenerator(model).generate(x, [[]])):
         with pytest.raises(ValueError, match="one array"):
             generate(GREY)
