@@ -85,7 +85,7 @@ def _printed(report: LabelReport) -> str:
 
 def test_the_closing_summary_says_what_was_done_and_what_to_do_next() -> None:
     text = _printed(_report())
-    for part in ("5 in 20.0 s", "0.25 images/s", "60, 12.0 an image", "2 truncated, 1 empty", "decode 60%", "/out"):
+    for part in ("5 in 20.0 s", "0.25 images/s", "60, 12.0 per image", "2 truncated, 1 empty", "decode 60%", "/out"):
         assert part in text
     assert "samray verify /out" in text
     assert "--retry-failed" in text

@@ -178,7 +178,7 @@ def test_an_image_that_is_gone_gives_way_to_the_next(tmp_path: Path):
     assert examples.example(0, FRAME)["image"].any()
     for uri in examples.dataset.uris():
         storage.delete(uri)
-    with pytest.raises(Exception, match=r"images of .* were no use.*image_root"):
+    with pytest.raises(Exception, match=r"images of .* cannot be used.*image_root"):
         examples.example(0, FRAME)
 
 
@@ -252,7 +252,7 @@ def test_given_shares_win_and_a_share_of_nothing_is_never_drawn():
 
 
 def test_scenes_twice_would_be_the_same_ones():
-    with pytest.raises(ConfigError, match="DATA names scenes twice"):
+    with pytest.raises(ConfigError, match="DATA has scenes twice"):
         open_data(["scenes", "scenes"], settings_of())
 
 
