@@ -166,7 +166,7 @@ def test_a_resume_without_the_credentials_says_what_it_needs(label: Label, site:
     ):
         label(listed, output)
     Path(listed).unlink()
-    with pytest.raises(ConfigError, match=r"does not exist.*keeps no credentials"):
+    with pytest.raises(ConfigError, match=r"does not exist.*stores no credentials"):
         label(listed, output)
     write_list(Path(listed), site, OLD, NAMES[2:])
     label(listed, output)
