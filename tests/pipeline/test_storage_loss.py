@@ -63,6 +63,6 @@ def test_a_storage_that_is_gone_is_exit_code_3(
     tmp_path: Path, pictures: FaultProxy, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pictures.spoil("503", "GET")
-    code = cli.main(["label", f"{pictures.url}/list.csv", str(tmp_path / "out"), "storage.timeout_s=0.5"])
+    code = cli(["label", f"{pictures.url}/list.csv", str(tmp_path / "out"), "storage.timeout_s=0.5"])
     assert code == 3
     assert "run the same command again" in capsys.readouterr().err
