@@ -2,7 +2,7 @@
 
 python tests/chaos/operation.py NAME FOLDER SECONDS_PER_IMAGE ON_RAY
 
-label, append, retry: FOLDER/in (then FOLDER/more too) into FOLDER/out, with the stand-in labeler. compact, export and
+label, append, retry: FOLDER/in into FOLDER/out, with the stand-in labeler. compact, export and
 import: FOLDER/out into FOLDER/compact, FOLDER/out into FOLDER/export, FOLDER/export into FOLDER/import.
 """
 
@@ -50,13 +50,12 @@ def main(name: str, folder: str, seconds: str, on_ray: str) -> int:
         base = [f"model.checkpoint={standin.__file__}", "output.images_per_shard=2", "output.max_failed_fraction=1.0"]
         config = load_config(None, None, [*base, "cluster.max_actors=1", "cluster.num_cpus_per_actor=1"])
         labeler = functools.partial(make_labeler, seconds=float(seconds), fails=name != "retry")
-        source = root / ("in" if name == "label" else "more")
         options = {"append": name == "append", "retry_failed": name == "retry"}
-        return label_with(str(source), str(root / "out"), config, make_labeler=labeler, **options).exit_code
+        return label_with(str(root / "in"), str(root / "out"), config, make_labeler=labeler, **options).exit_code
     if name == "compact":
         compact(str(root / "out"), str(root / "compact"), 4096)
     elif name == "export":
-        export(root / "out", root / "export", format="sa1b", images_per_file=2, ray=ray, progress=False)
+        export(root / "out", root / "export", format="sa1b", ray=ray, progress=False)
     else:
         import_(root / "export", root / "import", format="sa1b", images_per_shard=2, ray=ray, progress=False)
     return 0

@@ -11,13 +11,13 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import standin
-from drivers import Driver, driver
+from drivers import Driver
 from operation import FAILS_AT_FIRST
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "pipeline"))
@@ -55,22 +55,22 @@ def planned(rng: random.Random) -> list[tuple[str, str]]:
     return sorted(kills, key=lambda kill: OPERATIONS.index(kill[0]))
 
 
-def write_images(root: Path, num_images: int) -> dict[str, bytes]:
-    """Images for label in `in`, the same and as many more in `more`; every fifth one fails until retried."""
-    images = {}
-    for i in range(2 * num_images):
-        data = standin.make_image(i, first_pixel=FAILS_AT_FIRST if i % 5 == 0 else None)
-        images[f"{i:04d}.png"] = data
-        for folder in ("in", "more") if i < num_images else ("more",):
-            (root / folder).mkdir(exist_ok=True)
-            (root / folder / f"{i:04d}.png").write_bytes(data)
-    return images
+def make_images(num_images: int) -> dict[str, bytes]:
+    """Name -> image; every fifth one fails until retried."""
+    first_pixels = [FAILS_AT_FIRST if i % 5 == 0 else None for i in range(num_images)]
+    return {f"{i:04d}.png": standin.make_image(i, first_pixel=first_pixels[i]) for i in range(num_images)}
 
 
-def start(root: Path, name: str, log: str, seconds: str, *, on_ray: bool) -> contextlib.AbstractContextManager[Driver]:
+def write(folder: Path, images: dict[str, bytes]) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, data in images.items():
+        (folder / name).write_bytes(data)
+
+
+def start(root: Path, name: str, log: str, seconds: str, *, on_ray: bool) -> Driver:
     environment = {"RAY_gcs_rpc_server_reconnect_timeout_s": "3"}  # how long a driver waits for a GCS that is gone
     arguments = (name, str(root), seconds, "ray" if on_ray else "alone")
-    return driver(root / log, *arguments, program=(str(OPERATION),), environment=environment)
+    return Driver(root / log, *arguments, program=(str(OPERATION),), environment=environment)
 
 
 def kill(running: Driver, victim: str) -> int:
@@ -89,34 +89,34 @@ def kill(running: Driver, victim: str) -> int:
     return len(victims)
 
 
-def one_kill(root: Path, name: str, victim: str, number: int, rng: random.Random) -> int:
+def one_kill(running: Driver, root: Path, name: str, victim: str, number: int, rng: random.Random) -> int:
     """At a random moment of the work; of the driver and its group, half of the times while Ray starts.
 
     Returns how many processes were killed: 0 if the operation had ended by itself.
     """
-    on_ray = name in ON_RAY or victim in PROCESSES
     before = _num_shards(root)
-    with start(root, name, f"{number}.log", SECONDS_PER_IMAGE, on_ray=on_ray) as running:
-        if not on_ray:
-            _wait(running, (root / name).exists)
-            time.sleep(rng.uniform(0.0, 0.3))
-        elif victim in ("driver", "group") and number % 2 == 0:
-            _wait(running, lambda: bool(running.workers("raylet/raylet")))
-            time.sleep(rng.uniform(0.0, 1.5))
-        else:
-            title = PROCESSES.get(victim, "MapWorker")
-            _wait(running, lambda: bool(running.workers(title)))
-            if name in ("label", "append"):
-                _wait(running, lambda: _num_shards(root) > before)
-            time.sleep(rng.uniform(0.0, 0.5))
-        killed = kill(running, victim)
-        if victim in PROCESSES:
-            exit_code = running.wait()  # with whatever exit code: it must not hang
-            assert exit_code == 0 or victim != "actor" or not killed, running.text()
-        left = running.clean_up(patience_s=PATIENCE_S)
-        print(f"{name}: {victim} {'killed' if killed else 'was gone'}, exit code {running.process.returncode}")
-        assert not left, "\n".join([*left, running.text()])
+    if not _on_ray(name, victim):
+        _wait(running, (root / name).exists)
+        time.sleep(rng.uniform(0.0, 0.3))
+    elif victim in ("driver", "group") and number % 2 == 0:
+        _wait(running, lambda: bool(running.workers("raylet/raylet")))
+        time.sleep(rng.uniform(0.0, 1.5))
+    else:
+        title = PROCESSES.get(victim, "MapWorker")
+        _wait(running, lambda: bool(running.workers(title)))
+        if name in ("label", "append"):
+            _wait(running, lambda: _num_shards(root) > before)
+        time.sleep(rng.uniform(0.0, 0.5))
+    killed = kill(running, victim)
+    if victim in PROCESSES:
+        exit_code = running.wait()  # with whatever exit code: it must not hang
+        assert exit_code == 0 or victim != "actor" or not killed, running.text()
+    print(f"{name}: {victim} {'killed' if killed else 'was gone'}, exit code {running.process.returncode}")
     return killed
+
+
+def _on_ray(name: str, victim: str) -> bool:
+    return name in ON_RAY or victim in PROCESSES
 
 
 def _wait(running: Driver, condition: Callable[[], bool]) -> None:
@@ -143,19 +143,37 @@ def check_every_image_once(output: Path, images: dict[str, bytes], failing: bool
         assert [mask["segmentation"] for mask in row["annotations"]] == [mask["segmentation"] for mask in wanted]
 
 
+@pytest.fixture
+def started() -> Iterator[list[Driver]]:
+    """Drivers that the test has started; at its end what each of them started is gone, too.
+
+    It is looked at only then: an agent of Ray that has lost its raylet takes a minute to end.
+    """
+    drivers: list[Driver] = []
+    yield drivers
+    deadline = time.monotonic() + PATIENCE_S
+    left = {one.log.name: one.clean_up(patience_s=max(0.0, deadline - time.monotonic())) for one in drivers}
+    assert not any(left.values()), left
+
+
 @pytest.mark.timeout(600 + 120 * ROUNDS)
-def test_every_image_is_there_once_whatever_is_killed(tmp_path: Path) -> None:
+def test_every_image_is_there_once_whatever_is_killed(tmp_path: Path, started: list[Driver]) -> None:
     rng = random.Random(os.environ.get("SAMRAY_CHAOS_SEED", "7"))
     kills = planned(rng)
-    images = write_images(tmp_path, 2 * (sum(name == "label" for name, _ in kills) + 12))
-    first = {name: data for name, data in images.items() if (tmp_path / "in" / name).exists()}
+    images = make_images(4 * (sum(name in ("label", "append") for name, _ in kills) + 12))
+    first = dict(list(images.items())[: len(images) // 2])
+    write(tmp_path / "in", first)
     num_hits = 0
     for name in OPERATIONS:
+        if name == "append":
+            write(tmp_path / "in", images)
         for number, (operation, victim) in enumerate(kills):
             if operation == name:
-                num_hits += one_kill(tmp_path, name, victim, number, rng) > 0
-        with start(tmp_path, name, f"{name}.log", "0", on_ray=name in ON_RAY) as running:
-            assert running.wait() == 0, running.text()
+                on_ray = _on_ray(name, victim)
+                started.append(start(tmp_path, name, f"{number}.log", SECONDS_PER_IMAGE, on_ray=on_ray))
+                num_hits += one_kill(started[-1], tmp_path, name, victim, number, rng) > 0
+        started.append(start(tmp_path, name, f"{name}.log", "0", on_ray=name in ON_RAY))
+        assert started[-1].wait() == 0, started[-1].text()
         if name in ON_RAY:
             check_every_image_once(tmp_path / "out", first if name == "label" else images, failing=name != "retry")
     for copy in ("compact", "import"):
