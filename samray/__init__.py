@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from samray.config import Config, MaskConfig, load_config
+    from samray.config import ClusterConfig, Config, MaskConfig, ModelConfig, OutputConfig, load_config
     from samray.errors import ConfigError, ImageError, SamrayError, StorageError
     from samray.exports.export import ExportReport, export
     from samray.imports.import_ import import_
@@ -28,6 +28,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "Config": "samray.config",
     "MaskConfig": "samray.config",
+    "ModelConfig": "samray.config",
+    "OutputConfig": "samray.config",
+    "ClusterConfig": "samray.config",
     "load_config": "samray.config",
     "read_image": "samray.output.lookup",
     "MaskDataset": "samray.output.mask_dataset",
@@ -65,6 +68,9 @@ __all__ = [  # noqa: RUF022  (in the order one meets them; a test holds it equal
     "Prompt",
     "Config",
     "MaskConfig",
+    "ModelConfig",
+    "OutputConfig",
+    "ClusterConfig",
     "load_config",
     "SamrayError",
     "ConfigError",
