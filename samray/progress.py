@@ -86,5 +86,8 @@ class ProgressView:
             return ", ".join(failed)
         since, num_then = self._first_image_at
         rate = (self.num_done - num_then) / (now - since)
-        left = [f"{duration((self.num_images - self.num_done) / rate)} left"] if rate > 0 else []
+        if rate == 0:  # nothing since the first image: not known yet
+            return ", ".join(failed)
+        num_left = self.num_images - self.num_done
+        left = [f"{duration(num_left / rate)} left"] if num_left > 0 else []
         return ", ".join([f"{rate:.2f} images/s", *left, *failed])

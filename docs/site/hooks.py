@@ -146,7 +146,7 @@ def file_map() -> str:
 
 
 def first_sentence(path: Path) -> str:
-    """Of a module's docstring; empty if there is none."""
+    """First paragraph of a module's docstring; empty if it has none."""
     paragraph = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0]
     return " ".join(paragraph.split())
 

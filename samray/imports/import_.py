@@ -84,7 +84,7 @@ class _Job:
     source: Source
     output: str
     root: str | None
-    """Where `file_name` starts, if not beside the annotations."""
+    """Where `file_name` starts, if not next to the annotations."""
     allow_outside: bool
     ray: bool | None
     address: str | None

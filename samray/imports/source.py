@@ -164,7 +164,7 @@ def read_json(file: dict[str, Any], limit: int | None = None) -> bytes:
 def image_ids(wanted: list[Any]) -> list[int]:
     """The ids of the source; row indices for all if two ids are equal or one is invalid.
 
-    None stands for an unknown id: it gets one after the largest.
+    None is an unknown id: it gets one after the largest.
     """
     known = [number for number in wanted if number is not None]
     possible = all(isinstance(number, int) and 0 <= number <= MAX_IMAGE_ID - len(wanted) for number in known)

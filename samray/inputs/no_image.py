@@ -79,7 +79,7 @@ def nothing_found(uri: str, root: str, found: pa.ChunkedArray) -> str:
         looked = f"INPUT {where}: no file matches this pattern"
         names = _files_below(root)
     if not names:
-        return looked + "; there is no file at all"
+        return looked + "; no file was found"
     start = len(storage.join(root, ""))
     names = [name[start:] for name in names]
     counts = Counter(posixpath.splitext(name.lower())[1] or "without ending" for name in names)

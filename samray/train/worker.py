@@ -157,7 +157,7 @@ class _Reports:
             ray.train.report(line)
         if self._monitor is not None and time.monotonic() - self._last_beat > BEAT_S:
             self._last_beat = time.monotonic()
-            # A driver that does not answer is no reason to stop: what it asked for last stands.
+            # Go on if the driver does not answer: its last request still holds.
             with contextlib.suppress(ray.exceptions.RayError):
                 self._stop_asked = ray.get(self._monitor.beat.remote(line), timeout=30.0)
         return self._stop_asked

@@ -108,6 +108,18 @@ def test_progress_off_a_terminal_is_lines() -> None:
     assert file.getvalue().count("\n") == 2
 
 
+def test_progress_shows_no_rate_that_is_not_known_and_no_time_left_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter(range(0, 1000, 20))
+    monkeypatch.setattr("samray.progress.time.monotonic", lambda: float(next(seconds)))
+    file = io.StringIO()
+    with ProgressView(8, 0, file=file) as view:
+        for num_done in (2, 2, 4, 8):
+            view.update(num_done=num_done)
+    assert [line.partition("%)")[2] for line in file.getvalue().splitlines()] == [
+        "", "", ", 0.05 images/s, 1 min 20 s left", ", 0.10 images/s",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.85, "850 ms"), (12.34, "12.3 s"), (245, "4 min 5 s"), (10920, "3 h 2 min")]
 )

@@ -88,7 +88,10 @@ def test_every_format_is_decoded_before_it_is_damaged() -> None:
             assert decode_image(sound_image(kind, seed), 10_000).shape in ((24, 32, 3), (32, 24, 3), (18, 24, 3))
 
 
-@pytest.mark.skipif(not features.check("avif"), reason="this build of Pillow has no AVIF; the pinned wheels have it")
+@pytest.mark.skipif(
+    not features.check("avif"),
+    reason="this build of Pillow has no AVIF, so AVIF is NOT tested; the pinned wheels have it",
+)
 def test_a_thousand_damaged_images_give_a_row_each() -> None:
     config = load_config(None, None, ["input.max_pixels=1_000_000", "input.decode_timeout_s=20"])
     done = standin.make_labeler(config, 2).label(list(images()))

@@ -31,7 +31,8 @@ from samray.train.settings import TRAIN_SECTIONS
 CONFIG = pages.REPOSITORY / "docs" / "site" / "mkdocs.yml"
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed: pip install 'samray[test]'"
+    importlib.util.find_spec("mkdocs") is None,
+    reason="mkdocs is not installed, so the docs are NOT built: pip install 'samray[test]'",
 )
 
 

@@ -109,7 +109,7 @@ def test_limit_takes_the_first(storage_root: str) -> None:
     ("files", "pattern", "message"),
     [
         ([], "nowhere", "does not exist"),
-        ([], "nowhere/*.jpg", "there is no file at all"),
+        ([], "nowhere/*.jpg", "no file was found"),
         (["a.txt", "b.doc"], "", r"no image found; looked for names ending in \.jpg.*2 files \(1 \.txt, 1 \.doc\)"),
         (["a.tar", "b.json"], "", r"1 \.tar, 1 \.json\); name them, as in '.*/\*\.tar'"),
         (["a.tar.gz"], "a.tar.gz", "compressed tar"),
