@@ -89,8 +89,8 @@ class ModelSpec:
     licence: str = APACHE
     source: str = ""
     core_seconds: tuple[float, float] | None = None
-    """Seconds of one CPU core for a pass of the image encoder and for a prompt, as measured in docs/benchmarks.md;
-    None if they were not measured."""
+    """Rough seconds of one CPU core for a pass of the image encoder and for a prompt: float32, random weights, one AMD
+    EPYC core with AVX-512. For the plan's estimate only. None if they were not measured."""
 
     @property
     def stride(self) -> int:
