@@ -28,14 +28,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import compare  # noqa: E402
-import outputs  # noqa: E402
-import peers  # noqa: E402
 import torch  # noqa: E402
-import training  # noqa: E402
-from measuring import measure, timed  # noqa: E402
 
 import samray  # noqa: E402
+from jobs.benchmarks import compare, outputs, peers, training  # noqa: E402
+from jobs.benchmarks.measuring import measure, timed  # noqa: E402
 from samray.config import load_config  # noqa: E402
 from samray.inputs.decode import decode_image  # noqa: E402
 from samray.inputs.listing import list_images  # noqa: E402
@@ -47,9 +44,8 @@ from samray.sam.spec import MODELS  # noqa: E402
 @torch.inference_mode()
 def decoder(rounds: int, prompts: int) -> dict[str, Any]:
     """Seconds for one batch of click prompts on one image embedding of the full-size decoder, to low-res logits."""
-    sys.path.insert(0, str(ROOT / "tests" / "parity"))
-    from reference import build_reference
-    from weights import random_sam
+    from jobs.benchmarks.reference import build_reference
+    from jobs.benchmarks.weights import random_sam
 
     model: Sam = random_sam(MODELS["vit_b"])  # all published sizes have this decoder; the encoder is not timed
     reference = build_reference(model.spec, model.state_dict())
@@ -102,8 +98,7 @@ def memory(model_name: str, megapixels: float) -> dict[str, Any]:
     Default options, but stability_score_thresh 0.5: random weights replace the published ones, and their masks are
     less stable.
     """
-    sys.path.insert(0, str(ROOT / "tests" / "parity"))
-    from weights import blobs, random_sam
+    from jobs.benchmarks.weights import blobs, random_sam
 
     model = random_sam(MODELS[model_name])
     width = round((megapixels * 1e6 * 4 / 3) ** 0.5)

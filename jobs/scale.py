@@ -27,9 +27,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from measuring import measure  # noqa: E402
-from planning import plan  # noqa: E402
-
+from jobs.benchmarks.measuring import measure  # noqa: E402
+from jobs.benchmarks.planning import plan  # noqa: E402
 from samray.config import Config, load_config  # noqa: E402
 from samray.rle.records import MaskRecord  # noqa: E402
 

@@ -11,13 +11,10 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from leftovers import SERVICE, Leftovers, private_temporary_folder
-from s3_server import BUCKET, S3Server, make_bucket, running_s3, weed_binary
-
+from jobs.benchmarks.s3_server import BUCKET, S3Server, make_bucket, running_s3, weed_binary
 from samray import storage
 from samray.config import StorageConfig
+from tests.support.leftovers import SERVICE, Leftovers, private_temporary_folder
 
 _last: Leftovers | None = None
 """At the end of the last test."""

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 import time
 from pathlib import Path
 
-import standin
-from drivers import driver, has_shards, wait_until
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "pipeline"))
-
-from outputs import check_every_image_once
-
 from samray import storage
 from samray.output.shards import done_shards
+from tests.support import standin
+from tests.support.drivers import driver, has_shards, wait_until
+from tests.support.outputs import check_every_image_once
 
 NUM_IMAGES = 24
 ROUNDS = int(os.environ.get("SAMRAY_CHAOS_ROUNDS", "2"))

@@ -9,24 +9,20 @@ import contextlib
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-import standin
-from drivers import Driver
-from operation import FAILS_AT_FIRST
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "pipeline"))
-
-from outputs import expected_masks, rows_of
 
 from samray.output.shards import done_shards
+from tests.support import standin
+from tests.support.drivers import Driver
+from tests.support.operation import FAILS_AT_FIRST
+from tests.support.outputs import expected_masks, rows_of
 
-OPERATION = Path(__file__).with_name("operation.py")
+OPERATION = ("-m", "tests.support.operation")
 OPERATIONS = ("label", "append", "retry", "compact", "export", "import")
 ON_RAY = ("label", "append", "retry")
 """The others are done by the driver alone, or on Ray if they are asked to."""
@@ -70,7 +66,7 @@ def write(folder: Path, images: dict[str, bytes]) -> None:
 def start(root: Path, name: str, log: str, seconds: str, *, on_ray: bool) -> Driver:
     environment = {"RAY_gcs_rpc_server_reconnect_timeout_s": "3"}  # how long a driver waits for a GCS that is gone
     arguments = (name, str(root), seconds, "ray" if on_ray else "alone")
-    return Driver(root / log, *arguments, program=(str(OPERATION),), environment=environment)
+    return Driver(root / log, *arguments, program=OPERATION, environment=environment)
 
 
 def kill(running: Driver, victim: str) -> int:

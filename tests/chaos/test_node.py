@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
-import standin
-from ray_nodes import Node, running_head
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "pipeline"))
-
-from outputs import rows_of
 
 from samray import storage
 from samray.output.shards import done_shards, shard_uri
+from tests.support import standin
+from tests.support.outputs import rows_of
+from tests.support.ray_nodes import Node, running_head
 
 NUM_IMAGES = 32
 NUM_SHARDS = 16

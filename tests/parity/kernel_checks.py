@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from common import TOLERANCE, assert_close, randomize
 from pycocotools import mask as coco_mask
 from torch import Tensor
-from weights import SMALL, blobs, random_sam
 
+from jobs.benchmarks.weights import SMALL, blobs, random_sam
 from samray.config import MaskConfig
 from samray.masks import MaskGenerator
 from samray.masks.crops import Crop
 from samray.sam.kernels import MAX_TOKENS, image_to_tokens, measure
 from samray.sam.sam import Sam
 from samray.sam.transformer import TwoWayTransformer
+from tests.parity.common import TOLERANCE, assert_close, randomize
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")

@@ -6,13 +6,13 @@ relative to logit scale; about 2e-6 is what comes out. The early filter keeps ex
 
 from __future__ import annotations
 
-import plain_decoder
 import pytest
 import torch
-from common import assert_close, prompts_of, randomize, smaller
 
 from samray.sam.sam import _CPU_CHUNK_BYTES, Sam
 from samray.sam.spec import MODELS
+from tests.parity import plain_decoder
+from tests.parity.common import assert_close, prompts_of, randomize, smaller
 
 
 @torch.no_grad()

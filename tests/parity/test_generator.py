@@ -24,10 +24,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
-from reference import build_reference, reference_masks, segment_anything
 from torch import Tensor
-from weights import blobs, random_sam
 
+from jobs.benchmarks.reference import build_reference, reference_masks, segment_anything
+from jobs.benchmarks.weights import blobs, random_sam
 from samray.config import MaskConfig
 from samray.masks import MaskGenerator, generator
 from samray.sam.sam import Sam

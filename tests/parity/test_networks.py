@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import assert_close, pixels_of, prompts_of, randomize, smaller
-from reference import build_reference, build_tiny_vit, published_tiny_vit, transformers_sam
 from torch import Tensor, nn
 
+from jobs.benchmarks.reference import build_reference, build_tiny_vit, published_tiny_vit, transformers_sam
 from samray.sam.checkpoints import build, load_model
 from samray.sam.formats import read_state_dict, to_meta_names
 from samray.sam.sam import Sam
 from samray.sam.spec import MODELS, ModelSpec, TinyVitSpec
+from tests.parity.common import assert_close, pixels_of, prompts_of, randomize, smaller
 
 # --- transformers --------------------------------------------------------------------------------------------------
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
-from reference import build_reference, segment_anything
-from weights import blobs, random_sam
 
+from jobs.benchmarks.reference import build_reference, segment_anything
+from jobs.benchmarks.weights import blobs, random_sam
 from samray.config import MaskConfig
 from samray.errors import ImageError
 from samray.masks.prompted import PromptedGenerator

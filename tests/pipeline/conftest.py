@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import standin
-from s3_server import weed_binary
 
+from jobs.benchmarks.s3_server import weed_binary
 from samray.cluster.session import local_ray as running_local_ray
 from samray.config import Config, load_config
 from samray.pipeline.report import LabelReport
 from samray.pipeline.run import label_with
+from tests.support import standin
 
 
 @pytest.fixture(scope="session")
@@ -62,9 +61,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seeded random weights of the architecture `tiny`, under which it finds masks."""
     from safetensors.torch import save_file
 
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "parity"))
-    from weights import random_sam
-
+    from jobs.benchmarks.weights import random_sam
     from samray.sam.spec import MODELS
 
     path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"

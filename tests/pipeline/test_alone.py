@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import standin
 from numpy.typing import NDArray
-from outputs import attempts_left, rows_of
 
 from samray.config import Config, load_config
 from samray.errors import SamrayError
@@ -24,6 +22,8 @@ from samray.pipeline.alone import LonelyLabeler
 from samray.pipeline.attempts import STRIKES_TO_BLAME, ShardAttempts
 from samray.pipeline.labeler import EncodedImage, ShardLabeler
 from samray.pipeline.report import Labelled, LabelReport
+from tests.support import standin
+from tests.support.outputs import attempts_left, rows_of
 
 Label = Callable[..., LabelReport]
 POISON = standin.make_image(7, first_pixel=standin.POISON)

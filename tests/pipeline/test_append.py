@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import standin
-from outputs import check_every_image_once, rows_of
-
 from samray import storage
 from samray.config import Config
 from samray.output.append import join_images
@@ -14,6 +11,8 @@ from samray.output.plan import load_plan
 from samray.output.shards import SUCCESS, done_shards, read_shard, replace_shard, shard_uri, unmark_success
 from samray.pipeline.plan_run import RunPlan, run_identity
 from samray.pipeline.report import LabelReport
+from tests.support import standin
+from tests.support.outputs import check_every_image_once, rows_of
 
 Label = Callable[..., LabelReport]
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from outputs import rows_of
 from PIL import Image
 
 from samray.config import Config
@@ -21,6 +20,7 @@ from samray.pipeline import run as run_module
 from samray.pipeline.run import label_with
 from samray.prompts import Prompt
 from samray.sam.checkpoints import load_model
+from tests.support.outputs import rows_of
 
 HEIGHT, WIDTH = 96, 128
 PROMPTS: dict[str, list[dict[str, Any]]] = {
@@ -34,7 +34,7 @@ PROMPTS: dict[str, list[dict[str, Any]]] = {
 
 @pytest.fixture
 def images(tmp_path: Path, tiny_checkpoint: Path) -> dict[str, np.ndarray]:
-    from weights import blobs  # beside the random weights: images on which they find masks
+    from jobs.benchmarks.weights import blobs  # beside the random weights: images on which they find masks
 
     pixels = {f"{i}.png": blobs(i, (HEIGHT, WIDTH)) for i in range(5)}
     (tmp_path / "in").mkdir()

@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from outputs import rows_of
 from PIL import Image
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.support import REPOSITORY
+from tests.support.outputs import rows_of
 
 
 def test_label_then_label_again(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    from weights import blobs  # beside the random weights: images on which they find masks
+    from jobs.benchmarks.weights import blobs  # beside the random weights: images on which they find masks
 
     (tmp_path / "in").mkdir()
     for i in range(4):

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from samray.output.shards import done_shards, read_shard
+from tests.support import REPOSITORY
 
-JOBS = Path(__file__).resolve().parents[2] / "jobs"
+JOBS = REPOSITORY / "jobs"
 
 
 @pytest.mark.timeout(1200)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from handmade import write_output
 
 import samray
 from samray import storage
@@ -14,6 +13,7 @@ from samray.cluster.tasks import RAY_FROM_IMAGES, wants_ray
 from samray.errors import StorageError
 from samray.exports import job as export_job
 from samray.output.verify import verify
+from tests.support.handmade import write_output
 
 NAMES = [f"photo {i:02d}.png" for i in range(10)]
 

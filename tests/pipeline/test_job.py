@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import standin
-from outputs import rows_of
-from ray_nodes import Head, running_head
 
 from samray import storage
 from samray.output.shards import done_shards, shard_uri
+from tests.support import standin
+from tests.support.outputs import rows_of
+from tests.support.ray_nodes import Head, running_head
 
 NUM_IMAGES = 60  # some 13 s of two cores: a faster machine must not be done before the job is stopped
 

@@ -11,8 +11,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import standin
-from outputs import attempts_left, check_every_image_once, rows_of
 
 from samray import storage
 from samray.config import Config
@@ -23,6 +21,8 @@ from samray.pipeline import run as run_module
 from samray.pipeline.report import LabelReport
 from samray.pipeline.run import label_with
 from samray.sam.checkpoints import resolve_checkpoint
+from tests.support import standin
+from tests.support.outputs import attempts_left, check_every_image_once, rows_of
 
 Label = Callable[..., LabelReport]
 NAMES = [f"img_{i:03d}.png" for i in range(6)]

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import ray.data
-import standin
-from outputs import expected_masks
 from PIL import Image
 
 import samray
 from samray.config import Config, load_config
 from samray.pipeline import dataset_stage as stage
 from samray.pipeline.dataset_stage import images_of, label_dataset
+from tests.support import standin
+from tests.support.outputs import expected_masks
 
 
 def _pixels(data: bytes) -> Any:

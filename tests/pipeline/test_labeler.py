@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import standin
 import torch
 from numpy.typing import NDArray
 
@@ -24,6 +23,7 @@ from samray.pipeline.groups import MAX_CONSECUTIVE_OUT_OF_MEMORY
 from samray.pipeline.labeler import EncodedImage, ShardLabeler
 from samray.pipeline.report import Labelled
 from samray.sam import checkpoints
+from tests.support import standin
 
 AcceleratorError: type[Exception] = getattr(torch, "AcceleratorError", RuntimeError)  # torch 2.6 has none yet
 Pixels = NDArray[np.uint8]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import standin
 from rich.console import Console
 
 from samray.config import ClusterConfig, load_config
@@ -21,8 +20,7 @@ from samray.output.shards import read_shard
 from samray.output.status import run_status
 from samray.pipeline import metrics
 from samray.pipeline.report import LabelReport, ShardSummary, print_report
-
-SCRAPED = Path(__file__).parent / "scraped.py"
+from tests.support import REPOSITORY, standin
 
 
 class Run:
@@ -54,9 +52,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     (root / "in" / "cut.png").write_bytes(standin.make_image(1)[:80])
     (root / "in" / "empty.png").write_bytes(b"")
     settings = ("output.images_per_shard=4", "cluster.num_gpus_per_actor=0.5", "cluster.num_cpus_per_actor=1")
-    command = [sys.executable, str(SCRAPED), str(root / "in"), str(root / "out"), "12", *settings]
+    command = [sys.executable, "-m", "tests.support.scraped", str(root / "in"), str(root / "out"), "12", *settings]
     done = subprocess.run(
-        [*command, "cluster.max_actors=1", "cluster.gpu_price_per_hour=2"], capture_output=True, text=True, timeout=400
+        [*command, "cluster.max_actors=1", "cluster.gpu_price_per_hour=2"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr
     return Run(json.loads(done.stdout.splitlines()[-1]), root / "in", root / "out")

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-import standin
 from PIL import Image, features
 
 from samray.config import load_config
 from samray.errors import IMAGE_ERROR_REASONS
 from samray.inputs.decode import decode_image
 from samray.pipeline.labeler import EncodedImage
+from tests.support import standin
 
 NUM_IMAGES = 1000
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "ICO", "PSD", "AVIF", "JPEG2000", "HEIF")

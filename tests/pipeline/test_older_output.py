@@ -11,16 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from outputs import rows_of
-from s3_server import S3Server, make_bucket
 
 import samray
+from jobs.benchmarks.s3_server import S3Server, make_bucket
 from samray import storage
 from samray.errors import ConfigError
 from samray.output.compact import compact
 from samray.output.shards import SUCCESS, shard_uri
 from samray.output.status import run_status
 from samray.pipeline.report import LabelReport
+from tests.support.outputs import rows_of
 
 BEFORE = Path(__file__).resolve().parents[1] / "older_output"
 ROOT = "s3://samray-before"

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pages
 import pytest
 from PIL import Image
 
 import samray
 from samray.scenes.scene import make_scene
+from tests.support import pages
 
 NOTEBOOK = pages.REPOSITORY / "docs" / "notebook.ipynb"
 

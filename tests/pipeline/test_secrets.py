@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-import standin
 
 import samray
 from samray import storage
 from samray.cli.main import main
 from samray.errors import ConfigError
 from samray.pipeline.report import LabelReport, print_report
+from tests.support import standin
 
 OLD, NEW, PASSWORD = "0LDsIgNaTuRe", "NEWsIgNaTuRe", "pAsSwOrD"
 SECRETS = (OLD, NEW, PASSWORD, base64.b64encode(f"me:{PASSWORD}".encode()).decode())

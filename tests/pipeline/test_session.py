@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import standin
 
 from samray.cluster import session
+from tests.support import REPOSITORY, standin
 
 CPUS = ["1", "2", "3", "4"]
 
@@ -32,10 +32,9 @@ def rays(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         environment = {**os.environ, "HOME": str(home), "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
         for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
             environment.pop(name, None)
-        script = Path(__file__).with_name("on_small_rays.py")
         done = subprocess.run(
-            [sys.executable, str(script), str(images), *CPUS],
-            env=environment, capture_output=True, text=True, timeout=500, check=False,
+            [sys.executable, "-m", "tests.support.on_small_rays", str(images), *CPUS],
+            cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=500, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-5000:]
         yield {**json.loads(done.stdout.splitlines()[-1]), "home": sorted(map(str, home.rglob("*")))}

@@ -8,12 +8,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import standin
-from drivers import DRIVE, driver, has_shards, send, wait_until
-from outputs import attempts_left, check_every_image_once
 
 from samray import storage
 from samray.output.shards import done_shards
+from tests.support import standin
+from tests.support.drivers import DRIVE, driver, has_shards, send, wait_until
+from tests.support.outputs import attempts_left, check_every_image_once
 
 NUM_IMAGES = 120  # half a minute and more: much longer than the first shard takes to be committed
 
@@ -68,7 +68,7 @@ def test_a_shard_that_takes_longer_than_the_drain_is_given_up(tmp_path: Path) ->
 def test_ctrl_c_again_and_again_prints_no_traceback(moment: str, tmp_path: Path) -> None:
     source, output = str(tmp_path / "in"), str(tmp_path / "out")
     standin.write_images(source, NUM_IMAGES)
-    program = (str(DRIVE),) if moment == "labelling" else ("-m", "samray", "label")
+    program = DRIVE if moment == "labelling" else ("-m", "samray", "label")
     arguments = (source, output, "1.0") if moment == "labelling" else (source, output, "model.device=cpu")
 
     with driver(tmp_path / "log", *arguments, program=program) as running:

@@ -9,9 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fault_proxy import FaultProxy, running_proxy
-from outputs import check_every_image_once
-from standin import make_image
 
 from samray import storage
 from samray.cli.main import main as cli
@@ -19,6 +16,9 @@ from samray.config import StorageConfig
 from samray.errors import StorageError
 from samray.output.shards import done_shards, read_shard
 from samray.pipeline.report import LabelReport
+from tests.support.fault_proxy import FaultProxy, running_proxy
+from tests.support.outputs import check_every_image_once
+from tests.support.standin import make_image
 
 NUM_IMAGES = 24
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from standin import make_image
-from toys import base64_input, on_ray, patch_model
 
 from samray.cli.main import main
 from samray.config.models import MODELS
 from samray.inputs.readers import READERS
 from samray.output.shards import read_shard
 from samray.sam.sam import Sam
+from tests.support.standin import make_image
+from tests.toys import base64_input, on_ray, patch_model
 
 
 def test_a_toy_model_labels_a_toy_input(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

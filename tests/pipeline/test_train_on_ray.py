@@ -17,9 +17,7 @@ import psutil
 import pytest
 import ray
 import torch
-from drivers import driver, wait_until
 from safetensors.torch import load_file
-from scene_outputs import paint, write_scenes
 
 import samray
 from samray import storage
@@ -36,8 +34,10 @@ from samray.train.monitor import Monitor
 from samray.train.run import train
 from samray.train.settings import load_train_settings
 from samray.train.store import Store
+from tests.support import REPOSITORY
+from tests.support.drivers import driver, wait_until
+from tests.support.scene_outputs import paint, write_scenes
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SETTINGS = [
     "train.steps=8", "train.batch_size=2", "train.log_every=2", "train.validate_every=4",
     "train.save_every_minutes=0", "train.interaction_steps=4", "train.first_image_size=64", "train.first_fraction=1",

@@ -12,16 +12,16 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-import standin
-from fault_proxy import FaultProxy, running_proxy
-from s3_server import BUCKET, S3Server
 
+from jobs.benchmarks.s3_server import BUCKET, S3Server
 from samray import storage
 from samray.config import InputConfig, StorageConfig, load_config
 from samray.errors import ConfigError, ImageError, StorageError
 from samray.inputs.listing import INPUT_SCHEMA, fetch_images, list_images
 from samray.pipeline.run import label_with
 from samray.storage.retrying import forget_outages
+from tests.support import standin
+from tests.support.fault_proxy import FaultProxy, running_proxy
 
 TRANSIENT = (
     *("408", "421", "423", "425", "429", "500", "502", "503", "504", "507", "509", "520", "530", "599"),

@@ -14,18 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from labelled import BLACK, BROKEN, make_output
-from pages import block, blocks
 from pycocotools import mask as coco_mask
-from s3_server import BUCKET, weed_binary
 
 import samray
+from jobs.benchmarks.s3_server import BUCKET, weed_binary
 from samray import storage
 from samray.output import shards
 from samray.output.plan import Plan
 from samray.output.schema import SCHEMA
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import REPOSITORY
+from tests.support.labelled import BLACK, BROKEN, make_output
+from tests.support.pages import block, blocks
 
 Rows = list[dict[str, Any]]
 
@@ -224,8 +223,8 @@ def test_read_image(recipe: Callable[[str], dict[str, Any]], truth: Rows) -> Non
 )
 def test_one_image_costs_a_footer_and_a_row_group() -> None:
     """The command of docs/benchmarks.md in small: bytes on the wire, whatever the reader's blocks and read-ahead."""
-    command = [sys.executable, str(ROOT / "jobs" / "benchmark.py"), "read", "--rows", "6000", "--shapes", "100"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    command = [sys.executable, str(REPOSITORY / "jobs" / "benchmark.py"), "read", "--rows", "6000", "--shapes", "100"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     group_bytes = found["shard_bytes"] / found["row_groups"]

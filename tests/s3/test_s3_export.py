@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from handmade import write_output
 
 import samray
 from samray import storage
 from samray.output.verify import verify
+from tests.support.handmade import write_output
 
 NAMES = [f"photo {i}.png" for i in range(7)]
 

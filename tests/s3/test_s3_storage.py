@@ -7,15 +7,13 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from s3_server import S3Server, free_ports
 
+from jobs.benchmarks.s3_server import S3Server, free_ports
 from samray import storage
 from samray.errors import StorageError
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import REPOSITORY
 
 
 @pytest.fixture
@@ -46,7 +44,7 @@ def test_the_endpoint_and_keys_may_come_through_fsspec(s3_root: str, weed: S3Ser
         "FSSPEC_S3_SECRET": weed.secret_key,
     }
     code = f"from samray import storage; print(storage.read_bytes({s3_root + '/x'!r}))"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.stdout.strip() == "b'hello'", done.stderr
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from samray.config.models import MODELS
 from samray.inputs.readers import READERS
 from samray.pipeline import fetch, labeler
-from toys import base64_input, patch_model
+from tests.toys import base64_input, patch_model
 
 _fetch_shard, _build_labeler = fetch.fetch_shard, labeler.build_labeler
 

@@ -13,7 +13,7 @@ from samray.sam.spec import ModelSpec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PatchSpec:
-    builder: ClassVar[str] = "toys.patch_model:build_encoder"
+    builder: ClassVar[str] = "tests.toys.patch_model:build_encoder"
     takes_any_size: ClassVar[bool] = True
     patch: int
 

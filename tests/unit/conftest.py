@@ -11,9 +11,9 @@ import pytest
 def micro_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The Sam of `micro.py` is a model by its name, and torch has one thread."""
     import torch
-    from micro import MICRO
 
     from samray.sam.spec import MODELS
+    from tests.support.micro import MICRO
 
     monkeypatch.setitem(MODELS, MICRO.name, MICRO)
     threads = torch.get_num_threads()

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pickled
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from labelled import make_output
 from ray.data.extensions import ArrowTensorArray
 
 import samray
@@ -38,8 +36,8 @@ from samray.storage import tables
 from samray.train.data import open_data
 from samray.train.examples import Frame
 from samray.train.settings import TrainSettings
-
-ROOT = Path(__file__).parents[2]
+from tests.support import REPOSITORY, pickled
+from tests.support.labelled import make_output
 
 
 @pytest.fixture
@@ -65,7 +63,10 @@ OPENERS = {
 }
 ALLOWED = {
     "samray/storage/tables.py": OPENERS,
-    "jobs/outputs.py": {"dataset", "scan_parquet"},  # measures other readers, on an output that it made itself
+    "jobs/benchmarks/outputs.py": {
+        "dataset",
+        "scan_parquet",
+    },  # of an output that it made
 }
 
 
@@ -81,17 +82,17 @@ def calls_that_open(path: Path) -> list[str]:
 
 
 def test_only_one_module_opens_parquet_and_arrow() -> None:
-    files = [path for folder in ("samray", "jobs") for path in sorted((ROOT / folder).rglob("*.py"))]
+    files = [path for folder in ("samray", "jobs") for path in sorted((REPOSITORY / folder).rglob("*.py"))]
     assert len(files) > 100
     for path in files:
-        allowed = ALLOWED.get(str(path.relative_to(ROOT)), set())
+        allowed = ALLOWED.get(str(path.relative_to(REPOSITORY)), set())
         others = [call for call in calls_that_open(path) if call.split(": ")[1] not in allowed]
         assert not others, f"{path}: {others}; use samray.storage.tables"
 
 
 def test_other_formats_that_can_hold_code_are_read_without_it() -> None:
     """torch.load takes tensors only, yaml plain values, numpy no objects; pickle stays between samray's own tasks."""
-    for path in sorted((ROOT / "samray").rglob("*.py")):
+    for path in sorted((REPOSITORY / "samray").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
                 continue

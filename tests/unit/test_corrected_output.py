@@ -9,7 +9,6 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from reviewed import a_person, export, five_images, import_, rows_of, write
 
 import samray
 from samray.cli.main import main
@@ -17,6 +16,7 @@ from samray.errors import ConfigError
 from samray.output.schema import CORRECTED_SCHEMA, samray_metadata
 from samray.output.shards import read_shard, replace_shard
 from samray.output.verify import verify
+from tests.support.reviewed import a_person, export, five_images, import_, rows_of, write
 
 
 @pytest.fixture

@@ -10,9 +10,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from handmade import HEIGHT, WIDTH, annotation, decoded, write_output
-from pages import block
-from reviewed import HW, NAMES, a_person, export, five_images, import_, masks_of, rows_of, square, write
 
 import samray
 from samray import storage
@@ -26,6 +23,9 @@ from samray.output.schema import SCHEMA, shard_metadata
 from samray.output.shards import commit_shard, mark_success, read_shard
 from samray.output.verify import verify
 from samray.rle.runs import run_lengths
+from tests.support.handmade import HEIGHT, WIDTH, annotation, decoded, write_output
+from tests.support.pages import block
+from tests.support.reviewed import HW, NAMES, a_person, export, five_images, import_, masks_of, rows_of, square, write
 
 
 @pytest.fixture

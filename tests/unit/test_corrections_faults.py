@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from handmade import HEIGHT, WIDTH, annotation, blob, write_output
-from reviewed import NAMES, export, five_images, import_, masks_of, rows_of, write
 
 from samray.cli.main import main
 from samray.errors import ConfigError
 from samray.imports import corrections
 from samray.output.plan import Plan
 from samray.output.shards import shard_uri
+from tests.support.handmade import HEIGHT, WIDTH, annotation, blob, write_output
+from tests.support.reviewed import NAMES, export, five_images, import_, masks_of, rows_of, write
 
 
 @pytest.fixture

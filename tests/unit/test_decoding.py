@@ -24,9 +24,9 @@ from samray.inputs import decode_apart as decoding
 from samray.inputs.child import CRASHES_TO_BLAME, KILLS_TO_BLAME, Answer, Child, ChildDied, ChildNotStarted
 from samray.inputs.decode import decode_image
 from samray.inputs.decode_apart import Decoder, decode_apart
+from tests.support import REPOSITORY
 
 LIMIT = 4_000_000
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def encoded(kind: str = "PNG", size: tuple[int, int] = (48, 32)) -> bytes:
@@ -156,7 +156,7 @@ if {busy}: threading.Thread(target=decoder, args=(open({str(slow)!r}, 'rb').read
 print(decoder._child.pid, flush=True)
 time.sleep(600)
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as parent:
         assert parent.stdout is not None
         process = psutil.Process(int(parent.stdout.readline()))
         parent.kill()
@@ -169,5 +169,5 @@ def test_the_child_imports_neither_torch_nor_ray() -> None:
         "import sys; import samray.inputs.decode_apart as _;"
         " print({'torch', 'ray', 'pyarrow', 'pydantic'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert done.stdout.strip() == "set()"

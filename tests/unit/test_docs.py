@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import pages
 import pytest
 import typer
 
@@ -27,6 +26,7 @@ from samray.config import SECTIONS, setting_rows
 from samray.output.status import Status
 from samray.text import cost_in_words
 from samray.train.settings import TRAIN_SECTIONS
+from tests.support import pages
 
 CONFIG = pages.REPOSITORY / "docs" / "site" / "mkdocs.yml"
 

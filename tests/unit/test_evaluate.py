@@ -7,12 +7,17 @@ import random
 from pathlib import Path
 from typing import Any
 
-import labelled
 import numpy as np
 import pytest
-import standin
-from handmade import annotation
-from marked import (
+
+from samray.errors import ImageError
+from samray.evaluate import points as points_module
+from samray.evaluate.points import answer_clicks, evaluate_points
+from samray.evaluate.proposals import Marked, average_recall, evaluate_proposals
+from samray.evaluate.regions import RegionData, Rle
+from tests.support import labelled, standin
+from tests.support.handmade import annotation
+from tests.support.marked import (
     HEIGHT,
     SMALL,
     TALL,
@@ -22,12 +27,6 @@ from marked import (
     region_image,
     rle,
 )
-
-from samray.errors import ImageError
-from samray.evaluate import points as points_module
-from samray.evaluate.points import answer_clicks, evaluate_points
-from samray.evaluate.proposals import Marked, average_recall, evaluate_proposals
-from samray.evaluate.regions import RegionData, Rle
 
 # --- single clicks ---------------------------------------------------------------------------------------------------
 

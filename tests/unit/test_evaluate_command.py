@@ -15,16 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from handmade import annotation
-from marked import (
-    SMALL,
-    TALL,
-    WIDE,
-    bsds_row,
-    known_sam,
-    region_image,
-    write_parquet,
-)
 from PIL import Image
 
 from samray.cli import evaluate as cli_evaluate
@@ -33,9 +23,17 @@ from samray.errors import ConfigError
 from samray.evaluate.pictures import Sheet, click_sheet, offer_clicks, offer_masks, picture_format, proposal_sheet
 from samray.evaluate.points import evaluate_points
 from samray.evaluate.proposals import evaluate_proposals
-
-ROOT = Path(__file__).resolve().parents[2]
-
+from tests.support import REPOSITORY
+from tests.support.handmade import annotation
+from tests.support.marked import (
+    SMALL,
+    TALL,
+    WIDE,
+    bsds_row,
+    known_sam,
+    region_image,
+    write_parquet,
+)
 
 # --- pictures --------------------------------------------------------------------------------------------------------
 
@@ -214,7 +212,7 @@ def test_help_lists_the_settings_that_have_a_part(
 
 
 def test_the_job_is_the_command(tmp_path: Path) -> None:
-    argv = [sys.executable, str(ROOT / "jobs" / "evaluate.py"), "proposals", str(tmp_path / "absent")]
+    argv = [sys.executable, str(REPOSITORY / "jobs" / "evaluate.py"), "proposals", str(tmp_path / "absent")]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert "absent does not exist" in done.stderr

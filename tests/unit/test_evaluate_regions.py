@@ -7,14 +7,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-import labelled
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import standin
-from handmade import annotation
-from marked import (
+
+from samray import storage
+from samray.errors import ConfigError, ImageError, StorageError
+from samray.evaluate.regions import RegionData, RegionImage, RleMasks, large_enough
+from tests.support import labelled, standin
+from tests.support.handmade import annotation
+from tests.support.marked import (
     HEIGHT,
     WIDTH,
     box,
@@ -22,10 +25,6 @@ from marked import (
     rle,
     write_parquet,
 )
-
-from samray import storage
-from samray.errors import ConfigError, ImageError, StorageError
-from samray.evaluate.regions import RegionData, RegionImage, RleMasks, large_enough
 
 # --- what is read ----------------------------------------------------------------------------------------------------
 

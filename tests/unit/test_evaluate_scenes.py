@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from micro import MICRO
 
 from samray.evaluate.points import centre
 from samray.evaluate.scenes import evaluate_clicks
 from samray.sam.sam import Sam
 from samray.scenes.scene import Scene, make_scene
+from tests.support.micro import MICRO
 
 pytestmark = pytest.mark.usefixtures("micro_model")
 

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exported import NAMES, export, ten_images
-from handmade import write_output
 from pycocotools.coco import COCO
 
 from samray import storage
@@ -18,6 +16,8 @@ from samray.exports import job as export_job
 from samray.exports.images import Rows
 from samray.output.plan import Plan
 from samray.output.shards import read_shard
+from tests.support.exported import NAMES, export, ten_images
+from tests.support.handmade import write_output
 
 
 @pytest.fixture

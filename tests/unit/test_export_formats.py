@@ -12,13 +12,10 @@ from typing import Any
 import duckdb
 import numpy as np
 import pytest
-from exported import NAMES, export, fill, ten_images
-from handmade import HEIGHT, WIDTH, annotation, decoded, masks_of_place, read_rows, write_output
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from standin import make_image
 
 from samray.config import load_config
 from samray.errors import ConfigError
@@ -27,6 +24,9 @@ from samray.exports.images import LabelledImage
 from samray.exports.names import stem_of
 from samray.output.append import join_images
 from samray.output.plan import Plan
+from tests.support.exported import NAMES, export, fill, ten_images
+from tests.support.handmade import HEIGHT, WIDTH, annotation, decoded, masks_of_place, read_rows, write_output
+from tests.support.standin import make_image
 
 
 @pytest.fixture

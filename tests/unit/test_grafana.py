@@ -6,15 +6,15 @@ import json
 import re
 from collections.abc import Iterator
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import promql_parser
 import pytest
 
 from samray.pipeline import metrics
+from tests.support import REPOSITORY
 
-DASHBOARD = json.loads((Path(__file__).resolve().parents[2] / "configs" / "grafana" / "samray.json").read_text())
+DASHBOARD = json.loads((REPOSITORY / "configs" / "grafana" / "samray.json").read_text())
 PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
 EXPRESSIONS = [target["expr"] for panel in PANELS for target in panel["targets"]]
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from labelled import make_output
 
 from samray import storage
 from samray.output import failures as history
@@ -14,6 +13,7 @@ from samray.output.failures import FailureCounts, failures_of_shards
 from samray.output.plan import Plan
 from samray.output.schema import with_stats
 from samray.output.shards import read_shard, replace_shard, shard_versions, unmark_success
+from tests.support.labelled import make_output
 
 EXPECTED = {0: {"not_an_image": 1}, 1: {}, 2: {}}
 

@@ -17,8 +17,6 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 import pytest
-from handmade import HEIGHT, WIDTH, annotation, blob, write_output
-from hostile import FAR, LIES, SIZES, SOUND, N, covering, rle, string_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
@@ -37,6 +35,9 @@ from samray.output.verify_rows import check_mask
 from samray.rle import runs
 from samray.rle.polygons import join, outlines
 from samray.rle.runs import MAX_CHARS, area, bbox_xywh, checked_runs, pixels, run_lengths
+from tests.support import REPOSITORY
+from tests.support.handmade import HEIGHT, WIDTH, annotation, blob, write_output
+from tests.support.hostile import FAR, LIES, SIZES, SOUND, N, covering, rle, string_of
 
 EXPORTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sa1b": ("sa1b", {}),
@@ -139,15 +140,14 @@ def test_one_process_meets_all_of_them_with_little_memory(tmp_path: Path) -> Non
     script = """
 import sys, json, torch
 from pathlib import Path
-sys.path[:0] = json.loads(sys.argv[1])
 import samray
 from samray.errors import SamrayError
 from samray.cli.main import main
 from samray.output.verify import verify
-from test_hostile_masks import CASES, EXPORTS, output_with, many_in_one, peak_kib
+from tests.unit.test_hostile_masks import CASES, EXPORTS, output_with, many_in_one, peak_kib
 torch.set_num_threads(1)
-plans = [output_with(Path(sys.argv[2]) / str(i), *CASES[name]) for i, name in enumerate(CASES) if name == "2^40 pixels"]
-plans.append(many_in_one(Path(sys.argv[2]) / "many"))
+plans = [output_with(Path(sys.argv[1]) / str(i), *CASES[name]) for i, name in enumerate(CASES) if name == "2^40 pixels"]
+plans.append(many_in_one(Path(sys.argv[1]) / "many"))
 before = peak_kib()
 for plan in plans:
     verify(plan.output, deep=True)
@@ -165,9 +165,8 @@ for plan in plans:
             print(masks, str(error)[:90])
 print(json.dumps([before, peak_kib()]))
 """
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    command = [sys.executable, "-c", script, json.dumps(paths), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     before, after = json.loads(done.stdout.splitlines()[-1])
     assert after < 2 * 2**20, f"{before} KiB, then {after} KiB"

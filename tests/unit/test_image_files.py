@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
-from tiffs import Tags, colour, tiff
 
 from samray.errors import ImageError
 from samray.inputs.decode import decode_image, is_of_size
+from tests.support.tiffs import Tags, colour, tiff
 
 LIMIT = 100_000_000
 THUMBNAIL, FULL = colour((128, 32, 32), 16, 12), colour((16, 144, 16), 160, 120)

@@ -7,7 +7,6 @@ import random
 import subprocess
 import sys
 import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,9 @@ from PIL import Image, ImageCms, ImageFile, features
 
 from samray.errors import ImageError
 from samray.inputs.decode import decode_image, image_extensions, is_of_size
+from tests.support import REPOSITORY
 
 LIMIT = 100_000_000
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -300,5 +299,5 @@ sink = io.BytesIO(); Image.new("1", (9500, 9500)).save(sink, "TIFF")  # Pillow w
 try: decode_image(sink.getvalue(), 10**7)
 except ImageError as error: assert error.reason == "too_large"
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -13,9 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from handmade import HEIGHT, WIDTH, annotation, blob, write_output
 from pycocotools import mask as coco_mask
-from standin import make_image
 
 import samray
 from samray.cli.main import main
@@ -30,6 +28,8 @@ from samray.output.plan import load_plan
 from samray.output.shards import done_shards, read_shard
 from samray.output.verify import verify
 from samray.rle.runs import run_lengths
+from tests.support.handmade import HEIGHT, WIDTH, annotation, blob, write_output
+from tests.support.standin import make_image
 
 NAMES = ["a/0 first.png", "a/1.tif", "b/1.png", "b/2.png", "c.png", "d.png", "e.png"]
 

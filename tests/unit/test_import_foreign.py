@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from handmade import read_rows
 from PIL import Image
 
 import samray
@@ -20,6 +19,7 @@ from samray.errors import ConfigError
 from samray.imports import json_stream
 from samray.output.shards import done_shards
 from samray.output.verify import verify
+from tests.support.handmade import read_rows
 
 H, W = 30, 40
 IMAGE: dict[str, Any] = {"id": 1, "width": W, "height": H, "file_name": "a.png"}

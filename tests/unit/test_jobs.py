@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-JOBS = Path(__file__).resolve().parents[2] / "jobs"
+from tests.support import REPOSITORY
+
+JOBS = REPOSITORY / "jobs"
 
 
 @pytest.mark.parametrize("name", ["autolabel", "data_engine", "evaluate", "pseudo_label", "train", "unpack_regions"])

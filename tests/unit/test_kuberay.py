@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
-import pages
 import pytest
 import yaml
-from manifests import (
+
+from samray.cluster.sizes import IO_CPUS, check_fits, choose_sizes
+from samray.config import ClusterConfig
+from samray.pipeline.drive import GIVE_UP_S, LEAVE_S
+from tests.support import REPOSITORY, pages
+from tests.support.manifests import (
     GPU_CLUSTER,
     GPU_JOB,
     KIND_JOB,
     KUBERAY,
     MANIFESTS,
-    REPOSITORY,
     Commands,
     check_submission,
     cluster_spec,
@@ -36,10 +39,6 @@ from manifests import (
     split_submission,
     told_commands,
 )
-
-from samray.cluster.sizes import IO_CPUS, check_fits, choose_sizes
-from samray.config import ClusterConfig
-from samray.pipeline.drive import GIVE_UP_S, LEAVE_S
 
 CRDS = REPOSITORY.parent / "shared" / "data" / "kuberay"
 Schemas = dict[tuple[str, str], dict[str, Any]]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exported import ten_images
 
 import samray
 from samray import storage
@@ -20,6 +19,8 @@ from samray.output.compact import compact
 from samray.output.verify import verify
 from samray.report.output import write_report
 from samray.storage import writing
+from tests.support import REPOSITORY
+from tests.support.exported import ten_images
 
 
 def export(format: str, **options: Any) -> Callable[[Path], Any]:
@@ -41,15 +42,14 @@ CASES: dict[str, Callable[[Path], Any]] = {
 
 _KILLED = """
 import json, os, signal, sys
-sys.path[:0] = json.loads(sys.argv[1])
 from pathlib import Path
-from test_leftovers import CASES
+from tests.unit.test_leftovers import CASES
 for name, case in CASES.items():
     pid = os.fork()
     if pid == 0:
         def die(*_, **__):
             os.kill(os.getpid(), signal.SIGKILL)
-        root = Path(sys.argv[2]) / name
+        root = Path(sys.argv[1]) / name
         os.replace = die
         if name in ("import", "compact"):  # these begin with a plan; their shards are linked
             link, os.replace = os.link, os.rename
@@ -72,9 +72,8 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
     for name in CASES:
         ten_images(str(tmp_path / name))
     samray.export(str(tmp_path / "import/out"), str(tmp_path / "import/coco"), format="coco", progress=False)
-    paths = json.dumps([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    command = [sys.executable, "-c", _KILLED, paths, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    command = [sys.executable, "-c", _KILLED, str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     for name, case in CASES.items():
         root = tmp_path / name

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from labelled import BLACK, BROKEN, image_bytes, label_missing, make_input, make_output
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
@@ -24,6 +23,7 @@ from samray.output.append import join_images
 from samray.output.plan import Plan, make_plan
 from samray.output.schema import ImageRecord, records_to_table
 from samray.output.verify import verify
+from tests.support.labelled import BLACK, BROKEN, image_bytes, label_missing, make_input, make_output
 
 IDS = [i for i in range(10) if i != BROKEN]
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from planned import config_of, finished_output, make_input
 
 from samray import storage
 from samray.config import Config
@@ -19,6 +18,7 @@ from samray.output import plan as manifest
 from samray.output.manifests import MANIFEST_SCHEMA, Generation, build_manifest, create_generation, image_ids
 from samray.output.plan import Plan, load_plan, make_plan
 from samray.output.schema import MAX_IMAGE_ID
+from tests.support.planned import config_of, finished_output, make_input
 
 
 def test_a_plan_cuts_the_input_into_shards(storage_root: str) -> None:

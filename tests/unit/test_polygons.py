@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from exported import fill
-from handmade import HEIGHT, WIDTH, annotation, blob
 from pycocotools import mask as coco_mask
 
 from samray.rle.polygons import join, outlines, simplified
 from samray.rle.runs import run_lengths
+from tests.support.exported import fill
+from tests.support.handmade import HEIGHT, WIDTH, annotation, blob
 
 
 def runs_of(mask: np.ndarray) -> np.ndarray:

@@ -14,7 +14,6 @@ from typing import Any
 import grpc
 import pytest
 import ray
-import standin
 
 from samray import storage
 from samray.cluster import address, session
@@ -26,6 +25,7 @@ from samray.output.destination import check_apart, check_writable
 from samray.pipeline import run
 from samray.train.run import train
 from samray.train.settings import load_train_settings
+from tests.support import standin
 
 DEAD = "127.0.0.1:1025"
 """Nobody listens there."""

@@ -9,8 +9,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from handmade import write_output
-from standin import make_image
 
 from samray import storage
 from samray.cli.main import main
@@ -21,6 +19,8 @@ from samray.output.plan import make_plan
 from samray.pipeline.dataset_stage import label_dataset
 from samray.pipeline.report import LabelReport, print_report
 from samray.prompts import Prompt
+from tests.support.handmade import write_output
+from tests.support.standin import make_image
 
 CLICK = {"points": [[3, 4.5]], "labels": [1]}
 BOX = {"box": [1, 2, 3, 4]}

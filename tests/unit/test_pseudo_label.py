@@ -13,14 +13,15 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from handmade import read_rows
 from PIL import Image
 from scipy import ndimage
 
 import samray
 from samray.output.verify import verify
+from tests.support import REPOSITORY
+from tests.support.handmade import read_rows
 
-JOBS = Path(__file__).resolve().parents[2] / "jobs"
+JOBS = REPOSITORY / "jobs"
 
 
 @pytest.fixture

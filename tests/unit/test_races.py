@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from labelled import label_missing, make_input, make_output
 
 import samray
 from samray import storage
@@ -28,6 +27,7 @@ from samray.output.schema import samray_metadata, with_stats
 from samray.output.status import run_status
 from samray.output.verify import verify
 from samray.pipeline import run
+from tests.support.labelled import label_missing, make_input, make_output
 
 
 def success_of(output: str) -> dict[str, Any] | None:

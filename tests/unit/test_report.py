@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
-from report_outputs import HEIGHT, WIDTH, annotation, block, nested_masks, write_output
 
 import samray.report.output
 from samray import storage
@@ -24,6 +23,7 @@ from samray.report.figures import heat_map, histogram
 from samray.report.output import open_page, write_report
 from samray.report.overlays import scaled_counts
 from samray.rle.runs import run_lengths
+from tests.support.report_outputs import HEIGHT, WIDTH, annotation, block, nested_masks, write_output
 
 
 def page_of(plan: Plan, **options: Any) -> str:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from report_outputs import HEIGHT, WIDTH, nested_masks, write_output
 
 from samray.output.shards import read_shard
 from samray.report.output import write_report
+from tests.support.report_outputs import HEIGHT, WIDTH, nested_masks, write_output
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page

@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from handmade import HEIGHT, WIDTH, annotation, blob, decoded, write_output
 from pycocotools.coco import COCO
-from reviewed import NAMES, export, five_images, rows_of, square
 
 import samray
 from samray.errors import ConfigError
@@ -20,6 +18,8 @@ from samray.exports import job as export_job
 from samray.exports.review import chunks, is_sure, plain_cell
 from samray.output.plan import Plan
 from samray.rle.runs import runs_of_image, union_area
+from tests.support.handmade import HEIGHT, WIDTH, annotation, blob, decoded, write_output
+from tests.support.reviewed import NAMES, export, five_images, rows_of, square
 
 
 @pytest.fixture

@@ -13,10 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import handmade
 import pytest
 import ray
-import standin
 
 from samray import storage
 from samray.cluster.control import StopRequest
@@ -25,6 +23,7 @@ from samray.output.plan import Plan
 from samray.pipeline import drive, plan_run, run
 from samray.pipeline.drive import GIVE_UP_S, Drain, Phase
 from samray.sam import checkpoints, fetch
+from tests.support import handmade, standin
 
 
 @pytest.fixture

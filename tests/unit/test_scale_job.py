@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-JOB = Path(__file__).parents[2] / "jobs" / "scale.py"
+from tests.support import REPOSITORY
+
+JOB = REPOSITORY / "jobs" / "scale.py"
 
 
 def run(*arguments: object) -> dict[str, Any]:

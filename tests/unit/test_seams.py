@@ -13,9 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from exported import ten_images
 from PIL import Image
-from toys import base64_input, csv_format, patch_model
 
 import samray
 from samray.cli.main import main
@@ -30,6 +28,8 @@ from samray.sam.frames import SquareFrame
 from samray.sam.sam import Sam
 from samray.storage.strict_json import parse_json
 from samray.train.optimizer import layer_of
+from tests.support.exported import ten_images
+from tests.toys import base64_input, csv_format, patch_model
 
 
 @pytest.fixture

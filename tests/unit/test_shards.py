@@ -10,13 +10,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from planned import mask_of
 from pycocotools import mask as coco_mask
 
 from samray import storage
 from samray.errors import StorageError
 from samray.output import shards
 from samray.output.schema import SCHEMA, ImageRecord, records_to_table, samray_metadata, with_stats
+from tests.support.planned import mask_of
 
 RUN: dict[str, Any] = {"samray_version": "1", "identity": {"masks": {"bbox_convention": "coco"}, "seed": 1}}
 

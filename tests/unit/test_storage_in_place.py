@@ -14,7 +14,6 @@ from typing import Any
 
 import fsspec
 import pytest
-from exported import export, ten_images
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
@@ -24,6 +23,8 @@ from samray.errors import ConfigError, NotFoundError
 from samray.output.compact import compact
 from samray.output.plan import write_plan
 from samray.storage.filesystems import filesystem
+from tests.support import REPOSITORY
+from tests.support.exported import export, ten_images
 
 
 class InPlace(LocalFileSystem):
@@ -117,13 +118,13 @@ def test_ftp_serves_many_threads_and_reconnects(ftp_root: str) -> None:
 def test_a_process_that_is_killed_leaves_no_torn_file(tmp_path: Path, write: str) -> None:
     uri = f"inplace:/{tmp_path}/annotations/shard-000000.parquet"
     code = f"""
-import fsspec, test_storage_in_place as here
+import fsspec
+from tests.unit import test_storage_in_place as here
 from samray import storage
 fsspec.register_implementation("inplace", here.InPlace)
 storage.{write}({uri!r}, b"dies" * 100)
 """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 9
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 9
     assert [name for name in os.listdir(tmp_path / "annotations") if not name.endswith(".tmp")] == []
     assert storage.put_new(uri, b"whole")
     assert storage.read_bytes(uri) == b"whole"

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from micro import CPU, FRAME, MICRO, batches_of, learner_of, settings_of
 from safetensors import safe_open
 
 from samray import storage
@@ -24,6 +23,7 @@ from samray.train.loop import Worker, run_leg, save_all
 from samray.train.run import full_identity
 from samray.train.settings import TrainConfig
 from samray.train.store import METRICS_FILE, WEIGHTS_FILE, Position, Store
+from tests.support.micro import CPU, FRAME, MICRO, batches_of, learner_of, settings_of
 
 pytestmark = pytest.mark.usefixtures("micro_model")
 

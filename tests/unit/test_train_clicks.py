@@ -5,13 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from micro import MICRO, batches_of, learner_of, settings_of
 
 from samray.sam.sam import Sam
 from samray.scenes.scene import make_scene
 from samray.train.clicks import corrective_clicks, first_prompts
 from samray.train.interaction import Rounds, draw_course, normalise, seed_of
 from samray.train.settings import TrainConfig
+from tests.support.micro import MICRO, batches_of, learner_of, settings_of
 
 pytestmark = pytest.mark.usefixtures("micro_model")
 

@@ -7,9 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from handmade import annotation
-from micro import FRAME, settings_of
-from scene_outputs import paint, write_scenes
 
 from samray import storage
 from samray.errors import ConfigError
@@ -19,6 +16,9 @@ from samray.train.data import blocks, open_data, output_of
 from samray.train.examples import Frame, MaskExamples, SceneExamples, area_downsample, held_out
 from samray.train.mixture import CYCLE, Mixture
 from samray.train.settings import DataConfig
+from tests.support.handmade import annotation
+from tests.support.micro import FRAME, settings_of
+from tests.support.scene_outputs import paint, write_scenes
 
 
 @pytest.fixture(scope="module")

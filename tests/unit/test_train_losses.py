@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from micro import MICRO, settings_of
 
 from samray.sam.sam import Sam
 from samray.train.interaction import Rounds, draw_course
 from samray.train.losses import actual_iou, mask_losses, sam_loss, trust
 from samray.train.scores import ranking_loss
+from tests.support.micro import MICRO, settings_of
 
 
 def test_mask_loss_of_undecided_logits_by_hand():

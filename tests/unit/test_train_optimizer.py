@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from micro import MICRO, MICRO_VIT, batches_of, learner_of, settings_of
 
 from samray.errors import ConfigError
 from samray.sam.sam import Sam
 from samray.train.optimizer import add_drop_path, layer_of, learning_rate, make_optimizer, set_trainable
 from samray.train.settings import TrainConfig
+from tests.support.micro import MICRO, MICRO_VIT, batches_of, learner_of, settings_of
 
 pytestmark = pytest.mark.usefixtures("micro_model")
 

@@ -5,13 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
-from micro import settings_of
 
 from samray.cli.main import main
 from samray.errors import ConfigError
 from samray.report.training import MAX_VALIDATIONS, write_train_report
 from samray.train.run import full_identity
 from samray.train.store import Position, Store
+from tests.support.micro import settings_of
 
 
 @pytest.fixture

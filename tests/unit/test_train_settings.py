@@ -4,12 +4,12 @@ import math
 from pathlib import Path
 
 import pytest
-from micro import settings_of
 
 from samray.errors import ConfigError
 from samray.train.learner import check_settings
 from samray.train.settings import load_train_settings
 from samray.train.sizes import choose_sizes
+from tests.support.micro import settings_of
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from handmade import read_rows
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 import samray
+from tests.support import REPOSITORY
+from tests.support.handmade import read_rows
 
-JOBS = Path(__file__).resolve().parents[2] / "jobs"
+JOBS = REPOSITORY / "jobs"
 
 
 @pytest.fixture

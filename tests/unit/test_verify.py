@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from planned import finished_output, mask_of, records_for
 from pycocotools import mask as coco_mask
 
 from samray import storage
@@ -22,6 +21,7 @@ from samray.output.schema import SCHEMA, ImageRecord, records_to_table
 from samray.output.verify import verify
 from samray.output.verify_rows import check_mask
 from samray.rle.runs import run_lengths
+from tests.support.planned import finished_output, mask_of, records_for
 
 
 @pytest.mark.parametrize("deep", [False, True])

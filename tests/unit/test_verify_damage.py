@@ -10,7 +10,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from planned import finished_output, records_for
 
 from samray import storage
 from samray.cli import output as cli_output
@@ -21,6 +20,7 @@ from samray.output.plan import Plan, load_plan
 from samray.output.schema import SCHEMA, records_to_table, with_stats
 from samray.output.verify import verify
 from samray.storage.tables import open_parquet
+from tests.support.planned import finished_output, records_for
 
 NUM_FLIPS = 200
 

@@ -16,13 +16,13 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from fault_proxy import FaultProxy, running_proxy
 
 from samray import storage
 from samray.config import InputConfig, StorageConfig
 from samray.errors import ImageError, StorageError, UnavailableError
 from samray.inputs.listing import INPUT_SCHEMA, fetch_images, list_images
 from samray.storage.retrying import forget_outages
+from tests.support.fault_proxy import FaultProxy, running_proxy
 
 STALL_S = 0.8
 FILES = {f"{i}.png": f"{i}.png".encode() * 3000 for i in range(6)}

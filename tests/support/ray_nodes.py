@@ -20,7 +20,8 @@ from pathlib import Path
 
 import psutil
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from tests.support import REPOSITORY
+
 RAY = [sys.executable, "-c", "import sys; from ray.scripts.scripts import main; sys.argv[0] = 'ray'; sys.exit(main())"]
 STARTED = "Ray runtime started"
 """What `ray start` prints when its node has joined."""

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import standin
 import torch
-from handmade import annotation
 
 from samray.evaluate.regions import RegionImage, Rle
+from tests.support import standin
+from tests.support.handmade import annotation
 
 HEIGHT, WIDTH = 40, 60
 

@@ -12,6 +12,8 @@ zero, and so not one mask. Four changes, all seeded, make tens to hundreds of lo
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -46,7 +48,7 @@ def random_sam(
         for name, weight in model.named_parameters():
             if "rel_pos" in name or "pos_embed" in name:
                 weight.normal_(std=0.3)
-    decoder = model.mask_decoder
+    decoder: Any = model.mask_decoder
     for block in decoder.transformer.blocks():
         write = block.cross_attn_image_to_token
         write.q_proj.weight.mul_(6)
@@ -54,8 +56,10 @@ def random_sam(
         write.k_proj.weight.copy_(write.q_proj.weight)
         write.v_proj.weight.mul_(2)
         write.out_proj.weight.mul_(2)
-    model.image_encoder.neck[-1].weight.mul_(0.6)
-    model.prompt_encoder.point_embeddings[1].weight.mul_(0.3)
+    neck: Any = model.image_encoder.neck
+    neck[-1].weight.mul_(0.6)
+    click: Any = model.prompt_encoder.point_embeddings[1]
+    click.weight.mul_(0.3)
     for kernel in (decoder.output_upscaling[0].weight, decoder.output_upscaling[3].weight):
         kernel.copy_(kernel.mean(dim=(2, 3), keepdim=True) + kernel / 40)
     decoder.iou_prediction_head.layers[-1].weight.mul_(8)
@@ -65,7 +69,8 @@ def random_sam(
 
 def _calibrate(model: Sam, image: NDArray[np.uint8], iou_centre: float) -> None:
     """Offsets and scale of the heads, from what 6 x 6 clicks on one image give."""
-    decoder, num_features = model.mask_decoder, model.spec.embed_dim // 8
+    decoder: Any = model.mask_decoder
+    num_features = model.spec.embed_dim // 8
     centres = (torch.arange(6) + 0.5) * model.image_size / 6
     clicks = torch.cartesian_prod(centres, centres)[:, None]
     context = model.prepare_decoder(model.encode_images(model.preprocess([image])[0]))

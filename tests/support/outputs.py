@@ -6,12 +6,12 @@ import io
 from typing import Any
 
 import numpy as np
-import standin
 from PIL import Image
 
 from samray import storage
 from samray.output.shards import done_shards, read_shard
 from samray.output.verify import verify
+from tests.support import standin
 
 
 def rows_of(output: str) -> list[dict[str, Any]]:

@@ -13,8 +13,8 @@ from samray.cli import main as cli
 from samray.cli.help import split_settings
 from samray.config import load_config
 from samray.train.settings import TRAIN_SECTIONS, load_train_settings
+from tests.support import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 JOBS = {"autolabel": "label", "train": "train", "evaluate": "evaluate"}
 """Launcher in jobs/ -> the command whose arguments it takes."""
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]

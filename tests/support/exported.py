@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from handmade import write_output
 
 import samray
 from samray.exports.export import ExportReport
 from samray.output.plan import Plan
+from tests.support.handmade import write_output
 
 NAMES = [f"photo {i:02d}.png" for i in range(10)]
 

@@ -1,6 +1,6 @@
 """`samray.label_dataset` on Rays of 1, 2, 3 and 4 CPUs, and what each Ray looked like from outside; JSON on stdout.
 
-python tests/pipeline/on_small_rays.py FOLDER_OF_IMAGES CPUS...
+python -m tests.support.on_small_rays.py FOLDER_OF_IMAGES CPUS...
 """
 
 from __future__ import annotations
@@ -13,16 +13,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
-
 import psutil
 import ray.data
-import standin
 
 from samray.cluster.session import local_ray
 from samray.config import load_config
 from samray.pipeline.dataset_stage import label_dataset
+from tests.support import standin
 
 
 def label(folder: str) -> dict[str, list[str]]:

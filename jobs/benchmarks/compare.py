@@ -1,4 +1,4 @@
-"""`jobs/benchmark.py generator`: samray's mask generator and its peers, which run in `jobs/peers.py`, taking turns.
+"""`jobs/benchmark.py generator`: samray's mask generator and its peers, which run in `peers.py`, taking turns.
 
 In order: images, weights and thresholds that all engines share; the turns; the evaluation.
 """
@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import timed
 
 import samray
+from jobs.benchmarks.measuring import timed
 from samray.config import MaskConfig, load_config
 from samray.sam.sam import Sam
 from samray.sam.spec import MODELS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 ENGINES = ("samray", "samray-bfloat16", "segment-anything", "transformers")
 """samray-bfloat16 is samray with `model.dtype=bfloat16`."""
@@ -80,8 +80,7 @@ def _benchmark_images(image_hw: tuple[int, int], number: int, photos: Path | Non
     import numpy as np
     from PIL import Image
 
-    sys.path.insert(0, str(ROOT / "tests" / "parity"))
-    from weights import blobs
+    from jobs.benchmarks.weights import blobs
 
     if photos is None:
         return [blobs(seed, image_hw) for seed in range(number)]
@@ -94,7 +93,8 @@ def _make_job(folder: Path, name: str, images: list[Any], checkpoint: str | None
     """Write the weights, images and settings that all engines share to files in folder."""
     import numpy as np
     from safetensors.torch import save_file
-    from weights import random_sam
+
+    from jobs.benchmarks.weights import random_sam
 
     model = (
         samray.load_model(name, checkpoint, "cpu", "float32")
@@ -164,7 +164,7 @@ def _take_turns(engines: list[str], job: dict[str, Any], rounds: int) -> dict[st
     with contextlib.ExitStack() as stack:
         workers = {}
         for engine in engines:
-            command = [sys.executable, str(ROOT / "jobs" / "peers.py"), engine, str(path)]
+            command = [sys.executable, "-m", "jobs.benchmarks.peers", engine, str(path)]
             worker = stack.enter_context(
                 subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
             )
@@ -214,8 +214,9 @@ def _agreement(ours: list[list[dict[str, Any]]], theirs: list[list[dict[str, Any
 def _arithmetic(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """Floating point operations for one image, counted by torch, and the machine's rate for a plain matrix product."""
     import numpy as np
-    from peers import samray_engine
     from torch.utils.flop_counter import FlopCounterMode
+
+    from jobs.benchmarks.peers import samray_engine
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run, model, _ = samray_engine(job, device)

@@ -8,15 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pages
 import pytest
 import yaml
 
 from samray.cli.main import main
 from samray.config import Config
 from samray.pipeline.report import LabelReport
+from tests.support import REPOSITORY, pages
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 KUBERAY = REPOSITORY / "configs" / "kuberay"
 MANIFESTS = sorted(KUBERAY.glob("*.yaml"))
 GPU_JOB, KIND_JOB, GPU_CLUSTER = (KUBERAY / f"{n}.yaml" for n in ("rayjob-gpu", "rayjob-cpu-kind", "raycluster-gpu"))

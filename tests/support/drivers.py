@@ -17,19 +17,20 @@ from typing import Any
 import psutil
 
 from samray.output.shards import done_shards
+from tests.support import REPOSITORY
 
-DRIVE = Path(__file__).parent / "drive.py"
+DRIVE = ("-m", "tests.support.drive")
 
 
 class Driver:
-    """`tests/drive.py`, or what else program is, in a process group of its own, with a Ray of its own."""
+    """`tests.support.drive`, or what else program is, in a process group of its own, with a Ray of its own."""
 
     def __init__(
         self,
         log: Path,
         *arguments: str,
         environment: dict[str, str] | None = None,
-        program: tuple[str, ...] = (str(DRIVE),),
+        program: tuple[str, ...] = DRIVE,
     ) -> None:
         self.log = log
         self.temp_dir = tempfile.mkdtemp(prefix="drive-", dir="/tmp")  # short: Ray's sockets lie in it
@@ -39,6 +40,7 @@ class Driver:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                cwd=REPOSITORY,
                 env={**os.environ, "TMPDIR": self.temp_dir, "OMP_NUM_THREADS": "1", **(environment or {})},
             )
         self.family: dict[int, psutil.Process] = {}

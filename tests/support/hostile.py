@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from handmade import HEIGHT, WIDTH, annotation, blob
+from tests.support.handmade import HEIGHT, WIDTH, annotation, blob
 
 FAR = 2**31 - 1
 SOUND = annotation(blob(1))

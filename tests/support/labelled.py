@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import standin
 from PIL import Image
 
 from samray import storage
@@ -20,6 +19,7 @@ from samray.inputs.listing import fetch_images
 from samray.output.plan import Plan, make_plan
 from samray.output.schema import ImageRecord, records_to_table
 from samray.output.shards import commit_shard, done_shards, mark_success
+from tests.support import standin
 
 BROKEN = 3
 """Of the images of `make_output` this one cannot be decoded, and so is a failed row."""

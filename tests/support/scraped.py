@@ -1,6 +1,6 @@
 """`samray.label` with the stand-in labeler on a Ray whose metrics are scraped as Prometheus would, printed as JSON.
 
-python tests/pipeline/scraped.py INPUT OUTPUT IMAGES [section.key=value ...]
+python -m tests.support.scraped.py INPUT OUTPUT IMAGES [section.key=value ...]
 """
 
 from __future__ import annotations
@@ -12,18 +12,14 @@ import sys
 import threading
 import time
 import urllib.request
-from pathlib import Path
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(2, str(Path(__file__).resolve().parents[2]))
-
-import standin
 from prometheus_client.parser import text_string_to_metric_families
-from s3_server import free_ports
 
+from jobs.benchmarks.s3_server import free_ports
 from samray.cluster.session import local_ray
 from samray.config import load_config
 from samray.pipeline.run import label_with
+from tests.support import standin
 
 Samples = list[tuple[str, dict[str, str], float]]
 PATIENCE_S = 60.0

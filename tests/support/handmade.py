@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 from scipy import ndimage
-from standin import make_image
 
 from samray import storage
 from samray.config import load_config
 from samray.output.plan import Plan, make_plan
 from samray.output.schema import ImageRecord, records_to_table
 from samray.output.shards import commit_shard, done_shards, mark_success, read_shard
+from tests.support.standin import make_image
 
 HEIGHT, WIDTH = 24, 31
 

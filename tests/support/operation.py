@@ -1,6 +1,6 @@
 """One operation on an output, as a process of its own for the test that kills it.
 
-python tests/chaos/operation.py NAME FOLDER SECONDS_PER_IMAGE ON_RAY
+python -m tests.support.operation.py NAME FOLDER SECONDS_PER_IMAGE ON_RAY
 
 label, append, retry: FOLDER/in into FOLDER/out, with the stand-in labeler. compact, export and
 import: FOLDER/out into FOLDER/compact, FOLDER/out into FOLDER/export, FOLDER/export into FOLDER/import.
@@ -12,11 +12,7 @@ import functools
 import sys
 from pathlib import Path
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(2, str(Path(__file__).resolve().parents[2]))
-
 import numpy as np
-import standin
 
 from samray.config import Config, load_config
 from samray.errors import ImageError
@@ -25,6 +21,7 @@ from samray.imports.import_ import import_
 from samray.output.compact import compact
 from samray.pipeline.labeler import ShardLabeler
 from samray.pipeline.run import label_with
+from tests.support import standin
 
 FAILS_AT_FIRST = (7, 7, 7)
 """First pixel of an image that fails until `retry`."""

@@ -4,7 +4,7 @@ A worker loads one engine with given weights and waits; for every line on its st
 the image once, and prints seconds, memory and masks as one line of JSON. This lets engines take turns on the same
 machine without affecting each other's caches or memory.
 
-    python jobs/peers.py ENGINE JOB.json        ENGINE: samray, samray-bfloat16, segment-anything, transformers
+    python -m jobs.benchmarks.peers ENGINE JOB.json    ENGINE: samray, samray-bfloat16, segment-anything, transformers
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(1, str(ROOT / "tests" / "parity"))
+ROOT = Path(__file__).resolve().parents[2]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -50,7 +48,7 @@ def samray_engine(job: dict[str, Any], device: str) -> tuple[Run, Sam, MaskGener
 
 
 def segment_anything_engine(job: dict[str, Any], device: str) -> Run:
-    from reference import build_reference, segment_anything
+    from jobs.benchmarks.reference import build_reference, segment_anything
 
     model = build_reference(MODELS[job["model"]], load_file(job["weights"])).to(device)
     make = segment_anything().SamAutomaticMaskGenerator
@@ -59,7 +57,7 @@ def segment_anything_engine(job: dict[str, Any], device: str) -> Run:
 
 
 def transformers_engine(job: dict[str, Any], device: str) -> Run:
-    from reference import transformers_pipeline
+    from jobs.benchmarks.reference import transformers_pipeline
 
     pipeline = transformers_pipeline(MODELS[job["model"]], load_file(job["weights"]), device)
     settings = job["settings"]

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from handmade import HEIGHT, WIDTH, annotation, read_rows, write_output
 
 import samray
 from samray.output.plan import Plan
 from samray.output.verify import verify
 from samray.pipeline.report import ImportReport
+from tests.support.handmade import HEIGHT, WIDTH, annotation, read_rows, write_output
 
 NAMES = ["a/0.png", "a/1.png", "b/0.png", "c.png", "d.png"]
 HW = (HEIGHT, WIDTH)

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # VmHWM instead of ru_maxrss, which a child inherits from its parent process.
 FIGURES_CODE = """

@@ -1,6 +1,6 @@
 """`samray.label` with the stand-in labeler as a process of its own, for tests that stop or kill it.
 
-python tests/drive.py INPUT OUTPUT SECONDS_PER_IMAGE [section.key=value ...]
+python -m tests.support.drive.py INPUT OUTPUT SECONDS_PER_IMAGE [section.key=value ...]
 """
 
 from __future__ import annotations
@@ -8,15 +8,11 @@ from __future__ import annotations
 import functools
 import signal
 import sys
-from pathlib import Path
-
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
-
-import standin
 
 from samray.config import load_config
 from samray.pipeline.report import print_report
 from samray.pipeline.run import label_with
+from tests.support import standin
 
 
 def main(input: str, output: str, seconds: str, *overrides: str) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import samray
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # VmHWM instead of ru_maxrss, which a child inherits from its parent process.
 EXPORT_CODE = """
@@ -29,7 +29,7 @@ print(json.dumps({"peak_mb": peak, "seconds": run.wall_s, **counts}))
 
 def export(images: int, masks: int, format: str, polygons: bool) -> dict[str, Any]:
     """Peak memory and seconds of an export in a fresh process; then of one that is killed half-way and resumed."""
-    from synthetic_output import digest, write_synthetic_output
+    from jobs.synthetic_output import digest, write_synthetic_output
 
     with tempfile.TemporaryDirectory() as folder:
         made = write_synthetic_output(f"{folder}/output", images, masks)
@@ -86,8 +86,8 @@ def report(images: int, masks: int, file_mb: int, folder: Path | None) -> dict[s
     included.
     """
     from PIL import Image
-    from synthetic_output import HEIGHT, WIDTH, write_synthetic_output
 
+    from jobs.synthetic_output import HEIGHT, WIDTH, write_synthetic_output
     from samray.output.compact import compact
     from samray.scenes.scene import make_scene
 
@@ -117,10 +117,9 @@ def read(rows: int, masks: int, shapes: int, uri: str | None) -> dict[str, Any]:
     and lookups; other readers of the same image are measured, too. With `uri`, an empty folder on an object store, only
     the bytes that samray reads are counted.
     """
-    sys.path.insert(0, str(ROOT / "tests"))
-    from byte_counts import count_on_the_wire, count_reads
-    from s3_server import make_bucket, running_s3
-    from synthetic_output import write_synthetic_output
+    from jobs.benchmarks.byte_counts import count_on_the_wire, count_reads
+    from jobs.benchmarks.s3_server import make_bucket, running_s3
+    from jobs.synthetic_output import write_synthetic_output
 
     # Radii that give RLEs of 60 to 300 characters, and enough shapes that pages compress as if all were different.
     options: dict[str, Any] = {"images_per_shard": rows, "log_radius": (1.1, 1.7), "num_shapes": shapes}

@@ -6,7 +6,6 @@ import io
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from handmade import annotation
 from PIL import Image
 
 from samray import storage
@@ -15,6 +14,7 @@ from samray.output.plan import Plan, make_plan
 from samray.output.schema import ImageRecord, records_to_table
 from samray.output.shards import commit_shard, mark_success
 from samray.scenes.scene import Scene, make_scene
+from tests.support.handmade import annotation
 
 
 def paint(number: int, size: tuple[int, int] = (48, 64), first_seed: int = 0) -> list[Scene]:

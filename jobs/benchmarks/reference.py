@@ -121,6 +121,7 @@ def _image_encoder(spec: ModelSpec, modeling: Any) -> Any:
     encoder = spec.encoder
     if isinstance(encoder, TinyVitSpec):
         return build_tiny_vit(encoder, spec.image_size)
+    assert isinstance(encoder, VitSpec)
     return modeling.ImageEncoderViT(
         img_size=spec.image_size,
         patch_size=encoder.patch,
