@@ -53,51 +53,6 @@ def quantity(text: str | float) -> float:
     return float(number) * {"": 1, "m": 1e-3, "Mi": 2**20, "Gi": 2**30}[unit]
 
 
-def strict(schema: dict[str, Any]) -> dict[str, Any]:
-    """A structural schema as JSON Schema that refuses what Kubernetes would prune or refuse."""
-    made = {key: value for key, value in schema.items() if key in ("type", "enum", "pattern", "required", "anyOf")}
-    made |= {key: value for key, value in schema.items() if re.match("(min|max)(imum|Length|Items|Properties)", key)}
-    if "properties" in schema:
-        made["properties"] = {key: strict(value) for key, value in schema["properties"].items()}
-    if "items" in schema:
-        made["items"] = strict(schema["items"])
-    if schema.get("x-kubernetes-int-or-string"):
-        made["type"] = ["integer", "string"]
-        made.pop("anyOf", None)
-    elif schema.get("type") == "object" and not schema.get("x-kubernetes-preserve-unknown-fields"):
-        values = schema.get("additionalProperties", False)
-        made["additionalProperties"] = strict(values) if isinstance(values, dict) else values
-    if schema.get("nullable"):
-        made = {"anyOf": [made, {"type": "null"}]}
-    return made
-
-
-OBJECT_META = {  # a CRD only says `metadata: object`; these are the fields a manifest may well set
-    "type": "object",
-    "required": ["name"],
-    "properties": {
-        "name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", "maxLength": 47},  # KubeRay's limit
-        "namespace": {"type": "string"},
-        "labels": {"type": "object", "additionalProperties": {"type": "string"}},
-        "annotations": {"type": "object", "additionalProperties": {"type": "string"}},
-    },
-    "additionalProperties": False,
-}
-
-
-def crd_schemas(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """(apiVersion, kind) -> JSON Schema, for each version that a CRD serves."""
-    crd = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))["spec"]
-    found = {}
-    for version in crd["versions"]:
-        if version["served"]:
-            schema = strict(version["schema"]["openAPIV3Schema"])
-            schema["properties"]["metadata"] = OBJECT_META
-            schema["required"] = ["apiVersion", "kind", "metadata", "spec"]
-            found[f"{crd['group']}/{version['name']}", crd["names"]["kind"]] = schema
-    return found
-
-
 def entrypoint(path: Path) -> str:
     return str(ray_document(path)["spec"]["entrypoint"])
 

@@ -6,6 +6,7 @@ CEL rules aside, of which the manifests use none), whose command samray would no
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ import yaml
 from samray.cluster.sizes import IO_CPUS, check_fits, choose_sizes
 from samray.config import ClusterConfig
 from samray.pipeline.drive import GIVE_UP_S, LEAVE_S
+from tests.kuberay import extract
 from tests.support import REPOSITORY, pages
 from tests.support.manifests import (
     GPU_CLUSTER,
@@ -29,7 +31,6 @@ from tests.support.manifests import (
     check_submission,
     cluster_spec,
     container,
-    crd_schemas,
     documents,
     entrypoint,
     groups,
@@ -47,10 +48,16 @@ Schemas = dict[tuple[str, str], dict[str, Any]]
 @pytest.fixture(scope="session")
 def schemas() -> Schemas:
     """(apiVersion, kind) -> JSON Schema, of KubeRay's CRDs."""
-    paths = [CRDS / f"ray.io_{plural}.yaml" for plural in ("rayjobs", "rayclusters")]
-    if missing := [str(path) for path in paths if not path.is_file()]:
-        pytest.skip(f"the manifests are NOT validated against KubeRay's CRDs: there is no {' and no '.join(missing)}")
-    return {key: schema for path in paths for key, schema in crd_schemas(path).items()}
+    return extract.load()
+
+
+def test_the_extract_is_that_of_the_crds() -> None:
+    if missing := [name for name in extract.CRD_FILES if not (CRDS / name).is_file()]:
+        pytest.skip(
+            f"tests/kuberay/schemas.json is NOT compared with KubeRay's CRDs: {CRDS} does not have "
+            f"{' and '.join(missing)}. The manifests are validated all the same"
+        )
+    assert json.loads(extract.SCHEMAS.read_text()) == extract.extract(CRDS)
 
 
 def faults(document: dict[str, Any], schemas: Schemas) -> list[str]:

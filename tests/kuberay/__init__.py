@@ -1,0 +1,1 @@
+"""JSON Schemas of KubeRay's RayJob and RayCluster, so that the manifests are checked without its 2 MB of CRDs."""
