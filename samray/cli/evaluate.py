@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import enum
 import json as jsonlib
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -54,6 +55,13 @@ Picture = Annotated[
     str | None, typer.Option(metavar="FILE", help="Write a contact sheet of examples (.png, .jpg), worst to best.")
 ]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="Do not show progress.")]
+
+
+class Protocol(enum.StrEnum):
+    """How proposals are generated and ranked."""
+
+    LABEL = "label"
+    PAPER = "paper"
 
 
 class PointsCommand(CommandWithSettings):
@@ -116,6 +124,13 @@ def proposals(
     preset: Annotated[
         str | None, typer.Option(help="Start from a preset. Without a preset, mask settings follow the model.")
     ] = None,
+    protocol: Annotated[
+        Protocol,
+        typer.Option(
+            help="paper: as in the SAM paper, section 7.3. 64 x 64 points, NMS at 0.9, the 1,000 "
+            "masks with the highest mean of predicted IoU and stability score."
+        ),
+    ] = Protocol.LABEL,
     min_area: Annotated[int, typer.Option(min=0, metavar="PIXELS", help="Ignore smaller regions.")] = 0,
     limit: Limit = None,
     json: Json = None,
@@ -128,17 +143,24 @@ def proposals(
     pycocotools, class-agnostic. An image that several annotators marked counts once per annotator. The mask thresholds
     are those of `samray label`: lower thresholds give more masks and more recall.
 
+    --protocol paper also ranks by stability. Its three mask settings are those of the paper unless the command line
+    sets them.
+
     Examples:
 
       samray evaluate proposals labels/ --limit 200 --picture sheet.jpg
 
+      samray evaluate proposals lvis/ --protocol paper model.name=vit_h
+
       samray evaluate proposals bsds500/val.parquet model.name=vit_b masks.box_nms_thresh=0.9 masks.pred_iou_thresh=0.5
     """
     from samray.evaluate.pictures import offer_masks, proposal_sheet
-    from samray.evaluate.proposals import evaluate_proposals
+    from samray.evaluate.proposals import PAPER_MASKS, by_confidence_and_stability, by_predicted_iou, evaluate_proposals
     from samray.masks.generator import MaskGenerator
 
-    words, config = _settings([data, *(settings or ())], preset, ProposalsCommand.sections)
+    paper = protocol is Protocol.PAPER
+    defaults = [f"masks.{name}={value}" for name, value in PAPER_MASKS.items()] if paper else []
+    words, config = _settings([data, *(settings or ())], preset, ProposalsCommand.sections, defaults)
     run = _Run(words, limit, config, json, picture)
     sheet = proposal_sheet() if picture else None
     with run.bar(not no_progress) as on_image:
@@ -146,6 +168,7 @@ def proposals(
             MaskGenerator(run.model, config.masks),
             run.images,
             min_area=min_area,
+            rank=by_confidence_and_stability if paper else by_predicted_iou,
             on_image=on_image,
             on_masks=lambda image, masks: offer_masks(sheet, image, masks) if sheet else None,
         )
@@ -158,20 +181,29 @@ def proposals(
         ("regions", f"{figures['num_regions']:,}"),
         ("masks", f"{figures['num_masks']:,}, {figures['num_masks'] / max(figures['num_images'], 1):.1f} per image"),
     ]
-    run.finish({**figures, "min_area": min_area, "masks": config.masks.model_dump(mode="json")}, rows, sheet)
+    run.finish(
+        {**figures, "protocol": protocol.value, "min_area": min_area, "masks": config.masks.model_dump(mode="json")},
+        rows,
+        sheet,
+    )
     return 0
 
 
 # --- shared by the commands -----------------------------------------------------------------------------------------
 
 
-def _settings(words: list[str], preset: str | None, sections: Sections) -> tuple[str, Config]:
-    """DATA and the settings, from the arguments. Raises: ConfigError, also for settings of other sections."""
+def _settings(
+    words: list[str], preset: str | None, sections: Sections, defaults: Sequence[str] = ()
+) -> tuple[str, Config]:
+    """DATA and the settings, from the arguments, which win over the defaults (section.key=value).
+
+    Raises: ConfigError, also for settings of other sections.
+    """
     overrides, (data, *extra) = split_settings(words, ["DATA"])
     for word in overrides:
         if word.partition(".")[0] not in sections:
             raise ConfigError(f"{word} does not apply here; this command takes settings of {' and '.join(sections)}")
-    return data, load_config(preset, None, overrides + extra)
+    return data, load_config(preset, None, [*defaults, *overrides, *extra])
 
 
 class _Run:

@@ -1,7 +1,8 @@
 """Masks of whole images as object proposals: average recall (AR), class-agnostic, by pycocotools' COCOeval.
 
 AR@k is the fraction of the known regions that the top k masks of their image cover, averaged over the IoU thresholds
-0.50, 0.55, ... 0.95; a mask covers at most one region. Masks are ranked by predicted_iou.
+0.50, 0.55, ... 0.95; a mask covers at most one region. Masks are ranked by predicted_iou, or as in the SAM paper
+(appendix D.3) by the mean of predicted_iou and stability_score.
 
 An image that several annotators marked counts once per annotator, with the same masks: the regions of every annotator
 must be covered, but an object that five of them outlined does not need five masks. (If all regions were pooled, four of
@@ -29,7 +30,9 @@ from samray.inputs.decode import RGBArray
 from samray.rle.records import MaskRecord, Rle
 
 MAX_MASKS: Final = (10, 100, 1000)
-"""Maximum number of masks per image, highest predicted IoU first."""
+"""Maximum number of masks per image, the best ranked first."""
+PAPER_MASKS: Final = {"points_per_side": 64, "box_nms_thresh": 0.9, "crop_n_layers": 0}
+"""Mask settings of the SAM paper's evaluation of proposals (appendix D.3)."""
 _CATEGORY: Final = 1  # the same for all, because the evaluation is class-agnostic
 
 
@@ -37,6 +40,16 @@ class MaskSource(Protocol):
     """The part of samray.MaskGenerator that is needed here."""
 
     def generate(self, images: list[RGBArray]) -> list[list[MaskRecord]]: ...
+
+
+def by_predicted_iou(mask: MaskRecord) -> float:
+    """The rank of a mask as `samray label` sees it."""
+    return mask["predicted_iou"]
+
+
+def by_confidence_and_stability(mask: MaskRecord) -> float:
+    """The rank of a mask in the SAM paper (appendix D.3): the mean of predicted IoU and stability score."""
+    return (mask["predicted_iou"] + mask["stability_score"]) / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +66,13 @@ def evaluate_proposals(
     images: Iterable[RegionImage | ImageError],
     *,
     min_area: int = 0,
+    rank: Callable[[MaskRecord], float] = by_predicted_iou,
     on_image: Callable[[Failures], None] = lambda failures: None,
     on_masks: Callable[[RegionImage, list[MaskRecord]], None] = lambda image, masks: None,
 ) -> dict[str, Any]:
     """`average_recall` over the regions of at least min_area pixels, num_masks, num_images, num_failed, failures.
 
+    rank: of more than 1,000 masks of an image, the 1,000 with the highest values count.
     num_images: images that could be used; failures: reason -> number of the others. on_image is called after each
     image, on_masks for each usable one, with only its regions that count, and its records (`MaskGenerator.generate`).
     """
@@ -71,9 +86,10 @@ def evaluate_proposals(
             with failures.out_of_memory():
                 (masks,) = generator.generate([image.pixels])
                 num_images += 1
+                masks = sorted(masks, key=rank, reverse=True)[: MAX_MASKS[-1]]
                 num_masks += len(masks)
                 rles = [mask["segmentation"] for mask in masks]
-                scores = [mask["predicted_iou"] for mask in masks]
+                scores = [rank(mask) for mask in masks]
                 counted = replace(image, annotators=[large_enough(own, min_area) for own in image.annotators])
                 marked += [Marked(regions, rles, scores) for regions in counted.annotators]
                 on_masks(counted, masks)

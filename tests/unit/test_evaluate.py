@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pycocotools import mask as mask_util
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from samray.errors import ImageError
 from samray.evaluate import points as points_module
 from samray.evaluate.points import answer_clicks, evaluate_points
-from samray.evaluate.proposals import Marked, average_recall, evaluate_proposals
+from samray.evaluate.proposals import Marked, average_recall, by_confidence_and_stability, evaluate_proposals
 from samray.evaluate.regions import RegionData, Rle
 from tests.support import labelled, standin
 from tests.support.handmade import annotation
@@ -192,6 +195,64 @@ def test_proposals_rank_by_predicted_iou_and_count_every_annotator() -> None:
     assert shown == [11]
     with pytest.raises(RuntimeError, match="ours"):
         evaluate_proposals(Found(RuntimeError("ours")), [region_image([[TALL]])])
+
+
+def test_the_papers_rank_keeps_the_thousand_masks_with_the_best_mean_of_confidence_and_stability() -> None:
+    """SMALL fits one annotator's region but is the least stable of 1,001; by predicted IoU alone it is the best."""
+    masks = [annotation(TALL, predicted_iou=0.6, stability_score=0.9)] * 1000
+    masks += [annotation(SMALL, predicted_iou=0.7, stability_score=0.7)]
+    images = [region_image([[TALL, SMALL]])]
+    paper = evaluate_proposals(Found(masks), images, rank=by_confidence_and_stability)
+    assert (paper["ar_1000"], paper["num_masks"]) == (pytest.approx(0.5), 1000)
+    assert evaluate_proposals(Found(masks), images)["ar_10"] == pytest.approx(1)
+
+
+def test_average_recall_is_the_one_of_a_plain_script_on_cocoeval() -> None:
+    rng = np.random.default_rng(7)
+
+    def squares(number: int) -> list[Rle]:
+        return [square(*rng.integers(0, 150, 2), int(rng.integers(5, 50))) for _ in range(number)]
+
+    marked = []
+    for _ in range(3):
+        masks = squares(1100)
+        marked.append(Marked(squares(12) + masks[:5], masks, rng.random(1100).tolist()))
+
+    def as_coco(masks: list[list[Rle]], scores: list[list[float]]) -> COCO:
+        coco = COCO()
+        annotations = [
+            {
+                "image_id": i + 1,
+                "category_id": 1,
+                "iscrowd": 0,
+                "segmentation": mask,
+                "area": float(mask_util.area(mask)),
+                "score": score,
+            }
+            for i, (own, ranks) in enumerate(zip(masks, scores, strict=True))
+            for mask, score in zip(own, ranks, strict=True)
+        ]
+        coco.dataset = {
+            "images": [{"id": i + 1, "height": 200, "width": 200} for i in range(3)],
+            "annotations": [{**one, "id": i + 1} for i, one in enumerate(annotations)],
+            "categories": [{"id": 1}],
+        }
+        coco.createIndex()
+        return coco
+
+    plain = COCOeval(
+        as_coco([one.regions for one in marked], [[0.0] * len(one.regions) for one in marked]),
+        as_coco([one.masks for one in marked], [one.scores for one in marked]),
+        "segm",
+    )
+    plain.params.useCats, plain.params.maxDets = 0, [10, 100, 1000]
+    plain.evaluate()
+    plain.accumulate()
+    recall = plain.eval["recall"][:, 0]  # (IoU thresholds, sizes, numbers of masks)
+    found = average_recall(marked)
+    assert 0.2 < found["ar_1000"] < 0.9
+    assert [found["ar_10"], found["ar_100"], found["ar_1000"]] == recall[:, 0].mean(axis=0).tolist()
+    assert [found["ar_1000_small"], found["ar_1000_medium"]] == recall[:, 1:3, 2].mean(axis=0).tolist()
 
 
 def test_proposals_of_the_labeller_itself_recall_everything(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_proposals_from_the_command_line(bsds: str, tmp_path: Path, capsys: pyte
     assert main([*argv, "--json", "-", "--picture", str(sheet)]) == 0
     figures = json.loads(capsys.readouterr().out)  # and nothing else
     sizes = {f"ar_1000_{size}" for size in ("small", "medium", "large")}
-    assert set(figures) == {"ar_10", "ar_100", "ar_1000", "num_masks", "masks", *sizes, *SHARED_KEYS}
+    assert set(figures) == {"ar_10", "ar_100", "ar_1000", "num_masks", "masks", "protocol", *sizes, *SHARED_KEYS}
     assert figures["masks"]["points_per_side"] == 2
     assert (figures["num_regions"], figures["num_failed"], figures["min_area"]) == (4, 0, 0)
     assert figures["ar_1000_large"] is None, "no region is that large, and JSON has no NaN"
@@ -163,6 +163,15 @@ def test_proposals_from_the_command_line(bsds: str, tmp_path: Path, capsys: pyte
     assert main([*argv, "--min-area", "500"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert re.search(r"AR@10 [\d.]+ AR@100 [\d.]+ AR@1000 [\d.]+; small [\d.]+, medium -, large - regions 3 ", said)
+
+
+def test_the_papers_protocol_sets_what_the_command_line_does_not(bsds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["evaluate", "proposals", bsds, "--protocol", "paper", "--limit", "1", "--json", "-"]
+    assert main([*argv, "masks.points_per_side=3"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["protocol"] == "paper"
+    masks = figures["masks"]
+    assert (masks["points_per_side"], masks["box_nms_thresh"], masks["crop_n_layers"]) == (3, 0.9, 0)
 
 
 @pytest.mark.parametrize(
