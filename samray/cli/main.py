@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from samray import __version__, storage
+from samray.cli import evaluate_edges  # noqa: F401  (adds its command)
 from samray.cli.evaluate import evaluate_app
 from samray.cli.export import COMMANDS as EXPORT_COMMANDS
 from samray.cli.help import Command, CommandWithSettings, HelpfulGroup, refuse_expanded_glob, split_settings

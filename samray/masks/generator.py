@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, zip_longest
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,7 @@ from samray.sam.sam import Decoded, Sam
 from samray.sam.transformer import ImageTokens
 
 Image = npt.NDArray[np.uint8]
+T = TypeVar("T")
 
 STAGES = ("preprocess", "encode", "decode", "score", "nms", "rle")
 
@@ -102,9 +104,18 @@ class MaskGenerator:
         highest predicted IoU first, of `samray.rle.records.MaskRecord` without id. An image without masks gives an
         empty list. Raises ValueError for invalid images.
         """
+        return self.finish_candidates(images, self._process_image)
+
+    @torch.inference_mode()
+    def finish_candidates(self, images: list[Image], finish: Callable[[Candidates, tuple[int, int]], T]) -> list[T]:
+        """finish(candidates, image_hw) for each image: with the masks of all crops, after the NMS within each crop.
+
+        With a GPU, finish is called in a thread while the GPU works on the next image. Raises ValueError for invalid
+        images.
+        """
         check_images(images)
         views = [view for i, image in enumerate(images) for view in self._views(i, image)]
-        results: list[Future[list[MaskRecord]]] = []
+        results: list[Future[T]] = []
         image_candidates: list[Candidates] = []
         with self._host_executor() as host:
             for batch, pixels in self._preprocessed(images, views, host):
@@ -113,9 +124,7 @@ class MaskGenerator:
                 for view, candidates in zip(batch, self._process_crops(embeddings, batch), strict=True):
                     image_candidates.append(candidates)
                     if view.is_last:
-                        results.append(
-                            host.submit(self._process_image, Candidates.cat(image_candidates), view.image_hw)
-                        )
+                        results.append(host.submit(finish, Candidates.cat(image_candidates), view.image_hw))
                         image_candidates = []
             results.reverse()
             finished = []
