@@ -1,7 +1,6 @@
 """What a kind of input is: files of some endings, how to list the images in one, and how to fetch their bytes.
 
-A file of this package defines one `Reader`, and a row in `readers` registers it. Folders and globs of image files need
-no row: they are what remains if no reader takes the files (`folder`).
+A file of this package defines one `Reader`, and a row in `readers` registers it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ FetchFile = Callable[[str], "bytes | ImageError"]
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """A file that holds images or names them."""
+    """A file that holds images or names them, or a folder or glob with its files."""
 
     uri: str
     etag: str | None
@@ -34,6 +33,10 @@ class Container:
     """The folder that file names are relative to, and that lists may name files below."""
     prefix: str
     """What the names of its images start with: its own name below root without the ending; "" if it is all of INPUT."""
+    files: pa.Table | None = None
+    """uri, size, etag and problem of each file of INPUT, for readers with `list_at_once`."""
+    files_are_meant: bool = False
+    """Whether INPUT is a file or spells the ending out: then every file is to be listed, whatever its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +54,23 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reader:
-    """One kind of container."""
+    """One kind of input."""
 
     name: str
     """As in "none of its 3 tar files can be read"."""
-    noun: str
-    """As in "give a folder, glob or tar"."""
+    nouns: tuple[str, ...]
+    """What INPUT may be, as in "give a folder, glob or tar"."""
     nothing: str
     """As in "no image in the tar"."""
     endings: tuple[str, ...]
-    """File extensions in lower case; matched in any case."""
+    """File extensions in lower case; matched in any case. Empty for the kind that takes what no other kind takes."""
     list: Callable[[Container, InputConfig], Part]
     """The images of a container. Raises: ConfigError, FileError for a fault of this one file, StorageError."""
     fetch: Callable[[str, Sequence[dict[str, Any]], InputConfig, FetchFile], Sequence[bytes | ImageError]] | None = None
     """The bytes of rows (of `INPUT_SCHEMA`, as dicts) that `list` made for one container; None if it makes rows of
     other files only. The last argument fetches a file that a row refers to. Raises: StorageError."""
+    list_at_once: bool = False
+    """Whether one call of `list` takes all files of INPUT; else each file is a call, many at a time."""
     fetch_at_once: bool = False
     """Whether one call of `fetch` takes all rows of a container; else each row is a call, many at a time."""
     lists_uris: bool = False

@@ -25,7 +25,6 @@ from samray.errors import (
     TooLargeError,
     UnavailableError,
 )
-from samray.inputs import folder
 from samray.inputs.base import FetchFile, too_large
 from samray.inputs.readers import reader_of
 from samray.inputs.rows import INPUT_SCHEMA
@@ -110,7 +109,7 @@ def _fetch_all(items: list[dict[str, Any]], config: InputConfig, timeout_s: floa
     single: list[int] = []
     for i, item in enumerate(items):
         container = item["container"]
-        reader = reader_of(container) if container else None
+        reader = reader_of(container)
         if item["problem"]:
             fetched[i] = ImageError.parse(item["problem"])
         elif storage.is_redacted(_file_of(item)):
@@ -142,15 +141,13 @@ def _fetch_all(items: list[dict[str, Any]], config: InputConfig, timeout_s: floa
 def _fetch(
     items: list[dict[str, Any]], config: InputConfig, fetch_file: FetchFile
 ) -> Sequence[bytes | ImageError | Doubt]:
-    """The bytes of image files, or of rows of one container, by its reader."""
+    """The bytes of an image's own file, or of rows of one container, by its reader."""
     container = items[0]["container"]
     try:
-        if container is None:
-            return [folder.fetch(item, config) for item in items]
         reader = reader_of(container)
         if reader is None or reader.fetch is None:
             raise FileError(f"{storage.redact(container)} is not a file that holds images")
-        return reader.fetch(container, items, config, fetch_file)
+        return reader.fetch(_file_of(items[0]), items, config, fetch_file)
     except TooLargeError as error:
         return [too_large(error.size, config)] * len(items)
     except _DOUBT as error:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from samray import storage
-from samray.errors import ConfigError, ImageError
+from samray.errors import ImageError
+from samray.inputs.base import Container, FetchFile, Part, Reader
 from samray.inputs.decode import image_extensions
-from samray.inputs.no_image import nothing_found
 from samray.inputs.rows import input_rows
 from samray.inputs.skipped import NOT_AN_IMAGE, Skipped, skipped_names
 
@@ -40,27 +41,39 @@ def relative_names(uris: Any, root: str) -> Any:
     return pc.utf8_slice_codeunits(uris, start=len(storage.join(root, "")))
 
 
-def list_files(uri: str, root: str, files: pa.Table, *, spelled_out: bool) -> tuple[pa.Table, Skipped]:
-    """The images among the files of INPUT, as a table of `INPUT_SCHEMA`, and what is left out.
-
-    files: as `files_table` makes it. spelled_out: INPUT names them with their ending, so all of them are meant.
-    Raises: ConfigError if there is none.
-    """
-    images, skipped = files, Skipped()
-    if not spelled_out:
+def list_files(container: Container, config: InputConfig) -> Part:
+    """The images among the files of a folder or glob: those with an image's ending, unless INPUT spells the ending."""
+    assert container.files is not None
+    images, skipped = container.files, Skipped()
+    if not container.files_are_meant:
         extensions = "|".join(re.escape(e) for e in IMAGE_EXTENSIONS)
-        keep = pc.match_substring_regex(files["uri"], f"({extensions})$", ignore_case=True)
-        skipped = skipped_names(files["uri"], keep, NOT_AN_IMAGE)
-        images = files.filter(keep)
-    if images.num_rows == 0:
-        raise ConfigError(nothing_found(uri, root, files["uri"]))
-    names = relative_names(images["uri"], root)
+        keep = pc.match_substring_regex(images["uri"], f"({extensions})$", ignore_case=True)
+        skipped = skipped_names(images["uri"], keep, NOT_AN_IMAGE)
+        images = images.filter(keep)
+    names = relative_names(images["uri"], container.root)
     rows = input_rows(images["uri"], names, size=images["size"], etag=images["etag"], problem=images["problem"])
-    return rows, skipped
+    return Part(rows, skipped)
 
 
-def fetch(item: dict[str, Any], config: InputConfig) -> bytes | ImageError:
-    """The bytes of an image file. Raises: StorageError, TooLargeError."""
+def fetch_files(
+    uri: str, items: Sequence[dict[str, Any]], config: InputConfig, fetch_file: FetchFile
+) -> list[bytes | ImageError]:
+    """The bytes of image files. Raises: StorageError, TooLargeError."""
+    return [_fetch(item, config) for item in items]
+
+
+def _fetch(item: dict[str, Any], config: InputConfig) -> bytes | ImageError:
     if not item["uri"]:
         return ImageError("missing", "the manifest's row holds no URI")
     return storage.read_whole(item["uri"], config.max_bytes, item["size"])
+
+
+READER: Final = Reader(
+    name="image",
+    nouns=("folder", "glob"),
+    nothing="no image found",
+    endings=(),
+    list=list_files,
+    fetch=fetch_files,
+    list_at_once=True,
+)

@@ -20,9 +20,9 @@ from samray import storage
 from samray.errors import BucketNotFoundError, ConfigError, FileError, ImageError, NotFoundError, RefusedError
 from samray.inputs.base import Container, Part, Reader, relative_to
 from samray.inputs.fetch import fetch_images
-from samray.inputs.folder import IMAGE_EXTENSIONS, files_table, list_files, relative_names
-from samray.inputs.no_image import refuse_unreadable_kinds
-from samray.inputs.readers import READERS, what_to_give
+from samray.inputs.folder import IMAGE_EXTENSIONS, files_table, relative_names
+from samray.inputs.no_image import nothing_found, refuse_unreadable_kinds
+from samray.inputs.readers import reader_of_all, what_to_give
 from samray.inputs.rows import INPUT_SCHEMA
 from samray.inputs.skipped import HIDDEN, UNUSABLE, Skipped, skipped_names
 from samray.inputs.uri_rows import UriRows, is_own_uri, merge_lists, rows_of_uris, with_distinct_names
@@ -94,25 +94,24 @@ def _list_all(uri: str, config: InputConfig) -> Listing:
         found = found.filter(keep)
     # A pattern that spells an extension out means what it says; everything else is narrowed to images.
     is_glob = storage.has_glob(uri) and root == storage.glob_base(uri)
-    spelled_out = is_file or (is_glob and re.search(r"\.[^./*?\[\]]+$", uri) is not None)
-    reader = _reader_of_all(found, spelled_out)
-    if reader is None:
-        images, more_skipped = list_files(uri, root, found, spelled_out=spelled_out)
+    files_are_meant = is_file or (is_glob and re.search(r"\.[^./*?\[\]]+$", uri) is not None)
+    reader = reader_of_all(found, files_are_meant=files_are_meant)
+    if reader.list_at_once:
+        listing = _list_at_once(reader, Container(uri, None, root, "", found, files_are_meant), config)
     else:
-        images, more_skipped = _Containers(uri, root, config, reader).list_all(found)
-    skipped.update(more_skipped)
-    return Listing(images, skipped)
+        listing = _Containers(uri, root, config, reader).list_all(found)
+    skipped.update(listing.skipped)
+    return listing._replace(skipped=skipped)
 
 
-def _reader_of_all(files: pa.Table, spelled_out: bool) -> Reader | None:
-    """The reader of every one of the files: then what they hold is meant. None for images."""
-    for reader in READERS:
-        pattern = "(" + "|".join(re.escape(ending) for ending in reader.endings) + ")$"
-        if (spelled_out or not reader.only_by_name) and pc.all(
-            pc.match_substring_regex(files["uri"], pattern, ignore_case=True)
-        ).as_py():
-            return reader
-    return None
+def _list_at_once(reader: Reader, container: Container, config: InputConfig) -> Listing:
+    """The images of a folder or glob. Raises: ConfigError if there is none."""
+    part = reader.list(container, config)
+    assert isinstance(part.rows, pa.Table)
+    assert container.files is not None
+    if part.rows.num_rows == 0:
+        raise ConfigError(nothing_found(container.uri, container.root, container.files["uri"]))
+    return Listing(part.rows, part.skipped)
 
 
 def _root(uri: str) -> str:

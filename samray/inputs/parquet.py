@@ -184,7 +184,7 @@ def _bytes_of(value: pa.Array, folder: str, config: InputConfig, fetch_file: Fet
 
 READER: Final = Reader(
     name="parquet",
-    noun="Parquet file",
+    nouns=("Parquet file",),
     nothing="no row in the Parquet file",
     endings=(".parquet",),
     list=list_parquet,

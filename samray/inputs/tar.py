@@ -344,7 +344,7 @@ def _read_member(item: dict[str, Any]) -> bytes:
 
 READER: Final = Reader(
     name="tar",
-    noun="tar",
+    nouns=("tar",),
     nothing="no image in the tar",
     endings=(".tar",),
     list=list_images,

@@ -142,7 +142,7 @@ def list_uris(container: Container, config: InputConfig) -> Part:
 
 READER: Final = Reader(
     name="list",
-    noun="list of URIs",
+    nouns=("list of URIs",),
     nothing="no URI in the list",
     endings=LIST_EXTENSIONS,
     list=list_uris,

@@ -34,7 +34,7 @@ def fetch_lines(
 
 READER: Final = Reader(
     name="base64",
-    noun="base64 file",
+    nouns=("base64 file",),
     nothing="no line in the base64 file",
     endings=(".b64",),
     list=list_lines,

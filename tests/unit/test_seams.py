@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -95,7 +94,7 @@ def test_a_kind_of_input_is_a_file_and_a_row(
     images = [f"not an image, but bytes: {i}".encode() for i in range(3)]
     file = tmp_path / "three.b64"
     file.write_bytes(b"\n".join(map(base64.b64encode, images)))
-    rows = pa.concat_tables(list_images(str(file), InputConfig()))
+    rows = list_images(str(file), InputConfig()).images
     assert rows["file_name"].to_pylist() == [f"line-{i}.png" for i in range(3)]
     assert fetch_images(rows.take([2, 0]), InputConfig()) == [images[2], images[0]]
     assert main(["label", str(file), str(tmp_path / "out"), "--dry-run"]) == 0
