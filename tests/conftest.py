@@ -28,10 +28,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: context.__exit__(None, None, None))
 
 
+SLOW_FIXTURES = {"browser", "s3_server", "site"}
+"""Start Chromium or SeaweedFS, or build the documentation."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All but tests/unit is slow; of that, the files that say so."""
+    """Slow are all tests outside of tests/unit, those that start a server, and those that say so."""
     for item in items:
-        if item.path.parent.name != "unit":
+        fixtures = set(getattr(item, "fixturenames", ()))
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        on_s3 = parameters.get("storage_root") == "s3"  # that fixture asks for the server only then
+        if item.path.parent.name != "unit" or fixtures & SLOW_FIXTURES or on_s3:
             item.add_marker("slow")
 
 

@@ -7,7 +7,7 @@ import hashlib
 import os
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -334,7 +334,10 @@ def test_a_file_put_there_by_hand_is_used_and_verified(server: Server, published
     assert server.gets == 0
 
 
-def test_without_network_the_error_says_what_to_put_where(server: Server, published: ModelSpec) -> None:
+def test_without_network_the_error_says_what_to_put_where(
+    server: Server, published: ModelSpec, storage_limits: Callable[..., None]
+) -> None:
+    storage_limits(max_attempts=2)
     server.http.shutdown()
     server.http.server_close()
     with pytest.raises(ConfigError) as caught:
@@ -371,7 +374,10 @@ def test_a_remote_checkpoint_is_fetched_once_until_it_is_replaced() -> None:
         memory.rm("/weights-test", recursive=True)
 
 
-def test_signatures_in_a_uri_stay_out_of_messages_and_file_names(server: Server) -> None:
+def test_signatures_in_a_uri_stay_out_of_messages_and_file_names(
+    server: Server, storage_limits: Callable[..., None]
+) -> None:
+    storage_limits(max_attempts=2)
     uri = f"{server.url}?X-Amz-Signature=geheim"
     path = resolve_checkpoint("small_vit", uri)
     assert path.name.endswith("-sam_small.pth")

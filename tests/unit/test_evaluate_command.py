@@ -220,6 +220,7 @@ def test_help_lists_the_settings_that_have_a_part(
     assert "cluster.address" not in text
 
 
+@pytest.mark.slow
 def test_the_job_is_the_command(tmp_path: Path) -> None:
     argv = [sys.executable, str(REPOSITORY / "jobs" / "evaluate.py"), "proposals", str(tmp_path / "absent")]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)

@@ -183,6 +183,7 @@ def test_of_an_animation_the_first_frame_is_taken(kind: str) -> None:
     np.testing.assert_allclose(pixels[3, 4], [255, 0, 0], atol=4)
 
 
+@pytest.mark.slow
 def test_60_megapixels_decode() -> None:
     data = encoded(Image.new("L", (10_000, 6_000), 77), "PNG", compress_level=1)
     pixels = decode_image(data, LIMIT)

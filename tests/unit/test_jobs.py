@@ -15,6 +15,7 @@ from tests.support import REPOSITORY
 JOBS = REPOSITORY / "jobs"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["autolabel", "data_engine", "evaluate", "pseudo_label", "train", "unpack_regions"])
 def test_a_job_starts_from_a_checkout(name: str, tmp_path: Path) -> None:
     # -S: what is installed in place (pip install -e) is found by a .pth file, which is not read then.

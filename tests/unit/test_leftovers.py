@@ -68,6 +68,7 @@ def files(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
     for name in CASES:
         ten_images(str(tmp_path / name))

@@ -386,6 +386,7 @@ def test_the_index_takes_eight_bytes_an_image(large: Plan) -> None:
 # --- workers -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_data_loader_workers(plan: Plan, method: str) -> None:
     dataset = MaskDataset(plan.output)

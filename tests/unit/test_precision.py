@@ -78,6 +78,7 @@ def test_of_several_threads_the_last_one_switches_back() -> None:
     assert convolutions() == before
 
 
+@pytest.mark.slow
 @by_name
 @pytest.mark.parametrize(
     ("choice", "allowed"),

@@ -20,6 +20,7 @@ def run(*arguments: object) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
+@pytest.mark.slow
 def test_a_resume_finds_what_was_left_and_every_failure(tmp_path: Path) -> None:
     found = run("plan", "--images", 1000, "--left", 3, "--failed", 0.1, "--folder", tmp_path)
     assert (found["plan"]["images"], found["plan"]["shards"]) == (1000, 16)

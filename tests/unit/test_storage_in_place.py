@@ -114,6 +114,7 @@ def test_ftp_serves_many_threads_and_reconnects(ftp_root: str) -> None:
     assert {entry.uri for entry in storage.list_files(ftp_root)} >= set(uris)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", ["put", "put_new"])
 def test_a_process_that_is_killed_leaves_no_torn_file(tmp_path: Path, write: str) -> None:
     uri = f"inplace:/{tmp_path}/annotations/shard-000000.parquet"

@@ -51,6 +51,7 @@ def run_to_end(output: Path, *overrides: str, stop_at: int | None = None) -> Sto
     return store
 
 
+@pytest.mark.slow
 def test_repeating_one_batch_drives_its_loss_down():
     """Real learning: on the same few clicks the best-scored mask must come to fit."""
     learner = learner_of("train.steps=10000", "train.warmup_steps=5")
@@ -74,6 +75,7 @@ def test_boxes_and_corrective_clicks_train_their_parts_of_the_prompt_encoder(pro
     assert (mask is not None) == (prompts == "refine")
 
 
+@pytest.mark.slow
 def test_the_head_of_ious_learns_to_rank_masks_that_stay_as_they_are():
     learner = learner_of("train.trainable=iou_head", "train.warmup_steps=1", "train.interaction_steps=3")
     batch = next(batches_of(settings_of()))
@@ -116,6 +118,7 @@ def test_a_run_writes_weights_that_load_and_metrics(tmp_path: Path):
     assert store.read_position().step == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra",
     [(), ("train.interaction_steps=4", "train.drop_path=0.3", "train.log_every=2"), ("train.trainable=iou_head",)],
@@ -137,6 +140,7 @@ def test_a_stopped_run_goes_on_where_it_was_and_ends_as_an_undisturbed_one(tmp_p
     assert without[0] == without[1]
 
 
+@pytest.mark.slow
 def test_small_images_come_first_and_what_they_taught_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     sizes = []
     step = Learner.step
@@ -151,6 +155,7 @@ def test_small_images_come_first_and_what_they_taught_is_kept(tmp_path: Path, mo
     torch.testing.assert_close(state["model"]["mask_decoder.iou_token.weight"], before, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_validation_is_at_the_size_that_the_model_is_used_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     sizes = []
     evaluate = loop.evaluate_clicks
@@ -181,6 +186,7 @@ def test_a_claim_that_nothing_came_of_is_given_back(tmp_path: Path, monkeypatch:
         assert (tmp_path / "train.json").exists(), "something came of it"
 
 
+@pytest.mark.slow
 def test_a_run_can_begin_with_weights(tmp_path: Path):
     store = run_to_end(tmp_path)
     settings = settings_of("train.from_scratch=false", "train.seed=1")
@@ -214,6 +220,7 @@ def test_progress_follows_whichever_budget_is_used_up_faster():
     assert Position(80, 300.0).progress(TrainConfig(steps=160)) == 0.5
 
 
+@pytest.mark.slow
 def test_each_step_is_validated_once(tmp_path: Path):
     """Also where a run died before its first save, and where the last step falls on `validate_every`."""
     settings = settings_of("train.minutes=1", "train.steps=null", "train.validate_every=2")

@@ -35,6 +35,7 @@ def training(tmp_path: Path) -> Path:
     return tmp_path / "weights"
 
 
+@pytest.mark.slow
 def test_the_page_says_how_it_went(training: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["report", str(training)]) == 0
     place = training / "report.html"

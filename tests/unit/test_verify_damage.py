@@ -55,6 +55,7 @@ def problems_of(output: str, deep: bool = True) -> list[str]:
 # --- bits ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_of_a_shard_is_found(plan: Plan) -> None:
     uri = shards.shard_uri(plan.output, 1)
     data = storage.read_bytes(uri)
@@ -66,6 +67,7 @@ def test_every_flipped_bit_of_a_shard_is_found(plan: Plan) -> None:
     assert problems_of(plan.output) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["_samray/manifest.parquet", "_samray/run.json", "_SUCCESS"])
 def test_a_flipped_bit_of_the_plan_never_ends_in_anything_but_a_sentence(plan: Plan, name: str) -> None:
     uri = storage.join(plan.output, name)
