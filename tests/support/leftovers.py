@@ -23,6 +23,7 @@ FOLDERS = ("samray-*", ".samray-*", "ray*", "drive-*", "head-*", "session_*")
 PATIENCE_S = 20.0
 SETTLED_S = 5.0
 
+_began = time.time() - 1.0  # a process's start is known to a hundredth of a second
 _not_ours: set[int] = set()
 """Processes that are not looked at again: this runs twice for each of some thousand tests."""
 
@@ -45,6 +46,9 @@ class Leftovers:
                 continue
             with contextlib.suppress(psutil.Error, OSError):
                 process = psutil.Process(pid)
+                if process.create_time() < _began:
+                    _not_ours.add(pid)
+                    continue
                 if process.status() == psutil.STATUS_ZOMBIE:  # ended; some machines never collect them
                     _not_ours.add(pid)
                     continue

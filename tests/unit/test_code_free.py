@@ -261,6 +261,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     return make_output(str(tmp_path_factory.mktemp("output")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 def test_shards(reader: str, plan: Plan, tmp_path: Path, mark: Path) -> None:
     """Every reader of an output says what is wrong, in a sentence, and runs nothing."""

@@ -86,7 +86,7 @@ def test_a_state_actor_that_does_not_answer_is_no_sign_that_nothing_is_in_flight
     def snapshot(ref: object, timeout: float) -> dict[int, int]:
         at = time.monotonic() - began
         asked.append(at)
-        if len(asked) % 3 == 0:
+        if at < 1.0 and len(asked) % 3 == 0:  # later each answer counts, or the drain would begin again
             raise ray.exceptions.GetTimeoutError("slow")
         return {7: 3} if at < 1.0 else {}
 

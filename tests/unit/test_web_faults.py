@@ -174,6 +174,7 @@ def test_a_fault_that_passes_costs_nothing(proxy: FaultProxy, fault: str) -> Non
     assert proxy.num_spoilt == 3
 
 
+@pytest.mark.slow  # each waits for time limits
 @pytest.mark.parametrize("fault", [*TRANSIENT, "AccessDenied"])
 @pytest.mark.parametrize("after", [0, 4])
 def test_a_fault_that_stays_ends_the_run_and_blames_nobody(proxy: FaultProxy, fault: str, after: int) -> None:
