@@ -97,8 +97,14 @@ def _print(
     model = f"{config.model.name}, {config.model.checkpoint or 'its own weights'}"
     if checkpoint_sha256:
         model += f" (SHA-256 {checkpoint_sha256[:12]}...)"
-    rows += [("model", model), ("masks", _masks(config)), *cost_rows(config, num_images)]
-    rows += [("runs on", _where(config)), ("output", output)]
+    rows = [
+        *rows,
+        ("model", model),
+        ("masks", _masks(config)),
+        *cost_rows(config, num_images),
+        ("runs on", _where(config)),
+        ("output", output),
+    ]
     table = two_columns()
     for name, value in rows:
         table.add_row(f"[bold]{name}[/bold]", escape(storage.redact(value)))

@@ -71,11 +71,12 @@ def load_config(preset: str | None = None, file: str | Path | None = None, overr
     own, problems = user_settings(SECTIONS, file, overrides)
     values: dict[str, dict[str, Any]] = {}
     if preset is not None:
-        problems += _lay_over(values, load_yaml_file(preset_path(preset)), SECTIONS)
+        values, more_problems = _lay_over(values, load_yaml_file(preset_path(preset)), SECTIONS)
+        problems += more_problems
         if own.get("model", {}).get("name", preset) == preset == values.get("model", {}).get("name"):
             values.pop("masks", None)  # these are the model's defaults; as not given, they can follow an older run
-    problems += _lay_over(values, own, SECTIONS)
-    return Config(**make_sections(SECTIONS, values, problems))
+    values, more_problems = _lay_over(values, own, SECTIONS)
+    return Config(**make_sections(SECTIONS, values, problems + more_problems))
 
 
 def user_settings(
@@ -89,14 +90,14 @@ def user_settings(
         raise ConfigError(
             f"overrides takes a list of strings, such as {_as_overrides(overrides)}; got {type(overrides).__name__}"
         )
-    own: dict[str, dict[str, Any]] = {}
-    problems = [] if file is None else _lay_over(own, load_yaml_file(Path(file)), sections)
+    values, problems = _lay_over({}, {} if file is None else load_yaml_file(Path(file)), sections)
     for override in overrides:
         try:
-            problems += _lay_over(own, _parse_override(override, sections), sections)
+            values, more_problems = _lay_over(values, _parse_override(override, sections), sections)
+            problems += more_problems
         except ConfigError as error:
             problems.append(str(error))
-    return own, problems
+    return values, problems
 
 
 def _as_overrides(given: Any) -> list[str]:
@@ -143,9 +144,11 @@ def _parse_override(override: str, sections: Sections) -> dict[str, Any]:
         raise ConfigError(f"{name}: {error}") from None
 
 
-def _lay_over(values: dict[str, dict[str, Any]], more: dict[str, Any], sections: Sections) -> list[str]:
-    """Apply `more` over `values`, section by section; returns the problems."""
-    problems = []
+def _lay_over(
+    values: dict[str, dict[str, Any]], more: dict[str, Any], sections: Sections
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """`values` with the settings of `more` on top, section by section; and the problems found in `more`."""
+    merged, problems = dict(values), []
     for section, settings in more.items():
         if section not in sections:
             near = did_you_mean(section, sections)
@@ -153,5 +156,5 @@ def _lay_over(values: dict[str, dict[str, Any]], more: dict[str, Any], sections:
         elif settings is not None and not isinstance(settings, dict):
             problems.append(f"{section} = {settings!r} is not allowed; it takes settings, one per line below it")
         else:
-            values.setdefault(section, {}).update(settings or {})
-    return problems
+            merged[section] = {**values.get(section, {}), **(settings or {})}
+    return merged, problems

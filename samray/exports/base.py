@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,7 +14,7 @@ from samray.exports import names
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from samray.exports.pieces import Done, Files, Job, Piece
+    from samray.exports.pieces import Files, Job, Piece
 
 IMAGES_PER_PIECE: Final = 128
 """Images per piece: sa1b --tar and coco hold a piece in memory as text, of which polygons are the longest."""
@@ -79,8 +79,8 @@ class Format:
     help: str
     """One line for `samray export --help`."""
     options: type[ExportOptions] = ExportOptions
-    write: Callable[[Job[Any], Piece, Iterator[pa.Table], Done], Files]
-    """Write the files of a piece, from its rows that did not fail."""
+    write: Callable[[Job[Any], Piece, Iterable[pa.Table]], Files]
+    """Yield the files of a piece, from its rows that did not fail."""
     sizes: Callable[[Any], tuple[int, int | None]] = _whole_pieces
     """From the options: images per piece, and images per assembled file (None: one file for all)."""
     names_files: bool = False

@@ -19,7 +19,7 @@ A piece makes two fragments, images and annotations, because a COCO file has all
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import Field
@@ -28,14 +28,14 @@ from samray import __version__
 from samray.exports import review
 from samray.exports.base import IMAGES_PER_PIECE, ExportOptions, Format
 from samray.exports.images import LabelledImage, images_of
-from samray.exports.pieces import read_fragments
+from samray.exports.pieces import LeftOut, read_fragments
 from samray.rle.polygons import join, outlines
 from samray.rle.runs import runs_of_image
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from samray.exports.pieces import Done, Files, Job, Piece
+    from samray.exports.pieces import Files, Job, Piece
 
 CATEGORY: Final = {"id": 1, "name": "object", "supercategory": "object"}
 
@@ -56,19 +56,20 @@ class CocoOptions(ExportOptions):
         return self.confident is not None or self.stable is not None
 
 
-def write(job: Job[CocoOptions], piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
+def write(job: Job[CocoOptions], piece: Piece, tables: Iterable[pa.Table]) -> Files:
     """Write the piece's images and annotations, as the contents of two JSON lists."""
     images: list[str] = []
     annotations: list[str] = []
     left_to_do: list[str] = []
+    num_left_out = 0
     options = job.options
     for table in tables:
         for image in images_of(table):
             if options.for_review:
                 sure = review.only_sure(image, options.confident, options.stable)
-                left_to_do.append(review.line(sure, num_left_out := len(image.ids) - len(sure.ids)))
-                done.num_masks -= num_left_out
-                done.num_left_out += num_left_out
+                num_unsure = len(image.ids) - len(sure.ids)
+                left_to_do.append(review.line(sure, num_unsure))
+                num_left_out += num_unsure
                 image = sure
             images.append(json.dumps(_image(image)))
             annotations += map(json.dumps, _annotations(image, options))
@@ -76,6 +77,7 @@ def write(job: Job[CocoOptions], piece: Piece, tables: Iterator[pa.Table], done:
     yield piece.fragment("annotations"), ",\n".join(annotations).encode()
     if options.for_review:
         yield piece.fragment("review"), "\n".join(left_to_do).encode()
+    return LeftOut(num_masks=num_left_out)
 
 
 def _image(image: LabelledImage) -> dict[str, Any]:

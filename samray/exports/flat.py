@@ -5,7 +5,7 @@ With --partitions N the files are in N Hive folders, `image_bucket=K` with K = i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from samray.exports.base import ExportOptions, Format
+from samray.exports.pieces import LeftOut
 
 if TYPE_CHECKING:
-    from samray.exports.pieces import Done, Files, Job, Piece
+    from samray.exports.pieces import Files, Job, Piece
 
 FLAT: Final = pa.schema(
     [
@@ -50,7 +51,7 @@ class FlatOptions(ExportOptions):
     """Number of Hive folders image_bucket=K, with K = image_id mod this number."""
 
 
-def write(job: Job[FlatOptions], piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
+def write(job: Job[FlatOptions], piece: Piece, tables: Iterable[pa.Table]) -> Files:
     """Write the piece's masks: one Parquet file, or one in each folder that has any."""
     buckets = job.options.partitions
     writers: dict[int, tuple[pa.BufferOutputStream, pq.ParquetWriter]] = {}
@@ -78,6 +79,7 @@ def write(job: Job[FlatOptions], piece: Piece, tables: Iterator[pa.Table], done:
         writer.close()
         folder = f"image_bucket={bucket}/" if buckets else ""
         yield f"{folder}part-{piece.number:06d}.parquet", bytes(sink.getvalue())
+    return LeftOut()
 
 
 def _by_bucket(rows: pa.Table, buckets: int) -> Iterator[tuple[int, pa.Table]]:

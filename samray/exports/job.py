@@ -27,7 +27,7 @@ from samray.exports.checks import check_rows
 from samray.exports.formats import FORMATS, find_format
 from samray.exports.images import Rows, read_rows
 from samray.exports.names import ENDINGS, FOLDER, shared_stems
-from samray.exports.pieces import Done, Files, Job, Piece, cut
+from samray.exports.pieces import Done, Files, Job, LeftOut, Piece, cut, put_each
 from samray.output.append import stale_shards
 from samray.output.plan import Plan
 from samray.output.shards import FOLDER as SHARDS
@@ -191,38 +191,55 @@ def find_done(job: Job[Any], pieces: list[Piece]) -> dict[int, Done]:
 
 def run_piece(job: Job[Any], piece: Piece) -> Done:
     """Write the piece's files and then its mark. Raises: ConfigError, StorageError."""
-    done = Done(piece.number)
-    for name in _put_all(job.dest, FORMATS[job.format].write(job, piece, _labelled(job, piece, done), done)):
-        done.files.append(name)
+    rows = _SoundRows(job, piece)
+    files, left_out = _put_all(job.dest, FORMATS[job.format].write(job, piece, rows))
+    done = Done(
+        piece.number,
+        num_images=rows.num_images,
+        num_masks=rows.num_masks - left_out.num_masks,
+        num_left_out=left_out.num_masks,
+        num_failed=rows.num_failed,
+        num_unreadable=left_out.num_photos,
+        files=files,
+    )
     storage.put(storage.join(job.dest, piece.mark), json.dumps(asdict(done)).encode())
     return done
 
 
-def _labelled(job: Job[Any], piece: Piece, done: Done) -> Iterator[pa.Table]:
-    """The rows of images that did not fail; counts them on the way."""
-    for table in read_rows(job.plan.output, piece.rows):
-        ok = table.filter(pc.equal(table["status"], "ok"))
-        done.num_images += ok.num_rows
-        done.num_failed += table.num_rows - ok.num_rows
-        done.num_masks += pc.sum(pc.list_value_length(ok["annotations"])).as_py() or 0
-        if ok.num_rows:
-            check_rows(ok)
-            yield ok
+class _SoundRows:
+    """The rows of a piece's images that did not fail. Counts them while they are read, so that none is kept."""
+
+    def __init__(self, job: Job[Any], piece: Piece) -> None:
+        self._output, self._rows = job.plan.output, piece.rows
+        self.num_images = self.num_failed = self.num_masks = 0
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        for table in read_rows(self._output, self._rows):
+            ok = table.filter(pc.equal(table["status"], "ok"))
+            self.num_images += ok.num_rows
+            self.num_failed += table.num_rows - ok.num_rows
+            self.num_masks += pc.sum(pc.list_value_length(ok["annotations"])).as_py() or 0
+            if ok.num_rows:
+                check_rows(ok)
+                yield ok
 
 
-def _put_all(dest: str, files: Files) -> Iterator[str]:
-    """Write the files, several at a time: each waits for the disk or the network. Yields the names written."""
-    waiting: deque[tuple[str, Future[None]]] = deque()
+def _put_all(dest: str, files: Files) -> tuple[list[str], LeftOut]:
+    """Write the files, several at a time: each waits for the disk or the network. Returns their names."""
+    names: list[str] = []
+    waiting: deque[Future[None]] = deque()
     with ThreadPoolExecutor(_PUT_THREADS) as pool:
-        for name, data in files:
-            waiting.append((name, pool.submit(storage.put, storage.join(dest, name), data)))
-            if len(waiting) > _PUT_THREADS:
-                first, future = waiting.popleft()
-                future.result()
-                yield first
-        for name, future in waiting:
+
+        def put(name: str, data: bytes) -> None:
+            names.append(name)
+            waiting.append(pool.submit(storage.put, storage.join(dest, name), data))
+            if len(waiting) > _PUT_THREADS:  # no more than these are in memory
+                waiting.popleft().result()
+
+        left_out = put_each(files, put)
+        for future in waiting:
             future.result()
-            yield name
+    return names, left_out
 
 
 # --- after ----------------------------------------------------------------------------------------------------------

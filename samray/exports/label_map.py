@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
@@ -19,12 +19,13 @@ from PIL import Image
 from samray.errors import ConfigError
 from samray.exports.base import ExportOptions, Format
 from samray.exports.images import LabelledImage, images_of
+from samray.exports.pieces import LeftOut
 from samray.rle.runs import runs_of_image, spans
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from samray.exports.pieces import Done, Files, Job, Piece
+    from samray.exports.pieces import Files, Job, Piece
 
 MAX_LABEL: Final = 65535
 MAX_PIXELS: Final = 2**28
@@ -36,7 +37,7 @@ class LabelMapOptions(ExportOptions):
     """If masks overlap, show the smaller one (area) or the better one (predicted_iou)."""
 
 
-def write(job: Job[LabelMapOptions], piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
+def write(job: Job[LabelMapOptions], piece: Piece, tables: Iterable[pa.Table]) -> Files:
     """Write the piece's PNG and JSON files. Raises: ConfigError if an image has more masks than there are labels."""
     for table in tables:
         for image in images_of(table):
@@ -49,6 +50,7 @@ def write(job: Job[LabelMapOptions], piece: Piece, tables: Iterator[pa.Table], d
             stem = job.stem(image)
             yield f"{stem}.png", buffer.getvalue()
             yield f"{stem}.json", json.dumps(about).encode()
+    return LeftOut()
 
 
 def label_map(image: LabelledImage, on_top: str) -> npt.NDArray[np.uint16]:

@@ -16,7 +16,7 @@ from samray.inputs.decode import is_of_size
 from samray.inputs.listing import fetch_images
 
 if TYPE_CHECKING:
-    from samray.exports.pieces import Done, Job, Piece
+    from samray.exports.pieces import Job, Piece
 
 _IMAGES_AT_ONCE: Final = 16
 
@@ -29,9 +29,9 @@ class Photo(NamedTuple):
 
 
 def photos_of(
-    job: Job[Any], piece: Piece, images: Iterable[LabelledImage], done: Done, *, copy: bool
+    job: Job[Any], piece: Piece, images: Iterable[LabelledImage], *, copy: bool
 ) -> Iterator[tuple[LabelledImage, Photo | None]]:
-    """The images, each with its bytes if copy asks for them and their size is still as it was labelled.
+    """The images, each with its bytes; None without copy, or if it cannot be read any more at the size it was labelled.
 
     Raises: StorageError if the storage as a whole fails.
     """
@@ -46,7 +46,6 @@ def photos_of(
         rows = planned.take([place_of[image.image_id] for image in some])
         for image, data in zip(some, fetch_images(rows, config), strict=True):
             if isinstance(data, ImageError) or not is_of_size(data, image.width, image.height):
-                done.num_unreadable += 1
                 yield image, None
             else:
                 extension = extension_of(image.file_name)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from samray import storage
 from samray.exports.base import ExportOptions
@@ -12,8 +12,28 @@ from samray.exports.images import LabelledImage, Rows
 from samray.exports.names import FOLDER, stem_of
 from samray.output.plan import Plan
 
-Files = Iterator[tuple[str, bytes]]
-"""Names relative to DEST, with their content."""
+
+class LeftOut(NamedTuple):
+    """What a format left out of a piece."""
+
+    num_masks: int = 0
+    """Masks below the thresholds of confident and stable."""
+    num_photos: int = 0
+    """Images that could not be copied because they cannot be read any more."""
+
+
+Files = Generator[tuple[str, bytes], None, LeftOut]
+"""Yields names relative to DEST, with their content. Returns what was left out."""
+
+
+def put_each(files: Files, put: Callable[[str, bytes], object]) -> LeftOut:
+    """Call put for each file, in order. Returns what was left out."""
+    while True:
+        try:
+            name, data = next(files)
+        except StopIteration as end:
+            return cast(LeftOut, end.value)
+        put(name, data)
 
 
 Options = TypeVar("Options", bound=ExportOptions)

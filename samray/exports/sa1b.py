@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import Field, model_validator
@@ -18,11 +18,12 @@ from pydantic import Field, model_validator
 from samray.exports.base import IMAGES_PER_PIECE, ExportOptions, Format
 from samray.exports.images import LabelledImage, images_of
 from samray.exports.photos import photos_of
+from samray.exports.pieces import LeftOut, put_each
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from samray.exports.pieces import Done, Files, Job, Piece
+    from samray.exports.pieces import Files, Job, Piece
 
 
 class Sa1bOptions(ExportOptions):
@@ -40,28 +41,34 @@ class Sa1bOptions(ExportOptions):
         return self
 
 
-def write(job: Job[Sa1bOptions], piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
+def write(job: Job[Sa1bOptions], piece: Piece, tables: Iterable[pa.Table]) -> Files:
     """Write the piece's JSON files and images, or one tar of them."""
-    files = _members(job, piece, tables, done)
+    files = _members(job, piece, tables)
     if not job.options.tar:
-        yield from files
-        return
+        return (yield from files)
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        for name, data in files:
-            member = tarfile.TarInfo(name)  # without times and owners, the same images give the same bytes
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
+        left_out = put_each(files, lambda name, data: archive.addfile(_tar_header(name, data), io.BytesIO(data)))
     yield f"sa_{piece.number:06d}.tar", buffer.getvalue()
+    return left_out
 
 
-def _members(job: Job[Sa1bOptions], piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
+def _tar_header(name: str, data: bytes) -> tarfile.TarInfo:
+    header = tarfile.TarInfo(name)  # without times and owners, the same images give the same bytes
+    header.size = len(data)
+    return header
+
+
+def _members(job: Job[Sa1bOptions], piece: Piece, tables: Iterable[pa.Table]) -> Files:
+    num_unreadable = 0
     for table in tables:
-        for image, photo in photos_of(job, piece, images_of(table), done, copy=job.options.with_images):
+        for image, photo in photos_of(job, piece, images_of(table), copy=job.options.with_images):
             stem = job.stem(image)
             if photo is not None:
                 yield stem + photo.extension, photo.data
+            num_unreadable += job.options.with_images and photo is None
             yield f"{stem}.json", json.dumps(record_of(image)).encode()
+    return LeftOut(num_photos=num_unreadable)
 
 
 def record_of(image: LabelledImage) -> dict[str, Any]:

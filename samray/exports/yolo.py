@@ -10,7 +10,7 @@ name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import pyarrow.compute as pc
@@ -22,14 +22,14 @@ from samray.exports.base import ExportOptions, Format
 from samray.exports.images import LabelledImage, images_of
 from samray.exports.names import extension_of
 from samray.exports.photos import photos_of
-from samray.exports.pieces import read_fragments
+from samray.exports.pieces import LeftOut, read_fragments
 from samray.rle.polygons import join, outlines, simplified
 from samray.rle.runs import runs_of_image
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from samray.exports.pieces import Done, Files, Job, Piece
+    from samray.exports.pieces import Files, Job, Piece
 
 
 class YoloOptions(ExportOptions):
@@ -74,18 +74,22 @@ def _num_in_the_way(job: Job[YoloOptions]) -> int:
     return int(pc.sum(pc.match_substring_regex(file_names, _IN_THE_WAY)).as_py() or 0)
 
 
-def write(job: Job[YoloOptions], piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
+def write(job: Job[YoloOptions], piece: Piece, tables: Iterable[pa.Table]) -> Files:
     """Write the piece's label files and images, and its lines of train.txt."""
     lines = []
+    num_unreadable = 0
     for table in tables:
-        for image, photo in photos_of(job, piece, images_of(table), done, copy=job.options.with_images):
+        for image, photo in photos_of(job, piece, images_of(table), copy=job.options.with_images):
             stem = job.stems.get(image.image_id) or stem_of(image.file_name)
             if photo is not None:
                 yield f"images/{stem}{photo.extension}", photo.data
-            if photo is not None or not job.options.with_images:
+            if job.options.with_images and photo is None:
+                num_unreadable += 1  # and not in train.txt, which lists images that are there
+            else:
                 lines.append(f"./images/{stem}{photo.extension if photo else extension_of(image.file_name)}\n")
             yield f"labels/{stem}.txt", label_text(image, job.options.simplify).encode()
     yield piece.fragment("train"), "".join(lines).encode()
+    return LeftOut(num_photos=num_unreadable)
 
 
 def label_text(image: LabelledImage, tolerance: float | None) -> str:

@@ -48,6 +48,12 @@ class CocoImages:
     """COCO's id -> image index, for each file. A list of results uses the images of the other files."""
     samples: list[tuple[int, Any]] = field(default_factory=list)
     """The first annotations, each with its file index."""
+
+
+@dataclass
+class AnnotationCounts:
+    """What the annotations of all files are about."""
+
     num_known: int = 0
     """Number of annotations whose image exists."""
     num_unknown: int = 0
@@ -70,7 +76,12 @@ def read_images(source: Source) -> CocoImages:
             if (places or is_results) and key != "images" and len(found.samples) >= _SAMPLES:
                 break  # the annotations are read later
             if key == "images":
-                _add_image(found, number, places, value, storage.redact(uri))
+                image = _image_of(value, storage.redact(uri))
+                if image["id"] in places:
+                    raise ConfigError(f"{storage.redact(uri)} has two images with the id {reprlib.repr(image['id'])}")
+                places[image["id"]] = len(found.images)
+                found.images.append(image)
+                found.file_of.append(number)
             elif key in _ANNOTATIONS and len(found.samples) < _SAMPLES:
                 found.samples.append((number, value))
         if is_results:
@@ -86,15 +97,12 @@ def read_images(source: Source) -> CocoImages:
     return found
 
 
-def _add_image(found: CocoImages, number: int, places: dict[Any, int], value: Any, where: str) -> None:
+def _image_of(value: Any, where: str) -> dict[str, Any]:
+    """An element of `images`, as in `CocoImages.images`. Raises: ConfigError if it has no id."""
     id = _key(value.get("id")) if isinstance(value, dict) else None
     if id is None:
         raise ConfigError(f"{where} has an image without an id: {reprlib.repr(value)}")
-    if id in places:
-        raise ConfigError(f"{where} has two images with the id {reprlib.repr(id)}")
-    places[id] = len(found.images)
-    found.images.append({name: value.get(name) for name in ("width", "height", "file_name", "coco_url")} | {"id": id})
-    found.file_of.append(number)
+    return {name: value.get(name) for name in ("width", "height", "file_name", "coco_url")} | {"id": id}
 
 
 def _key(id: Any) -> int | str | None:
@@ -195,17 +203,19 @@ Shards = Iterator[tuple[int, int, dict[int, list[Any]]]]
 @contextmanager
 def sorted_annotations(
     source: Source, found: CocoImages, ends: list[int], todo: list[int], progress: Callable[[], None] = lambda: None
-) -> Iterator[Shards]:
+) -> Iterator[tuple[Shards, AnnotationCounts]]:
     """The annotations of each shard to do, after reading all of them; image indices as in `found.place_of`.
 
-    ends: index after the last image of each shard. progress is called from time to time while sorting. Updates
-    found.num_known, num_unknown and num_with_mask. Raises: ConfigError if they are not JSON, StorageError.
+    ends: index after the last image of each shard. progress is called from time to time while sorting.
+    Raises: ConfigError if they are not JSON, StorageError.
     """
     if not todo:
-        yield iter(())  # nothing to do, do not read the files
+        yield iter(()), AnnotationCounts()  # nothing to do, do not read the files
         return
-    with ExitStack() as boxes:
-        yield _shards(_sort(source, found, ends, todo, boxes, progress), ends)
+    with ExitStack() as stack:
+        boxes = _open_boxes(todo, stack)
+        counts = _sort(source, found, ends, boxes, progress)
+        yield _shards(boxes, ends), counts
 
 
 def _shards(boxes: list[tuple[BinaryIO, list[int]]], ends: list[int]) -> Shards:
@@ -222,39 +232,47 @@ def _shards(boxes: list[tuple[BinaryIO, list[int]]], ends: list[int]) -> Shards:
             yield shard, first, own
 
 
-def _sort(
-    source: Source, found: CocoImages, ends: list[int], todo: list[int], stack: ExitStack, progress: Callable[[], None]
-) -> list[tuple[BinaryIO, list[int]]]:
-    """Write the annotations of the shards to do into temporary files; returns the files, each with its shards, in
-    order.
+def _open_boxes(todo: list[int], stack: ExitStack) -> list[tuple[BinaryIO, list[int]]]:
+    """Temporary files for the annotations, each with its shards, in order. The stack closes them.
 
     The files have no name: they disappear if the process is killed.
     """
     boxes: list[tuple[BinaryIO, list[int]]] = []
-    box_of: dict[int, BinaryIO] = {}
     for number, shard in enumerate(sorted(todo)):
         if number * min(_MAX_BOXES, len(todo)) // len(todo) == len(boxes):
             file = TemporaryFile()  # noqa: SIM115
             boxes.append((cast(BinaryIO, stack.enter_context(file)), []))
         boxes[-1][1].append(shard)
-        box_of[shard] = boxes[-1][0]
+    return boxes
+
+
+def _sort(
+    source: Source,
+    found: CocoImages,
+    ends: list[int],
+    boxes: list[tuple[BinaryIO, list[int]]],
+    progress: Callable[[], None],
+) -> AnnotationCounts:
+    """Write the annotations into the files of their shards; those of shards that have no file are only counted."""
+    counts = AnnotationCounts()
+    box_of = {shard: box for box, shards in boxes for shard in shards}
     for uri, places in zip(source.files["json"].to_pylist(), found.place_of, strict=True):
         for number, (key, value) in enumerate(_items(uri)):
             if key not in _ANNOTATIONS:
                 continue
             place = _place_of(places, value)
             if place is None:
-                found.num_unknown += 1
-                found.example = reprlib.repr(value.get("image_id") if isinstance(value, dict) else value)
+                counts.num_unknown += 1
+                counts.example = reprlib.repr(value.get("image_id") if isinstance(value, dict) else value)
                 continue
-            found.num_known += 1
-            found.num_with_mask += bool(value.get("segmentation"))
+            counts.num_known += 1
+            counts.num_with_mask += bool(value.get("segmentation"))
             box = box_of.get(bisect_right(ends, place))
             if box is not None:
                 box.write(b"%d\t%s\n" % (place, _dumped(value, uri)))
             if number % 10_000 == 0:
                 progress()
-    return boxes
+    return counts
 
 
 def _dumped(value: Any, uri: str) -> bytes:
@@ -264,16 +282,16 @@ def _dumped(value: Any, uri: str) -> bytes:
         raise ConfigError(f"{storage.redact(uri)} has an annotation that is nested too deeply") from error
 
 
-def refuse_if_nothing_is_kept(source: Source, found: CocoImages) -> None:
-    """Raises: ConfigError if there are annotations, but none can make a mask. Call it after sorting all of them."""
+def refuse_if_nothing_is_kept(source: Source, found: CocoImages, counts: AnnotationCounts) -> None:
+    """Raises: ConfigError if there are annotations, but none can make a mask."""
     where = f"SOURCE {storage.redact(source.uri)}"
-    if found.num_unknown and not found.num_known:
+    if counts.num_unknown and not counts.num_known:
         raise ConfigError(
-            f"{where}: none of its {found.num_unknown:,} annotations belongs to one of its {len(found.images):,} "
-            f"images; an image_id is {found.example}, an image has the id {reprlib.repr(found.images[0]['id'])}"
+            f"{where}: none of its {counts.num_unknown:,} annotations belongs to one of its {len(found.images):,} "
+            f"images; an image_id is {counts.example}, an image has the id {reprlib.repr(found.images[0]['id'])}"
         )
-    if found.num_known and not found.num_with_mask:
+    if counts.num_known and not counts.num_with_mask:
         raise ConfigError(
-            f"{where}: none of its {found.num_known:,} annotations has a mask in `segmentation` (polygons or RLE); "
+            f"{where}: none of its {counts.num_known:,} annotations has a mask in `segmentation` (polygons or RLE); "
             "boxes alone are not imported; `samray label ... input.prompts=boxes.jsonl` makes masks from boxes"
         )

@@ -67,7 +67,7 @@ def correct(
     settings = {**options, "bbox_convention": plan.run["identity"].get("masks", {}).get("bbox_convention", "coco")}
     view = ProgressView(plan.num_images, num_done, enabled=progress)
     view.note = "correcting"
-    with view, coco.sorted_annotations(found, in_coco, ends, todo, view.update) as shards:
+    with view, coco.sorted_annotations(found, in_coco, ends, todo, view.update) as (shards, counts):
         target = _plan(plan, dest, found, fingerprint, options, per_shard)
         report = ImportReport(
             output=storage.redact(target.output),
@@ -90,7 +90,7 @@ def correct(
             report.changes = dict(Counter(report.changes) + changes)
             num_done += target.num_images_of(shard)
             view.update(num_done=num_done, num_failed=report.num_failed)
-    report.num_dropped += in_coco.num_unknown
+    report.num_dropped += counts.num_unknown
     refuse_replaced(plan, fingerprint, target.output)
     mark_success(target.output, num_images=target.num_images, num_failed=report.num_failed)
     report.wall_s = time.monotonic() - started

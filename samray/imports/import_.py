@@ -112,12 +112,13 @@ class _Job:
         num_done = sum(ends[shard] - (ends[shard - 1] if shard else 0) for shard in done)
         view = ProgressView(num_images, num_done, enabled=progress)
         view.note = "importing"
+        counts = coco.AnnotationCounts()
         with view, ExitStack() as stack:
             annotations: coco.Shards = iter(())
             if self.in_coco is not None:  # read completely before anything is written
                 sorted_ = coco.sorted_annotations(source, self.in_coco, ends, todo, view.update)
-                annotations = stack.enter_context(sorted_)
-                coco.refuse_if_nothing_is_kept(source, self.in_coco)
+                annotations, counts = stack.enter_context(sorted_)
+                coco.refuse_if_nothing_is_kept(source, self.in_coco, counts)
             if plan is None:
                 plan, report.warning = self._new_plan(identity)
             for failures in failures_of_shards(plan.output, done).values():
@@ -127,8 +128,7 @@ class _Job:
                 report.add(summary, num_dropped)
                 num_done += plan.num_images_of(summary.shard)
                 view.update(num_done=num_done, num_failed=report.num_failed)
-        if self.in_coco is not None:
-            report.num_dropped += self.in_coco.num_unknown
+        report.num_dropped += counts.num_unknown
         report.warning = self._refuse_if_all_was_dropped(plan, report, done) or report.warning
         mark_success(plan.output, num_images=plan.num_images, num_failed=report.num_failed)
         return report

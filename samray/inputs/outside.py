@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import os
 import re
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, Final
 
 import pyarrow as pa
@@ -47,9 +48,9 @@ def problems_of(places: pa.ChunkedArray, folder: str, *, allow_outside: bool) ->
 
     places: normalized URIs, of containers for images in archives. folder: where local files must be.
     """
-    verdicts: dict[str, str | None] = {}
     parts = [places.slice(start, _ROWS_AT_ONCE) for start in range(0, len(places), _ROWS_AT_ONCE)]
-    found = [_problems_of_part(part, folder, allow_outside, verdicts) for part in parts]
+    problem_of = cache(partial(server_problem, folder=folder, allow_outside=allow_outside))  # looks names up
+    found = [_problems_of_part(part, folder, allow_outside, problem_of) for part in parts]
     if all(problems is None for problems in found):
         return None
     nulls = (pa.chunked_array([pa.nulls(len(part), pa.string())]) for part in parts)
@@ -58,7 +59,7 @@ def problems_of(places: pa.ChunkedArray, folder: str, *, allow_outside: bool) ->
 
 
 def _problems_of_part(
-    places: pa.ChunkedArray, folder: str, allow_outside: bool, verdicts: dict[str, str | None]
+    places: pa.ChunkedArray, folder: str, allow_outside: bool, problem_of: Callable[[str], str | None]
 ) -> pa.ChunkedArray | None:
     shared = _shared_start(places)
     if storage.is_local(folder) and any(shared.startswith(storage.join(root, "")) for root in _spellings(folder)):
@@ -68,13 +69,10 @@ def _problems_of_part(
     else:
         servers = pc.struct_field(pc.extract_regex(places, _SERVER), "server")
     named = [server for server in pc.unique(servers).to_pylist() if server]
-    for server in named:
-        if server not in verdicts:
-            verdicts[server] = server_problem(server, folder, allow_outside=allow_outside)
-    refused = [server for server in named if verdicts[server]]
+    refused = [server for server in named if problem_of(server)]
     problems = None
     if refused:
-        texts = pa.array([verdicts[server] for server in refused], pa.string())
+        texts = pa.array([problem_of(server) for server in refused], pa.string())
         problems = pc.take(texts, pc.index_in(servers, value_set=pa.array(refused, pa.string())))
     if allow_outside:
         return problems

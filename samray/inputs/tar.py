@@ -104,9 +104,8 @@ def index_tar(uri: str, extensions: tuple[str, ...]) -> TarIndex:
 
     Raises: StorageError, FileError if the file cannot be read.
     """
-    index = TarIndex()
     try:
-        entries = _entries(uri, index)
+        entries, index = _read(uri)
     except OSError as error:
         raise FileError(f"cannot read {storage.redact(uri)}: {error}") from error
     for name, entry in entries.items():
@@ -119,11 +118,13 @@ def index_tar(uri: str, extensions: tuple[str, ...]) -> TarIndex:
     return index
 
 
-def _entries(uri: str, index: TarIndex) -> dict[str, TarMember | _Link]:
-    """The files and links of the archive by name, the last of each."""
+def _read(uri: str) -> tuple[dict[str, TarMember | _Link], TarIndex]:
+    """The files and links of the archive by name, the last of each; and an index still without members."""
     entries: dict[str, TarMember | _Link] = {}
+    index = TarIndex()
     with storage.open_read(uri) as stream:
-        for info, num_stored in _headers(stream, uri, index):
+        headers = _Headers(stream, uri)
+        for info, num_stored in headers:
             name = _clean(info.name)
             entry = _entry_of(info, name, num_stored, entries)
             if entry is None:
@@ -133,7 +134,10 @@ def _entries(uri: str, index: TarIndex) -> dict[str, TarMember | _Link]:
             if entries.pop(name, None) is not None:  # the last one determines the order
                 index.skipped.add_name(REPLACED, name)
             entries[name] = entry
-    return entries
+    index.damage = headers.damage
+    if headers.not_tar is not None:
+        index.skipped.add(UNUSABLE, headers.not_tar)
+    return entries, index
 
 
 def _clean(name: str) -> str:
@@ -216,50 +220,55 @@ class _HeaderStream:
         return self._stream.tell()
 
 
-def _headers(stream: BinaryIO, uri: str, index: TarIndex) -> Iterator[tuple[tarfile.TarInfo, int]]:
-    """The headers of an archive and of those after its end marks, each with the number of bytes stored for it.
+class _Headers:
+    """The headers of an archive and of those after its end marks, each with the number of bytes stored for it."""
 
-    Errors go into `index.damage`.
-    """
-    where = storage.redact(uri)
-    size = stream.seek(0, 2)
-    stream.seek(0)
-    if size == 0:
-        index.damage = f"{where} is empty (0 bytes), not a tar"
-        return
-    start = end = 0
-    last = "its start"
-    while True:
-        bounded = _HeaderStream(stream, size)
-        try:
-            archive = tarfile.TarFile(fileobj=cast(Any, bounded), mode="r", errorlevel=1, encoding="utf-8")
-            while (info := archive.next()) is not None:
-                cast(Any, archive).members.clear()  # tarfile would keep them all
-                if archive.offset <= end or len(archive.pax_headers) > _MAX_GLOBAL_HEADERS:
-                    raise tarfile.ReadError("its header leads backwards or is too long")
-                end, last = archive.offset, _clean(info.name)[-200:]
-                bounded.budget = _MAX_HEADER_BYTES
-                yield info, end - info.offset_data
-        except _PARSE_ERRORS as error:
-            damage = " ".join(str(error).split())[:200] or type(error).__name__
-        else:
-            # tarfile stops silently at an unreadable header; only a block of zeros or the end of the file is a real
-            # end.
-            stream.seek(end)
-            damage = "what follows is not a tar header" if stream.read(_BLOCK).strip(b"\0") else ""
-        if end >= size:  # also for a truncated last member
+    def __init__(self, stream: BinaryIO, uri: str) -> None:
+        self._stream, self._where = stream, storage.redact(uri)
+        self.damage: str | None = None
+        """Set at the end of iteration: why no header was read after the last one, as a sentence."""
+        self.not_tar: str | None = None
+        """Set at the end of iteration: what follows an end mark and is not a tar, as a sentence."""
+
+    def __iter__(self) -> Iterator[tuple[tarfile.TarInfo, int]]:
+        stream, where = self._stream, self._where
+        size = stream.seek(0, 2)
+        stream.seek(0)
+        if size == 0:
+            self.damage = f"{where} is empty (0 bytes), not a tar"
             return
-        if damage and start == end > 0:  # tapes and disk images have old data there
-            rest = f"{where}: {size - end} bytes after its end mark (from byte {end} on) are not a tar"
-            index.skipped.add(UNUSABLE, rest)
-            return
-        if damage:
-            index.damage = _damage(where, last, end, damage)
-            return
-        following = _next_data(stream, end, size)
-        if following is None:
-            return
-        start = end = stream.seek(following)
+        start = end = 0
+        last = "its start"
+        while True:
+            bounded = _HeaderStream(stream, size)
+            try:
+                archive = tarfile.TarFile(fileobj=cast(Any, bounded), mode="r", errorlevel=1, encoding="utf-8")
+                while (info := archive.next()) is not None:
+                    cast(Any, archive).members.clear()  # tarfile would keep them all
+                    if archive.offset <= end or len(archive.pax_headers) > _MAX_GLOBAL_HEADERS:
+                        raise tarfile.ReadError("its header leads backwards or is too long")
+                    end, last = archive.offset, _clean(info.name)[-200:]
+                    bounded.budget = _MAX_HEADER_BYTES
+                    yield info, end - info.offset_data
+            except _PARSE_ERRORS as error:
+                damage = " ".join(str(error).split())[:200] or type(error).__name__
+            else:
+                # tarfile stops silently at an unreadable header; only a block of zeros or the end of the file is a real
+                # end.
+                stream.seek(end)
+                damage = "what follows is not a tar header" if stream.read(_BLOCK).strip(b"\0") else ""
+            if end >= size:  # also for a truncated last member
+                return
+            if damage and start == end > 0:  # tapes and disk images have old data there
+                self.not_tar = f"{where}: {size - end} bytes after its end mark (from byte {end} on) are not a tar"
+                return
+            if damage:
+                self.damage = _damage(where, last, end, damage)
+                return
+            following = _next_data(stream, end, size)
+            if following is None:
+                return
+            start = end = stream.seek(following)
 
 
 def _damage(where: str, last: str, end: int, said: str) -> str:

@@ -73,9 +73,15 @@ def verify(output: str, deep: bool = False) -> VerifyReport:
             report.problems.append(f"{shards.FOLDER}/{shards.shard_name(shard)} is missing")
             continue
         report.num_shards += 1
-        found = list(_check_shard(plan, shard, deep, report, success, images))
-        more = len(found) - _PROBLEMS_PER_SHARD
-        report.problems += found[:_PROBLEMS_PER_SHARD]
+        checked = _check_shard(plan, shard, deep, success)
+        report.num_images += checked.num_images
+        report.num_masks += checked.num_masks
+        report.num_failed += checked.num_failed
+        report.num_without_checksum += checked.without_checksum
+        if checked.columns is not None:
+            images.add(shard, checked.columns)
+        more = len(checked.problems) - _PROBLEMS_PER_SHARD
+        report.problems += checked.problems[:_PROBLEMS_PER_SHARD]
         if more > 0:
             report.problems.append(f"{shards.shard_name(shard)}: {more} more problems")
     report.problems += images.duplicates(plan)
@@ -124,38 +130,54 @@ def _check_success(plan: Plan, num_done: int, success: shards.Success | None) ->
         )
 
 
-def _check_shard(
-    plan: Plan, shard: int, deep: bool, report: VerifyReport, success: shards.Success | None, images: _Images
-) -> Iterator[str]:
+@dataclass
+class _Checked:
+    """Result of checking one shard."""
+
+    problems: list[str] = field(default_factory=list)
+    num_images: int = 0
+    num_masks: int = 0
+    num_failed: int = 0
+    without_checksum: bool = False
+    columns: pa.Table | None = None
+    """Columns image_id and uri; None if they cannot be read."""
+
+
+def _check_shard(plan: Plan, shard: int, deep: bool, success: shards.Success | None) -> _Checked:
     name = shards.shard_name(shard)
     try:
         data = storage.read_bytes(shards.shard_uri(plan.output, shard))
     except NotFoundError:
-        yield f"{name} was deleted during the check"
-        return
+        return _Checked([f"{name} was deleted during the check"])
     intact = is_intact(data)
     if intact is False:
-        yield f"{name} is damaged: its checksum does not match; delete it and run the same command again"
-        return
-    report.num_without_checksum += intact is None
+        return _Checked([f"{name} is damaged: its checksum does not match; delete it and run the same command again"])
+    checked = _Checked(without_checksum=intact is None)
     try:
         file = open_parquet(data)
         table = file.read()
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError) as error:
-        yield f"{name} cannot be read as Parquet: {error}"
-        return
-    report.num_images += table.num_rows
+        checked.problems.append(f"{name} cannot be read as Parquet: {error}")
+        return checked
+    checked.num_images = table.num_rows
     if not table.schema.equals(schema_of(plan.run)):
-        yield f"{name} has columns or types that samray does not write: {table.schema.names}"
-        return
+        checked.problems.append(f"{name} has columns or types that samray does not write: {table.schema.names}")
+        return checked
     recorded = success.digests[shard : shard + 1] if success else ()
     if recorded and recorded[0] not in (None, seal_of(file.metadata)):
-        yield f"{name} was replaced after {shards.SUCCESS} was written; run the same command again"
+        checked.problems.append(f"{name} was replaced after {shards.SUCCESS} was written; run the same command again")
+    checked.num_failed = pc.sum(pc.equal(table["status"], "failed")).as_py() or 0
+    checked.num_masks = pc.sum(pc.list_value_length(table["annotations"])).as_py() or 0
+    checked.columns = pa.table({"image_id": pc.struct_field(table["image"], "image_id"), "uri": table["uri"]})
+    checked.problems += _check_rows(plan, shard, file, table, deep)
+    return checked
+
+
+def _check_rows(plan: Plan, shard: int, file: pq.ParquetFile, table: pa.Table, deep: bool) -> Iterator[str]:
+    """Check what a shard of the right schema says against the plan and against itself."""
+    name = shards.shard_name(shard)
     try:
-        report.num_failed += pc.sum(pc.equal(table["status"], "failed")).as_py() or 0
-        report.num_masks += pc.sum(pc.list_value_length(table["annotations"])).as_py() or 0
-        images.add(shard, table)
         yield from _check_metadata(plan, shard, table)
         yield from _check_statistics(name, file, table)
         yield from check_planned(name, plan.read_shard(shard), table)
@@ -200,18 +222,18 @@ def _check_statistics(name: str, file: pq.ParquetFile, table: pa.Table) -> Itera
         "status": table["status"],
     }
     footer = file.metadata
-    for place in range(footer.num_columns):
-        path, start = footer.schema.column(place).path, 0
+    for column in range(footer.num_columns):
+        path, start = footer.schema.column(column).path, 0
         for group in range(footer.num_row_groups if path in columns else 0):
             num_rows = footer.row_group(group).num_rows
             values = columns[path].slice(start, num_rows)
             start += num_rows
-            held = footer.row_group(group).column(place).statistics
-            if held is None:
+            statistics = footer.row_group(group).column(column).statistics
+            if statistics is None:
                 continue
             true = pc.min_max(values).as_py()
-            wrong = held.has_min_max and (held.min, held.max) != (true["min"], true["max"])
-            if wrong or (held.has_null_count and held.null_count != values.null_count):
+            wrong = statistics.has_min_max and (statistics.min, statistics.max) != (true["min"], true["max"])
+            if wrong or (statistics.has_null_count and statistics.null_count != values.null_count):
                 yield f"{name}: the statistics of {path} in row group {group} are wrong; lookups would miss images"
 
 
@@ -223,12 +245,13 @@ class _Images:
         self._ids: list[npt.NDArray[np.int64]] = []
         self._uris: list[npt.NDArray[np.int64]] = []
 
-    def add(self, shard: int, table: pa.Table) -> None:
-        ids = pc.fill_null(pc.struct_field(table["image"], "image_id"), -1)
+    def add(self, shard: int, columns: pa.Table) -> None:
+        """columns: image_id and uri of the shard's rows."""
+        ids = pc.fill_null(columns["image_id"], -1)
         self._shards.append(shard)
         self._ids.append(np.asarray(ids.to_numpy(), np.int64))
         # Python hashes: 64 bits; equal hashes are compared again by value.
-        self._uris.append(np.array([hash(uri) for uri in table["uri"].to_pylist()], np.int64))
+        self._uris.append(np.array([hash(uri) for uri in columns["uri"].to_pylist()], np.int64))
 
     def duplicates(self, plan: Plan) -> Iterator[str]:
         """One sentence for each image_id and each URI that is in two shards, up to a limit of each."""
@@ -253,5 +276,6 @@ class _Images:
         shard_of = np.repeat(self._shards, [len(part) for part in values])
         order = np.argsort(flat, kind="stable")
         flat, shard_of = flat[order], shard_of[order]
-        for place in np.flatnonzero((flat[1:] == flat[:-1]) & (shard_of[1:] != shard_of[:-1])).tolist():
-            yield int(shard_of[place]), int(shard_of[place + 1]), int(flat[place])
+        # Equal values are neighbours now.
+        for index in np.flatnonzero((flat[1:] == flat[:-1]) & (shard_of[1:] != shard_of[:-1])).tolist():
+            yield int(shard_of[index]), int(shard_of[index + 1]), int(flat[index])

@@ -100,7 +100,7 @@ class LabelActor:
             logging.shutdown()
             os._exit(1)
         done.stage_seconds["fetch"] = batch["fetch_s"].to_pylist()[0]
-        self.figures.finish(done, self.labeler.num_workers)
+        done = self.figures.finish(done, self.labeler.num_workers)
         return self._row(
             {
                 "shard": shard,

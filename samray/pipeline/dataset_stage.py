@@ -84,7 +84,7 @@ class DatasetLabeler:
             for number, data in zip(_image_ids(batch), self._images(batch), strict=True)
         ]
         done = self.labeler.label(images, on_progress=lambda batch: self.figures.add(batch, self.labeler.num_workers))
-        self.figures.finish(done, self.labeler.num_workers)
+        done = self.figures.finish(done, self.labeler.num_workers)
         records = done.records
         errors = [record.error for record in records]
         batch = batch.append_column("annotations", pa.array([r.annotations for r in records], pa.list_(ANNOTATION)))

@@ -6,6 +6,7 @@ gauge that is set once per shard is missing from most scrapes.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import time
@@ -99,14 +100,13 @@ class ActorFigures:
         record("samray_device_held_seconds", (now - self._counted_to) * num_workers)
         self._counted_to = now
 
-    def finish(self, shard: Labelled, num_workers: int) -> None:
-        """Count the stages of a finished shard, and store the actor's lifetime for it in the shard."""
+    def finish(self, shard: Labelled, num_workers: int) -> Labelled:
+        """Count the stages of a finished shard. Returns it with the actor's lifetime since the one before."""
         now = time.monotonic()
         held_s, self._shard_from = now - self._shard_from, now
-        shard.held_seconds = held_s * num_workers
-        shard.gpu_seconds = held_s * reserved_gpus()
         record("samray_shard_seconds", held_s)
         record_stages(shard.stage_seconds)
+        return dataclasses.replace(shard, held_seconds=held_s * num_workers, gpu_seconds=held_s * reserved_gpus())
 
 
 def record_stages(stage_seconds: Mapping[str, float]) -> None:

@@ -73,11 +73,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 def to_meta_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Rename Hugging Face's keys and drop MobileSAM's classifier; keys with Meta's names are unchanged."""
     if _HF_SHARED_POSITIONS in state or any(key.startswith("vision_encoder.") for key in state):
-        tied = state.pop(_HF_TIED_POSITIONS, None)
-        if tied is not None and not torch.equal(state.setdefault(_HF_SHARED_POSITIONS, tied), tied):
+        tied = state.get(_HF_TIED_POSITIONS)
+        if tied is not None and not torch.equal(state.get(_HF_SHARED_POSITIONS, tied), tied):
             raise ConfigError(
                 f"{path}: {_HF_SHARED_POSITIONS} and {_HF_TIED_POSITIONS} differ; SAM has one table of positions"
             )
+        shared = {} if tied is None else {_HF_SHARED_POSITIONS: tied}
+        state = {key: value for key, value in (shared | state).items() if key != _HF_TIED_POSITIONS}
         return {meta_name(key): value for key, value in state.items()}
     return {key: value for key, value in state.items() if not _MOBILE_SAM_EXTRAS.search(key)}
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from pydantic import Field
 
 from samray.exports.base import ExportOptions, Format
 from samray.exports.images import images_of
-from samray.exports.pieces import Done, Files, Job, Piece, read_fragments
+from samray.exports.pieces import Files, Job, LeftOut, Piece, read_fragments
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,7 +22,7 @@ class CsvOptions(ExportOptions):
     """Write 0,9 instead of 0.9."""
 
 
-def write(job: Job[CsvOptions], piece: Piece, tables: Iterator[pa.Table], done: Done) -> Files:
+def write(job: Job[CsvOptions], piece: Piece, tables: Iterable[pa.Table]) -> Files:
     lines = []
     for table in tables:
         for image in images_of(table):
@@ -30,6 +30,7 @@ def write(job: Job[CsvOptions], piece: Piece, tables: Iterator[pa.Table], done: 
                 number = f"{iou:.{3 if job.options.digits is None else job.options.digits}f}"
                 lines.append(f"{image.file_name};{number.replace('.', ',') if job.options.decimal_comma else number}\n")
     yield piece.fragment("csv"), "".join(lines).encode()
+    return LeftOut()
 
 
 def assembled(job: Job[CsvOptions], file: int) -> list[str]:
