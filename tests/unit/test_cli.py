@@ -170,6 +170,7 @@ def test_errors_become_a_sentence_and_an_exit_code(
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_models_lists_all_and_where_they_come_from(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["models"]) == 0
     text = capsys.readouterr().out

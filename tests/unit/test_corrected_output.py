@@ -28,6 +28,7 @@ def corrected(tmp_path: Path) -> str:
     return str(tmp_path / "new")
 
 
+@pytest.mark.slow
 def test_every_loader_reads_a_corrected_output(corrected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
     import duckdb

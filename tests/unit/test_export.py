@@ -59,6 +59,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("format", "options"), CASES)
 def test_an_export_that_died_goes_on_and_redoes_nothing(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, options: dict[str, Any]

@@ -39,6 +39,8 @@ from tests.support import REPOSITORY
 from tests.support.handmade import HEIGHT, WIDTH, annotation, blob, write_output
 from tests.support.hostile import FAR, LIES, SIZES, SOUND, N, covering, rle, string_of
 
+pytestmark = pytest.mark.slow
+
 EXPORTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sa1b": ("sa1b", {}),
     "tar": ("sa1b", {"tar": True}),
@@ -135,7 +137,6 @@ def test_the_report_shows_the_others(hostile_output: Plan, tmp_path: Path) -> No
     assert main(["report", hostile_output.output, "--out", str(tmp_path / "report.html")]) == 0
 
 
-@pytest.mark.slow
 def test_one_process_meets_all_of_them_with_little_memory(tmp_path: Path) -> None:
     """Each command on an image of 2^30 pixels with masks from a few bytes, and on sizes that are refused."""
     script = """
@@ -313,7 +314,6 @@ def test_a_string_may_be_long_but_not_endless() -> None:
     assert run_lengths("0" * (MAX_CHARS + 1)) is None
 
 
-@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(

@@ -265,6 +265,7 @@ NAMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES.keys())
 def test_one_bad_name_stops_nothing(tmp_path: Path, name: str) -> None:
     """Import, report, and every export: the other image is there, and so is everything below DEST."""
@@ -322,6 +323,7 @@ def outside_names(tmp_path: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", outside_names(Path("/")))
 @pytest.mark.parametrize("format", ["coco", "sa1b"])
 def test_nothing_outside_is_read(

@@ -549,6 +549,7 @@ def test_fifos_sockets_and_devices_are_refused_unopened(tmp_path: Path) -> None:
             listed(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_folders_may_be_nested_more_deeply_than_calls(tmp_path: Path) -> None:
     here = os.getcwd()
     os.chdir(tmp_path)

@@ -23,6 +23,8 @@ from samray.inputs.tar import index_tar
 from samray.inputs.uri_rows import later_copies, merge_lists, rows_of_uris, with_distinct_names
 from samray.output.manifests import build_manifest
 
+pytestmark = pytest.mark.slow
+
 FAST = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 PART = st.sampled_from(["a", "b", ".", "..", "c.png", "d.JPG", "ü", "x y", "#?*", "~"])

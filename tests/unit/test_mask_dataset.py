@@ -320,6 +320,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     return large_output(tmp_path_factory.mktemp("large"))
 
 
+@pytest.mark.slow
 def test_random_access_reads_one_group_and_holds_a_few(large: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = shards.shard_uri(large.output, 0)
     footer = lookup.read_footer(uri, storage.file_size(uri))

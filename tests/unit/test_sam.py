@@ -146,6 +146,7 @@ def test_the_chunk_of_prompts_changes_nothing(
     torch.testing.assert_close(chunked.all_iou, whole.all_iou)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny", "vit_b"])
 @pytest.mark.parametrize("chunk", [1, 1000])
 def test_images_together_are_images_one_by_one(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
