@@ -23,6 +23,7 @@ import psutil
 import ray
 from filelock import FileLock, Timeout
 from ray._private import ray_constants, worker
+from ray._private.node import Node
 from ray._private.utils import get_num_cpus
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
@@ -134,6 +135,7 @@ def _start(folder: Path, **options: Any) -> None:
             with (
                 _environment(**{"PYTHONPATH": import_path, "RAY_BACKEND_LOG_LEVEL": level, _MARK: str(folder)}),
                 _on_loopback(),
+                _without_monitors(),
                 _no_log_level_notice(),
             ):
                 ray.init("local", include_dashboard=False, _temp_dir=str(folder / "ray"), **QUIET, **options)
@@ -219,6 +221,23 @@ def _on_loopback() -> Iterator[None]:
             yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def _without_monitors() -> Iterator[None]:
+    """Start no log monitor, since no worker's lines are shown, and no autoscaler, since no node can join.
+
+    `ray.init` has no options for this. Each is a Python process, and Ray waits for them one after the other.
+    """
+    unused = ("start_log_monitor", "start_monitor")
+    before = {name: getattr(Node, name) for name in unused}
+    try:
+        for name in unused:
+            setattr(Node, name, lambda node: None)
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(Node, name, method)
 
 
 def _end_ray(folder: Path) -> None:

@@ -251,13 +251,13 @@ class _NoInit(TorchFunctionMode):
 @cache
 def _shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """The expected tensors of a checkpoint for this model."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInit():
         return {key: tuple(value.shape) for key, value in Sam(spec).state_dict().items()}
 
 
 @cache
 def _num_parameters(spec: ModelSpec) -> int:
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInit():
         return sum(parameter.numel() for parameter in Sam(spec).parameters())
 
 

@@ -73,7 +73,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * size - 1, head_dim))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * size - 1, head_dim))
-        offsets = torch.arange(size)[:, None] - torch.arange(size)[None, :] + size - 1
+        # On the CPU even where only shapes are wanted: arithmetic on the meta device loads half of torch's compiler.
+        steps = torch.arange(size, device="cpu")
+        offsets = steps[:, None] - steps[None, :] + size - 1
         self.register_buffer("offsets", offsets, persistent=False)  # (size, size): query row x key row -> table row
 
     def forward(self, x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class PositionEncoding(nn.Module):
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
-        self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, num_features))
+        self.register_buffer("positional_encoding_gaussian_matrix", nn.init.normal_(torch.empty(2, num_features)))
 
     def forward(self, xy: Tensor) -> Tensor:
         """xy: (..., 2) in [0, 1]. Returns (..., 2 * num_features) float32, sines then cosines."""

@@ -70,7 +70,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, dim * 3)
         self.proj = nn.Linear(dim, dim)
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, window * window))
-        rows, cols = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
+        # On the CPU even where only shapes are wanted: arithmetic on the meta device loads half of torch's compiler.
+        steps = torch.arange(window, device="cpu")
+        rows, cols = torch.meshgrid(steps, steps, indexing="ij")
         rows, cols = rows.flatten(), cols.flatten()
         index = (rows[:, None] - rows[None, :]).abs() * window + (cols[:, None] - cols[None, :]).abs()
         self.register_buffer("attention_bias_idxs", index, persistent=False)

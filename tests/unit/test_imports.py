@@ -49,6 +49,11 @@ def test_sections_and_masks_need_no_torch() -> None:
     assert not loaded_by("import samray; samray.MaskConfig(); samray.load_config('sa1b')") & {"torch", "ray", "pyarrow"}
 
 
+def test_a_model_is_loaded_without_torchs_compiler() -> None:
+    """It and sympy take longer to import than the embedded model takes to load, in every process that labels."""
+    assert "sympy" not in loaded_by("from samray.sam.checkpoints import *; load_model('tiny'); list_models()")
+
+
 def test_public_names_resolve() -> None:
     assert sorted(samray.__all__) == sorted(samray._HOMES)
     assert set(samray.__all__) <= set(dir(samray))
