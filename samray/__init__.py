@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from samray.config import ClusterConfig, Config, MaskConfig, ModelConfig, OutputConfig, load_config
+    from samray.config.edges import EdgeConfig, EdgesConfig
     from samray.errors import ConfigError, ImageError, SamrayError, StorageError
     from samray.exports.export import ExportReport, export
     from samray.imports.import_ import import_
+    from samray.masks.edges import EdgeGenerator
     from samray.masks.generator import MaskGenerator
     from samray.masks.prompted import PromptedGenerator
     from samray.output.lookup import read_image
     from samray.output.mask_dataset import MaskDataset
     from samray.pipeline.dataset_stage import label_dataset
+    from samray.pipeline.edges import detect_edges
     from samray.pipeline.report import ImportReport, LabelReport
     from samray.pipeline.run import label
     from samray.prompts import Prompt
@@ -31,6 +34,8 @@ _HOMES = {
     "ModelConfig": "samray.config",
     "OutputConfig": "samray.config",
     "ClusterConfig": "samray.config",
+    "EdgeConfig": "samray.config.edges",
+    "EdgesConfig": "samray.config.edges",
     "load_config": "samray.config",
     "read_image": "samray.output.lookup",
     "MaskDataset": "samray.output.mask_dataset",
@@ -38,6 +43,7 @@ _HOMES = {
     "ImageError": "samray.errors",
     "SamrayError": "samray.errors",
     "StorageError": "samray.errors",
+    "EdgeGenerator": "samray.masks.edges",
     "MaskGenerator": "samray.masks.generator",
     "PromptedGenerator": "samray.masks.prompted",
     "Prompt": "samray.prompts",
@@ -46,6 +52,7 @@ _HOMES = {
     "LabelReport": "samray.pipeline.report",
     "export": "samray.exports.export",
     "import_": "samray.imports.import_",
+    "detect_edges": "samray.pipeline.edges",
     "label": "samray.pipeline.run",
     "label_dataset": "samray.pipeline.dataset_stage",
     "load_model": "samray.sam.checkpoints",
@@ -56,6 +63,7 @@ __all__ = [  # noqa: RUF022  (in the order one meets them; a test holds it equal
     "label",
     "label_dataset",
     "LabelReport",
+    "detect_edges",
     "export",
     "ExportReport",
     "import_",
@@ -66,11 +74,14 @@ __all__ = [  # noqa: RUF022  (in the order one meets them; a test holds it equal
     "MaskGenerator",
     "PromptedGenerator",
     "Prompt",
+    "EdgeGenerator",
     "Config",
     "MaskConfig",
     "ModelConfig",
     "OutputConfig",
     "ClusterConfig",
+    "EdgesConfig",
+    "EdgeConfig",
     "load_config",
     "SamrayError",
     "ConfigError",

@@ -20,6 +20,7 @@ from samray.cli import main as cli
 from samray.cli.help import EXIT_CODES
 from samray.config import SECTIONS, Sections, preset_names, preset_path, setting_rows
 from samray.config.base import as_typed
+from samray.config.edges import EDGE_SECTIONS
 from samray.sam.checkpoints import list_models
 from samray.train.settings import TRAIN_SECTIONS
 
@@ -154,6 +155,7 @@ def first_sentence(path: Path) -> str:
 GENERATED: dict[str, Callable[[], str]] = {
     "commands": commands,
     "settings": lambda: settings_tables(SECTIONS),
+    "edge-settings": lambda: settings_tables({"edges": EDGE_SECTIONS["edges"]}),
     "train-settings": lambda: settings_tables(TRAIN_SECTIONS),
     "presets": presets,
     "models": models,

@@ -26,6 +26,7 @@ from samray.cli.export import COMMANDS as EXPORT_COMMANDS
 from samray.cli.help import Command, CommandWithSettings, HelpfulGroup, refuse_expanded_glob, split_settings
 from samray.cli.output import COMMANDS, Output
 from samray.config import load_config
+from samray.config.edges import EDGE_SECTIONS, load_edges_config
 from samray.errors import ConfigError, SamrayError, StorageError
 from samray.train.settings import TRAIN_SECTIONS, load_train_settings
 
@@ -117,6 +118,65 @@ def label(
 
     try:
         report = label_with(
+            input,
+            output,
+            resolved,
+            retry_failed=retry_failed,
+            append=append,
+            redo_changed=redo_changed,
+            progress=not no_progress,
+            on_plan=print_plan,
+        )
+    except KeyboardInterrupt:  # pressed before the run handles it, or pressed twice
+        return _fail("interrupted; run the same command to resume", 130)
+    print_report(report)
+    return report.exit_code
+
+
+class EdgesCommand(CommandWithSettings):
+    """Lists the settings of edge detection in --help."""
+
+    sections = EDGE_SECTIONS
+    has_presets = False
+
+
+@app.command(cls=EdgesCommand)
+def edges(
+    input: Input,
+    output: Output,
+    settings: Settings = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    retry_failed: RetryFailed = False,
+    append: Append = False,
+    redo_changed: RedoChanged = False,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join; same as cluster.address=...")] = None,
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="Do not show progress.")] = False,
+) -> int:
+    """Write an edge map of every image of INPUT to OUTPUT/edges/, by the zero-shot method of the SAM paper.
+
+    The map of a/1.jpg is OUTPUT/edges/a/1.png: grey, as large as the image, brighter for stronger edges. OUTPUT also
+    has one row per image with its status. To resume, run the same command again. Measure with `samray evaluate edges`.
+
+    Examples:
+
+      samray edges photos/ out/
+
+      samray edges s3://bucket/photos s3://bucket/out model.name=vit_h cluster.num_gpus_per_actor=1 edges.bits=16
+    """
+    overrides, (input, output, *extra) = split_settings(
+        [input, output, *(settings or ())], ["INPUT", "OUTPUT"], EDGE_SECTIONS
+    )
+    refuse_expanded_glob([input, output, *extra])
+    overrides += extra  # not settings: load_edges_config reports them
+    if address is not None:
+        overrides.append(f"cluster.address={address}")
+    resolved = load_edges_config(config, overrides)
+    from samray.cli.plan_view import print_plan
+    from samray.pipeline.edges import detect_edges_with
+    from samray.pipeline.report import print_report
+
+    try:
+        report = detect_edges_with(
             input,
             output,
             resolved,

@@ -55,6 +55,8 @@ class EdgesConfig(Config):
 
     @model_validator(mode="after")
     def _masks_follow_the_edges(self) -> EdgesConfig:
+        if self.input.prompts is not None:
+            raise ValueError("input.prompts does not apply to edges: the prompts are a grid, edges.points_per_side")
         self.__dict__["masks"] = self.edges.masks().for_model(self.model.name)  # frozen, but not in use yet
         return self
 

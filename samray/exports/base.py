@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import BaseModel, ValidationError
 
 from samray.config.base import Settings, SettingsError, allowed_values, as_typed
-from samray.exports import names
+from samray.output import file_names as names
 
 if TYPE_CHECKING:
     import pyarrow as pa

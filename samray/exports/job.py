@@ -26,9 +26,9 @@ from samray.exports.base import ExportOptions, Format
 from samray.exports.checks import check_rows
 from samray.exports.formats import FORMATS, find_format
 from samray.exports.images import Rows, read_rows
-from samray.exports.names import ENDINGS, FOLDER, shared_stems
 from samray.exports.pieces import Done, Files, Job, LeftOut, Piece, cut, put_each
 from samray.output.append import stale_shards
+from samray.output.file_names import ENDINGS, FOLDER, shared_stems
 from samray.output.plan import Plan
 from samray.output.shards import FOLDER as SHARDS
 from samray.output.shards import shard_number, shard_versions

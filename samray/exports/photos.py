@@ -11,9 +11,9 @@ import pyarrow as pa
 from samray.config import InputConfig
 from samray.errors import ImageError
 from samray.exports.images import LabelledImage
-from samray.exports.names import extension_of
 from samray.inputs.decode import is_of_size
 from samray.inputs.listing import fetch_images
+from samray.output.file_names import extension_of
 
 if TYPE_CHECKING:
     from samray.exports.pieces import Job, Piece

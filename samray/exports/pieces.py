@@ -9,7 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 from samray import storage
 from samray.exports.base import ExportOptions
 from samray.exports.images import LabelledImage, Rows
-from samray.exports.names import FOLDER, stem_of
+from samray.output.file_names import FOLDER, stem_of
 from samray.output.plan import Plan
 
 

@@ -28,6 +28,9 @@ EdgeMap = npt.NDArray[np.float32]
 _SOBEL: Final = ((1.0, 2.0, 1.0), (-1.0, 0.0, 1.0))
 """Smoothing along the edge and difference across it."""
 
+_MARGIN: Final = 2
+"""Pixels around a mask's box in which its edge is computed."""
+
 _ORIENTATION_SIGMA: Final = 2.0
 """Blur, in pixels, before the direction of an edge is measured: that of single pixels is noise."""
 
@@ -36,18 +39,14 @@ _TIE: Final = 1.01
 
 
 class EdgeGenerator:
-    """Detects edges with a model. Settings: `samray.EdgeConfig`."""
+    """Detects edges with a model. Settings: `samray.EdgeConfig`. `stage_seconds`: as of `samray.MaskGenerator`."""
 
     def __init__(self, model: Sam, config: EdgeConfig | None = None, *, points_per_batch: int | None = None) -> None:
         """points_per_batch: points to decode at once with as little memory as possible; None for full speed."""
         self.config = config or EdgeConfig()
         masks = self.config.masks().model_copy(update={"points_per_batch": points_per_batch})
         self._generator = MaskGenerator(model, masks, frugal=points_per_batch is not None)
-
-    @property
-    def stage_seconds(self) -> dict[str, float]:
-        """As of `MaskGenerator`."""
-        return self._generator.stage_seconds
+        self.stage_seconds = self._generator.stage_seconds
 
     def generate(self, images: list[Image]) -> list[EdgeMap]:
         """The edge map of each image.
@@ -59,11 +58,12 @@ class EdgeGenerator:
 
     @torch.inference_mode()  # the mode is per thread
     def _edges(self, candidates: Candidates, image_hw: tuple[int, int]) -> EdgeMap:
-        strongest = torch.zeros(image_hw)
-        for part in range(0, len(candidates), 4):
-            logits = torch.stack(candidates.logits[part : part + 4]).float()
-            masks = self._generator.frame.masks_out(logits, image_hw)
-            strongest = torch.maximum(strongest.to(masks.device), boundary_strength(masks).amax(dim=0))
+        strongest = torch.zeros(image_hw, device=candidates.logits[0].device if candidates.logits else None)
+        for logits, (x0, y0, x1, y1) in zip(candidates.logits, candidates.boxes_xyxy.tolist(), strict=True):
+            # A mask has nothing beyond its boundary; the gradient there reads one pixel more.
+            window = slice(max(y0 - _MARGIN, 0), y1 + 1 + _MARGIN), slice(max(x0 - _MARGIN, 0), x1 + 1 + _MARGIN)
+            inside = self._generator.frame.masks_out(logits[None].float(), image_hw)[0][window]
+            strongest[window] = torch.maximum(strongest[window], boundary_strength(inside[None])[0])
         edges: EdgeMap = strongest.cpu().numpy()
         edges /= max(float(edges.max()), float(np.finfo(np.float32).tiny))
         return suppress_non_maxima(edges) if self.config.thin else edges

@@ -6,13 +6,14 @@ A device error is not an image's fault: it is raised, and ends the actor.
 
 from __future__ import annotations
 
+import functools
 import queue
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -59,8 +60,8 @@ class MaskSource(Protocol):
     stage_seconds: dict[str, float]
 
     @property
-    def generate(self) -> Callable[..., list[list[MaskRecord]]]:
-        """Called with the images, or with the images and their prompts."""
+    def generate(self) -> Callable[..., list[Any]]:
+        """Called with the images, or with the images and their prompts; gives the masks of each (for edges, a map)."""
 
 
 class ShardLabeler:
@@ -185,11 +186,15 @@ class ShardLabeler:
         seconds = time.monotonic() - started
         return Labelled(
             device_seconds=seconds,
-            records=[make_record(im, d, next(masks) if isinstance(d, np.ndarray) else d) for im, d in group],
+            records=[self.record(im, d, next(masks) if isinstance(d, np.ndarray) else d) for im, d in group],
             encoded_bytes=sum(len(image.data) for image, _ in group if isinstance(image.data, bytes | memoryview)),
             batch_images=len(work),
             batch_room=self.group_size.room(len(work)),
         )
+
+    def record(self, image: EncodedImage, decoded: np.ndarray | ImageError, result: Any) -> ImageRecord:
+        """The row of an image from what its generator returned for it, or from an error; a subclass may store it."""
+        return make_record(image, decoded, result)
 
     def _generate(self, generator: MaskSource, work: list[Work]) -> list[list[MaskRecord] | ImageError]:
         """Masks or an error for each image. Retries a failing group in smaller groups, to fail only the images at
@@ -275,14 +280,39 @@ MakeLabeler = Callable[["Config", int], ShardLabeler]
 
 
 def build_labeler(config: Config, num_threads: int, checkpoint_sha256: str | None = None) -> ShardLabeler:
-    """Create the labeler of a Ray actor: loads the model, by default onto a GPU that the actor has reserved.
+    """Create the labeler of a Ray actor, which generates masks.
 
+    Raises: as `shard_labeler`.
+    """
+    from samray.masks.generator import MaskGenerator
+    from samray.masks.prompted import PromptedGenerator
+
+    def make_generator(model: Sam, points_per_batch: int | None) -> MaskSource:
+        masks: MaskConfig = config.masks
+        frugal = points_per_batch is not None
+        if frugal:
+            masks = masks.model_copy(update={"points_per_batch": points_per_batch})
+        if config.input.prompts is not None:
+            return PromptedGenerator(model, masks)
+        return MaskGenerator(model, masks, frugal=frugal)
+
+    return shard_labeler(config, num_threads, checkpoint_sha256, make_generator)
+
+
+def shard_labeler(
+    config: Config,
+    num_threads: int,
+    checkpoint_sha256: str | None,
+    make_generator: Callable[[Sam, int | None], MaskSource],
+    make: Callable[..., ShardLabeler] = ShardLabeler,
+) -> ShardLabeler:
+    """Create a labeler with the model of config, by default on a GPU that the actor has reserved.
+
+    make_generator(model, points_per_batch), make: create its generators, and the labeler itself.
     Raises: ConfigError if the weights do not have checkpoint_sha256, or cannot be loaded.
     """
     import torch
 
-    from samray.masks.generator import MaskGenerator
-    from samray.masks.prompted import PromptedGenerator
     from samray.sam.checkpoints import load_model
 
     torch.set_num_threads(1)  # each thread labels a separate image, see ShardLabeler
@@ -292,18 +322,8 @@ def build_labeler(config: Config, num_threads: int, checkpoint_sha256: str | Non
     model: Sam = load_model(
         config.model.name, config.model.checkpoint, device, config.model.dtype, sha256=checkpoint_sha256
     )
-
-    def make_generator(points_per_batch: int | None) -> MaskSource:
-        masks: MaskConfig = config.masks
-        frugal = points_per_batch is not None
-        if frugal:
-            masks = masks.model_copy(update={"points_per_batch": points_per_batch})
-        if config.input.prompts is not None:
-            return PromptedGenerator(model, masks)
-        return MaskGenerator(model, masks, frugal=frugal)
-
-    return ShardLabeler(
-        make_generator,
+    return make(
+        functools.partial(make_generator, model),
         max_pixels=config.input.max_pixels,
         decode_timeout_s=config.input.decode_timeout_s,
         num_threads=num_threads,

@@ -138,6 +138,8 @@ class LabelReport(WithFailures):
     """Why exit_code is not 0, as a sentence."""
     warning: str | None = None
     """A likely problem in a successful run, as a sentence."""
+    maps: str | None = None
+    """Folder of the edge maps of `samray.detect_edges`."""
 
     @property
     def images_per_s(self) -> float:
@@ -241,7 +243,8 @@ def print_report(report: LabelReport, console: Console | None = None) -> None:
     if report.num_labelled:
         rate = f"{report.images_per_s:.2f} images/s including the start of Ray"
         table.add_row("labelled now", f"{report.num_labelled} in {duration(report.wall_s)}, {rate}")
-        table.add_row("masks", f"{report.num_masks}, {report.num_masks / report.num_labelled:.1f} per image")
+        if report.maps is None:
+            table.add_row("masks", f"{report.num_masks}, {report.num_masks / report.num_labelled:.1f} per image")
     if report.num_failed:
         reasons = ", ".join(f"{number} {reason}" for reason, number in report.failures.items())
         table.add_row("failed images", f"{report.num_failed}: {reasons}")
@@ -256,6 +259,8 @@ def print_report(report: LabelReport, console: Console | None = None) -> None:
     if report.gpu_price_per_hour is not None and report.num_labelled:
         table.add_row("cost", cost_in_words(report.gpu_seconds, report.gpu_price_per_hour, report.num_labelled))
     table.add_row("output", escape(report.output))
+    if report.maps is not None:
+        table.add_row("edge maps", escape(report.maps))
     if report.problem:
         table.add_row("[red]problem[/red]", escape(report.problem))
     if report.warning:
@@ -278,7 +283,9 @@ def _next_commands(report: LabelReport) -> list[str]:
         return ["run the same command to resume"]
     if report.num_missing_shards:
         return ["run the same command to label the missing images"]
-    commands = [f"samray verify {report.output}", f"samray report {report.output}"]
+    commands = [f"samray verify {report.output}"]
+    if report.maps is None:
+        commands.append(f"samray report {report.output}")
     if report.num_failed:
         commands.insert(0, "add --retry-failed to the same command to retry the failed images")
     return commands

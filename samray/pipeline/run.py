@@ -79,16 +79,17 @@ def label_with(
     redo_changed: bool = False,
     progress: bool = True,
     make_labeler: MakeLabeler | None = None,
+    with_model: bool | None = None,
     on_plan: Callable[[RunPlan], None] = lambda planned: None,
 ) -> LabelReport:
     """`label`, with make_labeler(config, num_threads) to create the labeler of each actor.
 
+    with_model: whether the labeler loads the model of config; by default only without make_labeler.
     on_plan is called with the plan before anything is started.
     """
     started = time.monotonic()
-    planned = plan_run(
-        str(input), str(output), config, append=append, redo_changed=redo_changed, with_model=make_labeler is None
-    )
+    with_model = make_labeler is None if with_model is None else with_model
+    planned = plan_run(str(input), str(output), config, append=append, redo_changed=redo_changed, with_model=with_model)
     on_plan(planned)
     work = _find_work(planned, retry_failed)
     report = _begin_report(planned, work)

@@ -21,8 +21,8 @@ from samray.config import load_config
 from samray.errors import ConfigError
 from samray.exports import label_map, yolo
 from samray.exports.images import LabelledImage
-from samray.exports.names import stem_of
 from samray.output.append import join_images
+from samray.output.file_names import stem_of
 from samray.output.plan import Plan
 from tests.support.exported import NAMES, export, fill, ten_images
 from tests.support.handmade import HEIGHT, WIDTH, annotation, decoded, masks_of_place, read_rows, write_output

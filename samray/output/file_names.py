@@ -1,4 +1,4 @@
-"""Names of the files that an export writes per image: always inside DEST, and unique."""
+"""Names of files that are written per image: always inside their folder, and unique."""
 
 from __future__ import annotations
 
