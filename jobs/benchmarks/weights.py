@@ -31,14 +31,14 @@ SMALL = ModelSpec(
     decoder_mlp_dim=128,
     iou_hidden_dim=64,
 )
-"""Small enough for hundreds of prompts a second; the window does not divide the grid, so padding is in play."""
+"""Small enough for hundreds of prompts per second; the window does not divide the grid, so padding is in play."""
 
 
 @torch.no_grad()
 def random_sam(
     spec: ModelSpec = SMALL, seed: int = 5, iou_centre: float = 0.88, image: NDArray[np.uint8] | None = None
 ) -> Sam:
-    """A Sam with seeded weights whose masks are many and distinct and whose predicted IoUs lie around iou_centre.
+    """A Sam with seeded weights whose masks are many and distinct and whose predicted IoUs are around iou_centre.
 
     image: (H, W, 3) of the kind that it is to make masks of; by default seeded patches.
     """

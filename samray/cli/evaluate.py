@@ -271,8 +271,8 @@ class _Run:
             storage.put(storage.normalize(self.picture), sheet.encode(self.picture_format))
 
     def _checkpoint(self) -> str | None:
-        given = self.config.model.checkpoint
-        return None if given is None else storage.redact(given)
+        checkpoint = self.config.model.checkpoint
+        return None if checkpoint is None else storage.redact(checkpoint)
 
     def _as_json(self, figures: dict[str, Any]) -> str:
         """The results, and what they were measured with and on."""

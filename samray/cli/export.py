@@ -27,7 +27,7 @@ class ExportCommand(Command):
         if _OPTIONS not in ctx.meta:  # keep the same objects, because the parser compares them
             ctx.meta[_OPTIONS] = _format_options()
         params: list[Any] = super().get_params(ctx)
-        after = next(place for place, param in enumerate(params) if param.name == "format") + 1
+        after = next(index for index, param in enumerate(params) if param.name == "format") + 1
         params[after - 1].help = "; ".join(f"{name}: {row.help}" for name, row in FORMATS.items()) + "."
         return [*params[:after], *ctx.meta[_OPTIONS], *params[after:]]
 

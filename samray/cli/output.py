@@ -68,9 +68,9 @@ def report(
     from samray.report.training import write_train_report
     from samray.train.store import is_training
 
-    place = write_train_report(output, out) if is_training(output) else write_report(output, out, num_images=images)
-    Console().print(place, highlight=False, soft_wrap=True, markup=False)
-    if show and not open_page(place):
+    uri = write_train_report(output, out) if is_training(output) else write_report(output, out, num_images=images)
+    Console().print(uri, highlight=False, soft_wrap=True, markup=False)
+    if show and not open_page(uri):
         Console(stderr=True).print(
             "cannot open the page: this machine has no display, or the page is not on it", highlight=False
         )

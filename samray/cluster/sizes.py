@@ -130,10 +130,10 @@ def check_fits(
     if places < sizes.min_actors:
         gpus = f" and {sizes.actor_gpus:g} GPUs" if sizes.actor_gpus else ""
         needed = f"{sizes.actor_cpus:g} CPUs{gpus}"
-        held = "; ".join(f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes)
+        resources = "; ".join(f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes)
         who = "an actor needs" if sizes.min_actors == 1 else f"{sizes.min_actors} actors (cluster.min_actors) each need"
         raise ConfigError(
-            f"{who} {needed}, and reading and writing need {spare_cpus:g} CPUs, but the nodes have {held}: lower"
+            f"{who} {needed}, and reading and writing need {spare_cpus:g} CPUs, but the nodes have {resources}: lower"
             " cluster.min_actors, cluster.num_cpus_per_actor or cluster.num_gpus_per_actor"
         )
     return replace(sizes, max_actors=min(sizes.max_actors, places))

@@ -100,14 +100,14 @@ def user_settings(
     return values, problems
 
 
-def _as_overrides(given: Any) -> list[str]:
+def _as_overrides(overrides: Any) -> list[str]:
     """Guess what was meant by overrides that are not a list of strings."""
-    if isinstance(given, str):
-        return [given]
-    if not isinstance(given, Mapping) or not given:
+    if isinstance(overrides, str):
+        return [overrides]
+    if not isinstance(overrides, Mapping) or not overrides:
         return ["masks.points_per_side=16"]
     texts = []
-    for name, value in given.items():
+    for name, value in overrides.items():
         values = {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, Mapping) else {name: value}
         texts += [f"{key}={as_typed(one)}" for key, one in values.items()]
     return texts

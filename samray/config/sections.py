@@ -139,9 +139,9 @@ class MaskConfig(Settings):
         Those stay marked as not given: a later `for_model` with another name replaces them again. Raises SettingsError
         if a given setting does not fit the model's defaults.
         """
-        given = {key: getattr(self, key) for key in self.model_fields_set}
-        resolved = MaskConfig(**{**model_masks(name), **given})
-        resolved.model_fields_set.intersection_update(given)
+        values = {key: getattr(self, key) for key in self.model_fields_set}
+        resolved = MaskConfig(**{**model_masks(name), **values})
+        resolved.model_fields_set.intersection_update(values)
         return resolved
 
 

@@ -130,8 +130,8 @@ def _is_list(kind: Any) -> bool:
 def _has_boundaries(kinds: dict[str, pa.DataType]) -> bool:
     people: Any = kinds.get("annotators")
     if _is_list(people) and pa.types.is_struct(people.value_type):
-        place = people.value_type.get_field_index("boundary")
-        return place >= 0 and _is_texts(pa.list_(people.value_type.field(place).type))
+        index = people.value_type.get_field_index("boundary")
+        return index >= 0 and _is_texts(pa.list_(people.value_type.field(index).type))
     return _is_texts(kinds.get("boundaries"))
 
 

@@ -71,9 +71,9 @@ class EdgeCounts:
     def precision(self) -> Float64:
         return self.matched_edge / np.maximum(self.edge, 1)
 
-    def at(self, place: int) -> EdgeCounts:
+    def at(self, index: int) -> EdgeCounts:
         """The counts at one threshold."""
-        return EdgeCounts(*(column[place : place + 1] for column in self._columns()))
+        return EdgeCounts(*(column[index : index + 1] for column in self._columns()))
 
     @classmethod
     def total(cls, counts: Sequence[EdgeCounts]) -> EdgeCounts:
@@ -98,10 +98,10 @@ def count_matches(edges: npt.NDArray[np.floating[Any]], boundaries: Sequence[Boo
     counts = np.zeros((4, len(thresholds)), np.int64)
     counts[1] = sum(int(boundary.sum()) for boundary in boundaries)
     before: Bool | None = None
-    for place, threshold in enumerate(thresholds):
+    for index, threshold in enumerate(thresholds):
         above = edges >= threshold
         if before is not None and np.array_equal(above, before):
-            counts[:, place] = counts[:, place - 1]  # a map has gaps between its values
+            counts[:, index] = counts[:, index - 1]  # a map has gaps between its values
             continue
         before = above
         thin: Bool = _morphology().thin(above)
@@ -109,8 +109,8 @@ def count_matches(edges: npt.NDArray[np.floating[Any]], boundaries: Sequence[Boo
         for boundary in boundaries:
             of_map, of_boundary = match_pixels(thin, boundary)
             matched |= of_map
-            counts[0, place] += of_boundary.sum()
-        counts[2:, place] = matched.sum(), thin.sum()
+            counts[0, index] += of_boundary.sum()
+        counts[2:, index] = matched.sum(), thin.sum()
     return EdgeCounts(*counts)
 
 
@@ -146,8 +146,8 @@ def _pairs(first: Bool, second: Bool, max_pixels: float) -> tuple[Int64, Int64, 
     y, x = np.nonzero(first)
     offsets = (dy + radius) * padded.shape[1] + dx + radius
     j = padded.ravel()[(y * padded.shape[1] + x)[:, None] + offsets]
-    i, place = np.nonzero(j >= 0)
-    return i, j[i, place], distance[place]
+    i, offset = np.nonzero(j >= 0)
+    return i, j[i, offset], distance[offset]
 
 
 @cache
@@ -170,7 +170,7 @@ def _solve(i: Int64, j: Int64, costs: Int64, num1: int, num2: int, outlier_cost:
     rows = [i, own1, num1 + own2, num1 + j]
     columns = [j, num2 + own1, own2, num2 + i]
     all_costs = [costs, np.full(num1 + num2 + len(i), outlier_cost)]
-    # The same maps give the same result, and others draw anew: one seed would bias all of them the same way.
+    # The same maps give the same result. Other maps draw other values: one seed would bias all of them the same way.
     rng = np.random.default_rng([_SEED, num1, num2, len(i)])
     forced, suitors, prices = _forced_outliers(rng, num1, num2, outlier_cost)
     last = num1 + num2 + forced

@@ -38,8 +38,8 @@ def best_f(thresholds: Float64, counts: EdgeCounts) -> Best:
     step = np.linspace(0, 1, _STEPS_BETWEEN_THRESHOLDS)
     t, r, p = (np.outer(v[:-1], 1 - step) + np.outer(v[1:], step) for v in (thresholds, recall, precision))
     f = f_measure(r, p)
-    place = np.unravel_index(f.argmax(), f.shape)
-    return Best(float(t[place]), float(r[place]), float(p[place]), float(f[place]))
+    index = np.unravel_index(f.argmax(), f.shape)
+    return Best(float(t[index]), float(r[index]), float(p[index]), float(f[index]))
 
 
 def edge_scores(thresholds: Float64, counts: Sequence[EdgeCounts]) -> dict[str, float]:

@@ -57,9 +57,9 @@ class Sheet:
 
     def offer(self, score: float, draw: Callable[[], Image.Image]) -> None:
         """draw is called only if the tile is kept, at least for now. All tiles have the same size."""
-        place = len(self._kept) if self.num_offered < self.number else self._draw.randrange(self.num_offered + 1)
-        if place < self.number:
-            self._kept[place : place + 1] = [(score, self.num_offered, draw())]
+        index = len(self._kept) if self.num_offered < self.number else self._draw.randrange(self.num_offered + 1)
+        if index < self.number:
+            self._kept[index : index + 1] = [(score, self.num_offered, draw())]
         self.num_offered += 1
 
     def caption(self) -> str:

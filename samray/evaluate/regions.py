@@ -101,8 +101,8 @@ class RleMasks:
     def __len__(self) -> int:
         return len(self.rles)
 
-    def __getitem__(self, few: slice) -> Bool:
-        columns = coco_mask.decode(self.rles[few])  # (H, W, n), each mask column by column in memory
+    def __getitem__(self, part: slice) -> Bool:
+        columns = coco_mask.decode(self.rles[part])  # (H, W, n), each mask column by column in memory
         return np.ascontiguousarray(np.moveaxis(columns, 2, 0)).view(np.bool_)
 
 
@@ -215,16 +215,16 @@ class RegionData:
         annotators = [[{"size": list(hw), "counts": counts} for counts in regions] for regions in marked]
         return _checked(name, hw, row["jpeg"] or b"", annotators, InputConfig())
 
-    def _sa1b_image(self, row: dict[str, Any], file: _File, place: pa.Table | None) -> RegionImage:
-        """place: the image's row in the plan, if there is one."""
+    def _sa1b_image(self, row: dict[str, Any], file: _File, photo_row: pa.Table | None) -> RegionImage:
+        """photo_row: the image's row in the plan, if there is one."""
         if row.get("status") == "failed":
             error = ImageError.parse(row.get("error") or "")
             raise ImageError(error.reason, storage.redact(error.message) or "failed in DATA")
-        if place is None:
+        if photo_row is None:
             uri = storage.resolve(storage.parent(file.uri), row["uri"]) if row["uri"] else ""
-            place = pa.Table.from_pylist([{"uri": uri}], INPUT_SCHEMA)
+            photo_row = pa.Table.from_pylist([{"uri": uri}], INPUT_SCHEMA)
         config = InputConfig() if file.plan is None else input_config_of(file.plan)
-        (data,) = fetch_images(place, config)
+        (data,) = fetch_images(photo_row, config)
         if isinstance(data, ImageError):
             raise data
         image = row["image"] or {}

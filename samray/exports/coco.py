@@ -91,20 +91,20 @@ def _annotations(image: LabelledImage, options: CocoOptions) -> Iterator[dict[st
         hw = image.height, image.width
         masks = outlines(runs_of_image(image.image_id, image.counts, hw), hw)
         segmentations = [[join(component).ravel().tolist() for component in components] for components in masks]
-    for place, segmentation in enumerate(segmentations):
-        own_id = {"attributes": {review.ID_ATTRIBUTE: image.ids[place]}} if options.for_review else {}
+    for index, segmentation in enumerate(segmentations):
+        own_id = {"attributes": {review.ID_ATTRIBUTE: image.ids[index]}} if options.for_review else {}
         yield {
-            "id": image.ids[place] + 1,
+            "id": image.ids[index] + 1,
             "image_id": image.image_id,
             "category_id": CATEGORY["id"],
             "iscrowd": 0,
-            "bbox": image.bbox[place],
-            "area": image.area[place],
+            "bbox": image.bbox[index],
+            "area": image.area[index],
             "segmentation": segmentation,
-            "predicted_iou": image.predicted_iou[place],
-            "stability_score": image.stability_score[place],
-            "point_coords": image.point_coords[place],
-            "crop_box": image.crop_box[place],
+            "predicted_iou": image.predicted_iou[index],
+            "stability_score": image.stability_score[index],
+            "point_coords": image.point_coords[index],
+            "crop_box": image.crop_box[index],
             **own_id,
         }
 

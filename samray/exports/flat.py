@@ -99,10 +99,10 @@ def flat_rows(table: pa.Table) -> pa.Table:
     columns["mask_id"] = masks.field("id")
     for prefix in ("bbox", "crop"):
         box = masks.field("crop_box" if prefix == "crop" else "bbox")
-        columns |= {f"{prefix}_{side}": pc.list_element(box, place) for place, side in enumerate("xywh")}
+        columns |= {f"{prefix}_{side}": pc.list_element(box, index) for index, side in enumerate("xywh")}
     columns |= {name: masks.field(name) for name in ("area", "predicted_iou", "stability_score")}
     points = pc.list_flatten(pc.list_slice(masks.field("point_coords"), 0, 1, return_fixed_size_list=True))
-    columns |= {f"point_{side}": pc.list_element(points, place) for place, side in enumerate("xy")}
+    columns |= {f"point_{side}": pc.list_element(points, index) for index, side in enumerate("xy")}
     columns |= {name: masks.field("segmentation").field(name) for name in ("size", "counts")}
     return pa.Table.from_arrays([columns[name] for name in FLAT.names], schema=FLAT)
 

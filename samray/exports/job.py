@@ -115,23 +115,25 @@ def _claim(job: Job[Any], sizes: dict[int, int]) -> None:
     }
     uri = storage.join(dest, FOLDER, "export.json")
     where = storage.redact(dest)
-    held = _read_json(uri)
-    if held is None:
+    recorded = _read_json(uri)
+    if recorded is None:
         if next(storage.list_files(dest), None) if storage.is_dir_like(dest) else storage.exists(dest):
             raise ConfigError(f"DEST {where} is not empty, and not a samray export: choose another DEST")
         storage.check_output(dest)
         full = {**wanted, "output": storage.redact(plan.output), "samray_version": __version__}
         storage.put_new(uri, json.dumps(full, indent=2, sort_keys=True).encode() + b"\n")
-        held = _read_json(uri) or {}
-    if held.get("run") != wanted["run"]:
+        recorded = _read_json(uri) or {}
+    if recorded.get("run") != wanted["run"]:
         raise ConfigError(f"DEST {where} has an export of another run: choose another DEST")
     for key in ("format", "options"):
-        if held.get(key) != wanted[key] and not (key == "options" and _same_options(job.options, held.get(key))):
+        if recorded.get(key) != wanted[key] and not (
+            key == "options" and _same_options(job.options, recorded.get(key))
+        ):
             raise ConfigError(
-                f"DEST {where} has a different export ({key}: {held.get(key)} there, {wanted[key]} now): "
+                f"DEST {where} has a different export ({key}: {recorded.get(key)} there, {wanted[key]} now): "
                 "choose another DEST"
             )
-    counted = {key: held.get(key) for key in ("num_images", "shards", "versions")}
+    counted = {key: recorded.get(key) for key in ("num_images", "shards", "versions")}
     counted["versions"] = counted["versions"] or job.fingerprint  # samray 0.1 did not write it
     if counted != {key: wanted[key] for key in counted}:
         raise ConfigError(
@@ -139,10 +141,10 @@ def _claim(job: Job[Any], sizes: dict[int, int]) -> None:
         )
 
 
-def _same_options(options: ExportOptions, held: Any) -> bool:
+def _same_options(options: ExportOptions, recorded: Any) -> bool:
     """Whether held, as JSON, are these options. An option that did not exist then counts as its default."""
     try:
-        return type(options)(**held) == options
+        return type(options)(**recorded) == options
     except (TypeError, ConfigError):
         return False
 
@@ -164,8 +166,8 @@ def find_done(job: Job[Any], pieces: list[Piece]) -> dict[int, Done]:
     if not marked:
         return {}
     with ThreadPoolExecutor(_PUT_THREADS) as pool:
-        held = list(pool.map(lambda piece: _read_json(storage.join(job.dest, piece.mark)), marked))
-    done = [(piece, Done(**mark)) for piece, mark in zip(marked, held, strict=True) if mark is not None]
+        contents = list(pool.map(lambda piece: _read_json(storage.join(job.dest, piece.mark)), marked))
+    done = [(piece, Done(**mark)) for piece, mark in zip(marked, contents, strict=True) if mark is not None]
     pieces_folder = f"{FOLDER}/pieces/"
     believed = job.plan.num_images > MAX_LISTED
     if believed and not FORMATS[job.format].assembled(job, 0):

@@ -68,9 +68,9 @@ def label_map(image: LabelledImage, on_top: str) -> npt.NDArray[np.uint16]:
         )
     rank = image.area if on_top == "area" else [-score for score in image.predicted_iou]
     pixels = np.zeros(image.width * image.height, dtype=np.uint16)
-    for place in sorted(range(len(runs)), key=lambda i: (-rank[i], -i)):  # the last one painted is on top
-        label = place + 1
-        for start, end in zip(*(side.tolist() for side in spans(runs[place])), strict=True):
+    for index in sorted(range(len(runs)), key=lambda i: (-rank[i], -i)):  # the last one painted is on top
+        label = index + 1
+        for start, end in zip(*(side.tolist() for side in spans(runs[index])), strict=True):
             pixels[start:end] = label
     return np.ascontiguousarray(pixels.reshape(image.width, image.height).T)
 

@@ -39,7 +39,7 @@ def photos_of(
         yield from ((image, None) for image in images)
         return
     planned = pa.concat_tables(job.plan.read_shard(r.shard).slice(r.start, r.stop - r.start) for r in piece.rows)
-    place_of = {image_id: place for place, image_id in enumerate(planned["image_id"].to_pylist())}
+    place_of = {image_id: index for index, image_id in enumerate(planned["image_id"].to_pylist())}
     config = InputConfig(**job.plan.run["identity"].get("input", {}))
     rest = iter(images)
     while some := list(islice(rest, _IMAGES_AT_ONCE)):

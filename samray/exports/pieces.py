@@ -101,21 +101,21 @@ class Done:
 def cut(shards: Iterable[Rows], per_piece: int, per_file: int | None) -> Iterator[Piece]:
     """Cut the rows into pieces of per_piece images, in order; no piece crosses the end of a file of per_file images."""
     rows: list[Rows] = []
-    number = place = in_piece = 0
+    number = num_before = in_piece = 0
 
     def piece() -> Piece:
-        return Piece(number, (place - 1) // per_file if per_file else 0, tuple(rows))
+        return Piece(number, (num_before - 1) // per_file if per_file else 0, tuple(rows))
 
     for shard in shards:
         start = shard.start
         while start < shard.stop:
             room = per_piece - in_piece
             if per_file:
-                room = min(room, per_file - place % per_file)
+                room = min(room, per_file - num_before % per_file)
             stop = min(shard.stop, start + room)
             rows.append(Rows(shard.shard, start, stop, shard.num_rows))
-            place, in_piece, start = place + stop - start, in_piece + stop - start, stop
-            if in_piece == per_piece or (per_file and place % per_file == 0):
+            num_before, in_piece, start = num_before + stop - start, in_piece + stop - start, stop
+            if in_piece == per_piece or (per_file and num_before % per_file == 0):
                 yield piece()
                 rows, in_piece, number = [], 0, number + 1
     if rows:

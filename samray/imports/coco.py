@@ -174,10 +174,10 @@ def roots_of(source: Source, found: CocoImages, images_root: str | None) -> list
 
 def _samples(found: CocoImages) -> Iterator[tuple[Any, tuple[int, int]]]:
     for number, raw in found.samples:
-        place = _place_of(found.place_of[number], raw)
-        if place is not None:
+        index = _place_of(found.place_of[number], raw)
+        if index is not None:
             with suppress(ImageError):
-                yield raw, image_hw(found.images[place])
+                yield raw, image_hw(found.images[index])
 
 
 def _place_of(places: dict[Any, int], annotation: Any) -> int | None:
@@ -191,9 +191,9 @@ def annotations_of_images(source: Source, found: CocoImages) -> Iterator[tuple[i
     """
     for uri, places in zip(source.files["json"].to_pylist(), found.place_of, strict=True):
         for key, value in _items(uri):
-            place = _place_of(places, value) if key in _ANNOTATIONS else None
-            if place is not None:
-                yield place, value
+            index = _place_of(places, value) if key in _ANNOTATIONS else None
+            if index is not None:
+                yield index, value
 
 
 Shards = Iterator[tuple[int, int, dict[int, list[Any]]]]
@@ -228,7 +228,7 @@ def _shards(boxes: list[tuple[BinaryIO, list[int]]], ends: list[int]) -> Shards:
                 by_place.setdefault(int(number), []).append(json.loads(text))
         for shard in shards:
             first = ends[shard - 1] if shard else 0
-            own = {place: by_place.pop(place) for place in range(first, ends[shard]) if place in by_place}
+            own = {index: by_place.pop(index) for index in range(first, ends[shard]) if index in by_place}
             yield shard, first, own
 
 
@@ -260,16 +260,16 @@ def _sort(
         for number, (key, value) in enumerate(_items(uri)):
             if key not in _ANNOTATIONS:
                 continue
-            place = _place_of(places, value)
-            if place is None:
+            index = _place_of(places, value)
+            if index is None:
                 counts.num_unknown += 1
                 counts.example = reprlib.repr(value.get("image_id") if isinstance(value, dict) else value)
                 continue
             counts.num_known += 1
             counts.num_with_mask += bool(value.get("segmentation"))
-            box = box_of.get(bisect_right(ends, place))
+            box = box_of.get(bisect_right(ends, index))
             if box is not None:
-                box.write(b"%d\t%s\n" % (place, _dumped(value, uri)))
+                box.write(b"%d\t%s\n" % (index, _dumped(value, uri)))
             if number % 10_000 == 0:
                 progress()
     return counts

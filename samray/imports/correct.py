@@ -107,12 +107,12 @@ def _records(
     """The corrected rows of a shard, and counts of what happened to the masks. first: index of the first row."""
     records: list[ImageRecord] = []
     total: Counter[str] = Counter()
-    for place, row in enumerate(rows, start=first):
-        if place not in image_at or row["status"] != "ok":
+    for index, row in enumerate(rows, start=first):
+        if index not in image_at or row["status"] != "ok":
             records.append(record_as_it_is(row))
-            total["dropped"] += len(annotations.get(place, []))
+            total["dropped"] += len(annotations.get(index, []))
             continue
-        record, numbers = corrected_record(row, image_at[place], annotations.get(place, []), **settings)
+        record, numbers = corrected_record(row, image_at[index], annotations.get(index, []), **settings)
         records.append(record)
         total += numbers
     return records, total
@@ -128,18 +128,18 @@ def _find_images(
     has no name, a name is ambiguous, an image occurs twice, or none is found.
     """
     where = f"SOURCE {storage.redact(source.uri)}"
-    held = plan.read_images(["image_id", "file_name"])
+    planned = plan.read_images(["image_id", "file_name"])
     for image in in_coco.images:
         if not isinstance(image["file_name"], str) or not image["file_name"]:
             raise ConfigError(f"{where}: the image {image['id']} has no file_name")
         image["file_name"] = printable(image["file_name"])
-    places = places_of([image["file_name"] for image in in_coco.images], held["file_name"])
+    places = places_of([image["file_name"] for image in in_coco.images], planned["file_name"])
     image_at: dict[int, dict[str, Any]] = {}
     place_of: dict[int, int] = {}
     for number, image in enumerate(in_coco.images):
         candidates = places.get(number, [])
         if len(candidates) > 1:
-            candidates = [place for place in candidates if held["image_id"][place].as_py() == image["id"]]
+            candidates = [index for index in candidates if planned["image_id"][index].as_py() == image["id"]]
             if not candidates:
                 raise ConfigError(
                     f"{where}: the file_name {image['file_name']!r} matches several images of "
@@ -153,7 +153,7 @@ def _find_images(
     if not image_at:
         raise ConfigError(
             f"{where}: none of its {len(in_coco.images)} images is in {storage.redact(plan.output)}; its first is "
-            f"{in_coco.images[0]['file_name']!r}, the output's first is {held['file_name'][0].as_py()!r}"
+            f"{in_coco.images[0]['file_name']!r}, the output's first is {planned['file_name'][0].as_py()!r}"
         )
     in_plan = [
         {id: place_of[number] for id, number in numbers.items() if number in place_of} for numbers in in_coco.place_of
@@ -179,24 +179,24 @@ def _refuse_masks_not_shown(
         return
     image_ids = plan.read_images(["image_id"])["image_id"].to_numpy()
     returned = array("q")
-    for place, annotation in coco.annotations_of_images(source, in_coco):
+    for index, annotation in coco.annotations_of_images(source, in_coco):
         id = own_id(annotation.get("attributes"))
-        if id is not None and id // ANNOTATIONS_PER_IMAGE == image_ids[place]:
+        if id is not None and id // ANNOTATIONS_PER_IMAGE == image_ids[index]:
             returned.append(id)
     ids = pa.array(returned, pa.int64())
     starts = plan.starts()
     columns = [f"annotations.list.element.{name}" for name in ("id", "predicted_iou", "stability_score")]
-    for shard in sorted({bisect_right(starts, place) - 1 for place in image_at}):
+    for shard in sorted({bisect_right(starts, index) - 1 for index in image_at}):
         with open_shard(plan.output, shard) as file:
             masks = pc.list_flatten(file.read(columns=columns)["annotations"])
         for mask in masks.filter(pc.is_in(pc.struct_field(masks, "id"), value_set=ids)).to_pylist():
             if not is_sure(mask["predicted_iou"], mask["stability_score"], confident, stable):
                 bounds = {"--confident": confident, "--stable": stable}
-                given = " ".join(f"{name} {value}" for name, value in bounds.items() if value is not None)
+                limits = " ".join(f"{name} {value}" for name, value in bounds.items() if value is not None)
                 raise ConfigError(
-                    f"SOURCE {storage.redact(source.uri)} has masks that {given} would not have exported: the one with "
-                    f"{ID_ATTRIBUTE} {mask['id']} has a predicted IoU of {mask['predicted_iou']} and a stability of "
-                    f"{mask['stability_score']}; give the thresholds of the export"
+                    f"SOURCE {storage.redact(source.uri)} has masks that {limits} would not have exported: the one "
+                    f"with {ID_ATTRIBUTE} {mask['id']} has a predicted IoU of {mask['predicted_iou']} and a stability "
+                    f"of {mask['stability_score']}; give the thresholds of the export"
                 )
 
 

@@ -129,15 +129,15 @@ class _Edit:
     def apply(self, shown: Sequence[MaskRecord], theirs: Sequence[tuple[str, int | None]]) -> None:
         """Compare what the person saw with what came back. theirs: as for `match_masks`. Raises: ImageError."""
         same_as = match_masks(shown, theirs, self.hw)
-        for place, mask in enumerate(shown):
-            if place in same_as:
-                self._keep_or_change(mask, theirs[same_as[place]][0])
+        for index, mask in enumerate(shown):
+            if index in same_as:
+                self._keep_or_change(mask, theirs[same_as[index]][0])
             else:
                 self.numbers["removed"] += 1
                 self.marks[mask["id"]] = "removed"
         matched = set(same_as.values())
-        for place, (counts, _) in enumerate(theirs):
-            if place not in matched:
+        for index, (counts, _) in enumerate(theirs):
+            if index not in matched:
                 self._add(counts)
         if self._next_id > self._end_id:
             raise ImageError("unsupported", f"no mask id is left: an image has at most {ANNOTATIONS_PER_IMAGE}")
@@ -174,17 +174,17 @@ def match_masks(
         return {}
     ious = _ious([mask["segmentation"]["counts"] for mask in shown], [counts for counts, _ in theirs], hw)
     found: dict[int, int] = {}
-    for place, mask in enumerate(shown):
+    for index, mask in enumerate(shown):
         claims = [i for i, (_, id) in enumerate(theirs) if id == mask["id"]]
         if claims:
-            found[place] = max(claims, key=lambda i: ious[place, i])
+            found[index] = max(claims, key=lambda i: ious[index, i])
     taken = set(found.values())
     for flat in np.argsort(-ious, axis=None, kind="stable").tolist():
-        place, other = divmod(flat, len(theirs))
-        if ious[place, other] < MATCH_IOU:
+        index, other = divmod(flat, len(theirs))
+        if ious[index, other] < MATCH_IOU:
             break
-        if place not in found and other not in taken:
-            found[place] = other
+        if index not in found and other not in taken:
+            found[index] = other
             taken.add(other)
     return found
 
@@ -216,7 +216,7 @@ def _of_a_person(
     }
 
 
-def _drawn(place: int, raw: Any, hw: tuple[int, int]) -> tuple[str, int | None] | None:
+def _drawn(index: int, raw: Any, hw: tuple[int, int]) -> tuple[str, int | None] | None:
     """An annotation's run lengths, and the samray id that came back with it; None if it has no pixel.
 
     Raises: ImageError.
@@ -227,7 +227,7 @@ def _drawn(place: int, raw: Any, hw: tuple[int, int]) -> tuple[str, int | None] 
             return None
         return counts, own_id(raw.get("attributes"))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise ImageError("unreadable", f"annotation {place} is not valid: {str(error)[:300]}") from error
+        raise ImageError("unreadable", f"annotation {index} is not valid: {str(error)[:300]}") from error
 
 
 def own_id(attributes: Any) -> int | None:

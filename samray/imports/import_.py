@@ -209,11 +209,12 @@ def _plan_there(output: str, identity: dict[str, Any]) -> Plan | None:
             raise ConfigError(f"{where} has shards without a description: choose another OUTPUT")
         return None
     plan = load_plan(output)
-    held = plan.run["identity"]
+    recorded = plan.run["identity"]
     for key, wanted in identity.items():
-        if held.get(key) != wanted:
+        if recorded.get(key) != wanted:
             raise ConfigError(
-                f"{where} has another run or import ({key}: {held.get(key)} there, {wanted} now): choose another OUTPUT"
+                f"{where} has another run or import ({key}: {recorded.get(key)} there, {wanted} now): "
+                "choose another OUTPUT"
             )
     storage.remove_leftovers(plan.output)
     return plan
@@ -246,14 +247,14 @@ def _coco_records(
     """(shard, its rows, number of annotations dropped). roots: folder that each image must be in; None allows any."""
     for shard, first, by_place in annotations:
         records, num_dropped = [], 0
-        for place, row in enumerate(plan.read_shard(shard).to_pylist(), start=first):
+        for index, row in enumerate(plan.read_shard(shard).to_pylist(), start=first):
             problem = None if row["uri"] else ImageError("missing", "the annotations have no file_name for the image")
             if problem is None and roots is not None:
-                problem = outside_problem(row["uri"], roots[place])
+                problem = outside_problem(row["uri"], roots[index])
             if problem is not None:
                 records.append(failed(row, problem))
                 continue
-            record, dropped = record_of(row, found.images[place], by_place.get(place, []), bbox_convention)
+            record, dropped = record_of(row, found.images[index], by_place.get(index, []), bbox_convention)
             records.append(record)
             num_dropped += dropped
         yield shard, records, num_dropped

@@ -70,8 +70,8 @@ def image_hw(image: Mapping[str, Any]) -> tuple[int, int]:
     """
     sides = [whole(image.get(name)) for name in ("height", "width")]
     if None in sides:
-        given = (image.get("height"), image.get("width"))
-        raise ImageError("unreadable", f"the image has the impossible height and width {reprlib.repr(given)}")
+        hw = (image.get("height"), image.get("width"))
+        raise ImageError("unreadable", f"the image has the impossible height and width {reprlib.repr(hw)}")
     try:
         return check_size(sides)
     except ValueError as error:
@@ -85,7 +85,7 @@ def whole(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _annotation(place: int, raw: Any, hw: tuple[int, int], bbox_convention: str) -> MaskRecord | None:
+def _annotation(index: int, raw: Any, hw: tuple[int, int], bbox_convention: str) -> MaskRecord | None:
     """As from `MaskGenerator`, without id; None if there is no pixel. Raises: ImageError."""
     try:
         counts = counts_of(raw.get("segmentation"), hw)
@@ -109,7 +109,7 @@ def _annotation(place: int, raw: Any, hw: tuple[int, int], bbox_convention: str)
             raise ValueError(f"it {problem}")
         return mask
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise ImageError("unreadable", f"annotation {place} is not valid: {str(error)[:300]}") from error
+        raise ImageError("unreadable", f"annotation {index} is not valid: {str(error)[:300]}") from error
 
 
 def _score(value: Any) -> float:

@@ -41,7 +41,7 @@ def planned_images(source: Source, images_root: str | None, allow_outside: bool)
         images = list(pool.map(_image_of, files))
     ids = image_ids([_id_of(image) for image in images])
     places = [_place(file, image, images_root) for file, image in zip(files, images, strict=True)]
-    rows = [{"image_id": id, **place} for id, place in zip(ids, places, strict=True)]
+    rows = [{"image_id": id, **columns} for id, columns in zip(ids, places, strict=True)]
     if not allow_outside and all(_problem(file, row, images_root) for file, row in zip(files, rows, strict=True)):
         raise ConfigError(
             f"SOURCE {storage.redact(source.uri)}: no image is below the folder of its images, the first is "

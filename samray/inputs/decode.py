@@ -177,16 +177,16 @@ def _without_texts(data: bytes) -> bytes:
 
     Pillow refuses images with large texts, which are not needed here.
     """
-    kept, place = [data[:8]], 8
-    while place + 8 <= len(data):
-        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
-        kind, body = data[place + 4 : place + 8], data[place + 8 : min(end - 4, place + 8 + 64)]
-        if kind in _TEXT_CHUNKS and not (body.startswith(_ORIENTATION_TEXT) and _is_small_text(data[place + 4 : end])):
-            kept.append(data[place:place])
+    kept, offset = [data[:8]], 8
+    while offset + 8 <= len(data):
+        end = offset + 12 + int.from_bytes(data[offset : offset + 4], "big")
+        kind, body = data[offset + 4 : offset + 8], data[offset + 8 : min(end - 4, offset + 8 + 64)]
+        if kind in _TEXT_CHUNKS and not (body.startswith(_ORIENTATION_TEXT) and _is_small_text(data[offset + 4 : end])):
+            kept.append(data[offset:offset])
         else:
-            kept.append(data[place:end])
-        place = end
-    return b"".join([*kept, data[place:]]) if any(not part for part in kept) else data
+            kept.append(data[offset:end])
+        offset = end
+    return b"".join([*kept, data[offset:]]) if any(not part for part in kept) else data
 
 
 def _is_small_text(chunk: bytes) -> bool:

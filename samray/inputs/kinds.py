@@ -165,15 +165,15 @@ def is_cut(data: bytes) -> bool | None:
 
 def _ends_inside_box(data: bytes) -> bool:
     """Whether a file made of ISO base media boxes ends before its last box does."""
-    place = 0
-    while place + 8 <= len(data):
-        size = int.from_bytes(data[place : place + 4], "big")
+    offset = 0
+    while offset + 8 <= len(data):
+        size = int.from_bytes(data[offset : offset + 4], "big")
         if size == 0:  # up to the end of the file
-            return data[place + 4 : place + 8] == b"jp2c" and b"\xff\xd9" not in data[-64:]
+            return data[offset + 4 : offset + 8] == b"jp2c" and b"\xff\xd9" not in data[-64:]
         if size < 8:  # 1 means a 64-bit size, which no image has
             return False
-        place += size
-    return place != len(data)
+        offset += size
+    return offset != len(data)
 
 
 def _ico_is_cut(data: bytes) -> bool:

@@ -61,10 +61,10 @@ class MatchedPrompts:
         """For each of the shards: index in the shard -> the image's prompts."""
         found: dict[int, dict[int, list[Prompt]]] = {shard: {} for shard in shards}
         starts = plan.starts()
-        for place, prompts in self.by_place.items():
-            shard = bisect_right(starts, place) - 1
+        for index, prompts in self.by_place.items():
+            shard = bisect_right(starts, index) - 1
             if shard in found:
-                found[shard][place - starts[shard]] = prompts
+                found[shard][index - starts[shard]] = prompts
         return found
 
 
@@ -166,13 +166,13 @@ def _parse(where: str, values: Any) -> _Row:
     column = next((name for name in ("uri", "file_name") if values.get(name)), None)
     if column is None:
         raise ConfigError(f"{where}: expected uri or file_name, got neither")
-    name, given = values[column], values.get("prompts")
-    if not isinstance(name, str) or not isinstance(given, list):
+    name, user_prompts = values[column], values.get("prompts")
+    if not isinstance(name, str) or not isinstance(user_prompts, list):
         raise ConfigError(f"{where}: {column} must be a string, and prompts a list")
     prompts = []
-    for place, value in enumerate(given):
+    for index, value in enumerate(user_prompts):
         try:
             prompts.append(Prompt.parse(value))
         except ConfigError as error:
-            raise ConfigError(f"{where}: image {storage.redact(name)!r}, prompts[{place}]: {error}") from None
+            raise ConfigError(f"{where}: image {storage.redact(name)!r}, prompts[{index}]: {error}") from None
     return _Row(column, name, prompts)

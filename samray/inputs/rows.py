@@ -33,24 +33,24 @@ _MOST_TEXT_BYTES: Final = 2**30
 
 def input_rows(uris: Any, names: Any, **columns: Any) -> pa.Table:
     """A table of `INPUT_SCHEMA`. A column is an array, or one value for all rows; missing columns are null."""
-    given = {"uri": uris, "file_name": names, **columns}
-    assert given.keys() <= set(INPUT_SCHEMA.names), given.keys()
+    values = {"uri": uris, "file_name": names, **columns}
+    assert values.keys() <= set(INPUT_SCHEMA.names), values.keys()
     arrays = []
     for field in INPUT_SCHEMA:
-        value = given.get(field.name)
+        value = values.get(field.name)
         if value is None or isinstance(value, str):
             value = _repeat(pa.scalar(value, field.type), len(uris))
         arrays.append(value.cast(field.type))
     return pa.Table.from_arrays(arrays, schema=INPUT_SCHEMA)
 
 
-def take(held: pa.Table | pa.ChunkedArray, places: Any) -> Any:
-    """`held.take(places)`, also if a column has more text than pyarrow can take from at once, 2 GiB."""
-    if isinstance(held, pa.Table):
-        return pa.Table.from_arrays([take(column, places) for column in held.columns], schema=held.schema)
-    if held.type != pa.string() or held.nbytes < _MOST_TEXT_BYTES:
-        return held.take(places)
-    taken = held.cast(pa.large_string()).take(places)
+def take(rows: pa.Table | pa.ChunkedArray, indices: Any) -> Any:
+    """`rows.take(indices)`, also if a column has more text than pyarrow can take from at once, 2 GiB."""
+    if isinstance(rows, pa.Table):
+        return pa.Table.from_arrays([take(column, indices) for column in rows.columns], schema=rows.schema)
+    if rows.type != pa.string() or rows.nbytes < _MOST_TEXT_BYTES:
+        return rows.take(indices)
+    taken = rows.cast(pa.large_string()).take(indices)
     parts = [taken.slice(start, _ROWS_AT_ONCE) for start in range(0, len(taken), _ROWS_AT_ONCE)]
     chunks = [chunk.cast(pa.string()) for part in parts for chunk in part.chunks]
     return pa.chunked_array(chunks, pa.string())
@@ -82,12 +82,12 @@ def map_some(texts: pa.ChunkedArray, chosen: pa.ChunkedArray, call: Callable[[st
     return pa.chunked_array(chunks, pa.string())
 
 
-def places_of(wanted: Sequence[str | None], held: pa.ChunkedArray) -> dict[int, list[int]]:
-    """Index in wanted -> indices in held of the same text, for each that is not None and occurs."""
-    places = pc.indices_nonzero(pc.is_in(held, value_set=pa.array(wanted, pa.string()).drop_null()))
+def places_of(wanted: Sequence[str | None], column: pa.ChunkedArray) -> dict[int, list[int]]:
+    """Index in wanted -> indices in column of the same text, for each that is not None and occurs."""
+    places = pc.indices_nonzero(pc.is_in(column, value_set=pa.array(wanted, pa.string()).drop_null()))
     found: dict[str, list[int]] = {}
-    for place, text in zip(places.to_pylist(), take(held, places).to_pylist(), strict=True):
-        found.setdefault(text, []).append(place)
+    for index, text in zip(places.to_pylist(), take(column, places).to_pylist(), strict=True):
+        found.setdefault(text, []).append(index)
     return {number: found[text] for number, text in enumerate(wanted) if text is not None and text in found}
 
 

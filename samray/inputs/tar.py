@@ -341,13 +341,13 @@ def _read_member(item: dict[str, Any]) -> bytes:
         raise FileError("the plan's map of the image's holes is damaged")
     stored = storage.read_bytes(item["container"], item["offset"], num_stored)
     data = bytearray(item["size"])
-    place = 0
+    offset = 0
     for start, length in pieces:
-        piece = stored[place : place + length]
+        piece = stored[offset : offset + length]
         if len(piece) < length:
             return bytes(data[:start]) + piece
         data[start : start + length] = piece
-        place += length
+        offset += length
     return bytes(data)
 
 

@@ -178,14 +178,14 @@ def _layout(data: bytes) -> tuple[str, bool]:
 
 def _first_offset(data: bytes) -> int:
     order, is_big = _layout(data)
-    place, kind = (8, "Q") if is_big else (4, "I")
-    return int(_unpack(data, place, order + kind, (0,))[0])
+    offset, kind = (8, "Q") if is_big else (4, "I")
+    return int(_unpack(data, offset, order + kind, (0,))[0])
 
 
-def _unpack(data: bytes, place: int, layout: str, default: tuple[int, ...]) -> tuple[int, ...]:
-    if place + struct.calcsize(layout) > len(data):
+def _unpack(data: bytes, offset: int, layout: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    if offset + struct.calcsize(layout) > len(data):
         return default
-    return struct.unpack_from(layout, data, place)
+    return struct.unpack_from(layout, data, offset)
 
 
 def _ends_inside(data: bytes, offset: int) -> bool:
@@ -208,10 +208,10 @@ def _read(data: bytes, offset: int) -> Directory | None:
     return Directory(offset, _unpack(data, end, order + ("Q" if is_big else "I"), (0,))[0], tags)
 
 
-def _entries(data: bytes, place: int, number: int, order: str, is_big: bool) -> Iterator[tuple[int, tuple[int, ...]]]:
+def _entries(data: bytes, offset: int, number: int, order: str, is_big: bool) -> Iterator[tuple[int, tuple[int, ...]]]:
     entry, inline = ("HHQ", 8) if is_big else ("HHI", 4)
     step = struct.calcsize(order + entry) + inline
-    for at in range(place, place + number * step, step):
+    for at in range(offset, offset + number * step, step):
         tag, kind, count = struct.unpack_from(order + entry, data, at)
         if kind not in _SIZES or not count:
             continue

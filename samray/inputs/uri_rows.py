@@ -179,13 +179,13 @@ def with_distinct_names(rows: pa.Table) -> pa.Table:
         return rows
     names = rows["file_name"].to_pylist()
     taken, numbers = set(names), dict[str, int]()
-    for place in repeated.tolist():
-        name, new = names[place], names[place]
+    for index in repeated.tolist():
+        name, new = names[index], names[index]
         stem, ending = posixpath.splitext(name)
         while new in taken:
             numbers[name] = numbers.get(name, 1) + 1
             new = f"{stem}~{numbers[name]}{ending}"
-        names[place] = new
+        names[index] = new
         taken.add(new)
     column = pa.chunked_array([pa.array(names, pa.string())])
     return rows.set_column(rows.schema.get_field_index("file_name"), "file_name", column)
@@ -207,9 +207,9 @@ def later_copies(texts: pa.ChunkedArray) -> npt.NDArray[np.int64]:
     candidates = np.flatnonzero(np.isin(hashes, equal))
     seen: set[str] = set()
     copies = []
-    for place, text in zip(candidates.tolist(), take(texts, pa.array(candidates)).to_pylist(), strict=True):
+    for index, text in zip(candidates.tolist(), take(texts, pa.array(candidates)).to_pylist(), strict=True):
         if text in seen:
-            copies.append(place)
+            copies.append(index)
         elif text:
             seen.add(text)
     return np.array(copies, np.int64)

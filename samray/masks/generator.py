@@ -29,7 +29,7 @@ from samray.masks.executor import InlineExecutor
 from samray.masks.images import check_images
 from samray.masks.nms import box_nms
 from samray.masks.points import Float64, point_grids
-from samray.masks.records import Mask, choose, to_record, wanted_areas
+from samray.masks.records import Mask, apply_limits, to_record, wanted_areas
 from samray.masks.regions import remove_small_regions
 from samray.masks.scores import MASK_THRESHOLD, above, areas, mask_boxes, stability_scores
 from samray.masks.windows import upsample_occupied
@@ -223,10 +223,10 @@ class MaskGenerator:
         of_views = slices_of(view_of_prompt[prompt_index], len(views))
         points_of_masks = np.concatenate(points)[prompt_index]
         measured = [
-            self._measure(few, view.crop)
+            self._measure(batch, view.crop)
             for view, rows in zip(views, of_views, strict=True)
-            for few in decoded.logits[rows].split(self._masks_at_once(view.crop))
-            if len(few)
+            for batch in decoded.logits[rows].split(self._masks_at_once(view.crop))
+            if len(batch)
         ]
         numbers = torch.cat(measured).cpu().numpy() if measured else np.zeros((0, 6))
         predicted_iou = decoded.iou.cpu().numpy()
@@ -295,7 +295,7 @@ class MaskGenerator:
                 untouched = [not mask.was_cleaned for mask in masks]
                 keep = box_nms(boxes, untouched, max(config.box_nms_thresh, config.crop_nms_thresh))
                 masks = [masks[i] for i in keep]
-            masks = choose(masks, image_hw, config)
+            masks = apply_limits(masks, image_hw, config)
         with self._stage("rle"):
             return [to_record(mask, image_hw, config) for mask in masks]
 
@@ -305,9 +305,9 @@ class MaskGenerator:
         for crop_index in np.unique(candidates.crop_index):
             crop, rows = crops[crop_index], np.flatnonzero(candidates.crop_index == crop_index)
             num = self._masks_at_once(crop)
-            for few in np.split(rows, range(num, len(rows), num)):
-                runs = self._runs(torch.stack(candidates[few].logits), crop, image_hw)
-                for row, (counts, was_cleaned) in zip(few.tolist(), runs, strict=True):
+            for batch in np.split(rows, range(num, len(rows), num)):
+                runs = self._runs(torch.stack(candidates[batch].logits), crop, image_hw)
+                for row, (counts, was_cleaned) in zip(batch.tolist(), runs, strict=True):
                     finished[row] = Mask(
                         counts=counts,
                         was_cleaned=was_cleaned,

@@ -17,14 +17,14 @@ def check_images(images: Sequence[Any]) -> None:
             return check_images(list(images))
         got = f"one array of shape {tuple(shape)}" if shape else f"a {type(images).__name__}"
         raise ValueError(f"{wanted}; got {got}: for one image write generate([image])")
-    for place, image in enumerate(images):
+    for index, image in enumerate(images):
         if not isinstance(image, np.ndarray):
             how = 'numpy.asarray(image.convert("RGB"))' if hasattr(image, "convert") else "a numpy array"
             if isinstance(image, str):
                 how = 'numpy.asarray(PIL.Image.open(path).convert("RGB"))'
-            raise ValueError(f"{wanted}; images[{place}] is a {_name(image)}: pass {how}")
+            raise ValueError(f"{wanted}; images[{index}] is a {_name(image)}: pass {how}")
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-            raise ValueError(f"{wanted}; images[{place}] is {image.dtype} {image.shape}: {_advice(image)}")
+            raise ValueError(f"{wanted}; images[{index}] is {image.dtype} {image.shape}: {_advice(image)}")
 
 
 def _name(image: Any) -> str:

@@ -98,6 +98,7 @@ class PromptedGenerator:
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
         """Indices of prompts to decode together: the same number of clicks each, and all or none with a box."""
+        # Only prompts with equally many tokens form a batch: padding tokens would change the masks.
         alike: dict[tuple[int, bool], list[int]] = {}
         for i, prompt in enumerate(prompts):
             alike.setdefault((len(prompt.points), prompt.box is not None), []).append(i)
@@ -121,19 +122,20 @@ class PromptedGenerator:
             boxes = in_input_frame([_corners(prompt.box) for prompt in prompts if prompt.box]).flatten(1)
         multimask = prompts[0].is_ambiguous
         logits, iou = self.model.predict(embedding, points, labels, boxes, multimask=multimask)
+        # An ambiguous prompt gives three masks; the others give one, which is then the best.
         best = iou.argmax(dim=1)
         every = torch.arange(len(prompts), device=best.device)
         return logits[every, best], iou[every, best]
 
     def _record(
-        self, place: int, prompt: Prompt, logits: Tensor, predicted_iou: float, image_hw: tuple[int, int]
+        self, index: int, prompt: Prompt, logits: Tensor, predicted_iou: float, image_hw: tuple[int, int]
     ) -> MaskRecord:
         """logits: (1, 4h, 4w). Raises: ImageError if the mask has no pixel."""
         upscaled = self.frame.masks_out(logits, image_hw)
         pixels = above(upscaled, MASK_THRESHOLD)
         (counts,) = rle.encode_masks(pixels, (0, 0), image_hw)
         if rle.area(counts) == 0:
-            raise ImageError("bad_prompt", f"prompts[{place}]: the model finds no mask there")
+            raise ImageError("bad_prompt", f"prompts[{index}]: the model finds no mask there")
         on_object = [xy for xy, label in zip(prompt.points, prompt.labels, strict=True) if label == 1]
         mask = Mask(
             counts=counts,
@@ -154,10 +156,10 @@ class PromptedGenerator:
 
 
 def _check(image: Image, prompts: Sequence[Prompt]) -> None:
-    for place, prompt in enumerate(prompts):
+    for index, prompt in enumerate(prompts):
         problem = prompt.problem_in(width=image.shape[1], height=image.shape[0])
         if problem is not None:
-            raise ImageError("bad_prompt", f"prompts[{place}]: {problem}")
+            raise ImageError("bad_prompt", f"prompts[{index}]: {problem}")
 
 
 def _corners(box_xywh: tuple[float, float, float, float]) -> tuple[float, float, float, float]:

@@ -29,7 +29,7 @@ class Mask:
     """Small regions were removed from it."""
 
 
-def choose(masks: list[Mask], image_hw: tuple[int, int], config: MaskConfig) -> list[Mask]:
+def apply_limits(masks: list[Mask], image_hw: tuple[int, int], config: MaskConfig) -> list[Mask]:
     """What the options added to the reference's leave of an image's masks, in the given order.
 
     First near-duplicates go (the earlier mask stays), then all but the best `max_masks` by predicted IoU, then pixels

@@ -25,7 +25,7 @@ def remove_small_regions(mask: Bool, box_xyxy: npt.ArrayLike, image_hw: tuple[in
     x0, y0, x1, y1 = (int(v) for v in np.asarray(box_xyxy))
     height, width = image_hw
     # Around its box the mask is 0: the area above, below, left and right is represented by one row or column each,
-    # weighted with the pixels it stands for. Connections and sizes are those of the whole image.
+    # weighted by the pixels it represents. Connections and sizes are those of the whole image.
     rows = np.array([y0, *[1] * (y1 - y0 + 1), height - 1 - y1])
     cols = np.array([x0, *[1] * (x1 - x0 + 1), width - 1 - x1])
     framed = np.pad(mask, 1)[np.ix_(rows > 0, cols > 0)]

@@ -37,8 +37,8 @@ def upsample_occupied(
     x = _span(above.any(dim=0), image_size, input_hw[1], original_hw[1])
     scale = image_size // logits.shape[-1]
     rows, cols = (_cells(side, scale, logits.shape[-1]) for side in (y, x))
-    few = logits[None, :, rows, cols]
-    square = F.interpolate(few, (few.shape[2] * scale, few.shape[3] * scale), mode="bilinear", align_corners=False)
+    part = logits[None, :, rows, cols]
+    square = F.interpolate(part, (part.shape[2] * scale, part.shape[3] * scale), mode="bilinear", align_corners=False)
     top, left = rows.start * scale, cols.start * scale
     cut = square[..., y.input_start - top : y.input_stop - top, x.input_start - left : x.input_stop - left]
     size = (y.stop - y.start, x.stop - x.start)

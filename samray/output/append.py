@@ -70,19 +70,19 @@ def compare(plan: Plan, listed: pa.Table) -> tuple[pa.Table, pa.Table]:
     """Rows of `listed` (`INPUT_SCHEMA`) that the plan does not have, and rows of the plan that changed, with the
     current size, ETag and location (`MANIFEST_SCHEMA`), by shard. Raises: StorageError.
     """
-    held = plan.read_images(["image_id", "shard", "uri", "file_name", "size", "etag", "problem"])
-    uris = hide_known(held["uri"])
+    planned = plan.read_images(["image_id", "shard", "uri", "file_name", "size", "etag", "problem"])
+    uris = hide_known(planned["uri"])
     new = listed.filter(pc.is_null(pc.index_in(listed["uri"], value_set=uris)))
     at = pc.index_in(uris, value_set=listed["uri"])
-    held, now = held.filter(pc.is_valid(at)), take(listed, pc.drop_null(at))
-    differs = pa.chunked_array([pa.repeat(pa.scalar(False), held.num_rows)])
+    planned, now = planned.filter(pc.is_valid(at)), take(listed, pc.drop_null(at))
+    differs = pa.chunked_array([pa.repeat(pa.scalar(False), planned.num_rows)])
     for mark in ("size", "etag"):
-        differs = pc.or_(differs, pc.fill_null(pc.not_equal(held[mark], now[mark]), False))
+        differs = pc.or_(differs, pc.fill_null(pc.not_equal(planned[mark], now[mark]), False))
     # Not compared: problems from lists depend on a setting, and those of links in a tar on other members.
-    differs = pc.or_(differs, pc.not_equal(pc.fill_null(held["problem"], ""), pc.fill_null(now["problem"], "")))
-    held, now = held.filter(differs), now.filter(differs)
-    given = {"image_id": held["image_id"], "shard": held["shard"], "file_name": held["file_name"]}
-    columns = [given.get(name, now[name] if name in now.schema.names else None) for name in MANIFEST_SCHEMA.names]
+    differs = pc.or_(differs, pc.not_equal(pc.fill_null(planned["problem"], ""), pc.fill_null(now["problem"], "")))
+    planned, now = planned.filter(differs), now.filter(differs)
+    unchanged = {"image_id": planned["image_id"], "shard": planned["shard"], "file_name": planned["file_name"]}
+    columns = [unchanged.get(name, now[name] if name in now.schema.names else None) for name in MANIFEST_SCHEMA.names]
     return new, pa.Table.from_arrays(columns, schema=MANIFEST_SCHEMA).sort_by("shard")
 
 
@@ -130,8 +130,8 @@ def join_images(
             num_hidden=len(credentials),
         )
         rows = build_manifest(new, generation.images_per_shard, plan.read_images(["image_id"])["image_id"])
-        place = rows.schema.get_field_index("shard")
-        rows = rows.set_column(place, "shard", pc.cast(pc.add(rows["shard"], plan.num_shards), pa.int32()))
+        index = rows.schema.get_field_index("shard")
+        rows = rows.set_column(index, "shard", pc.cast(pc.add(rows["shard"], plan.num_shards), pa.int32()))
         # First: `_SUCCESS` means that all shards exist, which is no longer true once the generation exists.
         unmark_success(plan.output)
         added = create_generation(plan.output, generation, rows, changed)

@@ -83,6 +83,7 @@ def compact(
             num_failed += sum(stats["failures"].values())
         num_done += target.num_images_of(shard)
         on_progress(num_done, target.num_images)
+    # Checked at the end, after the last read: a shard could be replaced at any time before.
     refuse_replaced(plan, fingerprint, dest)
     mark_success(dest, num_images=target.num_images, num_failed=num_failed)
     return CompactReport(
@@ -107,8 +108,8 @@ def look_at_finished(plan: Plan) -> tuple[str, int]:
     for shard in stale_shards(plan, done):
         raise ConfigError(f"{where} is not finished: shard {shard} must be labelled again; run it first")
     sizes = storage.list_names(storage.join(plan.output, FOLDER))
-    held = [(shard, version, sizes.get(shard_name(shard))) for shard, version in sorted(done.items())]
-    return hashlib.sha256(json.dumps(held).encode()).hexdigest(), sum(sizes.values())
+    shard_files = [(shard, version, sizes.get(shard_name(shard))) for shard, version in sorted(done.items())]
+    return hashlib.sha256(json.dumps(shard_files).encode()).hexdigest(), sum(sizes.values())
 
 
 def refuse_replaced(plan: Plan, fingerprint: str, dest: str) -> None:
@@ -161,6 +162,7 @@ def rows_between(plan: Plan, starts: list[int], start: int, number: int) -> tupl
     for shard, first, count in _overlaps(starts, start, number):
         table, stats = _read_slice(plan.output, shard, first, count)
         tables.append(table.cast(schema_of(plan.run)))
+        # A row has no times of its own: each gets an equal part of its shard's.
         share = count / plan.num_images_of(shard)
         sums.update({key: stats.get(key, 0.0) * share for key in STATS_SECONDS})
         stage_seconds.update({name: seconds * share for name, seconds in stats.get("stage_seconds", {}).items()})

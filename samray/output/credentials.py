@@ -45,8 +45,8 @@ def hide(images: pa.Table) -> tuple[pa.Table, dict[str, str]]:
     ]
     columns = {"uri": [hidden.get(uri, uri) for uri in uris], "container": _mapped(images["container"], hidden)}
     for name, values in columns.items():
-        place = images.schema.get_field_index(name)
-        images = images.set_column(place, images.schema.field(name), pa.chunked_array([pa.array(values, pa.string())]))
+        index = images.schema.get_field_index(name)
+        images = images.set_column(index, images.schema.field(name), pa.chunked_array([pa.array(values, pa.string())]))
     return images, {shown: uri for uri, shown in hidden.items()}
 
 
@@ -59,9 +59,9 @@ def hide_known(uris: pa.ChunkedArray) -> pa.ChunkedArray:
 def reveal(rows: pa.Table, credentials: Credentials) -> pa.Table:
     """Rows of a plan with their original, readable URIs and containers."""
     for name in ("uri", "container") if credentials else ():
-        place = rows.schema.get_field_index(name)
+        index = rows.schema.get_field_index(name)
         column = pa.array(_mapped(rows[name], credentials), pa.string())
-        rows = rows.set_column(place, rows.schema.field(name), [column])
+        rows = rows.set_column(index, rows.schema.field(name), [column])
     return rows
 
 

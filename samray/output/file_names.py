@@ -73,8 +73,8 @@ def shared_stems(
         return {}
     taken = set(values.tolist())
     stems: dict[int, str] = {}
-    for place in np.flatnonzero(renamed).tolist():
-        image_id, name = images["image_id"][place].as_py(), images["file_name"][place].as_py()
+    for index in np.flatnonzero(renamed).tolist():
+        image_id, name = images["image_id"][index].as_py(), images["file_name"][index].as_py()
         stem = f"{stem_of(name)}-{image_id}"
         while hash(stem.lower()) in taken or _is_in_the_way(stem, name, folders, endings):
             stem += "_"

@@ -31,7 +31,7 @@ def _version(package: str) -> str | None:
 
 
 def refuse_differences(
-    output: str, held: Mapping[str, Any], wanted: Mapping[str, Any], defaults: Mapping[str, Any]
+    output: str, recorded: Mapping[str, Any], wanted: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> None:
     """Raise ConfigError that lists each setting that differs.
 
@@ -39,7 +39,7 @@ def refuse_differences(
     which lets an OUTPUT from before that setting resume. Stored URIs are redacted again, because an older version may
     have redacted less.
     """
-    there, asked, default = _flat(redact_json(held)), _flat(wanted), _flat(redact_json(defaults))
+    there, asked, default = _flat(redact_json(recorded)), _flat(wanted), _flat(redact_json(defaults))
     missing = "not set"
     there, asked = default | there, default | asked
     differences = [

@@ -84,14 +84,14 @@ def _shards_of(plan: Plan, image_id: int) -> Iterator[tuple[int, bool]]:
             check_manifest(footer.schema.to_arrow_schema())
         shards = statistics(footer, "shard")
         for group in _groups_with(footer, "image_id", image_id):
-            held = shards[group]
-            if held is not None and held.has_min_max and held.min == held.max:
-                yield int(held.min), False  # for a shard this large, its own footer is faster to read
+            shard = shards[group]
+            if shard is not None and shard.has_min_max and shard.min == shard.max:
+                yield int(shard.min), False  # for a shard this large, its own footer is faster to read
                 continue
             rows = read_row_group(uri, size, footer, group, ["image_id", "shard"])
-            place = pc.index(rows["image_id"], image_id).as_py()
-            if place >= 0:
-                yield int(rows["shard"][place].as_py()), True
+            index = pc.index(rows["image_id"], image_id).as_py()
+            if index >= 0:
+                yield int(rows["shard"][index].as_py()), True
 
 
 def _row_of(table: pa.Table, image_id: int) -> int:
@@ -101,8 +101,8 @@ def _row_of(table: pa.Table, image_id: int) -> int:
 def _groups_with(footer: pq.FileMetaData, column: str, value: Any) -> list[int]:
     """The row groups that may have a value, according to their statistics."""
     groups = []
-    for group, held in enumerate(statistics(footer, column)):
-        if held is None or not held.has_min_max or held.min <= value <= held.max:
+    for group, bounds in enumerate(statistics(footer, column)):
+        if bounds is None or not bounds.has_min_max or bounds.min <= value <= bounds.max:
             groups.append(group)
     return groups
 
@@ -110,8 +110,8 @@ def _groups_with(footer: pq.FileMetaData, column: str, value: Any) -> list[int]:
 def statistics(footer: pq.FileMetaData, column: str) -> list[pq.Statistics | None]:
     """The statistics of a column, given by its path in the schema, in each row group."""
     paths = [footer.schema.column(i).path for i in range(len(footer.schema))]
-    place = paths.index(column)
-    return [footer.row_group(group).column(place).statistics for group in range(footer.num_row_groups)]
+    index = paths.index(column)
+    return [footer.row_group(group).column(index).statistics for group in range(footer.num_row_groups)]
 
 
 # --- reading by ranges ---------------------------------------------------------------------------------------------
@@ -223,9 +223,9 @@ def _wanted_rows(plan: Plan, shard: int, size: int, keep_empty: bool) -> tuple[n
     wanted, start = [], 0
     for group in range(footer.num_row_groups):
         num_rows = footer.row_group(group).num_rows
-        held = status[group]
+        bounds = status[group]
         keep = np.ones(num_rows, bool)
-        if held is None or not held.has_min_max or not held.min == held.max == "ok":
+        if bounds is None or not bounds.has_min_max or not bounds.min == bounds.max == "ok":
             keep = _numpy(pc.equal(read_row_group(uri, size, footer, group, ["status"])["status"], "ok"))
         if not keep_empty:
             # This column of the masks is the fastest to read: the same two numbers repeat.
@@ -254,7 +254,7 @@ class ContainerIndex:
     extents: dict[int, str]
     """Image index -> pieces of a sparse tar member."""
 
-    def place(self, index: int) -> dict[str, Any] | None:
+    def locate(self, index: int) -> dict[str, Any] | None:
         """The columns of `INPUT_SCHEMA` that locate an image; None for an image in a file of its own."""
         if self.which[index] < 0:
             return None
@@ -282,9 +282,9 @@ def index_containers(plan: Plan, index: ImageIndex) -> ContainerIndex | None:
     if names.null_count == len(names):
         return None
     places = _places(plan, index)
-    held = plan.read_images(["offset", "row", "size"]).take(places)
+    planned = plan.read_images(["offset", "row", "size"]).take(places)
     coded = names.dictionary_encode().unify_dictionaries().combine_chunks().take(places)  # few names, much text
-    offsets, rows, sizes = (np.asarray(column.fill_null(-1).to_numpy(), np.int64) for column in held.columns)
+    offsets, rows, sizes = (np.asarray(column.fill_null(-1).to_numpy(), np.int64) for column in planned.columns)
     in_tar = offsets >= 0
     extents = plan.read_images(["extents"])["extents"].take(places)
     with_holes = pc.indices_nonzero(pc.is_valid(extents))

@@ -104,6 +104,7 @@ def image_ids(file_names: pa.ChunkedArray, taken: pa.ChunkedArray | None = None)
     ids = np.arange(first, first + len(file_names))
     for start in range(0, len(file_names), _ROWS_AT_ONCE):
         part = ids[start : start + _ROWS_AT_ONCE]
+        # `part` is a view: this fills `ids`.
         part[:] = _numbers_or(file_names.slice(start, _ROWS_AT_ONCE), part)
     collides = taken is not None and pc.any(pc.is_in(pa.array(ids), value_set=taken)).as_py()
     if collides or not _all_differ(ids):
@@ -148,6 +149,7 @@ def create_generation(output: str, generation: Generation, new: pa.Table, change
         if changed is not None and changed.num_rows:
             assert changed.num_rows == generation.num_changed, (changed.num_rows, generation)
             writer.write_table(changed.cast(MANIFEST_SCHEMA), row_group_size=_ROWS_PER_GROUP)
+    # put_new decides between two runs that plan at the same time: the first one wins, the other reads its plan.
     return storage.put_new(manifest_uri(output, generation.number), seal(sink.getvalue()))
 
 
@@ -217,9 +219,10 @@ def read_changed(output: str, generation: Generation, shard: int | None = None) 
     def read(file: pq.ParquetFile) -> pa.Table:
         column = MANIFEST_SCHEMA.get_field_index("shard")
         groups = []
+        # Sorted by shard, so the statistics of a group tell which shards it can have.
         for group in range(generation.num_groups, file.metadata.num_row_groups):
-            held = file.metadata.row_group(group).column(column).statistics
-            if shard is None or held is None or held.min <= shard <= held.max:
+            statistics = file.metadata.row_group(group).column(column).statistics
+            if shard is None or statistics is None or statistics.min <= shard <= statistics.max:
                 groups.append(group)
         table = _conform(file.read_row_groups(groups))
         return table if shard is None else table.filter(pc.equal(table["shard"], shard))

@@ -238,8 +238,8 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
                 "masks with max_masks or min_area, or raise max_mask_bytes"
             )
         decoded = torch.empty((len(masks), height, width), dtype=torch.bool)
-        for place, runs in enumerate(masks):
-            decoded[place] = torch.from_numpy(pixels(runs, (height, width)))
+        for index, runs in enumerate(masks):
+            decoded[index] = torch.from_numpy(pixels(runs, (height, width)))
         return decoded
 
     def _kept(self, annotations: pa.StructArray) -> npt.NDArray[np.int64]:
@@ -278,13 +278,13 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
     def _encoded(self, index: int, uri: str) -> bytes:
-        place = None if self._containers is None else self._containers.place(index)
-        if place is None:
+        location = None if self._containers is None else self._containers.locate(index)
+        if location is None:
             uri = self._moved(uri)
             if storage.is_redacted(uri):
                 raise ImageError("missing", NO_CREDENTIALS.format(uri))
             return storage.read_bytes(uri)
-        row = {**place, "uri": uri, "container": self._moved(place["container"])}
+        row = {**location, "uri": uri, "container": self._moved(location["container"])}
         (data,) = fetch_images(pa.Table.from_pylist([row], INPUT_SCHEMA), self._input)
         if isinstance(data, ImageError):
             raise data
@@ -301,8 +301,8 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
 
 def input_config_of(plan: Plan) -> InputConfig:
     """The settings with which the images were read: limits, and the column of the images."""
-    held = plan.run.get("config", {}).get("input", {})
-    return InputConfig(**{name: value for name, value in held.items() if name in InputConfig.model_fields})
+    settings = plan.run.get("config", {}).get("input", {})
+    return InputConfig(**{name: value for name, value in settings.items() if name in InputConfig.model_fields})
 
 
 def _names(annotations: pa.StructArray) -> list[str]:

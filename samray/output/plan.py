@@ -133,6 +133,7 @@ class Plan:
         sizes = [generation.num_images for generation in self.generations]
         images = pa.concat_tables(table.slice(0, size) for table, size in zip(rows, sizes, strict=True))
         for table, size in zip(rows, sizes, strict=True):
+            # Rows after the generation's own images are newer values of images of earlier generations.
             if table.num_rows > size:
                 images = with_rows(images, table.slice(size))
         return images.select(columns)
@@ -146,6 +147,7 @@ class Plan:
         return self.generations[bisect_right(self.generations, shard, key=lambda g: g.first_shard) - 1]
 
     def __getstate__(self) -> dict[str, Any]:
+        # Plans are sent to every task: without the cached rows.
         return {**self.__dict__, "_groups": {}}
 
 
@@ -223,9 +225,9 @@ def write_plan(output_uri: str, images: pa.Table, images_per_shard: int, run: Ma
     table = images.append_column("shard", shards).select(MANIFEST_SCHEMA.names)
     first = Generation(0, redact_json(run["identity"]), table.num_rows, images_per_shard, num_hidden=len(credentials))
     if not create_generation(output, first, table):
-        held = read_generation(output, 0)
-        if held != first:
-            refuse_differences(output, held.identity if held else {}, first.identity, {})
+        generation = read_generation(output, 0)
+        if generation != first:
+            refuse_differences(output, generation.identity if generation else {}, first.identity, {})
             raise ConfigError(
                 f"{storage.redact(output)} has a plan for other images; choose another folder, or empty it"
             )
@@ -259,17 +261,17 @@ def _write_plan(
     input_uri: str, output: str, config: Config, wanted: dict[str, Any], check: Callable[[pa.Table], object]
 ) -> dict[str, Any]:
     """Write the manifest, then run.json, unless another driver was first: then return its run.json."""
-    held = read_generation(output, 0)
-    if held is None:
+    generation = read_generation(output, 0)
+    if generation is None:
         own, images = _list_generation(input_uri, config, wanted)
         check(images)
         table = build_manifest(images, config.output.images_per_shard)
-        held = own if create_generation(output, own, table) else read_generation(output, 0)
-        if held is None:
+        generation = own if create_generation(output, own, table) else read_generation(output, 0)
+        if generation is None:
             raise StorageError(f"{storage.redact(manifest_uri(output, 0))} was deleted during the run")
-    refuse_differences(output, held.identity, wanted, config.default_identity())
+    refuse_differences(output, generation.identity, wanted, config.default_identity())
     run = {"identity": wanted, "input": wanted["input_uri"], "config": config.model_dump(mode="json")}
-    return _create_run(output, held, run)
+    return _create_run(output, generation, run)
 
 
 def _list_generation(input_uri: str, config: Config, wanted: dict[str, Any]) -> tuple[Generation, pa.Table]:
@@ -304,11 +306,11 @@ def _create_run(output: str, first: Generation, run: Mapping[str, Any]) -> dict[
 
 def _refuse_other_run(plan: Plan, wanted: dict[str, Any], joining: bool, defaults: Mapping[str, Any]) -> None:
     """Raises: ConfigError with each setting that differs from those of the plan."""
-    held = dict(plan.run["identity"])
+    recorded = dict(plan.run["identity"])
     inputs = [redact_json(generation.identity.get("input_uri")) for generation in plan.generations]
     if joining or wanted["input_uri"] in inputs:
-        held["input_uri"] = wanted["input_uri"]
+        recorded["input_uri"] = wanted["input_uri"]
     if joining or plan.run.get("compacted_from"):
         # A new generation uses this run's shard size; compacting may have changed it in the older ones.
-        held["output"] = wanted["output"]
-    refuse_differences(plan.output, held, wanted, defaults)
+        recorded["output"] = wanted["output"]
+    refuse_differences(plan.output, recorded, wanted, defaults)

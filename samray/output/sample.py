@@ -1,7 +1,7 @@
 """Sample a large output in seconds: the footers of its shards, and a random sample of row groups.
 
 Footers have the number of images, masks and failures of a shard, and how long it took. Everything else is estimated
-from row groups: one at random from each of several equal strata, which gives every image the same probability. The
+from row groups: a random one from each of several equal strata, which gives every image the same probability. The
 sample is deterministic for an output.
 """
 
@@ -90,7 +90,7 @@ def _footer_of(shard: int, file: pq.ParquetFile) -> Footer:
     metadata = file.metadata
     status = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == "status")
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    held = [group.column(status).statistics for group in groups]
+    statistics = [group.column(status).statistics for group in groups]
     stats = samray_metadata(file.schema_arrow).get("stats", {})
     if stats.get("num_images") == metadata.num_rows:
         num_masks, failures = stats["num_masks"], stats["failures"]
@@ -99,7 +99,7 @@ def _footer_of(shard: int, file: pq.ParquetFile) -> Footer:
     return Footer(
         shard,
         tuple(group.num_rows for group in groups),
-        tuple(one is None or not one.has_min_max or one.min != "ok" for one in held),
+        tuple(one is None or not one.has_min_max or one.min != "ok" for one in statistics),
         num_masks,
         failures,
         stats,
@@ -116,7 +116,7 @@ def _count_rows(file: pq.ParquetFile) -> tuple[int, Counter[str]]:
 
 
 def spread(items: Sequence[T], number: int) -> list[T]:
-    """At most `number` of the items, in order: one at random from each of `number` equal parts."""
+    """At most `number` of the items, in order: a random one from each of `number` equal parts."""
     if len(items) <= number:
         return list(items)
     draw = random.Random(_SEED)

@@ -107,6 +107,7 @@ def commit_shard(
 
 def put_shard(output: str, shard: int, data: bytes) -> int:
     """`commit_shard` for bytes from `shard_bytes`."""
+    # Two attempts may finish the same shard. The first file stays: readers may have read it already.
     return len(data) if storage.put_new(shard_uri(output, shard), data) else 0
 
 

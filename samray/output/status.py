@@ -180,15 +180,15 @@ def _marked(plan: Plan) -> bool:
     return success is not None and success.marks(plan.num_shards, plan.last_generation)
 
 
-def _from_footers(plan: Plan, done: Mapping[int, float | None], num_done: int, held: Footers) -> dict[str, Any]:
+def _from_footers(plan: Plan, done: Mapping[int, float | None], num_done: int, cache: Footers) -> dict[str, Any]:
     """Fields of Status from the footers of the finished shards, or of a sample of them."""
     step = 1
     while len(done) > MAX_FOOTERS * step:
         step *= 2  # a power of two: the next call, with more shards, reuses most of this sample
     sample = [shard for shard in done if shard % step == 0][:MAX_FOOTERS] or sorted(done)[:MAX_FOOTERS]
-    unread = [shard for shard in sample if (shard, done[shard]) not in held]
-    held.update({(footer.shard, done[footer.shard]): footer for footer in read_footers(plan.output, unread)})
-    footers = [held[shard, done[shard]] for shard in sample]
+    unread = [shard for shard in sample if (shard, done[shard]) not in cache]
+    cache.update({(footer.shard, done[footer.shard]): footer for footer in read_footers(plan.output, unread)})
+    footers = [cache[shard, done[shard]] for shard in sample]
     scale = num_done / max(sum(footer.num_images for footer in footers), 1)
     failures: Counter[str] = Counter()
     for footer in footers:

@@ -169,6 +169,7 @@ def _check_shard(plan: Plan, shard: int, deep: bool, success: shards.Success | N
         checked.problems.append(f"{name} was replaced after {shards.SUCCESS} was written; run the same command again")
     checked.num_failed = pc.sum(pc.equal(table["status"], "failed")).as_py() or 0
     checked.num_masks = pc.sum(pc.list_value_length(table["annotations"])).as_py() or 0
+    # Two columns only: the shard's masks must not stay in memory until all shards are checked.
     checked.columns = pa.table({"image_id": pc.struct_field(table["image"], "image_id"), "uri": table["uri"]})
     checked.problems += _check_rows(plan, shard, file, table, deep)
     return checked

@@ -28,6 +28,7 @@ def check_planned(name: str, planned: pa.Table, table: pa.Table) -> Iterator[str
                 if have != want:
                     yield f"{name}: image {image_id} has {column} {have!r}, expected {want!r} as planned"
         return
+    # Compared as sets: one missing row would otherwise report all rows that follow.
     known = set(wanted)
     seen: set[int] = set()
     for image_id in ids:

@@ -150,21 +150,21 @@ class LabelActor:
         columns = ("place", "image_id", "file_name", "uri", "reason", "message", "prompts")
         encoded, places = [], []
         for i, row in enumerate(zip(*(images.field(c).to_pylist() for c in columns), strict=True)):
-            place, image_id, file_name, uri, reason, message, given = row
+            index, image_id, file_name, uri, reason, message, user_prompts = row
             source: bytes | ImageError | Callable[[], bytes | ImageError]
             if reason is not None:
                 source = ImageError(reason, message)
             elif data[i].is_valid:
                 source = data[i].as_buffer().to_pybytes()
             else:
-                source = functools.partial(self._fetch_late, shard, place, credentials)
-            prompts = None if given is None else [Prompt.parse(value) for value in json.loads(given)]
+                source = functools.partial(self._fetch_late, shard, index, credentials)
+            prompts = None if user_prompts is None else [Prompt.parse(value) for value in json.loads(user_prompts)]
             encoded.append(EncodedImage(image_id, file_name, uri, source, prompts))
-            places.append(place)
+            places.append(index)
         return encoded, places
 
-    def _fetch_late(self, shard: int, place: int, credentials: dict[str, str]) -> bytes | ImageError:
-        rows = reveal(self.plan.read_shard(shard).slice(place, 1), credentials)
+    def _fetch_late(self, shard: int, index: int, credentials: dict[str, str]) -> bytes | ImageError:
+        rows = reveal(self.plan.read_shard(shard).slice(index, 1), credentials)
         sample = functools.partial(sample_files, self.plan, credentials)
         (data,) = fetch_images(rows, self.config.input, sample)
         if isinstance(data, bytes):

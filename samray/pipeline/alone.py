@@ -65,14 +65,14 @@ class LonelyLabeler:
         Raises ChildNotStarted if no child can label even the built-in image.
         """
         done = Labelled()
-        for place, image in enumerate(images):
-            if attempts.is_poison(place):
-                message = f"the labelling processes of {attempts.strikes(place)} attempts died on this image"
+        for index, image in enumerate(images):
+            if attempts.is_poison(index):
+                message = f"the labelling processes of {attempts.strikes(index)} attempts died on this image"
                 batch = _failed(image, ImageError("quarantined", message))
             else:
-                attempts.mark(place)
+                attempts.mark(index)
                 batch = self._label_one(image)
-                attempts.unmark(place)
+                attempts.unmark(index)
             done.add(batch)
             on_progress(batch)
         return done

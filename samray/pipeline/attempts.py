@@ -52,22 +52,22 @@ class ShardAttempts:
                 if kind == "image":
                     self._strikes[int(rest.partition(".")[0])] += 1
 
-    def strikes(self, place: int) -> int:
+    def strikes(self, index: int) -> int:
         """Number of earlier attempts that died while this image of the shard was labelled alone."""
-        return self._strikes[place]
+        return self._strikes[index]
 
-    def is_poison(self, place: int) -> bool:
+    def is_poison(self, index: int) -> bool:
         """Whether that is enough to blame the image."""
-        return self._strikes[place] >= STRIKES_TO_BLAME
+        return self._strikes[index] >= STRIKES_TO_BLAME
 
-    def mark(self, place: int) -> None:
+    def mark(self, index: int) -> None:
         """Record that the image at this index is about to be labelled."""
-        storage.put_new(self._image_uri(place), b"")
-        self._marked = place
+        storage.put_new(self._image_uri(index), b"")
+        self._marked = index
 
-    def unmark(self, place: int) -> None:
+    def unmark(self, index: int) -> None:
         """Record that it did no harm."""
-        storage.delete(self._image_uri(place))
+        storage.delete(self._image_uri(index))
         self._marked = None
 
     def forget(self) -> None:
@@ -87,8 +87,8 @@ class ShardAttempts:
     def _names(self) -> list[str]:
         return [name for name in storage.list_names(self.dir) if name.startswith(self.prefix)]
 
-    def _image_uri(self, place: int) -> str:
-        return self._uri(f"image-{place:05d}.{self.run_id}.{self.number}")
+    def _image_uri(self, index: int) -> str:
+        return self._uri(f"image-{index:05d}.{self.run_id}.{self.number}")
 
     def _uri(self, mark: str) -> str:
         return storage.join(self.dir, self.prefix + mark)

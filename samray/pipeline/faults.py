@@ -25,8 +25,8 @@ def raise_if_fatal(error: Exception) -> None:
 
     if is_out_of_memory(error):
         return
-    told = isinstance(error, RuntimeError) and any(text in str(error) for text in _OF_A_LOST_DEVICE)
-    if told or isinstance(error, getattr(torch, "AcceleratorError", ())):  # torch 2.6 does not have it yet
+    is_lost = isinstance(error, RuntimeError) and any(text in str(error) for text in _OF_A_LOST_DEVICE)
+    if is_lost or isinstance(error, getattr(torch, "AcceleratorError", ())):  # torch 2.6 does not have it yet
         raise DeviceFault(one_line(error)) from error
 
 

@@ -90,13 +90,13 @@ def source_table(
     with the shard, because the prompt file may change during the run. credentials: shard -> those of its images, which
     are not stored anywhere.
     """
-    given = [None] * len(todo) if prompts is None else [_to_json(prompts[shard]) for shard in todo]
+    prompts_json = [None] * len(todo) if prompts is None else [_to_json(prompts[shard]) for shard in todo]
     secrets = [json.dumps(credentials[shard]) if shard in credentials else None for shard in todo]
-    return pa.table([list(todo), list(todo.values()), given, secrets], schema=SOURCE)
+    return pa.table([list(todo), list(todo.values()), prompts_json, secrets], schema=SOURCE)
 
 
 def _to_json(prompts: Mapping[int, list[Prompt]]) -> str:
-    return json.dumps({place: [prompt.to_json() for prompt in given] for place, given in prompts.items()})
+    return json.dumps({index: [prompt.to_json() for prompt in user_prompts] for index, user_prompts in prompts.items()})
 
 
 class _ShardSource(ray.data.Datasource):
@@ -150,18 +150,18 @@ def fetch_shard(batch: pa.Table, *, plan: Plan, config: Config, retry_failed: bo
         sample = functools.partial(sample_files, plan, credentials)
         fetched = fetch_images(reveal(rows, credentials), config.input, sample) if ahead else [None] * len(part)
         num_bytes += sum(len(data) for data in fetched if isinstance(data, bytes))
-        for place, row, data in zip(part, rows.to_pylist(), fetched, strict=True):
+        for index, row, data in zip(part, rows.to_pylist(), fetched, strict=True):
             failed = isinstance(data, ImageError)
             images.append(
                 {
-                    "place": place,
+                    "place": index,
                     "image_id": row["image_id"],
                     "file_name": row["file_name"],
                     "uri": row["uri"],
                     "data": None if failed else data,
                     "reason": data.reason if isinstance(data, ImageError) else None,
                     "message": data.message if isinstance(data, ImageError) else None,
-                    "prompts": None if prompts is None else json.dumps(prompts.get(str(place), [])),
+                    "prompts": None if prompts is None else json.dumps(prompts.get(str(index), [])),
                 }
             )
     row = {"shard": shard, "retry": source["retry"], "fetch_s": time.monotonic() - started, "images": images}
@@ -197,7 +197,7 @@ def places_to_redo(plan: Plan, shard: int, retry_failed: bool) -> list[int]:
     changed = plan.changed_images(shard, after=made_by)
     rows = zip(pc.struct_field(table["image"], "image_id").to_pylist(), table["status"].to_pylist(), strict=True)
     return [
-        place
-        for place, (image_id, status) in enumerate(rows)
+        index
+        for index, (image_id, status) in enumerate(rows)
         if image_id in changed or (retry_failed and status == "failed")
     ]

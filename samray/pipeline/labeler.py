@@ -118,11 +118,13 @@ class ShardLabeler:
                 on_progress(batch)
 
         try:
+            # Submit and collect in turn: an unbounded queue would keep every decoded image of the shard in memory.
             for group in self._groups(images):
                 pending.append(self.workers.submit(self._label_group, group))
                 collect(num_ahead)
             collect(0)
         finally:
+            # A generator is not thread-safe: the next call must not start while a thread of this one still uses it.
             for future in pending:
                 future.cancel()
             wait(pending)
@@ -143,11 +145,13 @@ class ShardLabeler:
         group: list[Decoded] = []
         num_pixels = 0
         while waiting or ahead:
+            # One more than a group, so that decoding goes on while the caller labels the group.
             while waiting and len(ahead) < self.group_size.largest + 1:
                 image = waiting.popleft()
                 ahead.append((image, self.decoders.submit(self.decode, image)))
             image, future = ahead.popleft()
             decoded = future.result()
+            # An image that failed takes a place in its group, to keep the order, but no pixels.
             size = decoded.shape[0] * decoded.shape[1] if isinstance(decoded, np.ndarray) else 0
             if group and (len(group) == self.group_size.largest or num_pixels + size > GROUP_PIXELS):
                 yield group

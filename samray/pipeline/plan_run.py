@@ -94,6 +94,7 @@ def plan_run(
     is_new = not storage.exists(storage.join(output_uri, "_samray", "run.json"))
     begun = None if is_new else load_plan(output_uri).run["identity"]
     if begun is not None:
+        # Settings without a value of the user follow the run that was begun, not a newer preset or default.
         config = config.as_begun(begun)
     joining = append or redo_changed
     weights = WeightsFile(config.model.name, config.model.checkpoint)
@@ -103,6 +104,7 @@ def plan_run(
     if is_checked:
         check_label(input_uri, output_uri, config, weights_to_load, is_new=is_new)
     if is_new and not dry_run:
+        # Listing a large INPUT takes long: find out before it that OUTPUT cannot be written.
         storage.check_output(output_uri)
     prompt_file = None if config.input.prompts is None else PromptFile.read(config.input.prompts)
     identity = _identity_of_dry_run(config, begun) if dry_run else run_identity(config, weights)

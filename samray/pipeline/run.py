@@ -95,6 +95,7 @@ def label_with(
     report = _begin_report(planned, work)
     stopped_by = None
     if work.todo:
+        # A finished run needs neither weights nor a cluster, so both are checked only if there is work to do.
         if not planned.is_checked:
             check_label(str(input), str(output), planned.config, planned.weights, is_new=False)
         if not planned.is_new:
@@ -114,6 +115,7 @@ def label_with(
                 make_labeler=make_labeler,
             )
             stopped_by = _run_on_ray(run)
+            # Retried shards exist before and after, so a listing cannot show which of them are still to be done.
             work.retries -= run.committed
     report.wall_s = time.monotonic() - started
     if report.num_labelled and not report.num_masks:
@@ -194,6 +196,7 @@ def build_pipeline(run: Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
 
     run_id = uuid.uuid4().hex[:12]
     sha256 = run.plan.run["identity"]["model"].get("checkpoint_sha256")
+    # One row per shard: Ray retries a whole shard, and memory holds as many shards as there are tasks.
     one_shard: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "udf_modifying_row_count": False}
     shards: Any = shards_to_do(source_table(run.todo, run.prompts, run.credentials))
     fetched = shards.map_batches(

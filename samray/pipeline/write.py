@@ -87,8 +87,8 @@ def put_rows(old: pa.Table, places: list[int], new: pa.Table) -> pa.Table:
     """Replace the rows of old at these indices by those of new, in order; keeps the metadata of new."""
     assert new.num_rows == len(places), (new.num_rows, places)
     order = list(range(old.num_rows))
-    for i, place in enumerate(places):
-        order[place] = old.num_rows + i
+    for i, index in enumerate(places):
+        order[index] = old.num_rows + i
     both = pa.concat_tables([old.replace_schema_metadata(new.schema.metadata), new])
     return both.take(pa.array(order, pa.int64()))
 

@@ -63,8 +63,8 @@ def histogram(
 ) -> Chart:
     """At most MAX_BARS bars from the smallest to the largest value, extended to the marker.
 
-    values: (N,) numbers. show: formats a value as a label. whole_numbers: a bar stands for integers, and has its label
-    in the middle if it stands for one.
+    values: (N,) numbers. show: formats a value as a label. whole_numbers: a bar represents integers, and has its label
+    in the middle if it represents one.
     """
     if len(values) == 0:
         return Chart(title, "no values", [], [])
@@ -89,7 +89,7 @@ def histogram(
         bars.append(Bar(100 * i / num, 100 / num, 40 * count / int(counts.max()), f"{span}: {count:,}"))
     shift = 0.5 if single else 0.0
     at = sorted({round(i * (num - 2 * shift) / 4) for i in range(5)})
-    ticks = [(100 * (place + shift) / num, show(low + place * width)) for place in at]
+    ticks = [(100 * (position + shift) / num, show(low + position * width)) for position in at]
     line = None if marker is None else (100 * (marker - low) / (num * width), show(marker))
     return Chart(title, note, bars, ticks, line)
 

@@ -62,17 +62,17 @@ def write_report(output: str, out: str | None = None, *, num_images: int = 24, a
     numbers = _numbers([table for _, table in drawn])
     overlays = _overlays(plan, _choose(drawn, num_images), num_images)
     page = render(plan, len(done), counts, numbers, overlays, examples, agreement)
-    place = out or storage.join(plan.output, "_samray", "report.html")
-    storage.remove_leftovers(storage.parent(place), recursive=False)
-    storage.put(place, page.encode("utf-8"))
-    return place
+    uri = out or storage.join(plan.output, "_samray", "report.html")
+    storage.remove_leftovers(storage.parent(uri), recursive=False)
+    storage.put(uri, page.encode("utf-8"))
+    return uri
 
 
-def open_page(place: str) -> bool:
+def open_page(uri: str) -> bool:
     """Open a page in the browser; False if there is no display, or if the page is not on this machine."""
     # Without a display Python would start a text browser, if there is one, and wait for it.
     screens = sys.platform in ("darwin", "win32") or any(os.environ.get(d) for d in ("DISPLAY", "WAYLAND_DISPLAY"))
-    return screens and storage.is_local(place) and webbrowser.open(Path(storage.normalize(place)).as_uri())
+    return screens and storage.is_local(uri) and webbrowser.open(Path(storage.normalize(uri)).as_uri())
 
 
 # --- counting ------------------------------------------------------------------------------------------------------

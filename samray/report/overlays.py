@@ -119,7 +119,7 @@ def _scaled_counts(masks: list[Runs], original_hw: tuple[int, int], target_hw: t
     scaled = []
     for now, before in zip(of_mask, of_mask_before, strict=True):
         starts, ends = start[now], end[now]
-        if now.start == now.stop and before.start < before.stop:  # between the centres: one pixel stands for the mask
+        if now.start == now.stop and before.start < before.stop:  # between the centres: one pixel represents the mask
             first = before.start
             starts = column[first][None] * height + top[first].clip(max=height - 1)
             ends = starts + 1

@@ -192,8 +192,8 @@ def _charts(numbers: Numbers, masks: Mapping[str, Any]) -> list[Chart]:
 
 
 def _heat(numbers: Numbers, masks: Mapping[str, Any]) -> HeatMap | None:
-    given = masks.get("points_per_side") if not masks.get("point_grids") else None
-    return heat_map(numbers.points, given) if len(numbers.points) else None
+    points_per_side = masks.get("points_per_side") if not masks.get("point_grids") else None
+    return heat_map(numbers.points, points_per_side) if len(numbers.points) else None
 
 
 def _part(log10: float) -> str:
@@ -220,13 +220,13 @@ def settings_tables(
     changed, everything = [], []
     model = config.get("model", {}).get("name")
     for section in sections:
-        given = config.get(section, {})
+        values = config.get(section, {})
         rows = []
         for row in setting_rows(section, sections):
             key = row.name.partition(".")[2]
-            if key not in given:
+            if key not in values:
                 continue
-            value, default = given[key], row.default_of.get(model, row.default)
+            value, default = values[key], row.default_of.get(model, row.default)
             default = list(default) if isinstance(default, tuple) else default
             rows.append((row.name, _shown(value)))
             if value != default:

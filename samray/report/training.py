@@ -42,9 +42,9 @@ def write_train_report(output: str, out: str | None = None) -> str:
     lines = store.read_metrics()
     if not lines:
         raise ConfigError(f"{storage.redact(output)} has a training without metrics so far; try again later")
-    place = out or store.uri("report.html")
-    storage.put(place, _render(store, run, position, lines).encode())
-    return place
+    uri = out or store.uri("report.html")
+    storage.put(uri, _render(store, run, position, lines).encode())
+    return uri
 
 
 def _render(store: Store, run: Mapping[str, Any], position: Position, lines: Sequence[dict[str, Any]]) -> str:

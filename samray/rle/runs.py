@@ -68,9 +68,9 @@ def _numbers(letters: npt.NDArray[np.uint8]) -> Runs | None:
     if (most := int(num_letters.max())) > _MAX_LETTERS:
         return None
     runs: Runs = (letters[first] & 31).astype(np.int64)
-    for place in range(1, most):  # most numbers have one or two letters
-        longer = np.flatnonzero(num_letters > place)
-        runs[longer] |= (letters[first[longer] + place] & 31).astype(np.int64) << 5 * place
+    for letter in range(1, most):  # most numbers have one or two letters
+        longer = np.flatnonzero(num_letters > letter)
+        runs[longer] |= (letters[first[longer] + letter] & 31).astype(np.int64) << 5 * letter
     negative = np.flatnonzero(letters[last] >= 16)
     runs[negative] -= np.int64(1) << 5 * num_letters[negative]
     return None if np.abs(runs).max() > 2 * _MAX_RUN else runs
@@ -265,12 +265,12 @@ def runs_of_image(image_id: int, counts: list[str], hw: tuple[int, int]) -> list
         check_size(hw)
     except ValueError as error:
         raise StorageError(f"image {image_id} has {error}; `samray verify --deep` finds all such problems") from error
-    for place, text in enumerate(counts):
+    for index, text in enumerate(counts):
         try:
             masks.append(checked_runs(text, hw))
         except ValueError as error:
             raise StorageError(
-                f"image {image_id}, annotation {place} does not fit its image: it has {error}; "
+                f"image {image_id}, annotation {index} does not fit its image: it has {error}; "
                 "`samray verify --deep` finds all such problems"
             ) from error
     return masks

@@ -62,6 +62,7 @@ def load_model(
     chosen_device = _device(device)
     chosen_dtype = _dtype(dtype, chosen_device)
     path = resolve_checkpoint(name, checkpoint)
+    # The file is read twice, to hash and to load. If it is replaced in between, neither is valid.
     with fetch.unchanged(path, sha256):
         model = build(spec, read_state_dict(path), str(path))
     return model.to(chosen_device).cast_image_side(chosen_dtype)
@@ -73,6 +74,7 @@ def build(spec: ModelSpec, state: Mapping[str, Tensor], origin: str) -> Sam:
     Raises ConfigError that names missing, unexpected or misshapen keys; origin: the file's name in messages.
     """
     _refuse_misfit(spec, state, origin)
+    # Random initial values would be overwritten at once.
     with _NoInit():
         model = Sam(spec)
     # Copied, not assigned: converts half-precision files to float32, and does not keep the file mapped.

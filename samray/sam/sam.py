@@ -189,9 +189,9 @@ class Sam(nn.Module):
         hyper = decoder.hyper(state.mask_tokens[alive], masks)
         size, each, fine = self._chunk(context, _CPU_UPSCALE_BYTES), len(all_iou) // len(context), context.fine
         logits = []
-        for few, weights in zip(alive.split(size), hyper.split(size), strict=True):
-            own = fine if fine is None or len(fine) == 1 else fine[few // each]
-            logits.append(decoder.upscale(state.keys[few], weights, own)[keep[few]].float())
+        for batch, weights in zip(alive.split(size), hyper.split(size), strict=True):
+            own = fine if fine is None or len(fine) == 1 else fine[batch // each]
+            logits.append(decoder.upscale(state.keys[batch], weights, own)[keep[batch]].float())
         return Decoded(torch.cat(logits), all_iou[prompt, mask], prompt + first_prompt, mask, all_iou)
 
     def _chunk(self, context: ImageTokens, cpu_bytes: int) -> int:
@@ -215,10 +215,10 @@ class Sam(nn.Module):
         embedding: (1, C, h, w). points: (N, P, 2) and labels: (N, P); boxes_xyxy: (N, 4); all in the input frame.
         mask_input: (N, 1, 4h, 4w) low-res logits. Returns logits (N, M, 4h, 4w) and predicted IoU (N, M); M is 3 or 1.
         """
-        given = [p for p in (points, boxes_xyxy, mask_input) if p is not None]
-        if not given:
+        prompts = [p for p in (points, boxes_xyxy, mask_input) if p is not None]
+        if not prompts:
             raise ValueError("predict needs points, boxes or a mask_input")
-        n, encoder = len(given[0]), self.prompt_encoder
+        n, encoder = len(prompts[0]), self.prompt_encoder
         sparse = []
         if points is not None:
             if labels is None:

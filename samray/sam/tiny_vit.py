@@ -75,12 +75,14 @@ class Attention(nn.Module):
         rows, cols = torch.meshgrid(steps, steps, indexing="ij")
         rows, cols = rows.flatten(), cols.flatten()
         index = (rows[:, None] - rows[None, :]).abs() * window + (cols[:, None] - cols[None, :]).abs()
+        # Not in the state: MobileSAM's file has it, but it follows from the window size.
         self.register_buffer("attention_bias_idxs", index, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(windows, window * window, dim) -> the same shape."""
         n, tokens, dim = x.shape
         qkv = self.qkv(self.norm(x)).view(n, tokens, self.num_heads, 3, dim // self.num_heads)
+        # The published weights store q, k and v interleaved per head, unlike ViT's.
         q, k, v = qkv.permute(3, 0, 2, 1, 4)
         assert isinstance(self.attention_bias_idxs, Tensor)
         bias = self.attention_biases[:, self.attention_bias_idxs].to(q.dtype)

@@ -266,16 +266,16 @@ class TwoWayTransformer(nn.Module):
         writes = [b.cross_attn_image_to_token for b in later]
         pe_queries = [a.split(a.q_proj(pe)).transpose(1, 2).contiguous() for a in writes]
 
-        def held(x: Tensor) -> Tensor:
+        def as_stored(x: Tensor) -> Tensor:
             return x if dtype in (None, src.dtype) else x.to(dtype)
 
         return ImageTokens(
-            src=held(src),
-            read_keys=held(read.split(read.k_proj(placed))),
-            read_values=held(read.split(read.v_proj(src))),
-            write_queries=held(write.split(write.q_proj(placed))),
-            pe_keys=[held(x) for x in pe_keys],
-            pe_queries=[held(x) for x in pe_queries],
+            src=as_stored(src),
+            read_keys=as_stored(read.split(read.k_proj(placed))),
+            read_values=as_stored(read.split(read.v_proj(src))),
+            write_queries=as_stored(write.split(write.q_proj(placed))),
+            pe_keys=[as_stored(x) for x in pe_keys],
+            pe_queries=[as_stored(x) for x in pe_queries],
             fine=fine,
         )
 

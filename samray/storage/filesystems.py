@@ -102,14 +102,14 @@ def _make_filesystem(scheme: str, uri: str) -> Any:
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     stall_s = retrying.settings().stall_timeout_s
     if scheme in ("s3", "s3a"):
-        given = dict(conf.get("s3", {}).get("config_kwargs", {}))
+        config_kwargs = dict(conf.get("s3", {}).get("config_kwargs", {}))
         # No retries below ours: nested loops multiply, and botocore's hide which attempt succeeded.
         options["config_kwargs"] = {
             "connect_timeout": min(_CONNECT_S, stall_s),
             "read_timeout": stall_s,
             "max_pool_connections": 64,
             "retries": {"total_max_attempts": 1},
-        } | given
+        } | config_kwargs
     elif scheme in ("http", "https"):
         from aiohttp import ClientTimeout
 

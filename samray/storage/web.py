@@ -89,17 +89,17 @@ def _ends_as_picture(body: bytearray) -> bool:
 
 def _ends_with_box(body: bytearray) -> bool:
     """Whether the last ISO box (length, name, content) ends exactly where the body does."""
-    place = 0
+    offset = 0
     for _ in range(_MOST_BOXES):
-        if len(body) - place < 8:
+        if len(body) - offset < 8:
             break
-        length = int.from_bytes(body[place : place + 4], "big")
+        length = int.from_bytes(body[offset : offset + 4], "big")
         if length == 1:  # a length of 8 bytes follows
-            length = int.from_bytes(body[place + 8 : place + 16], "big")
+            length = int.from_bytes(body[offset + 8 : offset + 16], "big")
         if length < 8:
             return False
-        place += length
-    return place == len(body)
+        offset += length
+    return offset == len(body)
 
 
 async def _compare_with_head(fs: Any, session: Any, uri: str, num_bytes: int) -> None:

@@ -46,9 +46,9 @@ def open_data(data: Sequence[str], settings: TrainSettings) -> Mixture:
     if list(data).count(SCENES) > 1:
         raise ConfigError(f"DATA has {SCENES} twice, which would repeat the same scenes: use data.shares")
     parts: list[Examples] = []
-    for place, uri in enumerate(data):
+    for index, uri in enumerate(data):
         if uri != SCENES:
-            parts.append(MaskExamples(output_of(uri), config, seed, place))
+            parts.append(MaskExamples(output_of(uri), config, seed, index))
             continue
         source = CutoutSource(config.sources, Path(config.cache)) if config.sources else None
         parts.append(SceneExamples(source, config, seed))

@@ -143,8 +143,8 @@ class MaskExamples:
     Raises: ConfigError if there is nothing to train on, or if `data.image_root` fits only some URIs; StorageError.
     """
 
-    def __init__(self, output: str, config: DataConfig, seed: int, place: int = 0) -> None:
-        self.config, self.seed, self.place = config, seed, place
+    def __init__(self, output: str, config: DataConfig, seed: int, index: int = 0) -> None:
+        self.config, self.seed, self.place = config, seed, index
         self.dataset = MaskDataset(
             output,
             masks="rle",
@@ -157,11 +157,11 @@ class MaskExamples:
         self.is_moved = config.image_root is not None and _are_below(config.image_root[0], uris)
         if not self.is_moved:
             self.dataset.image_root = None
-        held = held_out(uris, config.validation_fraction)
-        self.train, self.heldout = np.flatnonzero(~held), np.flatnonzero(held)
+        is_held_out = held_out(uris, config.validation_fraction)
+        self.train, self.heldout = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
         where = storage.redact(output)
         if len(self.train) == 0:
-            raise ConfigError(f"all {len(held)} images of {where} are held out; lower data.validation_fraction")
+            raise ConfigError(f"all {len(is_held_out)} images of {where} are held out; lower data.validation_fraction")
         self._order = lru_cache(2)(self._draw_order)
 
     @property
@@ -232,8 +232,8 @@ class MaskExamples:
         number = self.config.prompts_per_image
         seen: list[Bool] = []
         # Weighted sampling without replacement: the smallest of exponential waiting times.
-        for place in np.argsort(rng.exponential(size=len(rles)) / np.maximum(weights, 1e-9), kind="stable"):
-            mask = view.of_mask(_decode(rles[place]))
+        for index in np.argsort(rng.exponential(size=len(rles)) / np.maximum(weights, 1e-9), kind="stable"):
+            mask = view.of_mask(_decode(rles[index]))
             if np.count_nonzero(mask) >= MIN_VISIBLE_PIXELS:
                 seen.append(mask)
             if len(seen) == number:
@@ -289,10 +289,10 @@ def held_out(uris: list[str], fraction: float) -> npt.NDArray[np.bool_]:
     """
     hashes = (int.from_bytes(hashlib.blake2b(uri.encode(), digest_size=4).digest(), "big") for uri in uris)
     values = np.fromiter(hashes, np.int64, len(uris))
-    held: npt.NDArray[np.bool_] = values < int(fraction * 2**32)
-    if fraction > 0 and not held.any():
-        held[values.argmin()] = True
-    return held
+    is_held_out: npt.NDArray[np.bool_] = values < int(fraction * 2**32)
+    if fraction > 0 and not is_held_out.any():
+        is_held_out[values.argmin()] = True
+    return is_held_out
 
 
 def _are_below(root: str, uris: list[str]) -> bool:

@@ -69,9 +69,9 @@ class Rounds:
         doubt = config.doubt * batch["from_labels"].float()
         self.doubt = doubt[:, None].expand(-1, self.num_prompts).flatten() if config.doubt > 0 else None
         self.boxes = batch["boxes_xyxy"] if course.use_boxes else None
-        given = points[:, :, None][:, :, :0] if course.use_boxes else points[:, :, None]
-        self.clicks = given  # (B, N, P, 2)
-        self.labels = torch.ones(given.shape[:3], dtype=torch.long, device=points.device)
+        clicks = points[:, :, None][:, :, :0] if course.use_boxes else points[:, :, None]
+        self.clicks = clicks  # (B, N, P, 2)
+        self.labels = torch.ones(clicks.shape[:3], dtype=torch.long, device=points.device)
         self.first: Losses | None = None
         self.last_iou: Tensor | None = None
         self.iou = torch.zeros(0, 4, device=points.device)
@@ -182,8 +182,8 @@ class DistillationLoss(nn.Module):
 def normalise(sam: Sam, images: Tensor, input_hw: Tensor) -> Tensor:
     """(B, S, S, 3) uint8 and (B, 2) -> (B, 3, S, S), zero padded, as from `Sam.preprocess`."""
     pixels = (images.permute(0, 3, 1, 2).float() - sam.pixel_mean) / sam.pixel_std
-    place = torch.arange(images.shape[1], device=images.device)
-    inside = (place[:, None] < input_hw[:, :1, None]) & (place < input_hw[:, 1:, None])
+    position = torch.arange(images.shape[1], device=images.device)
+    inside = (position[:, None] < input_hw[:, :1, None]) & (position < input_hw[:, 1:, None])
     return pixels * inside[:, None]
 
 
@@ -215,14 +215,14 @@ class _RoundByRound(torch.autograd.Function):
                     continue
                 found = torch.autograd.grad(loss, [inputs[i] for i in wanted], allow_unused=True)
                 for i, gradient in zip(wanted, found, strict=True):
-                    held = sums[i]
-                    sums[i] = gradient if held is None or gradient is None else held.add_(gradient)
+                    gradient_sum = sums[i]
+                    sums[i] = gradient if gradient_sum is None or gradient is None else gradient_sum.add_(gradient)
                     if gradient is None:
-                        sums[i] = held
+                        sums[i] = gradient_sum
         ctx.sums = sums
-        idle[:] = [p for p, held in zip(parameters, sums[1:], strict=True) if held is None]  # type: ignore[misc]
+        idle[:] = [p for p, gradient_sum in zip(parameters, sums[1:], strict=True) if gradient_sum is None]  # type: ignore[misc]
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *(None if held is None else held * gradient for held in ctx.sums))
+        return (None, None, *(None if gradient_sum is None else gradient_sum * gradient for gradient_sum in ctx.sums))

@@ -54,8 +54,8 @@ def run_leg(learner: Learner, batches: Iterable[Batch], worker: Worker) -> None:
 
     def record(kind: str, figures: dict[str, Any]) -> None:
         minutes = round(position.elapsed_s / 60, 2)
-        place = {"kind": kind, "step": position.step, "minutes": minutes, "progress": round(learner.progress, 5)}
-        lines.append(place | figures)
+        context = {"kind": kind, "step": position.step, "minutes": minutes, "progress": round(learner.progress, 5)}
+        lines.append(context | figures)
 
     def validate() -> None:
         is_done = any(line["kind"] == "validation" and line["step"] == position.step for line in lines)

@@ -42,7 +42,7 @@ class Mixture:
         self.slots = _slots(wanted / wanted.sum())
         self._order = lru_cache(4)(self._draw_order)
 
-    def place(self, number: int) -> tuple[int, int]:
+    def locate(self, number: int) -> tuple[int, int]:
         """The DATA of example `number`, and the index of the draw within it."""
         cycle, at = divmod(number, CYCLE)
         order, before = self._order(cycle)
@@ -50,7 +50,7 @@ class Mixture:
         return part, cycle * self.slots[part] + int(before[at])
 
     def example(self, number: int, frame: Frame) -> Arrays:
-        part, draw = self.place(number)
+        part, draw = self.locate(number)
         return self.parts[part].example(draw, frame)
 
     def validation(self, limit: int, frame: Frame) -> Iterator[Scene]:

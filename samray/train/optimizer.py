@@ -101,7 +101,7 @@ def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
     if config.schedule == "cosine":
         return rate * 0.5 * (1 + math.cos(math.pi * progress))
     if config.schedule == "step":
-        return rate * config.decay_factor ** sum(progress >= place for place in config.decay_at)
+        return rate * config.decay_factor ** sum(progress >= start for start in config.decay_at)
     return rate
 
 
@@ -155,11 +155,11 @@ def update_average(average: Sam, current: Sam, decay: float, step: int) -> None:
     """
     decay = min(decay, (1 + step) / (10 + step))
     learning = {name for name, parameter in current.named_parameters() if parameter.requires_grad}
-    for (name, held), (_, new) in zip(_tensors(average), _tensors(current), strict=True):
-        if not held.is_floating_point():
-            held.copy_(new)
+    for (name, mean), (_, new) in zip(_tensors(average), _tensors(current), strict=True):
+        if not mean.is_floating_point():
+            mean.copy_(new)
         elif name in learning or not isinstance(new, nn.Parameter):
-            held.lerp_(new, 1 - decay)
+            mean.lerp_(new, 1 - decay)
 
 
 def _tensors(sam: Sam) -> Iterator[tuple[str, Tensor]]:

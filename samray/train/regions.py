@@ -106,8 +106,8 @@ def _borders(edges: Float, leaves: npt.NDArray[np.int32]) -> list[dict[int, tupl
         pair = np.stack([here[differs], there[differs]]).astype(np.int64)
         ends.append(pair.min(0) * n + pair.max(0))
         strengths.append(np.maximum(edges[first], edges[second])[differs])
-    keys, place = np.unique(np.concatenate(ends), return_inverse=True)
-    sums, lengths = np.bincount(place, np.concatenate(strengths)), np.bincount(place)
+    keys, index = np.unique(np.concatenate(ends), return_inverse=True)
+    sums, lengths = np.bincount(index, np.concatenate(strengths)), np.bincount(index)
     neighbours: list[dict[int, tuple[float, float]]] = [{} for _ in range(n)]
     for key, total, length in zip(keys.tolist(), sums.tolist(), lengths.tolist(), strict=True):
         i, j = divmod(key, n)

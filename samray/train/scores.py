@@ -76,8 +76,9 @@ class ScoreLoss(nn.Module):
         finally:
             hook.remove()
         new = {"tokens": torch.cat(tokens), "ious": torch.cat(ious)}
-        held = self.memory
+        memory = self.memory
         self.memory = {
-            name: (torch.cat([held[name], value]) if held else value)[-MEMORY_PROMPTS:] for name, value in new.items()
+            name: (torch.cat([memory[name], value]) if memory else value)[-MEMORY_PROMPTS:]
+            for name, value in new.items()
         }
         return rounds

@@ -59,11 +59,11 @@ def choose_sizes(settings: TrainSettings, nodes: list[dict[str, float]], *, can_
     is_told = config.num_workers is not None and config.num_gpus_per_worker is not None
     if sum(room) < (int(not is_told) if can_grow else workers):
         needed = f"{sizes.worker_cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
-        held = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
+        resources = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
         growing = ", or set cluster.num_workers and cluster.num_gpus_per_worker for nodes that will be added"
         raise ConfigError(
             f"no room for {workers} training worker{'' if workers == 1 else 's'} of {needed}: the nodes have"
-            f" {held}; lower cluster.num_workers, cluster.num_cpus_per_worker or cluster.num_gpus_per_worker"
+            f" {resources}; lower cluster.num_workers, cluster.num_cpus_per_worker or cluster.num_gpus_per_worker"
             f"{growing if can_grow else ''}"
         )
     return sizes

@@ -238,13 +238,13 @@ def test_a_mixture_keeps_shares_and_uses_each_draw_once():
     shares = [len(part.draws) / (2 * CYCLE) for part in parts]
     assert shares == pytest.approx([10 / 60, 30 / 60, 20 / 60], abs=2e-3), "roots of 100 and 900; scenes as their mean"
     assert len(list(mixture.validation(7, FRAME))) == 7
-    assert [Mixture(parts, None, seed=3).place(n) for n in (5, 3000)] == [mixture.place(n) for n in (5, 3000)]
+    assert [Mixture(parts, None, seed=3).locate(n) for n in (5, 3000)] == [mixture.locate(n) for n in (5, 3000)]
 
 
 def test_given_shares_win_and_a_share_of_nothing_is_never_drawn():
     parts = [_Counted(5), _Counted(5)]
     mixture = Mixture(parts, (1.0, 0.0), seed=0)
-    assert {mixture.place(number)[0] for number in range(CYCLE)} == {0}
+    assert {mixture.locate(number)[0] for number in range(CYCLE)} == {0}
     assert len(list(mixture.validation(3, FRAME))) == 3
     assert Mixture(parts, (3000.0, 1.0), seed=0).slots == [CYCLE - 1, 1], "what has a share is drawn"
     with pytest.raises(ConfigError, match="1 numbers, but there are 2 DATA"):
