@@ -27,6 +27,8 @@ from samray.text import count, two_columns
 if TYPE_CHECKING:
     from samray.evaluate.failures import Failures
     from samray.evaluate.pictures import Sheet
+    from samray.evaluate.regions import RegionData
+    from samray.sam.sam import Sam
 
 evaluate_app = typer.Typer(
     name="evaluate",
@@ -97,7 +99,7 @@ def points(
     from samray.evaluate.pictures import click_sheet, offer_clicks
     from samray.evaluate.points import evaluate_points
 
-    words, config = _settings([data, *(settings or ())], None, PointsCommand.sections)
+    words, config = parse_settings([data, *(settings or ())], None, PointsCommand.sections)
     run = _Run(words, limit, config, json, picture)
     sheet = click_sheet() if picture else None
     with run.bar(not no_progress) as on_image:
@@ -160,7 +162,7 @@ def proposals(
 
     paper = protocol is Protocol.PAPER
     defaults = [f"masks.{name}={value}" for name, value in PAPER_MASKS.items()] if paper else []
-    words, config = _settings([data, *(settings or ())], preset, ProposalsCommand.sections, defaults)
+    words, config = parse_settings([data, *(settings or ())], preset, ProposalsCommand.sections, defaults)
     run = _Run(words, limit, config, json, picture)
     sheet = proposal_sheet() if picture else None
     with run.bar(not no_progress) as on_image:
@@ -192,7 +194,7 @@ def proposals(
 # --- shared by the commands -----------------------------------------------------------------------------------------
 
 
-def _settings(
+def parse_settings(
     words: list[str], preset: str | None, sections: Sections, defaults: Sequence[str] = ()
 ) -> tuple[str, Config]:
     """DATA and the settings, from the arguments, which win over the defaults (section.key=value).
@@ -262,7 +264,7 @@ class _Run:
             table.add_row("images", f"{figures['num_images']:,}")
             if reasons:
                 table.add_row("failed images", f"{figures['num_failed']:,}: {escape(reasons)}")
-            table.add_row("model", f"{self.config.model.name}, {escape(self._checkpoint() or 'its own weights')}")
+            table.add_row("model", f"{self.config.model.name}, {escape(_checkpoint(self.config) or 'its own weights')}")
             table.add_row("time", f"{self.seconds:.1f} s on {self.model.device}")
             Console(highlight=False).print(table)
         if self.json not in (None, "-"):
@@ -270,32 +272,47 @@ class _Run:
         if self.picture and sheet is not None:
             storage.put(storage.normalize(self.picture), sheet.encode(self.picture_format))
 
-    def _checkpoint(self) -> str | None:
-        checkpoint = self.config.model.checkpoint
-        return None if checkpoint is None else storage.redact(checkpoint)
-
     def _as_json(self, figures: dict[str, Any]) -> str:
-        """The results, and what they were measured with and on."""
-        from samray.sam.checkpoints import checkpoint_sha256
+        seconds = {"seconds": round(self.seconds, 3)}
+        return as_json({**figures, **seconds}, self.config, self.images, self.model)
 
-        own = self.config.model
-        whole = {
-            **{key: _plain(value) for key, value in figures.items()},
-            "model": own.name,
-            "checkpoint": self._checkpoint(),
-            "checkpoint_sha256": checkpoint_sha256(own.name, own.checkpoint),
-            "data": self.images.where,
-            "layout": self.images.layout,
-            "device": str(self.model.device),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "seconds": round(self.seconds, 3),
-            "versions": {
-                "samray": __version__,
-                "python": platform.python_version(),
-                **{package: metadata.version(package) for package in _PACKAGES},
-            },
-        }
-        return jsonlib.dumps(whole, indent=2) + "\n"
+
+def _checkpoint(config: Config) -> str | None:
+    checkpoint = config.model.checkpoint
+    return None if checkpoint is None else storage.redact(checkpoint)
+
+
+def write_json(where: str | None, figures: dict[str, Any], config: Config, images: RegionData, model: Sam) -> None:
+    """Write the results as JSON to a file, to stdout for -, or not at all for None. Raises: StorageError."""
+    if where == "-":
+        print(as_json(figures, config, images, model), end="")
+    elif where is not None:
+        storage.put(storage.normalize(where), as_json(figures, config, images, model).encode())
+
+
+def as_json(figures: dict[str, Any], config: Config, images: RegionData, model: Sam) -> str:
+    """The results, and what they were measured with and on."""
+    from samray.sam.checkpoints import checkpoint_sha256
+
+    own = config.model
+    seconds = {"seconds": figures["seconds"]} if "seconds" in figures else {}
+    whole = {
+        **{key: _plain(value) for key, value in figures.items() if key != "seconds"},
+        "model": own.name,
+        "checkpoint": _checkpoint(config),
+        "checkpoint_sha256": checkpoint_sha256(own.name, own.checkpoint),
+        "data": images.where,
+        "layout": images.layout,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **seconds,
+        "versions": {
+            "samray": __version__,
+            "python": platform.python_version(),
+            **{package: metadata.version(package) for package in _PACKAGES},
+        },
+    }
+    return jsonlib.dumps(whole, indent=2) + "\n"
 
 
 def _plain(value: Any) -> Any:

@@ -117,7 +117,7 @@ def cost_rows(config: Config, num_images: int) -> list[tuple[str, str]]:
     num_images: images left to label.
     """
     rows = []
-    if config.input.prompts is None:
+    if config.input.prompts is None and config.labels.by is None:
         passes, prompts = work_per_image(config.masks)
         rows.append(("work", f"{count(prompts, 'prompt')} per image, image encoder run {count(passes, 'time')}"))
         each = _cpu_seconds(config, passes, prompts)
@@ -166,6 +166,9 @@ def _cpu_seconds(config: Config, passes: int, prompts: int) -> float | None:
 def _masks(config: Config) -> str:
     if config.input.prompts is not None:
         return f"one for each prompt of {config.input.prompts}"
+    labels = config.labels
+    if labels.by is not None:
+        return f"named {labels.name!r}, like {labels.example} ({labels.design})"
     masks = config.masks
     points = "custom points" if masks.point_grids else f"{masks.points_per_side} x {masks.points_per_side} points"
     crops = f", {count(masks.crop_n_layers, 'layer')} of crops" if masks.crop_n_layers else ""

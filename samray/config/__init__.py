@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from samray.config.labels import LabelsConfig
 from samray.config.load import (
     SECTIONS,
     Sections,
@@ -28,6 +29,7 @@ __all__ = [
     "ClusterConfig",
     "Config",
     "InputConfig",
+    "LabelsConfig",
     "MaskConfig",
     "ModelConfig",
     "OutputConfig",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from samray.config.base import OneOf, Settings, SettingsError, allowed_values, as_typed, did_you_mean
+from samray.config.labels import LabelsConfig
 from samray.config.models import model_names
 from samray.config.presets import preset_path
 from samray.config.sections import (
@@ -29,7 +30,8 @@ from samray.errors import ConfigError
 Sections = Mapping[str, type[Settings]]
 
 SECTIONS: Sections = {
-    cls.section: cls for cls in (InputConfig, ModelConfig, MaskConfig, OutputConfig, ClusterConfig, StorageConfig)
+    cls.section: cls
+    for cls in (InputConfig, ModelConfig, MaskConfig, LabelsConfig, OutputConfig, ClusterConfig, StorageConfig)
 }
 """The sections of `samray label`. `samray train` has its own (`samray.train.settings`)."""
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from samray.config.base import OneOf, Settings
+from samray.config.labels import LabelsConfig
 from samray.config.models import model_names
 from samray.config.presets import preset_names, preset_path
 from samray.config.yaml import load_yaml_file
@@ -219,6 +220,7 @@ class Config(Settings):
     input: InputConfig = InputConfig()
     model: ModelConfig = ModelConfig()
     masks: MaskConfig = MaskConfig()
+    labels: LabelsConfig = LabelsConfig()
     output: OutputConfig = OutputConfig()
     cluster: ClusterConfig = ClusterConfig()
     storage: StorageConfig = StorageConfig()
@@ -228,11 +230,18 @@ class Config(Settings):
         self.__dict__["masks"] = self.masks.for_model(self.model.name)  # frozen, but not in use yet
         return self
 
+    @model_validator(mode="after")
+    def _one_source_of_masks(self) -> Config:
+        if self.labels.by is not None and self.input.prompts is not None:
+            raise ValueError(f"labels.by={self.labels.by} finds masks without prompts; leave input.prompts out")
+        return self
+
     def default_identity(self) -> dict[str, Any]:
         """`identity` of a run of the same model with nothing else set: what a setting counts as in an older run.json
         that does not have it."""
         plain = {"input": InputConfig(), "masks": MaskConfig().for_model(self.model.name), "output": OutputConfig()}
-        return self.model_copy(update=plain).identity()
+        # A run without names does not record settings of names.
+        return {**self.model_copy(update=plain).identity(), "labels": LabelsConfig().identity()}
 
     def as_begun(self, identity: Mapping[str, Any]) -> Config:
         """These settings, adjusted to resume the run with that identity.
@@ -254,7 +263,7 @@ class Config(Settings):
 
         Left out because they do not change a mask: the cluster, storage retries, time limits, the compression of
         shards, and points_per_batch. The checkpoint and the prompts are left out because a file may move without
-        changing: the pipeline adds the SHA-256 of their content.
+        changing: the pipeline adds the SHA-256 of their content, and the settings of `labels` if they are used.
         """
         plain = self.model_dump(mode="json")
         del plain["masks"]["points_per_batch"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -85,6 +85,9 @@ class RegionImage:
     """(H, W, 3) uint8 RGB, upright."""
     annotators: list[list[Rle]]
     """The regions of each annotator, in the image's size; one list if annotators are not distinguished."""
+
+    names: list[list[str | None]] = field(default_factory=list)
+    """The class of each region of each annotator; empty lists if DATA has none."""
 
     @property
     def regions(self) -> list[Rle]:
@@ -213,7 +216,8 @@ class RegionData:
         hw = (row["height"], row["width"])
         marked = [(annotator or {}).get("regions") or [] for annotator in row["annotators"] or []]
         annotators = [[{"size": list(hw), "counts": counts} for counts in regions] for regions in marked]
-        return _checked(name, hw, row["jpeg"] or b"", annotators, InputConfig())
+        names = [(annotator or {}).get("names") or [] for annotator in row["annotators"] or []]
+        return replace(_checked(name, hw, row["jpeg"] or b"", annotators, InputConfig()), names=names)
 
     def _sa1b_image(self, row: dict[str, Any], file: _File, photo_row: pa.Table | None) -> RegionImage:
         """photo_row: the image's row in the plan, if there is one."""
@@ -229,7 +233,9 @@ class RegionData:
             raise data
         image = row["image"] or {}
         regions = [(annotation or {}).get("segmentation") for annotation in row["annotations"] or []]
-        return _checked(str(row["uri"]), (image.get("height"), image.get("width")), data, [regions], config)
+        names = [[annotation.get("label") for annotation in row["annotations"] or []]]
+        hw = (image.get("height"), image.get("width"))
+        return replace(_checked(str(row["uri"]), hw, data, [regions], config), names=names)
 
 
 def _is_output(folder: str) -> bool:

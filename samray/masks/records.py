@@ -27,6 +27,9 @@ class Mask:
     crop: Crop
     was_cleaned: bool = False
     """Small regions were removed from it."""
+    label: str | None = None
+    """Its name, in runs that name."""
+    label_score: float | None = None
 
 
 def apply_limits(masks: list[Mask], image_hw: tuple[int, int], config: MaskConfig) -> list[Mask]:
@@ -66,7 +69,7 @@ def to_record(mask: Mask, image_hw: tuple[int, int], config: MaskConfig) -> Mask
     x0, y0, x1, y1 = rle.box_xyxy(mask.counts, image_hw).tolist()
     inclusive = 1 if config.bbox_convention == "coco" else 0
     crop = mask.crop
-    return {
+    record: MaskRecord = {
         "segmentation": rle.compress(mask.counts, image_hw),
         "bbox": [float(x0), float(y0), float(x1 - x0 + inclusive), float(y1 - y0 + inclusive)],
         "area": rle.area(mask.counts),
@@ -75,3 +78,4 @@ def to_record(mask: Mask, image_hw: tuple[int, int], config: MaskConfig) -> Mask
         "point_coords": mask.points_xy.tolist(),
         "crop_box": [float(crop.x0), float(crop.y0), float(crop.x1 - crop.x0), float(crop.y1 - crop.y0)],
     }
+    return record if mask.label is None else {**record, "label": mask.label, "label_score": mask.label_score}

@@ -38,6 +38,7 @@ from samray.output.manifests import (
     read_rows,
     with_rows,
 )
+from samray.output.schema import categories_of
 from samray.output.shards import done_shards
 from samray.storage.redaction import redact_json
 from samray.storage.strict_json import parse_json
@@ -271,6 +272,8 @@ def _write_plan(
             raise StorageError(f"{storage.redact(manifest_uri(output, 0))} was deleted during the run")
     refuse_differences(output, generation.identity, wanted, config.default_identity())
     run = {"identity": wanted, "input": wanted["input_uri"], "config": config.model_dump(mode="json")}
+    if (categories := categories_of(wanted)) is not None:
+        run["categories"] = categories
     return _create_run(output, generation, run)
 
 

@@ -31,6 +31,9 @@ ANNOTATION: Final = pa.struct(
     ]
 )
 
+NAMED_ANNOTATION: Final = pa.struct([*ANNOTATION, ("label", pa.string()), ("label_score", pa.float64())])
+"""Of runs that name (`labels.by`): a null label is none of the names asked for."""
+
 SCHEMA: Final = pa.schema(
     [
         (
@@ -80,7 +83,20 @@ class ImageRecord:
 
 def schema_of(run: Mapping[str, Any]) -> pa.Schema:
     """The columns of the shards of a run (`Plan.run`)."""
-    return CORRECTED_SCHEMA if "corrects" in run.get("identity", {}) else SCHEMA
+    identity = run.get("identity", {})
+    schema = CORRECTED_SCHEMA if "corrects" in identity else SCHEMA
+    return schema if categories_of(identity) is None else named(schema)
+
+
+def named(schema: pa.Schema) -> pa.Schema:
+    """The columns of a run that names."""
+    return schema.set(schema.get_field_index("annotations"), pa.field("annotations", pa.list_(NAMED_ANNOTATION)))
+
+
+def categories_of(identity: Mapping[str, Any]) -> list[str] | None:
+    """The names that a run asked for, in order; None for a run that does not name."""
+    labels = identity.get("labels")
+    return None if labels is None else list(labels["categories"])
 
 
 def check_columns(schema: pa.Schema) -> None:
@@ -148,6 +164,8 @@ def shard_metadata(run: Mapping[str, Any]) -> dict[bytes, bytes]:
         "generation": run.get("generation", 0),
         "bbox_convention": identity.get("masks", {}).get("bbox_convention", "coco"),
     }
+    if (categories := categories_of(identity)) is not None:
+        own["categories"] = categories
     return {
         b"samray": _dumps(own),
         b"huggingface": json.dumps({"info": {"features": features}}).encode(),  # in the columns' order: readers compare

@@ -22,7 +22,15 @@ import pyarrow.parquet as pq
 from samray import storage
 from samray.errors import NotFoundError, StorageError
 from samray.output.manifests import read_generations
-from samray.output.schema import CORRECTED_SCHEMA, SCHEMA, check_columns, samray_metadata, with_stats
+from samray.output.schema import (
+    CORRECTED_SCHEMA,
+    NAMED_ANNOTATION,
+    SCHEMA,
+    check_columns,
+    named,
+    samray_metadata,
+    with_stats,
+)
 from samray.output.seals import leave_room, seal, seal_of, unsealed
 from samray.storage.strict_json import parse_json
 from samray.storage.tables import open_parquet
@@ -59,7 +67,9 @@ def shard_bytes(table: pa.Table, compression_level: int = 3) -> bytes:
     Row groups of `rows_per_group`, statistics on the lookup columns, and a page index let readers fetch single images
     by ranges.
     """
-    assert table.schema.equals(SCHEMA) or table.schema.equals(CORRECTED_SCHEMA), table.schema
+    has_names = table.schema.field("annotations").type == pa.list_(NAMED_ANNOTATION)
+    known = [named(schema) if has_names else schema for schema in (SCHEMA, CORRECTED_SCHEMA)]
+    assert any(table.schema.equals(schema) for schema in known), table.schema
     table = unsealed(table)
     num_rows = rows_per_group(table)
     sink = pa.BufferOutputStream()
@@ -71,7 +81,8 @@ def shard_bytes(table: pa.Table, compression_level: int = 3) -> bytes:
         data_page_size=_PAGE_BYTES,
         write_page_index=True,
         write_statistics=_LOOKED_UP,
-        use_dictionary=["status", "error"],  # run-length strings never repeat
+        # Run-length strings never repeat.
+        use_dictionary=["status", "error", *(["annotations.list.element.label"] if has_names else [])],
         write_page_checksum=True,
     ) as writer:
         leave_room(writer)

@@ -24,7 +24,7 @@ from samray.output import manifests as generations
 from samray.output import shards
 from samray.output.append import stale_shards
 from samray.output.plan import Plan, load_plan
-from samray.output.schema import reason_of, samray_metadata, schema_of
+from samray.output.schema import categories_of, reason_of, samray_metadata, schema_of
 from samray.output.seals import is_intact, seal_of
 from samray.output.verify_rows import check_image, check_planned, check_status
 from samray.storage.tables import open_parquet
@@ -198,6 +198,11 @@ def _check_metadata(plan: Plan, shard: int, table: pa.Table) -> Iterator[str]:
     metadata = samray_metadata(table.schema)
     if metadata.get("identity") != plan.run["identity"]:
         yield f"{name} was written by a run with other settings"
+    names = categories_of(plan.run["identity"])
+    if names is not None:
+        labels = pc.unique(pc.struct_field(pc.list_flatten(table["annotations"]), "label")).drop_null().to_pylist()
+        for label in sorted(set(labels) - set(names)):
+            yield f"{name} has the name {label!r}, which is none of those asked for: {', '.join(names)}"
     if metadata.get("generation", 0) > plan.last_generation:
         made_for = metadata["generation"]
         yield f"{name} was written for generation {made_for} of a plan, the last one here is {plan.last_generation}"

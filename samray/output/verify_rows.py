@@ -16,6 +16,9 @@ PREDICTED_IOU_RANGE: Final = (-0.4, 1.4)
 """SAM's IoU prediction is unbounded; a value further than this from [0, 1] cannot come from the model."""
 
 
+_MAY_BE_NULL: Final = ("label", "label_score")
+
+
 def check_planned(name: str, planned: pa.Table, table: pa.Table) -> Iterator[str]:
     """Check that the shard's images are those of the plan, each once, in order."""
     image = table["image"].combine_chunks()
@@ -76,7 +79,7 @@ def check_image(name: str, row: dict[str, Any], bbox_convention: str, deep: bool
         yield from _check_corrections(f"{name}: image {image['image_id']}", row)
     for i, mask in enumerate(row["annotations"] or []):
         which = f"{name}: image {image['image_id']}, annotation {i}"
-        if mask is None or any(_holds_null(value) for value in mask.values()):
+        if mask is None or any(_holds_null(value) for key, value in mask.items() if key not in _MAY_BE_NULL):
             yield f"{which} has an empty field"
             continue
         if not corrected and mask["id"] != image["image_id"] * ANNOTATIONS_PER_IMAGE + i:
@@ -86,10 +89,22 @@ def check_image(name: str, row: dict[str, Any], bbox_convention: str, deep: bool
             yield f"{which} has a mask of size {mask['segmentation']['size']}, not {hw} like the image (height, width)"
             continue
         yield from (f"{which} {problem}" for problem in check_numbers(mask, hw))
+        yield from (f"{which} {problem}" for problem in check_label(mask))
         if deep:
             problem = check_mask(mask, bbox_convention)
             if problem:
                 yield f"{which} {problem}"
+
+
+def check_label(mask: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each impossible value of a mask's name; of a run without names nothing."""
+    label, score = mask.get("label"), mask.get("label_score")
+    if label == "":
+        yield "has an empty name"
+    if (label is None) != (score is None):
+        yield f"has the name {label!r} with the score {score}; expected both or none"
+    elif score is not None and not math.isfinite(score):
+        yield f"has a score that is not a number: label_score {score}"
 
 
 def _holds_null(value: Any) -> bool:

@@ -15,7 +15,8 @@ from samray.cluster.session import ensure_ray
 from samray.cluster.sizes import WHOLE_CPU_LEFT, check_fits, choose_sizes, cluster_nodes
 from samray.config import Config
 from samray.errors import ConfigError, ImageError
-from samray.output.schema import ANNOTATION
+from samray.labels.ways import read_inputs
+from samray.output.schema import ANNOTATION, NAMED_ANNOTATION
 from samray.pipeline.labeler import EncodedImage, ShardLabeler, build_labeler
 from samray.pipeline.metrics import ActorFigures
 from samray.sam.checkpoints import checkpoint_sha256
@@ -48,7 +49,7 @@ def label_dataset(
         raise ConfigError("input.prompts is for samray.label: the images of a dataset have no names to match")
     if make_labeler is None:  # every actor must load the weights that this machine has
         sha256 = checkpoint_sha256(config.model.name, config.model.checkpoint)
-        make_labeler = functools.partial(build_labeler, checkpoint_sha256=sha256)
+        make_labeler = functools.partial(build_labeler, checkpoint_sha256=sha256, labels=read_inputs(config))
     is_fixed = ensure_ray(config.cluster)
     nodes, device = cluster_nodes(), config.model.device
     sizes = choose_sizes(config.cluster, nodes, 1_000_000, device, cpus_left=WHOLE_CPU_LEFT)
@@ -72,6 +73,7 @@ class DatasetLabeler:
     def __init__(self, config: Config, num_threads: int, make_labeler: Callable[[Config, int], ShardLabeler]) -> None:
         end_with_ray()
         self.image_column = config.input.image_column
+        self.annotation = ANNOTATION if config.labels.by is None else NAMED_ANNOTATION
         self.figures = ActorFigures()
         self.labeler = make_labeler(config, num_threads)
 
@@ -87,7 +89,9 @@ class DatasetLabeler:
         done = self.figures.finish(done, self.labeler.num_workers)
         records = done.records
         errors = [record.error for record in records]
-        batch = batch.append_column("annotations", pa.array([r.annotations for r in records], pa.list_(ANNOTATION)))
+        batch = batch.append_column(
+            "annotations", pa.array([r.annotations for r in records], pa.list_(self.annotation))
+        )
         batch = batch.append_column("status", pa.array(["failed" if e else "ok" for e in errors], pa.string()))
         return batch.append_column("error", pa.array(errors, pa.string()))
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from samray.cluster.control import StopRequest
     from samray.config import Config
+    from samray.labels.ways import Inputs
     from samray.output.failures import FailureCounts
     from samray.output.plan import Plan
     from samray.pipeline.labeler import MakeLabeler
@@ -57,6 +58,8 @@ class Run:
     report: LabelReport
     history: FailureCounts
     view: ProgressView
+    labels: Inputs | None
+    """What the labelling of names needs; None to find masks without names."""
     make_labeler: MakeLabeler | None
     """None for the labeler of config's model."""
     committed: set[int] = field(default_factory=set)

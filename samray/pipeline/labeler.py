@@ -30,6 +30,7 @@ from samray.rle.records import MaskRecord
 
 if TYPE_CHECKING:
     from samray.config import Config, MaskConfig
+    from samray.labels.ways import Inputs
     from samray.prompts import Prompt
     from samray.sam.sam import Sam
 
@@ -283,15 +284,26 @@ MakeLabeler = Callable[["Config", int], ShardLabeler]
 """Called with the settings and the number of threads, in each labelling actor."""
 
 
-def build_labeler(config: Config, num_threads: int, checkpoint_sha256: str | None = None) -> ShardLabeler:
+def build_labeler(
+    config: Config, num_threads: int, checkpoint_sha256: str | None = None, labels: Inputs | None = None
+) -> ShardLabeler:
     """Create the labeler of a Ray actor, which generates masks.
 
+    labels: what finding masks with names needs (`samray.labels.ways.read_inputs`); None to find masks without names.
     Raises: as `shard_labeler`.
     """
+    from samray.labels.ways import generator_maker
     from samray.masks.generator import MaskGenerator
     from samray.masks.prompted import PromptedGenerator
 
+    makers: dict[int, Any] = {}  # what is derived from the example is derived once per model
+
     def make_generator(model: Sam, points_per_batch: int | None) -> MaskSource:
+        if labels is not None:
+            if id(model) not in makers:
+                makers[id(model)] = generator_maker(model, config, labels)
+            source: MaskSource = makers[id(model)](points_per_batch)
+            return source
         masks: MaskConfig = config.masks
         frugal = points_per_batch is not None
         if frugal:

@@ -16,6 +16,7 @@ import pyarrow as pa
 from samray import storage
 from samray.inputs.listing import check_readable
 from samray.inputs.prompt_file import MatchedPrompts, PromptFile
+from samray.labels.ways import Inputs, labels_identity, read_inputs
 from samray.output.append import InputChanges, join_images
 from samray.output.destination import check_is_folder
 from samray.output.plan import Plan, load_plan, make_plan, preview_plan
@@ -46,6 +47,8 @@ class RunPlan:
     """Differences between INPUT and the plan."""
     prompts: MatchedPrompts | None
     """The user prompts, if config.input.prompts names a file."""
+    labels: Inputs | None
+    """What the labelling of names needs, if config.labels asks for names."""
     versions: dict[int, str | None]
     """Finished shard -> version of its file."""
     preview: Preview | None = None
@@ -107,7 +110,9 @@ def plan_run(
         # Listing a large INPUT takes long: find out before it that OUTPUT cannot be written.
         storage.check_output(output_uri)
     prompt_file = None if config.input.prompts is None else PromptFile.read(config.input.prompts)
+    labels = read_inputs(config)
     identity = _identity_of_dry_run(config, begun) if dry_run else run_identity(config, weights)
+    identity |= labels_identity(config, labels)
     if prompt_file:
         identity |= prompt_file.identity
     if is_new and dry_run:
@@ -128,6 +133,7 @@ def plan_run(
         is_new=is_new,
         is_checked=is_checked,
         changes=changes,
+        labels=labels,
         versions=finished_shards(plan),
         prompts=prompt_file.match(plan.read_images(["uri", "file_name"])) if prompt_file else None,
     )
@@ -182,6 +188,7 @@ def _preview(
         is_new=True,
         is_checked=False,
         changes=InputChanges(listed=True),
+        labels=None,
         versions={},
         prompts=prompt_file.match(images) if prompt_file else None,
         preview=Preview(

@@ -211,6 +211,11 @@ def no_masks(num_images: int, config: Config) -> str:
     found = f"NO MASK was found in {images} labelled"
     if config.input.prompts is not None:
         return f"{found}: {config.input.prompts} has no prompts for them"
+    if config.labels.by is not None:
+        return (
+            f"{found} like {config.labels.example}. Look at the example and its mask; a lower labels.score_thresh"
+            " (design persam) or labels.vote_thresh (the others) gives more masks, into another OUTPUT"
+        )
     own = MaskConfig().for_model(config.model.name)
     strict = [
         f"{row.name}={getattr(config.masks, key)} (default: {getattr(own, key)})"

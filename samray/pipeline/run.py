@@ -108,6 +108,7 @@ def label_with(
                 todo=work.todo,
                 prompts=planned.prompts.by_shard(planned.plan, work.todo) if planned.prompts else None,
                 credentials=read_credentials(planned.plan, str(input), planned.config, work.todo),
+                labels=planned.labels,
                 retry_failed=retry_failed,
                 report=report,
                 history=work.history,
@@ -214,7 +215,8 @@ def build_pipeline(run: Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
             "run_id": run_id,
             "state": state,
             "num_threads": sizes.num_threads,
-            "make_labeler": run.make_labeler or functools.partial(build_labeler, checkpoint_sha256=sha256),
+            "make_labeler": run.make_labeler
+            or functools.partial(build_labeler, checkpoint_sha256=sha256, labels=run.labels),
         },
         compute=ray.data.ActorPoolStrategy(min_size=sizes.min_actors, max_size=sizes.max_actors),
         num_cpus=sizes.actor_cpus,

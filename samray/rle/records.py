@@ -30,5 +30,9 @@ class MaskRecord(TypedDict):
     """[[x, y], ...] of the foreground clicks; empty for a mask from a box alone or from an import."""
     crop_box: list[float]
     """[x, y, width, height] of the mask's crop; the whole image without crops."""
+    label: NotRequired[str | None]
+    """Only in runs that name (`labels.by`): the mask's name; None if it is none of the names asked for."""
+    label_score: NotRequired[float | None]
+    """How well the name fits, on the scale of the way that found it; None without a name."""
     id: NotRequired[int]
     """image_id * 65536 + index. Generators leave it out, because they do not know the image's id."""

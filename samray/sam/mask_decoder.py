@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from samray.sam.image_encoder import LayerNorm2d
 from samray.sam.spec import ModelSpec
-from samray.sam.transformer import ImageTokens, TwoWayTransformer
+from samray.sam.transformer import Guidance, ImageTokens, TwoWayTransformer
 
 NUM_MASK_TOKENS = 4
 """Token 0 is the single mask for unambiguous prompts; 1 to 3 are whole, part and subpart of an ambiguous prompt."""
@@ -63,12 +63,12 @@ class MaskDecoder(nn.Module):
         self.output_hypernetworks_mlps = nn.ModuleList(MlpHead(dim, dim, dim // 8, 3) for _ in range(NUM_MASK_TOKENS))
         self.iou_prediction_head = MlpHead(dim, spec.iou_hidden_dim, NUM_MASK_TOKENS, 3)
 
-    def run(self, image: ImageTokens, sparse: Tensor) -> DecoderState:
+    def run(self, image: ImageTokens, sparse: Tensor, guidance: Guidance | None = None) -> DecoderState:
         """sparse: (B, N, P, C) prompt tokens, for N prompts on each of B images. The state's N is B * N."""
         b, n = sparse.shape[:2]
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).to(sparse.dtype)
         tokens = torch.cat([output_tokens.expand(b, n, -1, -1), sparse], dim=2)
-        x, keys = self.transformer(image, tokens)
+        x, keys = self.transformer(image, tokens, guidance)
         return DecoderState(x[:, 1 : 1 + NUM_MASK_TOKENS], keys, self.iou_prediction_head(x[:, 0]))
 
     def hyper(self, mask_tokens: Tensor, masks: slice) -> Tensor:

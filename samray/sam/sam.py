@@ -20,7 +20,7 @@ from samray.sam.mask_decoder import DecoderState, MaskDecoder
 from samray.sam.precision import exact_convolutions
 from samray.sam.prompt_encoder import PromptEncoder
 from samray.sam.spec import ModelSpec
-from samray.sam.transformer import ImageTokens
+from samray.sam.transformer import Guidance, ImageTokens
 
 __all__ = ["Decoded", "Sam", "input_size"]
 
@@ -209,8 +209,9 @@ class Sam(nn.Module):
         mask_input: Tensor | None = None,
         *,
         multimask: bool = True,
+        guidance: Guidance | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Masks for any prompts on one image.
+        """Masks for any prompts on one image; guidance steers all of them towards one target.
 
         embedding: (1, C, h, w). points: (N, P, 2) and labels: (N, P); boxes_xyxy: (N, 4); all in the input frame.
         mask_input: (N, 1, 4h, 4w) low-res logits. Returns logits (N, M, 4h, 4w) and predicted IoU (N, M); M is 3 or 1.
@@ -234,7 +235,7 @@ class Sam(nn.Module):
         else:  # every prompt has its own image tokens: N "images" with one prompt each
             context, tokens = self.prepare_decoder(embedding.expand(n, -1, -1, -1), mask_input), tokens[:, None]
         masks = slice(1, None) if multimask else slice(0, 1)
-        state = self.mask_decoder.run(context, tokens)
+        state = self.mask_decoder.run(context, tokens, guidance)
         logits = self.mask_decoder.upscale(state.keys, self.mask_decoder.hyper(state.mask_tokens, masks), context.fine)
         return logits.float(), state.iou[:, masks].float()
 

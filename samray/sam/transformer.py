@@ -64,7 +64,9 @@ class Attention(nn.Module):
 
     # --- the absorbed forms ------------------------------------------------------------------------------------------
 
-    def tokens_to_image(self, tokens: Tensor, keys: Tensor, pe_keys: Tensor) -> Tensor:
+    def tokens_to_image(
+        self, tokens: Tensor, keys: Tensor, pe_keys: Tensor, guidance: Guidance | None = None
+    ) -> Tensor:
         """Tokens attend to image tokens.
 
         tokens: (N, T, C) with positions added. keys: (N, L, C) without. pe_keys: (heads, head_dim, L), W_k pe.
@@ -73,7 +75,8 @@ class Attention(nn.Module):
         n, t, _ = tokens.shape
         q = self.split(self.q_proj(tokens)) * self.scale  # (N, H, T, d)
         scores = self.absorbed_scores(q, self.k_proj.weight, keys, pe_keys)
-        read = torch.bmm(scores.softmax(dim=-1), keys).view(n, self.num_heads, t, -1)  # (N, H, T, C)
+        weights = _attention(scores, guidance)
+        read = torch.bmm(weights, keys).view(n, self.num_heads, t, -1)  # (N, H, T, C)
         out = read.to(tokens.dtype) @ self.per_head(self.v_proj.weight).transpose(1, 2)
         return self.merge(out + self.v_proj.bias.view(self.num_heads, 1, -1))
 
@@ -163,6 +166,23 @@ class ImageTokens:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """What steers a decoder towards one target, without training (PerSAM, arXiv 2305.03048, section 3.2)."""
+
+    similarity: Tensor
+    """(L,) in [0, 1]: added to what each token attends to in the image, followed by a second softmax (target-guided
+    attention)."""
+    target: Tensor
+    """(C,) the target's embedding, added to every token before each layer (target-semantic prompting)."""
+
+
+def _attention(scores: Tensor, guidance: Guidance | None) -> Tensor:
+    """Attention weights (..., L) from scores of the same shape."""
+    weights = scores.softmax(dim=-1)
+    return weights if guidance is None else (weights + guidance.similarity.to(weights.dtype)).softmax(dim=-1)
+
+
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -187,7 +207,7 @@ class TwoWayBlock(nn.Module):
 
     # --- tokens attend to the image: the same in both paths -----------------------------------------------------------
 
-    def read_shared(self, image: ImageTokens, positions: Tensor) -> Tensor:
+    def read_shared(self, image: ImageTokens, positions: Tensor, guidance: Guidance | None = None) -> Tensor:
         """The first layer's token side: all prompts of an image attend to the same image tokens.
 
         positions: (B * N, T, C), which are also the tokens. Returns (B * N, T, C).
@@ -196,15 +216,22 @@ class TwoWayBlock(nn.Module):
         read = self.cross_attn_token_to_image
         # The prompts of an image are rows of one product: (B, H, N * T, d) times (B, H, L, d).
         q = read.split(read.q_proj(x + positions).view(len(image), -1, read.q_proj.out_features))
-        out = F.scaled_dot_product_attention(q.to(image.read_keys.dtype), image.read_keys, image.read_values)
+        q = q.to(image.read_keys.dtype)
+        if guidance is None:
+            out = F.scaled_dot_product_attention(q, image.read_keys, image.read_values)
+        else:
+            scores = q @ image.read_keys.transpose(-2, -1) * read.scale
+            out = _attention(scores, guidance) @ image.read_values
         x = self.norm2(x + read.merge(out.to(positions.dtype)).view_as(x))
         return self.norm3(x + self.mlp(x))
 
-    def read(self, x: Tensor, positions: Tensor, keys: Tensor, pe_keys: Tensor) -> Tensor:
+    def read(
+        self, x: Tensor, positions: Tensor, keys: Tensor, pe_keys: Tensor, guidance: Guidance | None = None
+    ) -> Tensor:
         """A later layer's token side: each prompt has its own image tokens, keys (B * N, L, C)."""
         q = x + positions
         x = self.norm1(x + self.self_attn(q, q, x))
-        x = self.norm2(x + self.cross_attn_token_to_image.tokens_to_image(x + positions, keys, pe_keys))
+        x = self.norm2(x + self.cross_attn_token_to_image.tokens_to_image(x + positions, keys, pe_keys, guidance))
         return self.norm3(x + self.mlp(x))
 
     # --- image tokens attend to tokens: plain -------------------------------------------------------------------------
@@ -279,23 +306,30 @@ class TwoWayTransformer(nn.Module):
             fine=fine,
         )
 
-    def forward(self, image: ImageTokens, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, image: ImageTokens, tokens: Tensor, guidance: Guidance | None = None) -> tuple[Tensor, Tensor]:
         """tokens: (B, N, T, C), N prompts per image. Returns tokens (B * N, T, C) and image tokens (B * N, L, C)."""
         positions = tokens.flatten(0, 1)
+        if guidance is not None:
+            # PerSAM adds the target to the tokens in place, and so to what it uses as their positions.
+            positions = positions + guidance.target.to(positions.dtype)
         # The kernel has no backward pass, and with many tokens its rows do not fit on the chip.
         fused = enabled(tokens.device) and tokens.shape[2] <= MAX_TOKENS and not torch.is_grad_enabled()
-        x, keys = self._fused(image, positions) if fused else self._plain(image, positions)
-        x = x + self.final_attn_token_to_image.tokens_to_image(x + positions, keys, image.pe_keys[-1])
+        fused = fused and guidance is None
+        x, keys = self._fused(image, positions) if fused else self._plain(image, positions, guidance)
+        query = x + positions if guidance is None else x + positions + guidance.target.to(x.dtype)
+        x = x + self.final_attn_token_to_image.tokens_to_image(query, keys, image.pe_keys[-1])
         return self.norm_final_attn(x), keys
 
-    def _plain(self, image: ImageTokens, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _plain(self, image: ImageTokens, positions: Tensor, guidance: Guidance | None = None) -> tuple[Tensor, Tensor]:
         """All layers with torch's own operations."""
         first, *later = self.blocks()
-        x = first.read_shared(image, positions)
+        x = first.read_shared(image, positions, guidance)
         keys = first.write_shared(image, x, positions)
         # Not strict: the last of pe_keys is for the attention after the layers.
         for block, pe_keys, pe_queries in zip(later, image.pe_keys, image.pe_queries, strict=False):
-            x = block.read(x, positions, keys, pe_keys)
+            if guidance is not None:
+                x = x + guidance.target.to(x.dtype)
+            x = block.read(x, positions, keys, pe_keys, guidance)
             keys = block.write_absorbed(keys, pe_queries, x, positions)
         return x, keys
 

@@ -14,9 +14,19 @@ State = dict[str, Tensor]
 
 
 def decode(
-    state: State, num_heads: int, embedding: Tensor, positions: Tensor, sparse: Tensor, dense: Tensor
+    state: State,
+    num_heads: int,
+    embedding: Tensor,
+    positions: Tensor,
+    sparse: Tensor,
+    dense: Tensor,
+    similarity: Tensor | None = None,
+    target: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """embedding, positions: (C, h, w); sparse: (N, P, C); dense: (N, C, h, w). Returns (N, 4, 4h, 4w), IoU (N, 4)."""
+    """embedding, positions: (C, h, w); sparse: (N, P, C); dense: (N, C, h, w). Returns (N, 4, 4h, 4w), IoU (N, 4).
+
+    similarity: (L,) and target: (C,) as PerSAM's code adds them (arXiv 2305.03048, section 3.2).
+    """
     prefix = "mask_decoder."
     state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     n, (c, h, w) = len(sparse), embedding.shape
@@ -25,7 +35,7 @@ def decode(
     image = (embedding + dense).flatten(2).transpose(1, 2)  # (N, L, C)
     image_positions = positions.flatten(1).T.expand(n, -1, -1)
 
-    tokens, image = _two_way_transformer(state, num_heads, tokens, image, image_positions)
+    tokens, image = _two_way_transformer(state, num_heads, tokens, image, image_positions, similarity, target)
 
     iou = _mlp(state, "iou_prediction_head", tokens[:, 0])
     maps = image.transpose(1, 2).reshape(n, c, h, w)
@@ -45,10 +55,19 @@ def decode(
 
 
 def _two_way_transformer(
-    state: State, num_heads: int, prompt: Tensor, image: Tensor, image_positions: Tensor
+    state: State,
+    num_heads: int,
+    prompt: Tensor,
+    image: Tensor,
+    image_positions: Tensor,
+    similarity: Tensor | None,
+    target: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    prompt = prompt.clone()
     queries, keys = prompt, image
     for i in range(2):
+        if target is not None:
+            queries += target  # in place, as published: in the first layer this changes `prompt`, too
         layer = f"transformer.layers.{i}"
         if i == 0:  # the first layer's tokens are their own positions
             queries = _attention(state, f"{layer}.self_attn", num_heads, queries, queries, queries)
@@ -59,7 +78,7 @@ def _two_way_transformer(
 
         placed, placed_keys = queries + prompt, keys + image_positions
         name = f"{layer}.cross_attn_token_to_image"
-        queries = queries + _attention(state, name, num_heads, placed, placed_keys, keys)
+        queries = queries + _attention(state, name, num_heads, placed, placed_keys, keys, similarity)
         queries = _norm(state, f"{layer}.norm2", queries)
 
         hidden = F.relu(_linear(state, f"{layer}.mlp.lin1", queries))
@@ -70,17 +89,24 @@ def _two_way_transformer(
         keys = _norm(state, f"{layer}.norm4", keys + _attention(state, name, num_heads, placed_keys, placed, queries))
 
     placed, placed_keys = queries + prompt, keys + image_positions
+    if target is not None:
+        placed += target
     name = "transformer.final_attn_token_to_image"
     queries = queries + _attention(state, name, num_heads, placed, placed_keys, keys)
     return _norm(state, "transformer.norm_final_attn", queries), keys
 
 
-def _attention(state: State, name: str, num_heads: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attention(
+    state: State, name: str, num_heads: int, q: Tensor, k: Tensor, v: Tensor, similarity: Tensor | None = None
+) -> Tensor:
     q, k, v = (_linear(state, f"{name}.{part}_proj", x) for part, x in (("q", q), ("k", k), ("v", v)))
     heads = []
     for q_head, k_head, v_head in zip(*(x.chunk(num_heads, dim=-1) for x in (q, k, v)), strict=True):
         scores = q_head @ k_head.transpose(1, 2) / q_head.shape[-1] ** 0.5
-        heads.append(scores.softmax(dim=-1) @ v_head)
+        weights = scores.softmax(dim=-1)
+        if similarity is not None:
+            weights = (weights + similarity).softmax(dim=-1)
+        heads.append(weights @ v_head)
     return _linear(state, f"{name}.out_proj", torch.cat(heads, dim=-1))
 
 

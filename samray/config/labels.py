@@ -1,0 +1,105 @@
+"""The settings of masks with names, and the ways to find them: one table, one row per way.
+
+Settings, help, the plan and the actors take names and functions from here, so this module imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+from pydantic import Field, model_validator
+
+from samray.config.base import OneOf, Settings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Way:
+    """A value of `labels.by`. The functions are `module:function`, imported when they are needed."""
+
+    inputs: str
+    """Called with the `LabelsConfig` in the driver, before anything is written; see `samray.labels.ways.Inputs`."""
+    builder: str
+    """Called with the model, the `Config` and the inputs in each actor; returns a mask generator."""
+    needs: tuple[str, ...]
+    """Settings that must be given."""
+
+
+WAYS: Final[Mapping[str, Way]] = {
+    "example": Way(
+        inputs="samray.labels.example:read_example",
+        builder="samray.labels.example:build_generator",
+        needs=("example", "example_mask", "name"),
+    ),
+}
+
+DESIGNS: Final[Mapping[str, str]] = {
+    "persam": "samray.labels.persam:PersamGenerator",
+    "stitched_points": "samray.labels.stitched:StitchedGenerator",
+    "stitched_grid": "samray.labels.stitched:StitchedGenerator",
+    "stitched_single": "samray.labels.stitched:StitchedGenerator",
+    "stitched_negative": "samray.labels.stitched:StitchedGenerator",
+}
+"""How `labels.by=example` looks for the example's class: the value of `labels.design` -> its generator."""
+
+WayName = Annotated[str, OneOf(lambda: list(WAYS))]
+DesignName = Annotated[str, OneOf(lambda: list(DESIGNS))]
+
+
+class LabelsConfig(Settings):
+    """Masks with names instead of all masks: a label and its score for each mask."""
+
+    section: ClassVar[str] = "labels"
+    by: WayName | None = None
+    """How to find masks with names; null finds all masks, without names. example: like one example."""
+    example: str | None = None
+    """Image that shows the class, for labels.by=example: a path or URI."""
+    example_mask: str | None = None
+    """Mask of the class in that image: a picture of the same size, not black (and not transparent) on the class."""
+    name: str | None = Field(default=None, min_length=1, max_length=1000)
+    """Name of the example's class, written as the label of each mask."""
+    design: DesignName = "persam"
+    """How to look for the example's class, see the guide "One example"."""
+    score_thresh: float | None = Field(default=None, ge=-2, le=2)
+    """persam: least similarity to the example of a click, and of a mask on average; null takes the value that best
+    tells the example from its own background. Raise it for fewer masks."""
+    max_instances: int = Field(default=10, ge=1, le=1000)
+    """persam: most clicks per image, and so most masks. Each costs three passes of the mask decoder."""
+    pick: Literal["evidence", "iou"] = "evidence"
+    """persam: which of the decoder's three masks to keep: evidence takes the one that covers most of what is similar
+    and least of what is not; iou, as published, the one with the highest predicted IoU."""
+    contrast: bool = True
+    """persam: compare with the example minus its surroundings; false, as published, with the example alone."""
+    block: int | None = Field(default=None, ge=0)
+    """persam: encoder block whose features are compared, from 0; null compares the image embedding, as published."""
+    runs: int = Field(default=32, ge=1, le=10_000)
+    """stitched: passes of the mask decoder per image, each with other random points."""
+    points: int = Field(default=3, ge=1, le=100)
+    """stitched: random points inside the example per run, and as many outside with stitched_negative."""
+    grid: int = Field(default=6, ge=1, le=64)
+    """stitched: candidates along one side of the grid on the image."""
+    keep: float = Field(default=0.5, gt=0, le=1)
+    """stitched: share of the runs to keep, best product of predicted IoU and stability first."""
+    vote_thresh: float = Field(default=0.05, ge=0, lt=1)
+    """stitched: keep pixels whose average over the runs is above this. Few runs agree where each has another point."""
+    seed: int = Field(default=0, ge=0)
+    """stitched: seed of the random points."""
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> LabelsConfig:
+        if self.by is None:
+            given = [key for key in LabelsConfig.model_fields if key in self.model_fields_set and key != "by"]
+            given = [key for key in given if getattr(self, key) != LabelsConfig.model_fields[key].default]
+            if given:
+                raise ValueError(f"labels.{given[0]} needs labels.by; add labels.by={next(iter(WAYS))}")
+            return self
+        missing = [f"labels.{key}" for key in WAYS[self.by].needs if getattr(self, key) is None]
+        if missing:
+            raise ValueError(f"labels.by={self.by} needs {' and '.join(missing)}")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that determine the output. The files of an example may move, so they count by content, which
+        the pipeline adds."""
+        return self.model_dump(mode="json", exclude={"example", "example_mask", "name"})

@@ -1,0 +1,1 @@
+"""Masks with names (`labels.by`): one file per way, one row per way in `samray.config.labels`."""

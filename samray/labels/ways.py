@@ -1,0 +1,60 @@
+"""The ways to find masks with names (`labels.by`), from the rows of `samray.config.labels.WAYS`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from samray.config.labels import WAYS
+
+if TYPE_CHECKING:
+    from samray.config import Config
+    from samray.sam.sam import Sam
+
+MakeGenerator = Callable[[int | None], Any]
+"""Called with points_per_batch, as for `samray.pipeline.labeler.ShardLabeler`; returns a mask generator."""
+
+
+class Inputs(Protocol):
+    """What a way needs besides the settings: read in the driver, sent to every actor, so small and picklable."""
+
+    @property
+    def categories(self) -> list[str]:
+        """The names asked for, in order."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What of them determines the output, as plain JSON values: files by content."""
+
+
+def read_inputs(config: Config) -> Inputs | None:
+    """The inputs of the way that config names; None if it names none.
+
+    Raises: ConfigError that says what is wrong with a file, StorageError.
+    """
+    if config.labels.by is None:
+        return None
+    inputs: Inputs = function_named(WAYS[config.labels.by].inputs)(config)
+    return inputs
+
+
+def labels_identity(config: Config, inputs: Inputs | None) -> dict[str, Any]:
+    """The part of a run's identity that is about names; empty for a run without."""
+    if inputs is None:
+        return {}
+    return {"labels": {**config.labels.identity(), **inputs.identity, "categories": inputs.categories}}
+
+
+def generator_maker(model: Sam, config: Config, inputs: Inputs) -> MakeGenerator:
+    """What creates the generators of an actor; the work that they share is done here, once."""
+    assert config.labels.by is not None
+    maker: MakeGenerator = function_named(WAYS[config.labels.by].builder)(model, config, inputs)
+    return maker
+
+
+def function_named(name: str) -> Callable[..., Any]:
+    """The function `module:function`."""
+    module, _, function = name.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found

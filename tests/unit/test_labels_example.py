@@ -1,0 +1,242 @@
+"""`labels.by=example`: settings, the example's files, names on disk, and what the generators find on plain pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from samray.config import Config, LabelsConfig
+from samray.config.labels import DESIGNS
+from samray.errors import ConfigError
+from samray.labels.example import Example, build_generator, read_example
+from samray.labels.similarity import FeatureTap, similarity_map, target_of
+from samray.labels.stitched import StitchedGenerator, closed, stitched
+from samray.labels.ways import labels_identity
+from samray.output.schema import (
+    CORRECTED_SCHEMA,
+    NAMED_ANNOTATION,
+    SCHEMA,
+    ImageRecord,
+    check_columns,
+    records_to_table,
+    samray_metadata,
+    schema_of,
+)
+from samray.output.shards import shard_bytes
+from samray.output.verify_rows import check_image
+from samray.sam.sam import Sam
+from samray.storage.tables import read_parquet
+from tests.parity.common import randomize
+from tests.support.micro import MICRO
+
+
+def example_files(folder: Path, size: tuple[int, int] = (48, 64)) -> tuple[Path, Path]:
+    """A red square on grey; its mask."""
+    pixels = np.full((*size, 3), 90, np.uint8)
+    mask = np.zeros(size, np.uint8)
+    pixels[16:32, 16:32], mask[16:32, 16:32] = (220, 30, 30), 255
+    Image.fromarray(pixels).save(folder / "key.png")
+    Image.fromarray(mask).save(folder / "mask.png")
+    return folder / "key.png", folder / "mask.png"
+
+
+def settings(folder: Path, **own: Any) -> Config:
+    image, mask = example_files(folder)
+    labels = {"by": "example", "example": str(image), "example_mask": str(mask), "name": "square", **own}
+    return Config(labels=labels, masks={"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "min_mask_area": 0})
+
+
+def micro(seed: int = 0) -> Sam:
+    """A random Sam that is sure of its masks."""
+    model = Sam(MICRO).eval()
+    randomize(model, seed)
+    with torch.no_grad():
+        model.mask_decoder.iou_prediction_head.layers[-1].bias.fill_(20.0)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"by": "example", "name": "x"}, r"needs labels\.example and labels\.example_mask"),
+        ({"example": "key.jpg"}, r"labels\.example needs labels\.by"),
+        ({"by": "exampel"}, "exampel"),
+        ({"by": "example", "design": "sewn"}, "one of persam, stitched_points"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(labels: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LabelsConfig(**labels)
+
+
+def test_an_example_and_prompts_are_refused_together(tmp_path: Path) -> None:
+    labels = settings(tmp_path).labels
+    with pytest.raises(ConfigError, match=r"leave input\.prompts out"):
+        Config(labels=labels, input={"prompts": "clicks.jsonl"})
+
+
+def test_a_run_without_names_records_no_settings_of_names(tmp_path: Path) -> None:
+    assert "labels" not in Config().identity()
+    assert Config().default_identity()["labels"]["by"] is None
+    config = settings(tmp_path)
+    identity = labels_identity(config, read_example(config))["labels"]
+    assert identity["categories"] == ["square"]
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    there = settings(moved)
+    assert labels_identity(there, read_example(there))["labels"] == identity, "a file may move"
+    Image.fromarray(np.full((48, 64), 255, np.uint8)).save(moved / "mask.png")
+    assert labels_identity(there, read_example(there))["labels"] != identity, "but not change"
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.zeros((48, 64), np.uint8), "is black"),
+        (np.full((64, 48), 9, np.uint8), "is 48x64 pixels, but labels.example is 64x48"),
+        (None, "cannot be read as an image"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(tmp_path: Path, mask: np.ndarray | None, message: str) -> None:
+    config = settings(tmp_path)
+    if mask is None:
+        (tmp_path / "mask.png").write_bytes(b"no image")
+    else:
+        Image.fromarray(mask).save(tmp_path / "mask.png")
+    with pytest.raises(ConfigError, match=message):
+        read_example(config)
+
+
+def test_a_missing_example_is_named(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    (tmp_path / "key.png").unlink()
+    with pytest.raises(ConfigError, match=r"labels\.example .*key\.png does not exist"):
+        read_example(config)
+
+
+# --- on disk ----------------------------------------------------------------------------------------------------------
+
+
+def run_of(categories: list[str] | None, **identity: Any) -> dict[str, Any]:
+    labels = {} if categories is None else {"labels": {"categories": categories}}
+    return {"identity": {**identity, **labels}}
+
+
+def record(**own: Any) -> ImageRecord:
+    mask = {
+        "segmentation": {"size": [2, 2], "counts": "04"}, "bbox": [0.0, 0.0, 2.0, 2.0], "area": 4, "predicted_iou": 1.0,
+        "stability_score": 1.0, "point_coords": [[1.0, 1.0]], "crop_box": [0.0, 0.0, 2.0, 2.0], **own,
+    }  # fmt: skip
+    return ImageRecord(image_id=0, width=2, height=2, file_name="a", uri="a", annotations=[mask])
+
+
+def test_only_runs_that_name_have_the_two_fields() -> None:
+    assert schema_of(run_of(None)).equals(SCHEMA)
+    assert schema_of(run_of(None, corrects={})).equals(CORRECTED_SCHEMA)
+    for schema in (schema_of(run_of(["x"])), schema_of(run_of(["x"], corrects={}))):
+        assert schema.field("annotations").type == pa.list_(NAMED_ANNOTATION)
+        check_columns(schema)
+    assert [field.name for field in NAMED_ANNOTATION][-2:] == ["label", "label_score"]
+
+
+@pytest.mark.parametrize("corrects", [{}, {"corrects": {}}])
+def test_names_come_back_from_a_shard(corrects: dict[str, Any]) -> None:
+    run = run_of(["x", "y"], **corrects)
+    table = read_parquet(shard_bytes(records_to_table([record(label="y", label_score=0.5), record()], run)))
+    assert samray_metadata(table.schema)["categories"] == ["x", "y"]
+    labels = [(mask["label"], mask["label_score"]) for row in table["annotations"].to_pylist() for mask in row]
+    assert labels == [("y", 0.5), (None, None)]
+
+
+@pytest.mark.parametrize(
+    ("own", "problem"),
+    [
+        ({"label": "x", "label_score": 0.5}, None),
+        ({"label": None, "label_score": None}, None),
+        ({"label": "x", "label_score": None}, "expected both or none"),
+        ({"label": "", "label_score": 0.5}, "empty name"),
+        ({"label": "x", "label_score": float("nan")}, "not a number"),
+    ],
+)
+def test_verify_checks_names(own: dict[str, Any], problem: str | None) -> None:
+    row = records_to_table([record(**own)], run_of(["x"])).to_pylist()[0]
+    problems = list(check_image("shard", row, "coco", deep=False))
+    assert not problems if problem is None else problem in problems[0]
+
+
+# --- finding ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_every_design_gives_named_masks_again_the_same(tmp_path: Path, design: str) -> None:
+    config = settings(tmp_path, design=design, runs=4, vote_thresh=0.0, score_thresh=-2.0, max_instances=3)
+    make = build_generator(micro(), config, read_example(config))
+    image = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    (masks,) = make(None).generate([image])
+    assert masks == make(16).generate([image])[0]
+    assert masks
+    assert len(masks) <= 3
+    for mask in masks:
+        assert mask["label"] == "square"
+        assert mask["segmentation"]["size"] == [40, 56]
+        assert -2 <= mask["label_score"] <= 2
+
+
+def test_the_target_is_most_like_its_own_example(tmp_path: Path) -> None:
+    pixels = np.asarray(Image.open(example_files(tmp_path, (64, 64))[0]))
+    mask = np.asarray(Image.open(tmp_path / "mask.png")) > 0
+    model = micro()
+    for block in (None, 0, 2):
+        (encoded,) = FeatureTap(model, block).encode([pixels])
+        target = target_of(model, encoded, mask, contrast=True)
+        similarity = similarity_map(model, encoded, target).numpy()
+        assert similarity[mask].mean() > similarity[~mask].mean()
+
+
+def test_a_block_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"labels\.block = 9"):
+        FeatureTap(micro(), 9)
+
+
+def test_clicks_of_the_stitched_designs(tmp_path: Path) -> None:
+    counts = {}
+    for design in [name for name in DESIGNS if name.startswith("stitched")]:
+        config = settings(tmp_path, design=design, points=2, grid=3, runs=9)
+        files = read_example(config)
+        generator = StitchedGenerator(micro(), config, files.decode())
+        picture, left = stitched(generator.example.pixels, np.zeros((24, 30, 3), np.uint8))
+        assert (picture.shape, left) == ((24, 32 + 30, 3), 32)
+        runs = list(generator._clicks(picture.shape[:2], left))
+        xy = np.stack([points for points, _ in runs])
+        labels = np.stack([own for _, own in runs])
+        on_image = xy[..., 0] >= left
+        assert not (on_image & (labels == 0)).any(), "background points are on the example"
+        counts[design] = (labels == 1).sum(1)[0], (labels == 0).sum(1)[0], on_image.sum(1)[0]
+        inside = np.concatenate([points[(points[:, 0] < left) & (own == 1)] for points, own in runs])
+        assert ((inside >= 8) & (inside <= 16)).all(), "at half the example's size"
+        if design in ("stitched_single", "stitched_negative"):
+            assert len(np.unique(xy[on_image], axis=0)) == 9, "every candidate has its turn"
+    assert counts == {
+        "stitched_points": (2, 0, 0), "stitched_grid": (11, 0, 9), "stitched_single": (3, 0, 1),
+        "stitched_negative": (3, 2, 1),
+    }  # fmt: skip
+
+
+def test_closing_fills_a_gap_and_keeps_the_border() -> None:
+    mask = np.ones((100, 100), bool)
+    mask[50, 50] = False
+    assert closed(mask).all()
+
+
+def test_the_example_decodes_as_it_was_checked(tmp_path: Path) -> None:
+    files = read_example(settings(tmp_path))
+    example = files.decode()
+    assert isinstance(example, Example)
+    assert example.mask.sum() == 256
+    assert tuple(example.pixels[20, 20]) == (220, 30, 30)
