@@ -97,7 +97,8 @@ def edges(
         )
     seconds = time.monotonic() - began
     if figures["num_images"] == 0:
-        raise SamrayError(f"none of {count(figures['num_failed'], 'image')} could be used: {figures['failures']}")
+        reasons = "; ".join(f"{number} {reason}" for reason, number in figures["failures"].items())
+        raise SamrayError(f"none of {count(figures['num_failed'], 'image')} could be used: {reasons}")
     figures = {**figures, "thresholds": thresholds, "data": images.where, **made_by}
     figures |= {"seconds": round(seconds, 3), "versions": {"samray": __version__}}
     text = jsonlib.dumps(figures, indent=2) + "\n"

@@ -62,8 +62,7 @@ class LabelsConfig(Settings):
     design: DesignName = "persam"
     """How to look for the example's class, see the guide "One example"."""
     score_thresh: float | None = Field(default=None, ge=-2, le=2)
-    """persam: least similarity to the example of a click, and of a mask on average; null takes the value that best
-    tells the example from its own background. Raise it for fewer masks."""
+    """persam: least similarity of a click and of a mask to the example; null: what tells it from its background."""
     max_instances: int = Field(default=10, ge=1, le=1000)
     """persam: most clicks per image, and so most masks. Each costs three passes of the mask decoder."""
     pick: Literal["evidence", "iou"] = "evidence"

@@ -14,9 +14,13 @@ from tests.parity.plain_persam import persam
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [2, 3, 4])
 def test_steps_against_the_plain_script(seed: int) -> None:
-    """The example's mask follows the embedding's cells: the paper's rule for half covered cells does not matter."""
+    """The example's mask follows the embedding's cells: the paper's rule for half covered cells does not matter.
+
+    With seed 1 a pixel on the edge of the second pass's mask is zero up to rounding, and so the third pass's box is
+    another with another number of threads.
+    """
     model = Sam(smaller("vit_b", image_size=256)).eval()
     randomize(model, seed)
     rng = np.random.default_rng(seed)

@@ -191,7 +191,7 @@ def test_the_papers_protocol_sets_what_the_command_line_does_not(bsds: str, caps
         (["points", "{bsds}", "model.checkpoint=absent.pth"], 2, "model.checkpoint: the file "),
         (["points", "{bsds}", "--min-area", "2000"], 1, "has no region of at least 2,000 pixels"),
         (["points", "{broken}"], 1, "none of 1 image could be used: 1 not_an_image"),
-        (["edges", "{bsds}"], 2, "edges"),
+        (["contours", "{bsds}"], 2, "contours"),
     ],
 )
 def test_wrong_usage_is_one_sentence(
