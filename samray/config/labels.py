@@ -66,8 +66,7 @@ class LabelsConfig(Settings):
     max_instances: int = Field(default=10, ge=1, le=1000)
     """persam: most clicks per image, and so most masks. Each costs three passes of the mask decoder."""
     pick: Literal["evidence", "iou"] = "evidence"
-    """persam: which of the decoder's three masks to keep: evidence takes the one that covers most of what is similar
-    and least of what is not; iou, as published, the one with the highest predicted IoU."""
+    """persam: which of three masks to keep: evidence: most similar inside, least outside; iou: as published."""
     contrast: bool = True
     """persam: compare with the example minus its surroundings; false, as published, with the example alone."""
     block: int | None = Field(default=None, ge=0)
@@ -81,7 +80,7 @@ class LabelsConfig(Settings):
     keep: float = Field(default=0.5, gt=0, le=1)
     """stitched: share of the runs to keep, best product of predicted IoU and stability first."""
     vote_thresh: float = Field(default=0.05, ge=0, lt=1)
-    """stitched: keep pixels whose average over the runs is above this. Few runs agree where each has another point."""
+    """stitched: keep pixels whose average over the runs is above this."""
     seed: int = Field(default=0, ge=0)
     """stitched: seed of the random points."""
 
