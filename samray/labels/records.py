@@ -9,7 +9,7 @@ from torch import Tensor
 
 from samray.config import Config
 from samray.masks.crops import Crop
-from samray.masks.records import Mask, choose, to_record
+from samray.masks.records import Mask, apply_limits, to_record
 from samray.masks.scores import MASK_THRESHOLD, above, stability_scores
 from samray.rle import encode as rle
 from samray.rle.records import MaskRecord
@@ -20,7 +20,7 @@ Named = tuple[Tensor, float, float, Sequence[tuple[int, int]]]
 
 def named_records(masks: Sequence[Named], config: Config) -> list[MaskRecord]:
     """Records of the masks of one image, named `labels.name`, without those that the limits of `masks` drop
-    (`samray.masks.records.choose`). Empty masks are dropped, too."""
+    (`samray.masks.records.apply_limits`). Empty masks are dropped, too."""
     kept = []
     for logits, predicted_iou, score, points_xy in masks:
         height, width = logits.shape
@@ -40,4 +40,6 @@ def named_records(masks: Sequence[Named], config: Config) -> list[MaskRecord]:
         )
     if not kept:
         return []
-    return [to_record(mask, (height, width), config.masks) for mask in choose(kept, (height, width), config.masks)]
+    return [
+        to_record(mask, (height, width), config.masks) for mask in apply_limits(kept, (height, width), config.masks)
+    ]
