@@ -46,6 +46,9 @@ _MARK: Final = "SAMRAY_RAY_FOLDER"
 _LEAVE_S: Final = 5.0
 """Seconds that Ray's processes may take to end by themselves after their driver."""
 
+_DIE_S: Final = 30.0
+"""Seconds that killed processes may take to be gone: a busy machine takes a while to free their memory."""
+
 
 @contextlib.contextmanager
 def running_ray(config: ClusterConfig) -> Iterator[bool]:
@@ -253,7 +256,7 @@ def _kill(processes: list[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(processes, timeout=_LEAVE_S)
+    psutil.wait_procs(processes, timeout=_DIE_S)
 
 
 def _processes_of(folder: Path) -> list[psutil.Process]:
