@@ -133,6 +133,13 @@ def proposals(
             "masks with the highest mean of predicted IoU and stability score."
         ),
     ] = Protocol.LABEL,
+    frequencies: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="LVIS annotations (or JSON with their categories): also measure frequent, common and rare classes.",
+        ),
+    ] = None,
     min_area: Annotated[int, typer.Option(min=0, metavar="PIXELS", help="Ignore smaller regions.")] = 0,
     limit: Limit = None,
     json: Json = None,
@@ -156,6 +163,7 @@ def proposals(
 
       samray evaluate proposals bsds500/val.parquet model.name=vit_b masks.box_nms_thresh=0.9 masks.pred_iou_thresh=0.5
     """
+    from samray.evaluate.frequencies import read_frequencies
     from samray.evaluate.pictures import offer_masks, proposal_sheet
     from samray.evaluate.proposals import PAPER_MASKS, by_confidence_and_stability, by_predicted_iou, evaluate_proposals
     from samray.masks.generator import MaskGenerator
@@ -163,6 +171,7 @@ def proposals(
     paper = protocol is Protocol.PAPER
     defaults = [f"masks.{name}={value}" for name, value in PAPER_MASKS.items()] if paper else []
     words, config = parse_settings([data, *(settings or ())], preset, ProposalsCommand.sections, defaults)
+    groups = None if frequencies is None else read_frequencies(frequencies)
     run = _Run(words, limit, config, json, picture)
     sheet = proposal_sheet() if picture else None
     with run.bar(not no_progress) as on_image:
@@ -171,6 +180,7 @@ def proposals(
             run.images,
             min_area=min_area,
             rank=by_confidence_and_stability if paper else by_predicted_iou,
+            frequencies=groups,
             on_image=on_image,
             on_masks=lambda image, masks: offer_masks(sheet, image, masks) if sheet else None,
         )
@@ -180,6 +190,7 @@ def proposals(
         ("AR@10", f"{figures['ar_10']:.4f}"),
         ("AR@100", f"{figures['ar_100']:.4f}"),
         ("AR@1000", f"{figures['ar_1000']:.4f}; {sizes}"),
+        *_frequency_rows(figures),
         ("regions", f"{figures['num_regions']:,}"),
         ("masks", f"{figures['num_masks']:,}, {figures['num_masks'] / max(figures['num_images'], 1):.1f} per image"),
     ]
@@ -189,6 +200,20 @@ def proposals(
         sheet,
     )
     return 0
+
+
+def _frequency_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """The recall of LVIS's groups of classes, if it was measured."""
+    from samray.evaluate.proposals import FREQUENCIES
+
+    return [
+        (
+            f"AR@1000, {group}",
+            f"{figures[f'ar_1000_{group}']:.4f} of {count(number, 'region')}" if number else "no region",
+        )
+        for group in FREQUENCIES
+        if (number := figures.get(f"num_regions_{group}")) is not None
+    ]
 
 
 # --- shared by the commands -----------------------------------------------------------------------------------------

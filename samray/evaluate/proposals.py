@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -25,7 +25,7 @@ from pycocotools.cocoeval import COCOeval
 
 from samray.errors import ImageError
 from samray.evaluate.failures import Failures
-from samray.evaluate.regions import RegionImage, areas, large_enough
+from samray.evaluate.regions import RegionImage, areas, with_large_regions
 from samray.inputs.decode import RGBArray
 from samray.rle.records import MaskRecord, Rle
 
@@ -33,6 +33,8 @@ MAX_MASKS: Final = (10, 100, 1000)
 """Maximum number of masks per image, the best ranked first."""
 PAPER_MASKS: Final = {"points_per_side": 64, "box_nms_thresh": 0.9, "crop_n_layers": 0}
 """Mask settings of the SAM paper's evaluation of proposals (appendix D.3)."""
+FREQUENCIES: Final = {"frequent": "f", "common": "c", "rare": "r"}
+"""LVIS's groups of classes, by the number of its training images that show one: over 100, 11 to 100, up to 10."""
 _CATEGORY: Final = 1  # the same for all, because the evaluation is class-agnostic
 
 
@@ -59,6 +61,8 @@ class Marked:
     regions: list[Rle]
     masks: list[Rle]
     scores: list[float]
+    names: list[str | None] = field(default_factory=list)
+    """The class of each region; empty if DATA has none."""
 
 
 def evaluate_proposals(
@@ -67,12 +71,14 @@ def evaluate_proposals(
     *,
     min_area: int = 0,
     rank: Callable[[MaskRecord], float] = by_predicted_iou,
+    frequencies: Mapping[str, str] | None = None,
     on_image: Callable[[Failures], None] = lambda failures: None,
     on_masks: Callable[[RegionImage, list[MaskRecord]], None] = lambda image, masks: None,
 ) -> dict[str, Any]:
     """`average_recall` over the regions of at least min_area pixels, num_masks, num_images, num_failed, failures.
 
-    rank: of more than 1,000 masks of an image, the 1,000 with the highest values count.
+    rank: of more than 1,000 masks of an image, the 1,000 with the highest values count. frequencies: also
+    `recall_by_frequency`.
     num_images: images that could be used; failures: reason -> number of the others. on_image is called after each
     image, on_masks for each usable one, with only its regions that count, and its records (`MaskGenerator.generate`).
     """
@@ -90,11 +96,21 @@ def evaluate_proposals(
                 num_masks += len(masks)
                 rles = [mask["segmentation"] for mask in masks]
                 scores = [rank(mask) for mask in masks]
-                counted = replace(image, annotators=[large_enough(own, min_area) for own in image.annotators])
-                marked += [Marked(regions, rles, scores) for regions in counted.annotators]
+                counted = with_large_regions(image, min_area)
+                names = counted.names or [[] for _ in counted.annotators]
+                marked += [
+                    Marked(regions, rles, scores, own) for regions, own in zip(counted.annotators, names, strict=True)
+                ]
                 on_masks(counted, masks)
         on_image(failures)
-    return {**average_recall(marked), "num_masks": num_masks, "num_images": num_images, **failures.figures()}
+    by_frequency = {} if frequencies is None else recall_by_frequency(marked, frequencies)
+    return {
+        **average_recall(marked),
+        **by_frequency,
+        "num_masks": num_masks,
+        "num_images": num_images,
+        **failures.figures(),
+    }
 
 
 def average_recall(marked: Sequence[Marked]) -> dict[str, Any]:
@@ -118,6 +134,31 @@ def average_recall(marked: Sequence[Marked]) -> dict[str, Any]:
         **{f"ar_{MAX_MASKS[-1]}_{size}": float(mean[i, -1]) for i, size in enumerate(("small", "medium", "large"), 1)},
         "num_regions": num_regions,
     }
+
+
+def recall_by_frequency(marked: Sequence[Marked], frequencies: Mapping[str, str]) -> dict[str, Any]:
+    """ar_1000_frequent, _common and _rare, and num_regions_ of each: over the regions of LVIS's groups of classes.
+
+    frequencies: class name -> "f", "c" or "r". A mask may cover one region of each group: COCOeval, too, leaves the
+    regions of other groups out of the matching. Regions without a name, or of another class, count in no group.
+    """
+    figures: dict[str, Any] = {}
+    for group, letter in FREQUENCIES.items():
+        of_group = [
+            replace(
+                one,
+                regions=[
+                    region
+                    for region, name in zip(one.regions, one.names, strict=False)
+                    if name is not None and frequencies.get(name) == letter
+                ],
+            )
+            for one in marked
+        ]
+        recall = average_recall(of_group)
+        figures[f"ar_{MAX_MASKS[-1]}_{group}"] = recall[f"ar_{MAX_MASKS[-1]}"]
+        figures[f"num_regions_{group}"] = recall["num_regions"]
+    return figures
 
 
 def _recall(truth: COCO, found: COCO) -> npt.NDArray[np.float64]:

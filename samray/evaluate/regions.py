@@ -114,6 +114,16 @@ def large_enough(regions: list[Rle], min_area: int) -> list[Rle]:
     return [region for region, area in zip(regions, areas(regions), strict=True) if area >= max(min_area, 1)]
 
 
+def with_large_regions(image: RegionImage, min_area: int) -> RegionImage:
+    """The image with only its regions of at least `min_area` pixels, and their names."""
+    large = [[i for i, area in enumerate(areas(own)) if area >= max(min_area, 1)] for own in image.annotators]
+    return replace(
+        image,
+        annotators=[[own[i] for i in kept] for own, kept in zip(image.annotators, large, strict=True)],
+        names=[[own[i] for i in kept if i < len(own)] for own, kept in zip(image.names, large, strict=False)],
+    )
+
+
 def areas(masks: list[Rle]) -> list[int]:
     """The number of pixels of each mask."""
     # One by one: for more than 255, pycocotools 2.0.11 writes their number into a uint8, which numpy 2 refuses.
@@ -233,7 +243,7 @@ class RegionData:
             raise data
         image = row["image"] or {}
         regions = [(annotation or {}).get("segmentation") for annotation in row["annotations"] or []]
-        names = [[annotation.get("label") for annotation in row["annotations"] or []]]
+        names = [[(annotation or {}).get("label") for annotation in row["annotations"] or []]]
         hw = (image.get("height"), image.get("width"))
         return replace(_checked(str(row["uri"]), hw, data, [regions], config), names=names)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from pathlib import Path
@@ -16,7 +17,13 @@ from pycocotools.cocoeval import COCOeval
 from samray.errors import ImageError
 from samray.evaluate import points as points_module
 from samray.evaluate.points import answer_clicks, evaluate_points
-from samray.evaluate.proposals import Marked, average_recall, by_confidence_and_stability, evaluate_proposals
+from samray.evaluate.proposals import (
+    Marked,
+    average_recall,
+    by_confidence_and_stability,
+    evaluate_proposals,
+    recall_by_frequency,
+)
 from samray.evaluate.regions import RegionData, Rle
 from tests.support import labelled, standin
 from tests.support.handmade import annotation
@@ -253,6 +260,33 @@ def test_average_recall_is_the_one_of_a_plain_script_on_cocoeval() -> None:
     assert 0.2 < found["ar_1000"] < 0.9
     assert [found["ar_10"], found["ar_100"], found["ar_1000"]] == recall[:, 0].mean(axis=0).tolist()
     assert [found["ar_1000_small"], found["ar_1000_medium"]] == recall[:, 1:3, 2].mean(axis=0).tolist()
+
+
+def test_recall_by_frequency_counts_each_class_in_its_group() -> None:
+    """One mask fits a cat and a frequent dog alike; of two rare regions one is found; a fish is of no group."""
+    regions = [square(0, 0), square(0, 0), square(50, 50), square(100, 100), square(150, 150)]
+    names = ["cat", "dog", "okapi", "okapi", "fish"]
+    found = recall_by_frequency(
+        [Marked(regions, [square(0, 0), square(50, 50)], [0.9, 0.8], names)], {"cat": "c", "dog": "f", "okapi": "r"}
+    )
+    assert found == {
+        "ar_1000_frequent": pytest.approx(1),
+        "num_regions_frequent": 1,
+        "ar_1000_common": pytest.approx(1),
+        "num_regions_common": 1,
+        "ar_1000_rare": pytest.approx(0.5),
+        "num_regions_rare": 2,
+    }
+
+
+def test_small_regions_are_left_out_with_their_names() -> None:
+    image = dataclasses.replace(region_image([[TALL, SMALL, WIDE]]), names=[["tall", "small", "wide"]])
+    figures = evaluate_proposals(
+        Found([annotation(WIDE)]), [image], min_area=500, frequencies={"wide": "r", "small": "c", "tall": "f"}
+    )
+    assert [figures[f"num_regions_{group}"] for group in ("frequent", "common", "rare")] == [1, 0, 1]
+    assert figures["ar_1000_rare"] == pytest.approx(1)
+    assert figures["ar_1000_frequent"] == 0
 
 
 def test_proposals_of_the_labeller_itself_recall_everything(tmp_path: Path) -> None:

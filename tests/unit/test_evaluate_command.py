@@ -174,6 +174,34 @@ def test_the_papers_protocol_sets_what_the_command_line_does_not(bsds: str, caps
     assert (masks["points_per_side"], masks["box_nms_thresh"], masks["crop_n_layers"]) == (3, 0.9, 0)
 
 
+def test_proposals_by_frequency_of_the_class(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = bsds_row("a.jpg", [[TALL, WIDE]])
+    row["annotators"][0]["names"] = ["hot dog", "okapi"]
+    data = write_parquet(tmp_path / "lvis.parquet", [row])
+    lvis = tmp_path / "lvis.json"
+    lvis.write_text(
+        json.dumps({"categories": [{"name": "hot_dog", "frequency": "f"}, {"name": "okapi", "frequency": "r"}]})
+    )
+    argv = ["evaluate", "proposals", data, "masks.points_per_side=2", "--frequencies"]
+    assert main([*argv, str(lvis), "--json", "-"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert [figures[f"num_regions_{group}"] for group in ("frequent", "common", "rare")] == [1, 0, 1]
+    assert figures["ar_1000_common"] is None
+    assert main([*argv, str(lvis)]) == 0
+    assert "AR@1000, rare" in capsys.readouterr().out
+    for wrong in (
+        "[]",
+        "{",
+        '{"categories": [{"name": "okapi"}]}',
+        '{"categories": [{"name": "a", "frequency": "x"}]}',
+    ):
+        lvis.write_text(wrong)
+        assert main([*argv, str(lvis)]) == 2
+        assert "expected JSON with LVIS's" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "exit_code", "words"),
     [
