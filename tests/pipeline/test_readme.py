@@ -60,6 +60,12 @@ def test_generators_find_masks(block: Callable[[str], dict[str, Any]]) -> None:
     assert [len(found) for found in names["asked"]] == [2, 0]
 
 
+def test_an_edge_map_is_in_memory(block: Callable[[str], dict[str, Any]]) -> None:
+    edges = block("edges")["edges"]
+    assert (edges.shape, edges.dtype) == ((240, 320), np.float32)
+    assert edges.max() == 1
+
+
 def test_a_data_set_of_ones_own_is_labelled(block: Callable[[str], dict[str, Any]]) -> None:
     rows = block("dataset")["ds"].take_all()
     assert [(row["status"], row["error"]) for row in rows] == [("ok", None)] * 2
