@@ -228,16 +228,15 @@ def _on_loopback() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_monitors() -> Iterator[None]:
-    """Start no log monitor, since no worker's lines are shown, no autoscaler, since no node can join, and no dashboard.
+    """Start no log monitor, since no worker's lines are shown, and no autoscaler, since no node can join.
 
-    `ray.init` has no options for the first two, and without its dashboard it still starts that one's server. Each is a
-    Python process, and Ray waits for them one after the other.
+    `ray.init` has no options for this. Each is a Python process, and Ray waits for them one after the other.
     """
-    unused = ("start_log_monitor", "start_monitor", "start_api_server")
+    unused = ("start_log_monitor", "start_monitor")
     before = {name: getattr(Node, name) for name in unused}
     try:
         for name in unused:
-            setattr(Node, name, lambda node, **options: None)
+            setattr(Node, name, lambda node: None)
         yield
     finally:
         for name, method in before.items():
@@ -249,18 +248,15 @@ def _end_ray(folder: Path) -> None:
     try:
         ray.shutdown()
     finally:
-        psutil.wait_procs(_processes_of(folder), timeout=_LEAVE_S)
-        deadline = time.monotonic() + _DIE_S
-        # Look again until there is none: the raylet may have started a worker since, and that one finds no Ray.
-        while (alive := _processes_of(folder)) and time.monotonic() < deadline:
-            _kill(alive)
+        _, alive = psutil.wait_procs(_processes_of(folder), timeout=_LEAVE_S)
+        _kill(alive)
 
 
 def _kill(processes: list[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(processes, timeout=_LEAVE_S)
+    psutil.wait_procs(processes, timeout=_DIE_S)
 
 
 def _processes_of(folder: Path) -> list[psutil.Process]:
