@@ -6,14 +6,15 @@ Heavy modules are imported inside the commands, which keeps `samray --help` fast
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -30,6 +31,9 @@ from samray.config import load_config
 from samray.config.edges import EDGE_SECTIONS, load_edges_config
 from samray.errors import ConfigError, SamrayError, StorageError
 from samray.train.settings import TRAIN_SECTIONS, load_train_settings
+
+if TYPE_CHECKING:
+    from samray.pipeline.report import LabelReport
 
 app = typer.Typer(
     name="samray",
@@ -114,20 +118,19 @@ def label(
     if dry_run:
         print_plan(plan_run(input, output, resolved, append=append, redo_changed=redo_changed, dry_run=True))
         return 0
-    from samray.pipeline.report import print_report
     from samray.pipeline.run import label_with
 
+    start = functools.partial(label_with, retry_failed=retry_failed, append=append, redo_changed=redo_changed)
+    return _run(functools.partial(start, input, output, resolved, progress=not no_progress))
+
+
+def _run(start: Callable[..., LabelReport]) -> int:
+    """Call start(on_plan=...), and print the plan and the report. Returns the exit code."""
+    from samray.cli.plan_view import print_plan
+    from samray.pipeline.report import print_report
+
     try:
-        report = label_with(
-            input,
-            output,
-            resolved,
-            retry_failed=retry_failed,
-            append=append,
-            redo_changed=redo_changed,
-            progress=not no_progress,
-            on_plan=print_plan,
-        )
+        report = start(on_plan=print_plan)
     except KeyboardInterrupt:  # pressed before the run handles it, or pressed twice
         return _fail("interrupted; run the same command to resume", 130)
     print_report(report)
@@ -172,25 +175,10 @@ def edges(
     if address is not None:
         overrides.append(f"cluster.address={address}")
     resolved = load_edges_config(config, overrides)
-    from samray.cli.plan_view import print_plan
     from samray.pipeline.edges import detect_edges_with
-    from samray.pipeline.report import print_report
 
-    try:
-        report = detect_edges_with(
-            input,
-            output,
-            resolved,
-            retry_failed=retry_failed,
-            append=append,
-            redo_changed=redo_changed,
-            progress=not no_progress,
-            on_plan=print_plan,
-        )
-    except KeyboardInterrupt:  # pressed before the run handles it, or pressed twice
-        return _fail("interrupted; run the same command to resume", 130)
-    print_report(report)
-    return report.exit_code
+    start = functools.partial(detect_edges_with, retry_failed=retry_failed, append=append, redo_changed=redo_changed)
+    return _run(functools.partial(start, input, output, resolved, progress=not no_progress))
 
 
 class TrainCommand(CommandWithSettings):

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from samray import storage
 from samray.errors import ConfigError, ImageError, NotFoundError
+from samray.evaluate.columns import is_bytes, is_list, is_text, schema_of
 from samray.evaluate.edge_matching import Bool
 from samray.output.shards import reraise_damaged
 from samray.rle.runs import checked_runs, pixels
@@ -92,47 +93,27 @@ class EdgeData:
 
     def _add(self, uri: str) -> None:
         where = storage.redact(uri)
-        try:
-            with storage.open_read(uri) as stream:
-                file = open_parquet(stream)
-                schema, num_rows = file.schema_arrow, file.metadata.num_rows
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise ConfigError(f"DATA {where} cannot be read as Parquet: {error}") from error
+        schema, num_rows = schema_of(uri)
         kinds = {field.name: field.type for field in schema}
-        if not (_is_int(kinds.get("width")) and _is_int(kinds.get("height")) and _has_boundaries(kinds)):
+        has_size = all(pa.types.is_integer(kinds.get(side, pa.null())) for side in ("width", "height"))
+        if not (has_size and _has_boundaries(kinds)):
             raise ConfigError(
                 f"DATA {where} has no boundaries: expected width, height, and annotators with boundary, or boundaries; "
                 f"found {', '.join(f'{name} {kind}' for name, kind in kinds.items())}"
             )
-        self.has_images &= _is_bytes(kinds.get("jpeg"))
-        self.has_maps &= _is_bytes(kinds.get("map_png"))
+        self.has_images &= is_bytes(kinds.get("jpeg", pa.null()))
+        self.has_maps &= is_bytes(kinds.get("map_png", pa.null()))
         self._files.append(uri)
         self.num_images += num_rows
 
 
-def _is_int(kind: pa.DataType | None) -> bool:
-    return kind is not None and pa.types.is_integer(kind)
-
-
-def _is_bytes(kind: pa.DataType | None) -> bool:
-    return kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _is_texts(kind: Any) -> bool:
-    """Whether it is a list of strings."""
-    return _is_list(kind) and (pa.types.is_string(kind.value_type) or pa.types.is_large_string(kind.value_type))
-
-
-def _is_list(kind: Any) -> bool:
-    return kind is not None and (pa.types.is_list(kind) or pa.types.is_large_list(kind))
-
-
 def _has_boundaries(kinds: dict[str, pa.DataType]) -> bool:
     people: Any = kinds.get("annotators")
-    if _is_list(people) and pa.types.is_struct(people.value_type):
+    if people is not None and is_list(people) and pa.types.is_struct(people.value_type):
         index = people.value_type.get_field_index("boundary")
-        return index >= 0 and _is_texts(pa.list_(people.value_type.field(index).type))
-    return _is_texts(kinds.get("boundaries"))
+        return index >= 0 and is_text(people.value_type.field(index).type)
+    texts: Any = kinds.get("boundaries")
+    return texts is not None and is_list(texts) and is_text(texts.value_type)
 
 
 def _rows(uri: str) -> Iterator[dict[str, Any]]:

@@ -23,6 +23,7 @@ from pycocotools import mask as coco_mask
 from samray import storage
 from samray.config import InputConfig
 from samray.errors import ConfigError, ImageError, NotFoundError, StorageError
+from samray.evaluate.columns import is_bytes, is_list, is_text, schema_of
 from samray.inputs.decode import RGBArray
 from samray.inputs.decode_apart import decode_apart
 from samray.inputs.listing import fetch_images
@@ -39,27 +40,19 @@ Bool = npt.NDArray[np.bool_]
 _ROWS_AT_ONCE: Final = 4
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
-
-
 _WANTED: Final[dict[str, dict[str, Callable[[pa.DataType], bool]]]] = {
     "sa1b": {
         "image.width": pa.types.is_integer,
         "image.height": pa.types.is_integer,
         "annotations.segmentation.size": pa.types.is_integer,
-        "annotations.segmentation.counts": _is_text,
-        "uri": _is_text,
+        "annotations.segmentation.counts": is_text,
+        "uri": is_text,
     },
     "bsds500": {
         "width": pa.types.is_integer,
         "height": pa.types.is_integer,
-        "jpeg": _is_bytes,
-        "annotators.regions": _is_text,
+        "jpeg": is_bytes,
+        "annotators.regions": is_text,
     },
 }
 """Layout -> its characteristic fields, inside lists, too, and their types."""
@@ -284,16 +277,11 @@ def _holds_null(value: Any) -> bool:
 def _open_file(uri: str, shard: int | None, plan: Plan | None) -> _File:
     """Raises: ConfigError if it is not a Parquet file with a known layout."""
     where = storage.redact(uri)
-    try:
-        with storage.open_read(uri) as stream:
-            file = open_parquet(stream)
-            schema, num_rows = file.schema_arrow, file.metadata.num_rows
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ConfigError(f"DATA {where} cannot be read as Parquet: {error}") from error
+    schema, num_rows = schema_of(uri)
     leaves = dict(leaf for field in schema for leaf in _leaves(field.name, field.type))
     for layout, wanted in _WANTED.items():
         if all(name in leaves and is_right(leaves[name]) for name, is_right in wanted.items()) and all(
-            name not in leaves or _is_text(leaves[name]) for name in _TEXT_IF_THERE
+            name not in leaves or is_text(leaves[name]) for name in _TEXT_IF_THERE
         ):
             if plan and (shard is None or shard >= plan.num_shards or plan.num_images_of(shard) != num_rows):
                 plan = None  # not as planned any more: use its URIs
@@ -305,7 +293,7 @@ def _open_file(uri: str, shard: int | None, plan: Plan | None) -> _File:
 
 def _leaves(name: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
     """Dotted names of the leaf fields; list elements have no name, because writers differ."""
-    while pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    while is_list(kind):
         kind = kind.value_type
     if pa.types.is_struct(kind):
         for field in kind:

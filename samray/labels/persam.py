@@ -180,7 +180,10 @@ def segment(
     labels = torch.tensor([[1, 0]], device=model.device)
 
     def best(logits: Tensor, iou: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of (1, M, 4h, 4w) and (1, M): one mask (1, 1, 4h, 4w), the same (H, W) in the image, and its IoU."""
+        """Choose one of M masks. Returns its low-resolution logits, its logits in the image, its predicted IoU.
+
+        logits: (1, M, 4h, 4w), iou: (1, M). Returns (1, 1, 4h, 4w), (H, W), ().
+        """
         whole = frame.masks_out(logits[0], hw)
         scores = iou[0] if evidence is None else (above(whole, MASK_THRESHOLD) * evidence).sum(dim=(1, 2))
         i = int(scores.argmax())

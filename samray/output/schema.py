@@ -32,7 +32,7 @@ ANNOTATION: Final = pa.struct(
 )
 
 NAMED_ANNOTATION: Final = pa.struct([*ANNOTATION, ("label", pa.string()), ("label_score", pa.float64())])
-"""Of runs that name (`labels.by`): a null label is none of the names asked for."""
+"""Schema of runs with `labels.by`. The label is null if none of the requested names fits."""
 
 SCHEMA: Final = pa.schema(
     [

@@ -246,3 +246,19 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"pip install 'samray\[edges\]'"):
         edge_matching.check_installed()
     edge_matching._solver.cache_clear()
+
+
+@pytest.mark.parametrize("width", ["large", "view"])
+def test_text_and_bytes_of_any_arrow_type_are_read(tmp_path: Path, width: str) -> None:
+    table = pq.read_table(write_data(tmp_path / "plain.parquet", [("a", line(20).astype(np.float32), [line(20)])]))
+    text, data = (pa.large_string(), pa.large_binary()) if width == "large" else (pa.string_view(), pa.binary_view())
+    columns = {
+        **{name: table[name] for name in ("file_name", "width", "height")},
+        "boundaries": pa.array(table["boundaries"].to_pylist(), pa.list_(text)),
+        "map_png": pa.array(table["map_png"].to_pylist(), data),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "d.parquet")
+    images = EdgeData(str(tmp_path / "d.parquet"))
+    assert images.has_maps
+    (image,) = images
+    assert (image.boundary_masks()[0] == line(20)).all()
