@@ -34,5 +34,7 @@ def decode_edges(data: bytes, hw: tuple[int, int], name: str) -> npt.NDArray[np.
                 is_now = f"{image.width}x{image.height}"
                 raise ImageError("unreadable", f"the edge map of {name} is {is_now} pixels, not {hw[1]}x{hw[0]}")
             return np.asarray(image, np.float64) / _WHITE[image.mode]
+    except Image.DecompressionBombError:
+        raise ImageError("too_large", f"the edge map of {name} has more pixels than Pillow opens") from None
     except (OSError, ValueError, SyntaxError) as error:  # SyntaxError: Pillow's, for a broken PNG
         raise ImageError("unreadable", f"the edge map of {name} is not a readable PNG: {error}") from error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -262,3 +264,14 @@ def test_text_and_bytes_of_any_arrow_type_are_read(tmp_path: Path, width: str) -
     assert images.has_maps
     (image,) = images
     assert (image.boundary_masks()[0] == line(20)).all()
+
+
+def test_a_map_of_too_many_pixels_is_a_failed_image() -> None:
+    """A file of 100 bytes that says 20,000 x 20,000: Pillow's own error is no ImageError."""
+    size = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
+    chunks = [(b"IHDR", size), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+    with pytest.raises(ImageError, match="more pixels than Pillow opens"):
+        decode_edges(data, (20_000, 20_000), "a.jpg")
