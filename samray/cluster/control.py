@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
@@ -56,6 +57,12 @@ def start_run_state() -> Any:
     )
     actor: Any = ray.remote(RunState)
     return actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
+
+
+def end_run_state(state: Any) -> None:
+    """End the actor of a run that is complete: where Ray outlives the run, its process would outlive it, too."""
+    with contextlib.suppress(Exception):
+        ray.kill(state)
 
 
 @dataclass

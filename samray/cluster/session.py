@@ -228,15 +228,16 @@ def _on_loopback() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_monitors() -> Iterator[None]:
-    """Start no log monitor, since no worker's lines are shown, and no autoscaler, since no node can join.
+    """Start no log monitor, since no worker's lines are shown, no autoscaler, since no node can join, and no dashboard.
 
-    `ray.init` has no options for this. Each is a Python process, and Ray waits for them one after the other.
+    `ray.init` has no options for the first two, and without its dashboard it still starts that one's server. Each is a
+    Python process, and Ray waits for them one after the other.
     """
-    unused = ("start_log_monitor", "start_monitor")
+    unused = ("start_log_monitor", "start_monitor", "start_api_server")
     before = {name: getattr(Node, name) for name in unused}
     try:
         for name in unused:
-            setattr(Node, name, lambda node: None)
+            setattr(Node, name, lambda node, **options: None)
         yield
     finally:
         for name, method in before.items():
@@ -248,15 +249,18 @@ def _end_ray(folder: Path) -> None:
     try:
         ray.shutdown()
     finally:
-        _, alive = psutil.wait_procs(_processes_of(folder), timeout=_LEAVE_S)
-        _kill(alive)
+        psutil.wait_procs(_processes_of(folder), timeout=_LEAVE_S)
+        deadline = time.monotonic() + _DIE_S
+        # Look again until there is none: the raylet may have started a worker since, and that one finds no Ray.
+        while (alive := _processes_of(folder)) and time.monotonic() < deadline:
+            _kill(alive)
 
 
 def _kill(processes: list[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(processes, timeout=_DIE_S)
+    psutil.wait_procs(processes, timeout=_LEAVE_S)
 
 
 def _processes_of(folder: Path) -> list[psutil.Process]:

@@ -167,7 +167,7 @@ def _begin_report(planned: RunPlan, work: _Work) -> LabelReport:
 
 def _run_on_ray(run: Run) -> StopRequest | None:
     """Label the shards of run.todo; returns the signal that ended it early, if any."""
-    from samray.cluster.control import start_run_state, stop_on_signals
+    from samray.cluster.control import end_run_state, start_run_state, stop_on_signals
     from samray.cluster.session import running_ray
     from samray.cluster.sizes import check_fits, choose_sizes, cluster_nodes, data_settings
 
@@ -182,6 +182,8 @@ def _run_on_ray(run: Run) -> StopRequest | None:
             sizes = check_fits(sizes, cluster_nodes(), run.config.model.device)
         state = start_run_state()
         drive(build_pipeline(run, sizes, state), run, state, stop)
+        if stop.signum is None:  # after a signal, labelling actors may still ask it whether to begin a shard
+            end_run_state(state)
         return stop if stop.signum is not None else None
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -67,6 +70,23 @@ def _put_parquet(root: str, images: dict[str, bytes]) -> str:
     pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema([("image", kind)])), sink)
     storage.put(storage.join(root, "images.parquet"), sink.getvalue())
     return storage.join(root, "images.parquet")
+
+
+def test_no_process_of_a_run_stays_where_ray_does(tmp_path: Path, label: Label) -> None:
+    label(_put_folder(str(tmp_path), _images()), tmp_path / "out")
+    deadline = time.monotonic() + 60
+    while left := _processes_named("RunState"):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def _processes_named(name: str) -> list[str]:
+    """Titles of this process's living descendants that contain name."""
+    titles = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            titles.append(" ".join(process.cmdline()))
+    return [title for title in titles if name in title]
 
 
 @pytest.mark.parametrize("put", [_put_folder, _put_glob, _put_tar, _put_manifest, _put_parquet])
