@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -246,21 +246,37 @@ def _without_monitors() -> Iterator[None]:
 
 def _end_ray(folder: Path) -> None:
     """Shut Ray down, and make sure that its processes end: one may hang on exit and hold a GPU's memory."""
+    family = set(_processes_of(folder))  # before: once a process is dying, the kernel shows no environment of it
     try:
         ray.shutdown()
     finally:
-        psutil.wait_procs(_processes_of(folder), timeout=_LEAVE_S)
+        alive = _wait_for(family.union(_processes_of(folder)), _LEAVE_S)
         deadline = time.monotonic() + _DIE_S
-        # Look again until there is none: the raylet may have started a worker since, and that one finds no Ray.
-        while (alive := _processes_of(folder)) and time.monotonic() < deadline:
-            _kill(alive)
+        # Look again each time, because the raylet may have started a worker in the meantime.
+        while (alive := [*alive, *_processes_of(folder)]) and time.monotonic() < deadline:
+            alive = _kill(alive)
 
 
-def _kill(processes: list[psutil.Process]) -> None:
+def _kill(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Kill and wait for them; returns those that are still there."""
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(processes, timeout=_LEAVE_S)
+    return _wait_for(processes, _LEAVE_S)
+
+
+def _wait_for(processes: Iterable[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Wait until they have ended; returns those that have not. Unlike psutil, does not wait for who reaps them."""
+    deadline = time.monotonic() + timeout_s
+    while (left := [process for process in processes if _is_alive(process)]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return left
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def _processes_of(folder: Path) -> list[psutil.Process]:
