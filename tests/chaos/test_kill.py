@@ -14,7 +14,7 @@ from tests.support.drivers import driver, has_shards, wait_until
 from tests.support.outputs import check_every_image_once
 
 NUM_IMAGES = 24
-ROUNDS = int(os.environ.get("SAMRAY_CHAOS_ROUNDS", "2"))
+ROUNDS = int(os.environ.get("SAMRAY_CHAOS_ROUNDS", "1"))
 SECONDS_PER_IMAGE = "0.15"
 
 

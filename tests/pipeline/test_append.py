@@ -13,6 +13,7 @@ from samray.pipeline.plan_run import RunPlan, run_identity
 from samray.pipeline.report import LabelReport
 from tests.support import standin
 from tests.support.outputs import check_every_image_once, rows_of
+from tests.support.storages import ON_DISK, ON_S3
 
 Label = Callable[..., LabelReport]
 
@@ -49,6 +50,7 @@ def test_images_join_and_changed_ones_are_done_again(label: Label, storage_root:
     assert label(input_uri, output_root, redo_changed=True).num_labelled == 0
 
 
+@ON_S3
 def test_a_change_that_was_planned_is_finished_by_the_plain_command(
     label: Label, storage_root: str, output_root: str
 ) -> None:
@@ -70,6 +72,7 @@ def test_a_change_that_was_planned_is_finished_by_the_plain_command(
     check_every_image_once(output_root, images)
 
 
+@ON_DISK
 def test_failures_and_changes_are_redone_in_one_go(label: Label, storage_root: str, output_root: str) -> None:
     images = {f"{i}.png": standin.make_image(i) for i in range(4)}
     input_uri = put(storage_root, images | {"2.png": b"no image"})
@@ -81,6 +84,7 @@ def test_failures_and_changes_are_redone_in_one_go(label: Label, storage_root: s
     assert len(rows_of(output_root)) == load_plan(output_root).num_images == 4
 
 
+@ON_S3
 def test_what_failed_beside_a_changed_image_still_counts(label: Label, storage_root: str, output_root: str) -> None:
     images = {f"{i}.png": standin.make_image(i) for i in range(4)}
     input_uri = put(storage_root, images | {"1.png": b"no image"})
@@ -95,6 +99,7 @@ def test_what_failed_beside_a_changed_image_still_counts(label: Label, storage_r
     check_every_image_once(output_root, images)
 
 
+@ON_DISK
 def test_success_is_left_to_the_run_that_added_last(
     label: Label, config: Callable[..., Config], storage_root: str, output_root: str
 ) -> None:

@@ -26,6 +26,7 @@ from samray.pipeline.run import label_with
 from samray.sam.checkpoints import resolve_checkpoint
 from tests.support import standin
 from tests.support.outputs import attempts_left, check_every_image_once, rows_of
+from tests.support.storages import ON_DISK, ON_S3
 
 Label = Callable[..., LabelReport]
 NAMES = [f"img_{i:03d}.png" for i in range(6)]
@@ -89,7 +90,12 @@ def _processes_named(name: str) -> list[str]:
     return [title for title in titles if name in title]
 
 
-@pytest.mark.parametrize("put", [_put_folder, _put_glob, _put_tar, _put_manifest, _put_parquet])
+# Every kind, and each storage: what a kind reads is tested on both in tests/unit.
+@pytest.mark.parametrize(
+    ("put", "storage_root"),
+    [(_put_folder, "s3"), (_put_glob, "local"), (_put_tar, "s3"), (_put_manifest, "local"), (_put_parquet, "s3")],
+    indirect=["storage_root"],
+)
 def test_each_kind_of_input(put: Callable[[str, dict[str, bytes]], str], storage_root: str, label: Label) -> None:
     images = _images()
     output = storage.join(storage_root, "out")
@@ -102,7 +108,10 @@ def test_each_kind_of_input(put: Callable[[str, dict[str, bytes]], str], storage
     assert attempts_left(output) == {}
 
 
-def test_the_same_command_again_starts_no_ray(storage_root: str, label: Label, monkeypatch: pytest.MonkeyPatch) -> None:
+@ON_S3
+def test_the_same_command_again_starts_no_ray_and_another_config_is_refused_before(
+    storage_root: str, label: Label, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     source, output = _put_folder(storage_root, _images()), storage.join(storage_root, "out")
     first = label(source, output)
     storage.put(storage.join(source, "img_999.png"), standin.make_image(99))  # too late for this plan
@@ -111,6 +120,12 @@ def test_the_same_command_again_starts_no_ray(storage_root: str, label: Label, m
     again = label(source, output)
 
     assert (again.num_labelled, again.num_shards_skipped, again.exit_code) == (0, first.num_shards, 0)
+    with pytest.raises(ConfigError, match=r"masks\.points_per_side"):
+        label(source, output, "masks.points_per_side=7")
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(b"other weights")
+    with pytest.raises(ConfigError, match="sha256"):
+        label(source, output, f"model.checkpoint={other}")
 
 
 def test_only_the_missing_shard_is_labelled(storage_root: str, label: Label) -> None:
@@ -127,21 +142,7 @@ def test_only_the_missing_shard_is_labelled(storage_root: str, label: Label) -> 
     check_every_image_once(output, images)
 
 
-def test_another_config_is_refused_before_anything_starts(
-    tmp_path: Path, label: Label, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, output = _put_folder(str(tmp_path), _images()), str(tmp_path / "out")
-    label(source, output)
-    monkeypatch.setattr(run_module, "_run_on_ray", lambda run: pytest.fail("Ray was wanted"))
-
-    with pytest.raises(ConfigError, match=r"masks\.points_per_side"):
-        label(source, output, "masks.points_per_side=7")
-    other = tmp_path / "other.safetensors"
-    other.write_bytes(b"other weights")
-    with pytest.raises(ConfigError, match="sha256"):
-        label(source, output, f"model.checkpoint={other}")
-
-
+@ON_S3
 def test_a_failed_image_is_a_row_and_retry_failed_redoes_that_row_only(storage_root: str, label: Label) -> None:
     images = _images()
     broken = NAMES[1]
@@ -167,6 +168,7 @@ def test_a_failed_image_is_a_row_and_retry_failed_redoes_that_row_only(storage_r
     assert label(source, output, retry_failed=True).num_shards_skipped == 2
 
 
+@ON_DISK
 def test_a_resume_opens_no_shard_to_count_failures(
     storage_root: str, label: Label, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,12 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from samray.config import Config, load_config
-from samray.config.edges import load_edges_config
 from samray.errors import ImageError
 from samray.exports.export import export
 from samray.imports.import_ import import_
 from samray.output.compact import compact
-from samray.pipeline.edges import EdgeLabeler, EdgeLabelers, detect_edges_with
 from samray.pipeline.labeler import ShardLabeler
 from samray.pipeline.run import label_with
 from tests.support import standin
@@ -44,37 +42,6 @@ def make_labeler(config: Config, num_threads: int, seconds: float, fails: bool) 
     return ShardLabeler(lambda _: kind(seconds), max_pixels=config.input.max_pixels, num_threads=num_threads)
 
 
-class RedChannel(standin.StandIn):
-    """A stand-in for edge detection."""
-
-    def generate(self, images: list[np.ndarray]) -> list[np.ndarray]:  # type: ignore[override]
-        super().generate(images)
-        return [image[..., 0] / 255 for image in images]
-
-
-class RedChannels(EdgeLabelers):
-    """Makes labelers with `RedChannel`."""
-
-    seconds = 0.0
-
-    def __call__(self, config: Config, num_threads: int) -> ShardLabeler:
-        limit = config.input.max_pixels
-        return EdgeLabeler(self, 8, lambda _: RedChannel(self.seconds), max_pixels=limit, num_threads=num_threads)
-
-
-def detect(root: Path, seconds: float) -> int:
-    """The operation `edges`."""
-    base = [f"model.checkpoint={standin.__file__}", "output.images_per_shard=2", "cluster.max_actors=1"]
-
-    def make_labelers(folder: str) -> RedChannels:
-        made = RedChannels(folder)
-        made.seconds = seconds
-        return made
-
-    config = load_edges_config(None, [*base, "cluster.num_cpus_per_actor=1"])
-    return detect_edges_with(root / "in", root / "edges", config, make_labelers=make_labelers).exit_code
-
-
 def main(name: str, folder: str, seconds: str, on_ray: str) -> int:
     root, ray = Path(folder), on_ray == "ray"
     if name in ("label", "append", "retry"):
@@ -84,6 +51,8 @@ def main(name: str, folder: str, seconds: str, on_ray: str) -> int:
         options = {"append": name == "append", "retry_failed": name == "retry"}
         return label_with(str(root / "in"), str(root / "out"), config, make_labeler=labeler, **options).exit_code
     if name == "edges":
+        from tests.support.edge_operation import detect
+
         return detect(root, float(seconds))
     if name == "compact":
         compact(str(root / "out"), str(root / "compact"), 4096)
