@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from samray.evaluate.failures import Failures
     from samray.evaluate.pictures import Sheet
     from samray.evaluate.regions import RegionData
+    from samray.evaluate.scenes import NamedScenes
     from samray.sam.sam import Sam
 
 evaluate_app = typer.Typer(
@@ -307,7 +308,9 @@ def _checkpoint(config: Config) -> str | None:
     return None if checkpoint is None else storage.redact(checkpoint)
 
 
-def write_json(where: str | None, figures: dict[str, Any], config: Config, images: RegionData, model: Sam) -> None:
+def write_json(
+    where: str | None, figures: dict[str, Any], config: Config, images: RegionData | NamedScenes, model: Sam
+) -> None:
     """Write the results as JSON to a file, to stdout for -, or not at all for None. Raises: StorageError."""
     if where == "-":
         print(as_json(figures, config, images, model), end="")
@@ -315,7 +318,7 @@ def write_json(where: str | None, figures: dict[str, Any], config: Config, image
         storage.put(storage.normalize(where), as_json(figures, config, images, model).encode())
 
 
-def as_json(figures: dict[str, Any], config: Config, images: RegionData, model: Sam) -> str:
+def as_json(figures: dict[str, Any], config: Config, images: RegionData | NamedScenes, model: Sam) -> str:
     """The results, and what they were measured with and on."""
     from samray.sam.checkpoints import checkpoint_sha256
 

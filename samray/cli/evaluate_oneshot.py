@@ -39,9 +39,11 @@ def oneshot(
 
     Compares the designs of labels.by=example with a colour histogram. IoU per class: intersections over unions, summed
     over the images searched; averaged over classes and seeds. DATA needs a class name per region: `names` in BSDS500's
-    layout, `label` in an OUTPUT.
+    layout, `label` in an OUTPUT. The word scenes means 100 painted scenes, whose objects come again.
 
     Examples:
+
+      samray evaluate oneshot scenes
 
       samray evaluate oneshot clothes.parquet
 
@@ -50,6 +52,7 @@ def oneshot(
     from samray.errors import ConfigError
     from samray.evaluate.oneshot import METHODS, evaluate_oneshot, sample_classes
     from samray.evaluate.regions import RegionData
+    from samray.evaluate.scenes import SCENES, NamedScenes
     from samray.sam.checkpoints import load_model
 
     methods = list(dict.fromkeys(method or METHODS))
@@ -58,7 +61,7 @@ def oneshot(
     # The examples come from DATA.
     given = ["labels.by=example", "labels.example=DATA", "labels.example_mask=DATA", "labels.name=class"]
     data, config = parse_settings([data, *(settings or ())], None, OneshotCommand.sections, given)
-    images = RegionData(data, limit)
+    images = NamedScenes(limit) if data == SCENES else RegionData(data, limit)
     own = config.model
     model = load_model(own.name, own.checkpoint, own.device, own.dtype)
     console = Console(stderr=True)

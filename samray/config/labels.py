@@ -62,15 +62,20 @@ class LabelsConfig(Settings):
     design: DesignName = "persam"
     """How to look for the example's class, see the guide "One example"."""
     score_thresh: float | None = Field(default=None, ge=-2, le=2)
-    """persam: least similarity of a click and of a mask to the example; null: what tells it from its background."""
+    """persam: least similarity of a click and of a mask; null: that of the example's surroundings, which is 0 with
+    contrast; 1 is that of the example. Raise it if the class is found where it is not."""
+    relative_thresh: float = Field(default=0.5, ge=0, le=1)
+    """persam: the same between an image's least (0) and most (1) similar pixel; lower it to find more of the class."""
     max_instances: int = Field(default=10, ge=1, le=1000)
     """persam: most clicks per image, and so most masks. Each costs three passes of the mask decoder."""
     pick: Literal["evidence", "iou"] = "evidence"
     """persam: which of three masks to keep: evidence: most similar inside, least outside; iou: as published."""
     contrast: bool = True
-    """persam: compare with the example minus its surroundings; false, as published, with the example alone."""
-    block: int | None = Field(default=None, ge=0)
-    """persam: encoder block whose features are compared, from 0; null compares the image embedding, as published."""
+    """persam: compare with the example and its surroundings; false, as published, with the example alone."""
+    features: Literal["levels", "embedding"] = "levels"
+    """persam: what is compared: levels: three of the encoder's blocks; embedding: the image embedding, as published."""
+    smooth: int = Field(default=8, ge=0, le=64)
+    """persam: average similarity over the masks of a grid of points, so many per side; 0, as published, does not."""
     runs: int = Field(default=32, ge=1, le=10_000)
     """stitched: passes of the mask decoder per image, each with other random points."""
     points: int = Field(default=3, ge=1, le=100)

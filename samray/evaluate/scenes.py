@@ -1,14 +1,44 @@
-"""Single clicks on synthetic scenes, by kind of target: used by training, model comparisons and the demo."""
+"""Synthetic scenes to measure on: single clicks by kind of target, for training, model comparisons and the demo; and
+scenes whose objects have names as DATA of `samray evaluate oneshot`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Final
+
+import numpy as np
+from pycocotools import mask as coco_mask
 
 from samray.evaluate.points import answer_clicks, mean_ious
+from samray.evaluate.regions import RegionImage
 from samray.sam.sam import Sam
+from samray.scenes.named import named_scene
 from samray.scenes.paint import Source, Split
 from samray.scenes.scene import Scene, make_scene
+
+SCENES: Final = "scenes"
+"""The DATA that stands for `NamedScenes`."""
+
+_NUM_SCENES: Final = 100
+
+
+class NamedScenes:
+    """DATA like `samray.evaluate.regions.RegionData`: painted scenes with a name for each region that has one."""
+
+    where, layout = SCENES, SCENES
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.num_images = _NUM_SCENES if limit is None else limit
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __iter__(self) -> Iterator[RegionImage]:
+        for seed in range(self.num_images):
+            scene = named_scene(seed)
+            rles = [coco_mask.encode(np.asfortranarray(mask, np.uint8)) for mask in scene.masks]
+            yield RegionImage(f"{SCENES} {seed}", scene.image, [rles], [list(scene.names)])
 
 
 def heldout_scenes(

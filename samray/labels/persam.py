@@ -8,9 +8,11 @@
 
 For several instances 2 to 4 are repeated on what is left of the image, as in the authors' script for several objects.
 
-Differences from the authors, each a setting: `labels.contrast` subtracts the example's surroundings from the target,
-and `labels.pick=evidence` chooses among a click's three masks by similarity, because the highest predicted IoU is often
-that of a small part. The paper solves the latter with two weights trained on the example (PerSAM-F).
+Differences from the authors, each a setting: how similarity is measured (`labels.features`, `contrast`, `smooth`, see
+`samray.labels.similarity`); a click has to be more similar than `score_thresh`, and than `relative_thresh` of the way
+from the image's least similar pixel to its most similar one; `labels.pick=evidence` chooses among a click's three masks
+by similarity, because the highest predicted IoU is often that of a small part. The paper solves the latter with two
+weights trained on the example (PerSAM-F).
 """
 
 from __future__ import annotations
@@ -63,9 +65,8 @@ class PersamGenerator:
     """
 
     def __init__(self, model: Sam, config: Config, example: Example) -> None:
-        """Raises: ConfigError if the encoder does not have the block that config names."""
         self.model, self.config = model, config
-        self.tap = FeatureTap(model, config.labels.block)
+        self.tap = FeatureTap(model, levels=config.labels.features == "levels")
         (encoded,) = self.tap.encode([example.pixels])
         self.target = target_of(model, encoded, example.mask, contrast=config.labels.contrast)
         self.stage_seconds = {"encode": 0.0, "decode": 0.0}
@@ -93,13 +94,14 @@ class PersamGenerator:
 
     def _records(self, image: Encoded) -> list[MaskRecord]:
         labels = self.config.labels
-        threshold = self.target.threshold if labels.score_thresh is None else labels.score_thresh
         found = find_instances(
             self.model,
             image,
             self.target,
             max_instances=labels.max_instances,
-            threshold=threshold,
+            threshold=self.target.floor if labels.score_thresh is None else labels.score_thresh,
+            relative=labels.relative_thresh,
+            smooth=labels.smooth,
             by_evidence=labels.pick == "evidence",
         )
         masks = [(one.logits, one.predicted_iou, one.similarity, [one.point_xy]) for one in found]
@@ -108,13 +110,25 @@ class PersamGenerator:
 
 @torch.inference_mode()
 def find_instances(
-    model: Sam, image: Encoded, target: Target, *, max_instances: int, threshold: float, by_evidence: bool = True
+    model: Sam,
+    image: Encoded,
+    target: Target,
+    *,
+    max_instances: int,
+    threshold: float,
+    relative: float = 0.0,
+    smooth: int = 0,
+    by_evidence: bool = True,
 ) -> list[Found]:
     """The instances of the target in an image, in the order of their clicks: the most similar first.
 
-    threshold: least similarity of a click, and of a mask on average. by_evidence: see `segment`.
+    threshold: least similarity of a click, and of a mask on average. relative: the same, from 0, the image's least
+    similar pixel, to 1, its most similar one; the higher of the two counts. smooth: points per side of
+    `samray.labels.similarity.smoothed`. by_evidence: see `segment`.
     """
-    similarity = similarity_map(model, image, target)
+    similarity = similarity_map(model, image, target, smooth)
+    lowest, highest = float(similarity.min()), float(similarity.max())
+    threshold = max(threshold, lowest + relative * (highest - lowest))
     guidance = guidance_of(model, similarity, target)
     evidence = similarity - threshold if by_evidence else None
     least = _xy(int(similarity.argmin()), image)

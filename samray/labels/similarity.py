@@ -1,15 +1,17 @@
-"""How alike each place of an image is to an example: features of an encoder, a target's mean, a cosine map.
+"""How alike each pixel of an image is to an example: features of an encoder, a target's mean, a similarity map.
 
-Source: PerSAM (arXiv 2305.03048), section 3.1. The paper compares the encoder's last features; here any block's may be
-compared, because which block tells classes apart differs between encoders.
+Source: PerSAM (arXiv 2305.03048), section 3.1: the cosine between the encoder's last features and their mean over the
+example. Differences, each a setting: features of three levels of the encoder; a discriminant instead of the mean alone
+(`discriminant`); the map is averaged over masks (`smoothed`).
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samray.errors import ConfigError
+from samray.masks.points import point_grid
+from samray.masks.scores import MASK_THRESHOLD, above
 from samray.sam.frames import frame_of, interpolate
 from samray.sam.sam import Sam
 
 Image = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
+
+_IOU_POWER: Final = 4
+"""Exponent of the predicted IoU in a mask's weight for `smoothed`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,35 +43,53 @@ class Encoded:
 
 
 class FeatureTap:
-    """Encodes images and keeps the features of one block. Several threads may use it at once."""
+    """Encodes images and keeps the features to compare. Several threads may use it at once."""
 
-    def __init__(self, model: Sam, block: int | None) -> None:
-        """block: index into the encoder's blocks; None keeps the image embedding.
-
-        Raises: ConfigError if the encoder has fewer blocks.
-        """
+    def __init__(self, model: Sam, *, levels: bool) -> None:
+        """levels: compare the outputs of three blocks, at the end of each third of the encoder; else the embedding."""
         self.model = model
         self._of_thread = threading.local()
-        if block is not None:
-            blocks = model.image_encoder.blocks_in_order()
-            if block >= len(blocks):
-                raise ConfigError(f"labels.block = {block} is not allowed; {model.spec.name} has {len(blocks)} blocks")
-            blocks[block].register_forward_hook(self._keep)
-
-    def _keep(self, module: Any, inputs: Any, output: Tensor) -> None:
-        self._of_thread.features = output
+        blocks = model.image_encoder.blocks_in_order() if levels else []
+        self._levels = sorted({max(len(blocks) * third // 3 - 1, 0) for third in (1, 2, 3)}) if blocks else []
+        for level in self._levels:
+            handle = blocks[level].register_forward_hook(_keeper(self._of_thread, level))
+            weakref.finalize(self, handle.remove)  # the model outlives its taps
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Image]) -> list[Encoded]:
         """Encode images (H, W, 3) uint8 RGB as one batch."""
         pixels, _ = self.model.preprocess(list(images))
         embeddings = self.model.encode_images(pixels)
-        kept = self._of_thread.__dict__.pop("features", None)
-        features = embeddings[:, : self.model.spec.embed_dim] if kept is None else _channels_first(kept)
+        features = embeddings[:, : self.model.spec.embed_dim].float()
+        if self._levels:
+            kept = self._of_thread.__dict__
+            features = joined([_channels_first(kept.pop(str(i))) for i in self._levels], self.model.spec.grid)
         return [
-            Encoded(embeddings[i : i + 1], features[i].float(), (image.shape[0], image.shape[1]))
+            Encoded(embeddings[i : i + 1], features[i], (image.shape[0], image.shape[1]))
             for i, image in enumerate(images)
         ]
+
+
+def _keeper(store: threading.local, level: int) -> Any:
+    """A hook that does not keep the tap alive."""
+    return lambda module, inputs, output: store.__dict__.__setitem__(str(level), output)
+
+
+def joined(maps: Sequence[Tensor], grid: int) -> Tensor:
+    """Unit features of several levels as one unit feature. maps: (B, D_i, h_i, w_i). Returns (B, sum of D_i, h', h').
+
+    h' is the finest level's side, but at most twice the embedding's, which bounds the memory.
+    """
+    side = min(max(one.shape[-1] for one in maps), 2 * grid)
+    units = []
+    for one in maps:
+        if one.shape[-1] > side:
+            one = F.adaptive_avg_pool2d(one.float(), side)
+        elif one.shape[-1] < side:
+            one = F.interpolate(one.float(), (side, side), mode="bilinear", align_corners=False)
+        units.append(F.normalize(one.float(), dim=1))
+    features: Tensor = torch.cat(units, dim=1) / len(units) ** 0.5
+    return features
 
 
 def _channels_first(features: Tensor) -> Tensor:
@@ -76,14 +100,15 @@ def _channels_first(features: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What an example says of its class."""
+    """What an example says of its class. The similarity of a unit feature x is direction . x - offset."""
 
     direction: Tensor
-    """(D,) float32: its product with an image's unit features is their similarity."""
+    """(D,) float32."""
+    offset: float
     embedding: Tensor
     """(C,) mean of the decoder's embedding over the example, for target-semantic prompting."""
-    threshold: float
-    """Similarity that best tells the example from its background."""
+    floor: float
+    """Mean similarity of what surrounds the example; -2 if it has no surroundings."""
 
 
 def cells_of(model: Sam, mask: Bool, side: int) -> Tensor:
@@ -105,41 +130,78 @@ def unit(features: Tensor) -> Tensor:
 def target_of(model: Sam, example: Encoded, mask: Bool, *, contrast: bool) -> Target:
     """The target embedding of an example (PerSAM, equation 2), by the share of each cell that is in the mask.
 
-    mask: (H, W), not empty. contrast: subtract the mean of what surrounds the example, so that what the two have in
-    common does not count. Raises ValueError for an empty mask.
+    mask: (H, W), not empty. contrast: compare with the example and its surroundings (`discriminant`), not with the
+    example alone. Raises ValueError for an empty mask.
     """
     features = example.features
     inside = cells_of(model, mask, features.shape[-1])
     if not inside.any():
         raise ValueError("the example's mask is empty")
-    outside = cells_of(model, np.ones_like(mask), features.shape[-1]) - inside
+    outside = (cells_of(model, np.ones_like(mask), features.shape[-1]) - inside).clamp(min=0)
     mean = _mean(features, inside)
-    direction = mean / mean.norm()
-    if contrast and outside.sum() > 1:
-        around = _mean(features, outside)
-        direction = direction - around / around.norm()
+    direction, offset, floor = mean / mean.norm(), 0.0, -2.0
+    if outside.sum() > 1:
+        if contrast:
+            direction, offset = discriminant(unit(features), inside, outside)
+        floor = float(direction @ _mean(unit(features), outside)) - offset
     embedding = example.embedding[0, : model.spec.embed_dim].float()
-    target = _mean(embedding, cells_of(model, mask, embedding.shape[-1]))
-    similarity = torch.einsum("d,dhw->hw", direction, unit(features))
-    threshold = _best_threshold(similarity[inside + outside > 0.5], inside[inside + outside > 0.5] > 0.5)
-    return Target(direction, target, threshold)
+    return Target(direction, offset, _mean(embedding, cells_of(model, mask, embedding.shape[-1])), floor)
+
+
+def discriminant(features: Tensor, inside: Tensor, outside: Tensor) -> tuple[Tensor, float]:
+    """The direction (D,), and the offset, in which features (D, h, w) inside have the mean 1 and those outside 0.
+
+    inside, outside: (h, w) weights. The difference of the means is divided by the scatter around the outside's mean, so
+    that what varies within the example's image anyway counts less. The mean variance is added to each, because there
+    are few cells. Source: exemplar LDA (Hariharan et al., ECCV 2012), with the statistics of the example's own image.
+    """
+    weights = (inside + outside).flatten()
+    middle = _mean(features, outside)
+    centred = features.flatten(1) - middle[:, None]
+    scatter = (centred * weights) @ centred.T / weights.sum()
+    scatter.diagonal().add_(scatter.diagonal().mean() + 1e-12)
+    difference = _mean(features, inside) - middle
+    direction = torch.linalg.solve(scatter, difference)
+    direction = direction / (direction @ difference).clamp(min=1e-12)
+    return direction, float(direction @ middle)
 
 
 def _mean(features: Tensor, weights: Tensor) -> Tensor:
     return (features * weights).sum(dim=(1, 2)) / weights.sum()
 
 
-def _best_threshold(similarity: Tensor, inside: Tensor) -> float:
-    """The threshold at which similarity (n,) agrees best, by IoU, with inside (n,) bool."""
-    values, order = similarity.sort(descending=True)
-    hits = inside[order].cumsum(0)
-    iou = hits / (torch.arange(1, len(values) + 1, device=values.device) + inside.sum() - hits)
-    return float(values[iou.argmax()])
+def similarity_map(model: Sam, image: Encoded, target: Target, points_per_side: int = 0) -> Tensor:
+    """Similarity of each pixel to the target, (H, W) float32, by the reference's three bilinear steps.
+
+    points_per_side: see `smoothed`; 0 does not smooth.
+    """
+    cells = torch.einsum("d,dhw->hw", target.direction, unit(image.features)) - target.offset
+    side = 4 * model.spec.grid
+    finer = F.interpolate(cells[None, None], (side, side), mode="bilinear", align_corners=False)[0]
+    if points_per_side:
+        finer = smoothed(model, image, finer[0], points_per_side)[None]
+    return interpolate(finer, *frame_of(model).mask_steps(side, image.original_hw), image.original_hw)[0]
 
 
-def similarity_map(model: Sam, image: Encoded, target: Target) -> Tensor:
-    """Similarity of each pixel to the target, (H, W) float32, by the reference's three bilinear steps."""
-    cells = torch.einsum("d,dhw->hw", target.direction, unit(image.features))
-    finer = F.interpolate(cells[None, None], scale_factor=4, mode="bilinear", align_corners=False)
-    frame = frame_of(model)
-    return interpolate(finer[0], *frame.mask_steps(finer.shape[-1], image.original_hw), image.original_hw)[0]
+@torch.inference_mode()
+def smoothed(model: Sam, image: Encoded, similarity: Tensor, points_per_side: int) -> Tensor:
+    """The mean of a similarity map and of the same map averaged over masks: one thing in the image, one similarity.
+
+    similarity: (4h, 4w), low-res frame; so is the result. The masks are all three of each point of a grid, weighted by
+    predicted IoU, large ones less. A pixel in no mask stays as it is.
+    """
+    frame, hw, low_res = frame_of(model), image.original_hw, similarity.shape[-1]
+    xy = frame.points_in(point_grid(points_per_side) * np.array(hw[::-1]), hw)
+    points = torch.from_numpy(xy).float()[:, None].to(model.device)
+    context = model.prepare_decoder(image.embedding)
+    decoded = model.decode_points(context, points, points.new_ones(points.shape[:2], dtype=torch.long))
+    masks = above(decoded.logits, MASK_THRESHOLD).float()
+    rows, columns = (max(1, round(side * low_res / frame.size)) for side in frame.input_hw(hw))
+    masks[:, rows:], masks[:, :, columns:] = 0, 0  # what is in the padding
+    masks = masks.flatten(1)
+    areas = masks.sum(dim=1).clamp(min=1)
+    means = masks @ similarity.flatten() / areas
+    weights = decoded.iou.clamp(min=0.01) ** _IOU_POWER / areas.sqrt()
+    total = weights @ masks
+    average = (weights * means) @ masks / total.clamp(min=1e-12)
+    return torch.where(total > 0, (similarity.flatten() + average) / 2, similarity.flatten()).view_as(similarity)

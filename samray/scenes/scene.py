@@ -7,7 +7,7 @@ backgrounds are mixed in. The same arguments give the same scene.
 """
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,8 @@ class Scene:
     """(N, H, W) visible pixels; N may be 0."""
     kinds: list[str]
     """N of "object" (a whole with its parts), "part" (a piece of one) and "region" (a side of the background)."""
+    names: list[str | None] = field(default_factory=list)
+    """N; the name that the source gives an object's cut-out (`info["name"]`), None for all else."""
 
 
 @dataclass(slots=True)
@@ -40,6 +42,7 @@ class _Layer:
     rgb: Float  # (h, w, 3) in 0..255
     alpha: Float  # (h, w) in 0..1
     parts: npt.NDArray[np.int16]  # (h, w), 0 outside of parts, else the part's number from 1
+    name: str | None = None
 
 
 def make_scene(
@@ -65,27 +68,31 @@ def make_scene(
     diameters = np.exp(rng.uniform(low, high, num_objects)) * min(height, width)
     if rng.random() < 0.6:  # mostly put small objects in front, because otherwise few of them would stay visible
         diameters = np.sort(diameters)[::-1]
-    full_areas = []
+    full_areas, own_names = [], []
     for index, diameter in enumerate(diameters, start=1):
         layer = _object_layer(rng, max(float(diameter), 6.0), source, split)
         full_areas.append(_layer_areas(layer))
+        own_names.append(layer.name)
         _paint(rng, layer, index, canvas, owner, part_of)
 
     masks, kinds = [], []
+    names: list[str | None] = []
     if horizon.any():
         for side, full in ((owner == 0, horizon), (owner == -1, ~horizon)):
             if _is_target(side, int(full.sum())):
                 masks.append(side)
                 kinds.append("region")
-    for index, areas in enumerate(full_areas, start=1):
+                names.append(None)
+    for index, (areas, name) in enumerate(zip(full_areas, own_names, strict=True), start=1):
         mine = owner == index
         for part, full_area in enumerate(areas):
             visible = mine & (part_of == part) if part else mine
             if _is_target(visible, full_area):
                 masks.append(visible)
                 kinds.append("part" if part else "object")
+                names.append(None if part else name)
     stacked = np.stack(masks) if masks else np.zeros((0, height, width), bool)
-    return Scene(image=_photograph(rng, canvas), masks=stacked, kinds=kinds)
+    return Scene(image=_photograph(rng, canvas), masks=stacked, kinds=kinds, names=names)
 
 
 def _is_target(visible: Bool, full_area: int) -> bool:
@@ -168,7 +175,7 @@ def _shape_layer(rng: np.random.Generator, diameter: float, source: Source | Non
 
 
 def _cutout_layer(rng: np.random.Generator, diameter: float, picture: Image.Image) -> _Layer:
-    scale = diameter / max(picture.size)
+    scale, name = diameter / max(picture.size), picture.info.get("name")
     stretch = np.exp(rng.uniform(-0.2, 0.2))
     size = (max(3, round(picture.width * scale * stretch)), max(3, round(picture.height * scale / stretch)))
     # Resample with premultiplied alpha: otherwise the hidden colour of transparent pixels shows at the edge.
@@ -186,7 +193,7 @@ def _cutout_layer(rng: np.random.Generator, diameter: float, picture: Image.Imag
         rgb = rgb[..., rng.permutation(3)]
     gain = rng.uniform(0.6, 1.2) * rng.uniform(0.85, 1.15, 3)
     rgb = rgb * gain.astype(np.float32) + np.float32(rng.uniform(-25, 25))
-    return _Layer(rgb, alpha, np.zeros(alpha.shape, np.int16))
+    return _Layer(rgb, alpha, np.zeros(alpha.shape, np.int16), name)
 
 
 def _add_parts(rng: np.random.Generator, layer: _Layer, source: Source | None, split: Split) -> None:

@@ -27,7 +27,7 @@ def test_steps_against_the_plain_script(seed: int) -> None:
     images = [rng.integers(0, 256, (256, 256, 3), dtype=np.uint8) for _ in range(2)]
     mask = np.zeros((256, 256), bool)
     mask[64:160, 32:128] = True
-    example, image = FeatureTap(model, None).encode(images)
+    example, image = FeatureTap(model, levels=False).encode(images)
     plain = persam(model, example.embedding[0], torch.from_numpy(mask).float(), image.embedding[0])
 
     target = target_of(model, example, mask, contrast=False)

@@ -15,7 +15,8 @@ from samray.config import Config, LabelsConfig
 from samray.config.labels import DESIGNS
 from samray.errors import ConfigError
 from samray.labels.example import Example, build_generator, read_example
-from samray.labels.similarity import FeatureTap, similarity_map, target_of
+from samray.labels.persam import find_instances
+from samray.labels.similarity import FeatureTap, discriminant, similarity_map, smoothed, target_of
 from samray.labels.stitched import StitchedGenerator, closed, stitched
 from samray.labels.ways import labels_identity
 from samray.output.schema import (
@@ -175,7 +176,8 @@ def test_verify_checks_names(own: dict[str, Any], problem: str | None) -> None:
 
 @pytest.mark.parametrize("design", DESIGNS)
 def test_every_design_gives_named_masks_again_the_same(tmp_path: Path, design: str) -> None:
-    config = settings(tmp_path, design=design, runs=4, vote_thresh=0.0, score_thresh=-2.0, max_instances=3)
+    own = {"runs": 4, "vote_thresh": 0.0, "score_thresh": -2.0, "relative_thresh": 0.0, "max_instances": 3}
+    config = settings(tmp_path, design=design, **own)
     make = build_generator(micro(), config, read_example(config))
     image = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
     (masks,) = make(None).generate([image])
@@ -192,16 +194,59 @@ def test_the_target_is_most_like_its_own_example(tmp_path: Path) -> None:
     pixels = np.asarray(Image.open(example_files(tmp_path, (64, 64))[0]))
     mask = np.asarray(Image.open(tmp_path / "mask.png")) > 0
     model = micro()
-    for block in (None, 0, 2):
-        (encoded,) = FeatureTap(model, block).encode([pixels])
-        target = target_of(model, encoded, mask, contrast=True)
-        similarity = similarity_map(model, encoded, target).numpy()
-        assert similarity[mask].mean() > similarity[~mask].mean()
+    for levels in (False, True):
+        (encoded,) = FeatureTap(model, levels=levels).encode([pixels])
+        for contrast in (False, True):
+            target = target_of(model, encoded, mask, contrast=contrast)
+            for points_per_side in (0, 3):
+                similarity = similarity_map(model, encoded, target, points_per_side).numpy()
+                assert similarity[mask].mean() > similarity[~mask].mean()
 
 
-def test_a_block_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"labels\.block = 9"):
-        FeatureTap(micro(), 9)
+def test_a_discriminant_is_one_inside_and_zero_outside_and_ignores_what_varies_anyway() -> None:
+    rng = np.random.default_rng(0)
+    features = torch.from_numpy(rng.normal(0, 0.01, (3, 20, 20)).astype(np.float32))
+    inside = torch.zeros(20, 20)
+    inside[5:12, 5:12] = 1
+    features[0] += inside  # tells the two apart
+    features[1] += torch.from_numpy(rng.normal(0, 3, (20, 20)).astype(np.float32))  # noise, and much of it
+    direction, offset = discriminant(features, inside, 1 - inside)
+    similarity = torch.einsum("d,dhw->hw", direction, features) - offset
+    assert float(similarity[inside > 0].mean()) == pytest.approx(1, abs=1e-4)
+    assert float(similarity[inside == 0].mean()) == pytest.approx(0, abs=1e-4)
+    assert abs(direction[1]) < abs(direction[0])
+
+
+def test_a_smoothed_map_is_flatter_within_masks_and_stays_in_its_range(tmp_path: Path) -> None:
+    model = micro()
+    (encoded,) = FeatureTap(model, levels=True).encode([np.zeros((64, 48, 3), np.uint8)])
+    side = 4 * model.spec.grid
+    noise = torch.from_numpy(np.random.default_rng(0).normal(size=(side, side)).astype(np.float32))
+    after = smoothed(model, encoded, noise, 4)
+    shown = after[:, : round(side * 48 / 64)]
+    assert shown.std() < noise.std()
+    assert noise.min() <= after.min()
+    assert after.max() <= noise.max()
+
+
+def test_taps_leave_the_model_as_it_was() -> None:
+    model = micro()
+    for _ in range(3):
+        FeatureTap(model, levels=True).encode([np.zeros((8, 8, 3), np.uint8)])
+    assert not any(block._forward_hooks for block in model.image_encoder.blocks_in_order())
+
+
+def test_relative_thresh_keeps_what_is_near_the_most_similar(tmp_path: Path) -> None:
+    model, config = micro(), settings(tmp_path, score_thresh=-2.0, max_instances=8)
+    (encoded,) = FeatureTap(model, levels=True).encode([np.asarray(Image.open(tmp_path / "key.png"))])
+    target = target_of(model, encoded, read_example(config).decode().mask, contrast=True)
+    similarity = similarity_map(model, encoded, target)
+    for relative in (0.0, 0.5, 0.9):
+        found = find_instances(model, encoded, target, max_instances=8, threshold=-9.0, relative=relative)
+        least = float(similarity.min() + relative * (similarity.max() - similarity.min()))
+        assert all(one.similarity >= least for one in found)
+    none = find_instances(model, encoded, target, max_instances=8, threshold=float(similarity.max()) + 1, relative=0)
+    assert none == [], "the absolute threshold counts, too"
 
 
 def test_clicks_of_the_stitched_designs(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from samray.errors import ConfigError
+from samray.evaluate.scenes import NamedScenes
 from samray.scenes import scene as scenes
+from samray.scenes.named import LOOKS, named_scene
 from samray.scenes.scene import MIN_VISIBLE_PIXELS, make_scene
 from samray.train.cutouts import CUTOUT_SIDE, CutoutSource
 
@@ -149,3 +151,20 @@ def test_source_without_anything_usable_is_a_config_error(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="no usable"):
         CutoutSource([tmp_path / "empty"], tmp_path / "cache")
+
+
+def test_named_scenes_show_the_same_looks_again_and_name_objects_alone() -> None:
+    named = [named_scene(seed, 96) for seed in range(8)]
+    for scene in named:
+        assert len(scene.names) == len(scene.masks)
+        assert all(kind == "object" for kind, name in zip(scene.kinds, scene.names, strict=True) if name)
+    names = [name for scene in named for name in scene.names if name]
+    assert set(names) <= set(LOOKS)
+    assert len(names) > len(set(names)), "a look comes again"
+    assert np.array_equal(named[3].image, named_scene(3, 96).image)
+
+
+def test_named_scenes_are_data_of_an_evaluation() -> None:
+    (first, second) = NamedScenes(2)
+    assert [len(first.annotators[0]), len(second.annotators[0])] == [len(first.names[0]), len(second.names[0])]
+    assert first.annotators[0][0]["size"] == list(first.pixels.shape[:2])
