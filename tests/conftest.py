@@ -130,3 +130,17 @@ def storage_limits() -> Iterator[Callable[..., None]]:
 def output_root(storage_root: str) -> str:
     """Where a run may write its output, on disk and on S3."""
     return storage.join(storage_root, "out")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seeded random weights of the architecture `tiny`, under which it finds masks."""
+    from safetensors.torch import save_file
+
+    from jobs.benchmarks.weights import random_sam
+    from samray.sam.spec import MODELS
+
+    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
+    state = random_sam(MODELS["tiny"]).state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    return path

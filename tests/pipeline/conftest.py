@@ -56,17 +56,3 @@ def label(local_ray: None, config: Callable[..., Config]) -> Callable[..., Label
         return label_with(str(input), str(output), config(*overrides), progress=False, **options)
 
     return run
-
-
-@pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seeded random weights of the architecture `tiny`, under which it finds masks."""
-    from safetensors.torch import save_file
-
-    from jobs.benchmarks.weights import random_sam
-    from samray.sam.spec import MODELS
-
-    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
-    state = random_sam(MODELS["tiny"]).state_dict()
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
-    return path
