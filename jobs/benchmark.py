@@ -10,6 +10,7 @@
     python jobs/benchmark.py extract PARQUET DIR writes the photographs of a Parquet file with a `jpeg` column as files
     python jobs/benchmark.py read                bytes read from S3 for one image of 100,000, and for an index
     python jobs/benchmark.py train DATA...       `samray train` and a plain PyTorch loop, same model and batches
+    python jobs/benchmark.py pretrain            fine-tuning from a masked autoencoder and training from scratch
 
 `decoder` and `read` need the test extra (segment-anything, an S3 server). Quote ratios of one run, not single times.
 """
@@ -31,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import samray  # noqa: E402
-from jobs.benchmarks import compare, outputs, peers, training  # noqa: E402
+from jobs.benchmarks import compare, outputs, peers, pretraining, training  # noqa: E402
 from jobs.benchmarks.measuring import measure, timed  # noqa: E402
 from samray.config import load_config  # noqa: E402
 from samray.inputs.decode import decode_image  # noqa: E402
@@ -284,6 +285,13 @@ def main() -> int:
     sub.add_argument("--rounds", type=int, default=3)
     sub.add_argument("--steps", type=int, default=40)
     sub.add_argument("--settings", nargs="*", default=[], help="section.key=value")
+    sub = commands.add_parser("pretrain")
+    sub.add_argument("--seeds", type=int, default=3)
+    sub.add_argument("--images", type=int, default=1000, help="unlabelled images")
+    sub.add_argument("--pretrain-steps", type=int, default=600)
+    sub.add_argument("--steps", type=int, default=200, help="of training on masks, with either start")
+    sub.add_argument("--validation-images", type=int, default=48)
+    sub.add_argument("--folder", type=Path, help="folder to keep the runs in (default: deleted)")
     sub = commands.add_parser("read")
     sub.add_argument("--rows", type=int, default=100_000)
     sub.add_argument("--masks", type=int, default=12, help="masks per image")
@@ -300,6 +308,7 @@ def main() -> int:
         "extract": extract,
         "read": outputs.read,
         "train": training.throughput,
+        "pretrain": pretraining.pretrain,
     }
     return measure(parser, commands, bodies)
 

@@ -195,7 +195,8 @@ def train(
         typer.Argument(
             metavar="DATA... OUTPUT [SECTION.KEY=VALUE]...",
             help="DATA: outputs of `samray label` or `samray import`, or `scenes` (synthetic images); several are "
-            "mixed. OUTPUT: a folder or prefix for weights, state and metrics. Settings are listed below.",
+            "mixed. With train.objective=mae: unlabelled images, whatever `samray label` takes as INPUT, or `scenes`. "
+            "OUTPUT: a folder or prefix for weights, state and metrics. Settings are listed below.",
         ),
     ],
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
@@ -208,6 +209,9 @@ def train(
 
     Writes weights.safetensors, for `samray label ... model.checkpoint=`, and curves.png to OUTPUT.
 
+    train.objective=mae pre-trains the image encoder on images without labels, and also writes reconstructions.png. Its
+    weights are the start of a training: train.encoder_checkpoint=.
+
     Examples:
 
       samray train labels/ weights/
@@ -215,6 +219,8 @@ def train(
       samray train s3://bucket/labels s3://bucket/weights model.name=vit_b train.trainable=decoder train.steps=5000
 
       samray train labels/ scenes weights/ data.shares=[3,1] train.minutes=60 train.steps=null
+
+      samray train photos/ mae/ train.objective=mae model.name=vit_b
     """
     overrides, places = split_settings(words, ["DATA", "OUTPUT"], TRAIN_SECTIONS)
     if address is not None:

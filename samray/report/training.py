@@ -19,8 +19,8 @@ from samray.errors import ConfigError
 from samray.report.page import Figure, settings_tables
 from samray.text import duration
 from samray.train.curves import draw_curves
-from samray.train.progress import label_command
-from samray.train.settings import TRAIN_SECTIONS, TrainConfig
+from samray.train.objectives import Objective, objective_of
+from samray.train.settings import TRAIN_SECTIONS, TrainConfig, TrainSettings
 from samray.train.store import WEIGHTS_FILE, Position, Store, is_training
 
 MAX_VALIDATIONS = 40
@@ -49,6 +49,8 @@ def write_train_report(output: str, out: str | None = None) -> str:
 
 def _render(store: Store, run: Mapping[str, Any], position: Position, lines: Sequence[dict[str, Any]]) -> str:
     settings = run["settings"]
+    config = TrainConfig(**settings["train"])
+    objective = objective_of(TrainSettings(train=config))
     validations = [line for line in lines if line["kind"] == "validation"]
     changed, everything = settings_tables(settings, TRAIN_SECTIONS)
     environment = jinja2.Environment(
@@ -63,27 +65,28 @@ def _render(store: Store, run: Mapping[str, Any], position: Position, lines: Seq
         checkpoint=run["identity"]["model"].get("checkpoint_sha256"),
         run=run,
         made_at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        progress=position.progress(TrainConfig(**settings["train"])),
-        headline=_headline(position, lines, validations),
-        curves=base64.b64encode(draw_curves(lines)).decode(),
+        progress=position.progress(config),
+        headline=_headline(objective, position, lines, validations),
+        curves=base64.b64encode(draw_curves(lines, objective.panels)).decode(),
         validations=[*validations[:1], *validations[1:][-MAX_VALIDATIONS:]],
         data=run["identity"]["data"]["uris"],
         shares=settings["data"]["shares"],
-        command=label_command(settings["model"]["name"], store.uri(WEIGHTS_FILE)),
+        columns=objective.columns,
+        command=objective.next_command(settings["model"]["name"], storage.redact(store.uri(WEIGHTS_FILE))),
         changed=changed,
         settings=everything,
     )
 
 
 def _headline(
-    position: Position, lines: Sequence[dict[str, Any]], validations: Sequence[dict[str, Any]]
+    objective: Objective, position: Position, lines: Sequence[dict[str, Any]], validations: Sequence[dict[str, Any]]
 ) -> list[Figure]:
     figures = []
     if validations:
         first, last = validations[0], validations[-1]
-        for key, what in (("miou", "mask with the highest score"), ("miou_oracle", "best of three")):
+        for key, what in objective.headline:
             change = f"{first[key]:.3f} at step {first['step']:,}" if last is not first else ""
-            figures.append(Figure(f"{last[key]:.3f}", f"mean IoU, one click, {what}", change))
+            figures.append(Figure(f"{last[key]:.3f}", what, change))
     figures.append(Figure(f"{position.step:,}", "steps saved", duration(position.elapsed_s)))
     rates = [line["examples_per_s"] for line in lines if line.get("examples_per_s")]
     if rates:

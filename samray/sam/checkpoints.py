@@ -119,9 +119,11 @@ def check_checkpoint(name: str = "tiny", checkpoint: str | Path | None = None) -
 
 
 def _refuse_misfit(spec: ModelSpec, state: Mapping[str, Tensor], origin: str) -> None:
-    problems = _problems(_shapes(spec), state)
+    problems = key_problems(_shapes(spec), state)
     if problems:
-        fits = [other.name for other in MODELS.values() if other is not spec and not _problems(_shapes(other), state)]
+        fits = [
+            other.name for other in MODELS.values() if other is not spec and not key_problems(_shapes(other), state)
+        ]
         hint = f" It fits {' and '.join(fits)}: set model.name={fits[0]}." if fits else ""
         raise ConfigError(f"{origin} does not fit {spec.name}: {'; '.join(problems)}.{hint}")
 
@@ -139,7 +141,7 @@ def resolve_checkpoint(name: str = "tiny", checkpoint: str | Path | None = None)
     """
     spec = find_spec(name)
     if checkpoint is not None:
-        return _resolve_given(str(checkpoint))
+        return resolve_given(str(checkpoint))
     if spec.url is None or spec.sha256 is None:
         path = _embedded_path(spec)
         if not path.is_file():
@@ -186,20 +188,21 @@ def _embedded_path(spec: ModelSpec) -> Path:
     return Path(__file__).resolve().parents[1] / "weights" / spec.file_name
 
 
-def _resolve_given(checkpoint: str) -> Path:
+def resolve_given(checkpoint: str, setting: str = "model.checkpoint") -> Path:
+    """The local file of a path or URI. setting: its name in messages. Raises: ConfigError, StorageError."""
     if not storage.is_local(checkpoint):
         try:
             return fetch.fetch_remote(checkpoint)
         except NotFoundError as error:
-            raise ConfigError(f"model.checkpoint: {error}") from error
+            raise ConfigError(f"{setting}: {error}") from error
     path = Path(storage.normalize(checkpoint))
     if path.is_dir():
         for file_name in _HF_FILES:
             if (path / file_name).is_file():
                 return path / file_name
-        raise ConfigError(f"model.checkpoint: the folder {path} has neither {' nor '.join(_HF_FILES)}")
+        raise ConfigError(f"{setting}: the folder {path} has neither {' nor '.join(_HF_FILES)}")
     if not path.is_file():
-        raise ConfigError(f"model.checkpoint: the file {path} does not exist")
+        raise ConfigError(f"{setting}: the file {path} does not exist")
     return path
 
 
@@ -263,7 +266,8 @@ def _num_parameters(spec: ModelSpec) -> int:
         return sum(parameter.numel() for parameter in Sam(spec).parameters())
 
 
-def _problems(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> list[str]:
+def key_problems(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> list[str]:
+    """Clauses about missing, unexpected and misshapen keys; [] if there are none."""
     missing = [key for key in expected if key not in state and not key.endswith(_NOT_NEEDED)]
     unexpected = [key for key in state if key not in expected]
     misshapen = [

@@ -67,7 +67,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
     Raises ConfigError if the file is not a checkpoint, is truncated, or cannot be loaded without executing code.
     """
-    return to_meta_names(_read_tensors(path), path)
+    return to_meta_names(read_tensors(path), path)
 
 
 def to_meta_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -91,7 +91,8 @@ def meta_name(key: str) -> str:
     return key
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file as they are named in it. Raises: as `read_state_dict`."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -135,6 +136,8 @@ def _torch_load(path: Path, *, is_zip: bool) -> dict[str, Tensor]:
         raise ConfigError(f"{path} is a damaged PyTorch file: {reason}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path} is not a state dict: expected a dict of tensors, found a {type(loaded).__name__}")
+    if list(loaded) == ["model"] and isinstance(loaded["model"], dict):  # as MAE's files are
+        loaded = loaded["model"]
     if others := [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]:
         raise ConfigError(
             f"{path} is not a state dict: expected only tensors, but {', '.join(others[:3])} "

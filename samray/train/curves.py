@@ -6,21 +6,15 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-_PANELS = (
-    ("loss", "train", ("mask_loss", "score_loss", "distill_loss"), True),
-    ("IoU in training", "train", ("iou_scored", "iou_oracle", "iou_last"), False),
-    ("IoU of held-out masks, one click", "validation", ("miou", "miou_oracle"), False),
-    ("learning rate", "train", ("lr",), False),
-)
-"""Title, kind of line, metrics, and whether the axis is logarithmic."""
+from samray.train.objectives import Panel
 
 
-def draw_curves(lines: Sequence[dict[str, Any]]) -> bytes:
+def draw_curves(lines: Sequence[dict[str, Any]], panels: Sequence[Panel]) -> bytes:
     """A PNG with four panels over the steps."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
     figure = Figure(figsize=(10, 6.5), layout="constrained")
-    for (title, kind, names, is_log), axes in zip(_PANELS, figure.subplots(2, 2).flat, strict=True):
+    for (title, kind, names, is_log), axes in zip(panels, figure.subplots(2, 2).flat, strict=True):
         of_kind = [line for line in lines if line["kind"] == kind]
         shown = [name for name in names if any(name in line for line in of_kind)]
         for name in shown:

@@ -23,6 +23,7 @@ from samray.output.shards import FOLDER
 from samray.train.cutouts import CutoutSource
 from samray.train.examples import Frame, MaskExamples, SceneExamples
 from samray.train.mixture import Examples, Mixture
+from samray.train.objectives import objective_of
 from samray.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -39,12 +40,14 @@ POLL_S = 0.2
 
 
 def open_data(data: Sequence[str], settings: TrainSettings) -> Mixture:
+    """All DATA of the run's objective, mixed. Raises: ConfigError, StorageError."""
+    return objective_of(settings).open_data(data)
+
+
+def open_masks(data: Sequence[str], settings: TrainSettings) -> Mixture:
     """All DATA, mixed. Raises: ConfigError if one is not a labelled output or has no masks, StorageError."""
     config, seed = settings.data, settings.train.seed
-    if not data:
-        raise ConfigError(f"expected DATA to train on: an output of `samray label`, or {SCENES}")
-    if list(data).count(SCENES) > 1:
-        raise ConfigError(f"DATA has {SCENES} twice, which would repeat the same scenes: use data.shares")
+    check_names(data, "an output of `samray label`")
     parts: list[Examples] = []
     for index, uri in enumerate(data):
         if uri != SCENES:
@@ -56,6 +59,14 @@ def open_data(data: Sequence[str], settings: TrainSettings) -> Mixture:
         old = storage.redact(config.image_root[0])
         raise ConfigError(f"data.image_root: no image of the DATA is below {old}")
     return Mixture(parts, config.shares, seed)
+
+
+def check_names(data: Sequence[str], what: str) -> None:
+    """Raises: ConfigError if there is no DATA, or scenes twice. what: what DATA may be."""
+    if not data:
+        raise ConfigError(f"expected DATA to train on: {what}, or {SCENES}")
+    if list(data).count(SCENES) > 1:
+        raise ConfigError(f"DATA has {SCENES} twice, which would repeat the same scenes: use data.shares")
 
 
 def output_of(uri: str) -> str:

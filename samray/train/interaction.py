@@ -119,15 +119,25 @@ class Rounds:
         return torch.cat([encoder.encode_points(self.clicks, self.labels, pad=False), boxes], dim=2)
 
 
-class InteractionLoss(nn.Module):
+class StepLoss(nn.Module):
+    """The loss of a step: called with a batch, the step's number and the worker's, it returns the loss with gradients
+    and metrics without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle: list[nn.Parameter] = []
+        """Parameters without a part in the last step, for example box corners in a step with clicks. Data parallel
+        training gives them zero gradients, and an optimizer would still change them by momentum and decay."""
+        self.memory: dict[str, Tensor] = {}
+        """What a resumed run needs in addition to the model."""
+
+
+class InteractionLoss(StepLoss):
     """A whole training step's loss as one forward pass, as data parallel training requires."""
 
     def __init__(self, sam: Sam, config: TrainConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.sam, self.config, self.dtype = sam, config, dtype
-        self.idle: list[nn.Parameter] = []
-        """Parameters without a part in the last step, for example box corners in a step with clicks. Data parallel
-        training gives them zero gradients, and an optimizer would still change them by momentum and decay."""
 
     def forward(self, batch: Batch, step: int, stream: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss with gradients, and metrics without.
@@ -158,7 +168,7 @@ class InteractionLoss(nn.Module):
         return total, figures
 
 
-class DistillationLoss(nn.Module):
+class DistillationLoss(StepLoss):
     """Mean squared error between the image embeddings of a model and of its teacher.
 
     Source: MobileSAM (Zhang et al., 2023), section 4, decoupled distillation.

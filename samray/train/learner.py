@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,22 +15,23 @@ from torch import Tensor, nn
 
 from samray.errors import ConfigError
 from samray.sam.checkpoints import find_spec, load_model
+from samray.sam.encoder_start import load_encoder
 from samray.sam.frames import FRAMES
 from samray.sam.precision import auto_dtype
 from samray.sam.sam import Sam
 from samray.sam.spec import ModelSpec
+from samray.scenes.scene import Scene
 from samray.train.examples import Frame
-from samray.train.interaction import Batch, DistillationLoss, InteractionLoss, seed_of
+from samray.train.interaction import Batch, seed_of
+from samray.train.objectives import Evaluation, objective_of
 from samray.train.optimizer import (
     add_drop_path,
     learning_rate,
     make_optimizer,
-    set_trainable,
     train_mode,
     update_average,
 )
-from samray.train.scores import ScoreLoss
-from samray.train.settings import SCORES, TrainConfig, TrainSettings
+from samray.train.settings import TrainConfig, TrainSettings
 from samray.train.store import Position
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -102,6 +103,7 @@ def check_settings(settings: TrainSettings) -> ModelSpec:
                 )
         if teacher.name == spec.name or config.first_fraction > 0:
             raise ConfigError("train.distill_from must differ from model.name, and needs train.first_fraction=0")
+    objective_of(settings).check(spec)
     return spec
 
 
@@ -131,18 +133,20 @@ class Learner:
         self.position = Position() if state is None else state["position"]
         self.means = Means()
         torch.manual_seed(config.seed)
+        self.objective = objective_of(settings)
         self.sam = Sam(dataclasses.replace(spec, image_size=image_size))
+        self.objective.extend(self.sam)
         teacher = None
         if config.distill_from is not None:
             sha256 = (identity or {}).get("train", {}).get("distill_checkpoint_sha256")
             teacher = load_model(config.distill_from, config.distill_checkpoint, device, sha256=sha256)
         if state is None:
-            self._begin(settings, teacher, (identity or {}).get("model", {}).get("checkpoint_sha256"))
+            self._begin(settings, teacher, identity or {})
         else:
             self.sam.load_state_dict(state["model"])
             self.means.sums, self.means.count = dict(state["sums"]), state["count"]
         self.sam.to(device)
-        set_trainable(self.sam, config.trainable, distilling=teacher is not None)
+        self.objective.set_trainable(self.sam)
         train_mode(self.sam)
         self.average: Sam | None = None
         if keeps_average:
@@ -154,19 +158,21 @@ class Learner:
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
         dtype = autocast_dtype(settings, device)
-        self.interaction = InteractionLoss(self.sam, config, dtype)
-        self.scores = ScoreLoss(self.sam, config, dtype) if config.trainable == SCORES else None
-        if self.scores is not None and state is not None:
-            self.scores.memory = dict(state["memory"])
-        loss: nn.Module = self.scores or self.interaction
-        self.loss: nn.Module = wrap(loss if teacher is None else DistillationLoss(self.sam, teacher, dtype))
+        self.step_loss = self.objective.make_loss(self.sam, dtype, teacher)
+        if state is not None:
+            self.step_loss.memory = dict(state["memory"])
+        self.loss: nn.Module = wrap(self.step_loss)
 
-    def _begin(self, settings: TrainSettings, teacher: Sam | None, sha256: str | None) -> None:
+    def _begin(self, settings: TrainSettings, teacher: Sam | None, identity: Mapping[str, Any]) -> None:
         """The initial weights: random, or from a checkpoint; parts that distillation does not train come from the
         teacher."""
         if not self.config.from_scratch:
+            sha256 = identity.get("model", {}).get("checkpoint_sha256")
             begun = load_model(settings.model.name, settings.model.checkpoint, device="cpu", sha256=sha256)
             self.sam.load_state_dict(begun.state_dict())
+        if self.config.encoder_checkpoint is not None:
+            sha256 = identity.get("train", {}).get("encoder_checkpoint_sha256")
+            load_encoder(self.sam, self.config.encoder_checkpoint, sha256=sha256)
         if teacher is not None:
             self.sam.prompt_encoder.load_state_dict(teacher.prompt_encoder.state_dict())
             self.sam.mask_decoder.load_state_dict(teacher.mask_decoder.state_dict())
@@ -195,7 +201,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         total, figures = self.loss(batch, self.position.step, self.stream)
         total.backward()
-        for parameter in self.interaction.idle:
+        for parameter in self.step_loss.idle:
             parameter.grad = None
         learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(learning, self.config.max_grad_norm))
@@ -218,7 +224,7 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "sums": dict(self.means.sums),
             "count": self.means.count,
-            "memory": {} if self.scores is None else self.scores.memory,
+            "memory": self.step_loss.memory,
         }
 
     def average_at_own_size(self) -> Sam:
@@ -229,6 +235,10 @@ class Learner:
         sam = Sam(self.spec)
         sam.load_state_dict(self.average.state_dict())
         return sam.to(self.device).eval().requires_grad_(False)
+
+    def evaluate(self, scenes: Iterable[Scene]) -> Evaluation:
+        """Validate the running average on held-out images."""
+        return self.objective.evaluate(self.average_at_own_size(), scenes)
 
     def weights(self) -> dict[str, Tensor]:
         """The running average; trained weights in half precision.
@@ -242,7 +252,7 @@ class Learner:
         for name, value in self.average.state_dict().items():
             halved = value.half() if name in learns else value
             weights[name] = halved if learns.get(name, True) or torch.equal(halved.float(), value) else value
-        return {name: value.cpu().contiguous() for name, value in weights.items()}
+        return {name: value.cpu().contiguous() for name, value in weights.items() if self.objective.is_written(name)}
 
 
 def autocast_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:

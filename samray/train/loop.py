@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from samray.evaluate.scenes import evaluate_clicks
 from samray.scenes.scene import Scene
 from samray.train.curves import draw_curves
 from samray.train.interaction import Batch
 from samray.train.learner import Learner
 from samray.train.settings import TrainConfig
-from samray.train.store import Store
+from samray.train.store import CURVES_FILE, Store
 
 Line = dict[str, Any]
 
@@ -60,11 +59,13 @@ def run_leg(learner: Learner, batches: Iterable[Batch], worker: Worker) -> None:
     def validate() -> None:
         is_done = any(line["kind"] == "validation" and line["step"] == position.step for line in lines)
         if store and learner.average is not None and not is_done:
-            figures = evaluate_clicks(learner.average_at_own_size(), worker.validation())
-            if figures["num_regions"]:  # false if nothing is held out
+            figures, pictures = learner.evaluate(worker.validation())
+            if figures is not None:
                 record("validation", figures)
             store.write_metrics(lines)
-            store.write_curves(draw_curves(lines))
+            store.write_picture(CURVES_FILE, draw_curves(lines, learner.objective.panels))
+            for name, png in pictures.items():
+                store.write_picture(name, png)
 
     def save() -> None:
         if store:

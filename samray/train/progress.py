@@ -16,10 +16,18 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from samray import storage
 from samray.text import duration, two_columns
+from samray.train.objectives import objective_of
+from samray.train.settings import TrainSettings
 from samray.train.store import CURVES_FILE, WEIGHTS_FILE, Store
 
 LOG_EVERY_S = 10.0
-_SHOWN = {"mask_loss": "loss", "distill_loss": "loss", "iou_scored": "IoU", "iou_last": "last IoU"}
+_SHOWN = {
+    "mask_loss": "loss",
+    "distill_loss": "loss",
+    "reconstruction_loss": "loss",
+    "iou_scored": "IoU",
+    "iou_last": "last IoU",
+}
 _MEMORY = 0.9
 """Smoothing of the displayed metrics: single steps are noisy."""
 
@@ -101,7 +109,7 @@ class TrainReport:
     step: int
     minutes: float
     """In training, including earlier runs."""
-    model: str
+    settings: TrainSettings
     num_images: list[tuple[str, int | None]]
     """DATA and the number of its training images; None for scenes, which are unlimited."""
     first: dict[str, Any] | None = None
@@ -113,16 +121,16 @@ class TrainReport:
 
 def print_train_report(report: TrainReport) -> None:
     """Print the closing summary to stdout, with the next command."""
-    store = Store(report.output)
+    store, objective = Store(report.output), objective_of(report.settings)
     table = two_columns()
     shown = {uri: "unlimited" if n is None else f"{n:,} images" for uri, n in report.num_images}
     table.add_row("data", escape("; ".join(f"{storage.redact(uri)}: {words}" for uri, words in shown.items())))
     table.add_row("trained", f"{report.step:,} steps, {duration(60 * report.minutes)}")
     if report.last is not None:
-        best = f"mean IoU {report.last['miou']:.3f} (highest score), {report.last['miou_oracle']:.3f} (best of three)"
-        table.add_row("held out", f"{best}, {report.last['num_regions']:,} masks, one click each")
+        key, _ = objective.headline[0]
+        table.add_row("held out", objective.in_words(report.last))
         if report.first is not None and report.first["step"] < report.last["step"]:
-            table.add_row("", f"at step {report.first['step']:,} it was {report.first['miou']:.3f}")
+            table.add_row("", f"at step {report.first['step']:,} it was {report.first[key]:.3f}")
     where = storage.redact(store.uri(WEIGHTS_FILE))
     table.add_row("weights", escape(where))
     table.add_row("curves", escape(storage.redact(store.uri(CURVES_FILE))))
@@ -131,11 +139,5 @@ def print_train_report(report: TrainReport) -> None:
     console = Console(highlight=False)
     console.print(table, soft_wrap=True)
     if not report.problem:  # outside of the table, which would wrap it, to be copied
-        console.print(f"\n{label_command(report.model, store.uri(WEIGHTS_FILE))}", soft_wrap=True, markup=False)
+        console.print(f"\n{objective.next_command(report.settings.model.name, where)}", soft_wrap=True, markup=False)
         console.print(f"samray report {shlex.quote(storage.redact(store.output))}", soft_wrap=True, markup=False)
-
-
-def label_command(model: str, weights: str) -> str:
-    """The command to use the trained weights, to be copied."""
-    checkpoint = shlex.quote(f"model.checkpoint={storage.redact(weights)}")
-    return f"samray label INPUT OUTPUT model.name={model} {checkpoint}"

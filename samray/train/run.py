@@ -22,11 +22,11 @@ from samray.config import ClusterConfig
 from samray.errors import SamrayError, StorageError
 from samray.output.destination import check_writable
 from samray.pipeline.preflight import machine_nodes
-from samray.train.data import SCENES, example_stream, open_data, output_of
+from samray.train.data import SCENES, example_stream
 from samray.train.learner import check_settings, frame_of, size_due
 from samray.train.mixture import Mixture
 from samray.train.monitor import Monitor
-from samray.train.optimizer import set_trainable
+from samray.train.objectives import objective_of
 from samray.train.progress import TrainReport, TrainView
 from samray.train.settings import TrainSettings, load_train_settings
 from samray.train.sizes import Sizes, choose_sizes
@@ -56,12 +56,13 @@ def train(
     Raises ConfigError before anything starts, StorageError if storage is unavailable. An exit_code of 130 or 143 in the
     report means that a signal ended the run early; call again to resume.
     """
-    settings = _absolute(settings or load_train_settings())
+    settings = objective_of(_absolute(settings or load_train_settings())).adjusted()
+    objective = objective_of(settings)
     uris = [str(data)] if isinstance(data, str | Path) else [str(uri) for uri in data]
-    uris = [uri if uri == SCENES else output_of(uri) for uri in uris]
+    uris = [uri if uri == SCENES else objective.place(uri) for uri in uris]
     spec = check_settings(settings)
     _check_trainable(settings)
-    mixture = open_data(uris, settings)
+    mixture = objective.open_data(uris)
     store = Store(str(output))
     storage.remove_leftovers(store.output)
     num_images = [(uri, part.num_images) for uri, part in zip(uris, mixture.parts, strict=True)]
@@ -104,6 +105,7 @@ def _check_start(output: str, settings: TrainSettings, mixture: Mixture) -> None
 def full_identity(settings: TrainSettings, model: str, num_images: Sequence[tuple[str, int | None]]) -> dict[str, Any]:
     """The settings' identity, plus the SHA-256 of the initial weights, and DATA in order."""
     from samray.sam.checkpoints import checkpoint_sha256
+    from samray.sam.encoder_start import file_sha256
 
     identity = settings.identity()
     if not settings.train.from_scratch:
@@ -111,6 +113,8 @@ def full_identity(settings: TrainSettings, model: str, num_images: Sequence[tupl
     if settings.train.distill_from is not None:
         teacher = checkpoint_sha256(settings.train.distill_from, settings.train.distill_checkpoint)
         identity["train"]["distill_checkpoint_sha256"] = teacher
+    if settings.train.encoder_checkpoint is not None:
+        identity["train"]["encoder_checkpoint_sha256"] = file_sha256(settings.train.encoder_checkpoint)
     identity["data"]["uris"] = [[uri, "endless" if n is None else n] for uri, n in num_images]
     return identity
 
@@ -119,11 +123,14 @@ def _check_trainable(settings: TrainSettings) -> None:
     """Raises: ConfigError if the model does not have these parts, before anything starts."""
     import torch
 
+    from samray.sam.encoder_start import check_encoder
     from samray.sam.sam import Sam
 
     with torch.device("meta"):
         sam = Sam(check_settings(settings))
-    set_trainable(sam, settings.train.trainable)
+    objective_of(settings).set_trainable(sam)
+    if settings.train.encoder_checkpoint is not None:
+        check_encoder(sam, settings.train.encoder_checkpoint)
 
 
 def _absolute(settings: TrainSettings) -> TrainSettings:
@@ -133,7 +140,8 @@ def _absolute(settings: TrainSettings) -> TrainSettings:
         return None if uri is None else storage.normalize(uri)
 
     model = settings.model.model_copy(update={"checkpoint": absolute(settings.model.checkpoint)})
-    config = settings.train.model_copy(update={"distill_checkpoint": absolute(settings.train.distill_checkpoint)})
+    files = ("distill_checkpoint", "encoder_checkpoint")
+    config = settings.train.model_copy(update={name: absolute(getattr(settings.train, name)) for name in files})
     sources = tuple(storage.normalize(folder) for folder in settings.data.sources)
     data = settings.data.model_copy(update={"sources": sources, "cache": storage.normalize(settings.data.cache)})
     return settings.model_copy(update={"model": model, "train": config, "data": data})
@@ -301,7 +309,7 @@ def _conclude(
     position = store.read_position()
     validations = [line for line in store.read_metrics(position.step) if line["kind"] == "validation"]
     report = TrainReport(
-        store.output, position.step, position.elapsed_s / 60, settings.model.name, num_images,
+        store.output, position.step, position.elapsed_s / 60, settings, num_images,
         validations[0] if validations else None, validations[-1] if validations else None,
     )  # fmt: skip
     if stopped_by is not None and position.progress(settings.train) < 1:

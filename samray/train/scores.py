@@ -7,10 +7,10 @@ steps: a prompt costs an image encoding and a decoder pass the first time, and a
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from samray.sam.sam import Sam
-from samray.train.interaction import Batch, Rounds, draw_course, normalise, seed_of
+from samray.train.interaction import Batch, Rounds, StepLoss, draw_course, normalise, seed_of
 from samray.train.settings import TrainConfig
 
 MEMORY_PROMPTS = 65_536
@@ -32,7 +32,7 @@ def ranking_loss(predicted_iou: Tensor, iou: Tensor) -> Tensor:
     return 1 - (chosen * iou).sum(dim=1).mean()
 
 
-class ScoreLoss(nn.Module):
+class ScoreLoss(StepLoss):
     """Squared error of the predicted IoUs, as in `sam_loss`, plus `ranking_loss` of the masks of ambiguous prompts.
 
     Over prompts of this and of earlier steps.
@@ -41,8 +41,7 @@ class ScoreLoss(nn.Module):
     def __init__(self, sam: Sam, config: TrainConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.sam, self.config, self.dtype = sam, config, dtype
-        self.memory: dict[str, Tensor] = {}
-        """tokens (M, C) that the head reads, and ious (M, 4) of the masks, float32, oldest first."""
+        # memory: tokens (M, C) that the head reads, and ious (M, 4) of the masks, float32, oldest first.
 
     def forward(self, batch: Batch, step: int, stream: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss with gradients, and metrics of the step's own prompts without. stream: as in `InteractionLoss`."""

@@ -8,14 +8,19 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from samray.config import ModelConfig, Sections, make_sections, user_settings
+from samray.config import InputConfig, ModelConfig, Sections, make_sections, user_settings
 from samray.config.base import OneOf, Settings
 from samray.config.models import teacher_names
 from samray.errors import ConfigError
+from samray.train.objectives import objective_names
 
 LAST_BLOCKS = "last_blocks:"
 SCORES = "iou_head"
 """Value of train.trainable: train only the part that predicts the masks' IoUs."""
+
+
+INPUT_IDENTITY = ("uri_column", "image_column", "max_pixels", "max_bytes", "limit")
+"""Settings of `input` that determine which images a training sees."""
 
 
 class DataConfig(Settings):
@@ -76,6 +81,8 @@ class TrainConfig(Settings):
     """How the model is trained."""
 
     section: ClassVar[str] = "train"
+    objective: Annotated[str, OneOf(objective_names)] = "masks"
+    """What to learn: masks, from labelled images; or mae, which pre-trains a plain ViT on unlabelled images."""
     steps: int | None = Field(default=2000, ge=1)
     """Budget in steps; null means that only train.minutes applies."""
     minutes: float | None = Field(default=None, gt=0)
@@ -87,6 +94,9 @@ class TrainConfig(Settings):
     decoder+prompt; or last_blocks:N (those, and the last N blocks of the image encoder)."""
     from_scratch: bool = False
     """Start from random weights instead of those of model.checkpoint."""
+    encoder_checkpoint: str | None = None
+    """Weights for the image encoder, from a masked autoencoder: MAE's .pth, ViTMAE's safetensors, or the weights that
+    train.objective=mae wrote. Only for plain ViTs; all else starts as without it."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """AdamW learning rate after the warm-up; the image encoder's layers get less, see train.layer_decay."""
     warmup_steps: int = Field(default=100, ge=1)
@@ -165,6 +175,29 @@ class TrainConfig(Settings):
         return self
 
 
+class MaeConfig(Settings):
+    """Pre-training with train.objective=mae."""
+
+    section: ClassVar[str] = "mae"
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
+    """Fraction of the patches that are masked."""
+    decoder_dim: int = Field(default=512, ge=4)
+    """Channels of the decoder, which is discarded after the training; a multiple of 4 and of mae.decoder_heads."""
+    decoder_depth: int = Field(default=8, ge=1)
+    """Transformer blocks of the decoder."""
+    decoder_heads: int = Field(default=16, ge=1)
+    """Attention heads of the decoder."""
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> MaeConfig:
+        if self.decoder_dim % self.decoder_heads or self.decoder_dim % 4:
+            raise ValueError(
+                f"mae.decoder_dim = {self.decoder_dim} is not allowed; it takes a multiple of 4 and of"
+                f" mae.decoder_heads={self.decoder_heads}"
+            )
+        return self
+
+
 class TrainClusterConfig(Settings):
     """Where the work runs. These settings are not part of the run's identity: it may resume with other values."""
 
@@ -193,6 +226,8 @@ class TrainSettings(Settings):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
+    mae: MaeConfig = MaeConfig()
+    input: InputConfig = InputConfig()
     cluster: TrainClusterConfig = TrainClusterConfig()
 
     def identity(self) -> dict[str, Any]:
@@ -205,16 +240,20 @@ class TrainSettings(Settings):
         plain = self.model_dump(mode="json")
         for name in ("cache", "image_root"):
             del plain["data"][name]
-        for name in ("save_every_minutes", "distill_checkpoint"):
+        for name in ("save_every_minutes", "distill_checkpoint", "encoder_checkpoint"):
             del plain["train"][name]
         return {
             "data": plain["data"],
             "model": {key: plain["model"][key] for key in ("name", "dtype")},
             "train": plain["train"],
+            "mae": plain["mae"],
+            "input": {key: plain["input"][key] for key in INPUT_IDENTITY},
         }
 
 
-TRAIN_SECTIONS: Sections = {cls.section: cls for cls in (DataConfig, ModelConfig, TrainConfig, TrainClusterConfig)}
+TRAIN_SECTIONS: Sections = {
+    cls.section: cls for cls in (DataConfig, ModelConfig, TrainConfig, MaeConfig, InputConfig, TrainClusterConfig)
+}
 
 
 def load_train_settings(file: str | Path | None = None, overrides: Sequence[str] = ()) -> TrainSettings:

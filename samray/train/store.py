@@ -6,6 +6,7 @@ state-<step>.pt      model, average, optimizer: where a resumed run begins
 position.json        step and time of the valid state; written after it
 metrics.jsonl        a line of means every `train.log_every` steps, and one per validation
 curves.png           the same as a plot
+reconstructions.png  of train.objective=mae: held-out images, masked and reconstructed
 
 Only one run may write at a time: two drivers on one OUTPUT would overwrite each other's steps.
 """
@@ -178,9 +179,9 @@ class Store:
         """Rewrite all lines, because object stores cannot append. Raises: StorageError."""
         storage.put(self.uri(METRICS_FILE), "".join(json.dumps(line) + "\n" for line in lines).encode())
 
-    def write_curves(self, png: bytes) -> None:
+    def write_picture(self, name: str, png: bytes) -> None:
         """Raises: StorageError."""
-        storage.put(self.uri(CURVES_FILE), png)
+        storage.put(self.uri(name), png)
 
 
 def _state_name(position: Position) -> str:

@@ -15,7 +15,7 @@ from samray import storage
 from samray.errors import ConfigError
 from samray.sam.sam import Sam
 from samray.storage.redaction import redact_json
-from samray.train import loop, run, scores
+from samray.train import masks, run, scores
 from samray.train.data import open_data
 from samray.train.interaction import draw_course
 from samray.train.learner import Learner, frame_of, size_due
@@ -83,8 +83,8 @@ def test_the_head_of_ious_learns_to_rank_masks_that_stay_as_they_are():
     assert history[-1]["score_loss"] < 0.5 * history[0]["score_loss"]
     assert history[-1]["iou_scored"] >= history[0]["iou_scored"]
     assert len({found["iou_oracle"] for found in history}) == 1
-    assert learner.scores is not None
-    assert learner.scores.memory["ious"].shape == (40 * 3 * 2 * 4, 4)  # steps, rounds, images, prompts
+    assert learner.step_loss is not None
+    assert learner.step_loss.memory["ious"].shape == (40 * 3 * 2 * 4, 4)  # steps, rounds, images, prompts
 
 
 def test_what_the_head_of_ious_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch):
@@ -93,10 +93,10 @@ def test_what_the_head_of_ious_remembers_is_bounded(monkeypatch: pytest.MonkeyPa
     batches = batches_of(settings_of())
     for _ in range(2):
         learner.step(next(batches))
-    assert learner.scores is not None
-    before = learner.scores.memory["tokens"]
+    assert learner.step_loss is not None
+    before = learner.step_loss.memory["tokens"]
     learner.step(next(batches))
-    after = learner.scores.memory["tokens"]
+    after = learner.step_loss.memory["tokens"]
     assert len(before) == len(after) == 12
     assert torch.equal(before[8:], after[:4])  # eight new ones; the oldest go
 
@@ -158,9 +158,9 @@ def test_small_images_come_first_and_what_they_taught_is_kept(tmp_path: Path, mo
 @pytest.mark.slow
 def test_validation_is_at_the_size_that_the_model_is_used_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     sizes = []
-    evaluate = loop.evaluate_clicks
+    evaluate = masks.evaluate_clicks
     monkeypatch.setattr(
-        loop, "evaluate_clicks", lambda sam, scenes: (sizes.append(sam.image_size), evaluate(sam, scenes))[1]
+        masks, "evaluate_clicks", lambda sam, scenes: (sizes.append(sam.image_size), evaluate(sam, scenes))[1]
     )
     run_to_end(tmp_path, "train.first_image_size=32", "train.first_fraction=0.5", "train.validate_every=1")
     assert sizes == [64] * 5

@@ -1,0 +1,153 @@
+"""Start a plain ViT from a masked autoencoder's file: MAE's own, Hugging Face's ViTMAE, or samray's.
+
+MAE has no windows, relative positions or neck: those of the model stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from samray.errors import ConfigError
+from samray.sam import fetch
+from samray.sam.checkpoints import key_problems, resolve_given
+from samray.sam.formats import read_tensors
+from samray.sam.sam import Sam
+from samray.sam.spec import VitSpec
+
+SETTING: Final = "train.encoder_checkpoint"
+
+_NOT_OF_ENCODER = re.compile(r"^(cls_token|mask_token|norm\.|fc_norm\.|head\.|decoder)")
+"""MAE's class token, final norm, decoder and classifiers: SAM's encoder has none of them."""
+
+_HF_RENAMES = tuple(
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"^vit\.", ""),
+        (r"^embeddings\.cls_token$", "cls_token"),
+        (r"^embeddings\.position_embeddings$", "pos_embed"),
+        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+        (r"^(?:encoder\.layer|layers)\.(\d+)\.", r"blocks.\1."),
+        (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
+        (r"\.attention\.output\.dense\.", ".attn.proj."),
+        (r"\.layernorm_before\.", ".norm1."),
+        (r"\.layernorm_after\.", ".norm2."),
+        (r"\.intermediate\.dense\.", ".mlp.lin1."),
+        (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.lin2."),
+        (r"^layernorm\.", "norm."),
+    )
+)
+
+
+def resolve(checkpoint: str) -> Path:
+    """The local file. Raises: ConfigError if there is none, StorageError."""
+    return resolve_given(checkpoint, SETTING)
+
+
+def file_sha256(checkpoint: str) -> str:
+    """SHA-256 (hex) of the file: part of a run's identity."""
+    return fetch.file_sha256(resolve(checkpoint))
+
+
+def load_encoder(sam: Sam, checkpoint: str, *, sha256: str | None = None) -> None:
+    """Replace the weights of the model's image encoder, but for neck and relative positions, which MAE does not have.
+
+    Positions are interpolated to the model's grid, and the patch embedding to its patch size (bicubic), as in ViTDet.
+    sha256: expected digest of the file; None accepts any. Raises: ConfigError that names the keys that do not fit,
+    or if the model is not a plain ViT; StorageError.
+    """
+    path = resolve(checkpoint)
+    with fetch.unchanged(path, sha256):
+        state = read_encoder(path, sam)
+    with torch.no_grad():
+        sam.image_encoder.load_state_dict(state, strict=False)
+
+
+def check_encoder(sam: Sam, checkpoint: str) -> None:
+    """Raises as `load_encoder` would. sam: may be on the meta device."""
+    read_encoder(resolve(checkpoint), sam)
+
+
+def read_encoder(path: Path, sam: Sam) -> dict[str, Tensor]:
+    """The file's tensors with the names and shapes of the model's encoder; sam may be on the meta device.
+
+    Raises: ConfigError.
+    """
+    spec = sam.spec.encoder
+    if not isinstance(spec, VitSpec):
+        raise ConfigError(f"{SETTING} is for models with a plain ViT; {sam.spec.name} is not one")
+    state = to_encoder_names(read_tensors(path))
+    if "pos_embed" in state:
+        state["pos_embed"] = _positions(state["pos_embed"], sam.spec.grid, path)
+    filters = state.get("patch_embed.proj.weight")
+    if filters is not None and filters.ndim == 4 and filters.shape[2] != spec.patch:
+        state["patch_embed.proj.weight"] = _resized(filters.float(), spec.patch)
+    shapes = {
+        key: tuple(value.shape)
+        for key, value in sam.image_encoder.state_dict().items()
+        if not key.startswith("neck.") and ".rel_pos_" not in key
+    }
+    problems = key_problems(shapes, state)
+    if problems:
+        raise ConfigError(
+            f"{SETTING}: {path} is not a masked autoencoder that fits {sam.spec.name}: {'; '.join(problems)}"
+        )
+    return {key: value.float() for key, value in state.items()}
+
+
+def to_encoder_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names of samray's encoder for MAE's, ViTMAE's or samray's own; what the encoder does not have is left out."""
+    if any("embeddings.position_embeddings" in key for key in state):
+        return _fused({_renamed(key): value for key, value in state.items()})
+    plain = {key.removeprefix("image_encoder."): value for key, value in state.items()}
+    return {
+        key.replace(".mlp.fc1.", ".mlp.lin1.").replace(".mlp.fc2.", ".mlp.lin2."): value
+        for key, value in plain.items()
+        if not _NOT_OF_ENCODER.match(key)
+    }
+
+
+def _renamed(key: str) -> str:
+    for pattern, name in _HF_RENAMES:
+        key = pattern.sub(name, key)
+    return key
+
+
+def _fused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One qkv for each block's query, key and value."""
+    kept = {key: value for key, value in state.items() if not _NOT_OF_ENCODER.match(key)}
+    fused = {}
+    for key, value in kept.items():
+        if ".attn.query." in key:
+            parts = [kept.get(key.replace(".query.", f".{name}.")) for name in ("query", "key", "value")]
+            if all(part is not None for part in parts):
+                fused[key.replace(".query.", ".qkv.")] = torch.cat([part for part in parts if part is not None])
+        elif ".attn.key." not in key and ".attn.value." not in key:
+            fused[key] = value
+    return fused
+
+
+def _positions(positions: Tensor, grid: int, path: Path) -> Tensor:
+    """(1, 1 + n, D) of a class token and n = g x g cells, or (1, g, g, D) -> (1, grid, grid, D)."""
+    if positions.ndim == 3:
+        side = math.isqrt(positions.shape[1])
+        if side * side + 1 == positions.shape[1]:
+            positions = positions[:, 1:]
+        elif side * side != positions.shape[1]:
+            raise ConfigError(f"{SETTING}: {path} has positions of {positions.shape[1]} cells, which is not a square")
+        positions = positions.unflatten(1, (side, side))
+    if positions.ndim != 4 or positions.shape[1] == grid:
+        return positions
+    return _resized(positions.float().permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
+
+
+def _resized(maps: Tensor, side: int) -> Tensor:
+    """(N, C, a, a) -> (N, C, side, side)."""
+    return F.interpolate(maps, (side, side), mode="bicubic", align_corners=False)
