@@ -67,6 +67,23 @@ class Protocol(enum.StrEnum):
     PAPER = "paper"
 
 
+ProtocolOption = Annotated[
+    Protocol,
+    typer.Option(
+        "--protocol",
+        help="paper: as in the SAM paper, section 7.3. 64 x 64 points, NMS at 0.9, the 1,000 masks with the highest "
+        "mean of predicted IoU and stability score.",
+    ),
+]
+Frequencies = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="LVIS annotations (or JSON with their categories): also measure frequent, common and rare classes.",
+    ),
+]
+
+
 class PointsCommand(CommandWithSettings):
     sections: ClassVar[Sections] = {"model": SECTIONS["model"]}
 
@@ -127,20 +144,8 @@ def proposals(
     preset: Annotated[
         str | None, typer.Option(help="Start from a preset. Without a preset, mask settings follow the model.")
     ] = None,
-    protocol: Annotated[
-        Protocol,
-        typer.Option(
-            help="paper: as in the SAM paper, section 7.3. 64 x 64 points, NMS at 0.9, the 1,000 "
-            "masks with the highest mean of predicted IoU and stability score."
-        ),
-    ] = Protocol.LABEL,
-    frequencies: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="LVIS annotations (or JSON with their categories): also measure frequent, common and rare classes.",
-        ),
-    ] = None,
+    protocol: ProtocolOption = Protocol.LABEL,
+    frequencies: Frequencies = None,
     min_area: Annotated[int, typer.Option(min=0, metavar="PIXELS", help="Ignore smaller regions.")] = 0,
     limit: Limit = None,
     json: Json = None,
@@ -185,9 +190,15 @@ def proposals(
             on_image=on_image,
             on_masks=lambda image, masks: offer_masks(sheet, image, masks) if sheet else None,
         )
+    used = {"protocol": protocol.value, "min_area": min_area, "masks": config.masks.model_dump(mode="json")}
+    run.finish({**figures, **used}, _proposal_rows(figures), sheet)
+    return 0
+
+
+def _proposal_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     by_size = {size: figures[f"ar_1000_{size}"] for size in ("small", "medium", "large")}
     sizes = ", ".join(f"{size} {'-' if math.isnan(recall) else f'{recall:.4f}'}" for size, recall in by_size.items())
-    rows = [
+    return [
         ("AR@10", f"{figures['ar_10']:.4f}"),
         ("AR@100", f"{figures['ar_100']:.4f}"),
         ("AR@1000", f"{figures['ar_1000']:.4f}; {sizes}"),
@@ -195,12 +206,6 @@ def proposals(
         ("regions", f"{figures['num_regions']:,}"),
         ("masks", f"{figures['num_masks']:,}, {figures['num_masks'] / max(figures['num_images'], 1):.1f} per image"),
     ]
-    run.finish(
-        {**figures, "protocol": protocol.value, "min_area": min_area, "masks": config.masks.model_dump(mode="json")},
-        rows,
-        sheet,
-    )
-    return 0
 
 
 def _frequency_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:

@@ -27,6 +27,26 @@ if TYPE_CHECKING:
     from samray.evaluate.edges import MapSource
 
 
+Data = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA",
+        help="Parquet with the boundaries that people drew, in BSDS500's layout: width, height, annotators with "
+        "boundary (or boundaries), and jpeg (the image) or map_png (its edge map).",
+    ),
+]
+Maps = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Evaluate these edge maps: grey PNG files, 8 or 16 bits, named like the images (100007.png).",
+    ),
+]
+OnRay = Annotated[
+    bool, typer.Option("--ray/--no-ray", help="Match the images in parallel on Ray, or one after another here.")
+]
+
+
 class EdgesCommand(CommandWithSettings):
     sections: ClassVar[Sections] = {name: EDGE_SECTIONS[name] for name in ("model", "edges")}
     has_presets: ClassVar[bool] = False
@@ -34,28 +54,13 @@ class EdgesCommand(CommandWithSettings):
 
 @evaluate_app.command(cls=EdgesCommand)
 def edges(
-    data: Annotated[
-        str,
-        typer.Argument(
-            metavar="DATA",
-            help="Parquet with the boundaries that people drew, in BSDS500's layout: width, height, annotators with "
-            "boundary (or boundaries), and jpeg (the image) or map_png (its edge map).",
-        ),
-    ],
+    data: Data,
     settings: Words = None,
-    maps: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Evaluate these edge maps: grey PNG files, 8 or 16 bits, named like the images (100007.png).",
-        ),
-    ] = None,
+    maps: Maps = None,
     thresholds: Annotated[int, typer.Option(min=1, max=999, metavar="N", help="Thresholds between 0 and 1.")] = 99,
     limit: Limit = None,
     json: Json = None,
-    ray: Annotated[
-        bool, typer.Option("--ray/--no-ray", help="Match the images in parallel on Ray, or one after another here.")
-    ] = True,
+    ray: OnRay = True,
     address: Address = None,
     no_progress: NoProgress = False,
 ) -> int:
@@ -101,14 +106,18 @@ def edges(
         raise SamrayError(f"none of {count(figures['num_failed'], 'image')} could be used: {reasons}")
     figures = {**figures, "thresholds": thresholds, "data": images.where, **made_by}
     figures |= {"seconds": round(seconds, 3), "versions": {"samray": __version__}}
-    text = jsonlib.dumps(figures, indent=2) + "\n"
-    if json == "-":
+    if json != "-":
+        _print(figures)
+    if json is not None:
+        _write(json, jsonlib.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+def _write(file: str, text: str) -> None:
+    if file == "-":
         print(text, end="")
     else:
-        _print(figures)
-    if json not in (None, "-"):
-        storage.put(storage.normalize(str(json)), text.encode())
-    return 0
+        storage.put(storage.normalize(file), text.encode())
 
 
 def _map_source(images: EdgeData, maps: str | None, config: EdgesConfig) -> tuple[MapSource, dict[str, Any]]:

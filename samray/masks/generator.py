@@ -100,9 +100,8 @@ class MaskGenerator:
     def generate(self, images: list[Image]) -> list[list[MaskRecord]]:
         """All masks of each image, with keys and meanings as in SA-1B.
 
-        images: RGB uint8 (H, W, 3), of any sizes. Returns one list per image, smallest crops first and within a crop
-        highest predicted IoU first, of `samray.rle.records.MaskRecord` without id. An image without masks gives an
-        empty list. Raises ValueError for invalid images.
+        images: RGB uint8 (H, W, 3), of any sizes. Returns one list per image, possibly empty, smallest crops first and
+        within a crop highest predicted IoU first, without id. Raises ValueError for invalid images.
         """
         return self.finish_candidates(images, self._process_image)
 
@@ -110,8 +109,7 @@ class MaskGenerator:
     def finish_candidates(self, images: list[Image], finish: Callable[[Candidates, tuple[int, int]], T]) -> list[T]:
         """finish(candidates, image_hw) for each image: with the masks of all crops, after the NMS within each crop.
 
-        With a GPU, finish is called in a thread while the GPU works on the next image. Raises ValueError for invalid
-        images.
+        On a GPU, finish runs in a thread, next to the following image. Raises ValueError for invalid images.
         """
         check_images(images)
         views = [view for i, image in enumerate(images) for view in self._views(i, image)]

@@ -87,8 +87,7 @@ def plan_run(
 
     append, redo_changed: as for `samray.label`. with_model: whether the actors load the model of config.
     dry_run: write nothing, and check neither weights nor Ray.
-    Raises: ConfigError if the run cannot start or differs from the one in OUTPUT, before anything is written;
-    StorageError.
+    Raises: ConfigError, before anything is written, if the run cannot start or differs from OUTPUT's; StorageError.
     """
     from samray.sam.checkpoints import WeightsFile
 
@@ -96,8 +95,7 @@ def plan_run(
     check_is_folder(output_uri)
     is_new = not storage.exists(storage.join(output_uri, "_samray", "run.json"))
     begun = None if is_new else load_plan(output_uri).run["identity"]
-    if begun is not None:
-        # Settings without a value of the user follow the run that was begun, not a newer preset or default.
+    if begun is not None:  # settings without a value of the user follow it, not a newer preset or default
         config = config.as_begun(begun)
     joining = append or redo_changed
     weights = WeightsFile(config.model.name, config.model.checkpoint)
@@ -107,8 +105,7 @@ def plan_run(
     if is_checked:
         check_label(input_uri, output_uri, config, weights_to_load, is_new=is_new)
     if is_new and not dry_run:
-        # Listing a large INPUT takes long: find out before it that OUTPUT cannot be written.
-        storage.check_output(output_uri)
+        storage.check_output(output_uri)  # before listing INPUT, which may take long
     prompt_file = None if config.input.prompts is None else PromptFile.read(config.input.prompts)
     labels = read_inputs(config)
     identity = _identity_of_dry_run(config, begun) if dry_run else run_identity(config, weights)
@@ -121,9 +118,8 @@ def plan_run(
     plan = make_plan(input_uri, output_uri, config, identity, joining=joining, check=check)
     changes = InputChanges(listed=is_new)
     if joining and not is_new:
-        plan, changes = join_images(
-            plan, input_uri, config, identity, append=append, redo_changed=redo_changed, dry_run=dry_run
-        )
+        ways = {"append": append, "redo_changed": redo_changed, "dry_run": dry_run}
+        plan, changes = join_images(plan, input_uri, config, identity, **ways)
     if not dry_run:
         storage.remove_leftovers(plan.output)
     return RunPlan(
