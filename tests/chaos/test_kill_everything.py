@@ -28,10 +28,10 @@ ON_RAY = ("label", "append", "retry")
 """The others are done by the driver alone, or on Ray if they are asked to."""
 
 PLAN = [
-    *(("label", victim) for victim in ("driver", "group", "raylet", "gcs", "actor")),
-    *(("append", victim) for victim in ("raylet", "driver")),
-    *(("retry", victim) for victim in ("group", "actor")),
-    *(("compact", "driver"), ("export", "driver"), ("import", "driver")),
+    *(("label", victim) for victim in ("driver", "raylet", "gcs", "actor")),
+    ("append", "group"),
+    ("retry", "actor"),
+    *((name, victim) for name in ("compact", "export", "import") for victim in ("driver", "group")),
 ]
 """The kills of one output, and what CI does. An actor last: its run goes on and leaves nothing to be killed."""
 
@@ -43,17 +43,19 @@ PATIENCE_S = 150.0
 """An agent of Ray that has lost its raylet looks a minute for the GCS, to report it, before it ends."""
 
 
+VICTIMS = {
+    **dict.fromkeys(("append", "retry"), ("driver", "group", "raylet", "gcs", "actor")),
+    **dict.fromkeys(("label", "export", "import"), ("driver", "group", "raylet", "gcs")),
+    "compact": ("driver", "group"),
+}
+
+
 def planned(output: int, rng: random.Random) -> list[tuple[str, str]]:
     """Operation and victim of each kill: the plan for the first output, other victims for the others."""
     kills = PLAN[: ROUNDS - output * len(PLAN)]
     if output == 0:
         return kills
-    others = {
-        "compact": ("driver", "group"),
-        **dict.fromkeys(("export", "import"), ("driver", "group", "gcs", "raylet")),
-    }
-    on_ray = ("driver", "group", "raylet", "gcs")
-    return [(name, victim if victim == "actor" else rng.choice(others.get(name, on_ray))) for name, victim in kills]
+    return [kill if kill == ("label", "actor") else (kill[0], rng.choice(VICTIMS[kill[0]])) for kill in kills]
 
 
 def make_images(num_images: int) -> dict[str, bytes]:
