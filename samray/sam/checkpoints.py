@@ -22,6 +22,7 @@ from samray.sam.sam import Sam
 from samray.sam.spec import MODELS, ModelSpec
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# In order of preference: safetensors cannot hold code.
 _HF_FILES = ("model.safetensors", "pytorch_model.bin")
 _NOT_NEEDED = ".num_batches_tracked"  # a training counter; files without it are complete
 
@@ -64,6 +65,7 @@ def load_model(
     path = resolve_checkpoint(name, checkpoint)
     # The file is read twice, to hash and to load. If it is replaced in between, neither is valid.
     with fetch.unchanged(path, sha256):
+        # On the CPU first: keys and shapes are checked before any GPU memory is used.
         model = build(spec, read_state_dict(path), str(path))
     return model.to(chosen_device).cast_image_side(chosen_dtype)
 
@@ -121,6 +123,7 @@ def check_checkpoint(name: str = "tiny", checkpoint: str | Path | None = None) -
 def _refuse_misfit(spec: ModelSpec, state: Mapping[str, Tensor], origin: str) -> None:
     problems = key_problems(_shapes(spec), state)
     if problems:
+        # The file may be another model's: look for the one that it fits, for the message.
         fits = [
             other.name for other in MODELS.values() if other is not spec and not key_problems(_shapes(other), state)
         ]
@@ -215,6 +218,7 @@ def check_device(device: str | None, *, here: bool = True) -> None:
 def _parse_device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
+        # torch accepts names of backends that this build lacks; only an allocation shows it. `meta` has no data.
         if chosen.type in ("cpu", "cuda") or torch.empty(0, device=chosen).device.type != "meta":
             return chosen
     except (RuntimeError, NotImplementedError, AssertionError) as error:
@@ -248,6 +252,7 @@ class _NoInit(TorchFunctionMode):
     """Leaves new parameters uninitialized, because all of them are filled from the checkpoint."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # An initialiser returns the tensor that it was given, here unchanged.
         if getattr(func, "__module__", None) == nn.init.__name__:
             return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
         return func(*args, **(kwargs or {}))
@@ -256,6 +261,7 @@ class _NoInit(TorchFunctionMode):
 @cache
 def _shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """The expected tensors of a checkpoint for this model."""
+    # On the meta device nothing is allocated, however large the model.
     with torch.device("meta"), _NoInit():
         return {key: tuple(value.shape) for key, value in Sam(spec).state_dict().items()}
 

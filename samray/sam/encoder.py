@@ -45,6 +45,7 @@ class ImageEncoder(nn.Module):
 
 def build_encoder(spec: ModelSpec) -> ImageEncoder:
     """The encoder of a model, by the function that its row names."""
+    # Imported by name: a new encoder is a file and a row, and no code here lists them.
     module, _, function = spec.encoder.builder.partition(":")
     encoder: ImageEncoder = getattr(importlib.import_module(module), function)(spec)
     return encoder
@@ -60,7 +61,8 @@ def packed(features: Features) -> Tensor:
         return features.embedding
     s0, s1 = features.high_res
     b, _, h, w = s1.shape
-    halves = s1.view(b, -1, h // 2, 2, w // 2, 2).permute(0, 3, 5, 1, 2, 4)
+    halves = s1.view(b, -1, h // 2, 2, w // 2, 2).permute(0, 3, 5, 1, 2, 4)  # (B, y, x, C / 4, h, w)
+    # (B, y, x, y, x, C / 8, h, w)
     quarters = s0.view(b, -1, h // 2, 2, 2, w // 2, 2, 2).permute(0, 3, 6, 4, 7, 1, 2, 5)
     cells = [part.reshape(b, -1, h // 2, w // 2) for part in (halves, quarters)]
     return torch.cat([features.embedding, *cells], dim=1)

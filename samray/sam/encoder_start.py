@@ -27,6 +27,7 @@ SETTING: Final = "train.encoder_checkpoint"
 _NOT_OF_ENCODER = re.compile(r"^(cls_token|mask_token|norm\.|fc_norm\.|head\.|decoder)")
 """MAE's class token, final norm, decoder and classifiers: SAM's encoder has none of them."""
 
+# ViTMAE's names to samray's, applied in this order: later patterns expect what earlier ones made.
 _HF_RENAMES = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
@@ -87,8 +88,10 @@ def read_encoder(path: Path, sam: Sam) -> dict[str, Tensor]:
     if "pos_embed" in state:
         state["pos_embed"] = _positions(state["pos_embed"], sam.spec.grid, path)
     filters = state.get("patch_embed.proj.weight")
+    # Other shapes stay as they are, and `key_problems` names them.
     if filters is not None and filters.ndim == 4 and filters.shape[2] != spec.patch:
         state["patch_embed.proj.weight"] = _resized(filters.float(), spec.patch)
+    # What MAE does not have is not expected in the file.
     shapes = {
         key: tuple(value.shape)
         for key, value in sam.image_encoder.state_dict().items()
@@ -126,6 +129,7 @@ def _fused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     fused = {}
     for key, value in kept.items():
         if ".attn.query." in key:
+            # In the order of qkv. If one is missing, the block has no qkv, and `key_problems` names that.
             parts = [kept.get(key.replace(".query.", f".{name}.")) for name in ("query", "key", "value")]
             if all(part is not None for part in parts):
                 fused[key.replace(".query.", ".qkv.")] = torch.cat([part for part in parts if part is not None])
@@ -139,10 +143,11 @@ def _positions(positions: Tensor, grid: int, path: Path) -> Tensor:
     if positions.ndim == 3:
         side = math.isqrt(positions.shape[1])
         if side * side + 1 == positions.shape[1]:
+            # The class token's position comes first in MAE's files.
             positions = positions[:, 1:]
         elif side * side != positions.shape[1]:
             raise ConfigError(f"{SETTING}: {path} has positions of {positions.shape[1]} cells, which is not a square")
-        positions = positions.unflatten(1, (side, side))
+        positions = positions.unflatten(1, (side, side))  # (1, g, g, D)
     if positions.ndim != 4 or positions.shape[1] == grid:
         return positions
     return _resized(positions.float().permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)

@@ -47,6 +47,7 @@ def fetch_published(file_name: str, url: str, sha256: str) -> Path:
     Raises ConfigError if its digest is wrong, and StorageError if it cannot be downloaded.
     """
     path = published_path(file_name)
+    # Verified below in any case: the file may have been there already, put there manually.
     _fetch(url, path, sha256)
     found = file_sha256(path)
     if found != sha256:
@@ -64,6 +65,7 @@ def fetch_remote(uri: str) -> Path:
     """
     for _ in range(_MAX_TRIES):
         version = _version(uri)
+        # The version is part of the name: a replaced object is another file, and old copies stay valid.
         key = hashlib.sha256(f"{uri}\n{version}".encode()).hexdigest()[:16]
         path = published_path(f"{key}-{uri.partition('?')[0].rpartition('/')[2]}")
         try:
@@ -89,6 +91,7 @@ def file_sha256(path: Path) -> str:
     key = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
     entry = cache_dir() / "sha256" / f"{key}.json"
     if stat.st_size > _SMALL_FILE_BYTES:
+        # An unreadable or damaged entry counts as none: the file is hashed again.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             known = json.loads(entry.read_text())
             if known["identity"] == identity:
@@ -98,6 +101,7 @@ def file_sha256(path: Path) -> str:
     if stat.st_size > _SMALL_FILE_BYTES:
         with contextlib.suppress(OSError):  # a read-only home only costs time at the next start
             entry.parent.mkdir(parents=True, exist_ok=True)
+            # Renamed when complete, because other processes of this node read and write the same entry.
             part = entry.with_suffix(f".{os.getpid()}.part")
             part.write_text(json.dumps({"identity": identity, "sha256": digest}))
             part.replace(entry)
@@ -116,6 +120,7 @@ def unchanged(path: Path, sha256: str | None) -> Iterator[None]:
 
     Raises: ConfigError if it is another file, or if it was replaced while the block read it.
     """
+    # Taken before hashing: a change between hashing and the end of the block is noticed, too.
     before = _identity(path)
     found = sha256 if sha256 is None else file_sha256(path)
     if found != sha256:
@@ -151,7 +156,9 @@ def _fetch(uri: str, path: Path, expected_sha256: str | None = None, version: st
     """Create `path`. Files appear complete, so an existing file needs no lock and no writable folder."""
     if path.exists():
         return
+    # The first process of a node downloads; the others wait here and then find the file.
     with _locked(path):
+        # Look again: another process may have finished while this one waited for the lock.
         if not path.exists():
             _download(uri, path, expected_sha256, version)
 
@@ -169,6 +176,7 @@ def _download(uri: str, path: Path, expected_sha256: str | None, version: str | 
             raise ConfigError(
                 f"{storage.redact(uri)} was damaged or changed: expected SHA-256 {expected_sha256}, found {found}"
             )
+        # The pieces are separate requests: together they are one file only if the object stayed the same.
         if version is not None and (_version(uri) != version or not _is_same_again(uri, part)):
             raise _Replaced
         part.replace(path)
@@ -203,6 +211,7 @@ def _stream(uri: str, part: Path) -> None:
             offset = file.tell()
             data = storage.read_bytes(uri, offset, min(_PIECE_BYTES, size - offset))
             file.write(data)
+            # More than asked for: a server without ranges sends the whole file each time.
             if not data or file.tell() > size:
                 raise StorageError(
                     f"cannot read {storage.redact(uri)}: expected {size:,} bytes, got {file.tell():,}; it was replaced "

@@ -73,6 +73,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 def to_meta_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Rename Hugging Face's keys and drop MobileSAM's classifier; keys with Meta's names are unchanged."""
     if _HF_SHARED_POSITIONS in state or any(key.startswith("vision_encoder.") for key in state):
+        # Hugging Face's layout, which may have the table twice. If the two differ, neither is certain.
         tied = state.get(_HF_TIED_POSITIONS)
         if tied is not None and not torch.equal(state.get(_HF_SHARED_POSITIONS, tied), tied):
             raise ConfigError(
@@ -96,9 +97,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            head = file.read(64)
+            head = file.read(64)  # enough for every magic number
     except OSError as error:
         raise ConfigError(f"the checkpoint {path} cannot be read: {error.strerror or error}") from error
+    # A clone without LFS has a small text file in place of the weights.
     if head.startswith(_LFS_MAGIC):
         raise ConfigError(f"{path} is a Git LFS pointer, not the weights themselves; fetch them with `git lfs pull`")
     if _is_safetensors(head, size):
@@ -125,6 +127,7 @@ def _torch_load(path: Path, *, is_zip: bool) -> dict[str, Tensor]:
     except EOFError as error:
         raise ConfigError(f"{path} is truncated") from error
     except pickle.UnpicklingError as error:
+        # A truncated file raises the same error as forbidden code; only the text differs.
         if "truncated" in str(error):
             raise ConfigError(f"{path} is truncated") from error
         raise ConfigError(
@@ -138,6 +141,7 @@ def _torch_load(path: Path, *, is_zip: bool) -> dict[str, Tensor]:
         raise ConfigError(f"{path} is not a state dict: expected a dict of tensors, found a {type(loaded).__name__}")
     if list(loaded) == ["model"] and isinstance(loaded["model"], dict):  # as MAE's files are
         loaded = loaded["model"]
+    # A training checkpoint, for example, also has an optimizer's state and counters.
     if others := [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]:
         raise ConfigError(
             f"{path} is not a state dict: expected only tensors, but {', '.join(others[:3])} "

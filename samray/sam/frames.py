@@ -47,6 +47,7 @@ class Frame:
 
     def scale_xy(self, original_hw: tuple[int, int]) -> NDArray[np.float64]:
         """(2,) factors of x and y from the original to the input frame."""
+        # The ratio of the rounded sizes, as in the reference: the two sides may differ slightly.
         return np.array(self.input_hw(original_hw)[::-1]) / np.array(original_hw[::-1])
 
     def points_in(self, xy: NDArray[np.float64], original_hw: tuple[int, int]) -> NDArray[np.float64]:
@@ -93,6 +94,7 @@ FRAMES: Final[dict[str, type[Frame]]] = {"pad": PadFrame, "square": SquareFrame}
 
 def frame_of(model: Any) -> Frame:
     """A model's frame; SAM's, of its `image_size`, for a model that names none."""
+    # Stand-ins for models, as in the tests, have only an image_size.
     frame: Frame = getattr(model, "frame", None) or PadFrame(model.image_size)
     return frame
 
@@ -102,6 +104,7 @@ def interpolate(logits: Tensor, side: int, inside_hw: tuple[int, int], original_
 
     logits: (K, 4h, 4w). side, inside_hw: as `Frame.mask_steps` gives them. Returns (K, H, W) of the same dtype.
     """
+    # Two steps, not one: the padding is cut off between them, and one step would give other numbers.
     square = F.interpolate(logits[None], (side, side), mode="bilinear", align_corners=False)
     cut = square[..., : inside_hw[0], : inside_hw[1]]
     return F.interpolate(cut, original_hw, mode="bilinear", align_corners=False)[0]

@@ -31,6 +31,7 @@ class LayerNorm2d(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        # Channels last for torch's fused norm; the result is a view, without a copy back.
         normed = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), self.weight, self.bias, self.eps)
         return normed.permute(0, 3, 1, 2)
 
@@ -48,9 +49,10 @@ def make_neck(in_channels: int, out_channels: int) -> nn.Sequential:
 def partition_windows(x: Tensor, window: int) -> tuple[Tensor, tuple[int, int]]:
     """(B, H, W, C) -> (B * windows, window, window, C), zero-padded at the bottom and right; and the padded (H, W)."""
     b, h, w, c = x.shape
+    # The padding is not masked: zeros take part in attention, as in the reference.
     x = F.pad(x, (0, 0, 0, -w % window, 0, -h % window))
     padded_h, padded_w = x.shape[1:3]
-    x = x.view(b, padded_h // window, window, padded_w // window, window, c)
+    x = x.view(b, padded_h // window, window, padded_w // window, window, c)  # rows, y, columns, x
     return x.transpose(2, 3).reshape(-1, window, window, c), (padded_h, padded_w)
 
 
@@ -58,7 +60,7 @@ def merge_windows(windows: Tensor, padded_hw: tuple[int, int], hw: tuple[int, in
     """The inverse of `partition_windows`: (B * windows, window, window, C) -> (B, H, W, C), padding cut off."""
     window, c = windows.shape[1], windows.shape[-1]
     (padded_h, padded_w), (h, w) = padded_hw, hw
-    x = windows.view(-1, padded_h // window, padded_w // window, window, window, c)
+    x = windows.view(-1, padded_h // window, padded_w // window, window, window, c)  # rows, columns, y, x
     return x.transpose(2, 3).reshape(-1, padded_h, padded_w, c)[:, :h, :w]
 
 
@@ -71,6 +73,7 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, dim * 3)
         self.proj = nn.Linear(dim, dim)
+        # One vector per offset between two rows (columns), from -(size - 1) to size - 1.
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * size - 1, head_dim))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * size - 1, head_dim))
         # On the CPU even where only shapes are wanted: arithmetic on the meta device loads half of torch's compiler.
@@ -85,19 +88,22 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(b, h * w, 3, heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, H * W, head_dim)
         assert isinstance(self.offsets, Tensor)
         rel_h = self.rel_pos_h[self.offsets]  # (H, H, head_dim)
-        rel_w = self.rel_pos_w[self.offsets]
+        rel_w = self.rel_pos_w[self.offsets]  # (W, W, head_dim)
         most = _CPU_BIAS_ELEMENTS if x.device.type == "cpu" else _GPU_BIAS_ELEMENTS
         rows = max(1, min(h, most // (b * heads * w * h * w)))
         # Allocated before the slices: an allocation between them would keep malloc from reusing a slice's memory.
         out = q.new_empty(b, h * w, heads, dim // heads)
         for top in range(0, h, rows):
             bottom = min(h, top + rows)
+            # Some rows of queries against all keys: exact, because a softmax is over the keys of one query.
             q_rows = q[:, :, top * w : bottom * w]
             grid = q_rows.view(b, heads, bottom - top, w, -1)
             # Laid out as the bias is to be: their sum would otherwise take on a layout that is copied once more.
             bias_h = torch.einsum("bnhwc,hkc->bnhwk", grid, rel_h[top:bottom]).contiguous()
             bias_w = torch.einsum("bnhwc,wkc->bnhwk", grid, rel_w).contiguous()
+            # (B, heads, rows * W, H * W), the sum of a bias for the key's row and one for its column.
             bias = (bias_h[..., :, None] + bias_w[..., None, :]).reshape(b, heads, -1, h * w)
+            # The bias comes from unscaled queries, as in the reference; torch scales only q k.
             read = F.scaled_dot_product_attention(q_rows, k, v, attn_mask=bias)
             out[:, top * w : bottom * w] = read.transpose(1, 2)
         return self.proj(out.view(b, h, w, dim))
@@ -160,6 +166,7 @@ class ImageEncoderViT(ImageEncoder):
         super().__init__()
         grid = image_size // spec.patch
         self.patch_embed = PatchEmbed(spec.patch, spec.dim)
+        # Learned for one grid, which is why a ViT takes only its own input size.
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, spec.dim))
         self.blocks = nn.ModuleList(
             Block(spec.dim, spec.num_heads, 0 if i in spec.global_blocks else spec.window, grid)

@@ -20,7 +20,7 @@ def patchify(pixels: Tensor, patch: int) -> Tensor:
     """(B, 3, S, S) -> (B, L, P), patches row by row, values in the order row, column, channel."""
     b, c, s, _ = pixels.shape
     grid = s // patch
-    cells = pixels.reshape(b, c, grid, patch, grid, patch)
+    cells = pixels.reshape(b, c, grid, patch, grid, patch)  # c, row of patches, y, column of patches, x
     return cells.permute(0, 2, 4, 3, 5, 1).reshape(b, grid * grid, patch * patch * c)
 
 
@@ -28,7 +28,7 @@ def unpatchify(patches: Tensor, patch: int) -> Tensor:
     """The inverse of `patchify`."""
     b, num, _ = patches.shape
     grid = math.isqrt(num)
-    cells = patches.reshape(b, grid, grid, patch, patch, 3)
+    cells = patches.reshape(b, grid, grid, patch, patch, 3)  # rows, columns, y, x, c
     return cells.permute(0, 5, 1, 3, 2, 4).reshape(b, 3, grid * patch, grid * patch)
 
 
@@ -44,6 +44,7 @@ def num_visible(num_patches: int, mask_ratio: float) -> int:
 
 def normalised_patches(patches: Tensor) -> Tensor:
     """Each patch (..., P) with mean 0 and variance 1 over its values. Source: MAE, section 4.1, "norm_pix_loss"."""
+    # The unbiased variance, as in MAE's code.
     mean, variance = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
     return (patches - mean) / (variance + 1e-6).sqrt()
 
@@ -51,11 +52,13 @@ def normalised_patches(patches: Tensor) -> Tensor:
 def masked_error(predicted: Tensor, target: Tensor, order: Tensor, visible: int) -> Tensor:
     """Mean squared error over the masked patches, a scalar. predicted, target: (B, L, P); order: (B, L)."""
     error = (predicted - target).square().mean(dim=-1)
+    # Every image has as many masked patches, so the mean over all is the mean of the images' means.
     return error.gather(1, order[:, visible:]).mean()
 
 
 def sine_positions(grid: int, dim: int) -> Tensor:
     """(grid, grid, dim): fixed 2D sine and cosine positions. The first half encodes the column, as in MAE's code."""
+    # In float64, as in MAE's code; a quarter of the channels each: sine and cosine of column and row.
     omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, dim / 2)
@@ -69,10 +72,12 @@ def encode_visible(encoder: ImageEncoderViT, pixels: Tensor, visible: Tensor) ->
     With all patches visible this is the encoder itself, up to its neck, if its blocks are global and its relative
     positions are zero, with which SAM's training begins.
     """
+    # Positions first: a visible patch keeps its own after the others are gone.
     x = (encoder.patch_embed(pixels) + encoder.pos_embed).flatten(1, 2)
-    x = x.gather(1, visible[..., None].expand(-1, -1, x.shape[2]))
+    x = x.gather(1, visible[..., None].expand(-1, -1, x.shape[2]))  # (B, V, D)
     for block in encoder.blocks:
         x = x + _attend(block.attn, block.norm1(x))  # type: ignore[arg-type, operator]
+        # The MLP takes a grid: here one row of V cells.
         x = x + block.mlp(block.norm2(x)[:, None])[:, 0]  # type: ignore[operator]
     return x
 
@@ -111,8 +116,10 @@ class MaeDecoder(nn.Module):
     def forward(self, encoded: Tensor, order: Tensor) -> Tensor:
         """order: (B, L), the visible patches first."""
         x = self.embed(self.norm(encoded))
+        # Append a mask token for each hidden patch, then put all L back in the order of the image.
         hidden = self.mask_token.to(x.dtype).expand(len(x), order.shape[1] - x.shape[1], -1)
         x = torch.cat([x, hidden], dim=1)
+        # argsort of a permutation is its inverse: (B, L, 1) to (B, L, D).
         place = order.argsort(dim=1)[..., None].expand(-1, -1, x.shape[2])
         x = x.gather(1, place) + self.positions
         for block in self.blocks:
@@ -133,6 +140,7 @@ def initialise(module: nn.Module) -> None:
 def initialise_encoder(encoder: ImageEncoderViT) -> None:
     """A new encoder as MAE starts it: fixed sine positions, Xavier-uniform matrices, also of the patch embedding."""
     initialise(encoder)
+    # A convolution over whole patches is a matrix (D, 3 * patch * patch); MAE initialises it as such.
     projection = encoder.patch_embed.proj
     nn.init.xavier_uniform_(projection.weight.data.view(projection.weight.shape[0], -1))
     grid, dim = encoder.pos_embed.shape[1], encoder.pos_embed.shape[3]

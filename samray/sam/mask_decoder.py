@@ -66,6 +66,7 @@ class MaskDecoder(nn.Module):
     def run(self, image: ImageTokens, sparse: Tensor, guidance: Guidance | None = None) -> DecoderState:
         """sparse: (B, N, P, C) prompt tokens, for N prompts on each of B images. The state's N is B * N."""
         b, n = sparse.shape[:2]
+        # Order of tokens: predicted IoU, four masks, then the prompt's.
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).to(sparse.dtype)
         tokens = torch.cat([output_tokens.expand(b, n, -1, -1), sparse], dim=2)
         x, keys = self.transformer(image, tokens, guidance)
@@ -73,6 +74,7 @@ class MaskDecoder(nn.Module):
 
     def hyper(self, mask_tokens: Tensor, masks: slice) -> Tensor:
         """The weights that turn upscaled features into masks: (N, 4, C) -> (N, M, C / 8) for the given mask tokens."""
+        # Only for the masks asked for: each mask token has an MLP of its own.
         numbers = range(*masks.indices(NUM_MASK_TOKENS))
         return torch.stack([self.output_hypernetworks_mlps[i](mask_tokens[:, i]) for i in numbers], dim=1)
 
@@ -91,12 +93,13 @@ class MaskDecoder(nn.Module):
         assert conv2.bias is not None
         n, cells, _ = keys.shape
         weight1 = conv1.weight.permute(0, 2, 3, 1).flatten(1)  # (C, 2 * 2 * C / 4)
-        x = F.linear(keys, weight1.T, conv1.bias.repeat(4)).view(n, cells * 4, len(norm.weight))
+        x = F.linear(keys, weight1.T, conv1.bias.repeat(4)).view(n, cells * 4, len(norm.weight))  # (N, 4 L, C / 4)
         x = F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps)
+        # In `packed` order: the features of the first doubling, then those of the second.
         split = 4 * x.shape[-1]
         x = F.gelu(x if fine is None else _add_per_image(x, fine[..., :split]))
-        weight2 = conv2.weight.permute(0, 2, 3, 1).flatten(1)
-        x = F.linear(x, weight2.T, conv2.bias.repeat(4)).view(n, cells * 16, hyper.shape[-1])
+        weight2 = conv2.weight.permute(0, 2, 3, 1).flatten(1)  # (C / 4, 2 * 2 * C / 8)
+        x = F.linear(x, weight2.T, conv2.bias.repeat(4)).view(n, cells * 16, hyper.shape[-1])  # (N, 16 L, C / 8)
         x = F.gelu(x if fine is None else _add_per_image(x, fine[..., split:]))
         masks = torch.bmm(hyper.to(x.dtype), x.transpose(1, 2))  # (N, M, h * w * 2 * 2 * 2 * 2)
         g, m = self.grid, masks.shape[1]
@@ -106,6 +109,7 @@ class MaskDecoder(nn.Module):
 
 def _add_per_image(x: Tensor, fine: Tensor) -> Tensor:
     """x: (N, n, c) plus the features of each of the B images, the same for its N / B prompts, (B, L, n / L * c)."""
+    # (B, 1, n, c): broadcast over an image's prompts, without a copy for each.
     per_image = fine.reshape(len(fine), 1, *x.shape[1:])
     each = len(x) // max(len(fine), 1)  # without prompts there are no images either
     return (x.view(len(fine), each, *x.shape[1:]) + per_image).flatten(0, 1)

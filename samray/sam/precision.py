@@ -32,6 +32,7 @@ class _Convolutions:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        # Blocks that are open, in all threads: their order of leaving does not matter.
         self.depth = 0
         self.before: bool | str = True
 
@@ -67,6 +68,7 @@ def exact_convolutions(device: torch.device) -> Iterator[None]:
     TF32's ten bits are too few for the float32 path to agree with the reference. The switch is process-wide: it also
     affects other threads during the block.
     """
+    # Convolutions are to be as exact as matrix products: if those may use TF32, nothing changes.
     if device.type != "cuda" or products_in_tf32():
         yield
         return

@@ -30,10 +30,12 @@ class PositionEncoding(nn.Module):
     def forward(self, xy: Tensor) -> Tensor:
         """xy: (..., 2) in [0, 1]. Returns (..., 2 * num_features) float32, sines then cosines."""
         with torch.autocast(xy.device.type, enabled=False):
+            # From [0, 1] to [-1, 1], as in the reference.
             angles = 2 * math.pi * ((2 * xy.float() - 1) @ self._matrix())
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PositionEncoding:
+        # `to`, `half` and `cuda` all come through here: follow the device, but keep the dtype.
         exact = self._matrix()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.positional_encoding_gaussian_matrix = exact.to(self._matrix().device)
@@ -81,15 +83,17 @@ class PromptEncoder(nn.Module):
         if pad:
             points = torch.cat([points, points.new_zeros(*points.shape[:-2], 1, 2)], dim=-2)
             labels = torch.cat([labels, labels.new_full((*labels.shape[:-1], 1), PAD_LABEL)], dim=-1)
+        # Half a pixel: a click is at its pixel's centre, as in the reference.
         encoded = self._positions((points.float() + 0.5) / self.image_size)
         # One table lookup instead of three masked writes: rows are (not a point, background, foreground).
         table = torch.cat([self.not_a_point_embed.weight, *self._learned()[:2]])
         is_point = (labels != PAD_LABEL).unsqueeze(-1)
+        # A padding point has no position, only its learned vector, as in the reference.
         return torch.where(is_point, encoded, torch.zeros_like(encoded)) + table[labels.long() + 1]
 
     def encode_boxes(self, boxes_xyxy: Tensor) -> Tensor:
         """boxes_xyxy: (..., 4), pixels of the padded square input. Returns (..., 2, C): the two corners."""
-        corners = boxes_xyxy.float().unflatten(-1, (2, 2)) + 0.5
+        corners = boxes_xyxy.float().unflatten(-1, (2, 2)) + 0.5  # (..., corner, xy)
         table = torch.cat(self._learned()[2:])
         return self._positions(corners / self.image_size) + table
 

@@ -24,6 +24,7 @@ from samray.sam.transformer import Guidance, ImageTokens
 
 __all__ = ["Decoded", "Sam", "input_size"]
 
+# ImageNet's mean and standard deviation of R, G and B, times 255, as in the reference.
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
@@ -59,6 +60,7 @@ class Sam(nn.Module):
         self.image_encoder = build_encoder(spec)
         self.prompt_encoder = PromptEncoder(spec.embed_dim, spec.grid, spec.image_size, spec.mask_in_chans)
         self.mask_decoder = MaskDecoder(spec)
+        # Not in the state: published checkpoints do not have them.
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
 
@@ -79,6 +81,7 @@ class Sam(nn.Module):
         """
         self.image_encoder.to(dtype)
         self.mask_decoder.output_upscaling.to(dtype)
+        # norm4 is the only norm of a block that works on image tokens; the others are for the prompt's few tokens.
         for block in self.mask_decoder.transformer.blocks():
             block.norm4.to(dtype)
         return self
@@ -105,9 +108,11 @@ class Sam(nn.Module):
     def normalize(self, resized: list[NDArray[np.uint8]]) -> Tensor:
         """The second half of `preprocess`: from resized images (h, w, 3) to pixels (B, 3, S, S)."""
         size = self.image_size
+        # Zeros after the normalisation, as in the reference: the padding has the mean colour.
         pixels = torch.zeros(len(resized), 3, size, size, device=self.device, dtype=self.dtype)
         for i, image in enumerate(resized):
             h, w = image.shape[:2]
+            # Bytes go to the device, a quarter of float32's size; normalised in float32, and rounded once.
             raw = torch.from_numpy(np.ascontiguousarray(image)).to(self.device).permute(2, 0, 1).float()
             pixels[i, :, :h, :w] = ((raw - self.pixel_mean.float()) / self.pixel_std.float()).to(self.dtype)
         return pixels
@@ -129,6 +134,7 @@ class Sam(nn.Module):
         encoder, channels = self.prompt_encoder, self.spec.embed_dim
         fine = _tokens(embeddings[:, channels:]) if embeddings.shape[1] > channels else None
         with exact_convolutions(self.device):
+            # Without a mask prompt one learned vector is added to every cell: (1, C), else (B, L, C).
             dense = encoder.no_mask_embed.weight if mask_input is None else _tokens(encoder.encode_masks(mask_input))
         return self.mask_decoder.transformer.prepare(
             _tokens(embeddings[:, :channels]) + dense, encoder.dense_positions(), fine, self.dtype
@@ -156,14 +162,16 @@ class Sam(nn.Module):
         assert each * len(context) == num, "each image needs the same number of prompts"
         if num == 0:
             return self._nothing_decoded(3 if multimask else 1)
+        # One pass for all images; or chunks that each belong to one image, because `run` needs the same number of
+        # prompts for every image of its context.
         work = [(context, 0, num)]
         if num > chunk:
             starts = [(i, start) for i in range(len(context)) for start in range(i * each, (i + 1) * each, chunk)]
             work = [(context[i], start, min(start + chunk, (i + 1) * each)) for i, start in starts]
-        masks = slice(1, None) if multimask else slice(0, 1)
+        masks = slice(1, None) if multimask else slice(0, 1)  # 3 of 4, or the single one
         parts = []
         for images, start, stop in work:
-            xy, kinds = (x[start:stop].unflatten(0, (len(images), -1)) for x in (points, labels))
+            xy, kinds = (x[start:stop].unflatten(0, (len(images), -1)) for x in (points, labels))  # (B, N / B, P, ...)
             state = self.mask_decoder.run(images, self.prompt_encoder.encode_points(xy, kinds))
             parts.append(self._decode_chunk(images, state, masks, min_iou, start))
         if len(parts) == 1:
@@ -182,6 +190,7 @@ class Sam(nn.Module):
     ) -> Decoded:
         decoder = self.mask_decoder
         all_iou = state.iou[:, masks].float()
+        # Strictly above, as in the reference. `nonzero` waits for the GPU, but what is dropped is never upscaled.
         keep = torch.ones_like(all_iou, dtype=torch.bool) if min_iou is None else all_iou > min_iou
         prompt, mask = keep.nonzero(as_tuple=True)
         # A prompt with a kept mask is upscaled once; only its kept masks are returned.
@@ -190,6 +199,7 @@ class Sam(nn.Module):
         size, each, fine = self._chunk(context, _CPU_UPSCALE_BYTES), len(all_iou) // len(context), context.fine
         logits = []
         for batch, weights in zip(alive.split(size), hyper.split(size), strict=True):
+            # Features of the image that each prompt belongs to; those of a single image are broadcast.
             own = fine if fine is None or len(fine) == 1 else fine[batch // each]
             logits.append(decoder.upscale(state.keys[batch], weights, own)[keep[batch]].float())
         return Decoded(torch.cat(logits), all_iou[prompt, mask], prompt + first_prompt, mask, all_iou)
@@ -220,6 +230,7 @@ class Sam(nn.Module):
         if not prompts:
             raise ValueError("predict needs points, boxes or a mask_input")
         n, encoder = len(prompts[0]), self.prompt_encoder
+        # Tokens in the reference's order: points, then a box's corners. A mask goes into the image tokens instead.
         sparse = []
         if points is not None:
             if labels is None:
@@ -249,6 +260,7 @@ class Sam(nn.Module):
         """
         b, n = sparse.shape[:2]
         if mask_input is not None:
+            # As in `predict`: a mask prompt changes the image tokens, so every prompt becomes an image of its own.
             embeddings, sparse = embeddings.repeat_interleave(n, dim=0), sparse.flatten(0, 1)[:, None]
         context = self.prepare_decoder(embeddings, mask_input)
         state = self.mask_decoder.run(context, sparse)
@@ -262,6 +274,7 @@ class Sam(nn.Module):
         logits: (K, 4h, 4w). input_hw: as `preprocess` gives it. Returns (K, H, W) of the same dtype, unthresholded.
         """
         frame = frame_of(self)
+        # The caller's input_hw, as in the reference's method; without padding it can only be the whole square.
         if frame.is_padded:
             return interpolate(logits, frame.size, input_hw, original_hw)
         return frame.masks_out(logits, original_hw)

@@ -20,6 +20,7 @@ class ConvNorm(nn.Sequential):
 
     def __init__(self, in_dim: int, out_dim: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
         super().__init__()
+        # MobileSAM's names: the keys of its checkpoint follow them.
         self.add_module("c", nn.Conv2d(in_dim, out_dim, kernel, stride, kernel // 2, groups=groups, bias=False))
         self.add_module("bn", nn.BatchNorm2d(out_dim))
 
@@ -51,6 +52,7 @@ class MBConv(nn.Module):
 class PatchMerging(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, stride: int) -> None:
         super().__init__()
+        # The depthwise one shrinks the grid; stride 1 keeps it, as in MobileSAM's last merging.
         self.conv1 = ConvNorm(in_dim, out_dim)
         self.conv2 = ConvNorm(out_dim, out_dim, 3, stride, groups=out_dim)
         self.conv3 = ConvNorm(out_dim, out_dim)
@@ -74,6 +76,7 @@ class Attention(nn.Module):
         steps = torch.arange(window, device="cpu")
         rows, cols = torch.meshgrid(steps, steps, indexing="ij")
         rows, cols = rows.flatten(), cols.flatten()
+        # Absolute offsets: a bias is shared by the two directions. (window ** 2, window ** 2).
         index = (rows[:, None] - rows[None, :]).abs() * window + (cols[:, None] - cols[None, :]).abs()
         # Not in the state: MobileSAM's file has it, but it follows from the window size.
         self.register_buffer("attention_bias_idxs", index, persistent=False)
@@ -116,10 +119,11 @@ class TinyVitBlock(nn.Module):
         self.mlp = Mlp(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)
+        x = x.permute(0, 2, 3, 1)  # (B, H, W, dim), for windows and norms
         windows, padded_hw = partition_windows(x, self.window)
         attended = self.attn(windows.flatten(1, 2)).view(windows.shape)
         x = x + merge_windows(attended, padded_hw, (x.shape[1], x.shape[2]))
+        # Over the whole map, across the borders of windows; it has no residual, as published.
         x = self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return (x + self.mlp(x)).permute(0, 3, 1, 2)
 
@@ -182,6 +186,7 @@ class TinyViT(ImageEncoder):
             assert isinstance(stage, Stage)
             for block in stage.blocks:
                 x = block(x)
+            # Before the merging: at strides 4 and 8, as fine as the decoder's two doublings need.
             features.append(x)
             x = stage.downsample(x) if hasattr(stage, "downsample") else x
         return Features(self.neck(x), self.fine(*features[:2]) if hasattr(self, "fine") else None)

@@ -34,7 +34,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, downsample: int = 1) -> None:
         super().__init__()
         self.num_heads = num_heads
-        inner = dim // downsample
+        inner = dim // downsample  # half the width in cross attention, as published
         self.q_proj = nn.Linear(dim, inner)
         self.k_proj = nn.Linear(dim, inner)
         self.v_proj = nn.Linear(dim, inner)
@@ -77,6 +77,7 @@ class Attention(nn.Module):
         scores = self.absorbed_scores(q, self.k_proj.weight, keys, pe_keys)
         weights = _attention(scores, guidance)
         read = torch.bmm(weights, keys).view(n, self.num_heads, t, -1)  # (N, H, T, C)
+        # Values are projected after reading: (N, H, T, C) by (H, C, d), for a few tokens instead of L.
         out = read.to(tokens.dtype) @ self.per_head(self.v_proj.weight).transpose(1, 2)
         return self.merge(out + self.v_proj.bias.view(self.num_heads, 1, -1))
 
@@ -86,7 +87,7 @@ class Attention(nn.Module):
         keys: (N, L, C). pe_queries: (heads, head_dim, L), W_q pe + b_q. tokens: (N, T, C) with positions; values
         without. Returns (N, L, C).
         """
-        k = self.split(self.centred_keys(tokens))
+        k = self.split(self.centred_keys(tokens))  # (N, H, T, d)
         scores = self.absorbed_scores(k, self.q_proj.weight, keys, pe_queries)
         return self.spread(keys, scores, values, in_place=not torch.is_grad_enabled())
 
@@ -105,10 +106,11 @@ class Attention(nn.Module):
         Returns (N, H * T, L).
         """
         n, h, t, d = heads.shape
-        absorbed = (heads @ self.per_head(weight)).flatten(1, 2).to(keys.dtype)
+        absorbed = (heads @ self.per_head(weight)).flatten(1, 2).to(keys.dtype)  # (N, H * T, C)
         scores = torch.bmm(absorbed, keys.transpose(1, 2))
         # Positions are the same for all prompts: one product per head, without repeating an operand N times.
         of_positions = heads.transpose(0, 1).reshape(h, n * t, d).to(pe.dtype) @ pe
+        # In place, to save a second array of the scores' size.
         scores.view(n, h, t, -1).add_(of_positions.view(h, n, t, -1).transpose(0, 1))
         return scores
 
@@ -119,13 +121,14 @@ class Attention(nn.Module):
         the product's addend, (N, L, C) is accessed only once. in_place: the sum may overwrite keys.
         """
         n, t, _ = values.shape
-        weights = scores.view(n, self.num_heads, t, -1).softmax(dim=2).flatten(1, 2)
+        weights = scores.view(n, self.num_heads, t, -1).softmax(dim=2).flatten(1, 2)  # (N, H * T, L)
         add = keys.baddbmm_ if in_place else keys.baddbmm
         return add(weights.transpose(1, 2), self.folded(values).to(keys.dtype))
 
     def folded(self, values: Tensor) -> Tensor:
         """values (N, T, C) through V W_o of each head, with the head's share of the bias: (N, H * T, C)."""
         out_weight = self.out_proj.weight.T.unflatten(0, (self.num_heads, -1))  # (H, d, C)
+        # Values through the output projection first: (N, H, T, C), a few rows, instead of N x L of them.
         folded = (self.split(self.v_proj(values)) @ out_weight).flatten(1, 2)
         return folded + self.out_proj.bias / self.num_heads
 
@@ -160,7 +163,7 @@ class ImageTokens:
             self.read_keys[one],
             self.read_values[one],
             self.write_queries[one],
-            self.pe_keys,
+            self.pe_keys,  # without B: the same for all images
             self.pe_queries,
             None if self.fine is None else self.fine[one],
         )
@@ -212,6 +215,7 @@ class TwoWayBlock(nn.Module):
 
         positions: (B * N, T, C), which are also the tokens. Returns (B * N, T, C).
         """
+        # The first layer adds neither positions nor a residual, as published (`skip_first_layer_pe`).
         x = self.norm1(self.self_attn(positions, positions, positions))
         read = self.cross_attn_token_to_image
         # The prompts of an image are rows of one product: (B, H, N * T, d) times (B, H, L, d).
@@ -220,6 +224,7 @@ class TwoWayBlock(nn.Module):
         if guidance is None:
             out = F.scaled_dot_product_attention(q, image.read_keys, image.read_values)
         else:
+            # torch's attention has no place for the second softmax.
             scores = q @ image.read_keys.transpose(-2, -1) * read.scale
             out = _attention(scores, guidance) @ image.read_values
         x = self.norm2(x + read.merge(out.to(positions.dtype)).view_as(x))
@@ -242,7 +247,9 @@ class TwoWayBlock(nn.Module):
         centred = attn.centred_keys(x + positions)
         k = attn.split(centred.view(b, -1, centred.shape[-1]))
         scores = k.to(image.write_queries.dtype) @ image.write_queries.transpose(-2, -1)  # (B, H, N * T, L)
+        # Rows of one product per image, back to one block per prompt: (B * N, H * T, L).
         scores = scores.unflatten(2, (-1, t)).transpose(1, 2).reshape(len(x), attn.num_heads * t, -1)
+        # Not written in place: the prompts of an image share src.
         src = image.src[:, None].expand(b, len(x) // b, -1, -1).flatten(0, 1)
         return self.norm4(attn.spread(src, scores, x))
 
@@ -285,17 +292,21 @@ class TwoWayTransformer(nn.Module):
         src = src.contiguous()  # every prompt starts with a copy of it
         first, *later = self.blocks()
         read, write = first.cross_attn_token_to_image, first.cross_attn_image_to_token
+        # The first layer's projections see the whole image tokens; the later ones only their positions in advance.
         placed = src + pe
+        # Without the key's bias, which drops out of the softmax over L.
         pe_keys = [
             a.split(F.linear(pe, a.k_proj.weight)).transpose(1, 2).contiguous()
             for a in (*(b.cross_attn_token_to_image for b in later), self.final_attn_token_to_image)
         ]
         writes = [b.cross_attn_image_to_token for b in later]
+        # With the query's bias: this softmax is over T, and its product with each key differs.
         pe_queries = [a.split(a.q_proj(pe)).transpose(1, 2).contiguous() for a in writes]
 
         def as_stored(x: Tensor) -> Tensor:
             return x if dtype in (None, src.dtype) else x.to(dtype)
 
+        # Computed in the prompt side's dtype, usually float32, and rounded only to be stored.
         return ImageTokens(
             src=as_stored(src),
             read_keys=as_stored(read.split(read.k_proj(placed))),
@@ -317,6 +328,7 @@ class TwoWayTransformer(nn.Module):
         fused = fused and guidance is None
         x, keys = self._fused(image, positions) if fused else self._plain(image, positions, guidance)
         query = x + positions if guidance is None else x + positions + guidance.target.to(x.dtype)
+        # Positions are added once more to the queries of the last attention, as published.
         x = x + self.final_attn_token_to_image.tokens_to_image(query, keys, image.pe_keys[-1])
         return self.norm_final_attn(x), keys
 
@@ -328,6 +340,7 @@ class TwoWayTransformer(nn.Module):
         # Not strict: the last of pe_keys is for the attention after the layers.
         for block, pe_keys, pe_queries in zip(later, image.pe_keys, image.pe_queries, strict=False):
             if guidance is not None:
+                # Before each layer; in the first it is already a part of positions.
                 x = x + guidance.target.to(x.dtype)
             x = block.read(x, positions, keys, pe_keys, guidance)
             keys = block.write_absorbed(keys, pe_queries, x, positions)

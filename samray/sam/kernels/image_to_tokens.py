@@ -33,6 +33,7 @@ def image_to_tokens(
     n, num_heads, t, d = heads.shape
     b, length, c = keys.shape
     if queries.dim() == 3:
+        # (H, d, L) to (B, H, L, d).
         queries = queries.transpose(1, 2).expand(b, -1, -1, -1)  # stride 0: no copy per image
     dtype = keys.dtype
     keys, queries, heads = keys.contiguous(), queries.to(dtype), heads.to(dtype).contiguous()
@@ -40,11 +41,12 @@ def image_to_tokens(
     out = keys.new_empty(n, length, c)
     sizes = kernel_sizes(num_heads, t, d, c, dtype)
     with torch.cuda.device_of(keys):  # Triton uses the current GPU, which may not be the tensors'
+        # One program per block of image tokens and prompt.
         kernel[(triton.cdiv(length, sizes["BLOCK"]), n)](
             keys,
             queries,
             heads,
-            folded if absorbed is None else absorbed.to(dtype).contiguous(),
+            folded if absorbed is None else absorbed.to(dtype).contiguous(),  # any tensor, if not read
             folded,
             norm.weight,
             norm.bias,
@@ -64,6 +66,8 @@ def image_to_tokens(
 
 def kernel_sizes(num_heads: int, t: int, d: int, c: int, dtype: torch.dtype) -> dict[str, int]:
     """The kernel's sizes for `num_heads` heads of width d, t tokens, c channels; powers of two where required."""
+    # Triton's shapes are powers of two, and the sides of its products at least 16: pad tokens and widths,
+    # and take several heads at a time if the tokens are few.
     padded_t, group = max(triton.next_power_of_2(t), 8), 1
     while num_heads % (2 * group) == 0 and 2 * group * padded_t <= _ROWS:
         group *= 2
@@ -118,12 +122,13 @@ def kernel(
     channel = tl.arange(0, C)
     cells = at[:, None] * C + channel[None, :]
     x = tl.load(keys + image * length * C + cells, mask=inside, other=0.0)
-    total = x.to(tl.float32)
+    total = x.to(tl.float32)  # the residual; heads are added to it
 
     row = tl.arange(0, GROUP * PADDED_T)
     row_head, token = row // PADDED_T, row % PADDED_T
     inner = tl.arange(0, GROUP * PADDED_D)
     inner_head, dim = inner // PADDED_D, inner % PADDED_D
+    # The blocks of the block-diagonal matrix: rows and columns of the same head.
     own_head = inner_head[:, None] == row_head[None, :]
     real = token < T
     for first in range(0, H, GROUP):
@@ -144,12 +149,14 @@ def kernel(
         if ABSORBED:
             weight = tl.load(absorbed + row_at[None, :] * C + channel[:, None], mask=real[None, :], other=0.0)
             scores = tl.dot(x, weight, scores, input_precision=PRECISION)
+        # A softmax per head over its real tokens: (BLOCK, GROUP, PADDED_T).
         scores = tl.where(real[None, :], scores, float("-inf")).reshape(BLOCK, GROUP, PADDED_T)
         scores = tl.exp(scores - tl.max(scores, axis=2, keep_dims=True))
         shares = (scores / tl.sum(scores, axis=2, keep_dims=True)).reshape(BLOCK, GROUP * PADDED_T)
         value = tl.load(folded + row_at[:, None] * C + channel[None, :], mask=real[:, None], other=0.0)
         total = tl.dot(shares.to(value.dtype), value, total, input_precision=PRECISION)
 
+    # Layer norm over the channels, which a block has whole.
     centred = total - tl.sum(total, axis=1, keep_dims=True) / C
     variance = tl.sum(centred * centred, axis=1, keep_dims=True) / C
     weight = tl.load(norm_weight + channel).to(tl.float32)[None, :]

@@ -26,6 +26,7 @@ def measure(
     with original size hw. Empty masks give zeros. Pixels within rounding of a threshold may fall on either side.
     """
     (low_h, low_w), (height, width) = logits.shape[1:], hw
+    # Pixels above the lower cut, the threshold and the upper cut; x0, y0, x1, y1: neutral for sum, min and max.
     neutral = torch.tensor([0, 0, 0, width, height, -1, -1], dtype=torch.int32, device=logits.device)
     found = neutral.repeat(len(logits), 1)
     tiles_x = triton.cdiv(width, BLOCK_HW[1])
@@ -52,6 +53,7 @@ def measure(
             BLOCK_W=BLOCK_HW[1],
             **LAUNCH,
         )
+    # An empty mask has its neutral values still: zeros, as `mask_boxes` gives them.
     lower, area, upper, *box = found.unbind(dim=1)
     stability = upper / lower.clamp(min=1)  # like `stability_scores`
     return torch.stack(
@@ -83,12 +85,14 @@ def kernel(
 ):
     """One tile of one mask. Computes the first bilinear step only at the four input pixels that the second one
     needs."""
+    # int64, because the offset of a mask in the logits can exceed int32.
     tile, mask = tl.program_id(0), tl.program_id(1).to(tl.int64)
     y = (tile // tiles_x * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
     x = (tile % tiles_x * BLOCK_W + tl.arange(0, BLOCK_W))[None, :]
     y0, y1, share_y = _source(tl.minimum(y, height - 1), scale_y, input_h)  # reads nothing beyond the crop
     x0, x1, share_x = _source(tl.minimum(x, width - 1), scale_x, input_w)
     logits += mask * low_h * low_w
+    # The second step reads the input pixels y0, y1 and x0, x1; each is a mixture of four low-res logits.
     top0, bottom0, low_y0 = _source(y0, low_scale_y, low_h)
     top1, bottom1, low_y1 = _source(y1, low_scale_y, low_h)
     left0, right0, low_x0 = _source(x0, low_scale_x, low_w)
@@ -104,6 +108,7 @@ def kernel(
     inside = (y < height) & (x < width)
     masked = inside & (pixel > threshold)
     found += mask * FIELDS
+    # One atomic per figure and tile, after sums within the tile.
     tl.atomic_add(found, tl.sum((inside & (pixel > lower)).to(tl.int32)))
     tl.atomic_add(found + 1, tl.sum(masked.to(tl.int32)))
     tl.atomic_add(found + 2, tl.sum((inside & (pixel > upper)).to(tl.int32)))
