@@ -289,7 +289,7 @@ def main() -> int:
     sub.add_argument("--seeds", type=int, default=3)
     sub.add_argument("--images", type=int, default=1000, help="unlabelled images")
     sub.add_argument("--pretrain-steps", type=int, default=600)
-    sub.add_argument("--steps", type=int, default=200, help="of training on masks, with either start")
+    sub.add_argument("--steps", type=int, default=300, help="of training on masks, with either start")
     sub.add_argument("--validation-images", type=int, default=48)
     sub.add_argument("--folder", type=Path, help="folder to keep the runs in (default: deleted)")
     sub = commands.add_parser("read")
