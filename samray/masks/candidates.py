@@ -47,6 +47,7 @@ class Candidates:
     def cat(cls, parts: list[Candidates]) -> Candidates:
         """Concatenate at least one part, in order."""
         return cls(
+            # A list is joined without copying logits; a tensor would need twice the memory for a moment.
             logits=[logits for p in parts for logits in p.logits],
             crop_index=np.concatenate([p.crop_index for p in parts]),
             boxes_xyxy=np.concatenate([p.boxes_xyxy for p in parts]),

@@ -43,7 +43,9 @@ def make_crops(image_hw: tuple[int, int], num_layers: int, overlap_ratio: float)
     crops = [Crop(0, 0, width, height, 0)]
     for layer in range(1, num_layers + 1):
         per_side = 2**layer
+        # Rounding and order, columns first, are the reference's.
         overlap = int(overlap_ratio * min(height, width) * (2 / per_side))
+        # Sides such that per_side windows with these overlaps cover the image.
         crop_w, crop_h = (math.ceil((overlap * (per_side - 1) + side) / per_side) for side in (width, height))
         for column in range(per_side):
             for row in range(per_side):
@@ -62,6 +64,7 @@ def touches_crop_edge(
     boxes_xyxy: (M, 4) in the image frame, last pixel inclusive. Edges of the image itself do not count. Returns (M,).
     """
     height, width = image_hw
+    # A last pixel compared with an exclusive end: one off, as in the reference.
     near_crop = np.abs(boxes_xyxy - [crop.x0, crop.y0, crop.x1, crop.y1]) <= EDGE_TOLERANCE
     near_image = np.abs(boxes_xyxy - [0, 0, width, height]) <= EDGE_TOLERANCE
     touches: npt.NDArray[np.bool_] = np.any(near_crop & ~near_image, axis=1)

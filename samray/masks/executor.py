@@ -12,5 +12,6 @@ class InlineExecutor(Executor):
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         done: Future[Any] = Future()
+        # An exception is raised here, by `submit`, and not later by `result`.
         done.set_result(fn(*args, **kwargs))
         return done

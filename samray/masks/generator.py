@@ -89,7 +89,7 @@ class MaskGenerator:
             self._grids = [np.asarray(grid, dtype=np.float64).reshape(-1, 2) for grid in config.point_grids]
         self.stage_seconds = dict.fromkeys(STAGES, 0.0)
         self.overlaps = model.device.type != "cpu"
-        self._booking = threading.Lock()
+        self._booking = threading.Lock()  # finishing threads count time, too
         self._queued: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @property
@@ -153,7 +153,7 @@ class MaskGenerator:
             with self._stage("preprocess"):
                 return [self.model.resize(_cut(images[view.image_index], view.crop)) for view in batch]
 
-        coming = [host.submit(resize, batch) for batch in batches[:1]]
+        coming = [host.submit(resize, batch) for batch in batches[:1]]  # at most one batch ahead
         for batch, following in zip_longest(batches, batches[1:]):
             resized = coming.pop().result()
             coming += [host.submit(resize, following)] if following else []
@@ -172,17 +172,17 @@ class MaskGenerator:
         batch_size = self.config.points_per_batch or self._points_per_batch()
         for rows in self._packs(views, batch_size):
             pack = views[rows]
-            points = [self._grids[view.crop.layer] * view.crop.hw[::-1] for view in pack]
+            points = [self._grids[view.crop.layer] * view.crop.hw[::-1] for view in pack]  # (P, 2) xy, crop frame
             with self._stage("decode", queued=True):
                 context = self.model.prepare_decoder(embeddings[rows])
             per_view: list[list[Candidates]] = [[] for _ in pack]
-            for start in range(0, max(len(points[0]), 1), batch_size):
+            for start in range(0, max(len(points[0]), 1), batch_size):  # an empty grid: one empty batch
                 batch = [of_view[start : start + batch_size] for of_view in points]
                 with self._stage("decode", queued=True):
                     decoded = self._decode(context, batch, pack)
                 with self._stage("score", queued=True):
                     for parts, part in zip(per_view, self._score(decoded, batch, pack), strict=True):
-                        parts.append(part)
+                        parts.append(part)  # copies of what passed: the decoded batch is freed
             for parts in per_view:
                 with self._stage("nms"):
                     stable = Candidates.cat(parts)
@@ -193,10 +193,10 @@ class MaskGenerator:
 
     def _packs(self, views: list[_View], batch_size: int) -> Iterator[slice]:
         """Consecutive views with equal numbers of points, together at most batch_size; or one view with more."""
-        first = 0
+        first = 0  # crops of one layer share a grid
         for layer, same in groupby(views, key=lambda view: view.crop.layer):
             last = first + len(list(same))
-            step = max(batch_size // max(len(self._grids[layer]), 1), 1)
+            step = max(batch_size // max(len(self._grids[layer]), 1), 1)  # at least one view
             yield from (slice(start, min(start + step, last)) for start in range(first, last, step))
             first = last
 
@@ -209,24 +209,24 @@ class MaskGenerator:
         in_input = np.concatenate(
             [self.frame.points_in(xy, view.crop.hw) for xy, view in zip(points, views, strict=True)]
         )
-        clicks = torch.from_numpy(in_input).float().to(self.model.device)[:, None]
+        clicks = torch.from_numpy(in_input).float().to(self.model.device)[:, None]  # (N, 1, 2)
         labels = torch.ones(clicks.shape[:2], dtype=torch.int64, device=clicks.device)
         return self.model.decode_points(context, clicks, labels, min_iou=self.config.pred_iou_thresh or None)
 
     def _score(self, decoded: Decoded, points: list[Float64], views: list[_View]) -> Iterator[Candidates]:
         """For each view, the masks that are stable, have an allowed size and are not cut off by the crop's edge."""
         # Masks come prompt by prompt, and prompts view by view.
-        view_of_prompt = np.repeat(np.arange(len(views)), [len(of_view) for of_view in points])
+        view_of_prompt = np.repeat(np.arange(len(views)), [len(of_view) for of_view in points])  # (N,)
         prompt_index = decoded.prompt_index.cpu().numpy()
         of_views = slices_of(view_of_prompt[prompt_index], len(views))
-        points_of_masks = np.concatenate(points)[prompt_index]
+        points_of_masks = np.concatenate(points)[prompt_index]  # (K, 2)
         measured = [
             self._measure(batch, view.crop)
             for view, rows in zip(views, of_views, strict=True)
             for batch in decoded.logits[rows].split(self._masks_at_once(view.crop))
             if len(batch)
         ]
-        numbers = torch.cat(measured).cpu().numpy() if measured else np.zeros((0, 6))
+        numbers = torch.cat(measured).cpu().numpy() if measured else np.zeros((0, 6))  # one copy off the device
         predicted_iou = decoded.iou.cpu().numpy()
         for view, rows in zip(views, of_views, strict=True):
             yield self._filter(decoded.logits[rows], predicted_iou[rows], numbers[rows], points_of_masks[rows], view)
@@ -243,7 +243,7 @@ class MaskGenerator:
         config, crop = self.config, view.crop
         stability, area = numbers[:, 0].astype(np.float32), numbers[:, 1]
         boxes = numbers[:, 2:].astype(np.int64) + np.array([crop.x0, crop.y0, crop.x0, crop.y0])
-        keep = stability >= np.float32(config.stability_score_thresh)
+        keep = stability >= np.float32(config.stability_score_thresh)  # in float32, as torch compares
         keep &= wanted_areas(area, view.image_hw, config)
         keep &= ~touches_crop_edge(boxes, crop, view.image_hw)
         stays = np.flatnonzero(keep)
@@ -269,7 +269,7 @@ class MaskGenerator:
             (x0, y0), upscaled = upsample_occupied(logits, lowest, side, inside_hw, crop.hw)
         else:
             (x0, y0), upscaled = (0, 0), self.frame.masks_out(logits, crop.hw)
-        masks = above(upscaled, MASK_THRESHOLD)
+        masks = above(upscaled, MASK_THRESHOLD)  # (M, h', w')
         boxes = mask_boxes(masks) + torch.tensor([x0, y0, x0, y0], device=masks.device)
         columns = [stability_scores(upscaled, MASK_THRESHOLD, offset), areas(masks), *boxes.T]
         return torch.stack([column.double() for column in columns], dim=1)
@@ -300,7 +300,7 @@ class MaskGenerator:
     def _finish(self, candidates: Candidates, crops: list[Crop], image_hw: tuple[int, int]) -> list[Mask]:
         """The candidates as run lengths in the image frame, in order, with small regions removed if configured."""
         finished: dict[int, Mask] = {}
-        for crop_index in np.unique(candidates.crop_index):
+        for crop_index in np.unique(candidates.crop_index):  # masks of one crop have one size
             crop, rows = crops[crop_index], np.flatnonzero(candidates.crop_index == crop_index)
             num = self._masks_at_once(crop)
             for batch in np.split(rows, range(num, len(rows), num)):
@@ -314,7 +314,7 @@ class MaskGenerator:
                         points_xy=candidates.points_xy[row : row + 1],
                         crop=crop,
                     )
-        return [finished[row] for row in range(len(candidates))]
+        return [finished[row] for row in range(len(candidates))]  # in the NMS's order, not the crops'
 
     def _runs(self, logits: Tensor, crop: Crop, image_hw: tuple[int, int]) -> list[tuple[Counts, bool]]:
         """Run lengths in the image frame for a few low-res logits (M, 4h, 4w), and whether each mask was cleaned."""
@@ -342,7 +342,7 @@ class MaskGenerator:
 
     def _masks_at_once(self, crop: Crop) -> int:
         """Number of masks to hold at the crop's resolution at a time."""
-        bytes_each = 4 * max(crop.area, self.frame.size**2)
+        bytes_each = 4 * max(crop.area, self.frame.size**2)  # float32, at either step
         budget = _CPU_PIXEL_BYTES if self.model.device.type == "cpu" else _GPU_PIXEL_BYTES
         return 1 if self.frugal else max(budget // bytes_each, 1)
 
@@ -351,7 +351,7 @@ class MaskGenerator:
         caches."""
         device = self.model.device
         if device.type != "cuda":
-            return 64
+            return 64  # the reference's default
         spec = self.model.spec
         bytes_each = _DECODER_COPIES * spec.grid**2 * spec.embed_dim * self.model.dtype.itemsize
         free, _ = torch.cuda.mem_get_info(device)
@@ -360,7 +360,7 @@ class MaskGenerator:
 
     def _host_executor(self) -> Executor:
         """Executor for the host's work: inline on a CPU; with a GPU in threads, while the GPU continues."""
-        return ThreadPoolExecutor(2) if self.overlaps else InlineExecutor()
+        return ThreadPoolExecutor(2) if self.overlaps else InlineExecutor()  # resizing, finishing
 
     @contextmanager
     def _stage(self, name: str, *, queued: bool = False) -> Iterator[None]:
@@ -368,7 +368,7 @@ class MaskGenerator:
         if queued and self.model.device.type == "cuda":
             marks = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             stream = torch.cuda.current_stream(self.model.device)
-            marks[0].record(stream)
+            marks[0].record(stream)  # queued behind earlier work; waits for nothing
             try:
                 yield
             finally:
@@ -388,7 +388,7 @@ class MaskGenerator:
     def _ask_for_times(self) -> None:
         while self._queued:
             name, start, end = self._queued.pop()
-            end.synchronize()
+            end.synchronize()  # an event has no time until the GPU reaches it
             self._book(name, start.elapsed_time(end) / 1000)
 
 

@@ -13,6 +13,7 @@ def check_images(images: Sequence[Any]) -> None:
     wanted = "generate takes a list of RGB uint8 arrays (H, W, 3)"
     if not isinstance(images, Sequence):
         shape = getattr(images, "shape", ())
+        # A stack of images of one size is as good as a list.
         if isinstance(images, np.ndarray) and len(shape) == 4:
             return check_images(list(images))
         got = f"one array of shape {tuple(shape)}" if shape else f"a {type(images).__name__}"

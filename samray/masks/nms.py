@@ -18,9 +18,11 @@ def box_nms(boxes_xyxy: npt.ArrayLike, scores: npt.ArrayLike, iou_thresh: float)
     float32. Boxes without area have no IoU: they neither suppress nor are dropped. Equal to `torchvision.ops.nms`.
     Runs on the host: a few thousand boxes do not need an accelerator, and only kept boxes cost a pass (O(kept * M)).
     """
+    # float32 like torchvision, so that ties and boxes at the threshold come out the same.
     x0, y0, x1, y1 = np.asarray(boxes_xyxy, dtype=np.float32).reshape(-1, 4).T
     areas = (x1 - x0) * (y1 - y0)
     thresh = _float32_at_most(iou_thresh)
+    # Stable: without it the order of equal scores would depend on numpy.
     rest: Indices = np.argsort(-np.asarray(scores, dtype=np.float32), kind="stable")
     keep = []
     while len(rest):
@@ -31,6 +33,7 @@ def box_nms(boxes_xyxy: npt.ArrayLike, scores: npt.ArrayLike, iou_thresh: float)
         intersection = np.maximum(width, np.float32(0)) * np.maximum(height, np.float32(0))
         with np.errstate(invalid="ignore"):
             iou = intersection / (areas[best] + areas[rest] - intersection)
+        # Not `iou <= thresh`: 0 / 0, of boxes without area, is NaN and must not drop a box.
         rest = rest[~(iou > thresh)]
     return np.asarray(keep, dtype=np.int64)
 
@@ -43,6 +46,7 @@ def mask_nms(rles: list[Rle], iou_thresh: float) -> Indices:
     keep: list[int] = []
     for index, rle in enumerate(rles):
         kept = [rles[k] for k in keep]
+        # The zeros say that no mask is a crowd, for which pycocotools has another IoU.
         if not kept or not (coco_mask.iou([rle], kept, [0] * len(kept)) > iou_thresh).any():
             keep.append(index)
     return np.asarray(keep, dtype=np.int64)

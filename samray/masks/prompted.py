@@ -69,9 +69,11 @@ class PromptedGenerator:
             )
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images, but prompts for {len(prompts)}")
+        # All are checked first: a bad prompt costs no work on the images before it.
         for image, own in zip(images, prompts, strict=True):
             _check(image, own)
         found: list[list[MaskRecord]] = [[] for _ in images]
+        # Images without prompts are not encoded.
         asked = [i for i, own in enumerate(prompts) if own]
         size = _CPU_IMAGES if self.model.device.type == "cpu" else _GPU_IMAGES
         for start in range(0, len(asked), size):
@@ -111,6 +113,7 @@ class PromptedGenerator:
         """One mask for each of N prompts of the same form: low-res logits (N, 4h, 4w) and predicted IoUs (N,)."""
 
         def in_input_frame(xy: Any) -> Tensor:
+            # float64 until the model's frame, as in the predictor: (N, P, 2), with P = 2 corners for a box.
             scaled = self.frame.points_in(np.asarray(xy, dtype=np.float64).reshape(len(prompts), -1, 2), image_hw)
             return torch.from_numpy(scaled).float().to(self.model.device)
 
@@ -136,6 +139,7 @@ class PromptedGenerator:
         (counts,) = rle.encode_masks(pixels, (0, 0), image_hw)
         if rle.area(counts) == 0:
             raise ImageError("bad_prompt", f"prompts[{index}]: the model finds no mask there")
+        # The layout has no labels: a background click would look like one on the object.
         on_object = [xy for xy, label in zip(prompt.points, prompt.labels, strict=True) if label == 1]
         mask = Mask(
             counts=counts,

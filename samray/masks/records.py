@@ -38,10 +38,13 @@ def apply_limits(masks: list[Mask], image_hw: tuple[int, int], config: MaskConfi
     First near-duplicates go (the earlier mask stays), then all but the best `max_masks` by predicted IoU, then pixels
     that better masks claim. Limits on the area hold for the masks as they come out.
     """
+    # Before the NMS: a mask that is not wanted must not remove one that is.
     masks = [mask for mask in masks if _has_wanted_area(mask, image_hw, config)]
     if config.mask_nms_thresh is not None:
+        # pycocotools computes IoUs on run lengths: no mask is decoded.
         compressed = [rle.compress(mask.counts, image_hw) for mask in masks]
         masks = [masks[i] for i in mask_nms(compressed, config.mask_nms_thresh)]
+    # Stable: of equal scores the earlier mask stays.
     best_first = sorted(range(len(masks)), key=lambda i: -masks[i].predicted_iou)
     if config.max_masks is not None:
         best_first = best_first[: config.max_masks]
@@ -49,6 +52,7 @@ def apply_limits(masks: list[Mask], image_hw: tuple[int, int], config: MaskConfi
         disjoint = rle.make_disjoint([masks[i].counts for i in best_first], image_hw)
         for i, counts in zip(best_first, disjoint, strict=True):
             masks[i] = replace(masks[i], counts=counts)
+    # Back in the given order; masks may have lost pixels to better ones since the first check.
     return [masks[i] for i in sorted(best_first) if _has_wanted_area(masks[i], image_hw, config)]
 
 
@@ -67,6 +71,7 @@ def wanted_areas(areas: npt.NDArray[Any], image_hw: tuple[int, int], config: Mas
 def to_record(mask: Mask, image_hw: tuple[int, int], config: MaskConfig) -> MaskRecord:
     """The mask as SA-1B writes it. bbox: COCO's, or with bbox_convention "sam" one pixel narrower and lower."""
     x0, y0, x1, y1 = rle.box_xyxy(mask.counts, image_hw).tolist()
+    # x1 and y1 are the last pixels, and the reference subtracts without adding one.
     inclusive = 1 if config.bbox_convention == "coco" else 0
     crop = mask.crop
     record: MaskRecord = {

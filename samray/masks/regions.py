@@ -31,9 +31,11 @@ def remove_small_regions(mask: Bool, box_xyxy: npt.ArrayLike, image_hw: tuple[in
     framed = np.pad(mask, 1)[np.ix_(rows > 0, cols > 0)]
     rows, cols = rows[rows > 0], cols[cols > 0]
 
+    # Holes first, as in the reference: an island inside of a filled hole is then a part of the mask.
     filled = _fill_holes(framed, rows, cols, min_area)
     cleaned = _drop_islands(framed if filled is None else filled, rows, cols, min_area)
     result = filled if cleaned is None else cleaned
+    # Back to the image's size: a row or column as often as the pixels that it represents.
     return None if result is None else result.repeat(rows, axis=0).repeat(cols, axis=1)
 
 
@@ -52,6 +54,7 @@ def _drop_islands(mask: Bool, rows: Int, cols: Int, min_area: int) -> Bool | Non
     if num_large == len(sizes) - 1:
         return None
     if num_large == 0:
+        # argmax takes the first of equals.
         large[1 + np.argmax(sizes[1:])] = True
     kept: Bool = large[labels]
     return kept
@@ -60,6 +63,7 @@ def _drop_islands(mask: Bool, rows: Int, cols: Int, min_area: int) -> Bool | Non
 def _label(mask: Bool, rows: Int, cols: Int) -> tuple[Int, Int]:
     """Regions of 1, numbered from 1 in reading order, and each label's size in pixels (label 0: outside the mask)."""
     labels, num = ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)
+    # Pixels that each cell of the frame represents.
     weights = np.multiply.outer(rows, cols).ravel()
     sizes = np.bincount(labels.ravel(), weights=weights, minlength=num + 1)
     return labels, sizes.astype(np.int64)

@@ -32,9 +32,12 @@ def upsample_occupied(
     of the interpolation high and wide. Interpolation coordinates are rounded relative to the window, not to the image:
     logits differ by about 1e-4 of the step between neighbouring input pixels. Use them for measuring, not for output.
     """
+    # One window for all K masks. Interpolation makes no value above the largest around it, so that what is
+    # left out is at most `threshold`.
     above = (logits > threshold).any(dim=0)
     y = _span(above.any(dim=1), image_size, input_hw[0], original_hw[0])
     x = _span(above.any(dim=0), image_size, input_hw[1], original_hw[1])
+    # A quarter of the encoder's stride; 1 for a frame that interpolates only once.
     scale = image_size // logits.shape[-1]
     rows, cols = (_cells(side, scale, logits.shape[-1]) for side in (y, x))
     part = logits[None, :, rows, cols]
@@ -58,9 +61,11 @@ def _span(above: Tensor, image_size: int, input_length: int, original_length: in
     """
     periods = math.gcd(input_length, original_length)
     input_period, period = input_length // periods, original_length // periods
+    # On a GPU this waits for the queued work: the window's size must be known to allocate it.
     cells = above.nonzero()[:, 0].tolist()
     first, last = (cells[0] - _MARGIN, cells[-1] + _MARGIN) if cells else (0, 0)
     scale = image_size / len(above)  # input pixels per low-res cell
+    # Rounded outwards to whole periods, within the image, and at least one.
     begin = min(max(math.floor(first * scale / input_period), 0), periods - 1)
     end = max(min(math.ceil((last + 1) * scale / input_period), periods), begin + 1)
     return Span(begin * period, end * period, begin * input_period, end * input_period)
