@@ -62,6 +62,7 @@ def stale_shards(plan: Plan, done: Collection[int]) -> set[int]:
     """
     changed = {shard: number for shard, number in plan.changed_shards().items() if shard in done}
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        # A shard records the generation that it was made for; an older one has not seen the change.
         made_by = pool.map(lambda shard: read_metadata(plan.output, shard).get("generation", 0), changed)
         return {shard for shard, number in zip(changed, made_by, strict=True) if number < changed[shard]}
 
@@ -71,16 +72,19 @@ def compare(plan: Plan, listed: pa.Table) -> tuple[pa.Table, pa.Table]:
     current size, ETag and location (`MANIFEST_SCHEMA`), by shard. Raises: StorageError.
     """
     planned = plan.read_images(["image_id", "shard", "uri", "file_name", "size", "etag", "problem"])
+    # `listed` is redacted already, the plan of an older version may not be.
     uris = hide_known(planned["uri"])
     new = listed.filter(pc.is_null(pc.index_in(listed["uri"], value_set=uris)))
     at = pc.index_in(uris, value_set=listed["uri"])
     planned, now = planned.filter(pc.is_valid(at)), take(listed, pc.drop_null(at))
     differs = pa.chunked_array([pa.repeat(pa.scalar(False), planned.num_rows)])
+    # A size or ETag that one side does not know (null) is not a difference.
     for mark in ("size", "etag"):
         differs = pc.or_(differs, pc.fill_null(pc.not_equal(planned[mark], now[mark]), False))
     # Not compared: problems from lists depend on a setting, and those of links in a tar on other members.
     differs = pc.or_(differs, pc.not_equal(pc.fill_null(planned["problem"], ""), pc.fill_null(now["problem"], "")))
     planned, now = planned.filter(differs), now.filter(differs)
+    # Id, shard and name stay; size, ETag and location become the current ones.
     unchanged = {"image_id": planned["image_id"], "shard": planned["shard"], "file_name": planned["file_name"]}
     columns = [unchanged.get(name, now[name] if name in now.schema.names else None) for name in MANIFEST_SCHEMA.names]
     return new, pa.Table.from_arrays(columns, schema=MANIFEST_SCHEMA).sort_by("shard")
@@ -104,6 +108,7 @@ def join_images(
     """
     images, skipped = list_images(input_uri, config.input)
     listed, credentials = hide(images)
+    # A driver that loses the race for a number compares the same listing with the winner's plan.
     for _ in range(_MAX_TRIES):
         new, changed = compare(plan, listed)
         news = InputChanges(
@@ -130,11 +135,13 @@ def join_images(
             num_hidden=len(credentials),
         )
         rows = build_manifest(new, generation.images_per_shard, plan.read_images(["image_id"])["image_id"])
+        # `build_manifest` numbers the shards from 0.
         index = rows.schema.get_field_index("shard")
         rows = rows.set_column(index, "shard", pc.cast(pc.add(rows["shard"], plan.num_shards), pa.int32()))
         # First: `_SUCCESS` means that all shards exist, which is no longer true once the generation exists.
         unmark_success(plan.output)
         added = create_generation(plan.output, generation, rows, changed)
+        # Another driver may have taken the number; its images are then part of the next comparison.
         plan = load_plan(plan.output)
         if added:
             return plan, news

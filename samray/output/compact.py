@@ -65,8 +65,10 @@ def compact(
         raise ConfigError("DEST and OUTPUT must be different folders: readers keep the old files until you switch")
     if storage.join(dest, "").startswith(storage.join(plan.output, FOLDER, "")):
         raise ConfigError(f"DEST must not be inside OUTPUT/{FOLDER}, where readers look for shards")
+    # An unfinished OUTPUT is refused before DEST is written.
     fingerprint, num_bytes = look_at_finished(plan)
     target = _plan_of(plan, dest, max(1, plan.num_images * file_bytes // max(1, num_bytes)), fingerprint)
+    # Temporary files of a compaction that was killed.
     storage.remove_leftovers(dest)
     done = done_shards(dest)
     starts = plan.starts()
@@ -74,10 +76,12 @@ def compact(
     num_done = 0
     for shard in range(target.num_shards):
         if shard in done:
+            # A file of an earlier try: _SUCCESS counts the failures of all files.
             num_failed += sum(_failures(target, shard).values())
         else:
             start = shard * target.generations[0].images_per_shard
             table, stats = rows_between(plan, starts, start, target.num_images_of(shard))
+            # The metadata name DEST's own run, which has another shard size.
             table = table.replace_schema_metadata(shard_metadata(target.run))
             commit_shard(dest, shard, table, {**stats, "shard": shard})
             num_failed += sum(stats["failures"].values())
@@ -107,6 +111,7 @@ def look_at_finished(plan: Plan) -> tuple[str, int]:
         raise ConfigError(f"{where} is not finished: {missing} of {plan.num_shards} shards are missing; run it first")
     for shard in stale_shards(plan, done):
         raise ConfigError(f"{where} is not finished: shard {shard} must be labelled again; run it first")
+    # If storage reports no versions, a size may still show that a shard was replaced.
     sizes = storage.list_names(storage.join(plan.output, FOLDER))
     shard_files = [(shard, version, sizes.get(shard_name(shard))) for shard, version in sorted(done.items())]
     return hashlib.sha256(json.dumps(shard_files).encode()).hexdigest(), sum(sizes.values())
@@ -136,8 +141,10 @@ def _plan_of(plan: Plan, dest: str, images_per_shard: int, fingerprint: str) -> 
     source = storage.redact(plan.output)
     if storage.exists(storage.join(dest, "_samray", "run.json")):
         target = load_plan(dest)
+        # DEST of an earlier try: go on only if it copies the same rows of the same OUTPUT.
         if target.run.get("compacted_from") != source or target.num_images != plan.num_images:
             raise ConfigError(f"{storage.redact(dest)} is not empty, and not a compacted {source}; choose another DEST")
+        # DEST of an older version has no fingerprint and goes on, too.
         if target.run.get("compacted_shards", fingerprint) != fingerprint:
             raise ConfigError(
                 f"shards of {source} have been replaced since {storage.redact(dest)} was begun, which would mix old "
@@ -161,6 +168,7 @@ def rows_between(plan: Plan, starts: list[int], start: int, number: int) -> tupl
     stage_seconds: Counter[str] = Counter()
     for shard, first, count in _overlaps(starts, start, number):
         table, stats = _read_slice(plan.output, shard, first, count)
+        # Other writers may have chosen large strings and lists.
         tables.append(table.cast(schema_of(plan.run)))
         # A row has no times of its own: each gets an equal part of its shard's.
         share = count / plan.num_images_of(shard)
@@ -189,6 +197,7 @@ def _overlaps(starts: list[int], start: int, number: int) -> Iterator[tuple[int,
 def _read_slice(output: str, shard: int, first: int, count: int) -> tuple[pa.Table, Mapping[str, Any]]:
     """Rows of a shard without metadata, read by row groups, and the shard's stats."""
     with open_shard(output, shard) as file:
+        # Only the groups with wanted rows; `skipped` is the number of rows before the first of them.
         groups, skipped, begin = [], 0, 0
         for group in range(file.num_row_groups):
             end = begin + file.metadata.row_group(group).num_rows

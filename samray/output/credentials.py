@@ -34,6 +34,7 @@ def hide(images: pa.Table) -> tuple[pa.Table, dict[str, str]]:
 
     URIs that differ only in credentials stay distinct: a hash of the whole URI is appended, as `#image=...`.
     """
+    # The URI of an image in a container contains the container's, so only the latter is redacted by itself.
     in_container = pc.is_valid(images["container"])
     single = pc.if_else(in_container, None, images["uri"])
     hidden = {**_hidden(single), **_hidden(images["container"])}
@@ -72,8 +73,10 @@ def read_credentials(plan: Plan, input_uri: str, config: Config, shards: Iterabl
     listed or has none of them, StorageError.
     """
     needed: dict[int, set[str]] = {}
+    # If no generation hides anything, no shard of the plan is read.
     for shard in shards if any(generation.num_hidden for generation in plan.generations) else ():
         rows = plan.read_shard(shard)
+        # An image in a tar or Parquet file is read by its container, any other by its own URI.
         sources = pc.coalesce(rows["container"], rows["uri"]).unique().to_pylist()
         if uris := {uri for uri in sources if storage.is_redacted(uri)}:
             needed[shard] = uris
@@ -86,6 +89,7 @@ def read_credentials(plan: Plan, input_uri: str, config: Config, shards: Iterabl
         raise ConfigError(f"{error}; {where}") from error
     _, credentials = hide(listed)
     found = {shard: {uri: credentials[uri] for uri in uris if uri in credentials} for shard, uris in needed.items()}
+    # Some images may be gone from INPUT, which makes failed rows; if all are, this is another INPUT.
     if not any(found.values()):
         raise ConfigError(
             f"{where}: INPUT {storage.redact(input_uri)} has none of the images that are left to label, for example"
@@ -96,6 +100,7 @@ def read_credentials(plan: Plan, input_uri: str, config: Config, shards: Iterabl
 
 def _hidden(uris: pa.ChunkedArray) -> dict[str, str]:
     """URI -> URI without credentials, for those that have any."""
+    # Arrow rules out nearly all URIs; Python looks at the rest.
     candidates = uris.filter(may_hold_credentials(uris)).unique().to_pylist()
     redacted = ((uri, storage.redact(uri)) for uri in candidates)
     hidden = {uri: shown for uri, shown in redacted if shown != uri}

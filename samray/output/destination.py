@@ -22,6 +22,7 @@ def check_apart(input_uri: str, output_uri: str) -> None:
     A glob without `**` ends at its own folders; OUTPUT may be below those.
     """
     source = storage.normalize(input_uri)
+    # A local folder may have * or [ in its name.
     is_glob = storage.has_glob(source) and not (storage.is_local(source) and os.path.exists(source))
     root, output = _place(storage.glob_base(source) if is_glob else source), _place(output_uri)
     where = f"(INPUT {storage.redact(input_uri)}, OUTPUT {storage.redact(output_uri)})"
@@ -38,12 +39,14 @@ def check_apart(input_uri: str, output_uri: str) -> None:
 def _place(uri: str) -> str:
     uri = storage.normalize(uri)
     if storage.is_local(uri):
+        # Through links: two names of one folder are the same place.
         return os.path.realpath(uri)
     scheme, rest = uri.split("://", 1)
     return f"{_SAME_STORE.get(scheme, scheme)}://{rest}"
 
 
 def _is_inside(uri: str, folder: str) -> bool:
+    # With the slash: /data2 is not inside /data.
     return uri.startswith(folder.rstrip("/") + "/")
 
 
@@ -84,5 +87,6 @@ def check_space(folder: Path, what: str) -> None:
             f"{what}: the disk of {folder} has {free / 2**20:.0f} MiB left, and a run needs at least"
             f" {MIN_FREE_BYTES // 2**20} MiB; free some space, or choose a folder on another disk"
         )
+    # No inodes left, although bytes are free; filesystems without a limit report 0 files.
     if hasattr(os, "statvfs") and (disk := os.statvfs(folder)).f_files and not disk.f_favail:
         raise ConfigError(f"{what}: the disk of {folder} has no room for another file (no free inodes)")

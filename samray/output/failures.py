@@ -59,6 +59,7 @@ class FailureCounts:
         counts = cls(output)
         try:
             data = storage.read_bytes(counts.uri)
+            # A damaged count would be reported as true; the shards have the counts, too.
             if is_intact(data) is False:
                 return counts
             table = read_parquet(data).select(_SCHEMA.names).cast(_SCHEMA)
@@ -96,11 +97,13 @@ class FailureCounts:
             leave_room(writer)
             writer.write_table(pa.table([shards, *columns], schema=_SCHEMA))
         try:
+            # Never wait for this file as long as for a shard (storage.timeout_s).
             with storage.time_limit(SAVE_PATIENCE_S):
                 storage.put(self.uri, seal(sink.getvalue()))
             self._is_saved = True
         except StorageError as error:  # without the file only a resume is slower
             logger.warning("%s", error)
+        # Also after a failure, so that storage that is down is not tried again after every shard.
         self._saved_at = time.monotonic()
 
 

@@ -32,8 +32,10 @@ def stem_of(file_name: str) -> str:
     parts = [part for part in file_name.replace("\0", "_").split("/") if part not in ("", ".", "..")]
     if parts and parts[0].lower() == FOLDER:  # some filesystems ignore case
         parts[0] = "images"
+    # `remove_leftovers` would take such a file for an unfinished one, and delete it.
     parts = ["_" + part[1:] if part.startswith(TEMPORARY_PREFIX) else part for part in parts]
     stem = posixpath.splitext("/".join(parts))[0] or "image"
+    # Too long for a key: a hash replaces the folders, and the last part stays readable.
     if len(data := stem.encode()) > _MAX_STEM_BYTES and "/" in stem:
         stem = f"long-names/{hashlib.sha256(data).hexdigest()[:16]}-{stem.rpartition('/')[2]}"
     return "/".join(map(_short, stem.split("/")))
@@ -44,6 +46,7 @@ def _short(part: str) -> str:
     data = part.encode()
     if len(data) <= _MAX_PART_BYTES:
         return part
+    # The cut may fall inside a character, hence errors="ignore".
     return f"{data[:_MAX_PART_BYTES].decode(errors='ignore')}-{hashlib.sha256(data).hexdigest()[:12]}"
 
 
@@ -61,12 +64,14 @@ def shared_stems(
     would have the name of a folder: the first of `a.jpg` and `a.json/b.jpg`.
     """
     images = plan.read_images(["image_id", "file_name"])
+    # Hashes instead of names: 8 bytes per image. A false match only renames an image without need.
     names = (stem_of(name).lower() for chunk in images["file_name"].chunks for name in chunk.to_pylist())
     hashes = np.fromiter(map(hash, names), dtype=np.int64, count=images.num_rows)
     values, counts = np.unique(hashes, return_counts=True)
     renamed = np.isin(hashes, values[counts > 1])
     folders = _dotted_folders(images["file_name"], stem_of)
     if folders:
+        # A second pass over all names, only if there are such folders.
         names = (name for chunk in images["file_name"].chunks for name in chunk.to_pylist())
         renamed |= np.fromiter((_is_in_the_way(stem_of(n), n, folders, endings) for n in names), bool, images.num_rows)
     if not renamed.any():
@@ -76,6 +81,7 @@ def shared_stems(
     for index in np.flatnonzero(renamed).tolist():
         image_id, name = images["image_id"][index].as_py(), images["file_name"][index].as_py()
         stem = f"{stem_of(name)}-{image_id}"
+        # Another image may have this very name.
         while hash(stem.lower()) in taken or _is_in_the_way(stem, name, folders, endings):
             stem += "_"
         taken.add(hash(stem.lower()))

@@ -39,6 +39,7 @@ def refuse_differences(
     which lets an OUTPUT from before that setting resume. Stored URIs are redacted again, because an older version may
     have redacted less.
     """
+    # Flat keys as on the command line, for example masks.points_per_side.
     there, asked, default = _flat(redact_json(recorded)), _flat(wanted), _flat(redact_json(defaults))
     missing = "not set"
     there, asked = default | there, default | asked

@@ -64,6 +64,7 @@ def _find(output: str, shard: int, image_id: int) -> dict[str, Any] | None:
     size = storage.file_size(uri)
     footer = read_shard_footer(output, shard, size)
     groups = _groups_with(footer, "image.image_id", image_id)
+    # Mostly one group. Of several, the id column alone tells which has the image, without reading masks.
     for group in groups:
         if len(groups) > 1 and _row_of(read_row_group(uri, size, footer, group, ["image.image_id"]), image_id) < 0:
             continue
@@ -88,6 +89,7 @@ def _shards_of(plan: Plan, image_id: int) -> Iterator[tuple[int, bool]]:
             if shard is not None and shard.has_min_max and shard.min == shard.max:
                 yield int(shard.min), False  # for a shard this large, its own footer is faster to read
                 continue
+            # Small shards share a row group of the manifest; two of its columns tell which shard it is.
             rows = read_row_group(uri, size, footer, group, ["image_id", "shard"])
             index = pc.index(rows["image_id"], image_id).as_py()
             if index >= 0:
@@ -102,6 +104,7 @@ def _groups_with(footer: pq.FileMetaData, column: str, value: Any) -> list[int]:
     """The row groups that may have a value, according to their statistics."""
     groups = []
     for group, bounds in enumerate(statistics(footer, column)):
+        # Without statistics any group may have the value.
         if bounds is None or not bounds.has_min_max or bounds.min <= value <= bounds.max:
             groups.append(group)
     return groups
@@ -109,6 +112,7 @@ def _groups_with(footer: pq.FileMetaData, column: str, value: Any) -> list[int]:
 
 def statistics(footer: pq.FileMetaData, column: str) -> list[pq.Statistics | None]:
     """The statistics of a column, given by its path in the schema, in each row group."""
+    # By path: Parquet numbers the leaf columns, not the fields of the schema.
     paths = [footer.schema.column(i).path for i in range(len(footer.schema))]
     index = paths.index(column)
     return [footer.row_group(group).column(index).statistics for group in range(footer.num_row_groups)]
@@ -124,6 +128,7 @@ def read_footer(uri: str, size: int | None) -> pq.FileMetaData:
     """
     start = 0 if size is None else max(0, size - _FIRST_READ_BYTES)
     tail = storage.read_bytes(uri) if size is None else storage.read_bytes(uri, start, size - start)
+    # The last eight bytes give the length; only a large footer needs a second request.
     length = footer_bytes(tail)
     if size is not None and len(tail) < length <= size:
         tail = storage.read_bytes(uri, size - length, length - len(tail)) + tail
@@ -186,6 +191,7 @@ def index_images(plan: Plan, *, keep_empty: bool = True) -> ImageIndex:
     if len(done) < plan.num_shards:
         missing = plan.num_shards - len(done)
         log.warning("%s: %d of %d shards are not there yet; their images are left out", where, missing, plan.num_shards)
+    # Small requests, whose time is mostly latency: hence many threads.
     with ThreadPoolExecutor(_THREADS) as pool:
         looked = list(pool.map(lambda shard: _wanted_rows(plan, int(shard), int(sizes[shard]), keep_empty), done))
     found = [rows for rows, _ in looked]
@@ -201,6 +207,7 @@ def _warn_of_replaced(plan: Plan, digests: dict[int, str | None]) -> None:
     """Log a warning if shards differ from those in `_SUCCESS`: a run is replacing some, or was stopped while it did."""
     success = read_success(plan.output)
     named = enumerate(success.digests if success else ())
+    # A shard that is missing now counts as unchanged: the caller warns of it.
     replaced = [shard for shard, digest in named if digest is not None and digests.get(shard, digest) != digest]
     if replaced:
         log.warning(
@@ -214,6 +221,7 @@ def _wanted_rows(plan: Plan, shard: int, size: int, keep_empty: bool) -> tuple[n
     """The row indices of a shard to keep, and its checksum."""
     uri = shard_uri(plan.output, shard)
     footer = read_shard_footer(plan.output, shard, size)
+    # Images are found by their row, so a shard of another length would give wrong ones.
     if footer.num_rows != plan.num_images_of(shard):
         raise StorageError(
             f"{storage.redact(uri)} has {footer.num_rows} rows, expected {plan.num_images_of(shard)} as planned; "
@@ -225,6 +233,7 @@ def _wanted_rows(plan: Plan, shard: int, size: int, keep_empty: bool) -> tuple[n
         num_rows = footer.row_group(group).num_rows
         bounds = status[group]
         keep = np.ones(num_rows, bool)
+        # If the statistics say "ok" only, the column need not be read.
         if bounds is None or not bounds.has_min_max or not bounds.min == bounds.max == "ok":
             keep = _numpy(pc.equal(read_row_group(uri, size, footer, group, ["status"])["status"], "ok"))
         if not keep_empty:
@@ -272,6 +281,7 @@ def read_uris(plan: Plan, index: ImageIndex) -> list[str]:
 
 def _places(plan: Plan, index: ImageIndex) -> pa.Array:
     """Row indices in the plan of the images of an index."""
+    # (num_shards,): index in the plan of each shard's first image.
     first = np.cumsum([0, *(plan.num_images_of(shard) for shard in range(plan.num_shards - 1))])
     return pa.array(first[index.shards] + index.rows)
 
@@ -284,6 +294,7 @@ def index_containers(plan: Plan, index: ImageIndex) -> ContainerIndex | None:
     places = _places(plan, index)
     planned = plan.read_images(["offset", "row", "size"]).take(places)
     coded = names.dictionary_encode().unify_dictionaries().combine_chunks().take(places)  # few names, much text
+    # -1 for null, which NumPy's integers do not have.
     offsets, rows, sizes = (np.asarray(column.fill_null(-1).to_numpy(), np.int64) for column in planned.columns)
     in_tar = offsets >= 0
     extents = plan.read_images(["extents"])["extents"].take(places)

@@ -107,6 +107,7 @@ def image_ids(file_names: pa.ChunkedArray, taken: pa.ChunkedArray | None = None)
         # `part` is a view: this fills `ids`.
         part[:] = _numbers_or(file_names.slice(start, _ROWS_AT_ONCE), part)
     collides = taken is not None and pc.any(pc.is_in(pa.array(ids), value_set=taken)).as_py()
+    # Row indices cannot collide: they start after the largest id in use.
     if collides or not _all_differ(ids):
         ids = np.arange(first, first + len(file_names))
     return pa.chunked_array([pa.array(ids)])
@@ -114,6 +115,7 @@ def image_ids(file_names: pa.ChunkedArray, taken: pa.ChunkedArray | None = None)
 
 def _numbers_or(file_names: pa.ChunkedArray, places: np.ndarray) -> np.ndarray:
     """The number in each name like sa_<n>.jpg, else the value in `places`."""
+    # At most 15 digits, so that the cast cannot overflow; numbers above MAX_IMAGE_ID are dropped below.
     digits = pc.struct_field(pc.extract_regex(file_names, r"(?:^|/)sa_0*(?P<n>[0-9]{1,15})\.[^./]+$"), "n")
     numbers = pc.cast(digits, pa.int64())
     numbers = pc.if_else(pc.less_equal(numbers, MAX_IMAGE_ID), numbers, None)
@@ -121,6 +123,7 @@ def _numbers_or(file_names: pa.ChunkedArray, places: np.ndarray) -> np.ndarray:
 
 
 def _all_differ(ids: np.ndarray) -> bool:
+    # Ids are mostly sorted already, which is checked without the copy that sorting makes.
     return bool((np.diff(ids) > 0).all()) or bool((np.diff(np.sort(ids)) > 0).all())
 
 
@@ -146,6 +149,7 @@ def create_generation(output: str, generation: Generation, new: pa.Table, change
     with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
         leave_room(writer)
         writer.write_table(new.cast(MANIFEST_SCHEMA), row_group_size=generation.rows_per_group)
+        # In row groups of their own, after the new images: reading a shard's new images never touches them.
         if changed is not None and changed.num_rows:
             assert changed.num_rows == generation.num_changed, (changed.num_rows, generation)
             writer.write_table(changed.cast(MANIFEST_SCHEMA), row_group_size=_ROWS_PER_GROUP)
@@ -162,6 +166,7 @@ def read_generation(output: str, number: int) -> Generation | None:
         own = _with_manifest(output, number, lambda file: _own(file.schema_arrow.metadata))
     except NotFoundError:
         return None
+    # The columns fit, but samray's metadata are missing.
     if not {"identity", "num_images", "images_per_shard"} <= own.keys():
         uri = storage.redact(manifest_uri(output, number))
         raise ConfigError(f"{uri} was not written by samray; choose another OUTPUT")
@@ -173,6 +178,7 @@ def _own(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
     found = parse_json((metadata or {}).get(b"samray", b"{}"))
     if not isinstance(found, dict):
         raise ValueError("its samray metadata are not an object")
+    # The smallest valid value of each; `num_shards` divides by images_per_shard.
     least = {"num_images": 0, "images_per_shard": 1, "first_shard": 0, "num_changed": 0, "num_hidden": 0}
     for name, number in least.items():
         value = found.get(name, number)
@@ -196,6 +202,7 @@ def read_generations(output: str) -> list[Generation]:
     for number in [0, *numbers]:
         found = read_generation(output, number)
         before = generations[-1] if generations else None
+        # A gap would shift the numbers of all later shards, and with them what is done.
         follows = before is None or (
             number == before.number + 1 and found and found.first_shard == before.first_shard + before.num_shards
         )
@@ -242,6 +249,7 @@ def read_rows(output: str, generation: Generation, columns: list[str]) -> pa.Tab
 
 def with_rows(table: pa.Table, newer: pa.Table) -> pa.Table:
     """`table` with its rows replaced by those of `newer` with the same image_id; both have the same columns."""
+    # Arrow has no update by key: find the newer row of each row (or null), then take from both tables at once.
     at = pc.index_in(table["image_id"], value_set=newer["image_id"])
     kept = pa.array(range(table.num_rows), pa.int64())
     order = pc.coalesce(pc.add(pc.cast(at, pa.int64()), table.num_rows), pa.chunked_array([kept]))

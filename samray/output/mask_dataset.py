@@ -30,6 +30,7 @@ from samray.rle.runs import Runs, pixels, runs_of_image
 
 Target = dict[str, Any]
 
+# All but the run-length strings, which are most of a shard's bytes.
 _BOXES_ONLY: Final = ["image", "uri"] + [
     f"annotations.list.element.{name}" for name in ("bbox", "area", "predicted_iou", "stability_score")
 ]
@@ -102,6 +103,7 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         self.max_mask_bytes = max_mask_bytes
         self.image_root = image_root and (storage.normalize(image_root[0]), storage.normalize(image_root[1]))
         self._index = index_images(plan, keep_empty=keep_empty)
+        # 20 more bytes per image, needed only to read the images.
         self._containers = index_containers(plan, self._index) if images else None
         self._input = input_config_of(plan)
         # Boxes in the "sam" convention end at their last pixel, all others one pixel after it.
@@ -165,6 +167,7 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
     def _read_footer(self, shard: int) -> tuple[pq.FileMetaData, list[int]]:
         """A shard's footer, and the first row of each of its row groups."""
         footer = read_shard_footer(self.output, shard, int(self._index.sizes[shard]))
+        # Row indices and file sizes were taken from the file as it was.
         if seal_of(footer) != self._index.digests.get(shard):
             raise StorageError(
                 f"{storage.redact(shard_uri(self.output, shard))} was replaced since this dataset was opened: open it "
@@ -180,6 +183,7 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         return read_row_group(shard_uri(self.output, shard), size, self._footer(shard)[0], group, columns)
 
     def __getstate__(self) -> dict[str, Any]:
+        # The caches cannot be pickled; __setstate__ makes empty ones.
         return {name: value for name, value in self.__dict__.items() if name not in ("_footer", "_group")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -192,6 +196,7 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         """annotations: those of one image."""
         self._check(annotations, record)
         keep = self._kept(annotations)
+        # (N, 4) float64 XYWH. Indexing copies, so that Arrow's read-only buffer is not written to.
         boxes = annotations.field("bbox").flatten().to_numpy().reshape(-1, 4)[keep]
         boxes[:, 2:] += boxes[:, :2] + self._box_extent
         target: Target = {
@@ -232,6 +237,7 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         height, width = record["height"], record["width"]
         num_bytes = len(masks) * height * width
         if num_bytes > self.max_mask_bytes:
+            # Before the allocation: thousands of masks of a large image take tens of gigabytes.
             raise StorageError(
                 f"image {record['image_id']} has {len(masks)} masks of {width}x{height} pixels, {num_bytes / 1e9:.1f} "
                 f'GB as bool, but max_mask_bytes allows {self.max_mask_bytes / 1e9:.1f} GB: use masks="rle", limit the '
@@ -255,6 +261,7 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
                 passed &= _numbers(annotations, name) >= bound
         keep = np.flatnonzero(passed)
         if self.max_masks is not None and len(keep) > self.max_masks:
+            # The best ones, back in the order in which they are stored.
             best = np.argsort(-_numbers(annotations, "predicted_iou")[keep], kind="stable")[: self.max_masks]
             keep = keep[np.sort(best)]
         return keep
@@ -294,6 +301,7 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         if self.image_root is None:
             return uri
         old, new = self.image_root
+        # With the slash: /data must not match /database.
         if not uri.startswith(storage.join(old, "")):
             raise ConfigError(f"{storage.redact(uri)} does not start with {storage.redact(old)} (image_root)")
         return storage.join(new, uri[len(storage.join(old, "")) :])

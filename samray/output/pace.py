@@ -33,9 +33,11 @@ def pace_of(written: Sequence[Written], wait_s: float = 0.0) -> Pace:
     if not gaps:
         return Pace()
     usual_s = statistics.median(gaps)
+    # A run that was stopped overnight is not a slow run.
     pause_s = max(PAUSE_S, 20 * usual_s)
     came = [(gap, at, number) for gap, (at, number) in zip(gaps, written[1:], strict=True) if gap <= pause_s]
     span_s = sum(gap for gap, _, _ in came) + (wait_s - usual_s if usual_s < wait_s <= pause_s else 0.0)
+    # Object stores give whole seconds: shards of the first second were made before the span begins.
     num_images = sum(number for _, at, number in came if at > written[0][0])
     rate = num_images / span_s if span_s > 0 else None
     return Pace(rate, usual_s, max((gap for gap, _, _ in came), default=None))

@@ -83,6 +83,7 @@ class Plan:
     @property
     def skipped(self) -> Skipped:
         """What the listings of each INPUT left out, from the latest listing of each."""
+        # A later listing of the same INPUT replaces the counts of an earlier one.
         by_input = {generation.identity.get("input_uri"): generation.skipped for generation in self.generations}
         total = Skipped()
         for counts in by_input.values():
@@ -106,9 +107,11 @@ class Plan:
             table = read_group(self.output, generation, group)
             self._groups = {(generation.number, group): table}  # keep one: shards are mostly read in order
         rows = table.slice(first, self.num_images_of(shard))
+        # An edited manifest must not move an image to another shard: it would be labelled twice, or never.
         if rows.num_rows != self.num_images_of(shard) or not pc.all(pc.equal(rows["shard"], shard)).as_py():
             uri = storage.redact(manifest_uri(self.output, generation.number))
             raise StorageError(f"{uri} is damaged or was edited: its rows of shard {shard} differ from the plan")
+        # Later generations have only the new values of changed images, not copies of all others.
         for changed in self._changed(shard, after=generation.number):
             rows = with_rows(rows, changed)
         return rows
@@ -121,6 +124,7 @@ class Plan:
         """Shard -> the last generation in which one of its images changed; only changed shards. Raises:
         StorageError."""
         changed: dict[int, int] = {}
+        # In order, so that the last generation with a change remains.
         for generation in self.generations:
             if generation.num_changed:
                 shards = read_changed(self.output, generation)["shard"]
@@ -129,6 +133,7 @@ class Plan:
 
     def read_images(self, columns: list[str]) -> pa.Table:
         """These columns of all images, in shard order, with their current values. Raises: StorageError."""
+        # The id is needed to match newer rows, also if the caller does not ask for it.
         names = [*dict.fromkeys(["image_id", *columns])]
         rows = [read_rows(self.output, generation, names) for generation in self.generations]
         sizes = [generation.num_images for generation in self.generations]
@@ -183,6 +188,7 @@ def make_plan(
             )
         run = run or _write_plan(input_uri, output, config, wanted, check)
     plan = _plan_of(output, run)
+    # Also for a plan that was just made: another driver may have written it first, with other settings.
     _refuse_other_run(plan, wanted, joining, config.default_identity())
     return plan
 
@@ -219,6 +225,7 @@ def write_plan(output_uri: str, images: pa.Table, images_per_shard: int, run: Ma
     StorageError.
     """
     output = storage.normalize(output_uri)
+    # Before anything is written: a store that overwrites keys cannot decide between two writers.
     storage.check_output(output)
     images, credentials = hide(images)
     places = pa.array(range(images.num_rows), pa.int64())
@@ -226,6 +233,7 @@ def write_plan(output_uri: str, images: pa.Table, images_per_shard: int, run: Ma
     table = images.append_column("shard", shards).select(MANIFEST_SCHEMA.names)
     first = Generation(0, redact_json(run["identity"]), table.num_rows, images_per_shard, num_hidden=len(credentials))
     if not create_generation(output, first, table):
+        # The same command, killed before run.json, may have left this manifest: if it is equal, go on from there.
         generation = read_generation(output, 0)
         if generation != first:
             refuse_differences(output, generation.identity if generation else {}, first.identity, {})
@@ -247,6 +255,7 @@ def _read_run(output: str) -> dict[str, Any] | None:
     uri = storage.join(output, FOLDER, RUN)
     try:
         run = parse_json(storage.read_bytes(uri))
+        # Everything after this relies on these keys, so a run.json of another program is refused here.
         if not {"identity", "num_images", "images_per_shard"} <= run.keys():
             raise ValueError("it is not samray's")
         if not (isinstance(run["identity"], dict) and isinstance(run.get("config", {}), dict)):
@@ -262,14 +271,17 @@ def _write_plan(
     input_uri: str, output: str, config: Config, wanted: dict[str, Any], check: Callable[[pa.Table], object]
 ) -> dict[str, Any]:
     """Write the manifest, then run.json, unless another driver was first: then return its run.json."""
+    # A manifest without run.json: its driver died in between, or is about to write run.json.
     generation = read_generation(output, 0)
     if generation is None:
         own, images = _list_generation(input_uri, config, wanted)
+        # Before the manifest is created: a refused input leaves no plan in OUTPUT.
         check(images)
         table = build_manifest(images, config.output.images_per_shard)
         generation = own if create_generation(output, own, table) else read_generation(output, 0)
         if generation is None:
             raise StorageError(f"{storage.redact(manifest_uri(output, 0))} was deleted during the run")
+    # The manifest may be another driver's: only a run with the same settings may go on with it.
     refuse_differences(output, generation.identity, wanted, config.default_identity())
     run = {"identity": wanted, "input": wanted["input_uri"], "config": config.model_dump(mode="json")}
     if (categories := categories_of(wanted)) is not None:
@@ -301,6 +313,7 @@ def _create_run(output: str, first: Generation, run: Mapping[str, Any]) -> dict[
         **redact_json(run),
     }
     storage.put_new(storage.join(output, FOLDER, RUN), json.dumps(full, indent=2, sort_keys=True).encode() + b"\n")
+    # Read back instead of returning `full`: another driver may have been first.
     written = _read_run(output)
     if written is None:
         raise StorageError(f"{storage.redact(storage.join(output, FOLDER, RUN))} was deleted during the run")
@@ -310,8 +323,10 @@ def _create_run(output: str, first: Generation, run: Mapping[str, Any]) -> dict[
 def _refuse_other_run(plan: Plan, wanted: dict[str, Any], joining: bool, defaults: Mapping[str, Any]) -> None:
     """Raises: ConfigError with each setting that differs from those of the plan."""
     recorded = dict(plan.run["identity"])
+    # Redacted again, because an older version may have hidden less of a URI.
     inputs = [redact_json(generation.identity.get("input_uri")) for generation in plan.generations]
     if joining or wanted["input_uri"] in inputs:
+        # An INPUT that was appended later also resumes this output.
         recorded["input_uri"] = wanted["input_uri"]
     if joining or plan.run.get("compacted_from"):
         # A new generation uses this run's shard size; compacting may have changed it in the older ones.

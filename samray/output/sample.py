@@ -92,6 +92,7 @@ def _footer_of(shard: int, file: pq.ParquetFile) -> Footer:
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     statistics = [group.column(status).statistics for group in groups]
     stats = samray_metadata(file.schema_arrow).get("stats", {})
+    # The footer's counts are believed only if they fit the number of rows.
     if stats.get("num_images") == metadata.num_rows:
         num_masks, failures = stats["num_masks"], stats["failures"]
     else:  # for example imported
@@ -109,6 +110,7 @@ def _footer_of(shard: int, file: pq.ParquetFile) -> Footer:
 def _count_rows(file: pq.ParquetFile) -> tuple[int, Counter[str]]:
     """Number of masks, and of failed images by reason, from two small columns."""
     num_masks, failures = 0, Counter[str]()
+    # The ids alone tell the number of masks.
     for batch in file.iter_batches(SAMPLE_IMAGES, columns=["annotations.list.element.id", "error"]):
         num_masks += len(batch["annotations"].flatten())
         failures.update(reason_of(error) for error in batch["error"].drop_null().to_pylist())
@@ -120,6 +122,7 @@ def spread(items: Sequence[T], number: int) -> list[T]:
     if len(items) <= number:
         return list(items)
     draw = random.Random(_SEED)
+    # Edges of `number` parts whose sizes differ by at most one.
     edges = [i * len(items) // max(number, 1) for i in range(number + 1)]
     return [items[draw.randrange(low, high)] for low, high in pairwise(edges)]
 
@@ -137,6 +140,7 @@ def read_groups(output: str, groups: Iterable[Draw], columns: Sequence[str]) -> 
     """Read columns of row groups; only the first rows of very large ones. Raises: StorageError."""
 
     def read(file: pq.ParquetFile, draw: Draw) -> pa.Table:
+        # Only the first batch: a row group of another writer may have millions of rows.
         batches = file.iter_batches(SAMPLE_IMAGES, row_groups=[draw[1]], columns=list(columns))
         return pa.Table.from_batches([next(batches)])
 
@@ -150,6 +154,7 @@ def read_rows(output: str, rows: Mapping[Draw, Sequence[int]]) -> Iterator[tuple
     def read(file: pq.ParquetFile, draw: Draw) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         first = 0
+        # Whole rows with masks are large, so only few are held at once.
         for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[draw[1]]):
             here = [row - first for row in sorted(rows[draw]) if first <= row < first + len(batch)]
             found += batch.take(pa.array(here, pa.int64())).to_pylist()

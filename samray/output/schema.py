@@ -137,6 +137,7 @@ def records_to_table(records: Iterable[ImageRecord], run: Mapping[str, Any]) -> 
 def _row(record: ImageRecord) -> dict[str, Any]:
     failed = record.error is not None
     assert not (failed and record.annotations), record.uri
+    # One mask more would get the first id of the next image.
     assert len(record.annotations) <= ANNOTATIONS_PER_IMAGE, len(record.annotations)
     first_id = record.image_id * ANNOTATIONS_PER_IMAGE
     return {
@@ -157,6 +158,7 @@ def _row(record: ImageRecord) -> dict[str, Any]:
 def shard_metadata(run: Mapping[str, Any]) -> dict[bytes, bytes]:
     """Schema metadata: `samray` (version, run identity, plan generation, bbox convention), `huggingface` (features)."""
     identity = run.get("identity", {})
+    # Hugging Face `datasets` takes its features from here instead of inferring them.
     features = {f.name: huggingface_feature(f.type) for f in schema_of(run)}
     own = {
         "version": run.get("samray_version"),
@@ -201,6 +203,7 @@ def huggingface_feature(kind: pa.DataType) -> Any:
 
 
 def _dumps(value: Any) -> bytes:
+    # Sorted: the same metadata must give the same bytes.
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 

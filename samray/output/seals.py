@@ -60,21 +60,25 @@ def is_intact(data: bytes) -> bool | None:
     view = memoryview(data)
     start = _place(view)
     if start is None:
+        # With the mark, the file had a checksum, and its key is damaged.
         return False if _MARK in _footer(view) else None
     return view[start : start + 64] == _digest(view, start)
 
 
 def _place(view: memoryview) -> int | None:
     footer = _footer(view)
+    # The last match: the checksum was added after all other metadata, which may contain any text.
     found = footer.rfind(_BEFORE)
     return None if found < 0 else len(view) - len(footer) + found + len(_BEFORE)
 
 
 def _footer(view: memoryview) -> bytes:
+    # A damaged length takes the whole file at most.
     return bytes(view[max(0, len(view) - footer_bytes(bytes(view[-8:]))) :])
 
 
 def _digest(view: memoryview, start: int) -> bytes:
+    # In three parts, without copying the file.
     digest = hashlib.sha256(view[:start])
     digest.update(_ZEROS)
     digest.update(view[start + 64 :])

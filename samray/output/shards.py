@@ -68,8 +68,10 @@ def shard_bytes(table: pa.Table, compression_level: int = 3) -> bytes:
     by ranges.
     """
     has_names = table.schema.field("annotations").type == pa.list_(NAMED_ANNOTATION)
+    # Readers know only these schemas; any other is a bug of the caller.
     known = [named(schema) if has_names else schema for schema in (SCHEMA, CORRECTED_SCHEMA)]
     assert any(table.schema.equals(schema) for schema in known), table.schema
+    # Rows that were read from another file carry that file's checksum in their metadata.
     table = unsealed(table)
     num_rows = rows_per_group(table)
     sink = pa.BufferOutputStream()
@@ -85,7 +87,9 @@ def shard_bytes(table: pa.Table, compression_level: int = 3) -> bytes:
         use_dictionary=["status", "error", *(["annotations.list.element.label"] if has_names else [])],
         write_page_checksum=True,
     ) as writer:
+        # Metadata can be added only while the writer is open.
         leave_room(writer)
+        # Also once for a table without rows.
         for start in range(0, max(1, table.num_rows), num_rows):
             # As one chunk: a table's chunk boundaries are not data, but would affect the pages.
             writer.write_table(table.slice(start, num_rows).combine_chunks(), row_group_size=num_rows)
@@ -203,6 +207,7 @@ def read_success(output: str) -> Success | None:
     try:
         found = parse_json(storage.read_bytes(storage.join(storage.normalize(output), SUCCESS)))
         numbers = {name: found.get(name) for name in ("num_shards", "num_failed", "generation")}
+        # Not isinstance: True would pass as a number.
         if any(type(value) not in (int, NoneType) for value in numbers.values()):
             return Success()
         return Success(**numbers, digests=tuple(found.get("shards") or ()))
@@ -227,9 +232,11 @@ def mark_success(
     checksums of exactly these versions; others are read from the shards. Raises: ConfigError, StorageError.
     """
     last, num_shards, versions = _look(output)
+    # Another driver may have appended images or replaced a shard since the caller looked.
     if generation not in (None, last) or (seen is not None and dict(seen) != versions):
         return False
     known = dict(digests or {})
+    # Shards of earlier runs: one footer each.
     unknown = [shard for shard in versions if shard not in known]
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         known.update(zip(unknown, pool.map(lambda shard: read_digest(output, shard), unknown), strict=True))
@@ -238,6 +245,7 @@ def mark_success(
     data = json.dumps(marks, sort_keys=True).encode() + b"\n"
     uri = storage.join(storage.normalize(output), SUCCESS)
     storage.put(uri, data)
+    # Look again: a generation added between the first look and this write would be marked as finished.
     if _look(output) == (last, num_shards, versions):
         return True
     with suppress(NotFoundError):
@@ -248,6 +256,7 @@ def mark_success(
 
 def _look(output: str) -> tuple[int, int, dict[int, str | None]]:
     """The plan's last generation and number of shards, and the versions of the existing shards."""
+    # Generations first: shards of a generation added after this line lie beyond num_shards, and are left out.
     generations = read_generations(storage.normalize(output))
     num_shards = sum(generation.num_shards for generation in generations)
     versions = {shard: version for shard, version in shard_versions(output).items() if shard < num_shards}

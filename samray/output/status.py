@@ -107,17 +107,21 @@ def run_status(output: str, footers: Footers | None = None) -> Status:
     done = _done(plan, planned_at)
     num_done = sum(plan.num_images_of(shard) for shard in done)
     begun = _begun(plan.output, done)
+    # Files are dated by the storage's clock, and this machine's may differ.
     clock = storage.clock(plan.output)
     now = time.time() if clock is None else clock
 
     last_planned_at = planned_at[plan.last_generation]
     written = sorted((at, plan.num_images_of(shard)) for shard, at in done.items() if at is not None)
+    # Any sign of life: the plan, the last shard, or an attempt that began.
     signs = [at for at in (last_planned_at, *(at for at, _ in written[-1:]), *begun.values()) if at is not None]
     quiet_s = max(now - max(signs), 0.0) if signs else None  # with a slow clock here this would be negative
+    # The time since the last shard counts only by the clock that dated it, and while shards are missing.
     waits = clock is not None and len(done) < plan.num_shards and bool(written)
     # Wait for several shards of each actor, whatever the number of actors.
     recent = written[-max(RECENT_SHARDS, 5 * len(begun)) :]
     pace = pace_of(recent, wait_s=now - written[-1][0] if waits else 0.0)
+    # For a run with too few shards for a pace: the rate since its plan was made.
     overall = None
     if last_planned_at is not None:
         since = [entry for entry in written if entry[0] > last_planned_at]
@@ -152,6 +156,7 @@ def _done(plan: Plan, planned_at: Mapping[int, float | None]) -> dict[int, float
     done = {n: at for name, at in listed if (n := shard_number(name)) is not None and n < plan.num_shards}
     for shard, number in plan.changed_shards().items():
         at, changed_at = done.get(shard), planned_at[number]
+        # If storage reports no times, the shard counts as done.
         if at is not None and changed_at is not None and at < changed_at:
             del done[shard]
     return done
@@ -185,6 +190,7 @@ def _from_footers(plan: Plan, done: Mapping[int, float | None], num_done: int, c
     step = 1
     while len(done) > MAX_FOOTERS * step:
         step *= 2  # a power of two: the next call, with more shards, reuses most of this sample
+    # The first ones, if no finished shard is a multiple of `step`.
     sample = [shard for shard in done if shard % step == 0][:MAX_FOOTERS] or sorted(done)[:MAX_FOOTERS]
     unread = [shard for shard in sample if (shard, done[shard]) not in cache]
     cache.update({(footer.shard, done[footer.shard]): footer for footer in read_footers(plan.output, unread)})

@@ -62,6 +62,7 @@ def verify(output: str, deep: bool = False) -> VerifyReport:
     report.problems += _check_plan(plan)
     names = storage.list_names(storage.join(plan.output, shards.FOLDER))
     done = {number for name in names if (number := shards.shard_number(name)) is not None}
+    # Names with a dot are temporary files of writers that are at work or were killed.
     for name in sorted(names):
         number = shards.shard_number(name)
         if (number is None and not name.startswith(".")) or (number is not None and number >= plan.num_shards):
@@ -94,6 +95,7 @@ def _check_plan(plan: Plan) -> Iterator[str]:
     """Check that the manifests are unchanged and agree with run.json."""
     for generation in plan.generations:
         name = generations.manifest_uri(generations.FOLDER, generation.number)
+        # None: manifests of older versions have no checksum.
         if is_intact(storage.read_bytes(generations.manifest_uri(plan.output, generation.number))) is False:
             yield f"{name} is damaged or was edited: its checksum does not match"
     first = plan.generations[0]
@@ -156,14 +158,17 @@ def _check_shard(plan: Plan, shard: int, deep: bool, success: shards.Success | N
     try:
         file = open_parquet(data)
         table = file.read()
+        # Offsets inside the file may be wrong; without the full check, later steps could read out of bounds.
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError) as error:
         checked.problems.append(f"{name} cannot be read as Parquet: {error}")
         return checked
     checked.num_images = table.num_rows
+    # Before any value is used: the checks below rely on the types.
     if not table.schema.equals(schema_of(plan.run)):
         checked.problems.append(f"{name} has columns or types that samray does not write: {table.schema.names}")
         return checked
+    # A slice, because files of older versions name no digests.
     recorded = success.digests[shard : shard + 1] if success else ()
     if recorded and recorded[0] not in (None, seal_of(file.metadata)):
         checked.problems.append(f"{name} was replaced after {shards.SUCCESS} was written; run the same command again")
@@ -184,6 +189,7 @@ def _check_rows(plan: Plan, shard: int, file: pq.ParquetFile, table: pa.Table, d
         yield from check_planned(name, plan.read_shard(shard), table)
         yield from check_status(name, table)
         convention = samray_metadata(table.schema).get("bbox_convention", "coco")
+        # One row at a time as Python objects, which take far more memory than Arrow's.
         for i in range(table.num_rows):
             yield from check_image(name, table.slice(i, 1).to_pylist()[0], convention, deep)
     except StorageError as error:
@@ -235,6 +241,7 @@ def _check_statistics(name: str, file: pq.ParquetFile, table: pa.Table) -> Itera
             values = columns[path].slice(start, num_rows)
             start += num_rows
             statistics = footer.row_group(group).column(column).statistics
+            # Readers then read the whole group: slower, never wrong.
             if statistics is None:
                 continue
             true = pc.min_max(values).as_py()

@@ -121,6 +121,7 @@ def check_numbers(mask: Mapping[str, Any], hw: Sequence[int]) -> Iterator[str]:
             yield f"has a score that is not a number: {column} {mask[column]}"
         elif not low <= mask[column] <= high:
             yield f"has a score out of range: {column} {mask[column]}, expected {low:g} to {high:g}"
+    # Both are x, y, width, height in pixels of the whole image.
     for column in ("bbox", "crop_box"):
         box = mask[column]
         if len(box) != 4 or not all(map(math.isfinite, box)):
@@ -138,6 +139,7 @@ def _check_corrections(which: str, row: dict[str, Any]) -> Iterator[str]:
     if any(not first <= id < first + ANNOTATIONS_PER_IMAGE for id in ids) or any(b <= a for a, b in pairwise(ids)):
         yield f"{which} has annotations whose ids do not increase from image_id * {ANNOTATIONS_PER_IMAGE}"
     for entry in row["corrections"] or []:
+        # Added and changed masks must be among the annotations, removed and left-out ones must not.
         id, change = entry["id"], entry["change"]
         if change not in CHANGES or (id in ids) != (change in ("added", "changed")):
             yield f"{which} records that annotation {id} was {change}, but it is {'' if id in ids else 'not '}there"
@@ -146,6 +148,7 @@ def _check_corrections(which: str, row: dict[str, Any]) -> Iterator[str]:
 def check_mask(mask: dict[str, Any], bbox_convention: str) -> str | None:
     """What is wrong with one annotation's mask, area or box; None if nothing is."""
     try:
+        # Refuses run lengths that do not fit the size before any pixel is made.
         hw = check_size(mask["segmentation"]["size"])
         runs = checked_runs(mask["segmentation"]["counts"], hw)
     except ValueError as error:
@@ -156,6 +159,7 @@ def check_mask(mask: dict[str, Any], bbox_convention: str) -> str | None:
     if num_pixels == 0:
         return "is empty"
     x, y, w, h = bbox_xywh(runs, hw)
+    # segment-anything's boxes are one pixel shorter than COCO's.
     box = [x, y, w, h] if bbox_convention == "coco" else [x, y, w - 1, h - 1]
     if mask["bbox"] != box:
         return f"has the box {mask['bbox']}, but its pixels span {box}"
