@@ -28,12 +28,14 @@ def is_internal(host: str) -> bool:
     """Whether `host`, as written in a URI, is on this machine or a private network. Names are not looked up."""
     address, name = _parse(host)
     if address is None:
+        # A name without a dot is looked up in the local network's own domain.
         return "." not in name or name.endswith(_INTERNAL_ENDINGS)
     return not address.is_global
 
 
 def _parse(host: str) -> tuple[_Address | None, str]:
     """The address that `host` denotes, in any notation that a resolver accepts; and the bare name."""
+    # The bare name of hosts like user@[fe80::1%eth0]:80 or name.:443.
     name = host.rpartition("@")[2].lower()
     name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
     name = name.rstrip(".")
@@ -48,6 +50,7 @@ def _parse(host: str) -> tuple[_Address | None, str]:
 
 
 def _unmapped(address: _Address) -> _Address:
+    # ::ffff:169.254.169.254 is the server 169.254.169.254.
     return (isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped) or address
 
 
@@ -63,6 +66,7 @@ async def make_client(**options: Any) -> Any:
 
     def open_socket(info: Any) -> socket.socket:
         family, kind, protocol, _, address = info
+        # The address of this very connection: a check before would miss redirects and names that resolve anew.
         if _is_metadata(_unmapped(ipaddress.ip_address(address[0].partition("%")[0]))):
             raise FileError(
                 f"samray never connects to {address[0]}: it is a link-local address, where clouds serve credentials"

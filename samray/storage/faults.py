@@ -181,6 +181,7 @@ def fault_of(error: BaseException) -> Fault:
         return Fault.RETRY
     if status:
         return _HTTP_STATUS.get(status, Fault.FILE)
+    # No server answered: the client's exception decides, and if it is only a wrapper, its cause.
     for cause in _causes(error):
         fault = _fault_of_exception(cause)
         if fault is not None:
@@ -192,6 +193,7 @@ def _fault_of_exception(error: BaseException) -> Fault | None:
     """None if the exception alone is not specific, for example a wrapper around another one."""
     if isinstance(error, FileNotFoundError):
         return Fault.MISSING
+    # Before SSLError, its base class: a wrong certificate stays wrong, a broken handshake may not.
     if isinstance(error, ssl.SSLCertVerificationError):
         return Fault.FILE
     if isinstance(error, DamagedBodyError | TimeoutError | ConnectionError | socket.gaierror | ssl.SSLError):
@@ -200,6 +202,7 @@ def _fault_of_exception(error: BaseException) -> Fault | None:
     for pattern, fault in _EXCEPTIONS:
         if any(pattern.fullmatch(name) for name in names):
             return fault
+    # After the table: aiohttp's connection errors are OSErrors, too.
     if isinstance(error, OSError) and error.errno is not None:
         return _ERRNO.get(error.errno, Fault.FILE)
     return None
@@ -221,6 +224,7 @@ def as_storage_error(error: Exception, doing: str, uri: str, tried: str = "") ->
     where = redact(uri)
     code, status = server_answer(error)
     said = redact_error(error, uri).strip().rstrip(".") or type(error).__name__
+    # asyncio's TimeoutError has no text.
     if isinstance(error, TimeoutError) and not str(error):
         said = "no response in time"
     fault = fault_of(error)
@@ -232,6 +236,7 @@ def as_storage_error(error: Exception, doing: str, uri: str, tried: str = "") ->
         )
         return NotFoundError(f"cannot {doing} {where}: {missing}")
     if fault is Fault.RUN and isinstance(error, OSError) and error.errno in _ERRNO and not (code or status):
+        # A full or read-only disk, not the answer of a server.
         return StorageError(f"cannot {doing} {where}: {said}; free some space or choose another OUTPUT")
     if code.startswith("RequestTimeTooSkewed"):
         return StorageError(f"cannot {doing} {where}: the clock of this machine is wrong ({said}); set it")

@@ -32,6 +32,7 @@ def _forget_filesystems() -> None:
     """
     gc.freeze()
     global _filesystems_lock
+    # A thread of the parent may have held the old lock at the fork, and nobody in the child would release it.
     _filesystems_lock = threading.Lock()
     _inherited.extend(_filesystems.values())
     _filesystems.clear()
@@ -102,6 +103,7 @@ def _make_filesystem(scheme: str, uri: str) -> Any:
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     stall_s = retrying.settings().stall_timeout_s
     if scheme in ("s3", "s3a"):
+        # What the user configured in fsspec wins over these options.
         config_kwargs = dict(conf.get("s3", {}).get("config_kwargs", {}))
         # No retries below ours: nested loops multiply, and botocore's hide which attempt succeeded.
         options["config_kwargs"] = {
@@ -113,6 +115,7 @@ def _make_filesystem(scheme: str, uri: str) -> Any:
     elif scheme in ("http", "https"):
         from aiohttp import ClientTimeout
 
+        # No limit on the whole transfer: a large file may take long; only a stall is an error.
         timeout = ClientTimeout(total=None, sock_connect=min(_CONNECT_S, stall_s), sock_read=stall_s)
         options["client_kwargs"] = {"timeout": timeout} | dict(conf.get(scheme, {}).get("client_kwargs", {}))
         options["get_client"] = make_client
@@ -125,6 +128,7 @@ def _make_filesystem(scheme: str, uri: str) -> Any:
     except ValueError as error:
         raise ConfigError(f"{scheme}:// is not an fsspec filesystem: {error}") from error
     if scheme in ("s3", "s3a"):
+        # s3fs has a retry loop of its own above botocore's.
         fs.retries = 1
     return fs
 

@@ -88,11 +88,13 @@ def _walk(folder: str) -> Iterator[FileEntry]:
         yield from _walk_local(folder)
         return
     fs = filesystem(folder)
+    # s3fs returns a listing as a whole, so a retry lists from the start.
     found = retry(
         "list", folder, lambda: cast(dict[str, dict[str, Any]], fs.find(folder, detail=True, **attempt_options(fs)))
     )
     scheme = scheme_of(folder)
     for name, info in found.items():
+        # Keys that end in a slash are placeholders for folders, as web consoles create them.
         if info.get("type") == "file" and not name.endswith("/"):
             size = info.get("size")
             if scheme in SCHEMES_OF_HOSTS:  # fsspec's names there start below the host
@@ -109,6 +111,7 @@ def _walk_local(top: str) -> Iterator[FileEntry]:
         folder, above = folders.pop()
         status = retry("list", folder, lambda: os.stat(folder))  # noqa: B023
         identity = (status.st_dev, status.st_ino)
+        # A link to a folder above would be walked forever.
         if identity in above:
             continue
         for entry in retry("list", folder, lambda: _scan(folder)):  # noqa: B023
@@ -233,6 +236,7 @@ def clock(uri: str) -> float | None:
         return None
     fs = filesystem(uri)
     bucket, prefix, _ = fs.split_path(uri)
+    # A small request: only the Date header of its answer is used.
     answer = retry(
         "list",
         uri,

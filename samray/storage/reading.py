@@ -30,6 +30,7 @@ def read_bytes(uri: str, offset: int | None = None, length: int | None = None) -
 
     def call() -> bytes:
         data = _read_once(uri, offset, length)
+        # More than asked for: the server ignored the range.
         if length is not None and len(data) > length:
             raise DamagedBodyError(f"asked for {length} bytes, got {len(data)}")
         if length is not None and len(data) < length and not is_local(uri):
@@ -67,6 +68,7 @@ def read_whole(uri: str, max_bytes: int, size: int | None = None) -> bytes:
 
 
 def _read_listed(uri: str, size: int) -> bytes:
+    # Another length than listed: the file was replaced, or the body truncated. Its current size tells which.
     data = _read_once(uri, None, None)
     if len(data) != size and (now := _info_once(uri).get("size")) is not None and len(data) != int(now):
         raise DamagedBodyError(f"the body has {len(data)} bytes, the file {now}")
@@ -159,6 +161,7 @@ def open_read(uri: str, *, size: int | None = None, buffered: bool = True) -> Bi
         return retry("read", uri, lambda: open_local(uri))
     if size is None:
         size = file_size(uri)
+    # Without a size there is no end to seek from, as readers of Parquet do first.
     if size is None:
         return io.BytesIO(read_bytes(uri))
     stream = _RangeFile(uri, size)
@@ -177,6 +180,7 @@ def file_size(uri: str) -> int | None:
     return None if size is None else int(size)
 
 
+# Entity tags first: object stores date files by the second, so two versions may have one time.
 _VERSION_MARKS: Final = (
     *("ETag", "etag", "generation", "md5", "content_md5", "LastModified", "last_modified", "mtime_ns", "mtime"),
 )

@@ -37,6 +37,7 @@ HARMLESS_QUERY: Final = (
     rf"^[^@?#;\s]*\?(?:(?i:{'|'.join(sorted(_HARMLESS_NAMES))})=[A-Za-z0-9_.,~+\-]{{0,{_MOST_OF_A_LETTER}}}(?:&|$))*$"
 )
 """Matches nearly all URIs with a query that `redact` leaves unchanged, and no others. For Arrow: Python is slower."""
+# Too short to be secret.
 _SHORT: Final = re.compile(r"[0-9]{1,3}|.|true|false|")
 _QUERY: Final = re.compile(r"[?#;]")
 _PART: Final = re.compile(r"[^&;#]+")
@@ -88,12 +89,14 @@ def redact_error(error: object, uri: str = "") -> str:
         text = text.replace(uri, redact(uri))
     secrets = {*_secrets_of(uri), *_secrets_of_environment()}
     forms = {form for secret in secrets for form in (secret, unquote(secret), quote(secret, ""), quote(secret))}
+    # Longest first: a short secret may be part of a long one, whose rest would then stay.
     for form in sorted(forms, key=len, reverse=True):
         text = text.replace(form, HIDDEN)
     return redact(text)
 
 
 def _may_hold_any(text: str) -> bool:
+    # A cheap test first: most texts have no credentials.
     return ":/" in text or "?" in text or "asic " in text.lower() or "earer " in text.lower()
 
 
@@ -101,6 +104,7 @@ def _without(text: str, spans: Iterator[Span]) -> str:
     shown, last = [], 0
     for start, end in sorted(spans):
         if start >= last:
+            # Spans may overlap; what is already hidden is left out.
             shown += [text[last:start], HIDDEN]
             last = end
     return "".join(shown) + text[last:]
@@ -138,11 +142,13 @@ def _userinfo_length(rest: str, scheme: str, whole: bool) -> int:
     user = re.match(r"[^/?#@:\n]*" if whole else r"[^/?#@:\s]*", rest)
     assert user is not None
     run = rest if whole else re.match(r"\S*", rest)[0]  # type: ignore[index]
+    # The colons of an IPv6 address do not start a password.
     if _IPV6_HOST.match(rest):
         return 0
     if rest[user.end() :].startswith("@"):
         if scheme in _CONTAINER_AT_ACCOUNT:
             return 0
+        # Several @: all before the last one of the host part is user and password.
         authority = re.match(r"[^/?#\s]*", rest)
         assert authority is not None
         end = authority[0].rindex("@") + 1
@@ -151,6 +157,7 @@ def _userinfo_length(rest: str, scheme: str, whole: bool) -> int:
         return 0
     secret = rest[user.end() + 1 :]
     at = run.rfind("@") + 1
+    # A port after the colon, unless an @ and a host follow: then the digits start a password.
     if scheme not in _BUCKET_FIRST and _PORT.match(secret):
         return at if at and _HOST.match(rest, at) and "/" in rest[at:] else 0
     if secret[:1].isspace():
@@ -168,6 +175,7 @@ def _query_spans(text: str, start: int, end: int, *, whole: bool, bare: bool) ->
         found = _PARAMETER.match(text, part.start(), end)
         if found is None:
             item = part[0] if whole else part[0].rstrip(_TRAILING)
+            # ?eyJhbGciOi... may be a token as a whole; a file name like ?photo.jpg is none.
             if bare and len(item) >= 8 and not _PLAIN_NAME.fullmatch(item) and item.lower() not in _HARMLESS_NAMES:
                 yield part.start(), part.start() + len(item)
             continue
@@ -185,6 +193,7 @@ def _is_harmless(name: str, value: str) -> bool:
     plain = unquote(value)
     most = _MOST_OF_A_LETTER if len(name) == 1 else _MOST_HARMLESS
     known = name.lower() in _HARMLESS_NAMES and len(value) <= most
+    # A harmless name may hold another URL with its own signature, as in ?src=https://...
     return known and not any(mark in plain for mark in ("://", "=", "?", "@"))
 
 
@@ -203,6 +212,7 @@ def _secrets_of(uri: str) -> Iterator[str]:
     for start, end in _spans(uri):
         hidden = uri[start:end]
         for secret in (hidden, hidden.partition(":")[2]):
+            # A short string would be replaced everywhere in the text.
             if len(secret) >= _LEAST_SECRET:
                 yield secret
 
@@ -213,6 +223,7 @@ def _secrets_of_environment() -> Iterator[str]:
 
     yield from _secret_options(conf)
     for name, value in os.environ.items():
+        # A path, as in AWS_WEB_IDENTITY_TOKEN_FILE, is not the secret itself.
         if _SECRET_VARIABLE.search(name) and len(value) >= _LEAST_SECRET and not os.path.exists(value):
             yield value
 

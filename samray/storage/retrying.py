@@ -87,11 +87,13 @@ def attempt_options(fs: Any, num_bytes: int | None = None) -> dict[str, float]:
 
     num_bytes: size of the transfer; None if unknown: then only a stall or `time_limit` ends it.
     """
+    # Only fsspec's asynchronous filesystems take a time limit per call.
     if not getattr(fs, "async_impl", False):
         return {}
     now = time.monotonic()
     left = _limit.until - now
     if num_bytes is not None:
+        # Long enough for a slow but steady transfer.
         least = _LEAST_ATTEMPT_S + num_bytes / _SLOWEST_BYTES_PER_S
         left = min(left, max(least, _limit.attempt_until - now))
     return {} if left == float("inf") else {"timeout": max(0.01, left)}
@@ -142,14 +144,17 @@ def retry(doing: str, uri: str, call: Callable[[], T]) -> T:
         else:
             _answered(place)
             return result
+        # Outside of the FTP lock: other requests go on during the pause.
         time.sleep(wait_s)
 
 
 def _wait_before_next(attempt: int, started: float, place: str) -> float | None:
     """Seconds until the next attempt; None if this one was the last."""
     now = time.monotonic()
+    # If the bucket or host failed before this request began, that time counts, too.
     end = min(started, _failing_since(place, now)) + _settings.timeout_s
     left = min(end - now, (_limit.until - now) / 2)  # leave half of the time for the next attempt
+    # Too little time for another attempt.
     if left <= 0.01 * _settings.timeout_s or attempt == _settings.max_attempts:
         return None
     backoff_s = random.uniform(0, min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(attempt - 1, 10)))
@@ -168,6 +173,7 @@ def _failing_since(place: str, now: float) -> float:
 
 def _answered(place: str) -> None:
     """Note that the storage responded, even with a refusal."""
+    # A look without the lock first, because this runs after every request.
     if place in _outages:
         with _outages_lock:
             _outages.pop(place, None)

@@ -33,6 +33,7 @@ def _in_base64(text: bytes) -> list[bytes]:
     return [code[-(-shift * 8 // 6) : (shift + len(text)) * 8 // 6] for shift, code in encoded]
 
 
+# A file stores its Arrow schema in base64, so the key of extension types is looked for in that form.
 _EXTENSION_MARKS: Final = _in_base64(b"ARROW:extension:name")
 
 
@@ -46,6 +47,7 @@ def open_parquet(
     """
     if isinstance(source, bytes):
         source = pa.BufferReader(source)
+    # The footer comes from `parse_footer`, never from ParquetFile itself, which would deserialize the Arrow schema.
     file = pq.ParquetFile(
         source,
         metadata=parse_footer(_read_tail(source)) if footer is None else footer,
@@ -74,6 +76,7 @@ def parse_footer(tail: bytes) -> pq.FileMetaData:
         # it, it uses the Parquet types, and there is nothing to deserialize.
         length = footer_bytes(tail)
         tail = tail[:-length] + tail[-length:].replace(_ARROW_SCHEMA, _IGNORED)
+    # Only the footer's bytes are given, so nothing else of the file can be read here.
     file = pq.ParquetFile(
         pa.BufferReader(tail), pre_buffer=False, arrow_extensions_enabled=False, schema_depth_limit=_MAX_DEPTH
     )

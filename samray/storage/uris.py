@@ -66,6 +66,7 @@ def resolve(base: str, uri: str) -> str:
     scheme, rest = normalize(base).split("://", 1)
     if uri.startswith("/"):  # for example a network mount that every worker has
         return normalize(uri)
+    # Keys may have empty segments (a//b.jpg), which normpath would remove: only URIs with dots go through it.
     path = f"{rest}/{uri}"
     if any(part in (".", "..") for part in uri.split("/")):
         path = posixpath.normpath(path)

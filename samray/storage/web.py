@@ -38,12 +38,14 @@ def _run(uri: str, num_bytes: int | None, coroutine: Callable[..., Any], *args: 
     from fsspec.asyn import sync
 
     fs = filesystem(uri)
+    # In fsspec's event loop, whose thread owns the session.
     data: bytes = sync(fs.loop, coroutine, fs, *args, **attempt_options(fs, num_bytes))
     return data
 
 
 def _ask(fs: Any, method: Callable[..., Any], uri: str, headers: dict[str, str]) -> Any:
     options = {**fs.kwargs, "allow_redirects": True, "auto_decompress": False}  # aiohttp's would have no limit
+    # Of a compressed body neither the length nor a range would be the file's.
     options["headers"] = {**options.get("headers", {}), "Accept-Encoding": "identity", **headers}
     return method(fs.encode_url(uri), **options)
 
@@ -51,8 +53,10 @@ def _ask(fs: Any, method: Callable[..., Any], uri: str, headers: dict[str, str])
 async def _read_whole(fs: Any, uri: str, max_bytes: int) -> bytes:
     session = await fs.set_session()
     async with _ask(fs, session.get, uri, {}) as response:
+        # fsspec's own check: FileNotFoundError for 404, else aiohttp's error with the status.
         fs._raise_not_found_for_status(response, uri)
         coding = response.headers.get("Content-Encoding", "").strip().lower()
+        # The promised length only serves to refuse early; what arrives is counted below.
         length = response.content_length
         if length is not None and length > max_bytes:
             response.close()
@@ -67,6 +71,7 @@ async def _read_whole(fs: Any, uri: str, max_bytes: int) -> bytes:
                     raise TooLargeError(len(body), f"{redact(uri)} has more than {max_bytes} bytes")
         for piece in decode(b""):
             body += piece
+    # A proxy may truncate a body and end it properly: only the file's own end or HEAD can tell.
     if coding in ("", "identity") and not _ends_as_picture(body):
         await _compare_with_head(fs, session, uri, len(body))
     return bytes(body)
@@ -79,6 +84,7 @@ def _ends_as_picture(body: bytearray) -> bool:
     """
     end = bytes(body[-64:])
     if body[:2] == b"\xff\xd8":
+        # Near the end, because some files have padding after the mark.
         return b"\xff\xd9" in end
     if body[:4] == b"\x89PNG":
         return b"IEND" in end
@@ -96,6 +102,7 @@ def _ends_with_box(body: bytearray) -> bool:
         length = int.from_bytes(body[offset : offset + 4], "big")
         if length == 1:  # a length of 8 bytes follows
             length = int.from_bytes(body[offset + 8 : offset + 16], "big")
+        # 0 means until the end of the file, which proves nothing; 2 to 7 are damage.
         if length < 8:
             return False
         offset += length
@@ -126,6 +133,7 @@ async def _read_range(fs: Any, uri: str, offset: int, length: int | None) -> byt
         if response.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
             raise FileError(f"{redact(uri)}: the server sends a compressed range, which is not a range of the file")
         skip = offset
+        # Servers may send another range than asked for, or the whole file with status 200.
         if response.status == 206:
             match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
             if match is None or int(match[1]) != offset:
@@ -141,6 +149,7 @@ async def _read_range(fs: Any, uri: str, offset: int, length: int | None) -> byt
             body += chunk[skip:]
             skip = max(0, skip - len(chunk))
             if length is not None and len(body) >= length:
+                # Closing is the only way to stop the rest of a whole file.
                 if response.status != 206 or len(body) > length:
                     response.close()
                 break
@@ -155,6 +164,7 @@ def _decoder(coding: str, uri: str) -> Decode:
         raise FileError(
             f"{redact(uri)}: the server sends the body as {coding!r}, although the request asked for no compression"
         )
+    # 32: gzip or zlib, whichever the header says.
     inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
 
     def decode(chunk: bytes) -> Iterator[bytes]:
@@ -163,6 +173,7 @@ def _decoder(coding: str, uri: str) -> Decode:
                 raise DamagedBodyError("the compressed body was truncated")
             return
         while chunk and not inflate.eof:
+            # In pieces of limited size: a few kilobytes can inflate to gigabytes.
             yield inflate.decompress(chunk, _PIECE_BYTES)
             chunk = inflate.unconsumed_tail
 

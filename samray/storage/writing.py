@@ -67,6 +67,7 @@ def put_chunks(uri: str, chunks: Iterable[bytes]) -> None:
     nothing behind. Raises: FileError, StorageError, and what `chunks` raises.
     """
     uri = normalize(uri)
+    # Next to its final name: a rename is atomic only within one filesystem.
     folder = os.path.dirname(uri) if is_local(uri) else None
     with _plain_errors(uri):
         if folder is not None:
@@ -77,6 +78,7 @@ def put_chunks(uri: str, chunks: Iterable[bytes]) -> None:
             for chunk in chunks:
                 with _plain_errors(uri):
                     file.write(chunk)
+            # Before the rename: after a power loss the name could otherwise belong to an empty file.
             with _plain_errors(uri):
                 _sync(file)
             if folder is None:
@@ -111,6 +113,7 @@ def check_output(folder: str) -> None:
     uri = join(folder, f".samray-probe-{uuid.uuid4().hex}")
     try:
         put_new(uri, b"first")
+        # The second write must be refused and must leave the first as it is.
         if put_new(uri, b"second") or read_bytes(uri) != b"first":
             raise ConfigError(
                 f"OUTPUT {redact(folder)}: the storage overwrites existing files (it ignores If-None-Match), "
@@ -167,6 +170,7 @@ def _pipe(uri: str, data: bytes, mode: str) -> None:
     if not _puts_whole(fs, uri):
         _write_and_rename(fs, uri, lambda temporary: fs.pipe_file(temporary, data), replace=mode == "overwrite")
         return
+    # On S3 mode "create" becomes `If-None-Match: *`, a conditional PUT.
     options: dict[str, Any] = {"mode": mode}
     if scheme_of(uri) in ("s3", "s3a"):
         if len(data) >= _MAX_PUT_BYTES:
@@ -183,6 +187,7 @@ def _write_local(path: str, data: bytes, *, replace: bool) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             _sync(file)
+            # Both are atomic: a kill before leaves only the temporary file, a kill after leaves the complete file.
             if replace:
                 os.replace(temporary, path)
             else:
@@ -234,10 +239,12 @@ def remove_leftovers(folder: str, *, recursive: bool = True) -> int:
 def _remove_unlocked(path: str) -> bool:
     """Delete a file that no process has locked."""
     try:
+        # Never through a link, and never waiting for a FIFO of that name.
         handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:
+        # A held lock belongs to a living writer: the kernel releases it when the process dies, however it dies.
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.unlink(path)
         return True
@@ -284,6 +291,7 @@ def _umask() -> int:
     """The process's umask: mkstemp creates private files, but a dataset needs normal permissions."""
     global _cached_umask
     if _cached_umask is None:
+        # The umask can be read only by setting it; two threads at once could restore the wrong one.
         with _umask_lock:
             _cached_umask = os.umask(0o077)
             os.umask(_cached_umask)
