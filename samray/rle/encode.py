@@ -33,6 +33,7 @@ def encode_masks(masks: Tensor, origin_xy: tuple[int, int], image_hw: tuple[int,
     changed = (columns[:, :, 1:] != columns[:, :, :-1]).flatten()
     on_cpu = changed.device.type == "cpu"  # numpy is three times faster there
     flat = np.flatnonzero(changed.numpy()) if on_cpu else changed.nonzero()[:, 0].cpu().numpy()
+    # Which mask, column and boundary between two pixels each change is; then its position in the image.
     index, column, row = flat // (w * (h + 1)), flat // (h + 1) % w, flat % (h + 1)
     position = (column + x0) * height + row + y0
     # A run at the end of a column and one at the start of the next are the same run: both changes cancel.
@@ -40,6 +41,7 @@ def encode_masks(masks: Tensor, origin_xy: tuple[int, int], image_hw: tuple[int,
     cancel[1:-1] = (position[1:] == position[:-1]) & (index[1:] == index[:-1])
     keep = ~(cancel[1:] | cancel[:-1])
     index, position = index[keep], position[keep]
+    # `nonzero` is in ascending order, so each mask's changes are one slice.
     return [_counts(position[own], height * width) for own in slices_of(index, num)]
 
 
@@ -51,6 +53,7 @@ def encode_array(mask: npt.NDArray[np.bool_]) -> Counts:
 def compress(counts: Counts, image_hw: tuple[int, int]) -> Rle:
     """COCO's compressed form, ready for JSON."""
     size = [int(side) for side in image_hw]
+    # pycocotools takes plain counts and gives its string as bytes, which JSON does not have.
     rle = coco_mask.frPyObjects({"size": size, "counts": counts}, *size)
     return {"size": size, "counts": rle["counts"].decode("ascii")}
 
@@ -74,6 +77,7 @@ def box_xyxy(counts: Counts, image_hw: tuple[int, int]) -> npt.NDArray[np.int64]
         return np.zeros(4, dtype=np.int64)
     height = image_hw[0]
     last = ends - 1
+    # A run that goes on into the next column touches the image's bottom and top.
     one_column = starts // height == last // height
     y0 = np.where(one_column, starts % height, 0).min()
     y1 = np.where(one_column, last % height, height - 1).max()
@@ -84,9 +88,11 @@ def make_disjoint(masks: list[Counts], image_hw: tuple[int, int]) -> list[Counts
     """Assign each pixel to the first mask that has it. Returns the same number of masks, some possibly empty."""
     num_pixels = image_hw[0] * image_hw[1]
     owner = np.full(num_pixels, -1, dtype=np.int32)
+    # The first mask is painted last, over the others.
     for index in reversed(range(len(masks))):
         for start, end in zip(*runs(masks[index]), strict=True):
             owner[start:end] = index
+    # Runs of one owner; -2 is nobody's number, so that the first pixel starts a run.
     starts = np.flatnonzero(np.diff(owner, prepend=-2))
     ends = np.append(starts[1:], num_pixels)
     owners = owner[starts]

@@ -67,9 +67,11 @@ def _outlines(masks: list[Runs], image_hw: tuple[int, int]) -> list[list[list[Ri
     row_order = np.argsort(by_row, kind="stable")
     across = np.empty_like(row_order)
     across[row_order[0::2]], across[row_order[1::2]] = row_order[1::2], row_order[0::2]
+    # Lists: `_trace` reads single elements, which is slow from an array.
     rings, ring_of = _trace(across.tolist())
 
     first = np.array([ring[0] for ring in rings], dtype=np.int64)
+    # A ring's leftmost edge has the mask on its right if it is an outer ring, on its left if it is a hole.
     is_outer = on_right[first] == 1
     parent = np.arange(len(rings))
     # The pixel above a hole's first corner belongs to the hole's component, and so does the edge where that pixel's
@@ -96,6 +98,7 @@ def _components(
             component_of.append([outline])
             components[mask].append(component_of[-1])
         else:
+            # Its outer ring comes earlier: `_trace` goes from left to right.
             component_of.append(component_of[above])
             component_of[-1].append(outline[::-1])  # all rings were traced downwards first: holes turn the other way
     return components
@@ -130,10 +133,12 @@ def join(rings: list[Ring]) -> Ring:
 
     Filled with either rule, even-odd or non-zero, it covers the same area: outer rings minus their holes.
     """
+    # A bridge starts at the corner of the polygon so far that is closest to the ring's first corner.
     polygon, *others = rings
     for ring in others[:_MAX_NEAREST]:
         nearest = int(np.square(polygon - ring[0]).sum(axis=1).argmin())
         polygon = np.concatenate([polygon[: nearest + 1], ring, ring[:1], polygon[nearest:]])
+    # The rest without looking for the closest corner: each look reads the whole polygon.
     if len(others) > _MAX_NEAREST:
         rest = [part for ring in others[_MAX_NEAREST:] for part in (ring, ring[:1], polygon[:1])]
         polygon = np.concatenate([polygon[:1], *rest, polygon[1:]])
@@ -145,9 +150,11 @@ def simplified(ring: Ring, tolerance: float) -> Ring:
 
     Not exact: the covered area differs by up to that distance. Source: Ramer 1972; Douglas and Peucker 1973.
     """
+    # The algorithm is for open lines: split the ring at its first corner and at the one furthest from it.
     closed = np.concatenate([ring, ring[:1]])
     far = int(np.square(ring - ring[0]).sum(axis=1).argmax())
     keep = {0, far}
+    # A list instead of recursion: outlines of large masks would exceed Python's depth.
     todo = [(0, far), (far, len(ring))]
     while todo:
         start, end = todo.pop()
@@ -164,4 +171,5 @@ def simplified(ring: Ring, tolerance: float) -> Ring:
         if distance[middle - start - 1] > tolerance:
             keep.add(middle)
             todo += [(start, middle), (middle, end)]
+    # Two corners have no area: such a small ring stays as it is.
     return ring if len(keep) < 3 else ring[sorted(keep)]

@@ -46,14 +46,18 @@ def run_lengths(counts: str) -> Runs | None:
     """
     if not 0 < len(counts) <= MAX_CHARS:
         return None
+    # Bytes of other than ASCII characters become values above 63, and are refused.
     letters = np.frombuffer(counts.encode("utf-8", "replace"), dtype=np.uint8) - np.uint8(48)  # below "0" wraps: large
+    # The last character must not say that another follows: pycocotools would read past the end.
     if letters.max() > 63 or letters[-1] & 32:
         return None
     runs = _numbers(letters)
     if runs is None:
         return None
+    # Undo the differences: one sum over the second, fourth, ... run, and one over the third, fifth, ...
     runs[1::2] = runs[1::2].cumsum()
     runs[2::2] = runs[2::2].cumsum()
+    # Larger runs fit no mask.
     return runs if np.abs(runs).max() < _MAX_RUN else None
 
 
@@ -71,6 +75,7 @@ def _numbers(letters: npt.NDArray[np.uint8]) -> Runs | None:
     for letter in range(1, most):  # most numbers have one or two letters
         longer = np.flatnonzero(num_letters > letter)
         runs[longer] |= (letters[first[longer] + letter] & 31).astype(np.int64) << 5 * letter
+    # The highest of a number's bits is its sign, as in two's complement.
     negative = np.flatnonzero(letters[last] >= 16)
     runs[negative] -= np.int64(1) << 5 * num_letters[negative]
     return None if np.abs(runs).max() > 2 * _MAX_RUN else runs
@@ -115,12 +120,14 @@ def all_sound(counts: pa.Array, num_pixels: npt.NDArray[np.int64]) -> bool:
 
     counts: N strings, none null. num_pixels: (N,) height * width of each, as `check_size` allows them.
     """
+    # The strings of an Arrow array are next to each other in one buffer, read here without copies.
     strings = counts.cast(pa.large_binary())
     _, offset_buffer, text = strings.buffers()
     if len(strings) == 0:
         return True
     bounds = np.frombuffer(offset_buffer, np.int64)[strings.offset : strings.offset + len(strings) + 1]
     lengths = np.diff(bounds)
+    # False is not final: the caller then asks `checked_runs` for each, which also says why.
     if lengths.min() == 0 or lengths.max() > MAX_CHARS:
         return False
     letters = np.frombuffer(text, np.uint8)
@@ -152,6 +159,7 @@ def _are_sound(text: npt.NDArray[np.uint8], bounds: Runs, num_pixels: Runs) -> b
     sums[1::2], sums[2::2] = runs[0::2].cumsum(), runs[1::2].cumsum()
     is_odd = (np.arange(len(runs)) - np.repeat(begin, num_runs)) & 1
     values = sums[1:] - np.where(is_odd, np.repeat(sums[begin], num_runs), np.repeat(sums[begin + 1], num_runs))
+    # The first run of a mask belongs to neither sum.
     values[begin] = runs[begin]
     if values.min() < 0 or values.max() >= _MAX_RUN:
         return False
@@ -176,6 +184,7 @@ def bbox_xywh(runs: Runs, hw: tuple[int, int]) -> list[float]:
     start, end = spans(runs)
     if not len(start):
         return [0.0, 0.0, 0.0, 0.0]
+    # Pixels are counted down the columns: x by division, y by remainder.
     last = end - 1
     x0, x1 = int(start[0]) // hw[0], int(last[-1]) // hw[0]
     one_column = start // hw[0] == last // hw[0]
@@ -188,6 +197,7 @@ def spans(runs: Runs) -> tuple[Runs, Runs]:
     """Starts and ends (exclusive) of the runs of 1, as column-major positions: none empty, none adjacent."""
     ends = runs.cumsum()
     start, end = ends[0::2][: len(runs) // 2], ends[1::2]
+    # Drop empty runs, then join those with nothing between them.
     filled = end > start
     start, end = start[filled], end[filled]
     apart = np.ones(len(start) + 1, dtype=bool)
@@ -202,6 +212,7 @@ def union_area(masks: list[Runs]) -> int:
         return 0
     starts = np.concatenate([start for start, _ in pairs])
     order = np.argsort(starts, kind="stable")
+    # In order of their starts, each span adds what is beyond the furthest end so far.
     reach = np.maximum.accumulate(np.concatenate([end for _, end in pairs])[order])
     before = np.append(0, reach[:-1])
     return int(np.maximum(reach - np.maximum(starts[order], before), 0).sum())
@@ -213,6 +224,7 @@ def batches(masks: list[Runs], height: int) -> Iterator[list[Runs]]:
     size = 0
     for runs in masks:
         start, end = spans(runs)
+        # Each column that a run touches becomes an interval.
         own = int(((end - 1) // height - start // height + 1).sum())
         if batch and size + own > _INTERVALS_AT_ONCE:
             yield batch
@@ -237,12 +249,15 @@ def column_intervals(masks: list[Runs], height: int) -> Intervals:
     """masks: run lengths of masks with this `height`. Runs that span columns are split at them."""
     pairs = [spans(runs) for runs in masks]
     number = np.repeat(np.arange(len(masks)), [len(start) for start, _ in pairs])
+    # concatenate needs at least one array, and an empty list of masks gives none.
     none = np.zeros(0, dtype=np.int64)
     start = np.concatenate([none, *(start for start, _ in pairs)])
     last = np.concatenate([none, *(end for _, end in pairs)]) - 1
     num_columns = last // height - start // height + 1
+    # One entry per run and column: which run, and its how many-eth column.
     which = np.repeat(np.arange(len(start)), num_columns)
     step = np.arange(len(which)) - np.repeat(num_columns.cumsum() - num_columns, num_columns)
+    # Only in its first column does a run start below the top; only in its last one does it end above the bottom.
     top = np.where(step == 0, start[which] % height, 0)
     bottom = np.where(step == num_columns[which] - 1, last[which] % height + 1, height)
     return Intervals(number[which], start[which] // height + step, top, bottom)
