@@ -64,6 +64,7 @@ class LabelActor:
         num_threads: int,
         make_labeler: Callable[[Config, int], ShardLabeler] = build_labeler,
     ) -> None:
+        # Settings of this process: an actor starts without the driver's.
         storage.configure(config.storage)
         end_with_ray()
         self.plan = plan
@@ -82,16 +83,19 @@ class LabelActor:
     def __call__(self, batch: pa.Table) -> pa.Table:
         if self.fault is not None:
             raise self.fault
+        # batch_size=1: exactly one shard.
         (shard,), (retry,) = batch["shard"].to_pylist(), batch["retry"].to_pylist()
         left_alone = {"shard": shard, "retry": retry, "attempt": 0}
         if not self._may_begin(shard):
             return self._row(left_alone)
+        # After `_may_begin`: a shard that is skipped leaves no mark. Before any work: a death must be counted.
         attempts = ShardAttempts(self.plan.output, shard, self.run_id)
         attempts.begin()
         images, places = self._unpack(shard, batch)
         try:
             done = self._label(images, attempts, functools.partial(self._advance, shard))
         except Abandoned:
+            # A cancelled attempt is no evidence against its images.
             attempts.forget()
             return self._row(left_alone)
         except DeviceFault:
@@ -99,6 +103,7 @@ class LabelActor:
             logger.exception("the device failed: this labelling process exits, and Ray starts a new one")
             logging.shutdown()
             os._exit(1)
+        # Measured in another process, and sent along with the images.
         done.stage_seconds["fetch"] = batch["fetch_s"].to_pylist()[0]
         done = self.figures.finish(done, self.labeler.num_workers)
         return self._row(
@@ -117,6 +122,7 @@ class LabelActor:
     ) -> Labelled:
         if not attempts.careful:
             return self.labeler.label(images, on_progress)
+        # A child with a model of its own: this process, and its model, stay as they are.
         alone = LonelyLabeler(self.config, self.make_labeler, self.labeler.decode)
         try:
             return alone.label(images, attempts, on_progress)
@@ -137,6 +143,7 @@ class LabelActor:
     def _advance(self, shard: int, batch: Labelled) -> None:
         self.figures.add(batch, self.labeler.num_workers)
         try:
+            # Waits for the answer once per group of images: that is how an actor learns that it shall stop.
             keep_on = ray.get(self.state.advance.remote(shard, len(batch.records)))
         except ray.exceptions.RayError:
             return
@@ -144,6 +151,7 @@ class LabelActor:
             raise Abandoned
 
     def _unpack(self, shard: int, batch: pa.Table) -> tuple[list[EncodedImage], list[int]]:
+        # The small columns become Python objects; of the bytes only one image at a time is copied.
         images = batch["images"].combine_chunks().values
         data = images.field("data")
         credentials = json.loads(batch["credentials"].to_pylist()[0] or "{}")
@@ -157,6 +165,7 @@ class LabelActor:
             elif data[i].is_valid:
                 source = data[i].as_buffer().to_pybytes()
             else:
+                # Too many bytes for the object store: fetched by a decoding thread, when it is this image's turn.
                 source = functools.partial(self._fetch_late, shard, index, credentials)
             prompts = None if user_prompts is None else [Prompt.parse(value) for value in json.loads(user_prompts)]
             encoded.append(EncodedImage(image_id, file_name, uri, source, prompts))
@@ -164,6 +173,7 @@ class LabelActor:
         return encoded, places
 
     def _fetch_late(self, shard: int, index: int, credentials: dict[str, str]) -> bytes | ImageError:
+        # The plan has no credentials; they travel with the shard.
         rows = reveal(self.plan.read_shard(shard).slice(index, 1), credentials)
         sample = functools.partial(sample_files, self.plan, credentials)
         (data,) = fetch_images(rows, self.config.input, sample)

@@ -70,6 +70,7 @@ class LonelyLabeler:
                 message = f"the labelling processes of {attempts.strikes(index)} attempts died on this image"
                 batch = _failed(image, ImageError("quarantined", message))
             else:
+                # Marked before and unmarked after: if this process dies, too, the mark is what remains.
                 attempts.mark(index)
                 batch = self._label_one(image)
                 attempts.unmark(index)
@@ -84,12 +85,15 @@ class LonelyLabeler:
             self._child = None
 
     def _label_one(self, image: EncodedImage) -> Labelled:
+        # Decoded elsewhere, under limits of its own: a death of this child is then due to labelling.
         decoded = self._decode(image)
         if isinstance(decoded, ImageError):
             return _failed(image, decoded)
         request = pickle.dumps(replace(image, data=decoded), protocol=5)
         deaths: list[ChildDied] = []
+        # One death proves little: the machine may have been short of memory, or the child killed from outside.
         while not is_to_blame(deaths):
+            # The child of the last image, or a new one after a death: the model is loaded once for many images.
             child = self._child = self._child or self._start()
             try:
                 answer, _ = child.ask(request, timeout_s=self._timeout_s)
@@ -122,6 +126,7 @@ def answer_with(setup: bytes) -> Callable[[bytes], Answer]:
     """The child's side; see `child.Child`. It is ready once it has labelled the built-in image."""
     config, make_labeler = pickle.loads(setup)
     labeler = make_labeler(config, 1)
+    # A run with prompts needs one to label anything: a click in the middle of the object.
     prompts = None if config.input.prompts is None else [Prompt.parse({"points": [[20, 20]], "labels": [1]})]
     labeler.label([EncodedImage(0, "", "", _harmless_picture(), prompts)])
 

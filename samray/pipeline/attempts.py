@@ -42,10 +42,12 @@ class ShardAttempts:
 
     def begin(self) -> None:
         """Record this attempt durably, before any work is done."""
+        # Conditional creates, counted up: two attempts at the same time get different numbers.
         for number in itertools.count(1):
             if storage.put_new(self._uri(f"attempt-{number:04d}"), self.run_id.encode()):
                 self.number = number
                 break
+        # Each mark of an image that is left is an attempt that died on it.
         if self.careful:
             for name in self._names():
                 kind, _, rest = name.removeprefix(self.prefix).partition("-")
@@ -78,6 +80,7 @@ class ShardAttempts:
 
     def clear(self) -> None:
         """Delete all marks, because the shard is committed. Skips the listing after a first attempt."""
+        # No earlier attempt, so no other mark: the usual case costs one request instead of a listing.
         if self.number == 1:
             storage.delete(self._uri("attempt-0001"))
         else:
@@ -88,6 +91,7 @@ class ShardAttempts:
         return [name for name in storage.list_names(self.dir) if name.startswith(self.prefix)]
 
     def _image_uri(self, index: int) -> str:
+        # One mark per attempt, so that strikes of several attempts add up.
         return self._uri(f"image-{index:05d}.{self.run_id}.{self.number}")
 
     def _uri(self, mark: str) -> str:

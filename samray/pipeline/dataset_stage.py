@@ -52,9 +52,11 @@ def label_dataset(
         make_labeler = functools.partial(build_labeler, checkpoint_sha256=sha256, labels=read_inputs(config))
     is_fixed = ensure_ray(config.cluster)
     nodes, device = cluster_nodes(), config.model.device
+    # A lazy dataset does not know its number of rows: assume more than there are actors.
     sizes = choose_sizes(config.cluster, nodes, 1_000_000, device, cpus_left=WHOLE_CPU_LEFT)
     if is_fixed:
         sizes = check_fits(sizes, nodes, device, spare_cpus=WHOLE_CPU_LEFT)
+    # An integer batch_size: Ray Data wants one for stages with GPUs.
     return ds.map_batches(
         DatasetLabeler,
         fn_constructor_kwargs={"config": config, "num_threads": sizes.num_threads, "make_labeler": make_labeler},
@@ -88,6 +90,7 @@ class DatasetLabeler:
         done = self.labeler.label(images, on_progress=lambda batch: self.figures.add(batch, self.labeler.num_workers))
         done = self.figures.finish(done, self.labeler.num_workers)
         records = done.records
+        # Rows out = rows in, in the same order, so columns can be appended.
         errors = [record.error for record in records]
         batch = batch.append_column(
             "annotations", pa.array([r.annotations for r in records], pa.list_(self.annotation))
@@ -98,12 +101,14 @@ class DatasetLabeler:
     def _images(self, batch: pa.Table) -> Iterator[bytes | np.ndarray | ImageError]:
         name = self._column(batch)
         try:
+            # The user's data may come from anywhere: an extension type could run code when a value is read.
             code_free(name, batch.schema.field(name).type)
         except ValueError as error:
             raise ConfigError(f"the dataset cannot be labelled: {error}") from error
         return images_of(batch[name])
 
     def _column(self, batch: pa.Table) -> str:
+        # `bytes` is what Ray's read_binary_files calls it, `image` what read_images does.
         for name in (self.image_column, "bytes", "image"):
             if name in batch.column_names:
                 return name
@@ -144,6 +149,7 @@ def _image_of(value: Any) -> bytes | np.ndarray | ImageError:
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] in (1, 3) and pixels.size:
+        # Grey becomes three equal channels.
         return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
     shape = "x".join(map(str, pixels.shape))
     return ImageError("unsupported", f"expected uint8 (H, W, 3) or (H, W), got {pixels.dtype} {shape}")

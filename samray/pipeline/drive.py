@@ -120,6 +120,7 @@ class _Progress:
         run = self.run
         run.report.add(done.summary)
         run.committed.add(done.shard)
+        # Saved from time to time: a later run then knows the failed images without reading the shards.
         run.history.set(done.shard, done.version, done.failures, done.digest)
         self.num_failed += sum(done.summary.failures.values())
         # num_before already includes the images of a shard that was finished before.
@@ -129,6 +130,7 @@ class _Progress:
     def show(self, in_flight: Mapping[int, int] | None = None) -> None:
         """in_flight: shard -> labelled images that are not committed."""
         run = self.run
+        # Images of finished shards are counted already, also while some are labelled again.
         ahead = sum(number for shard, number in (in_flight or {}).items() if not run.todo.get(shard))
         num_done = self.num_committed + ahead
         run.view.update(num_done=num_done, num_failed=self.num_failed)
@@ -155,20 +157,24 @@ def drive(dataset: ray.data.Dataset, run: Run, state: Any, stop: StopRequest) ->
             for event in stream.waiting(POLL_S):
                 match event:
                     case StreamFailed(error):
+                        # Raised here, in the main thread, and not in the one that runs the pipeline.
                         raise plain_error(error)
                     case StreamEnded():
                         progress.show()
                         return
                     case ShardDone():
+                        # Not awaited: a state actor that does not respond must not stop the counting.
                         state.end.remote(event.shard)
                         progress.add(event)
                     case ShardLeft(shard):
                         state.end.remote(shard)
             _poll(run, state, stop, drain, progress)
+        # Only after a stop: the rest of the stream is shards that no actor begins any more.
         stream.halt()
         stream.join(GIVE_UP_S)  # if Ray were gone, the thread would start another
     finally:
         stream.halt()
+        # Also after an error or Ctrl-C: the shards counted so far are committed.
         run.history.save()
 
 
@@ -180,6 +186,7 @@ def _poll(run: Run, state: Any, stop: StopRequest, drain: Drain, progress: _Prog
         state.stop.remote(abandon=drain.is_overdue(time.monotonic()))
     in_flight = _in_flight(state)
     drain.update(time.monotonic(), None if in_flight is None else len(in_flight))
+    # Once over, the bar keeps its last state.
     if drain.phase is not Phase.OVER:
         run.view.update(note=progress.note(drain.phase, in_flight or {}))
         run.history.save(SAVE_EVERY_S)

@@ -74,6 +74,7 @@ def detect_edges_with(
     make = (make_labelers or EdgeLabelers)(storage.join(storage.normalize(str(output)), FOLDER))
 
     def planned(plan: RunPlan) -> None:
+        # Filled before the actors get a copy: names that would collide are known only with the plan.
         make.stems.update(shared_stems(plan.plan, endings=(".png",)))
         make.checkpoint_sha256 = plan.plan.run["identity"]["model"].get("checkpoint_sha256")
         on_plan(plan)
@@ -130,5 +131,6 @@ class EdgeLabeler(ShardLabeler):
         if isinstance(result, ImageError):
             return make_record(image, decoded, result)
         if image.file_name:  # not of the built-in image of `alone`
+            # Before the row is returned, so before the shard's file: a finished shard has all of its maps.
             storage.put(self._made_by.uri(image), encode_edges(result, self._bits))
         return make_record(image, decoded, [])

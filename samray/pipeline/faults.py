@@ -23,8 +23,10 @@ def raise_if_fatal(error: Exception) -> None:
     """Raises DeviceFault if the error shows that this process has lost the device."""
     import torch
 
+    # First, because cuBLAS says it as a CUDA error, too, and the process can go on after it.
     if is_out_of_memory(error):
         return
+    # After a CUDA error every later call of this process fails, so no image can be blamed.
     is_lost = isinstance(error, RuntimeError) and any(text in str(error) for text in _OF_A_LOST_DEVICE)
     if is_lost or isinstance(error, getattr(torch, "AcceleratorError", ())):  # torch 2.6 does not have it yet
         raise DeviceFault(one_line(error)) from error

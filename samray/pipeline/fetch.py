@@ -75,6 +75,7 @@ def shards_to_do(table: pa.Table) -> ray.data.Dataset:
     """Stage 1. Stream a source_table: one block with one row per shard."""
     source = _ShardSource(table)
     read: Any = ray.data.read_datasource
+    # One block per row: a shard is never split, nor put together with another.
     dataset: ray.data.Dataset = read(source, num_cpus=IO_CPUS, concurrency=1, override_num_blocks=len(source))
     return dataset
 
@@ -125,6 +126,7 @@ class _ShardSource(ray.data.Datasource):
 
 
 def _read_task(table: pa.Table) -> ray.data.ReadTask:
+    # The true size of the table, so that Ray Data need not guess.
     metadata = BlockMetadata(num_rows=table.num_rows, size_bytes=table.nbytes, exec_stats=None, input_files=None)
     return ray.data.ReadTask(lambda: [table], metadata, SOURCE)
 
@@ -142,9 +144,11 @@ def fetch_shard(batch: pa.Table, *, plan: Plan, config: Config, retry_failed: bo
     places = places_to_redo(plan, shard, retry_failed) if source["retry"] else list(range(table.num_rows))
     images: list[dict[str, Any]] = []
     num_bytes = 0
+    # A few at a time, so that the limit on bytes is noticed before much more than it is read.
     for start in range(0, len(places), 16):
         part = places[start : start + 16]
         rows = table.take(part)
+        # Sizes of the listing; unknown ones count as soon as they are read.
         known = [row["size"] or 0 for row in rows.select(["size"]).to_pylist()]
         ahead = num_bytes + sum(known) <= MAX_BYTES_AHEAD
         sample = functools.partial(sample_files, plan, credentials)
@@ -158,6 +162,7 @@ def fetch_shard(batch: pa.Table, *, plan: Plan, config: Config, retry_failed: bo
                     "image_id": row["image_id"],
                     "file_name": row["file_name"],
                     "uri": row["uri"],
+                    # None also for images beyond the limit.
                     "data": None if failed else data,
                     "reason": data.reason if isinstance(data, ImageError) else None,
                     "message": data.message if isinstance(data, ImageError) else None,
@@ -179,11 +184,13 @@ def sample_files(plan: Plan, credentials: Mapping[str, str]) -> list[str]:
 
     credentials: of one shard; files that need others are left out.
     """
+    # From all over the plan: neighbours may all be in the same unreadable folder.
     shards = {plan.num_shards * i // SAMPLED_SHARDS for i in range(SAMPLED_SHARDS)}
     files: list[str] = []
     for shard in sorted(shards):
         rows = plan.read_shard(shard).select(["container", "uri"]).to_pylist()
         step = -(-len(rows) // SAMPLED_FILES_PER_SHARD)
+        # A tar or Parquet file stands for all images in it.
         files += [row["container"] or row["uri"] for row in rows[::step]]
     files += credentials
     files = [credentials.get(file, file) for file in dict.fromkeys(files) if file]
@@ -193,6 +200,7 @@ def sample_files(plan: Plan, credentials: Mapping[str, str]) -> list[str]:
 def places_to_redo(plan: Plan, shard: int, retry_failed: bool) -> list[int]:
     """Indices in a finished shard of the images that changed since and, with retry_failed, of failed images."""
     table = read_shard(plan.output, shard, ["image", "status"])
+    # Generation of the plan when the shard was written: only later changes count.
     made_by = samray_metadata(table.schema).get("generation", 0)
     changed = plan.changed_images(shard, after=made_by)
     rows = zip(pc.struct_field(table["image"], "image_id").to_pylist(), table["status"].to_pylist(), strict=True)

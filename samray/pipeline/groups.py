@@ -39,10 +39,12 @@ class GroupSize:
         if num_images == self.num_images:
             self._num_groups_that_fit += 1
         if self._num_groups_that_fit >= GROW_AFTER_GROUPS:
+            # The count starts again with each size.
             self._set(min(2 * self.num_images, self.largest))
 
     def too_large(self, num_images: int) -> None:
         """Record that a group of this size, at least two, did not fit."""
+        # Half of what failed, which may have been less than the maximum.
         self._set(num_images // 2)
 
     def room(self, num_images: int) -> int:

@@ -91,6 +91,7 @@ class ShardLabeler:
         self.num_workers = num_threads if device_type == "cpu" else 1
         self.group_size = GroupSize(1 if device_type == "cpu" else GPU_GROUP_IMAGES)
         self.generators = [make_generator(None) for _ in range(self.num_workers)]
+        # As many generators as workers: each takes a free one, and none is used by two threads.
         self.free: queue.SimpleQueue[MaskSource] = queue.SimpleQueue()
         for generator in self.generators:
             self.free.put(generator)
@@ -107,6 +108,7 @@ class ShardLabeler:
 
         Raises DeviceFault, StorageError, and what on_progress raises.
         """
+        # The generators sum up over their lifetime; a shard's share is the difference.
         before = self._stage_seconds()
         done = Labelled()
         num_ahead = 2 * self.num_workers  # enough to keep workers busy behind a slow image
@@ -115,6 +117,7 @@ class ShardLabeler:
         def collect(num_left: int) -> None:
             while len(pending) > num_left:
                 batch = pending.popleft().result()
+                # The oldest first: records stay in the order of the images, whichever worker is faster.
                 done.add(batch)
                 on_progress(batch)
 
@@ -150,6 +153,7 @@ class ShardLabeler:
             while waiting and len(ahead) < self.group_size.largest + 1:
                 image = waiting.popleft()
                 ahead.append((image, self.decoders.submit(self.decode, image)))
+            # In order: an image that is slow to decode holds up its group, while those after it are decoded.
             image, future = ahead.popleft()
             decoded = future.result()
             # An image that failed takes a place in its group, to keep the order, but no pixels.
@@ -171,9 +175,9 @@ class ShardLabeler:
             return decode_apart(data, self.max_pixels, self.decode_timeout_s)
         except ImageError as error:
             return error
-        except StorageError:
+        except StorageError:  # the storage as a whole does not answer: that ends the run
             raise
-        except ChildNotStarted as error:
+        except ChildNotStarted as error:  # the machine cannot start processes, for no image
             raise DeviceFault(f"cannot start a decoding process: {error}") from error
         except MemoryError:
             return ImageError("out_of_memory", "the decoded image does not fit into memory")
@@ -181,6 +185,7 @@ class ShardLabeler:
             return ImageError("unreadable", one_line(error))
 
     def _label_group(self, group: list[Decoded]) -> Labelled:
+        # Without the images that failed to decode, which `next(masks)` below skips in the same order.
         work = [(decoded, image.prompts) for image, decoded in group if isinstance(decoded, np.ndarray)]
         started = time.monotonic()
         generator = self.free.get()
@@ -206,6 +211,7 @@ class ShardLabeler:
         fault."""
         answers: list[list[MaskRecord] | ImageError] = []
         while len(answers) < len(work):
+            # Cut anew each time: the size of a group may have been halved since.
             part = work[len(answers) :][: self.group_size.num_images]
             try:
                 answers += masks_of(generator, part)
@@ -225,11 +231,13 @@ class ShardLabeler:
             elif is_memory:
                 self.group_size.too_large(len(part))
             else:
+                # Not memory, so it is one of them: alone, each gets its own masks or error.
                 answers += [one for each in part for one in self._generate(generator, [each])]
         return answers
 
     def _generate_in_small_batches(self, work: Work) -> list[MaskRecord] | ImageError:
         """Retry an image that did not fit with the usual batch size: use fewer points at a time, then give up."""
+        # A new generator for each: its frugal mode also keeps one crop and one mask at a time in memory.
         for points_per_batch in (16, 4, 1):
             if self.device_type == "cuda":
                 _empty_cache()
@@ -241,6 +249,7 @@ class ShardLabeler:
                 raise_if_fatal(error)
                 if not is_out_of_memory(error):
                     return error if isinstance(error, ImageError) else internal_error(error)
+        # May raise instead: after several such images the device is at fault, not the image.
         self.out_of_memory.add()
         height, width = work[0].shape[:2]
         return ImageError("out_of_memory", f"{width}x{height} pixels do not fit, even with one point at a time")
@@ -257,6 +266,7 @@ def _empty_cache() -> None:
 
 def masks_of(generator: MaskSource, work: list[Work]) -> list[list[MaskRecord]]:
     """The masks of each image: all, or in a run with prompts the requested ones."""
+    # A run has prompts for all of its images or for none.
     images = [pixels for pixels, _ in work]
     prompts = [own for _, own in work if own is not None]
     return generator.generate(images, prompts) if prompts else generator.generate(images)
@@ -305,6 +315,7 @@ def build_labeler(
             source: MaskSource = makers[id(model)](points_per_batch)
             return source
         masks: MaskConfig = config.masks
+        # A given number of points means a retry after running out of memory.
         frugal = points_per_batch is not None
         if frugal:
             masks = masks.model_copy(update={"points_per_batch": points_per_batch})

@@ -53,6 +53,7 @@ def exported_names() -> set[str]:
     return {f"ray_{name}_total" for name in COUNTERS} | {f"ray_{name}" for name in GAUGES} | histograms
 
 
+# One object per name and process, made on first use: Ray may not run yet when this module is imported.
 @functools.cache
 def _metric(name: str) -> Any:
     from ray.util.metrics import Counter, Gauge, Histogram
@@ -73,7 +74,7 @@ def record(name: str, value: float, **tags: str) -> None:
             metric.set(value)
         elif name in HISTOGRAMS:
             metric.observe(value)
-        elif value > 0:
+        elif value > 0:  # Ray's counters refuse 0 and below
             metric.inc(value, tags)
     except Exception:  # a failed metric must not fail a shard
         logger.debug("could not record %s", name, exc_info=True)
@@ -90,6 +91,7 @@ class ActorFigures:
         """Count newly labelled images, and the time since the last call."""
         record("samray_images", len(batch.records))
         record("samray_masks", sum(len(r.annotations) for r in batch.records))
+        # One call per reason, not per image.
         for reason, number in Tally(reason_of(r.error) for r in batch.records if r.error is not None).items():
             record("samray_failed_images", number, reason=reason)
         record("samray_encoded_bytes", batch.encoded_bytes)

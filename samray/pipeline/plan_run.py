@@ -106,20 +106,25 @@ def plan_run(
         check_label(input_uri, output_uri, config, weights_to_load, is_new=is_new)
     if is_new and not dry_run:
         storage.check_output(output_uri)  # before listing INPUT, which may take long
+    # Read once, here: it may change during the run, and its content is a part of the run's identity.
     prompt_file = None if config.input.prompts is None else PromptFile.read(config.input.prompts)
     labels = read_inputs(config)
     identity = _identity_of_dry_run(config, begun) if dry_run else run_identity(config, weights)
     identity |= labels_identity(config, labels)
     if prompt_file:
         identity |= prompt_file.identity
+    # The only case without a plan in OUTPUT.
     if is_new and dry_run:
         return _preview(input_uri, output_uri, config, identity, prompt_file)
+    # Called between the listing of INPUT and the writing of the plan.
     check = functools.partial(_check_images, input_uri=input_uri, prompt_file=prompt_file)
     plan = make_plan(input_uri, output_uri, config, identity, joining=joining, check=check)
     changes = InputChanges(listed=is_new)
+    # A new run has just listed INPUT: there is nothing to compare with.
     if joining and not is_new:
         ways = {"append": append, "redo_changed": redo_changed, "dry_run": dry_run}
         plan, changes = join_images(plan, input_uri, config, identity, **ways)
+    # Unfinished files of processes that were killed; only a run that may write removes them.
     if not dry_run:
         storage.remove_leftovers(plan.output)
     return RunPlan(
@@ -165,6 +170,7 @@ def _identity_of_dry_run(config: Config, begun: Mapping[str, Any] | None) -> dic
     """Like `run_identity`, but with the weights of the existing run, because they may not be on this machine yet."""
     identity = config.identity()
     if begun is not None:
+        # Taken from the run, so that comparing with it finds no difference.
         identity["model"]["checkpoint_sha256"] = begun.get("model", {}).get("checkpoint_sha256")
     return identity
 

@@ -38,6 +38,7 @@ def check_fan_out(output_uri: str, ray_wanted: bool | None, address: str | None)
     from samray.config import ClusterConfig
 
     check_writable(output_uri)
+    # As `running_ray` decides it.
     named = address or os.environ.get("RAY_ADDRESS")
     if ray_wanted is not False and named:
         machine_nodes(ClusterConfig(address=address))
@@ -50,6 +51,7 @@ def _check_ray(config: Config, *, with_model: bool) -> None:
     nodes, device = machine_nodes(config.cluster), config.model.device
     if with_model:
         check_device(device, here=nodes is not None)
+    # A cluster may grow: only a Ray on this machine can be refused as too small.
     if nodes is not None:
         check_fits(choose_sizes(config.cluster, nodes, _MANY_SHARDS, device), nodes, device)
 
@@ -71,5 +73,6 @@ def machine_nodes(config: ClusterConfig) -> list[dict[str, float]] | None:
     if address is not None:
         check_cluster(address)
         return None
+    # A private Ray writes its logs there, and objects that do not fit into memory.
     check_space(Path(tempfile.gettempdir()), "the local Ray's folder (TMPDIR)")
     return [this_machine()]

@@ -102,6 +102,7 @@ class WithFailures:
     def add_failures(self, failures: dict[str, int]) -> None:
         """Add counts of failed images."""
         self.num_failed += sum(failures.values())
+        # most_common sorts, and a dict keeps that order for the report and its JSON.
         self.failures = dict((Counter(self.failures) + Counter(failures)).most_common())
 
 
@@ -217,6 +218,7 @@ def no_masks(num_images: int, config: Config) -> str:
             " (design persam) or labels.vote_thresh (the others) gives more masks, into another OUTPUT"
         )
     own = MaskConfig().for_model(config.model.name)
+    # Mask settings that differ from the model's own defaults: a likely reason, so name them.
     strict = [
         f"{row.name}={getattr(config.masks, key)} (default: {getattr(own, key)})"
         for row in setting_rows("masks")
@@ -248,6 +250,7 @@ def print_report(report: LabelReport, console: Console | None = None) -> None:
     if report.num_labelled:
         rate = f"{report.images_per_s:.2f} images/s including the start of Ray"
         table.add_row("labelled now", f"{report.num_labelled} in {duration(report.wall_s)}, {rate}")
+        # Edge maps have no masks to count.
         if report.maps is None:
             table.add_row("masks", f"{report.num_masks}, {report.num_masks / report.num_labelled:.1f} per image")
     if report.num_failed:
@@ -284,6 +287,7 @@ def _stages(stage_seconds: dict[str, float]) -> str:
 
 
 def _next_commands(report: LabelReport) -> list[str]:
+    # After a signal (2 or 15, plus 128) nothing is wrong: only say how to go on.
     if report.exit_code in (130, 143):
         return ["run the same command to resume"]
     if report.num_missing_shards:

@@ -121,6 +121,7 @@ def label_with(
     report.wall_s = time.monotonic() - started
     if report.num_labelled and not report.num_masks:
         report.warning = no_masks(report.num_labelled, planned.config)
+    # Also without work to do: `_SUCCESS` may be missing after a run that was killed at its end.
     failures, report.num_missing_shards = _conclude(planned.plan, work.history)
     report.add_failures(failures)
     report.exit_code, report.problem = _how_it_ended(planned, work, report, stopped_by)
@@ -144,6 +145,7 @@ def _find_work(planned: RunPlan, retry_failed: bool) -> _Work:
     plan = planned.plan
     history = FailureCounts.load(plan.output)
     failures = failures_of_shards(plan.output, planned.versions, history)
+    # Shards with images that were changed by --redo-changed, until they are labelled again.
     retries = stale_shards(plan, planned.versions)
     if retry_failed:
         retries |= {shard for shard, reasons in failures.items() if reasons}
@@ -179,6 +181,7 @@ def _run_on_ray(run: Run) -> StopRequest | None:
         stop.listen()
         sizes = choose_sizes(config, cluster_nodes(), len(run.todo), run.config.model.device)
         if is_fixed:
+            # A cluster may grow, so nothing is refused there.
             sizes = check_fits(sizes, cluster_nodes(), run.config.model.device)
         state = start_run_state()
         drive(build_pipeline(run, sizes, state), run, state, stop)
@@ -197,11 +200,14 @@ def build_pipeline(run: Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
     from samray.pipeline.labeler import build_labeler
     from samray.pipeline.write import write_shard
 
+    # Tells this driver's attempt marks from those of another one on the same OUTPUT.
     run_id = uuid.uuid4().hex[:12]
+    # Each actor checks the weights that it loads: its machine may have another file at the same path.
     sha256 = run.plan.run["identity"]["model"].get("checkpoint_sha256")
     # One row per shard: Ray retries a whole shard, and memory holds as many shards as there are tasks.
     one_shard: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "udf_modifying_row_count": False}
     shards: Any = shards_to_do(source_table(run.todo, run.prompts, run.credentials))
+    # A fixed number of fetch tasks bounds how far reading is ahead of labelling.
     fetched = shards.map_batches(
         fetch_shard,
         fn_kwargs={"plan": run.plan, "config": run.config, "retry_failed": run.retry_failed},
@@ -217,6 +223,7 @@ def build_pipeline(run: Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
             "run_id": run_id,
             "state": state,
             "num_threads": sizes.num_threads,
+            # A path and a digest, never a tensor: weights in the arguments would be sent to every actor.
             "make_labeler": run.make_labeler
             or functools.partial(build_labeler, checkpoint_sha256=sha256, labels=run.labels),
         },
@@ -225,6 +232,7 @@ def build_pipeline(run: Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
         num_gpus=sizes.actor_gpus,
         **one_shard,
     )
+    # Tasks of their own, so that an actor with a GPU does not wait for storage.
     written: ray.data.Dataset = labelled.map_batches(
         write_shard,
         fn_kwargs={
@@ -252,6 +260,7 @@ def _conclude(plan: Plan, history: FailureCounts) -> tuple[Counter[str], int]:
         for of_shard in failures_of_shards(plan.output, versions, history, trust_success=False).values():
             failures.update(of_shard)
         num_missing = len(missing_shards(plan, versions)) + len(stale_shards(plan, versions))
+        # False from mark_success: another run has changed the output since.
         if num_missing or mark_success(
             plan.output,
             seen=versions,

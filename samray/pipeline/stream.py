@@ -59,6 +59,7 @@ class EventStream:
         self._dataset = dataset
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._halt = threading.Event()
+        # A daemon: blocked inside of Ray, it must not keep the process from ending.
         self._thread = threading.Thread(target=self._run, name="samray-stream", daemon=True)
 
     def start(self) -> None:
@@ -68,6 +69,7 @@ class EventStream:
         """The available events; waits up to timeout_s for the first."""
         try:
             yield self._events.get(timeout=timeout_s)
+            # What came in the meantime, without waiting again.
             while True:
                 yield self._events.get_nowait()
         except queue.Empty:
@@ -85,10 +87,12 @@ class EventStream:
         """The thread's body. If the main thread is interrupted and Ray is gone, it must not start another Ray."""
         from ray._private import auto_init_hook
 
+        # Ray connects by itself on first use; its environment variable against that is read only at import.
         before, auto_init_hook.enable_auto_connect = auto_init_hook.enable_auto_connect, False
         try:
             for row in self._rows():
                 self._events.put(_event_of(row))
+            # After `halt` rows may be missing, so that is not the end of the stream.
             if not self._halt.is_set():
                 self._events.put(StreamEnded())
         except BaseException as error:  # the main thread raises it

@@ -51,6 +51,7 @@ def write_shard(batch: pa.Table, *, plan: Plan, config: Config, run_id: str) -> 
     started = time.monotonic()
     summary = ShardSummary.from_json(labelled["summary"])
     table = from_stream(labelled["rows"])
+    # A shard that exists is replaced as a whole: its other rows are kept as they are.
     if labelled["retry"]:
         old = read_shard(plan.output, shard)
         table = put_rows(old, labelled["places"], table)
@@ -61,9 +62,11 @@ def write_shard(batch: pa.Table, *, plan: Plan, config: Config, run_id: str) -> 
     else:
         stats = summary.to_dict()
         assert table.num_rows == plan.num_images_of(shard), (shard, table.num_rows)  # rows out = images in
+        # Built in memory, because a conditional PUT takes the whole object at once.
         data = shard_bytes(with_stats(table, stats), compression_level)
         num_bytes = put_shard(plan.output, shard, data)
     version = _version_of(plan.output, shard, num_bytes)
+    # After the commit: a death in between leaves marks of a shard that is done, which do no harm.
     ShardAttempts(plan.output, shard, run_id, number=labelled["attempt"]).clear()
     write_s = time.monotonic() - started
     record("samray_shards", num_bytes > 0)
@@ -80,6 +83,7 @@ def _version_of(output: str, shard: int, num_bytes: int) -> str | None:
     if num_bytes == 0:
         return None
     version = storage.file_version(shard_uri(output, shard))
+    # A version begins with the size: another one means that another attempt's file is there.
     return version if version is not None and version.split()[0] == str(num_bytes) else None
 
 
@@ -88,6 +92,7 @@ def put_rows(old: pa.Table, places: list[int], new: pa.Table) -> pa.Table:
     assert new.num_rows == len(places), (new.num_rows, places)
     order = list(range(old.num_rows))
     for i, index in enumerate(places):
+        # New rows come after all old ones in the joined table.
         order[index] = old.num_rows + i
     both = pa.concat_tables([old.replace_schema_metadata(new.schema.metadata), new])
     return both.take(pa.array(order, pa.int64()))
@@ -95,6 +100,7 @@ def put_rows(old: pa.Table, places: list[int], new: pa.Table) -> pa.Table:
 
 def merged_stats(old: dict[str, Any], new: ShardSummary, table: pa.Table) -> dict[str, Any]:
     """Counts of the current table; times of both runs together."""
+    # Counted anew, because an image may have changed from failed to labelled or back.
     errors = table["error"].drop_null().to_pylist()
     merged = replace(
         new,
