@@ -73,12 +73,14 @@ class Child:
 
     def __init__(self, target: str, setup: bytes, start_timeout_s: float = 120.0) -> None:
         """Start the process and wait until it is ready. Raises ChildNotStarted."""
+        # Requests go over the first pair; the second has no traffic and only shows the child that its parent is alive.
         self._socket, theirs = socket.socketpair()
         self._lifeline, their_lifeline = socket.socketpair()
         code = (
             "from samray.inputs.child import serve;"
             f"serve({theirs.fileno()}, {their_lifeline.fileno()}, {os.getpid()}, {target!r})"
         )
+        # The child imports from the same places as its parent; -P keeps the current folder out of the path.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         try:
             self._process = subprocess.Popen(
@@ -90,6 +92,7 @@ class Child:
         except OSError as error:
             raise ChildNotStarted(f"could not start a process of its own for an image: {error}") from error
         finally:
+            # If the parent kept the child's end open, too, it would not notice the child's death.
             theirs.close()
             their_lifeline.close()
         try:
@@ -109,6 +112,7 @@ class Child:
             return _receive(self._socket)
         except (OSError, EOFError) as error:
             if isinstance(error, TimeoutError):
+                # A child that does not answer in time may be inside a decoder, which only a kill ends.
                 self._process.kill()
             raise ChildDied(self.close()) from error
 
@@ -121,12 +125,14 @@ class Child:
 
 def serve(socket_fd: int, lifeline_fd: int, parent: int, target: str) -> None:
     """The child's side: answer requests until the parent closes the socket or is gone."""
+    # The parent may ignore or block these signals, which a new process inherits.
     for number in (signal.SIGIO, signal.SIGXCPU):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGIO, signal.SIGXCPU))
     # When the parent's end of this is closed, the kernel sends SIGIO, which ends the process even inside a decoder.
     fcntl.fcntl(lifeline_fd, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(lifeline_fd, fcntl.F_SETFL, fcntl.fcntl(lifeline_fd, fcntl.F_GETFL) | os.O_ASYNC)
+    # The parent may have died before SIGIO was set up.
     if os.getppid() != parent:
         os._exit(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole process group; the parent handles it
@@ -138,10 +144,12 @@ def serve(socket_fd: int, lifeline_fd: int, parent: int, target: str) -> None:
         while True:
             request, _ = _receive(stream)
             reply, fd = answer(request)
+            # The request is a whole image file: freed before the child waits for the next one.
             del request
             _send(stream, (reply,), fd)
             if fd is not None:
                 os.close(fd)
+    # Not an ordinary exit: nothing in this process needs cleaning up, and finalizers could hang.
     os._exit(0)
 
 
@@ -161,6 +169,7 @@ def _receive(stream: socket.socket) -> Answer:
         raise EOFError
     (size,) = struct.unpack("<Q", header)
     data = bytearray(size)
+    # A read may return any part of what is missing.
     view = memoryview(data)
     while view:
         number = stream.recv_into(view)

@@ -159,6 +159,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 def _main_tiff_picture(data: bytes) -> tuple[bytes, tiff.Directory | None]:
     """Make the main picture the first one of the TIFF; returns that TIFF and the picture's tags."""
     found = tiff.directories(data)
+    # Refused before decoding: the first picture of a raw file is a thumbnail.
     if tiff.is_raw_photo(data, found):
         raise ImageError(
             "unsupported", "this is a raw camera file (DNG, NEF, CR2, ARW or the like); develop it to JPEG, PNG or TIFF"
@@ -177,11 +178,13 @@ def _without_texts(data: bytes) -> bytes:
 
     Pillow refuses images with large texts, which are not needed here.
     """
+    # PNG chunks: length (4 bytes), type (4), body, checksum (4).
     kept, offset = [data[:8]], 8
     while offset + 8 <= len(data):
         end = offset + 12 + int.from_bytes(data[offset : offset + 4], "big")
         kind, body = data[offset + 4 : offset + 8], data[offset + 8 : min(end - 4, offset + 8 + 64)]
         if kind in _TEXT_CHUNKS and not (body.startswith(_ORIENTATION_TEXT) and _is_small_text(data[offset + 4 : end])):
+            # An empty part marks that something was removed; without any, `data` is returned without a copy.
             kept.append(data[offset:offset])
         else:
             kept.append(data[offset:end])
@@ -200,6 +203,7 @@ def _is_small_text(chunk: bytes) -> bool:
     if not packed:
         return len(chunk) <= _MAX_ORIENTATION_TEXT
     try:
+        # Bounded: a few kilobytes of zlib can inflate to gigabytes.
         return len(zlib.decompressobj().decompress(packed, _MAX_ORIENTATION_TEXT + 1)) <= _MAX_ORIENTATION_TEXT
     except zlib.error:
         return False
@@ -210,6 +214,7 @@ def _unidentified(data: bytes) -> ImageError:
     kind = image_kinds.kind_of(data)
     if kind is None or kind not in Image.OPEN:
         return image_kinds.foreign_file(data)
+    # Whether bytes are missing is more useful than the decoder's message, so it is asked first.
     if image_kinds.is_cut(data):
         return ImageError("truncated", f"this {kind} ends after {len(data)} bytes, inside its header")
     if kind == "TIFF" and (found := tiff.directories(data)) and found[0].num_pixels:
@@ -239,6 +244,7 @@ def _said(error: Exception) -> str:
 def _decode_error(data: bytes, error: Exception) -> ImageError:
     said = _said(error)
     kind = image_kinds.kind_of(data)
+    # A valid file of an unusual kind must not be called damaged.
     if isinstance(error, NotImplementedError) or _REFUSALS.search(said.lower()):
         return _unsupported(kind, said)
     is_cut = image_kinds.is_cut(data)
@@ -278,6 +284,7 @@ def _orientation(image: Image.Image) -> int:
 def _to_rgb(image: Image.Image) -> RGBArray:
     directory: tiff.Directory | None = image.info.get("tiff_directory")
     is_signed = directory is not None and directory.sample_format == 2
+    # Grey outside of 0..255 is scaled here, because Pillow's conversion does not know its range.
     if image.mode.startswith("I;16") or image.mode in ("I", "F") or (image.mode == "L" and is_signed):
         return _grey_to_rgb(_deep_grey(image, directory))
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
@@ -295,6 +302,7 @@ def _deep_grey(image: Image.Image, directory: tiff.Directory | None) -> npt.NDAr
         finite = np.isfinite(values)
         grey: npt.NDArray[Any] = _float_to_byte(values)
     elif directory is not None and directory.bits == 12:
+        # In 32 bits, where the product fits; + 2047 rounds to the nearest.
         grey = (values.astype(np.uint32) * 255 + 2047) // 4095
     elif image.mode == "L":
         grey = _stretched(values.view(np.int8).astype(np.float64))
@@ -323,6 +331,7 @@ def _grey_to_rgb(grey: npt.NDArray[Any]) -> RGBArray:
 
 def _float_to_byte(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     finite = np.isfinite(values)
+    # Infinities would make every range wide; here they count as 0.
     known = np.where(finite, values, 0.0).astype(np.float64)
     low, high = float(known.min()), float(known.max())
     if low >= 0 and high <= 1:

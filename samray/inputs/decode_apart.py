@@ -61,7 +61,9 @@ class Decoder:
                 # On a busy machine the process may wait for the CPU within its CPU time: that is not the image's fault.
                 return self._pixels(self._child.ask(data, timeout_s=60 + 20 * self.timeout_s))
             except ChildDied as death:
+                # The request is sent again to a new child as long as its deaths prove nothing.
                 self._child = None
+                # The CPU limit was reached: certainly the image's fault, so one death is enough.
                 if death.returncode == -signal.SIGXCPU:
                     raise ImageError(
                         "timeout",
@@ -80,16 +82,20 @@ class Decoder:
         if head.startswith(b"["):
             raise ImageError(*json.loads(head))
         height, width = _SIZE.unpack(head)
+        # Without a descriptor the pixels are in the memory that was mapped for an earlier image.
         shared = self._shared
         if fd is not None:
             try:
                 shared = mmap.mmap(fd, 0)
             finally:
+                # The mapping stays valid without the descriptor.
                 os.close(fd)
         pixels = np.frombuffer(shared, np.uint8, height * width * 3).reshape(height, width, 3)
+        # Large: the caller gets the mapping itself, and the memory is freed with its array.
         if pixels.nbytes > KEPT_BYTES:
             return pixels
         self._shared = shared
+        # Small: a copy, because the child writes the next image into the same memory.
         return pixels.copy()
 
 

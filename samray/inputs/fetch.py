@@ -71,6 +71,7 @@ def fetch_images(rows: pa.Table, config: InputConfig, sample: Sample | None = No
     """
     items = rows.select(INPUT_SCHEMA.names).to_pylist()
     fetched = _fetch_all(items, config, storage.timeout_s())
+    # A disk that is not mounted shows as missing files, which would otherwise become failed rows of the whole input.
     if sample and len(items) >= _ENOUGH and all(isinstance(d, ImageError) and d.reason == "missing" for d in fetched):
         _raise_if_the_disk_is_gone([_file_of(item) for item in items], sample)
     doubts = {i: data for i, data in enumerate(fetched) if isinstance(data, _DOUBT)}
@@ -81,6 +82,7 @@ def fetch_images(rows: pa.Table, config: InputConfig, sample: Sample | None = No
         again = _fetch_all([items[i] for i in doubts], config, min(_LAST_TRY_S, storage.timeout_s()))
         for i, data in zip(doubts, again, strict=True):
             fetched[i] = data
+    # Lists of web links may name any number of hosts.
     if len(_readable) > _MAX_REMEMBERED:
         _readable.clear()
     for item, data in zip(items, fetched, strict=True):
@@ -110,6 +112,7 @@ def _fetch_all(items: list[dict[str, Any]], config: InputConfig, timeout_s: floa
     for i, item in enumerate(items):
         container = item["container"]
         reader = reader_of(container)
+        # Checked before any request: the listing already knows the problem, or the credentials are hidden.
         if item["problem"]:
             fetched[i] = ImageError.parse(item["problem"])
         elif storage.is_redacted(_file_of(item)):
@@ -119,6 +122,7 @@ def _fetch_all(items: list[dict[str, Any]], config: InputConfig, timeout_s: floa
         else:
             single.append(i)
 
+    # A file that a row refers to has its own time limit.
     def fetch_file(uri: str) -> bytes | ImageError:
         with storage.time_limit(timeout_s):
             data = _fetch([{"uri": uri, "size": None, "container": None}], config, fetch_file)[0]
@@ -128,6 +132,7 @@ def _fetch_all(items: list[dict[str, Any]], config: InputConfig, timeout_s: floa
         with storage.time_limit(timeout_s):
             return _fetch([items[i]], config, fetch_file)[0]
 
+    # One image needs no pool of threads, for example when a loader reads it.
     if len(single) == 1:
         fetched[single[0]] = fetch_one(single[0])
     elif single:
@@ -143,6 +148,7 @@ def _fetch(
 ) -> Sequence[bytes | ImageError | Doubt]:
     """The bytes of an image's own file, or of rows of one container, by its reader."""
     container = items[0]["container"]
+    # An error of a container is that of all its rows.
     try:
         reader = reader_of(container)
         if reader is None or reader.fetch is None:
@@ -171,10 +177,12 @@ def _raise_if_nothing_is_readable(
     others: list[str] | None = None
     for place in dict.fromkeys(storage.place_of(uri) for uri, _ in refused):
         here = {uri: error for uri, error in refused if storage.place_of(uri) == place}
+        # First the files that were readable just now: the quickest proof that the storage as a whole works.
         known = [uri for uri in readable if storage.place_of(uri) == place][-2:]
         known += [_readable[place]] if place in _readable else []
         if _any_is_readable(known):
             continue
+        # Then others of the same bucket or host, from all over the input; sampled once for all places.
         others = others if others is not None else sample() if sample else readable
         near = [uri for uri in others if storage.place_of(uri) == place and uri not in here]
         if _any_is_readable(near):
@@ -185,10 +193,12 @@ def _raise_if_nothing_is_readable(
             u for u in far if storage.is_web(u) and storage.place_of(u) != place
         ):
             continue
+        # Too few files of this place were tried to blame it: if others elsewhere can be read, blame these images.
         num_tried = len({*here, *known, *near[:_MAX_PROBES]})
         if num_tried < _ENOUGH and _any_is_readable(uri for uri in far if storage.place_of(uri) != place):
             continue
         error = next(iter(here.values()))
+        # Without a sample (see `fetch_images`), a refusal by a storage that answers is that image's own.
         if sample is None and not known and (storage.is_web(place) or not isinstance(error, UnavailableError)):
             continue
         if isinstance(error, UnavailableError):
@@ -214,6 +224,7 @@ def _any_is_readable(uris: Iterable[str]) -> bool:
     chosen = list(dict.fromkeys(uris))[:_MAX_PROBES]
     if not chosen:
         return False
+    # Not a `with` block, which would wait for probes that hang although one has succeeded.
     pool = ThreadPoolExecutor(len(chosen))
     try:
         return any(probe.result() for probe in as_completed([pool.submit(_is_readable, uri) for uri in chosen]))
@@ -229,6 +240,7 @@ def _is_readable(uri: str) -> bool:
             else:
                 storage.read_bytes(uri, 0, _PROBE_BYTES)
         except TooLargeError:
+            # It answered with a size, so the storage can be read.
             return True
         except (StorageError, ConfigError):
             return False

@@ -25,6 +25,7 @@ IMAGE_EXTENSIONS: Final = image_extensions()
 
 def files_table(uri: str) -> pa.Table:
     """Columns uri, size, etag and problem of every file that INPUT names, sorted by URI. Raises: StorageError."""
+    # Columns instead of one object per file: a folder may have millions.
     columns: dict[str, list[Any]] = {"uri": [], "size": [], "etag": [], "problem": []}
     for entry in storage.list_files(uri):
         columns["uri"].append(entry.uri)
@@ -33,6 +34,7 @@ def files_table(uri: str) -> pa.Table:
         columns["problem"].append(entry.problem)
     types = {"size": pa.int64()}
     arrays = {name: pa.array(values, types.get(name, pa.string())) for name, values in columns.items()}
+    # Storages list in different orders; ids and shards follow from this one.
     return pa.table(arrays).sort_by("uri")
 
 
@@ -46,6 +48,7 @@ def list_files(container: Container, config: InputConfig) -> Part:
     assert container.files is not None
     images, skipped = container.files, Skipped()
     if not container.files_are_meant:
+        # One pattern for all endings, matched by Arrow on the whole column.
         extensions = "|".join(re.escape(e) for e in IMAGE_EXTENSIONS)
         keep = pc.match_substring_regex(images["uri"], f"({extensions})$", ignore_case=True)
         skipped = skipped_names(images["uri"], keep, NOT_AN_IMAGE)
@@ -63,6 +66,7 @@ def fetch_files(
 
 
 def _fetch(item: dict[str, Any], config: InputConfig) -> bytes | ImageError:
+    # A row of a list without a URI.
     if not item["uri"]:
         return ImageError("missing", "the manifest's row holds no URI")
     return storage.read_whole(item["uri"], config.max_bytes, item["size"])

@@ -77,6 +77,7 @@ def kind_of(data: bytes) -> str | None:
     """Pillow's name of the decoded format with this file header; None for all other files."""
     if tiff.is_tiff(data):
         return "TIFF"
+    # A WebP that was truncated after its first bytes is still one.
     if data[:4] == b"RIFF" and data[8:12] in (b"WEBP", b""):
         return "WEBP"
     if data[4:8] == b"ftyp":
@@ -87,6 +88,7 @@ def kind_of(data: bytes) -> str | None:
 
 def foreign_file(data: bytes) -> ImageError:
     """Why a file that no decoder accepts is not an image, or not a readable one, and what to do."""
+    # Byte order mark and white space come before the markup of many XML and HTML files.
     head = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n")
     if head.startswith(b"<") and b"<svg" in head.lower():
         return ImageError("unsupported", f"this is an SVG drawing; {_CONVERT}")
@@ -128,6 +130,7 @@ def _text_file(head: bytes) -> str | None:
         return f"this is an XML document; {_NO_IMAGE}"
     if head.startswith((b"{", b"[")):
         return f"this is JSON text, such as an error message of a web service; check the URI, or {_NO_IMAGE}"
+    # No control characters other than those of text files.
     if head and all(byte >= 32 or byte in b"\t\r\n\f\x1b" for byte in head):
         return f"this is text; {_NO_IMAGE}"
     return None
@@ -143,6 +146,7 @@ def is_cut(data: bytes) -> bool | None:
     """Whether bytes are missing at the end, by the format's end mark or lengths; None if they do not tell."""
     kind = kind_of(data)
     if kind == "JPEG":
+        # Near the end, because padding may follow the mark.
         return b"\xff\xd9" not in data[-64:]
     if kind == "PNG":
         return b"IEND" not in data[-64:]

@@ -72,10 +72,12 @@ def check_readable(images: pa.Table, input_uri: str) -> None:
 
 def _list_all(uri: str, config: InputConfig) -> Listing:
     where = storage.redact(uri)
+    # INPUT names one image as samray writes it (tar://member::archive): a list with one row.
     if is_own_uri(uri):
         folder = storage.normalize(".")
         written = pa.chunked_array([[uri]], pa.string())
         return Listing(*merge_lists([rows_of_uris(written, folder, folder, allow_outside=True)], folder))
+    # By its name, before listing what may be a large bucket.
     refuse_unreadable_kinds(uri)
     try:
         found = files_table(uri)
@@ -89,6 +91,7 @@ def _list_all(uri: str, config: InputConfig) -> Listing:
         raise ConfigError(f"INPUT {where} cannot be read: {ImageError.parse(problem).message}")
     skipped = Skipped()
     if not is_file:
+        # Hidden files, and the _samray folder of an OUTPUT that is part of INPUT, are counted but not labelled.
         keep = pc.invert(pc.match_substring_regex(relative_names(found["uri"], root), r"(^|/)(\.|_samray/)"))
         skipped = skipped_names(found["uri"], keep, HIDDEN)
         found = found.filter(keep)
@@ -141,6 +144,7 @@ class _Containers:
         parts: list[Part] = []
         skipped = Skipped()
         num_rows = 0
+        # In order, so that a limit stops early and gives the same images each time.
         for part in _in_order(self._list_one, found.to_pylist()):
             parts.append(part)
             skipped.update(part.skipped)
@@ -152,11 +156,13 @@ class _Containers:
         self._check(parts, found.num_rows, num_rows)
         tables = [part.rows for part in parts if isinstance(part.rows, pa.Table)]
         lists = [part.rows for part in parts if isinstance(part.rows, UriRows)]
+        # Lists are merged together, because the same URI may be in several of them.
         if lists:
             merged, repeated = merge_lists(lists, self.root)
             tables.append(merged)
             skipped.update(repeated)
         rows = pa.concat_tables(tables)
+        # Only one archive with distinct names needs no second look at all names.
         if found.num_rows > 1 or not self.reader.distinct_names:
             rows = with_distinct_names(rows)
         return Listing(rows, skipped)
@@ -165,6 +171,7 @@ class _Containers:
         where = storage.redact(self.uri)
         errors = [part.error for part in parts if part.error is not None]
         refused = next((part.refused for part in parts if part.refused is not None), None)
+        # If no file could be read and one was refused, the storage may be at fault, and a retry may help.
         if refused is not None and all(part.rows is None for part in parts):
             raise refused
         if num_files == 1 and errors:
@@ -199,4 +206,5 @@ def _in_order(call: Callable[[dict[str, Any]], Part], files: list[dict[str, Any]
     try:
         yield from pool.map(call, files)
     finally:
+        # Cancel what has not begun: with a limit most archives are never opened.
         pool.shutdown(cancel_futures=True)

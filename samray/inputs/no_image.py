@@ -91,6 +91,7 @@ def nothing_found(uri: str, root: str, found: pa.ChunkedArray) -> str:
     readable = max(there, key=lambda ending: counts[ending], default=None)  # the first in `wanted` of the most frequent
     if readable is None:
         return looked
+    # The suggested pattern must find files: it is made from those that are there.
     same = [name for name in names if name.lower().endswith(readable)]
     return f"{looked}; name them, as in '{storage.redact(_glob_of(root, same))}'"
 

@@ -48,6 +48,7 @@ def problems_of(places: pa.ChunkedArray, folder: str, *, allow_outside: bool) ->
 
     places: normalized URIs, of containers for images in archives. folder: where local files must be.
     """
+    # In parts, because the patterns below make intermediate columns of the size of their input.
     parts = [places.slice(start, _ROWS_AT_ONCE) for start in range(0, len(places), _ROWS_AT_ONCE)]
     problem_of = cache(partial(server_problem, folder=folder, allow_outside=allow_outside))  # looks names up
     found = [_problems_of_part(part, folder, allow_outside, problem_of) for part in parts]
@@ -61,6 +62,7 @@ def problems_of(places: pa.ChunkedArray, folder: str, *, allow_outside: bool) ->
 def _problems_of_part(
     places: pa.ChunkedArray, folder: str, allow_outside: bool, problem_of: Callable[[str], str | None]
 ) -> pa.ChunkedArray | None:
+    # If the common start of all places is inside the folder, no place needs to be looked at by itself.
     shared = _shared_start(places)
     if storage.is_local(folder) and any(shared.startswith(storage.join(root, "")) for root in _spellings(folder)):
         return None
@@ -76,9 +78,11 @@ def _problems_of_part(
         problems = pc.take(texts, pc.index_in(servers, value_set=pa.array(refused, pa.string())))
     if allow_outside:
         return problems
+    # Without a server a place is a local path; the empty text is a row without URI, which is reported elsewhere.
     outside = pc.and_(pc.is_null(servers), pc.not_equal(places, ""))
     for root in _spellings(folder) if storage.is_local(folder) else ():
         outside = pc.and_not(outside, pc.starts_with(places, storage.join(root, "")))
+    # Only now the links, as each needs a look at the disk.
     if storage.is_local(folder) and pc.any(outside, min_count=0).as_py():
         outside = pc.and_not(outside, _leads_inside(places, outside, folder))
     if not pc.any(outside, min_count=0).as_py():
@@ -92,6 +96,7 @@ def _leads_inside(places: pa.ChunkedArray, outside: Any, folder: str) -> Any:
 
     A shell may show /home/me where the system shows /gpfs/home/me, and lists contain either.
     """
+    # Folders instead of files: few per list, and each is resolved once.
     folders = pc.replace_substring_regex(places, r"(?s)/[^/]*$", "/")
     root = storage.join(os.path.realpath(folder), "")
     named = pc.unique(folders.filter(outside)).to_pylist()
@@ -114,12 +119,15 @@ def place_problem(place: str, folder: str, *, allow_outside: bool) -> str | None
 def server_problem(server: str, folder: str, *, allow_outside: bool) -> str | None:
     """`problems_of` for everything on a server, `scheme://host`."""
     scheme, host = server.split("://", 1)
+    # Also with allow_outside: no list needs what clouds serve there.
     if scheme in _OWN_NETWORKS and is_link_local(host):
         return _NEVER.format(server=storage.redact(server))
     if allow_outside:
         return None
+    # A scheme that fsspec does not know opens nothing, and fails when it is read.
     if scheme not in _REMOTE and scheme in _known_schemes():
         return f"not_allowed: a list may not name {scheme}:// places, which open other files; {_SETTING}"
+    # A remote list may name its own server, also on a private network.
     same = re.match(_SERVER, folder)
     is_remote = not storage.is_local(folder)
     if scheme in _OWN_NETWORKS and is_remote and not (same and same["server"] == server) and is_internal(host):

@@ -43,6 +43,7 @@ def image_column(schema: pa.Schema, config: InputConfig) -> str | None:
         if name in schema.names:
             kind = schema.field(name).type
             in_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+            # The type decides: a column of text may have the same name.
             if is_binary(kind.field("bytes").type if in_struct else kind):
                 return name
     return None
@@ -60,6 +61,7 @@ def list_parquet(container: Container, config: InputConfig) -> Part:
         try:
             file = open_parquet(stream)
             columns = Counter(file.schema_arrow.names)
+            # Columns are read by name, so a name must mean one column.
             if repeated := [name for name, number in columns.items() if number > 1]:
                 raise ValueError(f"several of its columns have the same name: {', '.join(sorted(repeated))[:200]}")
             column = image_column(file.schema_arrow, config)
@@ -75,6 +77,7 @@ def list_parquet(container: Container, config: InputConfig) -> Part:
     if names is None:
         names = pc.binary_join_element_wise("row-", numbers, "")
     elif pc.count_distinct(names, mode="all").as_py() < num_rows or names.null_count:
+        # Repeated or missing names get the row number, which makes them distinct.
         names = pc.binary_join_element_wise("row-", numbers, "/", pc.fill_null(names, "image"), "")
     if prefix:
         names = pc.binary_join_element_wise(f"{prefix}/", names, "")
@@ -86,6 +89,7 @@ def _written_uris(file: pq.ParquetFile, config: InputConfig) -> pa.ChunkedArray:
     """The column of URIs. Raises: ValueError if there is none."""
     schema = file.schema_arrow
     if config.uri_column not in schema.names:
+        # The file may be meant as images or as a list, so the message names both settings.
         raise ValueError(
             f"it has no image bytes (a binary or struct<bytes, path> column, input.image_column="
             f"{config.image_column!r}), and as a list {missing_column(config.uri_column, schema.names)}"
@@ -125,6 +129,7 @@ def fetch_rows(
             start = 0
             for group in range(file.num_row_groups):
                 end = start + file.metadata.row_group(group).num_rows
+                # A row group is the smallest unit that Parquet reads; groups without wanted rows are skipped.
                 wanted = [row for row in rows if start <= row < end]
                 if wanted:
                     try:
@@ -156,6 +161,7 @@ def _values(
             if row in wanted:
                 yield row, batch.column(0).slice(row - start, 1)
         start += batch.num_rows
+        # Nothing wanted follows; the rest of the group is not read.
         if start > max(wanted):
             return
 
@@ -173,10 +179,12 @@ def _bytes_of(value: pa.Array, folder: str, config: InputConfig, fetch_file: Fet
         value = pc.struct_field(value, "bytes")
     data = binary_column(pa.chunked_array([value]))[0]
     if data.is_valid:
+        # The size without a copy: too large an image never becomes a Python object.
         size = data.as_buffer().size
         return data.as_py() if size <= config.max_bytes else too_large(size, config)
     if path:  # Hugging Face's layout may have a path instead of bytes
         uri = storage.resolve(folder, path)
+        # The path comes from the file, so the rules for lists apply.
         problem = place_problem(uri, folder, allow_outside=config.allow_outside)
         return fetch_file(uri) if problem is None else ImageError.parse(problem)
     return ImageError("missing", "the row has no image")

@@ -89,6 +89,7 @@ class PromptFile:
             rows.append(_parse(f"{_name(uri)}, {where}", values))
         if not any(row.prompts for row in rows):
             raise ConfigError(f"{_name(uri)} has no prompts")
+        # The hash is of the bytes that were parsed, not of a second read, which could give another file.
         return cls(uri=uri, sha256=hashlib.sha256(data).hexdigest(), rows=rows)
 
     @property
@@ -103,6 +104,7 @@ class PromptFile:
         found.
         """
         folder = storage.parent(self.uri)
+        # Redacted on both sides: the plan may store its URIs without credentials.
         wanted = {
             "uri": [
                 storage.redact(storage.resolve(folder, row.name)) if row.column == "uri" else None for row in self.rows
@@ -117,6 +119,7 @@ class PromptFile:
         for number, row in enumerate(self.rows):
             name = storage.redact(row.name)
             found = places.get(number, [])
+            # Ambiguous: a wrong guess would put the prompts on another image.
             if len(found) > 1:
                 raise ConfigError(
                     f"{_name(self.uri)}: the {row.column} {name!r} matches {len(found)} images of INPUT; "
@@ -151,6 +154,7 @@ def _values(uri: str, data: bytes) -> Iterator[tuple[str, Any]]:
                     yield f"line {number}", parse_json(line)
         elif kind == "parquet":
             table = read_parquet(data)
+            # Only the known columns become Python objects.
             table = table.select([name for name in _COLUMNS if name in table.schema.names])
             yield from ((f"row {number}", values) for number, values in enumerate(table.to_pylist()))
         else:

@@ -50,6 +50,7 @@ def take(rows: pa.Table | pa.ChunkedArray, indices: Any) -> Any:
         return pa.Table.from_arrays([take(column, indices) for column in rows.columns], schema=rows.schema)
     if rows.type != pa.string() or rows.nbytes < _MOST_TEXT_BYTES:
         return rows.take(indices)
+    # With 64-bit offsets, then back in parts that each fit into 32 bits.
     taken = rows.cast(pa.large_string()).take(indices)
     parts = [taken.slice(start, _ROWS_AT_ONCE) for start in range(0, len(taken), _ROWS_AT_ONCE)]
     chunks = [chunk.cast(pa.string()) for part in parts for chunk in part.chunks]
@@ -63,6 +64,7 @@ def redact_all(uris: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def may_hold_credentials(uris: pa.ChunkedArray, sign: str = r":/.*[@?;#]") -> pa.ChunkedArray:
     """Whether each may have credentials; False for null. sign: a pattern that all of those match."""
+    # Two patterns in Arrow instead of Python per URI: first any sign of credentials, then the known harmless ones.
     signs = pc.fill_null(pc.match_substring_regex(uris, sign), False)
     if not pc.any(signs, min_count=0).as_py():
         return signs
@@ -75,6 +77,7 @@ def map_some(texts: pa.ChunkedArray, chosen: pa.ChunkedArray, call: Callable[[st
         return texts
     chunks, start = [], 0
     for chunk in texts.chunks:
+        # (len(chunk),): masks must have the chunks of the texts, and `chosen` may have others.
         mask = pa.concat_arrays(chosen.slice(start, len(chunk)).chunks) if len(chunk) else pa.array([], pa.bool_())
         changed = pa.array([call(text) for text in chunk.filter(mask).to_pylist()], pa.string())
         chunks.append(pc.replace_with_mask(chunk, mask, changed))
@@ -84,6 +87,7 @@ def map_some(texts: pa.ChunkedArray, chosen: pa.ChunkedArray, call: Callable[[st
 
 def places_of(wanted: Sequence[str | None], column: pa.ChunkedArray) -> dict[int, list[int]]:
     """Index in wanted -> indices in column of the same text, for each that is not None and occurs."""
+    # From the column to the few wanted ones: no table of all texts is made.
     places = pc.indices_nonzero(pc.is_in(column, value_set=pa.array(wanted, pa.string()).drop_null()))
     found: dict[str, list[int]] = {}
     for index, text in zip(places.to_pylist(), take(column, places).to_pylist(), strict=True):

@@ -40,6 +40,7 @@ class Skipped:
         """Count files of one kind."""
         if number:
             kinds = self.counts.setdefault(reason, {})
+            # Messages and endings come from files, so their length is bounded, too.
             kind = kind[:_MAX_TEXT]
             if kind not in kinds and len(kinds) >= _MAX_KINDS:
                 kind = _OTHERS
@@ -54,6 +55,7 @@ class Skipped:
         """Count files by the extensions of their names, an Arrow array of strings."""
         endings = pc.struct_field(pc.extract_regex(names, _ENDING), "ending")
         found = pc.value_counts(pc.fill_null(pc.utf8_lower(endings), _NO_ENDING))
+        # The most frequent first: they are kept if there are too many kinds.
         for entry in sorted(found.to_pylist(), key=lambda entry: -entry["counts"]):
             self.add(reason, entry["values"], entry["counts"])
 

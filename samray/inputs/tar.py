@@ -153,6 +153,7 @@ def _entry_of(
         return _member(info, name, num_stored)
     if info.islnk():  # to the member that had the name at that point
         target = _clean(info.linkname)
+        # Of a hard link to a later member only the name is known; it is resolved at the end.
         return entries.get(target, _Link(target))
     if info.issym():
         return _Link(posixpath.normpath(posixpath.join(posixpath.dirname(name), _clean(info.linkname))))
@@ -168,6 +169,7 @@ def _member(info: tarfile.TarInfo, name: str, num_stored: int) -> TarMember:
         ends = [0, *(start + length for start, length in pieces)]
         in_order = all(end <= start <= then for end, (start, _), then in zip(ends, pieces, ends[1:], strict=False))
         num_mapped = sum(length for _, length in pieces)
+        # Pieces must follow each other, end inside the file, and have bytes stored for them.
         if not in_order or ends[-1] > info.size or num_mapped > num_stored or len(pieces) > _MAX_EXTENTS:
             return TarMember(name, 0, 0, problem="unreadable: its sparse map in the tar is damaged")
         extents = " ".join(f"{start}+{length}" for start, length in pieces)
@@ -183,6 +185,7 @@ def _resolved(name: str, entry: TarMember | _Link, entries: dict[str, TarMember 
     for _ in range(_MAX_LINKS):
         if isinstance(entry, TarMember):
             return TarMember(name, entry.offset, entry.size, entry.extents, entry.problem)
+        # Members were collected by name, so the target may come before or after the link.
         found = entries.get(entry.target)
         if found is None:
             target = entry.target[:200]
@@ -203,6 +206,7 @@ class _HeaderStream:
         self.budget = _MAX_HEADER_BYTES
 
     def read(self, size: int = -1) -> bytes:
+        # tarfile reads as many bytes as a header announces; a hostile one announces gigabytes.
         if not 0 <= size <= _MAX_READ_BYTES or size > self.budget:
             raise tarfile.ReadError(f"a header of more than {_MAX_READ_BYTES} bytes")
         self.budget -= size
@@ -245,6 +249,7 @@ class _Headers:
                 archive = tarfile.TarFile(fileobj=cast(Any, bounded), mode="r", errorlevel=1, encoding="utf-8")
                 while (info := archive.next()) is not None:
                     cast(Any, archive).members.clear()  # tarfile would keep them all
+                    # A header that leads back would be read forever; global headers pile up in tarfile without bound.
                     if archive.offset <= end or len(archive.pax_headers) > _MAX_GLOBAL_HEADERS:
                         raise tarfile.ReadError("its header leads backwards or is too long")
                     end, last = archive.offset, _clean(info.name)[-200:]
@@ -262,9 +267,11 @@ class _Headers:
             if damage and start == end > 0:  # tapes and disk images have old data there
                 self.not_tar = f"{where}: {size - end} bytes after its end mark (from byte {end} on) are not a tar"
                 return
+            # Damage ends the archive: later members cannot be found without their headers.
             if damage:
                 self.damage = _damage(where, last, end, damage)
                 return
+            # Joined archives (`cat a.tar b.tar`): another one may follow the zeros.
             following = _next_data(stream, end, size)
             if following is None:
                 return
@@ -286,6 +293,7 @@ def _next_data(stream: BinaryIO, start: int, size: int) -> int | None:
             return None
         rest = data.lstrip(b"\0")
         if rest:
+            # Headers begin at whole blocks, counted from `start`.
             return start + (len(data) - len(rest)) // _BLOCK * _BLOCK
         start += len(data)
     return None
@@ -337,6 +345,7 @@ def _read_member(item: dict[str, Any]) -> bytes:
     except ValueError as error:
         raise FileError("the plan's map of the image's holes is damaged") from error
     num_stored = sum(length for _, length in pieces)
+    # The plan may have been edited: a piece must stay inside the image's bytes.
     if any(start < 0 or length < 0 or start + length > item["size"] for start, length in pieces):
         raise FileError("the plan's map of the image's holes is damaged")
     stored = storage.read_bytes(item["container"], item["offset"], num_stored)
@@ -344,6 +353,7 @@ def _read_member(item: dict[str, Any]) -> bytes:
     offset = 0
     for start, length in pieces:
         piece = stored[offset : offset + length]
+        # A truncated archive: the bytes up to here, which the decoder reports as truncated.
         if len(piece) < length:
             return bytes(data[:start]) + piece
         data[start : start + length] = piece

@@ -121,6 +121,7 @@ def directories(data: bytes) -> list[Directory]:
     todo, seen = [_first_offset(data)], {0}
     while todo and len(found) < MAX_DIRECTORIES:
         offset = todo.pop(0)
+        # Directories may point back at each other.
         if offset in seen:
             continue
         seen.add(offset)
@@ -128,6 +129,7 @@ def directories(data: bytes) -> list[Directory]:
         if directory is None:
             continue
         found.append(directory)
+        # SubIFDs come before the next directory of the chain.
         todo = [*directory.tags.get(_SUB_IFDS, ())[:MAX_DIRECTORIES], directory.next, *todo]
     return found
 
@@ -146,6 +148,7 @@ def main_picture(found: list[Directory]) -> Directory | None:
     """The first directory or, if that is a thumbnail, the largest one that is not."""
     if not found or not found[0].is_reduced:
         return found[0] if found else None
+    # Without a full picture the thumbnail has to do.
     full = [directory for directory in found if not directory.is_reduced and directory.num_pixels]
     return max(full, key=lambda directory: directory.num_pixels, default=found[0])
 
@@ -165,6 +168,7 @@ def is_cut(data: bytes) -> bool:
     if first is None:
         return offset == 0 or offset + 2 > len(data) or _ends_inside(data, offset)
     for offsets, sizes in ((_STRIP_OFFSETS, _STRIP_SIZES), (_TILE_OFFSETS, _TILE_SIZES)):
+        # Damaged tags may have offsets without sizes, which are ignored.
         pairs = zip(first.tags.get(offsets, ()), first.tags.get(sizes, ()), strict=False)
         if any(start + size > len(data) for start, size in pairs):
             return True
@@ -200,6 +204,7 @@ def _read(data: bytes, offset: int) -> Directory | None:
     order, is_big = _layout(data)
     head = order + ("Q" if is_big else "H")
     (number,) = _unpack(data, offset, head, (0,))
+    # The number of entries comes from the file: it must fit into the file before it is used.
     if not 0 < number <= 65535 or _ends_inside(data, offset):
         return None
     entries_at = offset + struct.calcsize(head)
@@ -213,10 +218,12 @@ def _entries(data: bytes, offset: int, number: int, order: str, is_big: bool) ->
     step = struct.calcsize(order + entry) + inline
     for at in range(offset, offset + number * step, step):
         tag, kind, count = struct.unpack_from(order + entry, data, at)
+        # Other types (text, fractions) are not needed.
         if kind not in _SIZES or not count:
             continue
         values = order + str(min(count, _MAX_VALUES)) + _SIZES[kind]
         value_at = at + step - inline
+        # Values that do not fit into the entry are stored elsewhere, at the offset given in the entry.
         if count * struct.calcsize(order + _SIZES[kind]) > inline:
             (value_at,) = struct.unpack_from(order + ("Q" if is_big else "I"), data, value_at)
         yield tag, _unpack(data, value_at, values, ())

@@ -74,6 +74,7 @@ def _read_txt(data: bytes, column: str) -> pa.ChunkedArray:
 def _lines(data: bytes) -> Iterator[list[str]]:
     start = 0
     while start < len(data):
+        # Cut at a line break, so that no line and no character is split.
         end = data.find(b"\n", start + _TXT_BYTES) + 1 or len(data)
         yield re.split(r"\r?\n", data[start:end].decode("utf-8"))
         start = end
@@ -83,6 +84,7 @@ def _read_csv(data: bytes, column: str) -> pa.ChunkedArray:
     if not data.strip():
         raise ValueError("it is empty")
     parse = pa.csv.ParseOptions(newlines_in_values=True)
+    # Only the names first: a wrong column is reported without converting the whole file.
     names = pa.csv.open_csv(io.BytesIO(data), parse_options=parse).schema.names
     if column not in names:
         other = next((mark for mark in ";\t|" if mark in names[0]), None)
@@ -95,12 +97,14 @@ def _read_csv(data: bytes, column: str) -> pa.ChunkedArray:
     return pa.csv.read_csv(
         io.BytesIO(data),
         parse_options=parse,
+        # As text: Arrow would turn names like 0001 into numbers.
         convert_options=pa.csv.ConvertOptions(include_columns=[column], column_types={column: pa.string()}),
     )[column]
 
 
 def _read_jsonl(data: bytes, column: str) -> pa.ChunkedArray:
     schema = pa.schema([(column, pa.string())])
+    # Other fields may have any type, also differing ones, which Arrow would otherwise refuse.
     options = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
     try:
         uris = pa.json.read_json(io.BytesIO(data), parse_options=options)[column]
@@ -109,6 +113,7 @@ def _read_jsonl(data: bytes, column: str) -> pa.ChunkedArray:
             raise
         # Half of a UTF-16 pair, which some writers leave in a name, only fails that one image.
         uris = pa.chunked_array([_parse_jsonl(data, column)])
+    # Arrow gives nulls for a column that is in no row.
     if len(uris) and uris.null_count == len(uris):
         raise ValueError(missing_column(column, _keys_of_first(data)))
     return uris

@@ -69,8 +69,10 @@ def rows_of_uris(written: pa.ChunkedArray, folder: str, root: str, *, allow_outs
         uris = _resolved(written, folder)
         problem = problems_of(uris, root, allow_outside=allow_outside)
         return UriRows(input_rows(uris, None, problem=problem), uris, relative)
+    # Only lists with samray's own URIs go through Python row by row.
     found = _OwnUris(folder, root, allow_outside)
     rows = [found.row(uri) if is_own else {} for uri, is_own in zip(written.to_pylist(), own.to_pylist(), strict=True)]
+    # Empty text in place of the own URIs keeps the rows aligned.
     others = _resolved(pc.if_else(own, "", written), folder)
     column = {name: pa.chunked_array([[row.get(name) for row in rows]], kind) for name, kind in _COLUMNS.items()}
     problem, of_others = column.pop("problem"), problems_of(others, root, allow_outside=allow_outside)
@@ -106,6 +108,7 @@ class _OwnUris:
         name, archive = match["member"], storage.resolve(self._folder, match["archive"])
         place = f"{archive.rpartition('.')[0]}/{name}"
         found = {"uri": f"tar://{name}::{archive}", "place": place, "container": archive, "offset": 0, "size": 0}
+        # Before the archive is opened: a list must not make samray read what it may not name.
         if problem := self._problem(archive):
             return found | {"problem": problem}
         members = self._members(archive)
@@ -147,6 +150,7 @@ def merge_lists(lists: Sequence[UriRows], root: str) -> tuple[pa.Table, Skipped]
     below = pa.chunked_array([chunk for part in lists for chunk in _below(part, root).chunks], pa.string())
     if below.null_count:
         places = pa.chunked_array([chunk for part in lists for chunk in part.places.chunks], pa.string())
+        # Names of lists with absolute URIs, from what they share; those below root are named already.
         unnamed = pc.if_else(pc.is_null(below), places, None) if below.null_count < len(below) else places
         unnamed = redact_all(unnamed)  # before the scheme is removed: it identifies user names and passwords
         names = pc.utf8_slice_codeunits(unnamed, start=len(_shared_folder(unnamed)))
@@ -182,6 +186,7 @@ def with_distinct_names(rows: pa.Table) -> pa.Table:
     for index in repeated.tolist():
         name, new = names[index], names[index]
         stem, ending = posixpath.splitext(name)
+        # A name with a number may be taken, too.
         while new in taken:
             numbers[name] = numbers.get(name, 1) + 1
             new = f"{stem}~{numbers[name]}{ending}"
@@ -200,10 +205,12 @@ def later_copies(texts: pa.ChunkedArray) -> npt.NDArray[np.int64]:
     for start in range(0, len(texts), _ROWS_AT_ONCE):
         part = texts.slice(start, _ROWS_AT_ONCE)
         hashes[start : start + len(part)] = np.fromiter(map(hash, _each(part)), np.int64, len(part))
+    # Sorted, equal hashes are neighbours: (texts,) int64, no set of all texts.
     ordered = np.sort(hashes)
     equal = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
     if not len(equal):
         return np.empty(0, np.int64)
+    # Only texts with equal hashes become Python strings, and are compared by value.
     candidates = np.flatnonzero(np.isin(hashes, equal))
     seen: set[str] = set()
     copies = []
@@ -249,6 +256,7 @@ def _resolved_chunk(texts: pa.StringArray, folder: str) -> pa.StringArray:
     if pc.all(as_is).as_py():
         return texts
     prefix = storage.join(storage.normalize(folder), "")
+    # Three groups: as they are, plain relative paths (Arrow appends them to the folder), and the rest (Python).
     uris = pc.if_else(as_is, texts, pc.binary_join_element_wise(prefix, texts, ""))
     others = pc.invert(pc.or_(as_is, pc.and_not(matches(texts, _PLAIN_RELATIVE), dotted)))
     resolved = [storage.resolve(folder, text) if text else "" for text in texts.filter(others).to_pylist()]
