@@ -34,6 +34,7 @@ class ProgressView:
         self._task: TaskID | None = None
 
     def __enter__(self) -> ProgressView:
+        # Decided on entering: without a terminal a bar would fill a log with control characters.
         console = Console(file=self.file)
         if self.enabled and console.is_terminal:
             self._bar = Progress(
@@ -63,6 +64,7 @@ class ProgressView:
         self.num_done = self.num_done if num_done is None else num_done
         self.num_failed = self.num_failed if num_failed is None else num_failed
         now = time.monotonic()
+        # The rate counts from here: before it, Ray was starting and models were loading.
         if self._first_image_at is None and self.num_done > self.num_before:
             self._first_image_at = (now, self.num_done)
         if note is not None and note != self.note:
@@ -84,6 +86,7 @@ class ProgressView:
         failed = [f"{self.num_failed} failed"] if self.num_failed else []
         if self._first_image_at is None or now - self._first_image_at[0] < 1.0:
             return ", ".join(failed)
+        # Without the first image itself, which was done when the clock started.
         since, num_then = self._first_image_at
         rate = (self.num_done - num_then) / (now - since)
         if rate == 0:  # nothing since the first image: not known yet

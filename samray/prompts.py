@@ -33,6 +33,7 @@ class Prompt:
     """x, y, w, h."""
 
     def __post_init__(self) -> None:
+        # A single point instead of a list of them is refused here: its items are numbers.
         if not isinstance(self.points, tuple | list) or any(_is_coordinate(point) for point in self.points):
             raise ConfigError(
                 f"points is {str(self.points)[:60]}, not a list of points; write one point as points=((x, y),)"
@@ -45,6 +46,7 @@ class Prompt:
         if len(self.labels) != len(self.points):
             raise ConfigError(f"points and labels differ in number: {len(self.points)} and {len(self.labels)}")
         for label in self.labels:
+            # Not isinstance: True is an int for Python.
             if type(label) is not int or label not in (0, 1):
                 raise ConfigError(f"the label {label!r} is neither 1 (on the object) nor 0 (background)")
         box = self.box
@@ -66,6 +68,7 @@ class Prompt:
             if part is not None and not isinstance(part, list | tuple):
                 raise ConfigError(f"{key} is {str(part)[:60]!r}, not a list")
         return cls(
+            # A point that is not a list stays one value, which the check of its length then names.
             points=tuple(tuple(point) if isinstance(point, list | tuple) else (point,) for point in points or ()),
             labels=tuple(labels or ()),
             box=None if box is None else tuple(box),

@@ -32,10 +32,12 @@ def check_cluster(address: str) -> None:
     _use_token_if_known()
     channel = init_grpc_channel(target)
     try:
+        # A client's server does not answer the head's requests: that it accepts a connection must do.
         if address.startswith(_CLIENT):
             grpc.channel_ready_future(channel).result(timeout=CONNECT_S)
         else:
             stub: Any = NodeInfoGcsServiceStub
+            # Asks for nothing that changes the cluster, and also shows a wrong token.
             stub(channel).GetClusterId(GetClusterIdRequest(), timeout=CONNECT_S)
     except (grpc.RpcError, grpc.FutureTimeoutError) as error:
         raise ConfigError(_sentence(address, target, error)) from None
@@ -51,6 +53,7 @@ def _host_and_port(address: str) -> str:
             services.extract_ip_port(target)
             return target
         host, separator, port = address.removeprefix(_CLIENT).partition("?")[0].rpartition(":")
+        # ray://HOST has a default port: what was split off as the port is then the host.
         if not host:
             host, port = port, "" if separator else "10001"
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:

@@ -55,6 +55,7 @@ def start_run_state() -> Any:
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False
     )
+    # Restarted without limit; what it then has forgotten is sent again, or only shown.
     actor: Any = ray.remote(RunState)
     return actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
 
@@ -87,6 +88,7 @@ class StopRequest:
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self.num_signals += 1
+        # Exactly the second: a third must not interrupt Ray while it shuts down.
         if self.num_signals == 2:
             raise KeyboardInterrupt
         self.signum = self.signum or signum
@@ -110,6 +112,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
+    # Put back at the end: the caller may be a program with handlers of its own.
     previous = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     request.listen()
     unraisable, sys.unraisablehook = sys.unraisablehook, request.on_ignored

@@ -14,9 +14,11 @@ def plain_error(error: BaseException) -> BaseException:
     while inner is not None:
         cause = getattr(inner, "cause", None)
         inner = cause if isinstance(cause, BaseException) else inner.__cause__
+        # Ray derives a class from the task's error and its own, with the original as `cause`: the innermost is ours.
         if isinstance(inner, SamrayError) and not hasattr(inner, "cause"):
             inner.args = (str(inner).partition(RAY_DATAS_ADVICE)[0],)
             return inner
+    # The last line of a traceback says what happened.
     lines = [line.strip() for line in str(error).partition(RAY_DATAS_ADVICE)[0].splitlines() if line.strip()]
     lines = lines or [type(error).__name__]
     plain = SamrayError(f"the run ended early: {lines[-1]}; run the same command to resume")

@@ -30,10 +30,12 @@ def end_with_ray() -> None:
 
 @functools.cache
 def _end_with_parent() -> None:
+    # Registered after Ray's handlers, so it runs before them; its timer also fires while Python hangs.
     atexit.register(faulthandler.dump_traceback_later, LEAVE_S, exit=True)
     if sys.platform != "linux":
         return
     parent = os.getppid()
+    # From now on the kernel kills this process when its parent, the raylet, ends.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # the parent ended just before
         os._exit(1)

@@ -66,6 +66,7 @@ def running_ray(config: ClusterConfig) -> Iterator[bool]:
         with local_ray():
             yield True
         return
+    # First, because `ray.init` itself would try for minutes.
     check_cluster(address)
     try:
         ray.init(address, runtime_env=_code_to_ship(), **QUIET)
@@ -105,6 +106,7 @@ def num_cpus() -> int:
 def ensure_ray(config: ClusterConfig) -> bool:
     """Like `running_ray`, until the process ends."""
     stack = contextlib.ExitStack()
+    # No `with`: a lazy dataset needs Ray after the caller has returned.
     is_ours = not ray.is_initialized()
     fixed = stack.enter_context(running_ray(config))
     if is_ours:
@@ -143,7 +145,7 @@ def _start(folder: Path, **options: Any) -> None:
             ):
                 ray.init("local", include_dashboard=False, _temp_dir=str(folder / "ray"), **QUIET, **options)
             return
-        except ValueError:
+        except ValueError:  # an option that Ray refuses: a second try would not help
             raise
         except Exception as error:
             if is_last:
@@ -151,6 +153,7 @@ def _start(folder: Path, **options: Any) -> None:
                     f"Ray did not start on this machine ({error}): its processors may be overloaded, or its memory or"
                     " disk full; run the same command to try again"
                 ) from error
+            # Whatever the first try has started must not be found by the second.
             _end_ray(folder)
 
 
@@ -180,8 +183,10 @@ def _remove_folders_of_dead_runs(parent: Path) -> None:
     """Also end the remaining processes of their Rays. The kernel releases the lock of a process however it dies."""
     for folder in parent.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError, Timeout):
+            # In a folder of all users, others may have made one of this name, or a link.
             if folder.is_symlink() or folder.stat().st_uid != os.getuid() or not (folder / _LOCK).is_file():
                 continue
+            # Without waiting: a lock that is held belongs to a run that is alive.
             with FileLock(folder / _LOCK, timeout=0):
                 _kill(_processes_of(folder))
                 shutil.rmtree(folder, ignore_errors=True)
@@ -199,6 +204,7 @@ def _remove(folder: Path) -> None:
 def _token_of_our_own(folder: Path) -> Iterator[None]:
     """Require a token that only this Ray's own processes know; leaves ~/.ray/auth_token unchanged."""
     token = folder / "auth_token"
+    # Created with its final mode, so that no other user can open it first.
     with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
     with _environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_AUTH_TOKEN=None):
@@ -216,6 +222,7 @@ def _forget_token() -> None:
 @contextlib.contextmanager
 def _on_loopback() -> Iterator[None]:
     """Make all servers of a Ray started in the block listen only on loopback, as Ray does by default on a Mac."""
+    # The constant is for this process, the variable for those that Ray starts; Gloo and NCCL choose by themselves.
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     sockets = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
@@ -237,6 +244,7 @@ def _without_monitors() -> Iterator[None]:
     before = {name: getattr(Node, name) for name in unused}
     try:
         for name in unused:
+            # Ray calls these methods while it starts its head, and needs nothing from them.
             setattr(Node, name, lambda node, **options: None)
         yield
     finally:
@@ -250,6 +258,7 @@ def _end_ray(folder: Path) -> None:
     try:
         ray.shutdown()
     finally:
+        # Time to end by themselves first; what is left then is killed.
         alive = _wait_for(family.union(_processes_of(folder)), _LEAVE_S)
         deadline = time.monotonic() + _DIE_S
         # Look again each time, because the raylet may have started a worker in the meantime.
@@ -275,6 +284,7 @@ def _wait_for(processes: Iterable[psutil.Process], timeout_s: float) -> list[psu
 
 def _is_alive(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.Error):
+        # A zombie has ended: it holds no memory, and its parent may take any time to reap it.
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     return False
 
@@ -284,6 +294,7 @@ def _processes_of(folder: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
+            # Environments are inherited, also by processes whose parent is gone, which a tree of processes would miss.
             if process.environ().get(_MARK) == str(folder):
                 found.append(process)
     return found
@@ -293,6 +304,7 @@ def _processes_of(folder: Path) -> list[psutil.Process]:
 def _no_log_level_notice() -> Iterator[None]:
     """Drop the stderr line of Ray's C++ code about RAY_BACKEND_LOG_LEVEL; keep all others."""
     with tempfile.TemporaryFile() as caught:
+        # The line comes from C++, so the file descriptor is redirected, not sys.stderr.
         stderr = os.dup(2)
         os.dup2(caught.fileno(), 2)
         try:
@@ -326,6 +338,7 @@ def _set(values: dict[str, str | None]) -> None:
 def _code_to_ship() -> dict[str, Any] | None:
     """A source checkout must be sent to the nodes; an installed package is expected there, and a job ships its own."""
     package = Path(samray.__file__).parent
+    # Set by Ray in the driver of a submitted job, whose working_dir is on every node already.
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     if in_job or package.parent.name in ("site-packages", "dist-packages"):
         return None

@@ -65,16 +65,19 @@ def choose_sizes(
     if config.num_cpus_per_actor is not None:
         threads = max(1, round(config.num_cpus_per_actor))
     elif actor_gpus > 0:
+        # A GPU's part of its node's CPUs; of the smallest node, so that actors fit on each of them.
         shares = [node.get("CPU", 0.0) * actor_gpus / node["GPU"] for node in fitting]
         threads = max(1, min([MAX_THREADS_PER_GPU_ACTOR, *(int(share) for share in shares)]))
     else:
         threads = max(1, min(MAX_THREADS_PER_CPU_ACTOR, int(max((n.get("CPU", 0.0) for n in nodes), default=1))))
     used_cpus = config.num_cpus_per_actor or threads
+    # Reserved is less than used: what is left over is for tasks that mostly wait.
     actor_cpus = max(used_cpus - cpus_left, 0.0 if cpus_left >= 1 else 0.25)
     if cpus_left >= 1:  # each actor leaves a CPU: at most one actor per usable CPU
         room = num_places(nodes, used_cpus, actor_gpus, 0.0)
     else:
         room = num_places(nodes, actor_cpus, actor_gpus, 2 * IO_CPUS)
+    # At least min_actors although they do not fit now: a cluster may grow.
     max_actors = min(config.max_actors or max(room, config.min_actors), num_shards)
     return Sizes(
         min_actors=min(config.min_actors, max_actors),
@@ -82,6 +85,7 @@ def choose_sizes(
         num_threads=threads,
         actor_cpus=actor_cpus,
         actor_gpus=actor_gpus,
+        # About one shard ahead per actor.
         num_fetch_tasks=config.num_fetch_tasks or max_actors,
         num_write_tasks=max(1, max_actors // 2),
     )
@@ -94,9 +98,11 @@ def num_places(nodes: list[dict[str, float]], cpus: float, gpus: float, spare_cp
     for node in nodes:
         cpus_here, gpus_here = node.get("CPU", 0.0), node.get("GPU", 0.0)
         limits = [have / need for have, need in ((cpus_here, cpus), (gpus_here, gpus)) if need]
+        # 1e-9: fractions such as 0.05 are not exact, and 0.3 / 0.1 is below 3.
         here = int(min(limits) + 1e-9) if limits else sys.maxsize
         places += here
         if cpus_here >= spare_cpus:
+            # How many actors this node must do without; the node where it is fewest gives the room.
             missing = spare_cpus - (cpus_here - here * cpus)
             too_many = min(too_many, math.ceil(missing / cpus - 1e-9) if missing > 0 and cpus else 0)
     return max(0, int(places - min(too_many, places)))
@@ -120,6 +126,7 @@ def check_fits(
         raise ConfigError(
             f"model.device = {device!r} is not possible: this machine has no GPU; leave it out, or use cpu"
         )
+    # Ray sets CUDA_VISIBLE_DEVICES to what an actor reserves, and torch counts only those.
     number = device.partition(":")[2] if device is not None and device.startswith("cuda") else ""
     if number.isdecimal() and int(number) >= sizes.actor_gpus > 0:
         raise ConfigError(
@@ -142,10 +149,11 @@ def check_fits(
 @contextmanager
 def data_settings(config: ClusterConfig) -> Iterator[None]:
     """Ray Data's settings for datasets created in the block; other datasets of this process keep theirs."""
+    # A copy: changes to the current context would reach the user's own datasets.
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = None  # one row = one shard = one block, however large
-    context.max_errored_blocks = 0
-    context.max_consecutive_actor_init_deaths = 5
+    context.max_errored_blocks = 0  # above 0 Ray drops a failed block, and calls the run a success
+    context.max_consecutive_actor_init_deaths = 5  # an actor may die while it loads the model
     context.execution_no_progress_timeout_s = config.no_progress_timeout_s
     context.enable_progress_bars = False
     context.print_on_execution_start = False

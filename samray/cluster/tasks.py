@@ -45,6 +45,7 @@ def run_tasks(task: Callable[[T], R], items: Iterable[T], *, on_ray: bool, addre
             partial(_run_one, task=task), batch_size=1, batch_format="pyarrow", num_cpus=1
         )
         try:
+            # No prefetching: results are small, and are passed on as they finish.
             for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 yield from map(pickle.loads, batch["data"].to_pylist())
         except Exception as error:
@@ -56,6 +57,7 @@ def _run_one(batch: pa.Table, *, task: Callable[[Any], Any]) -> pa.Table:
 
     end_with_ray()
     (data,) = batch["data"].to_pylist()
+    # Only what this module itself has pickled.
     return _pickled(task(pickle.loads(data)))
 
 
