@@ -29,6 +29,7 @@ class View:
     def of_image(self, image: RGB) -> RGB:
         """(H, W, 3) -> (h, w, 3) uint8."""
         h, w = self.size_hw
+        # Cut and scaled in one step, which keeps fractions of pixels at the edges.
         seen = np.array(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR, box=self.box))
         return np.ascontiguousarray(seen[:, ::-1]) if self.is_flipped else seen
 
@@ -51,6 +52,7 @@ def draw_view(
     rng: np.random.Generator,
 ) -> View:  # fmt: skip
     """A random view. With a scale above 1 it shows a part of at most size x size; below 1 the whole, in a corner."""
+    # Uniform in the logarithm: half the size is as likely as twice the size.
     factor = float(np.exp(rng.uniform(*np.log(scale_jitter))))
     scale = factor * size / max(height, width)
     # In pixels of the original: the part of each side that fits into the square at this scale.

@@ -35,7 +35,9 @@ def first_prompts(
         else:
             pick = rng.integers(len(ys))
             points[i] = xs[pick], ys[pick]
+        # x0 y0 x1 y1; the right and lower side are exclusive.
         tight = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+        # (4,): width, height, width, height, to scale the noise of each side.
         sides = np.tile(tight[2:] - tight[:2], 2)
         noise = rng.normal(0, BOX_NOISE, 4) * sides
         boxes[i] = tight + np.clip(noise, -MAX_BOX_NOISE_PIXELS, MAX_BOX_NOISE_PIXELS)
@@ -52,9 +54,11 @@ def corrective_clicks(
     """
     wanted = targets > 0.5
     wrong = (logits > 0) != wanted
+    # multinomial needs a weight above 0 in each row.
     wrong |= ~wrong.any(dim=(1, 2), keepdim=True)
     pick = torch.multinomial(wrong.flatten(1).float(), 1, generator=generator)
     labels = wanted.flatten(1).gather(1, pick).long()
     side = logits.shape[-1]
     xy = torch.stack([pick % side, pick // side], dim=-1).float()
+    # The centre of the low-res pixel, in the input frame.
     return xy * stride + (stride - 1) / 2, labels

@@ -40,6 +40,7 @@ class CutoutSource:
     def __init__(self, folders: Sequence[str | os.PathLike[str]], cache_dir: str | os.PathLike[str]) -> None:
         roots = [Path(folder).expanduser().resolve() for folder in folders]
         files = [(group, path) for group, root in enumerate(roots) for path in _pictures(root)]
+        # Paths and sizes of all files name the cache, so a changed folder gets a new one.
         identity = "\n".join([str(_CACHE_VERSION), *(f"{path} {path.stat().st_size}" for _, path in files)])
         cache = Path(cache_dir).expanduser() / f"cutouts-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
         self._files, self._roots, self._cache = files, roots, cache
@@ -125,6 +126,7 @@ def _build(
     sizes = [pixels.size for *_, pixels in kept]
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     cache.parent.mkdir(parents=True, exist_ok=True)
+    # A name per process: several may build the same cache at once, and each replaces it as a whole.
     temporary = cache.with_suffix(f".{os.getpid()}.tmp.npy")
     np.save(temporary, np.concatenate([pixels.ravel() for *_, pixels in kept]))
     os.replace(temporary, cache.with_suffix(".npy"))
@@ -143,6 +145,7 @@ def _load(path: Path) -> npt.NDArray[np.uint8] | None:
     """(h, w, 4) for an object, cut to its outline; (h, w, 3) for a background; or None."""
     try:
         with Image.open(path) as image:
+            # Before decoding: so far only the header was read.
             if image.width * image.height > 40_000_000 or max(image.size) < MIN_CUTOUT_SIDE:
                 return None
             has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
@@ -150,6 +153,7 @@ def _load(path: Path) -> npt.NDArray[np.uint8] | None:
                 return None
             if has_alpha and max(image.size) > MAX_CUTOUT_SIDE:  # a wallpaper with transparent corners
                 return None
+            # JPEGs are decoded at the smallest scale that suffices, which is faster; other formats ignore this.
             image.draft("RGB", (PHOTO_SIDE, PHOTO_SIDE))
             picture = image.convert("RGBA" if has_alpha else "RGB")
     except (
@@ -165,6 +169,7 @@ def _load(path: Path) -> npt.NDArray[np.uint8] | None:
     box = picture.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox()
     if box is None:
         return None
+    # Premultiplied while scaling, or the colours of transparent pixels would show at the edge.
     picture = picture.crop(box).convert("RGBa")
     picture.thumbnail((CUTOUT_SIDE, CUTOUT_SIDE))
     pixels = np.array(picture.convert("RGBA"))
@@ -176,6 +181,7 @@ def _load(path: Path) -> npt.NDArray[np.uint8] | None:
     thickness = 2 * ndimage.distance_transform_edt(np.pad(solid, 1)).max() / np.sqrt(solid.sum())
     if thickness < 0.35 or solid.sum() < 0.7 * ndimage.binary_fill_holes(solid).sum():
         return None
+    # One dominant piece, not a sheet of several.
     pieces, count = ndimage.label(solid)
     areas = np.bincount(pieces.ravel(), minlength=count + 1)[1:]
     return pixels if areas.max() > 0.7 * areas.sum() else None

@@ -93,6 +93,7 @@ class Pace:
         """Wait until example `number` is due."""
         import ray
 
+        # Step of this example, less the steps that may be prepared before it.
         due = number // self.batch_size - self.ahead
         while due > self.step:
             with contextlib.suppress(ray.exceptions.RayError):  # ignored, because the loop asks again
@@ -108,7 +109,9 @@ class ExampleMaker:
     def __init__(self, mixture: Any, frame: Frame, pace: Pace | None = None) -> None:
         from samray.cluster.processes import end_with_ray
 
+        # A killed raylet must not leave this process behind.
         end_with_ray()
+        # A reference of Ray's, so that the actors of a node share one copy.
         if not isinstance(mixture, Mixture):
             import ray
 
@@ -153,12 +156,14 @@ def example_stream(
     # A worker has one block in use and one prefetched, each with as many steps as there are workers, and Ray Data holds
     # back about as many to distribute them evenly.
     pace = Pace(monitor, first_step, batch_size, AHEAD_STEPS + 4 * num_workers + 2 * num_actors)
+    # Unlike from_arrow, from_blocks starts no task for each block.
     numbers: Any = ray.data.from_blocks(
         [pa.table({"number": numbers}) for numbers in blocks(first_step, num_steps, batch_size)]
     )
     stream: ray.data.Dataset = numbers.map_batches(
         ExampleMaker,
         fn_constructor_kwargs={"mixture": mixture, "frame": frame, "pace": pace},
+        # A block is one step: it must be neither split nor merged.
         batch_size=None,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=num_actors),

@@ -76,7 +76,9 @@ def pack(
     image: (h, w, 3), at most S x S. masks: (N, h, w), none empty.
     """
     (h, w), size = image.shape[:2], frame.image_size
+    # Pixels of the view are pixels of the input, because padding is only on the right and at the bottom.
     points, boxes = first_prompts(masks, config.centre_fraction, rng)
+    # (N, S, S) and (S, S, 3), zero outside of the view.
     square = np.zeros((len(masks), size, size), bool)
     square[:, :h, :w] = masks
     padded = np.zeros((size, size, 3), np.uint8)
@@ -96,6 +98,7 @@ def area_downsample(masks: Bool, side: int) -> npt.NDArray[np.uint8]:
     n, size, _ = masks.shape
     cell = size // side
     assert cell * side == size, "the input side is a multiple of the low-res side"
+    # (N, side, cell, side, cell). 255 times the pixels of a cell fits into 16 bits up to cells of 16 x 16.
     cells = masks.reshape(n, side, cell, side, cell).sum(axis=(2, 4), dtype=np.uint16)
     share: npt.NDArray[np.uint8] = (cells * 255 // (cell * cell)).astype(np.uint8)
     return share
@@ -110,6 +113,7 @@ class SceneExamples:
     num_images: int | None = None
 
     def __init__(self, source: Source | None, config: DataConfig, seed: int) -> None:
+        # Draws stay far below 2^40, so runs with other seeds see other scenes.
         self.source, self.config, self.first_seed = source, config, seed * 2**40
 
     def example(self, draw: int, frame: Frame) -> Arrays:
@@ -122,7 +126,9 @@ class SceneExamples:
         retry = 0
         while not scene.kinds:  # rare: everything is hidden or too small
             retry += 1
+            # A seed that no other draw of this run has.
             scene = make_scene(seed + (retry << 48), size, self.source)
+        # Each kind has its weight, however many masks of it there are.
         weights = np.array([KIND_WEIGHTS[kind] / scene.kinds.count(kind) for kind in scene.kinds])
         chosen = rng.choice(len(scene.kinds), self.config.prompts_per_image, p=weights / weights.sum())
         return pack(scene.image, scene.masks[chosen], frame, self.config, rng)
@@ -155,6 +161,7 @@ class MaskExamples:
         )
         uris = self.dataset.uris()
         self.is_moved = config.image_root is not None and _are_below(config.image_root[0], uris)
+        # With several DATA, image_root may be meant for another one.
         if not self.is_moved:
             self.dataset.image_root = None
         is_held_out = held_out(uris, config.validation_fraction)
@@ -162,6 +169,7 @@ class MaskExamples:
         where = storage.redact(output)
         if len(self.train) == 0:
             raise ConfigError(f"all {len(is_held_out)} images of {where} are held out; lower data.validation_fraction")
+        # Two, because around the end of an epoch draws come from both.
         self._order = lru_cache(2)(self._draw_order)
 
     @property
@@ -172,6 +180,7 @@ class MaskExamples:
         rng = np.random.default_rng([self.seed, self.place, draw])
         config, where = self.config, storage.redact(self.dataset.output)
         faults: list[StorageError] = []
+        # The next image in place of an unusable one; at most all of them once.
         for further in range(len(self.train)):
             epoch, at = divmod(draw + further, len(self.train))
             try:
@@ -194,6 +203,7 @@ class MaskExamples:
 
     def _try(self, index: int, frame: Frame, rng: np.random.Generator) -> Arrays | None:
         """An example from an image; None if no mask is suitable or visible. Raises: StorageError."""
+        # Masks first: an image without any need not be read.
         masks_of = self._masks(index)
         if masks_of is None:
             return None
@@ -202,6 +212,7 @@ class MaskExamples:
         (h, w), config = image.shape[:2], self.config
         view = frame.placed(draw_view(h, w, frame.image_size, config.scale_jitter, config.flip_fraction, rng))
         masks = self._draw_masks(rles, weights, view, rng)
+        # The random part shows none of the masks, so take the whole image.
         if len(masks) == 0:
             view = frame.placed(whole_view(h, w, frame.image_size))
             masks = self._draw_masks(rles, weights, view, rng)
@@ -257,6 +268,7 @@ class MaskExamples:
                 continue
             rles, _ = masks_of
             view = whole_view(image.shape[0], image.shape[1], frame.image_size)
+            # By the image's index: the same masks in every validation.
             chosen = np.random.default_rng([0, int(index)]).permutation(len(rles))[:_VALIDATION_MASKS]
             seen = [view.of_mask(_decode(rles[i])) for i in chosen]
             masks = [mask for mask in seen if np.count_nonzero(mask) >= MIN_VISIBLE_PIXELS]
@@ -287,6 +299,7 @@ def held_out(uris: list[str], fraction: float) -> npt.NDArray[np.bool_]:
     By a hash of the URI: the same in every run, on any data. Only if that selects none is it the image with the
     smallest hash, which depends on the dataset.
     """
+    # Not Python's hash, which differs between processes.
     hashes = (int.from_bytes(hashlib.blake2b(uri.encode(), digest_size=4).digest(), "big") for uri in uris)
     values = np.fromiter(hashes, np.int64, len(uris))
     is_held_out: npt.NDArray[np.bool_] = values < int(fraction * 2**32)

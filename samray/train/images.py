@@ -49,8 +49,10 @@ def open_images(data: Sequence[str], settings: TrainSettings) -> Mixture:
 def draw_crop(height: int, width: int, size: int, flip_fraction: float, rng: np.random.Generator) -> View:
     """A random crop, stretched to size x size. Source: MAE, appendix A.1; torchvision's RandomResizedCrop."""
     is_flipped = bool(rng.random() < flip_fraction)
+    # As in torchvision: ten tries, then the middle.
     for _ in range(10):
         area = height * width * rng.uniform(*CROP_AREA)
+        # Uniform in the logarithm: wide is as likely as tall.
         ratio = math.exp(rng.uniform(*np.log(CROP_RATIO)))
         w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
         if w <= width and h <= height:
@@ -109,6 +111,7 @@ class ImageExamples:
         [data] = fetch_images(self.rows.slice(index, 1), self.limits)
         if isinstance(data, ImageError):
             raise data
+        # In a child process with limits, because these images may be damaged or hostile.
         return decode_apart(data, self.limits.max_pixels, self.limits.decode_timeout_s)
 
     def validation(self, limit: int, frame: Frame) -> Iterator[Scene]:

@@ -44,6 +44,7 @@ def draw_course(config: TrainConfig, step: int) -> Course:
     With 3 or more `interaction_steps` the last round adds no click; with 4 or more, neither does a random one before
     it.
     """
+    # From the step alone: all workers, and a resumed run, draw the same.
     generator = torch.Generator().manual_seed(seed_of("course", config.seed, step))
     kind, refine, between = (float(x) for x in torch.rand(3, generator=generator))
     num_later = config.interaction_steps - 1 if refine < config.refine_fraction else 0
@@ -63,12 +64,15 @@ class Rounds:
 
     def __init__(self, sam: Sam, config: TrainConfig, course: Course, batch: Batch, generator: torch.Generator) -> None:
         self.sam, self.config, self.course, self.generator = sam, config, course, generator
+        # (B, N, R, R) -> (B * N, R, R), in 0..1.
         self.targets = (batch["targets"].float() / 255).flatten(0, 1)
         points = batch["points"]
         self.num_images, self.num_prompts = points.shape[:2]
+        # (B,) -> (B * N,): labels may be wrong, scenes are exact.
         doubt = config.doubt * batch["from_labels"].float()
         self.doubt = doubt[:, None].expand(-1, self.num_prompts).flatten() if config.doubt > 0 else None
         self.boxes = batch["boxes_xyxy"] if course.use_boxes else None
+        # (B, N, 1, 2), or (B, N, 0, 2) if the first prompt is a box.
         clicks = points[:, :, None][:, :, :0] if course.use_boxes else points[:, :, None]
         self.clicks = clicks  # (B, N, P, 2)
         self.labels = torch.ones(clicks.shape[:3], dtype=torch.long, device=points.device)
@@ -80,6 +84,7 @@ class Rounds:
     def run(self, embeddings: Tensor) -> Iterator[Tensor]:
         """Yield each round's loss, a scalar with gradients. embeddings: (B, C, h, w); the caller handles their
         gradients."""
+        # A box is not ambiguous, so the single mask counts fully.
         weight = 1.0 if self.course.use_boxes else self.config.single_weight
         losses, answer = self._round(embeddings, None, weight, 1.0, multimask=True)
         self.first, self.last_iou = losses, losses.iou_scored
@@ -105,6 +110,7 @@ class Rounds:
         logits, iou = logits.flatten(0, 1), iou.flatten(0, 1)
         losses = sam_loss(logits, iou, self.targets, single_weight=single, multi_weight=multi, doubt=self.doubt)
         self.iou = losses.iou
+        # After an ambiguous prompt the mask with the best score goes on, later the single mask.
         best = iou[:, 1:].argmax(dim=1) + 1 if multimask else torch.zeros(len(iou), dtype=torch.long, device=iou.device)
         return losses, logits.detach()[torch.arange(len(best), device=best.device), best]
 
@@ -116,6 +122,7 @@ class Rounds:
         boxes = encoder.encode_boxes(self.boxes)
         if self.clicks.shape[2] == 0:
             return boxes
+        # As in SAM, only prompts without a box get a padding point.
         return torch.cat([encoder.encode_points(self.clicks, self.labels, pad=False), boxes], dim=2)
 
 
@@ -148,6 +155,7 @@ class InteractionLoss(StepLoss):
         generator = torch.Generator(device).manual_seed(seed_of("clicks", self.config.seed, step, stream))
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
             pixels = normalise(sam, batch["image"], batch["input_hw"])
+            # A frozen encoder stores nothing for a backward pass.
             learns = any(p.requires_grad for p in sam.image_encoder.parameters())
             with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
                 embeddings = sam.encode_images(pixels)
@@ -193,6 +201,7 @@ def normalise(sam: Sam, images: Tensor, input_hw: Tensor) -> Tensor:
     """(B, S, S, 3) uint8 and (B, 2) -> (B, 3, S, S), zero padded, as from `Sam.preprocess`."""
     pixels = (images.permute(0, 3, 1, 2).float() - sam.pixel_mean) / sam.pixel_std
     position = torch.arange(images.shape[1], device=images.device)
+    # (B, S, S): True inside the image, False in the padding.
     inside = (position[:, None] < input_hw[:, :1, None]) & (position < input_hw[:, 1:, None])
     return pixels * inside[:, None]
 
@@ -213,6 +222,7 @@ class _RoundByRound(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         """idle: updated to the parameters that no loss depends on."""
+        # A leaf of its own: each round's gradients are taken at once, and no graph spans several rounds.
         leaf = embeddings.detach().requires_grad_(embeddings.requires_grad)
         inputs = [leaf, *parameters]
         wanted = [i for i, tensor in enumerate(inputs) if tensor.requires_grad]
@@ -223,6 +233,7 @@ class _RoundByRound(torch.autograd.Function):
                 total += loss.detach()
                 if not wanted:
                     continue
+                # allow_unused: a round without a box has no gradient for the box corners.
                 found = torch.autograd.grad(loss, [inputs[i] for i in wanted], allow_unused=True)
                 for i, gradient in zip(wanted, found, strict=True):
                     gradient_sum = sums[i]
@@ -235,4 +246,5 @@ class _RoundByRound(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        # All gradients exist already; only their scale comes from the caller.
         return (None, None, *(None if gradient_sum is None else gradient_sum * gradient for gradient_sum in ctx.sums))

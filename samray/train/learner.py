@@ -132,12 +132,15 @@ class Learner:
         self.config, self.spec, self.device, self.stream = config, spec, device, stream
         self.position = Position() if state is None else state["position"]
         self.means = Means()
+        # Random initial weights are the same in every run and every worker.
         torch.manual_seed(config.seed)
         self.objective = objective_of(settings)
         self.sam = Sam(dataclasses.replace(spec, image_size=image_size))
+        # Before the state is loaded, which has these parts, too.
         self.objective.extend(self.sam)
         teacher = None
         if config.distill_from is not None:
+            # The file may have been replaced since the driver hashed it.
             sha256 = (identity or {}).get("train", {}).get("distill_checkpoint_sha256")
             teacher = load_model(config.distill_from, config.distill_checkpoint, device, sha256=sha256)
         if state is None:
@@ -150,10 +153,12 @@ class Learner:
         train_mode(self.sam)
         self.average: Sam | None = None
         if keeps_average:
+            # Copied before drop path is added: the average is never trained.
             self.average = copy.deepcopy(self.sam).eval().requires_grad_(False)
             if state is not None:
                 self.average.load_state_dict(state["ema"])
         add_drop_path(self.sam, config.drop_path)
+        # After the weights are on their device, where the optimizer keeps its state.
         self.optimizer = make_optimizer(self.sam, config)
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -161,6 +166,7 @@ class Learner:
         self.step_loss = self.objective.make_loss(self.sam, dtype, teacher)
         if state is not None:
             self.step_loss.memory = dict(state["memory"])
+        # Last, because data parallel training looks up what learns when it wraps the module.
         self.loss: nn.Module = wrap(self.step_loss)
 
     def _begin(self, settings: TrainSettings, teacher: Sam | None, identity: Mapping[str, Any]) -> None:
@@ -196,15 +202,19 @@ class Learner:
         rate = learning_rate(self.config, self.position.step, self.progress if progress is None else progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
+        # From the step's number: a resumed run drops the same branches.
         torch.manual_seed(seed_of("drop path", self.config.seed, self.position.step, self.stream))
         batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
         self.optimizer.zero_grad(set_to_none=True)
         total, figures = self.loss(batch, self.position.step, self.stream)
         total.backward()
+        # Otherwise data parallel training's zeros would still move these weights, by momentum and decay.
         for parameter in self.step_loss.idle:
             parameter.grad = None
         learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        # float() waits for the GPU, here and for the metrics below.
         norm = float(torch.nn.utils.clip_grad_norm_(learning, self.config.max_grad_norm))
+        # Also if the step is skipped below: the batches go on.
         self.position.step += 1
         found = {name: float(value) for name, value in figures.items()} | {"grad_norm": norm}
         self.means.counted += 1

@@ -47,6 +47,7 @@ class Worker:
 def run_leg(learner: Learner, batches: Iterable[Batch], worker: Worker) -> None:
     """Train until the budget is used up, the leg ends, or a stop is requested; then save. Resuming adds legs."""
     config, position, store = worker.config, learner.position, worker.store
+    # Later lines belong to steps that a crash undid; they will be written again.
     lines = store.read_metrics(position.step) if store else []
     started = saved = time.monotonic()
     elapsed_before, first_step = position.elapsed_s, position.step
@@ -57,6 +58,7 @@ def run_leg(learner: Learner, batches: Iterable[Batch], worker: Worker) -> None:
         lines.append(context | figures)
 
     def validate() -> None:
+        # A resumed run may begin at a step that was validated already.
         is_done = any(line["kind"] == "validation" and line["step"] == position.step for line in lines)
         if store and learner.average is not None and not is_done:
             figures, pictures = learner.evaluate(worker.validation())
@@ -69,27 +71,34 @@ def run_leg(learner: Learner, batches: Iterable[Batch], worker: Worker) -> None:
 
     def save() -> None:
         if store:
+            # Before the state: its position is the last file of a save, and makes it valid.
             store.write_metrics(lines)
             save_all(learner, store)
 
     if position.step == 0:  # the baseline to improve on
         validate()
+    # A collective call: all workers make it, also if nothing is left to do.
     progress, stop = worker.agree(learner.progress, False)
     left = math.inf if worker.max_steps is None else worker.max_steps
+    # Without steps to do, no batch is requested.
     stream = iter(batches if progress < worker.until and left > 0 else ())
     for batch in stream:
         figures = learner.step(batch, progress)
         step = position.step
         if step % config.log_every == 0:
             steps_per_s, own = learner.means.flush()
+            # Collective as well: all workers are at the same step, so all get here.
             figures_of_all = worker.average(own)
             rates = {"lr": learner.learning_rate, "examples_per_s": round(config.batch_size * steps_per_s, 2)}
             record("train", rates | {name: round(value, 5) for name, value in figures_of_all.items()})
+        # The last validation follows after the loop.
         if step % config.validate_every == 0 and step != config.steps:
             validate()
         position.elapsed_s = elapsed_before + time.monotonic() - started
         asked = worker.report({"step": step, "progress": learner.progress, **figures})
+        # Only then is the position a prefix of the order (see samray.train.data).
         is_whole = (step - first_step) % worker.save_every_steps == 0
+        # One decision for all: a worker that stopped by itself would leave the others waiting in a collective call.
         progress, stop = worker.agree(learner.progress, asked and is_whole)
         if stop or progress >= 1 or (progress >= worker.until and is_whole) or step - first_step >= left:
             break

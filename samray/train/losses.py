@@ -35,6 +35,7 @@ def mask_losses(logits: Tensor, targets: Tensor) -> Tensor:
     # At a mask's edge, targets are covered fractions: the focal weight is the distance to the target.
     focal = ((probability - targets).abs() ** FOCAL_GAMMA * cross_entropy).mean(dim=(-2, -1))
     overlap = (probability * targets).sum(dim=(-2, -1))
+    # + 1 defines it for empty masks.
     dice = 1 - (2 * overlap + 1) / (probability.sum(dim=(-2, -1)) + targets.sum(dim=(-2, -1)) + 1)
     return FOCAL_WEIGHT * focal + dice
 
@@ -75,6 +76,7 @@ def sam_loss(
     three gets a gradient, which lets them become different answers; all four scores learn their mask's actual IoU.
     doubt: (K,), see `trust`; None weights all prompts alike.
     """
+    # In float32 also under autocast; targets become (K, 1, R, R).
     logits, predicted_iou, targets = logits.float(), predicted_iou.float(), targets.float().unsqueeze(1)
     iou = actual_iou(logits, targets)
     multi = iou[:, 1:]

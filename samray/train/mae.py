@@ -162,6 +162,7 @@ class MaeLoss(StepLoss):
         order = self.draw_order(len(pixels), pixels.device, "mask", self.seed, step, stream)
         with torch.autocast(pixels.device.type, self.dtype, enabled=self.dtype != torch.float32):
             predicted = self.predict(pixels, order)
+        # In float32, outside of autocast: the targets are normalised pixels.
         loss = self.error(predicted.float(), pixels, order)
         return loss, {"reconstruction_loss": loss.detach()}
 

@@ -47,6 +47,7 @@ class Mixture:
         cycle, at = divmod(number, CYCLE)
         order, before = self._order(cycle)
         part = int(order[at])
+        # A DATA has the same number of draws in each cycle.
         return part, cycle * self.slots[part] + int(before[at])
 
     def example(self, number: int, frame: Frame) -> Arrays:
@@ -61,6 +62,7 @@ class Mixture:
 
     def _draw_order(self, cycle: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """(CYCLE,) each: an example's DATA, and the number of examples of that DATA before it in the cycle."""
+        # Seeded by the cycle, so that an example is found without the ones before it.
         order = np.random.default_rng([self.seed, cycle]).permutation(np.repeat(np.arange(len(self.slots)), self.slots))
         before = np.zeros(CYCLE, np.int64)
         for part in range(len(self.slots)):
@@ -93,5 +95,6 @@ def _slots(shares: npt.NDArray[np.float64]) -> list[int]:
     slots = np.maximum(np.floor(exact).astype(int), shares > 0)
     short = CYCLE - int(slots.sum())
     slots[np.argsort(slots - exact, kind="stable")[: max(short, 0)]] += 1
+    # With many tiny shares there are too many slots: the largest share gives them up.
     slots[np.argmax(slots)] += min(short, 0)
     return [int(n) for n in slots]

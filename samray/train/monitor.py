@@ -32,6 +32,7 @@ class Monitor:
     def beat(self, line: dict[str, Any]) -> bool:
         """Report the current state; returns whether to stop."""
         self.line = line
+        # Deaths before a finished step no longer count.
         self.num_starts = 0
         return self.stopping
 

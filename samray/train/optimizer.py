@@ -27,6 +27,7 @@ def layer_of(sam: Sam) -> dict[str, int]:
     layers = {}
     for name, _ in [*sam.named_parameters(), *sam.named_buffers()]:
         layer = next((layer for prefix, layer in prefixes if name.startswith(prefix)), None)
+        # What belongs to no block comes before all of them (the stem) or after all (neck, prompt encoder, decoder).
         if layer is None:
             layer = 0 if name.startswith(stem) else len(blocks) + 1
         layers[name] = layer
@@ -39,6 +40,7 @@ def set_trainable(sam: Sam, trainable: str, *, distilling: bool = False) -> None
     Raises: ConfigError where the encoder has fewer blocks than asked for.
     """
     blocks = len(sam.image_encoder.block_names())
+    # blocks + 2 is beyond the encoder's last layer: nothing of it learns.
     first = 0 if trainable == "all" else blocks + 2
     if trainable.startswith(LAST_BLOCKS):
         number = int(trainable.removeprefix(LAST_BLOCKS))
@@ -82,6 +84,7 @@ def make_optimizer(sam: Sam, config: TrainConfig) -> torch.optim.AdamW:
     for name, parameter in sam.named_parameters():
         if parameter.requires_grad:
             layer = layers[name] if config.layer_decay < 1 else last
+            # Only matrices decay; a single embedding is a matrix of one row.
             decays = parameter.ndim >= 2 and min(parameter.shape[:2]) > 1
             groups.setdefault((layer, decays), []).append(parameter)
     made: list[dict[str, Any]] = [
@@ -139,6 +142,7 @@ class _Drop:
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
         if not module.training:
             return None
+        # Divided by the chance to stay, which keeps the expected value.
         keep = (torch.rand(self.num_images, device=output.device) >= self.rate).to(output.dtype) / (1 - self.rate)
         # A windowed attention's first axis is images times windows.
         return output * keep.repeat_interleave(len(output) // self.num_images).view(-1, *[1] * (output.ndim - 1))
@@ -157,8 +161,10 @@ def update_average(average: Sam, current: Sam, decay: float, step: int) -> None:
     learning = {name for name, parameter in current.named_parameters() if parameter.requires_grad}
     for (name, mean), (_, new) in zip(_tensors(average), _tensors(current), strict=True):
         if not mean.is_floating_point():
+            # Counters, such as the number of batches of a batch norm.
             mean.copy_(new)
         elif name in learning or not isinstance(new, nn.Parameter):
+            # Frozen weights stay exactly as they were loaded.
             mean.lerp_(new, 1 - decay)
 
 

@@ -45,6 +45,7 @@ class RegionTree:
         """(H, W) bool, the pixels of a node."""
         inside = np.zeros(len(self.parent), bool)
         inside[node] = True
+        # Parents have higher numbers, so one pass downwards reaches all descendants.
         for child in range(node - 1, -1, -1):
             inside[child] |= inside[self.parent[child]] if self.parent[child] <= node else False
         mask: npt.NDArray[np.bool_] = inside[self.leaves]
@@ -66,6 +67,7 @@ def region_tree(image: npt.NDArray[np.uint8]) -> RegionTree:
 def _features(image: npt.NDArray[np.uint8]) -> list[Float]:
     """CIE Lab, each about 0..1, and the local variation of brightness."""
     rgb = image.astype(np.float32) / 255
+    # sRGB to linear light, to XYZ relative to the white point D65, to CIE Lab.
     linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
     to_xyz = np.array([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]])
     xyz = linear @ to_xyz.T.astype(np.float32) / np.array([0.950456, 1, 1.088754], np.float32)
@@ -91,6 +93,7 @@ def _edges(features: list[Float]) -> Float:
 def _watershed(edges: Float) -> npt.NDArray[np.int32]:
     """(H, W): the basin of each pixel, numbered from 0 without gaps."""
     smooth = ndimage.gaussian_filter(edges, 1.0)
+    # Seeds: the minima of edge strength within 7 x 7 pixels.
     seeds, _ = ndimage.label(ndimage.minimum_filter(smooth, 7) == smooth, np.ones((3, 3)))
     basins = watershed(smooth, seeds)  # not scipy's watershed_ift, which floods across soft edges
     return np.unique(basins, return_inverse=True)[1].reshape(basins.shape).astype(np.int32)
@@ -100,10 +103,12 @@ def _borders(edges: Float, leaves: npt.NDArray[np.int32]) -> list[dict[int, tupl
     """For each leaf, its neighbours: sum of the edge strength along the common border, and the border's length."""
     n = int(leaves.max()) + 1
     ends, strengths = [], []
+    # Horizontal neighbours, then vertical ones.
     for first, second in ((np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:-1], np.s_[1:])):
         here, there = leaves[first], leaves[second]
         differs = here != there
         pair = np.stack([here[differs], there[differs]]).astype(np.int64)
+        # One number per pair of leaves, whichever of the two comes first.
         ends.append(pair.min(0) * n + pair.max(0))
         strengths.append(np.maximum(edges[first], edges[second])[differs])
     keys, index = np.unique(np.concatenate(ends), return_inverse=True)
@@ -138,15 +143,18 @@ def _merge(edges: Float, leaves: npt.NDArray[np.int32], features: list[Float]) -
     highest = 0.0
     while queue:
         value, i, j = heapq.heappop(queue)
+        # One of the two was merged since: skipping such entries is cheaper than removing them from the heap.
         if parent[i] >= 0 or parent[j] >= 0:
             continue
         merged = len(parent)
         parent[i] = parent[j] = merged
+        # Costs must not fall towards the root, or a cut would not be a segmentation.
         highest = max(highest, value)
         parent.append(-1)
         cost.append(highest)
         area.append(area[i] + area[j])
         sums.append(tuple(a + b for a, b in zip(sums[i], sums[j], strict=True)))
+        # The borders of both with a common neighbour add up.
         around: dict[int, tuple[float, float]] = {}
         for old in (i, j):
             for other, (strength, length) in neighbours[old].items():

@@ -64,10 +64,12 @@ def train(
     _check_trainable(settings)
     mixture = objective.open_data(uris)
     store = Store(str(output))
+    # Temporary files of a killed run.
     storage.remove_leftovers(store.output)
     num_images = [(uri, part.num_images) for uri, part in zip(uris, mixture.parts, strict=True)]
     identity = full_identity(settings, spec.name, num_images)
     is_done = store.read_position().progress(settings.train) >= 1
+    # What can be refused is refused before OUTPUT is written.
     if not is_done:
         _check_start(store.output, settings, mixture)
     is_new = store.claim(identity, settings.model_dump(mode="json"), TrainSettings().identity())
@@ -77,6 +79,7 @@ def train(
             with TrainView(settings.train.batch_size, enabled=progress) as view:
                 stopped_by = _run_on_ray(_Run(mixture, settings, identity, store, view))
         except SamrayError:
+            # If nothing was trained, leave OUTPUT free for other settings.
             if is_new:
                 with contextlib.suppress(StorageError):
                     store.give_back()
@@ -94,6 +97,7 @@ def _check_start(output: str, settings: TrainSettings, mixture: Mixture) -> None
         check_checkpoint(settings.model.name, settings.model.checkpoint)
     if settings.train.distill_from is not None:
         check_checkpoint(settings.train.distill_from, settings.train.distill_checkpoint)
+    # One small example of each DATA shows whether its images can be read.
     frame = frame_of(check_settings(settings), 64)
     for part in mixture.parts:
         part.example(0, frame)
@@ -126,6 +130,7 @@ def _check_trainable(settings: TrainSettings) -> None:
     from samray.sam.encoder_start import check_encoder
     from samray.sam.sam import Sam
 
+    # Shapes only: no memory for weights.
     with torch.device("meta"):
         sam = Sam(check_settings(settings))
     objective_of(settings).set_trainable(sam)
@@ -176,10 +181,12 @@ def _run_on_ray(run: _Run) -> StopRequest | None:
     ):
         stop.listen()
         sizes = choose_sizes(run.settings, cluster_nodes(), can_grow=not is_fixed)
+        # Stored once, for all legs, workers and data actors.
         mixture = ray.put(run.mixture)
         while stop.signum is None and (before := run.store.read_position()).progress(config) < 1:
             trainer = _make_trainer(run, sizes, mixture, before, folder)
             _drive(trainer.fit, trainer.train_loop_config["monitor"], run, stop)
+            # A leg without a step would be repeated forever.
             if stop.signum is None and run.store.read_position().step == before.step:
                 raise SamrayError("the training ended without a step; run the same command to resume")
         return stop if stop.signum is not None else None
@@ -205,12 +212,14 @@ def _make_trainer(run: _Run, sizes: Sizes, mixture: Any, position: Position, fol
     settings, spec = run.settings, check_settings(run.settings)
     image_size, until = size_due(settings.train, spec, position)
     frame = frame_of(spec, image_size)
+    # A multiple of the workers: at the end of a leg all have seen whole blocks (see samray.train.data).
     leg_steps = -(-LEG_STEPS // sizes.num_workers) * sizes.num_workers
     if settings.train.steps is not None:
         left = max(1, settings.train.steps - position.step)
         leg_steps = min(leg_steps, -(-left // sizes.num_workers) * sizes.num_workers)
     end = position.step + leg_steps
     store, batch_size = run.store, settings.train.batch_size
+    # No CPU: it only waits, and must fit next to the workers. Correctness does not depend on it.
     monitor = ray.remote(Monitor).options(num_cpus=0, max_restarts=-1).remote()
 
     def stream() -> ray.data.Dataset:
@@ -279,8 +288,10 @@ def _drive(fit: Callable[[], object], monitor: Any, run: _Run, stop: StopRequest
         thread.join(POLL_S)
         if stop.signum is not None:
             deadline = deadline or time.monotonic() + run.settings.cluster.drain_timeout_s
+            # At every look, because a restarted monitor has forgotten it.
             monitor.stop.remote()
             if time.monotonic() > deadline:
+                # The thread ends with this process; the last save is where a resumed run begins.
                 return
         problem = None
         with contextlib.suppress(ray.exceptions.RayError):
@@ -290,6 +301,7 @@ def _drive(fit: Callable[[], object], monitor: Any, run: _Run, stop: StopRequest
             raise problem
         note = "stopping" if stop.signum is not None else "training" if line else "starting the workers"
         run.view.update(line, note=note)
+    # After a stop, errors of the ending workers are expected.
     if outcome and outcome[0] is not None and stop.signum is None:
         raise plain_train_error(outcome[0])
 

@@ -66,11 +66,13 @@ class ScoreLoss(StepLoss):
         tokens: list[Tensor] = []
         ious: list[Tensor] = []
         head = self.sam.mask_decoder.iou_prediction_head
+        # A hook sees the head's inputs without a change of the decoder.
         hook = head.register_forward_pre_hook(lambda module, inputs: tokens.append(inputs[0].float()))
         try:
             with torch.autocast(batch["image"].device.type, self.dtype, enabled=self.dtype != torch.float32):
                 embeddings = self.sam.encode_images(normalise(self.sam, batch["image"], batch["input_hw"]))
                 rounds = Rounds(self.sam, self.config, draw_course(self.config, step), batch, generator)
+                # One entry per round, as the hook adds one to `tokens`.
                 ious.extend(rounds.iou for _ in rounds.run(embeddings))
         finally:
             hook.remove()

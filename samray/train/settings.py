@@ -61,6 +61,7 @@ class DataConfig(Settings):
     @field_validator("shares", "scale_jitter", "image_root", "sources", mode="before")
     @classmethod
     def _lists_to_tuples(cls, value: Any) -> Any:
+        # YAML and the command line give lists, and whole numbers for floats.
         if not isinstance(value, list):
             return value
         return tuple(float(item) if isinstance(item, int) else item for item in value)

@@ -30,6 +30,7 @@ def choose_sizes(settings: TrainSettings, nodes: list[dict[str, float]], *, can_
     config = settings.cluster
     gpus = config.num_gpus_per_worker
     if gpus is None:
+        # By default only whole GPUs are used.
         gpus = float(any(node.get("GPU", 0.0) >= 1 for node in nodes))
     places = [int(node.get("GPU", 0.0) / gpus) if gpus else 0 for node in nodes]  # workers per node by GPUs
     workers = config.num_workers or (1 if 0 < gpus < 1 else max(1, sum(places)))
@@ -45,18 +46,21 @@ def choose_sizes(settings: TrainSettings, nodes: list[dict[str, float]], *, can_
         )
     num_cpus = [node.get("CPU", 0.0) for node in nodes]
     if gpus:
+        # Each node's cores are divided among its workers; the smallest share decides for all.
         cores = min((cpus / min(n, workers) for cpus, n in zip(num_cpus, places, strict=True) if n), default=1.0)
     else:
         cores = _largest_share(num_cpus, workers)
     cores = config.num_cpus_per_worker or max(cores, DATA_CPUS)
     # A GPU worker needs its data made faster than by one core; without a GPU, training takes all cores.
     actors = config.num_data_actors or workers * (max(1, min(8, int(cores) - 1)) if gpus else 1)
+    # Room for the data actors next to the workers, or Ray would never start them.
     reserved = min(cores, max(DATA_CPUS, cores - DATA_CPUS * (actors / workers + 1)))
     sizes = Sizes(workers, max(1, int(cores)), min(reserved, 1.0) if gpus else reserved, gpus, actors)
     room = [int(cpus / sizes.worker_cpus) for cpus in num_cpus]
     if gpus:
         room = [min(n, m) for n, m in zip(room, places, strict=True)]
     is_told = config.num_workers is not None and config.num_gpus_per_worker is not None
+    # If nodes may join, one place is enough for now, and none if the user gave the workers' number and GPUs.
     if sum(room) < (int(not is_told) if can_grow else workers):
         needed = f"{sizes.worker_cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
         resources = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
@@ -72,5 +76,6 @@ def choose_sizes(settings: TrainSettings, nodes: list[dict[str, float]], *, can_
 def _largest_share(num_cpus: list[float], workers: int) -> float:
     """The most cores that each of this many workers can have, each on one node, given the nodes' cores."""
     shares = sorted({cpus / n for cpus in num_cpus if cpus for n in range(1, workers + 1)}, reverse=True)
+    # 1e-9: a share of 16 / 3 cores must fit three times into 16.
     fits = (share for share in shares if sum(int(cpus / share + 1e-9) for cpus in num_cpus) >= workers)
     return next(fits, 1.0)

@@ -86,6 +86,7 @@ class Store:
         wanted = redact_json(identity)
         run, is_new = self.read_run(), False
         if run is None:
+            # A position without its run would count as the progress of this one.
             if storage.exists(self.uri(POSITION_FILE)):
                 raise ConfigError(
                     f"{storage.redact(self.output)} has {POSITION_FILE}, but no {RUN_FILE} that describes it; choose"
@@ -93,6 +94,7 @@ class Store:
                 )
             full = {"identity": wanted, "settings": redact_json(settings), **versions(_PACKAGES)}
             is_new = storage.put_new(self.uri(RUN_FILE), json.dumps(full, indent=2, sort_keys=True).encode() + b"\n")
+            # Another driver may have been first: compare with what is stored.
             run = self.read_run() or full
         run["identity"].get("data", {}).pop("image_root", None)  # was stored by older versions
         refuse_differences(self.output, run["identity"], wanted, defaults or {})
@@ -106,6 +108,7 @@ class Store:
         names = storage.list_names(self.output)
         began = any(line["kind"] == "train" for line in self.read_metrics())
         if not began and not any(name == WEIGHTS_FILE or _STATE_NAME.fullmatch(name) for name in names):
+            # train.json last: after a kill in between, the rest still belongs to a run.
             for name in (METRICS_FILE, CURVES_FILE, RUN_FILE):
                 storage.delete(self.uri(name))
 
@@ -137,12 +140,14 @@ class Store:
         if position == Position():
             return None
         data = storage.read_bytes(self.uri(_state_name(position)))
+        # weights_only: a state is data, and nothing in it may run code.
         state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         return {**state, "position": position}
 
     def write_state(self, position: Position, state: Mapping[str, Any]) -> None:
         """Write the position, the last file of a save; then delete earlier states. Raises: StorageError."""
         name = _state_name(position)
+        # The state first: after a kill in between, position.json still names the earlier state, which is complete.
         self._put(name, lambda path: torch.save(dict(state), path))
         storage.put(self.uri(POSITION_FILE), json.dumps(dataclasses.asdict(position)).encode() + b"\n")
         for other in storage.list_names(self.output):

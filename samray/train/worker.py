@@ -54,6 +54,7 @@ def work(arguments: dict[str, Any]) -> None:
 
     end_with_ray()
     monitor = arguments["monitor"]
+    # The workers start together, so the first one counts for all.
     if ray.train.get_context().get_world_rank() == 0 and ray.get(monitor.begin.remote()) > MAX_STARTS:
         problem = SamrayError(
             f"the training worker died {MAX_STARTS} times before its first step, most often for lack of memory for"
@@ -95,6 +96,7 @@ def _train_leg(arguments: LegArguments) -> None:
         keeps_average=rank == 0,
     )
     mixture: Mixture = ray.get(arguments["mixture"])
+    # Validation is always at the size at which the model is used.
     whole = frame_of(spec, spec.image_size)
     peers = _Peers(world, device)
     worker = Worker(
@@ -126,6 +128,7 @@ class _Peers:
             return progress, stop
         import torch
 
+        # One tensor: a single broadcast per step.
         decision = torch.tensor([progress, float(stop)], device=self.device)
         torch.distributed.broadcast(decision, src=0)
         return float(decision[0]), bool(decision[1])
@@ -153,6 +156,7 @@ class _Reports:
         import ray
         import ray.train
 
+        # At the same steps in all workers, because Ray Train's report waits for all of them.
         if line["step"] % self._log_every == 0:
             ray.train.report(line)
         if self._monitor is not None and time.monotonic() - self._last_beat > BEAT_S:
