@@ -77,8 +77,10 @@ def histogram(
         num = max(1, math.ceil((high - low + 1) / width))
     else:
         width = _round_width((high - low) / MAX_BARS) if high > low else max(abs(low), 1.0) / MAX_BARS
+        # Bars begin at multiples of a round width, so that labels are short; 1e-9 absorbs rounding.
         low = math.floor(low / width + 1e-9) * width
         num = max(1, math.ceil((high - low) / width - 1e-9))
+    # The largest value belongs to the last bar, whose end is exclusive.
     places = ((values - low) / width + 1e-9).astype(np.int64).clip(0, num - 1)
     counts = np.bincount(places, minlength=num)
     single = whole_numbers and width == 1
@@ -87,6 +89,7 @@ def histogram(
         start, end = low + i * width, low + (i + 1) * width - whole_numbers
         span = show(start) if single else f"{show(start)} to {show(end)}"
         bars.append(Bar(100 * i / num, 100 / num, 40 * count / int(counts.max()), f"{span}: {count:,}"))
+    # About five ticks; in the middle of a bar that stands for one number, else at its start.
     shift = 0.5 if single else 0.0
     at = sorted({round(i * (num - 2 * shift) / 4) for i in range(5)})
     ticks = [(100 * (position + shift) / num, show(low + position * width)) for position in at]
@@ -107,6 +110,7 @@ def heat_map(points: Values, points_per_side: int | None) -> HeatMap:
     """
     side = points_per_side or MAX_CELLS
     most_cells = min(MAX_CELLS, max(8, math.isqrt(len(points) // 3)))
+    # The most cells that divide the grid evenly; if only very few do, any number.
     num = next((n for n in range(most_cells, 0, -1) if side % n == 0 and (n >= 4 or n == side)), most_cells)
     at = (points * num).astype(np.int64).clip(0, num - 1)
     counts = np.bincount(at[:, 1] * num + at[:, 0], minlength=num * num).reshape(num, num)

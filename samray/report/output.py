@@ -52,6 +52,7 @@ def write_report(output: str, out: str | None = None, *, num_images: int = 24, a
     Raises: ConfigError if output has no samray run, StorageError if it cannot be read.
     """
     plan = load_plan(output)
+    # Also of an output that is not finished: what is there is reported.
     done = sorted(done_shards(plan.output))
     if not done:
         raise ConfigError(f"{storage.redact(output)} has no finished shards yet; run samray label first")
@@ -81,6 +82,7 @@ def open_page(uri: str) -> bool:
 def _count(plan: Plan, done: Sequence[int], footers: Sequence[sample.Footer]) -> Counts:
     seen = sum(footer.num_images for footer in footers)
     all_read = len(footers) == len(done)
+    # The number of images is known from the plan; only what is in footers is extrapolated.
     num_images = seen if all_read else sum(plan.num_images_of(shard) for shard in done)
     scale = num_images / max(seen, 1)
     stage_seconds: Counter[str] = Counter()
@@ -103,6 +105,7 @@ def _numbers(tables: Iterable[pa.Table]) -> Numbers:
     """tables: row groups with the columns `sample.NUMBERS`."""
     table = pa.concat_tables(tables)
     ok = table.filter(pc.equal(table["status"], "ok"))
+    # By column: a sample may have hundreds of thousands of masks, too many for Python objects.
     masks, image = ok["annotations"].combine_chunks(), ok["image"].combine_chunks()
     per_image = masks.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
     flat = masks.flatten()
@@ -125,6 +128,7 @@ def _points(coords: pa.ListArray, size_wh: npt.NDArray[np.float64]) -> npt.NDArr
     start, end = coords.offsets.to_numpy()[:-1], coords.offsets.to_numpy()[1:]
     has = end > start
     first = coords.values.take(pa.array(start[has]))
+    # Points may be damaged or missing, so only those of two numbers are drawn.
     sound = np.asarray(first.value_lengths().fill_null(0).to_numpy(zero_copy_only=False) == 2, bool)
     with np.errstate(divide="ignore", invalid="ignore"):
         points = _floats(first.filter(pa.array(sound)).flatten()).reshape(-1, 2) / size_wh[has][sound]
@@ -149,6 +153,7 @@ def _choose(drawn: Sequence[tuple[sample.Draw, pa.Table]], number: int) -> dict[
     for draw, table in drawn:
         num_masks = table["annotations"].combine_chunks().value_lengths().to_pylist()
         ok = pc.equal(table["status"], "ok").to_pylist()
+        # Sorted by number of masks, then evenly spread: the gallery shows empty images and crowded ones.
         places += [(num_masks[row] or 0, draw, row) for row in range(table.num_rows) if ok[row]]
     chosen: dict[sample.Draw, list[int]] = {}
     for _, draw, row in sample.spread(sorted(places), number):
@@ -158,7 +163,9 @@ def _choose(drawn: Sequence[tuple[sample.Draw, pa.Table]], number: int) -> dict[
 
 def _overlays(plan: Plan, chosen: Mapping[sample.Draw, Sequence[int]], number: int) -> list[Overlay]:
     """The images of the gallery, in output order."""
+    # Area per photo is what costs: beyond 32 photos, sides shrink with the square root of their number.
     side = round(max(_SMALL_SIDE, min(1.0, (32 / max(number, 1)) ** 0.5) * _LARGE_SIDE))
+    # The run's own input settings, by which the images were found and read.
     settings = InputConfig(**plan.run["identity"].get("input", {}))
     reading_plan = threading.Lock()  # the plan caches the last part of the manifest
     unreachable: list[SamrayError] = []
@@ -173,6 +180,7 @@ def _overlays(plan: Plan, chosen: Mapping[sample.Draw, Sequence[int]], number: i
             planned = planned.filter(pc.equal(planned["image_id"], row["image"]["image_id"]))
             overlay.photo = _photo(planned, overlay, settings)
         except (ImageError, ConfigError, StorageError) as error:
+            # Not of this image alone, so it is remembered for the others.
             if not isinstance(error, ImageError):
                 unreachable.append(error)
             message = error.message if isinstance(error, ImageError) else str(error)
@@ -183,6 +191,7 @@ def _overlays(plan: Plan, chosen: Mapping[sample.Draw, Sequence[int]], number: i
     rows = [(draw, row) for draw, found in sample.read_rows(plan.output, dict(sorted(chosen.items()))) for row in found]
     with ThreadPoolExecutor(_PHOTO_THREADS) as pool:
         for overlay in pool.map(lambda item: finish(item[0][0], item[1]), rows):
+            # An image that is too large is left out; a smaller one after it may still fit.
             if sum(other.num_bytes for other in overlays) + overlay.num_bytes <= MAX_GALLERY_BYTES:
                 overlays.append(overlay)
     return overlays
@@ -194,6 +203,7 @@ def _photo(planned: pa.Table, overlay: Overlay, settings: InputConfig) -> str:
     if isinstance(data, ImageError):
         raise data
     pixels = decode_apart(data, settings.max_pixels, settings.decode_timeout_s)
+    # Another size means another photo: masks would be drawn in the wrong places.
     if pixels.shape[:2] != overlay.original_hw:
         raise ImageError("unreadable", f"its size has changed to {pixels.shape[1]} x {pixels.shape[0]} pixels")
     return jpeg_uri(pixels, (overlay.height, overlay.width))

@@ -59,9 +59,11 @@ def make_overlay(row: Mapping[str, Any], side: int) -> Overlay:
     original_hw = (image["height"], image["width"])
     height, width = small_hw((max(1, original_hw[0] or 0), max(1, original_hw[1] or 0)), side)
     overlay = Overlay(image["file_name"], row["uri"], original_hw, height, width, len(annotations))
+    # The output may be damaged: fields that the page needs can be null.
     if any(not mask or mask["area"] is None or mask["segmentation"] is None for mask in annotations):
         overlay.problem = f"image {image['image_id']} has a mask without area or pixels; `samray verify` shows which"
         return overlay
+    # Largest first, which is also the order of painting: small masks stay on top.
     shown = sorted(annotations, key=lambda a: -int(a["area"]))[:MAX_MASKS]
     strings = [annotation["segmentation"]["counts"] for annotation in shown]
     try:
@@ -110,7 +112,9 @@ def _scaled_counts(masks: list[Runs], original_hw: tuple[int, int], target_hw: t
     height, width = target_hw
     intervals = column_intervals(masks, original_hw[0])
     row_of, column_of = (_nearest(small, large) for small, large in zip(target_hw, original_hw, strict=True))
+    # The first sampled column at or after each interval's; it is kept only if it is exactly that one.
     column = np.searchsorted(column_of, intervals.column).clip(max=width - 1)
+    # Sampled rows from top on, and those before bottom.
     top, bottom = np.searchsorted(row_of, intervals.top), np.searchsorted(row_of, intervals.bottom)
     kept = (column_of[column] == intervals.column) & (bottom > top)
     start, end = (column * height + top)[kept], (column * height + bottom)[kept]
@@ -146,6 +150,7 @@ def _compressed(starts: Runs, ends: Runs, height: int, width: int) -> str:
 
 def jpeg_uri(image: npt.NDArray[np.uint8], hw: tuple[int, int]) -> str:
     """image: (H, W, 3) RGB. Resizes it to hw and returns a data: URI."""
+    # reducing_gap: a large photo is first shrunk by a whole number, which is fast.
     small = Image.fromarray(image).resize((hw[1], hw[0]), Image.Resampling.LANCZOS, reducing_gap=3.0)
     data = io.BytesIO()
     small.save(data, "JPEG", quality=82, optimize=True)

@@ -91,8 +91,10 @@ def render(
     run = plan.run
     masks = run.get("config", {}).get("masks", {})
     total, longest = sum(counts.stage_seconds.values()), max(counts.stage_seconds.values(), default=0.0)
+    # The page's policy allows this one script by its hash: text from an output can run nothing.
     script = _template("report.js")
     changed, everything = settings_tables(run.get("config", {}))
+    # autoescape, because names of files and URIs may contain HTML.
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("samray.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -150,6 +152,7 @@ def _data(overlay: Overlay) -> dict[str, Any]:
 
 
 def _headline(plan: Plan, counts: Counts, numbers: Numbers) -> list[Figure]:
+    # Not 0, to divide by.
     labelled = max(counts.num_images - counts.num_failed, 1)
     counted, drawn = counts.share_read == 1, numbers.num_images == counts.num_images
     unfinished = f"of {plan.num_images:,} planned" if counts.num_images != plan.num_images else ""
@@ -192,6 +195,7 @@ def _charts(numbers: Numbers, masks: Mapping[str, Any]) -> list[Chart]:
 
 
 def _heat(numbers: Numbers, masks: Mapping[str, Any]) -> HeatMap | None:
+    # Grids of the user's own have no fixed number of points per side.
     points_per_side = masks.get("points_per_side") if not masks.get("point_grids") else None
     return heat_map(numbers.points, points_per_side) if len(numbers.points) else None
 
@@ -226,7 +230,9 @@ def settings_tables(
             key = row.name.partition(".")[2]
             if key not in values:
                 continue
+            # A model may have defaults of its own for some settings.
             value, default = values[key], row.default_of.get(model, row.default)
+            # As JSON has it, to be comparable with the stored value.
             default = list(default) if isinstance(default, tuple) else default
             rows.append((row.name, _shown(value)))
             if value != default:

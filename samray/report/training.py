@@ -68,6 +68,7 @@ def _render(store: Store, run: Mapping[str, Any], position: Position, lines: Seq
         progress=position.progress(config),
         headline=_headline(objective, position, lines, validations),
         curves=base64.b64encode(draw_curves(lines, objective.panels)).decode(),
+        # The first shows where the training began, the last ones where it is.
         validations=[*validations[:1], *validations[1:][-MAX_VALIDATIONS:]],
         data=run["identity"]["data"]["uris"],
         shares=settings["data"]["shares"],

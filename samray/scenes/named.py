@@ -35,9 +35,11 @@ class NamedLooks:
 
 def _picture(number: int, name: str) -> Image.Image:
     """A held-out outline with a texture, and a second texture on a part of it."""
+    # A seed of its own for each look: they are the same in every process and at every call.
     rng = np.random.default_rng([number, 77])
     alpha = outline_alpha(rng, _SIDE, "heldout")
     h, w = alpha.shape
+    # From the held-out split, which training does not use.
     first, second = (texture(rng, h, w, None, "heldout") for _ in range(2))
     rgb = np.where((ramp(rng, h, w) > 0.6)[..., None], second, first)
     pixels = np.concatenate([to_uint8(rgb), to_uint8(alpha * 255)[..., None]], axis=2)

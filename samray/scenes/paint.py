@@ -39,6 +39,7 @@ def _polar(radius: npt.ArrayLike, theta: npt.NDArray[np.float64]) -> npt.NDArray
 def _blob(rng: np.random.Generator) -> npt.NDArray[np.float64]:
     theta, radius = _turn(72), np.ones(72)
     for k in range(2, 7):
+        # Higher frequencies are weaker, so that outlines stay smooth.
         radius += rng.normal(0, 0.35 / k) * np.cos(k * theta + rng.uniform(0, 2 * np.pi))
     return _polar(np.maximum(radius, 0.2), theta)
 
@@ -96,12 +97,13 @@ def outline_alpha(rng: np.random.Generator, diameter: float, split: Split) -> Fl
     unseen = split == "heldout" and rng.random() < 0.5
     shapes = _HELDOUT_SHAPES if unseen else _SHAPES
     outline = shapes[list(shapes)[int(rng.integers(len(shapes)))]](rng)
+    # Stretch, turn, then scale to the diameter, and shift into the positive quadrant.
     outline = outline * [1, np.exp(-abs(rng.normal(0, 0.45)))]
     angle = rng.uniform(0, 2 * np.pi)
     outline = outline @ [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
     low, high = outline.min(axis=0), outline.max(axis=0)
     outline = (outline - low) * (diameter / (high - low).max())
-    w, h = np.ceil(outline.max(axis=0)).astype(int) + 3
+    w, h = np.ceil(outline.max(axis=0)).astype(int) + 3  # room for the soft edge
     ring = rng.random() < 0.12
     image = Image.new("L", (2 * w, 2 * h))  # drawn at twice the size and averaged, for soft edges
     draw = ImageDraw.Draw(image)
@@ -134,6 +136,7 @@ def clouds(rng: np.random.Generator, h: int, w: int) -> Float:
     total, amplitude, cells = np.zeros((h, w), np.float32), 1.0, int(rng.integers(2, 12))
     decay = rng.uniform(0.4, 0.9)
     for _ in range(int(rng.integers(1, 5))):
+        # Random cells, enlarged smoothly; each octave has twice as many, and less weight.
         grid = rng.integers(0, 256, (min(cells, h) + 1, min(cells, w) + 1), dtype=np.uint8)
         total += amplitude * np.asarray(Image.fromarray(grid).resize((w, h), Image.Resampling.BICUBIC), np.float32)
         amplitude *= decay
@@ -156,6 +159,7 @@ def _pattern(rng: np.random.Generator, h: int, w: int, split: Split) -> Float:
         return clouds(rng, h, w)
     period = rng.uniform(4, max(8.0, max(h, w) / 2))
     angle = rng.uniform(0, np.pi)
+    # u along the pattern's direction and v across it, in periods. 6.28 is a full turn.
     xs, ys = np.arange(w, dtype=np.float32) / period, np.arange(h, dtype=np.float32)[:, None] / period
     u, v = xs * np.float32(np.cos(angle)) + ys * np.float32(np.sin(angle)), ys * np.float32(np.cos(angle))
     v = v - xs * np.float32(np.sin(angle))
@@ -172,6 +176,7 @@ def _pattern(rng: np.random.Generator, h: int, w: int, split: Split) -> Float:
     elif kind == "dots":
         mixed = np.clip((np.sin(u * 6.28) * np.sin(v * 6.28) - 0.3) * 4, 0, 1)
     else:
+        # Bricks: every second row is shifted by half a brick.
         row = np.floor(v * 2)
         mixed = (((u + 0.5 * (row % 2)) % 1 < 0.1) | (v * 2 - row < 0.2)).astype(np.float32)
     return mixed
@@ -200,10 +205,12 @@ def texture(rng: np.random.Generator, h: int, w: int, source: Source | None, spl
 
 def photo_crop(rng: np.random.Generator, photo: Image.Image, h: int, w: int) -> Float:
     """A random crop of the photograph, resized to (h, w, 3)."""
+    # The largest crop of this shape that fits, and down to a third of it.
     fit = min(photo.width / w, photo.height / h)
     scale = fit * rng.uniform(0.3, 1.0)
     x, y = rng.uniform(0, photo.width - scale * w), rng.uniform(0, photo.height - scale * h)
     box = (x, y, x + scale * w, y + scale * h)
+    # Cut and resized in one step; reducing_gap shrinks large photos cheaply first.
     crop = photo.resize((w, h), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
     if rng.random() < 0.5:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

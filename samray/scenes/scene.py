@@ -56,18 +56,22 @@ def make_scene(
     """
     if split not in ("train", "heldout"):
         raise ValueError(f"split must be 'train' or 'heldout', not {split!r}")
+    # The split is a part of the seed: the same number gives unrelated scenes in both.
     rng = np.random.default_rng([seed, int(split == "heldout")])
     height, width = (size, size) if isinstance(size, int) else size
     canvas, horizon = _background(rng, height, width, source, split)
+    # Who owns each pixel: -1 the background, 0 its other side, else the object's number from 1.
     owner = np.full((height, width), -1, np.int16)
     part_of = np.zeros((height, width), np.int16)
     owner[horizon] = 0
 
+    # Uniform in the logarithm: as many small objects as large ones, relative to their size.
     low, high = np.log(DIAMETER_RANGE)
     num_objects = int(rng.integers(NUM_OBJECTS_RANGE[0], NUM_OBJECTS_RANGE[1] + 1))
     diameters = np.exp(rng.uniform(low, high, num_objects)) * min(height, width)
     if rng.random() < 0.6:  # mostly put small objects in front, because otherwise few of them would stay visible
         diameters = np.sort(diameters)[::-1]
+    # Areas before occlusion, to judge later how much of each is visible.
     full_areas, own_names = [], []
     for index, diameter in enumerate(diameters, start=1):
         layer = _object_layer(rng, max(float(diameter), 6.0), source, split)
@@ -84,6 +88,7 @@ def make_scene(
                 kinds.append("region")
                 names.append(None)
     for index, (areas, name) in enumerate(zip(full_areas, own_names, strict=True), start=1):
+        # An object's own mask includes its parts; area 0 is that of the whole.
         mine = owner == index
         for part, full_area in enumerate(areas):
             visible = mine & (part_of == part) if part else mine
@@ -118,14 +123,17 @@ def _paint(
     height, width = owner.shape
     h, w = layer.alpha.shape
     top, left = int(rng.uniform(0, height) - h / 2), int(rng.uniform(0, width) - w / 2)
+    # The shadow first, under the layer itself.
     if rng.random() < 0.35:
         _shade(rng, layer.alpha, top, left, canvas)
+    # The part of the layer inside of the image, in the layer's and in the image's coordinates.
     y0, y1, x0, x1 = max(top, 0), min(top + h, height), max(left, 0), min(left + w, width)
     inside = np.s_[y0 - top : y1 - top, x0 - left : x1 - left]
     target = np.s_[y0:y1, x0:x1]
     alpha = layer.alpha[inside]
     canvas[target] += (layer.rgb[inside] - canvas[target]) * alpha[..., None]
     solid = alpha > 0.5
+    # Slices are views, so this writes into the arrays; later layers overwrite earlier ones.
     owner[target][solid] = index
     part_of[target][solid] = layer.parts[inside][solid]
 
@@ -134,6 +142,7 @@ def _shade(rng: np.random.Generator, alpha: Float, top: int, left: int, canvas: 
     """Darken the canvas by the layer's soft, shifted shadow."""
     h, w = alpha.shape
     pad = max(2, int(0.15 * max(h, w)))
+    # Padded, because blur and shift reach beyond the layer.
     shadow = Image.new("L", (w + 2 * pad, h + 2 * pad))
     shadow.paste(Image.fromarray(to_uint8(alpha * 255)), (pad, pad))
     soft = np.asarray(shadow.filter(ImageFilter.BoxBlur(pad * rng.uniform(0.2, 0.6))), np.float32) / 255
@@ -185,6 +194,7 @@ def _cutout_layer(rng: np.random.Generator, diameter: float, picture: Image.Imag
     if rng.random() < 0.6:
         angle = rng.uniform(0, 360) if rng.random() < 0.3 else rng.uniform(-30, 30)
         picture = picture.rotate(angle, Image.Resampling.BILINEAR, expand=True)
+    # Change saturation, swap channels, change brightness: one cut-out gives many looks.
     pixels = np.array(picture.convert("RGBA"), np.float32)
     rgb, alpha = np.ascontiguousarray(pixels[..., :3]), pixels[..., 3] / 255
     grey = rgb.mean(axis=2, keepdims=True)
@@ -200,6 +210,7 @@ def _add_parts(rng: np.random.Generator, layer: _Layer, source: Source | None, s
     """Paint one or two differently textured pieces onto the layer, cut to its outline, in place."""
     h, w = layer.alpha.shape
     for number in range(1, int(rng.integers(1, 3)) + 1):
+        # Each piece is placed at a pixel that is surely inside of the outline.
         ys, xs = np.nonzero(layer.alpha > 0.9)
         if len(ys) == 0:
             return
