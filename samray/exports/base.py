@@ -33,12 +33,14 @@ class ExportOptions(BaseModel):
 
         def __init__(self, **values: Any) -> None:
             try:
+                # pydantic's message shows field names and types; users know options.
                 super().__init__(**values)
             except ValidationError as error:
                 raise SettingsError([_sentence(type(self), problem) for problem in error.errors()]) from None
 
     def chosen(self) -> dict[str, Any]:
         """The options that differ from their defaults, as JSON: part of the identity of an export."""
+        # Without defaults: an option that is added later does not change the identity of older exports.
         return self.model_dump(exclude_defaults=True)
 
 
@@ -52,6 +54,7 @@ def _sentence(cls: type[ExportOptions], problem: Any) -> str:
     if not problem["loc"]:  # from a model validator, about several options
         return str(problem["ctx"]["error"])
     name = str(problem["loc"][0])
+    # null is how an option that is not given is stored; nobody types it.
     allowed = allowed_values(cls.model_fields[name]).removesuffix(" or null")
     return f"{as_option(name)}={as_typed(problem['input'])} is not allowed; it takes {allowed}"
 

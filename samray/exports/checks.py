@@ -20,6 +20,7 @@ def check_rows(table: pa.Table) -> None:
     annotations = table["annotations"].combine_chunks()
     sizes = []
     for image, uri in zip(images.to_pylist(), table["uri"].to_pylist(), strict=True):
+        # No field of an image may be null: formats write all of them.
         if image is None or None in image.values() or uri is None:
             raise _fault(image, "an empty field")
         try:
@@ -38,6 +39,7 @@ def check_rows(table: pa.Table) -> None:
     ):
         if unsound.any():
             raise _fault(images[int(image_of[unsound.argmax()])].as_py(), what)
+    # Sizes are compared as well: run lengths are then checked against the image's.
     sides = masks.field("segmentation").field("size").flatten().to_numpy(zero_copy_only=False).reshape(-1, 2)
     counts = masks.field("segmentation").field("counts")
     true_sides = np.array(sizes, np.int64).reshape(-1, 2)[image_of]
@@ -61,6 +63,7 @@ def _fault(image: dict[str, object] | None, what: str) -> StorageError:
 
 def _holds_null(values: pa.Array) -> np.ndarray:
     """(N,) bool: whether each struct is null, or has a field that is."""
+    # A null struct may still have values in its fields, so both are looked at.
     found = np.asarray(values.is_null().to_numpy(zero_copy_only=False), bool)
     if pa.types.is_struct(values.type):
         for number in range(values.type.num_fields):

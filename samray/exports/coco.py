@@ -70,6 +70,7 @@ def write(job: Job[CocoOptions], piece: Piece, tables: Iterable[pa.Table]) -> Fi
                 num_unsure = len(image.ids) - len(sure.ids)
                 left_to_do.append(review.line(sure, num_unsure))
                 num_left_out += num_unsure
+                # The annotations and the review list then speak of the same masks.
                 image = sure
             images.append(json.dumps(_image(image)))
             annotations += map(json.dumps, _annotations(image, options))
@@ -90,6 +91,7 @@ def _annotations(image: LabelledImage, options: CocoOptions) -> Iterator[dict[st
     if options.polygons:
         hw = image.height, image.width
         masks = outlines(runs_of_image(image.image_id, image.counts, hw), hw)
+        # One polygon per component, as COCO means a list of several.
         segmentations = [[join(component).ravel().tolist() for component in components] for components in masks]
     for index, segmentation in enumerate(segmentations):
         own_id = {"attributes": {review.ID_ATTRIBUTE: image.ids[index]}} if options.for_review else {}

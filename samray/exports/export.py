@@ -68,12 +68,14 @@ def export(
     """
     started = time.monotonic()
     checked = options_of(format, options)
+    # Before OUTPUT is read and DEST claimed: a cluster that does not respond must leave nothing behind.
     check_fan_out(str(dest), ray, address)
     job, pieces = open_job(load_plan(str(output)), str(dest), format, checked, partial=partial)
     found = find_done(job, pieces)
     report = ExportReport(storage.redact(job.dest), format, num_pieces=len(pieces), num_pieces_skipped=len(found))
     for mark in found.values():
         report.add(mark)
+    # Counts of finished pieces come from their marks, so that the report covers the whole export.
     todo = [piece for piece in pieces if piece.number not in found]
     images_of = {piece.number: piece.num_images for piece in pieces}
     num_done = sum(images_of[number] for number in found)
@@ -81,12 +83,14 @@ def export(
     view = ProgressView(total, num_done, enabled=progress)
     view.note = "exporting"
     with view:
+        # By the images that are left: a resume with little to do starts no Ray.
         on_ray = bool(todo) and wants_ray(ray, address, total - num_done)
         for done in run_tasks(functools.partial(run_piece, job), todo, on_ray=on_ray, address=address):
             report.add(done)
             num_done += images_of[done.piece]
             view.update(num_done=num_done, num_failed=report.num_failed)
         view.update(note="assembling files")
+        # In this process: each assembled file is one stream, whatever the number of workers.
         report.files = assemble(job, pieces)
     mark_finished(job, num_images=report.num_images, num_masks=report.num_masks, num_failed=report.num_failed)
     report.wall_s = time.monotonic() - started

@@ -54,11 +54,13 @@ class FlatOptions(ExportOptions):
 def write(job: Job[FlatOptions], piece: Piece, tables: Iterable[pa.Table]) -> Files:
     """Write the piece's masks: one Parquet file, or one in each folder that has any."""
     buckets = job.options.partitions
+    # Files stay open in memory until the piece is done, and so every folder gets one file per piece.
     writers: dict[int, tuple[pa.BufferOutputStream, pq.ParquetWriter]] = {}
     waiting: list[pa.Table] = []
     num_waiting = 0
 
     def flush() -> None:
+        # Row groups of a useful size: one table has few images.
         rows = pa.concat_tables(waiting)
         for bucket, own in _by_bucket(rows, buckets) if buckets else [(0, rows)]:
             if bucket not in writers:
@@ -93,6 +95,7 @@ def flat_rows(table: pa.Table) -> pa.Table:
     annotations = table["annotations"].combine_chunks()
     masks = annotations.flatten()
     image = table["image"].combine_chunks()
+    # For each mask the row of its image, to repeat the image's columns.
     of_image = pc.list_parent_indices(annotations)
     columns = {name: image.field(name).take(of_image) for name in ("image_id", "file_name", "width", "height")}
     columns["uri"] = table["uri"].combine_chunks().take(of_image)
@@ -101,6 +104,7 @@ def flat_rows(table: pa.Table) -> pa.Table:
         box = masks.field("crop_box" if prefix == "crop" else "bbox")
         columns |= {f"{prefix}_{side}": pc.list_element(box, index) for index, side in enumerate("xywh")}
     columns |= {name: masks.field(name) for name in ("area", "predicted_iou", "stability_score")}
+    # Fixed size: a mask without a point gets null there, so that the columns stay equally long.
     points = pc.list_flatten(pc.list_slice(masks.field("point_coords"), 0, 1, return_fixed_size_list=True))
     columns |= {f"point_{side}": pc.list_element(points, index) for index, side in enumerate("xy")}
     columns |= {name: masks.field("segmentation").field(name) for name in ("size", "counts")}

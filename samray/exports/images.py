@@ -64,6 +64,7 @@ def read_rows(output: str, parts: Sequence[Rows]) -> Iterator[pa.Table]:
         uri = shard_uri(output, part.shard)
         num_left = part.stop - part.start
         try:
+            # A request takes longer than the bytes of a small shard.
             small = not storage.is_local(uri) and part.num_rows <= _SMALL_SHARD_ROWS
             source = pa.BufferReader(storage.read_bytes(uri)) if small else storage.open_read(uri)
             with source, open_parquet(source) as file:
@@ -75,6 +76,7 @@ def read_rows(output: str, parts: Sequence[Rows]) -> Iterator[pa.Table]:
             if isinstance(error, NotFoundError):
                 raise
             raise StorageError(f"shard {storage.redact(uri)} is damaged: {error}; delete it and run again") from error
+        # Fewer rows than the plan says would otherwise be images missing without a word.
         if num_left:
             raise StorageError(
                 f"shard {storage.redact(uri)} has fewer rows than planned; `samray verify` shows details"
@@ -85,6 +87,7 @@ def _slices(file: pq.ParquetFile, part: Rows) -> Iterator[pa.Table]:
     start = 0
     for group in range(file.num_row_groups):
         end = start + file.metadata.row_group(group).num_rows
+        # Only row groups that overlap the part are decoded.
         if start < part.stop and end > part.start:
             for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[group]):
                 first, last = max(part.start - start, 0), min(part.stop - start, batch.num_rows)
@@ -99,6 +102,7 @@ def images_of(table: pa.Table) -> Iterator[LabelledImage]:
     images = table["image"].to_pylist()
     uris = table["uri"].to_pylist()
     annotations = table["annotations"].combine_chunks()
+    # Masks of all images in one flat list; ends says where each image's stop.
     ends = annotations.value_lengths().to_numpy(zero_copy_only=False).cumsum().tolist()
     masks = annotations.flatten()
     columns: dict[str, Any] = {
@@ -122,4 +126,5 @@ def _fours(boxes: pa.ListArray) -> list[list[float]]:
     values = boxes.flatten().to_numpy(zero_copy_only=False)
     if len(values) != 4 * len(boxes) or not np.all(boxes.value_lengths().to_numpy(zero_copy_only=False) == 4):
         return list(boxes.to_pylist())
+    # In one step, not one Python object per box and number.
     return list(values.reshape(-1, 4).tolist())

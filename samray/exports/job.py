@@ -54,6 +54,7 @@ def open_job(
     dest = storage.normalize(dest)
     fmt = find_format(name)
     sizes = _shard_sizes(plan)
+    # Sizes and versions of the shards: together they tell whether OUTPUT changes during the export.
     versions = shard_versions(plan.output)
     missing = plan.num_shards - len(sizes)
     if missing and not partial:
@@ -70,6 +71,7 @@ def open_job(
     if not sizes:
         raise ConfigError(f"{storage.redact(plan.output)} has no finished shards yet: there is nothing to export")
     shards = [Rows(shard, 0, (n := plan.num_images_of(shard)), n) for shard in sorted(sizes)]
+    # Only the names that would collide, not a table of all images.
     stems = shared_stems(plan, fmt.stem_of, (*ENDINGS, *fmt.endings)) if fmt.names_files else {}
     job = Job(
         plan=plan,
@@ -80,6 +82,7 @@ def open_job(
         fingerprint=_fingerprint({shard: versions.get(shard) for shard in sizes}),
         stems=stems,
     )
+    # Refused before DEST is claimed.
     fmt.check(job)
     _claim(job, sizes)
     storage.remove_leftovers(dest)
@@ -117,15 +120,18 @@ def _claim(job: Job[Any], sizes: dict[int, int]) -> None:
     where = storage.redact(dest)
     recorded = _read_json(uri)
     if recorded is None:
+        # One file is enough to know: DEST may be somebody's bucket with millions.
         if next(storage.list_files(dest), None) if storage.is_dir_like(dest) else storage.exists(dest):
             raise ConfigError(f"DEST {where} is not empty, and not a samray export: choose another DEST")
         storage.check_output(dest)
         full = {**wanted, "output": storage.redact(plan.output), "samray_version": __version__}
         storage.put_new(uri, json.dumps(full, indent=2, sort_keys=True).encode() + b"\n")
+        # Read back, because another export may have created it a moment earlier.
         recorded = _read_json(uri) or {}
     if recorded.get("run") != wanted["run"]:
         raise ConfigError(f"DEST {where} has an export of another run: choose another DEST")
     for key in ("format", "options"):
+        # Options are compared as objects, too: an option that is new since then counts as its default.
         if recorded.get(key) != wanted[key] and not (
             key == "options" and _same_options(job.options, recorded.get(key))
         ):
@@ -166,6 +172,7 @@ def find_done(job: Job[Any], pieces: list[Piece]) -> dict[int, Done]:
     if not marked:
         return {}
     with ThreadPoolExecutor(_PUT_THREADS) as pool:
+        # Marks are small, and each takes a request: several at a time.
         contents = list(pool.map(lambda piece: _read_json(storage.join(job.dest, piece.mark)), marked))
     done = [(piece, Done(**mark)) for piece, mark in zip(marked, contents, strict=True) if mark is not None]
     pieces_folder = f"{FOLDER}/pieces/"
@@ -180,6 +187,7 @@ def find_done(job: Job[Any], pieces: list[Piece]) -> dict[int, Done]:
         there = {entry.uri[start:] for entry in storage.list_files(job.dest)}
     found = {}
     for piece, mark in done:
+        # Once a file is assembled its fragments are deleted, so that they are then allowed to be missing.
         assembled = all(name in there for name in FORMATS[job.format].assembled(job, piece.file))
         looked_for = (name for name in mark.files if not believed or name.startswith(pieces_folder))
         missing = (name for name in looked_for if name not in there)
@@ -193,6 +201,7 @@ def find_done(job: Job[Any], pieces: list[Piece]) -> dict[int, Done]:
 
 def run_piece(job: Job[Any], piece: Piece) -> Done:
     """Write the piece's files and then its mark. Raises: ConfigError, StorageError."""
+    # Files first, the mark last: a piece that dies in between is done again.
     rows = _SoundRows(job, piece)
     files, left_out = _put_all(job.dest, FORMATS[job.format].write(job, piece, rows))
     done = Done(
@@ -238,6 +247,7 @@ def _put_all(dest: str, files: Files) -> tuple[list[str], LeftOut]:
             if len(waiting) > _PUT_THREADS:  # no more than these are in memory
                 waiting.popleft().result()
 
+        # A generator's files are made one by one while earlier ones are being written.
         left_out = put_each(files, put)
         for future in waiting:
             future.result()
@@ -260,6 +270,7 @@ def assemble(job: Job[Any], pieces: list[Piece]) -> list[str]:
     for file, own in sorted(by_file.items()):
         for name in FORMATS[job.format].assembled(job, file):
             names.append(name)
+            # A file appears whole or not at all, so one that exists is finished.
             if not storage.exists(storage.join(job.dest, name)):
                 storage.put_chunks(storage.join(job.dest, name), FORMATS[job.format].chunks(job, name, own))
     with ThreadPoolExecutor(_PUT_THREADS) as pool:
@@ -269,6 +280,7 @@ def assemble(job: Job[Any], pieces: list[Piece]) -> list[str]:
 
 def mark_finished(job: Job[Any], **counts: int) -> None:
     """Write DEST/_export/_SUCCESS. Raises: StorageError, also if a shard was replaced since."""
+    # Looked up again at the end: rows may have been read before and after a shard was replaced.
     versions = shard_versions(job.plan.output)
     if _fingerprint({shard: versions.get(shard) for shard in job.shards}) != job.fingerprint:
         raise StorageError(

@@ -44,6 +44,7 @@ def write(job: Job[LabelMapOptions], piece: Piece, tables: Iterable[pa.Table]) -
             labels = label_map(image, job.options.on_top)
             buffer = io.BytesIO()
             Image.fromarray(labels).save(buffer, format="PNG")
+            # Pixels that each label has after overlaps: 0 for a mask that is hidden by others.
             visible = np.bincount(labels.ravel(), minlength=len(image.ids) + 1).tolist()
             masks = [{"label": i + 1, "id": id, "visible_area": visible[i + 1]} for i, id in enumerate(image.ids)]
             about = {"image_id": image.image_id, "file_name": image.file_name, "masks": masks}
@@ -72,6 +73,7 @@ def label_map(image: LabelledImage, on_top: str) -> npt.NDArray[np.uint16]:
         label = index + 1
         for start, end in zip(*(side.tolist() for side in spans(runs[index])), strict=True):
             pixels[start:end] = label
+    # Run lengths go down the columns: painted as (W, H), then transposed.
     return np.ascontiguousarray(pixels.reshape(image.width, image.height).T)
 
 

@@ -38,6 +38,7 @@ def photos_of(
     if not copy:
         yield from ((image, None) for image in images)
         return
+    # Failed images are in the plan, but not among these: find each by its id.
     planned = pa.concat_tables(job.plan.read_shard(r.shard).slice(r.start, r.stop - r.start) for r in piece.rows)
     place_of = {image_id: index for index, image_id in enumerate(planned["image_id"].to_pylist())}
     config = InputConfig(**job.plan.run["identity"].get("input", {}))
@@ -45,8 +46,10 @@ def photos_of(
     while some := list(islice(rest, _IMAGES_AT_ONCE)):
         rows = planned.take([place_of[image.image_id] for image in some])
         for image, data in zip(some, fetch_images(rows, config), strict=True):
+            # A photo that was replaced by one of another size would not fit its masks.
             if isinstance(data, ImageError) or not is_of_size(data, image.width, image.height):
                 yield image, None
             else:
+                # A name from a row or a URI may end with anything; tools need an image's extension.
                 extension = extension_of(image.file_name)
                 yield image, Photo(extension if extension[1:].isalnum() else ".jpg", data)

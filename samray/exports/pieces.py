@@ -31,6 +31,7 @@ def put_each(files: Files, put: Callable[[str, bytes], object]) -> LeftOut:
     while True:
         try:
             name, data = next(files)
+        # A `for` loop would drop the value that the generator returns.
         except StopIteration as end:
             return cast(LeftOut, end.value)
         put(name, data)
@@ -104,11 +105,13 @@ def cut(shards: Iterable[Rows], per_piece: int, per_file: int | None) -> Iterato
     number = num_before = in_piece = 0
 
     def piece() -> Piece:
+        # num_before includes the piece; its last image says which file it belongs to.
         return Piece(number, (num_before - 1) // per_file if per_file else 0, tuple(rows))
 
     for shard in shards:
         start = shard.start
         while start < shard.stop:
+            # Rows of a shard up to the end of the piece or of the file, whichever is nearer.
             room = per_piece - in_piece
             if per_file:
                 room = min(room, per_file - num_before % per_file)

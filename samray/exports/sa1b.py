@@ -46,6 +46,7 @@ def write(job: Job[Sa1bOptions], piece: Piece, tables: Iterable[pa.Table]) -> Fi
     files = _members(job, piece, tables)
     if not job.options.tar:
         return (yield from files)
+    # A piece is one tar, so its images per file bound the memory.
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
         left_out = put_each(files, lambda name, data: archive.addfile(_tar_header(name, data), io.BytesIO(data)))

@@ -47,6 +47,7 @@ each `./`. In the syntax of RE2, which Arrow uses."""
 
 def stem_of(file_name: str) -> str:
     """As `names.stem_of`, without what YOLO's tools would misread: a folder `images`, line breaks, `./`."""
+    # The added dot keeps splitlines from dropping a line break at the end of the name.
     one_line = "_".join(f"{file_name}.".splitlines()).removesuffix(".")
     *folders, name = names.stem_of(one_line).split("/")
     folders = [f"{folder[:-1]}_" if folder.endswith(".") else folder for folder in folders]
@@ -103,6 +104,7 @@ def label_text(image: LabelledImage, tolerance: float | None) -> str:
     for components in outlines(masks, hw):
         if tolerance is not None:
             components = [[simplified(ring, tolerance) for ring in rings] for rings in components]
+        # A mask without pixels gives no line, and an image without masks an empty file: background.
         if components:
             polygon = join([join(rings) for rings in components])
             lines.append("0" + "".join([xs[x] + ys[y] for x, y in polygon.tolist()]) + "\n")
