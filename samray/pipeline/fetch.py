@@ -190,7 +190,7 @@ def sample_files(plan: Plan, credentials: Mapping[str, str]) -> list[str]:
     for shard in sorted(shards):
         rows = plan.read_shard(shard).select(["container", "uri"]).to_pylist()
         step = -(-len(rows) // SAMPLED_FILES_PER_SHARD)
-        # A tar or Parquet file stands for all images in it.
+        # A tar or Parquet file represents all images in it.
         files += [row["container"] or row["uri"] for row in rows[::step]]
     files += credentials
     files = [credentials.get(file, file) for file in dict.fromkeys(files) if file]

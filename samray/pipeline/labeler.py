@@ -211,7 +211,7 @@ class ShardLabeler:
         fault."""
         answers: list[list[MaskRecord] | ImageError] = []
         while len(answers) < len(work):
-            # Cut anew each time: the size of a group may have been halved since.
+            # Cut again each time: the size of a group may have been halved since.
             part = work[len(answers) :][: self.group_size.num_images]
             try:
                 answers += masks_of(generator, part)

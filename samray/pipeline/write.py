@@ -100,7 +100,7 @@ def put_rows(old: pa.Table, places: list[int], new: pa.Table) -> pa.Table:
 
 def merged_stats(old: dict[str, Any], new: ShardSummary, table: pa.Table) -> dict[str, Any]:
     """Counts of the current table; times of both runs together."""
-    # Counted anew, because an image may have changed from failed to labelled or back.
+    # Counted again, because an image may have changed from failed to labelled or back.
     errors = table["error"].drop_null().to_pylist()
     merged = replace(
         new,

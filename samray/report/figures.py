@@ -89,7 +89,7 @@ def histogram(
         start, end = low + i * width, low + (i + 1) * width - whole_numbers
         span = show(start) if single else f"{show(start)} to {show(end)}"
         bars.append(Bar(100 * i / num, 100 / num, 40 * count / int(counts.max()), f"{span}: {count:,}"))
-    # About five ticks; in the middle of a bar that stands for one number, else at its start.
+    # About five ticks; in the middle of a bar that represents one number, else at its start.
     shift = 0.5 if single else 0.0
     at = sorted({round(i * (num - 2 * shift) / 4) for i in range(5)})
     ticks = [(100 * (position + shift) / num, show(low + position * width)) for position in at]
