@@ -73,6 +73,7 @@ def read_images(source: Source) -> CocoImages:
         is_results = False
         for key, value in _items(uri):
             is_results = is_results or key == _RESULTS
+            # Images may come after the annotations: as long as there is none, read on.
             if (places or is_results) and key != "images" and len(found.samples) >= _SAMPLES:
                 break  # the annotations are read later
             if key == "images":
@@ -108,6 +109,7 @@ def _image_of(value: Any, where: str) -> dict[str, Any]:
 def _key(id: Any) -> int | str | None:
     """Normalise an id, to match images with annotations: pandas writes 1.0 for 1, other tools "1"."""
     if isinstance(id, str):
+        # Only the usual notation: "007" is another id than 7.
         return int(id) if len(id) < 20 and id.isascii() and id.isdigit() and str(int(id)) == id else id
     return whole(id)
 
@@ -156,6 +158,7 @@ def planned_images(
     where = f"SOURCE {storage.redact(source.uri)}"
     if not any(row["uri"] for row in rows):
         raise ConfigError(f"{where}: the image {found.images[0]['id']} has no file_name, and no other image has one")
+    # One image inside is enough: the others become failed rows.
     if not allow_outside and all(outside_problem(row["uri"], root) for row, root in zip(rows, roots, strict=True)):
         raise ConfigError(
             f"{where}: no image is below {storage.redact(roots[0])}, the first is {storage.redact(rows[0]['uri'])}; "
@@ -220,6 +223,7 @@ def sorted_annotations(
 
 def _shards(boxes: list[tuple[BinaryIO, list[int]]], ends: list[int]) -> Shards:
     for box, shards in boxes:
+        # One file at a time: memory holds the annotations of its shards only.
         by_place: dict[int, list[Any]] = {}
         with box:
             box.seek(0)
@@ -228,6 +232,7 @@ def _shards(boxes: list[tuple[BinaryIO, list[int]]], ends: list[int]) -> Shards:
                 by_place.setdefault(int(number), []).append(json.loads(text))
         for shard in shards:
             first = ends[shard - 1] if shard else 0
+            # Taken out, so that what was yielded need not stay in memory.
             own = {index: by_place.pop(index) for index in range(first, ends[shard]) if index in by_place}
             yield shard, first, own
 
@@ -239,6 +244,7 @@ def _open_boxes(todo: list[int], stack: ExitStack) -> list[tuple[BinaryIO, list[
     """
     boxes: list[tuple[BinaryIO, list[int]]] = []
     for number, shard in enumerate(sorted(todo)):
+        # The shards are spread evenly over the files, in order.
         if number * min(_MAX_BOXES, len(todo)) // len(todo) == len(boxes):
             file = TemporaryFile()  # noqa: SIM115
             boxes.append((cast(BinaryIO, stack.enter_context(file)), []))

@@ -55,6 +55,7 @@ def correct(
     started = time.monotonic()
     plan = load_plan(output)
     found = open_source(source, "coco")
+    # Before DEST is written: OUTPUT must be finished, and the corrections must fit it.
     fingerprint, _ = look_at_finished(plan)
     in_coco, image_at, num_unknown = _find_images(coco.read_images(found), plan, found)
     _refuse_masks_not_shown(found, in_coco, image_at, plan, confident, stable)
@@ -68,6 +69,7 @@ def correct(
     view = ProgressView(plan.num_images, num_done, enabled=progress)
     view.note = "correcting"
     with view, coco.sorted_annotations(found, in_coco, ends, todo, view.update) as (shards, counts):
+        # After all annotations were read: damaged JSON leaves no plan in DEST.
         target = _plan(plan, dest, found, fingerprint, options, per_shard)
         report = ImportReport(
             output=storage.redact(target.output),
@@ -81,6 +83,7 @@ def correct(
         for failures in failures_of_shards(target.output, done).values():
             report.add_failures(failures)
         starts = plan.starts()
+        # By position, because DEST may have shards of another size.
         for shard, first, annotations in shards:
             table, _ = rows_between(plan, starts, first, target.num_images_of(shard))
             records, changes = _records(table.to_pylist(), first, image_at, annotations, settings)
@@ -91,6 +94,7 @@ def correct(
             num_done += target.num_images_of(shard)
             view.update(num_done=num_done, num_failed=report.num_failed)
     report.num_dropped += counts.num_unknown
+    # At the end: a shard of OUTPUT could be replaced at any time before.
     refuse_replaced(plan, fingerprint, target.output)
     mark_success(target.output, num_images=target.num_images, num_failed=report.num_failed)
     report.wall_s = time.monotonic() - started
@@ -178,6 +182,7 @@ def _refuse_masks_not_shown(
     if confident is None and stable is None:
         return
     image_ids = plan.read_images(["image_id"])["image_id"].to_numpy()
+    # 8 bytes per id, because there may be millions.
     returned = array("q")
     for index, annotation in coco.annotations_of_images(source, in_coco):
         id = own_id(annotation.get("attributes"))
@@ -186,6 +191,7 @@ def _refuse_masks_not_shown(
     ids = pa.array(returned, pa.int64())
     starts = plan.starts()
     columns = [f"annotations.list.element.{name}" for name in ("id", "predicted_iou", "stability_score")]
+    # Only shards with images that came back, and only three small columns of them.
     for shard in sorted({bisect_right(starts, index) - 1 for index in image_at}):
         with open_shard(plan.output, shard) as file:
             masks = pc.list_flatten(file.read(columns=columns)["annotations"])
@@ -228,6 +234,7 @@ def _plan(
         "files": source.fingerprint(),
         "sha256": source.sha256(),  # moving a mask may not change the file's size
         **options,
+        # Corrections of corrections: the chain is part of the identity.
         "corrects": plan.run["identity"].get("corrects"),
     }
     run["images_per_shard"] = per_shard

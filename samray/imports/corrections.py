@@ -115,6 +115,7 @@ class _Edit:
         self.numbers: Counter[str] = Counter()
         first_id = row["image"]["image_id"] * ANNOTATIONS_PER_IMAGE
         ids = [mask["id"] for mask in row["annotations"]]
+        # After all ids that the image ever had, those of removed masks included.
         self._next_id = max([*ids, *self.marks], default=first_id - 1) + 1
         self._end_id = first_id + ANNOTATIONS_PER_IMAGE
 
@@ -139,6 +140,7 @@ class _Edit:
         for index, (counts, _) in enumerate(theirs):
             if index not in matched:
                 self._add(counts)
+        # `_end_id` is the first id of the next image.
         if self._next_id > self._end_id:
             raise ImageError("unsupported", f"no mask id is left: an image has at most {ANNOTATIONS_PER_IMAGE}")
 
@@ -155,6 +157,7 @@ class _Edit:
 
     def _add(self, counts: str) -> None:
         self.numbers["added"] += 1
+        # A drawn mask has no point, and the whole image as its crop.
         whole = [0.0, 0.0, float(self.hw[1]), float(self.hw[0])]
         drawn = _of_a_person(counts, self.hw, self.bbox_convention, [], whole)
         self.kept[self._next_id] = {"id": self._next_id, **drawn}
@@ -174,11 +177,13 @@ def match_masks(
         return {}
     ious = _ious([mask["segmentation"]["counts"] for mask in shown], [counts for counts, _ in theirs], hw)
     found: dict[int, int] = {}
+    # First by the ids that came back, then by the pixels.
     for index, mask in enumerate(shown):
         claims = [i for i, (_, id) in enumerate(theirs) if id == mask["id"]]
         if claims:
             found[index] = max(claims, key=lambda i: ious[index, i])
     taken = set(found.values())
+    # Greedily, from the largest IoU on.
     for flat in np.argsort(-ious, axis=None, kind="stable").tolist():
         index, other = divmod(flat, len(theirs))
         if ious[index, other] < MATCH_IOU:
@@ -192,6 +197,7 @@ def match_masks(
 def _ious(ours: list[str], theirs: list[str], hw: tuple[int, int]) -> npt.NDArray[np.float64]:
     """(len(ours), len(theirs)) IoUs of valid run-length strings."""
     rles = [[{"size": list(hw), "counts": counts} for counts in some] for some in (ours, theirs)]
+    # 0: the usual IoU, not the one for crowds.
     return np.asarray(coco_mask.iou(rles[0], rles[1], [0] * len(theirs)))
 
 

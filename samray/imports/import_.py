@@ -129,6 +129,7 @@ class _Job:
                 num_done += plan.num_images_of(summary.shard)
                 view.update(num_done=num_done, num_failed=report.num_failed)
         report.num_dropped += counts.num_unknown
+        # Before _SUCCESS: an import without any mask is an error.
         report.warning = self._refuse_if_all_was_dropped(plan, report, done) or report.warning
         mark_success(plan.output, num_images=plan.num_images, num_failed=report.num_failed)
         return report
@@ -149,6 +150,7 @@ class _Job:
     ) -> Iterator[tuple[ShardSummary, int]]:
         """Commit the shards; gives the summary of each and its annotations dropped. num_left: images in them."""
         convention = plan.run["identity"]["masks"]["bbox_convention"]
+        # SA-1B has one file per image, so its shards are independent tasks; COCO is one stream.
         if self.in_coco is None:
             on_ray = bool(todo) and wants_ray(self.ray, self.address, num_left)
             options: dict[str, Any] = {"images_root": self.root, "allow_outside": self.allow_outside}
@@ -187,6 +189,7 @@ class _Job:
         """
         if report.num_masks or storage.exists(storage.join(plan.output, SUCCESS)):
             return ""
+        # Shards of earlier calls record in their footers what was dropped.
         earlier = [read_metadata(plan.output, shard).get("stats", {}) for shard in done]
         num_dropped = report.num_dropped + sum(stats.get("num_dropped", 0) for stats in earlier)
         if num_dropped and not any(stats.get("num_masks") for stats in earlier):
@@ -210,12 +213,14 @@ def _plan_there(output: str, identity: dict[str, Any]) -> Plan | None:
         return None
     plan = load_plan(output)
     recorded = plan.run["identity"]
+    # Only these keys: the plan also records what was found in the source.
     for key, wanted in identity.items():
         if recorded.get(key) != wanted:
             raise ConfigError(
                 f"{where} has another run or import ({key}: {recorded.get(key)} there, {wanted} now): "
                 "choose another OUTPUT"
             )
+    # Temporary files of an import that was killed.
     storage.remove_leftovers(plan.output)
     return plan
 

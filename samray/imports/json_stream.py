@@ -25,6 +25,7 @@ class JsonStream:
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
+        # -sig: a byte order mark is no part of the JSON.
         self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
         self._decoder = json.JSONDecoder()
         self._text = ""
@@ -143,6 +144,7 @@ class JsonStream:
                     raise ValueError(f"it is damaged: {error.msg} at {self._place(error.pos)}") from error
             except RecursionError:
                 raise ValueError(f"it is nested too deeply at {self._place(self._at)}") from None
+            # Before more is read: a value without an end would fill the memory.
             if len(self._text) - self._at > MAX_VALUE_CHARS:
                 raise ValueError(
                     f"it has a value of more than {MAX_VALUE_CHARS:,} characters at {self._place(self._at)}"
@@ -157,4 +159,5 @@ class JsonStream:
         rest = self._text[error.pos :]
         if not self._ended:
             return len(rest) < _NEAR_THE_END
+        # At the end of the file: truncated only if the rest begins a word, a number or an escape.
         return any(word.startswith(rest) for word in _WORDS) or _CUT.fullmatch(rest) is not None

@@ -36,6 +36,7 @@ def outside_problem(uri: str, root: str) -> ImageError | None:
     """
     if not uri.startswith(storage.join(storage.normalize(root), "")):
         return _refusal(root)
+    # Unescaped twice: %252e%252e becomes %2e%2e, and then two dots.
     if not storage.is_local(root):
         # Servers unescape and resolve dots only after this check.
         return _refusal(root) if ".." in re.split(r"[/\\]", unquote(unquote(uri))) else None
@@ -95,6 +96,7 @@ def missing_images(planned: pa.Table, base: str, allow_outside: bool) -> tuple[i
     step = max(1, -(-planned.num_rows // _LOOKED_FOR))
     places = pa.array(range(0, planned.num_rows, step), pa.int64())
     rows = planned.select(["uri", "container"]).take(places).to_pylist()
+    # Members of an imported tar were just listed.
     if any(row["container"] is not None for row in rows):
         return 0, ""
     below = storage.join(base, "")

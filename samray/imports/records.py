@@ -105,6 +105,7 @@ def _annotation(index: int, raw: Any, hw: tuple[int, int], bbox_convention: str)
             "point_coords": [[_finite(x), _finite(y)] for x, y in points],
             "crop_box": _four(raw.get("crop_box")) or [0.0, 0.0, float(hw[1]), float(hw[0])],
         }
+        # Refused now, because verify would report such values later.
         for problem in check_numbers(mask, hw):
             raise ValueError(f"it {problem}")
         return mask
@@ -152,6 +153,7 @@ def counts_of(segmentation: Any, hw: tuple[int, int]) -> str | None:
 
 def _plain_runs(counts: list[Any], hw: tuple[int, int]) -> Runs:
     """Validate uncompressed run lengths; whole numbers may be floats. Raises: ValueError."""
+    # By its length, before millions of values are converted.
     if len(counts) > MAX_CHARS:
         raise ValueError(f"{len(counts)} run lengths; at most {MAX_CHARS} are supported")
     runs = [whole(run) for run in counts]
@@ -189,6 +191,7 @@ def _counts_of_polygons(polygons: list[Any], hw: tuple[int, int]) -> str | None:
         corners = xy.reshape(-1, 2)
         length = np.abs(np.diff(corners, axis=0, append=corners[:1])).max(axis=1).sum()
         outline += float(length)
+        # Written so that infinity and NaN are refused, too.
         if not outline <= _MAX_OUTLINE or np.abs(xy).max() > _MAX_OUTLINE:
             raise ValueError(
                 f"polygons with an outline or a coordinate of {outline:.3g} pixels; at most {_MAX_OUTLINE} "

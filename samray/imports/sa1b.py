@@ -54,6 +54,7 @@ def planned_images(source: Source, images_root: str | None, allow_outside: bool)
 
 def _image_of(file: dict[str, Any]) -> dict[str, Any]:
     """The file's `image`; empty if it cannot be parsed, which will be a failed row."""
+    # SA-1B's files begin with the image, so a few kilobytes of most files are enough.
     match = _IMAGE_FIRST.match(read_json(file, HEAD_BYTES))
     image: Any = None
     if match:
@@ -94,6 +95,7 @@ def _place(file: dict[str, Any], image: dict[str, Any], images_root: str | None)
         name = posixpath.basename(file["photo"].partition("::")[0] if file["photo"] else file["json"])
     name = printable(name)
     row: dict[str, Any] = {"file_name": name}
+    # A folder that the user names wins over a photo next to the JSON file.
     if images_root is not None:
         return row | {"uri": storage.resolve(images_root, name)}
     if file["photo"] is None:
@@ -131,6 +133,7 @@ def read_records(
     files: rows of `JSON_FILES`. planned: the images' rows in the manifest. images_root: as for `planned_images`.
     Raises: StorageError.
     """
+    # Small files are read in parallel, large ones one at a time below: that bounds the memory.
     small = [file if (file["json_size"] or 0) <= _READ_AHEAD_BYTES else None for file in files]
     with ThreadPoolExecutor(_THREADS) as pool:
         texts = list(pool.map(lambda file: file and _read_or_error(file), small))

@@ -90,6 +90,7 @@ def open_source(uri: str, format: str | None) -> Source:
     except NotFoundError as error:
         raise ConfigError(f"SOURCE {where} does not exist; give a folder, glob, JSON file or tar") from error
     root = len(storage.glob_base(uri) if storage.has_glob(uri) and not storage.exists(uri) else uri)
+    # Without hidden files and the folders in which samray keeps its own.
     shown = [entry for entry in entries if not re.search(r"/(\.|_samray/|_export/)", entry.uri[root:])]
     tables = [_table(_files_of(shown)), *_in_tars([entry.uri for entry in shown if is_tar(entry.uri)])]
     files = pa.concat_tables(tables)
@@ -102,6 +103,7 @@ def open_source(uri: str, format: str | None) -> Source:
 
 
 def _files_of(entries: list[FileEntry]) -> Iterator[dict[str, Any]]:
+    # A JSON file's image has the same name but for the ending.
     photos = {entry.uri.rpartition(".")[0]: entry for entry in entries if entry.uri.lower().endswith(IMAGE_EXTENSIONS)}
     for entry in entries:
         if entry.uri.lower().endswith(".json"):
@@ -167,6 +169,7 @@ def image_ids(wanted: list[Any]) -> list[int]:
     None is an unknown id: it gets one after the largest.
     """
     known = [number for number in wanted if number is not None]
+    # With room for the unknown ids after the largest.
     possible = all(isinstance(number, int) and 0 <= number <= MAX_IMAGE_ID - len(wanted) for number in known)
     if not possible or len(set(known)) < len(known):
         return list(range(len(wanted)))
