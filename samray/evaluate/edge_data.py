@@ -101,6 +101,7 @@ class EdgeData:
                 f"DATA {where} has no boundaries: expected width, height, and annotators with boundary, or boundaries; "
                 f"found {', '.join(f'{name} {kind}' for name, kind in kinds.items())}"
             )
+        # Only if all files have the column.
         self.has_images &= is_bytes(kinds.get("jpeg", pa.null()))
         self.has_maps &= is_bytes(kinds.get("map_png", pa.null()))
         self._files.append(uri)
@@ -120,6 +121,7 @@ def _rows(uri: str) -> Iterator[dict[str, Any]]:
     with storage.open_read(uri) as stream, reraise_damaged(uri):
         file = open_parquet(stream)
         columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
+        # Few rows at a time, because they contain whole images.
         for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns, use_threads=False):
             yield from batch.to_pylist()
 
@@ -161,6 +163,7 @@ class FolderMaps:
         """The PNG file of an image. Raises: ImageError if there is none, or more than one; StorageError."""
         stem = image.name.rpartition(".")[0] or image.name
         found = self._by_stem.get(stem.rpartition("/")[2], [])
+        # Images of several folders may share a name: the one with the same folders wins.
         exact = [path for path in found if path.endswith("/" + stem)]
         found = exact or found
         if not found:

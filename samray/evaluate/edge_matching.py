@@ -96,6 +96,7 @@ def count_matches(edges: npt.NDArray[np.floating[Any]], boundaries: Sequence[Boo
     edges: (H, W), in 0..1; at a threshold, the pixels of at least this value count. boundaries: (H, W) each.
     Raises: ConfigError if OR-Tools or scikit-image is not installed.
     """
+    # Rows as in EdgeCounts: matched boundary, boundary, matched edge, edge.
     counts = np.zeros((4, len(thresholds)), np.int64)
     counts[1] = sum(int(boundary.sum()) for boundary in boundaries)
     before: Bool | None = None
@@ -109,6 +110,7 @@ def count_matches(edges: npt.NDArray[np.floating[Any]], boundaries: Sequence[Boo
         matched = np.zeros_like(thin)
         for boundary in boundaries:
             of_map, of_boundary = match_pixels(thin, boundary)
+            # An edge pixel counts once if any annotator agrees; boundary pixels count for each annotator.
             matched |= of_map
             counts[0, index] += of_boundary.sum()
         counts[2:, index] = matched.sum(), thin.sum()
@@ -141,11 +143,14 @@ def _pairs(first: Bool, second: Bool, max_pixels: float) -> tuple[Int64, Int64, 
     radius = int(np.ceil(max_pixels))
     dy, dx, distance = _disc(max_pixels)
     height, width = second.shape
+    # Each place's index among the second map's pixels, -1 if it has none. Padded, so that a disc never leaves it.
     padded = np.full((height + 2 * radius, width + 2 * radius), -1, np.int64)
     y, x = np.nonzero(second)
     padded[y + radius, x + radius] = np.arange(len(y))
     y, x = np.nonzero(first)
+    # (D,): steps in the flattened padded map from a pixel to all places of its disc.
     offsets = (dy + radius) * padded.shape[1] + dx + radius
+    # (pixels of the first map, D): the pixel of the second map at each place, or -1.
     j = padded.ravel()[(y * padded.shape[1] + x)[:, None] + offsets]
     i, offset = np.nonzero(j >= 0)
     return i, j[i, offset], distance[offset]
@@ -168,6 +173,7 @@ def _solve(i: Int64, j: Int64, costs: Int64, num1: int, num2: int, outlier_cost:
     open, come last.
     """
     own1, own2 = np.arange(num1), np.arange(num2)
+    # Arcs: pixel to pixel, pixel to its own outlier on either side, and the two outliers of each pair.
     rows = [i, own1, num1 + own2, num1 + j]
     columns = [j, num2 + own1, own2, num2 + i]
     all_costs = [costs, np.full(num1 + num2 + len(i), outlier_cost)]

@@ -36,6 +36,7 @@ def best_f(thresholds: Float64, counts: EdgeCounts) -> Best:
     if len(thresholds) == 1:
         return Best(thresholds[0], recall[0], precision[0], float(f_measure(recall, precision)[0]))
     step = np.linspace(0, 1, _STEPS_BETWEEN_THRESHOLDS)
+    # (T - 1, steps) each: from every threshold to the next.
     t, r, p = (np.outer(v[:-1], 1 - step) + np.outer(v[1:], step) for v in (thresholds, recall, precision))
     f = f_measure(r, p)
     index = np.unravel_index(f.argmax(), f.shape)
@@ -69,6 +70,7 @@ def edge_scores(thresholds: Float64, counts: Sequence[EdgeCounts]) -> dict[str, 
 
 def _average_precision(recall: Float64, precision: Float64) -> float:
     """Area under the curve; outside its recalls the precision counts as 0."""
+    # interp needs recalls that increase without repeats.
     values, places = np.unique(recall, return_index=True)
     if len(values) < 2:
         return 0.0

@@ -46,6 +46,7 @@ def evaluate_edges(
     used its name and the threshold, recall, precision and F where F is best.
     Raises: ConfigError if OR-Tools or scikit-image is not installed.
     """
+    # Before the maps are made, which may take long.
     check_installed()
     failures = Failures()
     names: list[str] = []
@@ -78,6 +79,7 @@ def _with_maps(
             failures.add(error)
         on_map()
         if data is not None:
+            # Without the image, which would only be sent to the task.
             yield replace(image, map_png=data, jpeg=None)
 
 

@@ -57,6 +57,7 @@ class Sheet:
 
     def offer(self, score: float, draw: Callable[[], Image.Image]) -> None:
         """draw is called only if the tile is kept, at least for now. All tiles have the same size."""
+        # Reservoir sampling: every tile offered so far is kept with the same chance, however many follow.
         index = len(self._kept) if self.num_offered < self.number else self._draw.randrange(self.num_offered + 1)
         if index < self.number:
             self._kept[index : index + 1] = [(score, self.num_offered, draw())]
@@ -119,6 +120,7 @@ def _click_tile(pixels: RGBArray, answers: Answers, i: int) -> Image.Image:
     _fill(canvas, _resized_mask(region[window], small_hw), _REGION, 0.0)
     tile = Image.new("RGB", (_CLICK_SIDE, _CLICK_SIDE + _LINE), _BACKGROUND)
     tile.paste(_to_image(canvas), (0, 0))
+    # The centre of the clicked pixel, in the tile.
     x, y = ((answers.clicks[i] - [window[1].start, window[0].start] + 0.5) * scale).tolist()
     ImageDraw.Draw(tile).ellipse((x - 4, y - 4, x + 4, y + 4), fill=(255, 255, 255), outline=(0, 0, 0), width=2)
     iou = answers.iou[i, best]

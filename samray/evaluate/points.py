@@ -116,6 +116,7 @@ def answer_clicks(model: Sam, image: RGBArray, regions: Masks) -> Iterator[Answe
     original_hw = (image.shape[0], image.shape[1])
     pixels, [input_hw] = model.preprocess([image])
     context = model.prepare_decoder(model.encode_images(pixels))
+    # (2,): input pixels per pixel of the image, in x and y.
     scale = torch.tensor(frame_of(model).scale_xy(original_hw).tolist(), device=model.device)
     size = _chunk(model, original_hw)
     for start in range(0, len(regions), size):
@@ -127,6 +128,7 @@ def answer_clicks(model: Sam, image: RGBArray, regions: Masks) -> Iterator[Answe
         labels = torch.ones(points.shape[:2], dtype=torch.int64, device=model.device)
         decoded = model.decode_points(context, points, labels)
         masks = above(model.postprocess(decoded.logits, input_hw, original_hw), MASK_THRESHOLD)
+        # (n * 3, H, W) -> (n, 3, H, W)
         masks = masks.view(*decoded.all_iou.shape, *original_hw)
         iou = _iou(masks, torch.from_numpy(wanted).to(masks.device)[:, None])
         yield Answers(wanted, clicks, masks, iou.double().cpu().numpy(), decoded.all_iou.double().cpu().numpy())
@@ -158,8 +160,10 @@ def centre(mask: Bool, max_side: int | None = None) -> tuple[int, int]:
     cut = mask[top : rows[-1] + 1, left : cols[-1] + 1]
     step = 1 if max_side is None else -(-max(cut.shape) // max_side)
     thinned = cut[::step, ::step]
+    # Subsampling may miss every pixel of a thin mask.
     if not thinned.any():
         step, thinned = 1, cut
+    # Padded, because the border of the mask's box is a boundary, too.
     distance = ndimage.distance_transform_edt(np.pad(thinned, 1))
     y, x = np.unravel_index(int(distance[1:-1, 1:-1].argmax()), thinned.shape)
     return left + int(x) * step, top + int(y) * step

@@ -149,6 +149,7 @@ def recall_by_frequency(marked: Sequence[Marked], frequencies: Mapping[str, str]
                 one,
                 regions=[
                     region
+                    # Without names in DATA no region is in a group.
                     for region, name in zip(one.regions, one.names, strict=False)
                     if name is not None and frequencies.get(name) == letter
                 ],
@@ -170,6 +171,7 @@ def _recall(truth: COCO, found: COCO) -> npt.NDArray[np.float64]:
         evaluation.evaluate()
         evaluation.accumulate()
     assert evaluation.params.areaRngLbl == ["all", "small", "medium", "large"]
+    # (thresholds, categories, sizes, numbers of masks), with one category.
     return np.asarray(evaluation.eval["recall"][:, 0], np.float64)
 
 

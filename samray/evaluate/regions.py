@@ -153,6 +153,7 @@ class RegionData:
         for uri in self._parquet_files():
             if limit is not None and self.num_images >= limit:
                 break
+            # OUTPUT of OUTPUT/annotations/shard-000000.parquet: its plan locates images in tars and Parquet.
             folder, shard = storage.parent(storage.parent(uri)), shard_number(uri.rpartition("/")[2])
             if shard is not None and folder not in plans:
                 plans[folder] = load_plan(folder) if _is_output(folder) else None
@@ -191,6 +192,7 @@ class RegionData:
             if not is_output:
                 raise ConfigError(f"DATA {self.where} does not exist; {_WHAT_DATA_IS}") from error
             uris = []
+        # Manifests are Parquet, too, but have no regions.
         found = [uri for uri in uris if uri.lower().endswith(".parquet") and "/_samray/" not in uri]
         if not found and is_output:
             raise ConfigError(f"DATA {self.where} has no labelled images yet; finish `samray label` first")
@@ -314,5 +316,6 @@ def _rows(file: _File) -> Iterator[dict[str, Any]]:
                 batch = next(batches, None)
             if batch is None:
                 return
+            # One row at a time as Python objects, which take far more memory than Arrow's.
             for i in range(len(batch)):
                 yield batch.slice(i, 1).to_pylist()[0]

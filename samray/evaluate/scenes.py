@@ -37,6 +37,7 @@ class NamedScenes:
     def __iter__(self) -> Iterator[RegionImage]:
         for seed in range(self.num_images):
             scene = named_scene(seed)
+            # pycocotools reads masks column by column.
             rles = [coco_mask.encode(np.asfortranarray(mask, np.uint8)) for mask in scene.masks]
             yield RegionImage(f"{SCENES} {seed}", scene.image, [rles], [list(scene.names)])
 
