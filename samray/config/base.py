@@ -77,6 +77,7 @@ def allowed_values(field: FieldInfo) -> str:
     """The values that a field accepts: `a number from 0 to 1`, `true or false`, `one of coco, sam`, `... or null`."""
     kinds = typing.get_args(field.annotation) if _is_union(field.annotation) else (field.annotation,)
     tables = [limit for limit in field.metadata if isinstance(limit, OneOf)]
+    # A name of a table is shown with the names that it may be, not as text.
     kinds = tuple(Annotated[kind, *tables] if kind is str and tables else kind for kind in kinds)
     words = [_kind_in_words(kind) + _range_in_words(field) for kind in kinds if kind is not types.NoneType]
     if types.NoneType in kinds:

@@ -121,6 +121,7 @@ def make_sections(
     """Build the sections from these values, by name. Raises SettingsError with `problems` and any new ones."""
     made: dict[str, Any] = {}
     all_problems = list(problems)
+    # All sections are tried, so that one message names every problem.
     for section, cls in sections.items():
         try:
             made[section] = cls(**values.get(section, {}))
@@ -158,5 +159,6 @@ def _lay_over(
         elif settings is not None and not isinstance(settings, dict):
             problems.append(f"{section} = {settings!r} is not allowed; it takes settings, one per line below it")
         else:
+            # Key by key: what `more` does not name stays.
             merged[section] = {**values.get(section, {}), **(settings or {})}
     return merged, problems

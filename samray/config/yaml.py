@@ -34,6 +34,7 @@ class _StrictLoader(yaml.SafeLoader):
             self._depth -= 1
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        # PyYAML silently takes the last of repeated keys.
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -83,9 +84,11 @@ def load_yaml_file(path: Path) -> dict[str, Any]:
     mapping.
     """
     try:
+        # Opening a pipe would wait forever.
         if not path.is_file() and path.exists():
             raise ConfigError(f"the configuration file {path} is a folder, a pipe or a device; name a YAML file")
         with path.open("rb") as stream:
+            # One byte more than allowed shows that the file is too large.
             data = stream.read(_MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:
             raise ConfigError(f"the configuration file {path} has more than {_MAX_BYTES >> 20} MiB; check the path")
@@ -123,6 +126,7 @@ def parse_value(text: str) -> Any:
         except yaml.YAMLError:
             raise ConfigError(f"cannot read the value {text[:200]}: a bracket or quote is not closed") from None
     loader = _StrictLoader("")
+    # The tag of the text as a plain scalar: number, boolean, null or text.
     tag = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
     try:
         return loader.construct_object(yaml.ScalarNode(tag, text))
