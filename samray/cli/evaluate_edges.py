@@ -86,6 +86,7 @@ def edges(
 
     overrides, (data, *extra) = split_settings([data, *(settings or ())], ["DATA"], EdgesCommand.sections)
     config = load_edges_config(None, overrides + extra, EdgesCommand.sections)
+    # Before DATA is read and a model is loaded.
     check_installed()
     images = EdgeData(data, limit)
     source, made_by = _map_source(images, maps, config)

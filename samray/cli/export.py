@@ -32,6 +32,7 @@ class ExportCommand(Command):
         return [*params[:after], *ctx.meta[_OPTIONS], *params[after:]]
 
     def invoke(self, ctx: Any) -> Any:
+        # The function has no parameters for the options of formats, so they go through ctx.obj.
         ctx.obj = {param.name: ctx.params.pop(param.name) for param in ctx.meta[_OPTIONS]}
         return super().invoke(ctx)
 
@@ -58,6 +59,7 @@ def _format_options() -> list[Any]:
             )
         )
 
+    # Typer makes options only from a function's signature, so this one gets the wanted signature.
     def options(**values: Any) -> None:
         pass
 

@@ -303,6 +303,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code. `jobs/autolabel.py` calls it, too."""
     try:
+        # Not standalone: click would print errors and exit by itself.
         code = app(argv, prog_name="samray", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
@@ -323,6 +324,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _fail(message: str, exit_code: int) -> int:
     if os.environ.get("SAMRAY_DEBUG", "") not in ("", "0") and sys.exc_info()[0] is not None:
+        # A traceback may quote URIs with credentials.
         print(storage.redact_error(traceback.format_exc()), end="", file=sys.stderr)
     console = Console(stderr=True)
     with _no_interrupts():

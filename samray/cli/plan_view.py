@@ -160,6 +160,7 @@ def _cpu_seconds(config: Config, passes: int, prompts: int) -> float | None:
     if torch.cuda.is_available() and config.model.device != "cpu":
         return None
     encode, decode = core_seconds
+    # The cores that this process may use, not all of the machine's.
     return (passes * encode + prompts * decode) / len(os.sched_getaffinity(0))
 
 

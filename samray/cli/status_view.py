@@ -27,6 +27,7 @@ def show_status(
     Raises: ConfigError if output has no run, StorageError.
     """
     console = Console(highlight=False)
+    # Kept from look to look, so that each footer is read once.
     footers: Footers = {}
     on_screen = console.is_terminal and not as_json
     screen = Live(console=console, auto_refresh=False) if on_screen and watch_s is not None else None
