@@ -89,6 +89,7 @@ def evaluate_proposals(
         if isinstance(image, ImageError):
             failures.add(image)
         else:
+            # An image that does not fit into memory fails alone; all others stay counted.
             with failures.out_of_memory():
                 (masks,) = generator.generate([image.pixels])
                 num_images += 1
@@ -123,6 +124,7 @@ def average_recall(marked: Sequence[Marked]) -> dict[str, Any]:
     num_regions = sum(len(one.regions) for one in wanted)
     truth = _coco([one.regions for one in wanted], wanted)
     found = _coco([one.masks for one in wanted], wanted)
+    # COCOeval ranks by `score`.
     for annotation, score in zip(
         found.dataset["annotations"], (score for one in wanted for score in one.scores), strict=True
     ):

@@ -229,6 +229,7 @@ class RegionData:
         if row.get("status") == "failed":
             error = ImageError.parse(row.get("error") or "")
             raise ImageError(error.reason, storage.redact(error.message) or "failed in DATA")
+        # Without a plan the row's own URI is all that locates the image.
         if photo_row is None:
             uri = storage.resolve(storage.parent(file.uri), row["uri"]) if row["uri"] else ""
             photo_row = pa.Table.from_pylist([{"uri": uri}], INPUT_SCHEMA)
@@ -254,6 +255,7 @@ def _checked(
     name = storage.redact(name)
     if _holds_null([hw, annotators]):
         raise ImageError("unreadable", f"the row of {name} lacks its size or part of a region")
+    # In a child process with limits, because DATA may come from strangers.
     pixels = decode_apart(data, config.max_pixels, config.decode_timeout_s)
     if pixels.shape[:2] != hw:
         is_now = f"{pixels.shape[1]}x{pixels.shape[0]}"

@@ -112,6 +112,7 @@ def _records(
     records: list[ImageRecord] = []
     total: Counter[str] = Counter()
     for index, row in enumerate(rows, start=first):
+        # Only a labelled image that came back can be corrected.
         if index not in image_at or row["status"] != "ok":
             records.append(record_as_it_is(row))
             total["dropped"] += len(annotations.get(index, []))
@@ -159,6 +160,7 @@ def _find_images(
             f"{where}: none of its {len(in_coco.images)} images is in {storage.redact(plan.output)}; its first is "
             f"{in_coco.images[0]['file_name']!r}, the output's first is {planned['file_name'][0].as_py()!r}"
         )
+    # COCO's ids now lead to the plan's images; those that were not found drop out.
     in_plan = [
         {id: place_of[number] for id, number in numbers.items() if number in place_of} for numbers in in_coco.place_of
     ]

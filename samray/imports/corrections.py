@@ -66,6 +66,7 @@ def corrected_record(
                 f"the corrected image is {image['width']}x{image['height']}, the labelled one {hw[1]}x{hw[0]}",
             )
         drawn = [_drawn(i, raw, hw) for i, raw in enumerate(annotations)]
+        # Without those that have no pixel, such as plain boxes.
         theirs = [mask for mask in drawn if mask is not None]
         shown, rest = _parted(row, hw, confident, stable)
         edit = _Edit(row, hw, bbox_convention)

@@ -99,6 +99,7 @@ class _Job:
         identity = self._identity(images_per_shard)
         plan = _plan_there(self.output, identity)
         num_images = source.files.num_rows if self.in_coco is None else len(self.in_coco.images)
+        # Cut as `write_plan` cuts: the sorting below needs the shards before there is a plan.
         ends = [min(start + images_per_shard, num_images) for start in range(0, num_images, images_per_shard)]
         done = {} if plan is None else shard_versions(plan.output)
         todo = [shard for shard in range(len(ends)) if shard not in done]

@@ -40,6 +40,7 @@ def outside_problem(uri: str, root: str) -> ImageError | None:
     if not storage.is_local(root):
         # Servers unescape and resolve dots only after this check.
         return _refusal(root) if ".." in re.split(r"[/\\]", unquote(unquote(uri))) else None
+    # On a disk, a link may lead out of the folder.
     with suppress(ValueError, OSError):  # for an impossible file name, such as one with a NUL
         if not storage.join(os.path.realpath(uri)).startswith(storage.join(os.path.realpath(root), "")):
             return _refusal(root)

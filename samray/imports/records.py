@@ -166,6 +166,7 @@ def _plain_runs(counts: list[Any], hw: tuple[int, int]) -> Runs:
 def _compressed(runs: Runs, hw: tuple[int, int]) -> str:
     """Encode the runs as COCO's string, without empty runs except for the first."""
     start, end = spans(runs)
+    # From the spans of ones back to alternating runs, of which only the first may be empty.
     counts = np.diff(np.stack([start, end], axis=1).ravel(), prepend=0, append=hw[0] * hw[1])
     if counts[-1] == 0 and len(counts) > 1:  # if the last pixel is 1, its run is the last one
         counts = counts[:-1]
@@ -200,6 +201,7 @@ def _counts_of_polygons(polygons: list[Any], hw: tuple[int, int]) -> str | None:
         usable.append(xy.tolist())
     if not usable:
         return None
+    # The polygons are parts of one mask.
     return str(coco_mask.merge(coco_mask.frPyObjects(usable, *hw))["counts"].decode("ascii"))
 
 
@@ -226,6 +228,7 @@ def bbox_convention_of(samples: Iterable[tuple[Any, tuple[int, int]]]) -> str | 
             box = _four(raw["bbox"])
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError):
             continue
+        # A sample votes for the convention in which its box fits its mask.
         for convention in votes:
             if counts is not None:
                 votes[convention] += box == measure(counts, hw, convention)[1]

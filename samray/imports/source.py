@@ -144,6 +144,7 @@ def _table(rows: Iterator[dict[str, Any]]) -> pa.Table:
 
 
 def _format_of(files: pa.Table, where: str) -> str:
+    # The first file decides for all.
     head = read_json(files.slice(0, 1).to_pylist()[0], HEAD_BYTES)
     if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):  # a top-level list: results
         return "coco"

@@ -56,6 +56,7 @@ class CutoutSource:
             (is_object, split): {} for is_object in (True, False) for split in ("train", "heldout")
         }
         for item, (group, name, is_object) in enumerate(zip(*(self._index[k] for k in _KEYS), strict=True)):
+            # By name, so that all variants of an image are in one split.
             split = "heldout" if _is_heldout(str(name)) else "train"
             names = self._groups[bool(is_object), split].setdefault(int(group), {})
             names.setdefault(str(name), []).append(item)

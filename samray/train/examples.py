@@ -187,6 +187,7 @@ class MaskExamples:
                 found = self._try(int(self._order(epoch)[at]), frame, rng)
             except StorageError as error:
                 faults.append(error)
+                # Only unreadable images count; those without a fitting mask are passed over, however many there are.
                 if len(faults) == _TRIES:
                     break
             else:
@@ -231,6 +232,7 @@ class MaskExamples:
         target = self.dataset.target(index)
         if not target["segmentation"]:
             return None
+        # (N,): by area, if data.area_power is above 0; masks with low scores less often, if asked for.
         weights = target["area"].numpy().astype(np.float64) ** self.config.area_power
         if self.config.weigh_by_score:
             weights *= (target["predicted_iou"] * target["stability_score"]).numpy()

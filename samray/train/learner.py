@@ -242,6 +242,7 @@ class Learner:
         assert self.average is not None
         if self.average.spec == self.spec:
             return self.average
+        # The weights fit: only a model that takes any size is trained at another one.
         sam = Sam(self.spec)
         sam.load_state_dict(self.average.state_dict())
         return sam.to(self.device).eval().requires_grad_(False)

@@ -56,6 +56,7 @@ class Mixture:
 
     def validation(self, limit: int, frame: Frame) -> Iterator[Scene]:
         """The same number of held-out images from each DATA used for training."""
+        # A DATA with a share of 0 is not validated either.
         used = [part for part, slots in zip(self.parts, self.slots, strict=True) if slots]
         for i, part in enumerate(used):
             yield from part.validation(limit * (i + 1) // len(used) - limit * i // len(used), frame)

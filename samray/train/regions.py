@@ -129,12 +129,14 @@ def _merge(edges: Float, leaves: npt.NDArray[np.int32], features: list[Float]) -
     flat = leaves.ravel()
     n = int(leaves.max()) + 1
     area = np.bincount(flat, minlength=n).tolist()
+    # Per leaf the sums of the weighted features, which add up when leaves merge.
     sums = [tuple(row) for row in np.stack([np.bincount(flat, c.ravel(), n) for c in weighted], axis=1).tolist()]
     neighbours = _borders(edges, leaves)
     parent, cost = [-1] * n, [0.0] * n
 
     def merge_cost(i: int, j: int) -> float:
         strength, length = neighbours[i][j]
+        # Distance between the mean features of both regions.
         apart = sum((a / area[i] - b / area[j]) ** 2 for a, b in zip(sums[i], sums[j], strict=True)) ** 0.5
         return float((strength / length + _DIFFERENCE_WEIGHT * apart) * min(area[i], area[j]) ** _SIZE_POWER)
 

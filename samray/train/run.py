@@ -215,6 +215,7 @@ def _make_trainer(run: _Run, sizes: Sizes, mixture: Any, position: Position, fol
     # A multiple of the workers: at the end of a leg all have seen whole blocks (see samray.train.data).
     leg_steps = -(-LEG_STEPS // sizes.num_workers) * sizes.num_workers
     if settings.train.steps is not None:
+        # No more steps than are left, again in multiples of the workers.
         left = max(1, settings.train.steps - position.step)
         leg_steps = min(leg_steps, -(-left // sizes.num_workers) * sizes.num_workers)
     end = position.step + leg_steps

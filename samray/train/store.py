@@ -106,6 +106,7 @@ class Store:
         Raises: StorageError.
         """
         names = storage.list_names(self.output)
+        # Lines, weights or a state show that steps were done, also by another driver.
         began = any(line["kind"] == "train" for line in self.read_metrics())
         if not began and not any(name == WEIGHTS_FILE or _STATE_NAME.fullmatch(name) for name in names):
             # train.json last: after a kill in between, the rest still belongs to a run.
