@@ -49,15 +49,12 @@ def oneshot(
 
       samray evaluate oneshot labels/ --classes 3 --seeds 5 --method persam model.name=vit_b labels.max_instances=20
     """
-    from samray.errors import ConfigError
-    from samray.evaluate.oneshot import METHODS, evaluate_oneshot, sample_classes
+    from samray.evaluate.oneshot import evaluate_oneshot, sample_classes
     from samray.evaluate.regions import RegionData
     from samray.evaluate.scenes import SCENES, NamedScenes
     from samray.sam.checkpoints import load_model
 
-    methods = list(dict.fromkeys(method or METHODS))
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise ConfigError(f"--method {unknown[0]} is not one of {', '.join(METHODS)}")
+    methods = _checked_methods(method)
     # The examples come from DATA.
     given = ["labels.by=example", "labels.example=DATA", "labels.example_mask=DATA", "labels.name=class"]
     data, config = parse_settings([data, *(settings or ())], None, OneshotCommand.sections, given)
@@ -68,12 +65,9 @@ def oneshot(
     with Progress(console=console, transient=True, disable=no_progress or not console.is_terminal) as bar:
         reading = bar.add_task("reading", total=len(images))
         sample, failures = sample_classes(
-            images,
-            num_classes=classes,
-            images_per_class=images_per_class,
-            min_fraction=min_fraction,
+            images, num_classes=classes, images_per_class=images_per_class, min_fraction=min_fraction,
             on_image=lambda failures: bar.advance(reading),
-        )
+        )  # fmt: skip
         searching = bar.add_task("searching", total=seeds * len(sample) * len(methods))
         figures = evaluate_oneshot(
             model, config, sample, methods=methods, num_seeds=seeds, on_search=lambda: bar.advance(searching)
@@ -83,6 +77,17 @@ def oneshot(
         _print(figures)
     write_json(json, figures, config, images, model)
     return 0
+
+
+def _checked_methods(names: list[str] | None) -> list[str]:
+    """Each once; all of them by default. Raises: ConfigError."""
+    from samray.errors import ConfigError
+    from samray.evaluate.oneshot import METHODS
+
+    names = list(dict.fromkeys(names or METHODS))
+    if unknown := [name for name in names if name not in METHODS]:
+        raise ConfigError(f"--method {unknown[0]} is not one of {', '.join(METHODS)}")
+    return names
 
 
 def _print(figures: dict[str, Any]) -> None:
