@@ -6,12 +6,18 @@ samray itself would decode are exported.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Final
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from samray.errors import StorageError
 from samray.rle.runs import all_sound, check_size, checked_runs, slices_of
+
+_MAY_BE_NULL: Final = ("label", "label_score")
+"""Null in a mask that is none of the names asked for."""
 
 
 def check_rows(table: pa.Table) -> None:
@@ -32,7 +38,7 @@ def check_rows(table: pa.Table) -> None:
     masks = annotations.flatten()
     image_of = pc.list_parent_indices(annotations).to_numpy()
     for unsound, what in (
-        (_holds_null(masks), "an empty field"),
+        (_holds_null(masks, _MAY_BE_NULL), "an empty field"),
         (_not_of_length(masks.field("bbox"), 4) | _not_of_length(masks.field("crop_box"), 4), "a box of other than 4"),
         (_not_of_length(masks.field("segmentation").field("size"), 2), "a mask's size of other than 2 numbers"),
         (_unsound_points(masks.field("point_coords")), "a point of other than 2 numbers"),
@@ -61,13 +67,14 @@ def _fault(image: dict[str, object] | None, what: str) -> StorageError:
     return StorageError(f"{which} has {what}: it cannot be exported; `samray verify --deep` finds all such problems")
 
 
-def _holds_null(values: pa.Array) -> np.ndarray:
-    """(N,) bool: whether each struct is null, or has a field that is."""
+def _holds_null(values: pa.Array, but: Collection[str] = ()) -> np.ndarray:
+    """(N,) bool: whether each struct is null, or has a field that is, except for those in but."""
     # A null struct may still have values in its fields, so both are looked at.
     found = np.asarray(values.is_null().to_numpy(zero_copy_only=False), bool)
     if pa.types.is_struct(values.type):
         for number in range(values.type.num_fields):
-            found = found | _holds_null(values.field(number))
+            if values.type.field(number).name not in but:
+                found = found | _holds_null(values.field(number))
     return found
 
 

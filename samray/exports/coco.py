@@ -1,9 +1,10 @@
 """COCO instances: one JSON file, or one per --images-per-file images.
 
-The only category is "object", with id 1. An annotation's id is OUTPUT's plus 1, because COCOeval reads id 0 as no
-match. Masks are the stored compressed run lengths, or polygons that cover exactly the same pixels: one per component,
-with holes connected to it by bridges of zero width. Scores, points and crop boxes keep their own names, which COCO's
-readers ignore.
+The categories are the names that the run asked for, with ids from 1 on. Masks without a name have one more category,
+"object", which is the only one of a run without names. An annotation's id is OUTPUT's plus 1, because COCOeval reads id
+0 as no match. Masks are the stored compressed run lengths, or polygons that cover exactly the same pixels: one per
+component, with holes connected to it by bridges of zero width. Scores, points and crop boxes keep their own names,
+which COCO's readers ignore. Images without masks are in the list of images: negatives.
 
 With --confident or --stable the file is for an annotator, who corrects the masks and adds missing ones. It then has
 only masks above these thresholds, and `review` lists what is left to do. CVAT loads the file as "COCO 1.0" with
@@ -27,6 +28,7 @@ from pydantic import Field
 from samray import __version__
 from samray.exports import review
 from samray.exports.base import IMAGES_PER_PIECE, ExportOptions, Format
+from samray.exports.classes import UNNAMED, Classes, classes_of
 from samray.exports.images import LabelledImage, images_of
 from samray.exports.pieces import LeftOut, read_fragments
 from samray.rle.polygons import join, outlines
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from samray.exports.pieces import Files, Job, Piece
-
-CATEGORY: Final = {"id": 1, "name": "object", "supercategory": "object"}
 
 
 class CocoOptions(ExportOptions):
@@ -62,7 +62,8 @@ def write(job: Job[CocoOptions], piece: Piece, tables: Iterable[pa.Table]) -> Fi
     annotations: list[str] = []
     left_to_do: list[str] = []
     num_left_out = 0
-    options = job.options
+    options, classes = job.options, classes_of(job.plan)
+    has_unnamed = False
     for table in tables:
         for image in images_of(table):
             if options.for_review:
@@ -73,9 +74,12 @@ def write(job: Job[CocoOptions], piece: Piece, tables: Iterable[pa.Table]) -> Fi
                 # The annotations and the review list then speak of the same masks.
                 image = sure
             images.append(json.dumps(_image(image)))
-            annotations += map(json.dumps, _annotations(image, options))
+            annotations += map(json.dumps, _annotations(image, options, classes))
+            has_unnamed = has_unnamed or None in image.labels
     yield piece.fragment("images"), ",\n".join(images).encode()
     yield piece.fragment("annotations"), ",\n".join(annotations).encode()
+    if classes.names:
+        yield piece.fragment("unnamed"), b"1" if has_unnamed else b""
     if options.for_review:
         yield piece.fragment("review"), "\n".join(left_to_do).encode()
     return LeftOut(num_masks=num_left_out)
@@ -85,8 +89,9 @@ def _image(image: LabelledImage) -> dict[str, Any]:
     return {"id": image.image_id, "width": image.width, "height": image.height, "file_name": image.file_name}
 
 
-def _annotations(image: LabelledImage, options: CocoOptions) -> Iterator[dict[str, Any]]:
+def _annotations(image: LabelledImage, options: CocoOptions, classes: Classes) -> Iterator[dict[str, Any]]:
     size = [image.height, image.width]
+    class_of = classes.indices(image.labels, len(image.ids))
     segmentations: list[Any] = [{"size": size, "counts": counts} for counts in image.counts]
     if options.polygons:
         hw = image.height, image.width
@@ -95,10 +100,11 @@ def _annotations(image: LabelledImage, options: CocoOptions) -> Iterator[dict[st
         segmentations = [[join(component).ravel().tolist() for component in components] for components in masks]
     for index, segmentation in enumerate(segmentations):
         own_id = {"attributes": {review.ID_ATTRIBUTE: image.ids[index]}} if options.for_review else {}
+        label_score = {"label_score": image.label_scores[index]} if image.labels else {}
         yield {
             "id": image.ids[index] + 1,
             "image_id": image.image_id,
-            "category_id": CATEGORY["id"],
+            "category_id": class_of[index] + 1,
             "iscrowd": 0,
             "bbox": image.bbox[index],
             "area": image.area[index],
@@ -107,6 +113,7 @@ def _annotations(image: LabelledImage, options: CocoOptions) -> Iterator[dict[st
             "stability_score": image.stability_score[index],
             "point_coords": image.point_coords[index],
             "crop_box": image.crop_box[index],
+            **label_score,
             **own_id,
         }
 
@@ -125,13 +132,26 @@ def chunks(job: Job[CocoOptions], name: str, pieces: list[Piece]) -> Iterator[by
     if name.startswith("review"):
         yield from review.chunks(read_fragments(job, pieces, "review", b"\n"))
         return
-    info = {"description": "Masks without classes, exported by samray", "version": __version__}
+    classes = classes_of(job.plan)
+    what = "Masks with names" if classes.names else "Masks without classes"
+    info = {"description": f"{what}, exported by samray", "version": __version__}
+    categories = _categories(job, classes, pieces)
     yield b'{"info": ' + json.dumps(info).encode() + b',\n"licenses": [],\n'
-    yield b'"categories": ' + json.dumps([CATEGORY]).encode() + b',\n"images": [\n'
+    yield b'"categories": ' + json.dumps(categories).encode() + b',\n"images": [\n'
     yield from read_fragments(job, pieces, "images", b",\n")
     yield b'\n],\n"annotations": [\n'
     yield from read_fragments(job, pieces, "annotations", b",\n")
     yield b"\n]}\n"
+
+
+def _categories(job: Job[CocoOptions], classes: Classes, pieces: list[Piece]) -> list[dict[str, Any]]:
+    with_unnamed = bool(classes.names) and any(read_fragments(job, pieces, "unnamed", b""))
+    names = classes.all(with_unnamed=with_unnamed)
+    # The supercategory marks the class of masks without a name (`classes.means_unnamed`).
+    return [
+        {"id": index + 1, "name": name, "supercategory": UNNAMED if name == classes.unnamed else ""}
+        for index, name in enumerate(names)
+    ]
 
 
 FORMAT: Final = Format(

@@ -1,4 +1,4 @@
-"""Flat table: Parquet with one row per mask, for SQL.
+"""Flat table: Parquet with one row per mask, for SQL. In a run that names, with the columns `label` and `label_score`.
 
 With --partitions N the files are in N Hive folders, `image_bucket=K` with K = image_id mod N.
 """
@@ -38,6 +38,9 @@ FLAT: Final = pa.schema(
     ]
 )
 
+NAMED_FLAT: Final = pa.schema([*FLAT, ("label", pa.string()), ("label_score", pa.float64())])
+"""The table of a run that names."""
+
 _ROWS_PER_GROUP: Final = 16384
 
 IMAGES_PER_TABLE: Final = 1024
@@ -65,7 +68,7 @@ def write(job: Job[FlatOptions], piece: Piece, tables: Iterable[pa.Table]) -> Fi
         for bucket, own in _by_bucket(rows, buckets) if buckets else [(0, rows)]:
             if bucket not in writers:
                 sink = pa.BufferOutputStream()
-                writers[bucket] = sink, pq.ParquetWriter(sink, FLAT, compression="zstd", write_page_index=True)
+                writers[bucket] = sink, pq.ParquetWriter(sink, rows.schema, compression="zstd", write_page_index=True)
             writers[bucket][1].write_table(own)
         waiting.clear()
 
@@ -91,7 +94,10 @@ def _by_bucket(rows: pa.Table, buckets: int) -> Iterator[tuple[int, pa.Table]]:
 
 
 def flat_rows(table: pa.Table) -> pa.Table:
-    """The masks of a table of `SCHEMA` without failed images, as rows of `FLAT`. Of several points, takes the first."""
+    """The masks of a table of `SCHEMA` without failed images, as rows of `FLAT` or, with names, `NAMED_FLAT`.
+
+    Of several points, takes the first.
+    """
     annotations = table["annotations"].combine_chunks()
     masks = annotations.flatten()
     image = table["image"].combine_chunks()
@@ -108,7 +114,11 @@ def flat_rows(table: pa.Table) -> pa.Table:
     points = pc.list_flatten(pc.list_slice(masks.field("point_coords"), 0, 1, return_fixed_size_list=True))
     columns |= {f"point_{side}": pc.list_element(points, index) for index, side in enumerate("xy")}
     columns |= {name: masks.field("segmentation").field(name) for name in ("size", "counts")}
-    return pa.Table.from_arrays([columns[name] for name in FLAT.names], schema=FLAT)
+    schema = FLAT
+    if masks.type.get_field_index("label") >= 0:
+        schema = NAMED_FLAT
+        columns |= {name: masks.field(name) for name in ("label", "label_score")}
+    return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
 FORMAT: Final = Format(

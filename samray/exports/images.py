@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -47,11 +47,15 @@ class LabelledImage:
     stability_score: list[float]
     point_coords: list[list[list[float]]]
     crop_box: list[list[float]]
+    labels: list[str | None] = field(default_factory=list)
+    """Empty if the run does not name."""
+    label_scores: list[float | None] = field(default_factory=list)
 
     def of_masks(self, places: Sequence[int]) -> LabelledImage:
         """The image with only these masks, in this order."""
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        lists: dict[str, Any] = {name: [v[i] for i in places] for name, v in values if isinstance(v, list)}
+        # Without names those lists are empty.
+        lists: dict[str, Any] = {name: [v[i] for i in places] for name, v in values if isinstance(v, list) and v}
         return replace(self, **lists)
 
 
@@ -115,6 +119,9 @@ def images_of(table: pa.Table) -> Iterator[LabelledImage]:
         "point_coords": masks.field("point_coords").to_pylist(),
         "crop_box": _fours(masks.field("crop_box")),
     }
+    if masks.type.get_field_index("label") >= 0:
+        columns["labels"] = masks.field("label").to_pylist()
+        columns["label_scores"] = masks.field("label_score").to_pylist()
     start = 0
     for image, uri, end in zip(images, uris, ends, strict=True):
         own: dict[str, Any] = {name: values[start:end] for name, values in columns.items()}

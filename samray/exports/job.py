@@ -30,6 +30,7 @@ from samray.exports.pieces import Done, Files, Job, LeftOut, Piece, cut, put_eac
 from samray.output.append import stale_shards
 from samray.output.file_names import ENDINGS, FOLDER, shared_stems
 from samray.output.plan import Plan
+from samray.output.schema import categories_of
 from samray.output.shards import FOLDER as SHARDS
 from samray.output.shards import shard_number, shard_versions
 from samray.storage.strict_json import parse_json
@@ -111,6 +112,7 @@ def _claim(job: Job[Any], sizes: dict[int, int]) -> None:
     wanted = {
         "format": job.format,
         "options": job.options.chosen(),
+        "categories": categories_of(plan.run["identity"]),
         "run": plan.run["identity"],
         "num_images": plan.num_images,
         "shards": hashlib.sha256(shards).hexdigest(),
@@ -130,7 +132,7 @@ def _claim(job: Job[Any], sizes: dict[int, int]) -> None:
         recorded = _read_json(uri) or {}
     if recorded.get("run") != wanted["run"]:
         raise ConfigError(f"DEST {where} has an export of another run: choose another DEST")
-    for key in ("format", "options"):
+    for key in ("format", "options", "categories"):
         # Options are compared as objects, too: an option that is new since then counts as its default.
         if recorded.get(key) != wanted[key] and not (
             key == "options" and _same_options(job.options, recorded.get(key))

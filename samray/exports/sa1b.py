@@ -3,6 +3,8 @@
 `a/b.jpg` becomes `a/b.json`, with --with-images next to a copy of the image, as in SA-1B; --tar packs whole pieces into
 `sa_000000.tar` and so on. Boxes are those of OUTPUT: with `masks.bbox_convention=sam` they are one pixel smaller, as in
 SA-1B.
+
+In a run that names, annotations also have `label` and `label_score`, and the file the list of names, `categories`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from samray.exports.base import IMAGES_PER_PIECE, ExportOptions, Format
 from samray.exports.images import LabelledImage, images_of
 from samray.exports.photos import photos_of
 from samray.exports.pieces import LeftOut, put_each
+from samray.output.schema import categories_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,19 +65,24 @@ def _tar_header(name: str, data: bytes) -> tarfile.TarInfo:
 
 def _members(job: Job[Sa1bOptions], piece: Piece, tables: Iterable[pa.Table]) -> Files:
     num_unreadable = 0
+    categories = categories_of(job.plan.run["identity"])
+    own = {} if categories is None else {"categories": categories}
     for table in tables:
         for image, photo in photos_of(job, piece, images_of(table), copy=job.options.with_images):
             stem = job.stem(image)
             if photo is not None:
                 yield stem + photo.extension, photo.data
             num_unreadable += job.options.with_images and photo is None
-            yield f"{stem}.json", json.dumps(record_of(image)).encode()
+            yield f"{stem}.json", json.dumps({**record_of(image), **own}).encode()
     return LeftOut(num_photos=num_unreadable)
 
 
 def record_of(image: LabelledImage) -> dict[str, Any]:
     """The content of the image's JSON file."""
     size = [image.height, image.width]
+    named = zip(image.labels, image.label_scores, strict=True)
+    # One dict for each mask, empty ones in a run without names.
+    names = [{"label": label, "label_score": score} for label, score in named] or [{}] * len(image.ids)
     return {
         "image": {
             "image_id": image.image_id,
@@ -92,8 +100,9 @@ def record_of(image: LabelledImage) -> dict[str, Any]:
                 "crop_box": crop_box,
                 "id": id,
                 "stability_score": stability_score,
+                **name,
             }
-            for id, counts, bbox, area, predicted_iou, stability_score, point_coords, crop_box in zip(
+            for id, counts, bbox, area, predicted_iou, stability_score, point_coords, crop_box, name in zip(
                 image.ids,
                 image.counts,
                 image.bbox,
@@ -102,6 +111,7 @@ def record_of(image: LabelledImage) -> dict[str, Any]:
                 image.stability_score,
                 image.point_coords,
                 image.crop_box,
+                names,
                 strict=True,
             )
         ],

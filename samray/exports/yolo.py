@@ -1,6 +1,9 @@
 """YOLO segmentation: labels/NAME.txt, one line per mask, `0 x1 y1 x2 y2 ...`, as fractions of the image's width and
 height.
 
+The first number is the class, an index into the names of data.yaml. These are the names that the run asked for, then
+"object" if there are masks without a name; without names all masks are of class 0, "object".
+
 A mask is one polygon along the edges of its pixels. Holes and further components are connected to it by bridges of zero
 width, which makes filling exact, pixel by pixel. train.txt lists the images as images/NAME: copied there by
 --with-images, else for the user to link there. An image without masks has an empty file: it is background. YOLO's tools
@@ -10,14 +13,16 @@ name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 import pyarrow.compute as pc
+import yaml
 from pydantic import Field
 
 from samray.errors import ConfigError
 from samray.exports.base import ExportOptions, Format
+from samray.exports.classes import classes_of
 from samray.exports.images import LabelledImage, images_of
 from samray.exports.photos import photos_of
 from samray.exports.pieces import LeftOut, read_fragments
@@ -79,6 +84,7 @@ def write(job: Job[YoloOptions], piece: Piece, tables: Iterable[pa.Table]) -> Fi
     """Write the piece's label files and images, and its lines of train.txt."""
     lines = []
     num_unreadable = 0
+    classes, has_unnamed = classes_of(job.plan), False
     for table in tables:
         for image, photo in photos_of(job, piece, images_of(table), copy=job.options.with_images):
             stem = job.stems.get(image.image_id) or stem_of(image.file_name)
@@ -88,26 +94,31 @@ def write(job: Job[YoloOptions], piece: Piece, tables: Iterable[pa.Table]) -> Fi
                 num_unreadable += 1  # and not in train.txt, which lists images that are there
             else:
                 lines.append(f"./images/{stem}{photo.extension if photo else extension_of(image.file_name)}\n")
-            yield f"labels/{stem}.txt", label_text(image, job.options.simplify).encode()
+            has_unnamed = has_unnamed or None in image.labels
+            class_of = classes.indices(image.labels, len(image.ids))
+            yield f"labels/{stem}.txt", label_text(image, job.options.simplify, class_of).encode()
     yield piece.fragment("train"), "".join(lines).encode()
+    if classes.names:
+        yield piece.fragment("unnamed"), b"1" if has_unnamed else b""
     return LeftOut(num_photos=num_unreadable)
 
 
-def label_text(image: LabelledImage, tolerance: float | None) -> str:
-    """One line per mask that has a pixel. tolerance: of `simplified`, in pixels; None for exact polygons."""
+def label_text(image: LabelledImage, tolerance: float | None, class_of: Sequence[int]) -> str:
+    """One line per mask that has a pixel. tolerance: of `simplified`, in pixels; None for exact polygons. class_of: of
+    each mask."""
     hw = image.height, image.width
     masks = runs_of_image(image.image_id, image.counts, hw)
     # Six digits are exact to 0.05 pixels for images up to 100,000 wide. Each coordinate is formatted once.
     xs = [f" {x / image.width:.6g}" for x in range(image.width + 1)]
     ys = [f" {y / image.height:.6g}" for y in range(image.height + 1)]
     lines = []
-    for components in outlines(masks, hw):
+    for index, components in zip(class_of, outlines(masks, hw), strict=True):
         if tolerance is not None:
             components = [[simplified(ring, tolerance) for ring in rings] for rings in components]
         # A mask without pixels gives no line, and an image without masks an empty file: background.
         if components:
             polygon = join([join(rings) for rings in components])
-            lines.append("0" + "".join([xs[x] + ys[y] for x, y in polygon.tolist()]) + "\n")
+            lines.append(str(index) + "".join([xs[x] + ys[y] for x, y in polygon.tolist()]) + "\n")
     return "".join(lines)
 
 
@@ -122,7 +133,12 @@ def chunks(job: Job[YoloOptions], name: str, pieces: list[Piece]) -> Iterator[by
         yield from read_fragments(job, pieces, "train", b"")
     else:
         yield b"# Exported by samray. val is the same list: split train.txt to hold images back.\n"
-        yield b"train: train.txt\nval: train.txt\nnames:\n  0: object\n"
+        yield b"train: train.txt\nval: train.txt\n"
+        classes = classes_of(job.plan)
+        with_unnamed = bool(classes.names) and any(read_fragments(job, pieces, "unnamed", b""))
+        named = dict(enumerate(classes.all(with_unnamed=with_unnamed)))
+        # By PyYAML, which quotes a name that would be a number, a boolean or a comment.
+        yield yaml.safe_dump({"names": named}, allow_unicode=True, sort_keys=False).encode()
 
 
 FORMAT: Final = Format(

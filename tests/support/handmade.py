@@ -64,12 +64,15 @@ def write_output(
     missing_shards: tuple[int, ...] = (),
     images_per_shard: int = 3,
     settings: tuple[str, ...] = (),
+    categories: tuple[str, ...] = (),
 ) -> Plan:
-    """An output below root/out, of images below root/in, on any storage. failed: places."""
+    """An output below root/out, of images below root/in, on any storage. failed: places. categories: of a run that
+    names."""
     for seed, name in enumerate(names):
         storage.put(storage.join(root, "in", name), make_image(seed, (WIDTH, HEIGHT)))
     config = load_config("default", overrides=[f"output.images_per_shard={images_per_shard}", *settings])
-    plan = make_plan(storage.join(root, "in"), storage.join(root, "out"), config, config.identity())
+    identity = {**config.identity(), **({"labels": {"categories": list(categories)}} if categories else {})}
+    plan = make_plan(storage.join(root, "in"), storage.join(root, "out"), config, identity)
     place = 0
     for shard in range(plan.num_shards):
         records = []

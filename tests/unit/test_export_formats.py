@@ -165,7 +165,7 @@ def test_yolo_coordinates_of_a_wide_image_are_exact_enough() -> None:
     mask = np.zeros((height, width), dtype=bool)
     mask[1, ::2] = True
     image = LabelledImage(1, width, height, "a.jpg", "", [0], [annotation(mask)["segmentation"]["counts"]], *[[]] * 6)
-    numbers = yolo.label_text(image, None).split()[1:]
+    numbers = yolo.label_text(image, None, [0]).split()[1:]
     polygon = np.array(numbers, dtype=float).reshape(-1, 2) * [width, height]
     assert np.array_equal(fill(polygon, mask.shape), mask)
 

@@ -1,0 +1,161 @@
+"""Exports of an output with names: classes, masks without a name, and images without masks."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from samray import storage
+from samray.errors import ConfigError, StorageError
+from samray.output.plan import Plan
+from samray.output.verify import verify
+from tests.support.exported import NAMES, export
+from tests.support.handmade import decoded, masks_of_place, read_rows, write_output
+
+CATEGORIES = ("yes", "object", "crème: brûlée")
+
+
+def named(place: int, labels: tuple[str | None, ...] = (*CATEGORIES, None)) -> list[dict[str, Any]]:
+    """As `masks_of_place`, with the names in turn."""
+    masks = masks_of_place(place)
+    names = [labels[(place + i) % len(labels)] for i in range(len(masks))]
+    scores = [None if name is None else 0.25 + i / 8 for i, name in enumerate(names)]
+    return [{**m, "label": n, "label_score": s} for m, n, s in zip(masks, names, scores, strict=True)]
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    """Ten images: masks with three names and without, one failed image, some without masks."""
+    plan = write_output(str(tmp_path), NAMES, masks=named, failed=(5,), categories=CATEGORIES)
+    report = verify(plan.output, deep=True)
+    assert report.ok, report.problems
+    assert {mask["label"] for mask in masks_of(plan)} == {*CATEGORIES, None}
+    return plan
+
+
+def masks_of(plan: Plan) -> list[dict[str, Any]]:
+    return [mask for row in read_rows(plan.output) for mask in row["annotations"]]
+
+
+def fully_named(root: Path, categories: tuple[str, ...] = CATEGORIES) -> Plan:
+    return write_output(str(root), NAMES, masks=lambda place: named(place, CATEGORIES), categories=categories)
+
+
+def test_coco_has_the_names_as_categories_and_negatives(plan: Plan, tmp_path: Path) -> None:
+    export(plan, tmp_path / "coco", "coco")
+    found = json.loads((tmp_path / "coco/instances.json").read_text())
+    names = [*CATEGORIES, "unnamed object"]
+    assert [(c["id"], c["name"]) for c in found["categories"]] == list(enumerate(names, start=1))
+    name_of = dict(enumerate(CATEGORIES, start=1))
+    for mask, own in zip(masks_of(plan), found["annotations"], strict=True):
+        assert (name_of.get(own["category_id"]), own["label_score"]) == (mask["label"], mask["label_score"])
+    assert len(found["images"]) == 9  # with those in which nothing was found
+    assert {a["image_id"] for a in found["annotations"]} < {image["id"] for image in found["images"]}
+
+
+def test_without_masks_that_lack_a_name_there_is_no_further_class(tmp_path: Path) -> None:
+    plan = fully_named(tmp_path)
+    export(plan, tmp_path / "coco", "coco")
+    export(plan, tmp_path / "yolo", "yolo")
+    found = json.loads((tmp_path / "coco/instances.json").read_text())
+    assert [category["name"] for category in found["categories"]] == list(CATEGORIES)
+    yolo = yaml.safe_load((tmp_path / "yolo/data.yaml").read_text())
+    assert yolo["names"] == dict(enumerate(CATEGORIES))
+
+
+def test_each_category_of_coco_evaluated_against_itself_has_an_ap_of_one(tmp_path: Path) -> None:
+    plan = fully_named(tmp_path)
+    export(plan, tmp_path / "coco", "coco")
+    file = tmp_path / "coco/instances.json"
+    masks = json.loads(file.read_text())["annotations"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(file))
+        evaluation = COCOeval(truth, truth.loadRes([{**m, "score": m["label_score"]} for m in masks]), "segm")
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # thresholds, recalls, categories; all areas
+    assert precision.shape[2] == len(CATEGORIES)
+    assert precision.mean((0, 1)) == pytest.approx(1.0, abs=1e-9)
+
+
+def test_yolo_has_class_numbers_and_names(plan: Plan, tmp_path: Path) -> None:
+    export(plan, tmp_path / "yolo", "yolo")
+    names = yaml.safe_load((tmp_path / "yolo/data.yaml").read_text())["names"]
+    assert names == dict(enumerate([*CATEGORIES, "unnamed object"]))
+    for row in read_rows(plan.output):
+        if row["status"] == "ok":
+            text = (tmp_path / "yolo/labels" / row["image"]["file_name"].replace(".png", ".txt")).read_text()
+            found = [names[int(line.split()[0])] for line in text.splitlines()]
+            assert found == [mask["label"] or "unnamed object" for mask in row["annotations"]]
+
+
+def test_sa1b_and_flat_have_the_two_fields(plan: Plan, tmp_path: Path) -> None:
+    export(plan, tmp_path / "sa1b", "sa1b")
+    export(plan, tmp_path / "flat", "flat")
+    for row in read_rows(plan.output):
+        if row["status"] == "ok":
+            file = tmp_path / "sa1b" / row["image"]["file_name"].replace(".png", ".json")
+            wanted = {"image": row["image"], "annotations": row["annotations"], "categories": list(CATEGORIES)}
+            assert json.loads(file.read_text()) == wanted
+    (file,) = (tmp_path / "flat").glob("*.parquet")
+    flat = pq.read_table(file).sort_by("mask_id")
+    masks = sorted(masks_of(plan), key=lambda mask: mask["id"])
+    for name in ("label", "label_score"):
+        assert flat[name].to_pylist() == [mask[name] for mask in masks]
+
+
+def test_label_maps_of_classes(plan: Plan, tmp_path: Path) -> None:
+    export(plan, tmp_path / "maps", "label-map")
+    export(plan, tmp_path / "classes", "label-map", classes=True)
+    for row in read_rows(plan.output):
+        if row["status"] != "ok":
+            continue
+        stem = row["image"]["file_name"].removesuffix(".png")
+        masks = row["annotations"]
+        about = json.loads((tmp_path / "maps" / f"{stem}.json").read_text())
+        assert [mask["name"] for mask in about["masks"]] == [mask["label"] for mask in masks]
+        with Image.open(tmp_path / "classes" / f"{stem}.png") as image:
+            pixels = np.asarray(image)
+        legend = json.loads((tmp_path / "classes" / f"{stem}.json").read_text())["classes"]
+        wanted = np.zeros_like(pixels)
+        for mask in sorted(masks, key=lambda mask: -mask["area"]):  # the smallest is on top
+            wanted[decoded(mask)] = 4 if mask["label"] is None else CATEGORIES.index(mask["label"]) + 1
+        assert np.array_equal(pixels, wanted)
+        assert [entry["visible_area"] for entry in legend] == [(wanted == entry["label"]).sum() for entry in legend]
+        has_unnamed = None in [mask["label"] for mask in masks]
+        assert [entry["name"] for entry in legend] == [*CATEGORIES, *["unnamed object"] * has_unnamed]
+
+
+def test_classes_of_an_output_without_names_are_refused(tmp_path: Path) -> None:
+    plan = write_output(str(tmp_path), NAMES[:3])
+    with pytest.raises(ConfigError, match=r"has no names: leave out --classes"):
+        export(plan, tmp_path / "maps", "label-map", classes=True)
+    assert not (tmp_path / "maps").exists()
+
+
+@pytest.mark.parametrize("format", ["coco", "yolo"])
+def test_a_name_that_was_not_asked_for_is_not_exported(tmp_path: Path, format: str) -> None:
+    plan = fully_named(tmp_path, categories=("yes", "object"))
+    with pytest.raises(StorageError, match=r"has the name 'crème: brûlée', which is none of those asked for"):
+        export(plan, tmp_path / "dest", format)
+
+
+def test_an_export_begun_without_names_is_not_continued_with_them(plan: Plan, tmp_path: Path) -> None:
+    export(plan, tmp_path / "coco", "coco")
+    uri = str(tmp_path / "coco/_export/export.json")
+    recorded = json.loads(storage.read_bytes(uri))
+    del recorded["categories"]
+    Path(uri).write_text(json.dumps(recorded))
+    with pytest.raises(ConfigError, match=r"has a different export \(categories: None there, \['yes', 'object'"):
+        export(plan, tmp_path / "coco", "coco")
