@@ -197,13 +197,13 @@ def import_(
 
     SA-1B: one JSON file per image, or the published tars. COCO: instances JSON of any size, with compressed or plain
     RLE or polygons. All other commands then work on OUTPUT. Annotations get new ids, and areas and boxes are measured
-    again. Categories and iscrowd are dropped, because the SA-1B layout does not have them. To resume, run the same
-    command again.
+    again. The names of categories become `label`; iscrowd is dropped, because the SA-1B layout does not have it. To
+    resume, run the same command again.
 
     --corrects: OUTPUT gets the masks of LABELS with the manual corrections, and a column `corrections` that lists the
     changes. Give the same --confident and --stable as for the export. Masks are matched by the attribute samray_id,
-    else by their pixels (IoU of at least 0.5), and keep their ids; new masks get new ids. Images that SOURCE lacks stay
-    unchanged.
+    else by their pixels (IoU of at least 0.5), and keep their ids; new masks get new ids. A category of SOURCE replaces
+    the mask's name. Images that SOURCE lacks stay unchanged.
 
     Examples:
 

@@ -63,4 +63,9 @@ def means_unnamed(category: Mapping[str, Any]) -> bool:
     """Whether an element of COCO's `categories` is the class of masks without a name, as `coco` writes it."""
     name = category.get("name")
     # The supercategory tells it from a class that somebody called "object".
-    return category.get("supercategory") == UNNAMED and isinstance(name, str) and bool(_UNNAMED.fullmatch(name))
+    return category.get("supercategory") == UNNAMED and isinstance(name, str) and looks_unnamed(name)
+
+
+def looks_unnamed(name: str) -> bool:
+    """Whether the class of masks without a name may have this name. Annotation tools keep no more of a class."""
+    return _UNNAMED.fullmatch(name) is not None

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from samray import storage
 from samray.errors import ConfigError, ImageError
+from samray.imports.categories import Categories, NameOf
 from samray.imports.json_stream import JsonStream
 from samray.imports.places import names_of, outside_problem, printable
 from samray.imports.records import bbox_convention_of, image_hw, whole
@@ -48,6 +49,8 @@ class CocoImages:
     """COCO's id -> image index, for each file. A list of results uses the images of the other files."""
     samples: list[tuple[int, Any]] = field(default_factory=list)
     """The first annotations, each with its file index."""
+    categories: Categories = field(default_factory=Categories)
+    """Complete once `sorted_annotations` has read all files: COCO's own files end with their categories."""
 
 
 @dataclass
@@ -209,6 +212,8 @@ def sorted_annotations(
 ) -> Iterator[tuple[Shards, AnnotationCounts]]:
     """The annotations of each shard to do, after reading all of them; image indices as in `found.place_of`.
 
+    An annotation gets the name of its category as `label`: null for the class of masks without a name, none if its
+    category is not in the file. `found.categories` is then complete, unless there is nothing to do.
     ends: index after the last image of each shard. progress is called from time to time while sorting.
     Raises: ConfigError if they are not JSON, StorageError.
     """
@@ -218,23 +223,35 @@ def sorted_annotations(
     with ExitStack() as stack:
         boxes = _open_boxes(todo, stack)
         counts = _sort(source, found, ends, boxes, progress)
-        yield _shards(boxes, ends), counts
+        yield _shards(boxes, ends, found.categories), counts
 
 
-def _shards(boxes: list[tuple[BinaryIO, list[int]]], ends: list[int]) -> Shards:
+def _shards(boxes: list[tuple[BinaryIO, list[int]]], ends: list[int], categories: Categories) -> Shards:
+    names_of: dict[int, NameOf] = {}
     for box, shards in boxes:
         # One file at a time: memory holds the annotations of its shards only.
         by_place: dict[int, list[Any]] = {}
         with box:
             box.seek(0)
             for line in box:
-                number, _, text = line.partition(b"\t")
-                by_place.setdefault(int(number), []).append(json.loads(text))
+                number, file, text = line.split(b"\t", 2)
+                if int(file) not in names_of:
+                    names_of[int(file)] = categories.names_of(int(file))
+                annotation = _with_label(json.loads(text), names_of[int(file)])
+                by_place.setdefault(int(number), []).append(annotation)
         for shard in shards:
             first = ends[shard - 1] if shard else 0
             # Taken out, so that what was yielded need not stay in memory.
             own = {index: by_place.pop(index) for index in range(first, ends[shard]) if index in by_place}
             yield shard, first, own
+
+
+def _with_label(annotation: dict[str, Any], names: NameOf) -> dict[str, Any]:
+    category = _key(annotation.get("category_id"))
+    known = isinstance(category, int | str) and category in names
+    # A `label` of another tool is not the name of a category.
+    others = {key: value for key, value in annotation.items() if key != "label"}
+    return {**others, "label": names[category]} if known else others
 
 
 def _open_boxes(todo: list[int], stack: ExitStack) -> list[tuple[BinaryIO, list[int]]]:
@@ -262,8 +279,10 @@ def _sort(
     """Write the annotations into the files of their shards; those of shards that have no file are only counted."""
     counts = AnnotationCounts()
     box_of = {shard: box for box, shards in boxes for shard in shards}
-    for uri, places in zip(source.files["json"].to_pylist(), found.place_of, strict=True):
+    for file, (uri, places) in enumerate(zip(source.files["json"].to_pylist(), found.place_of, strict=True)):
         for number, (key, value) in enumerate(_items(uri)):
+            if key == "categories" and isinstance(value, dict) and (id := _key(value.get("id"))) is not None:
+                found.categories.add(file, id, value)
             if key not in _ANNOTATIONS:
                 continue
             index = _place_of(places, value)
@@ -275,7 +294,7 @@ def _sort(
             counts.num_with_mask += bool(value.get("segmentation"))
             box = box_of.get(bisect_right(ends, index))
             if box is not None:
-                box.write(b"%d\t%s\n" % (index, _dumped(value, uri)))
+                box.write(b"%d\t%d\t%s\n" % (index, file, _dumped(value, uri)))
             if number % 10_000 == 0:
                 progress()
     return counts

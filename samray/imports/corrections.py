@@ -2,7 +2,8 @@
 
 Tools assign new ids, so a mask is matched by the attribute `samray_id`, if the tool kept it, else by its pixels: the
 pair of masks with the largest IoU is the same mask, then the next pair, down to an IoU of `MATCH_IOU`. A mask with
-exactly the same pixels is unchanged and keeps its scores and everything else.
+exactly the same pixels and the same name is unchanged and keeps its scores and everything else. The name that the
+person gave wins.
 
 The id of a mask is never reused in an image: new masks get ids after all that the image ever had, which are those of
 its masks and of its `corrections`.
@@ -11,8 +12,8 @@ its masks and of its `corrections`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,9 @@ from samray.imports.records import counts_of, image_hw, measure
 from samray.output.schema import ANNOTATIONS_PER_IMAGE, ImageRecord
 from samray.rle.records import MaskRecord
 from samray.rle.runs import runs_of_image
+
+Name = dict[str, Any]
+"""`label` and `label_score` of a corrected mask; empty if the corrected file says nothing about its name."""
 
 MATCH_IOU: Final = 0.5
 """Minimum IoU to match a corrected mask with an original one."""
@@ -49,13 +53,15 @@ def corrected_record(
     stable: float | None,
     keep_rest: bool,
     bbox_convention: str,
+    categories: Collection[str] | None = None,
 ) -> tuple[ImageRecord, Counter[str]]:
     """The corrected row of an image, and the number of masks unchanged, changed, added, removed, left_out.
 
     row: of the output, not failed. image: width, height and annotations from the corrected file. confident, stable: as
     for the export; masks below were not exported. They are left out or, with keep_rest, kept unchanged. `dropped`
     counts annotations without pixels, such as plain boxes. An annotation that cannot be parsed makes the image a failed
-    row with a reason. Raises: StorageError if the output's masks are damaged.
+    row with a reason. categories: the names of the corrected output; None if it has none. Raises: StorageError if the
+    output's masks are damaged.
     """
     known = row["image"]
     hw = known["height"], known["width"]
@@ -65,14 +71,15 @@ def corrected_record(
                 "unreadable",
                 f"the corrected image is {image['width']}x{image['height']}, the labelled one {hw[1]}x{hw[0]}",
             )
-        drawn = [_drawn(i, raw, hw) for i, raw in enumerate(annotations)]
+        drawn = [(_drawn(i, raw, hw), _name(raw, categories)) for i, raw in enumerate(annotations)]
         # Without those that have no pixel, such as plain boxes.
-        theirs = [mask for mask in drawn if mask is not None]
+        theirs = [mask for mask, _ in drawn if mask is not None]
+        names = [name for mask, name in drawn if mask is not None]
         shown, rest = _parted(row, hw, confident, stable)
         edit = _Edit(row, hw, bbox_convention)
         edit.numbers["dropped"] = len(drawn) - len(theirs)
         edit.set_aside(rest, keep=keep_rest)
-        edit.apply(shown, theirs)
+        edit.apply(shown, theirs, names)
     except ImageError as error:
         failed = {"image_id": known["image_id"], "file_name": known["file_name"], "uri": row["uri"]}
         return ImageRecord(**failed, width=0, height=0, error=str(error)), Counter()
@@ -128,40 +135,50 @@ class _Edit:
             self.marks |= {mask["id"]: "left_out" for mask in masks}
             self.numbers["left_out"] = len(masks)
 
-    def apply(self, shown: Sequence[MaskRecord], theirs: Sequence[tuple[str, int | None]]) -> None:
-        """Compare what the person saw with what came back. theirs: as for `match_masks`. Raises: ImageError."""
+    def apply(
+        self, shown: Sequence[MaskRecord], theirs: Sequence[tuple[str, int | None]], names: Sequence[Name]
+    ) -> None:
+        """Compare what the person saw with what came back. theirs: as for `match_masks`; names: theirs. Raises:
+        ImageError."""
         same_as = match_masks(shown, theirs, self.hw)
         for index, mask in enumerate(shown):
             if index in same_as:
-                self._keep_or_change(mask, theirs[same_as[index]][0])
+                self._keep_or_change(mask, theirs[same_as[index]][0], names[same_as[index]])
             else:
                 self.numbers["removed"] += 1
                 self.marks[mask["id"]] = "removed"
         matched = set(same_as.values())
         for index, (counts, _) in enumerate(theirs):
             if index not in matched:
-                self._add(counts)
+                self._add(counts, names[index])
         # `_end_id` is the first id of the next image.
         if self._next_id > self._end_id:
             raise ImageError("unsupported", f"no mask id is left: an image has at most {ANNOTATIONS_PER_IMAGE}")
 
-    def _keep_or_change(self, mask: MaskRecord, counts: str) -> None:
-        if _same_pixels(counts, mask["segmentation"]["counts"], self.hw):
+    def _keep_or_change(self, mask: MaskRecord, counts: str, name: Name) -> None:
+        same_name = not name or name["label"] == mask.get("label")
+        same_pixels = _same_pixels(counts, mask["segmentation"]["counts"], self.hw)
+        if same_pixels and same_name:
             self.numbers["unchanged"] += 1
             self.kept[mask["id"]] = mask  # scores and all
             return
         self.numbers["changed"] += 1
-        drawn = _of_a_person(counts, self.hw, self.bbox_convention, mask["point_coords"], mask["crop_box"])
-        self.kept[mask["id"]] = {**mask, **drawn}
+        changed = mask
+        if not same_pixels:
+            drawn = _of_a_person(counts, self.hw, self.bbox_convention, mask["point_coords"], mask["crop_box"])
+            changed = {**changed, **drawn}
+        if not same_name:
+            changed = cast(MaskRecord, {**changed, **name})
+        self.kept[mask["id"]] = changed
         if self.marks.get(mask["id"]) != "added":  # a mask added manually stays so
             self.marks[mask["id"]] = "changed"
 
-    def _add(self, counts: str) -> None:
+    def _add(self, counts: str, name: Name) -> None:
         self.numbers["added"] += 1
         # A drawn mask has no point, and the whole image as its crop.
         whole = [0.0, 0.0, float(self.hw[1]), float(self.hw[0])]
         drawn = _of_a_person(counts, self.hw, self.bbox_convention, [], whole)
-        self.kept[self._next_id] = {"id": self._next_id, **drawn}
+        self.kept[self._next_id] = cast(MaskRecord, {"id": self._next_id, **drawn, **name})
         self.marks[self._next_id] = "added"
         self._next_id += 1
 
@@ -235,6 +252,15 @@ def _drawn(index: int, raw: Any, hw: tuple[int, int]) -> tuple[str, int | None] 
         return counts, own_id(raw.get("attributes"))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ImageError("unreadable", f"annotation {index} is not valid: {str(error)[:300]}") from error
+
+
+def _name(raw: Mapping[str, Any], categories: Collection[str] | None) -> Name:
+    """What an annotation says about its name. raw: with a `label` from `coco.sorted_annotations`."""
+    if categories is None or "label" not in raw:
+        return {}
+    # A name that the output does not have is the export's "object".
+    named = raw["label"] in categories
+    return {"label": raw["label"], "label_score": 1.0} if named else {"label": None, "label_score": None}
 
 
 def own_id(attributes: Any) -> int | None:

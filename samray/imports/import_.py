@@ -23,7 +23,7 @@ from samray.imports.records import failed, record_of
 from samray.imports.source import Source, open_source
 from samray.output.failures import failures_of_shards
 from samray.output.plan import Plan, load_plan, write_plan
-from samray.output.schema import ImageRecord, records_to_table
+from samray.output.schema import ImageRecord, categories_of, records_to_table
 from samray.output.shards import SUCCESS, commit_shard, done_shards, mark_success, read_metadata, shard_versions
 from samray.pipeline.preflight import check_fan_out
 from samray.pipeline.report import ImportReport, Labelled, ShardSummary
@@ -167,8 +167,10 @@ class _Job:
         source, root, allow_outside = self.source, self.root, self.allow_outside
         if self.in_coco is None:
             table, convention = sa1b.planned_images(source, root, allow_outside)
+            names = sa1b.categories_in(source)
         else:
             table, convention = coco.planned_images(source, self.in_coco, root, allow_outside)
+            names = self.in_coco.categories.names
         warning = ""
         num_missing, example = missing_images(table, root or source.folder, allow_outside)
         if num_missing:
@@ -179,8 +181,11 @@ class _Job:
             )
         settings = InputConfig().model_dump(mode="json")  # for readers that fetch the images
         full = {**identity, "input": settings, "masks": {"bbox_convention": convention}}
-        per_shard = identity["output"]["images_per_shard"]
-        plan = write_plan(self.output, table, per_shard, {"identity": full, "input": identity["input_uri"]})
+        run = {"identity": full, "input": identity["input_uri"]}
+        if names:
+            full["labels"] = {"categories": names}
+            run["categories"] = names
+        plan = write_plan(self.output, table, identity["output"]["images_per_shard"], run)
         return plan, warning
 
     def _refuse_if_all_was_dropped(self, plan: Plan, report: ImportReport, done: Iterable[int]) -> str:
@@ -242,15 +247,23 @@ def _import_shard(
     allow_outside: bool,
 ) -> tuple[ShardSummary, int]:
     shard, files = item
-    options: dict[str, Any] = {"images_root": images_root, "allow_outside": allow_outside}
+    # Of the plan, not of the source: an import that an older version began goes on without names.
+    names = _names_in(plan)
+    options: dict[str, Any] = {"images_root": images_root, "allow_outside": allow_outside, "categories": names}
     records, num_dropped = sa1b.read_records(files, plan.read_shard(shard), bbox_convention, **options)
     return _commit(plan, shard, records, num_dropped)
+
+
+def _names_in(plan: Plan) -> frozenset[str] | None:
+    names = categories_of(plan.run["identity"])
+    return None if names is None else frozenset(names)
 
 
 def _coco_records(
     plan: Plan, found: coco.CocoImages, annotations: coco.Shards, roots: list[str] | None, bbox_convention: str
 ) -> Iterator[tuple[int, list[ImageRecord], int]]:
     """(shard, its rows, number of annotations dropped). roots: folder that each image must be in; None allows any."""
+    names = _names_in(plan)
     for shard, first, by_place in annotations:
         records, num_dropped = [], 0
         for index, row in enumerate(plan.read_shard(shard).to_pylist(), start=first):
@@ -260,7 +273,7 @@ def _coco_records(
             if problem is not None:
                 records.append(failed(row, problem))
                 continue
-            record, dropped = record_of(row, found.images[index], by_place.get(index, []), bbox_convention)
+            record, dropped = record_of(row, found.images[index], by_place.get(index, []), bbox_convention, names)
             records.append(record)
             num_dropped += dropped
         yield shard, records, num_dropped

@@ -2,17 +2,17 @@
 
 Area and box are measured again from the mask, because sources round them, cut them or take them from polygons. An
 annotation's id becomes image_id * 65536 + index, as everywhere in samray. Missing values are filled in: a predicted IoU
-(or COCO's `score`) and stability of 1, no point, the whole image as crop box. Categories are dropped, because the SA-1B
-layout does not have them.
+(or COCO's `score`) and stability of 1, no point, the whole image as crop box. If the source has categories, a mask has
+the name of its own; the score of a name is `label_score`, else `score`, else 1.
 """
 
 from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -31,12 +31,17 @@ MAX_IMAGE_CHARS: Final = 2**25
 
 
 def record_of(
-    planned: Mapping[str, Any], image: Mapping[str, Any], annotations: Sequence[Any], bbox_convention: str
+    planned: Mapping[str, Any],
+    image: Mapping[str, Any],
+    annotations: Sequence[Any],
+    bbox_convention: str,
+    categories: Collection[str] | None = None,
 ) -> tuple[ImageRecord, int]:
     """A row of an output, and the number of annotations dropped because they have no pixels.
 
-    planned: the image's row in the manifest. image: width and height. An annotation that cannot be parsed makes the
-    image a failed row, with a reason that names the annotation.
+    planned: the image's row in the manifest. image: width and height. categories: the names of the output; None for an
+    output without. An annotation that cannot be parsed makes the image a failed row, with a reason that names the
+    annotation.
     """
     known = {name: planned[name] for name in ("image_id", "file_name", "uri")}
     try:
@@ -44,7 +49,7 @@ def record_of(
         kept: list[MaskRecord] = []
         num_chars = 0
         for i, raw in enumerate(annotations):
-            mask = _annotation(i, raw, (height, width), bbox_convention)
+            mask = _annotation(i, raw, (height, width), bbox_convention, categories)
             if mask is not None:
                 kept.append(mask)
                 num_chars += len(mask["segmentation"]["counts"])
@@ -85,7 +90,9 @@ def whole(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _annotation(index: int, raw: Any, hw: tuple[int, int], bbox_convention: str) -> MaskRecord | None:
+def _annotation(
+    index: int, raw: Any, hw: tuple[int, int], bbox_convention: str, categories: Collection[str] | None
+) -> MaskRecord | None:
     """As from `MaskGenerator`, without id; None if there is no pixel. Raises: ImageError."""
     try:
         counts = counts_of(raw.get("segmentation"), hw)
@@ -108,9 +115,24 @@ def _annotation(index: int, raw: Any, hw: tuple[int, int], bbox_convention: str)
         # Refused now, because verify would report such values later.
         for problem in check_numbers(mask, hw):
             raise ValueError(f"it {problem}")
-        return mask
+        return mask if categories is None else {**mask, **_name(raw, categories)}
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ImageError("unreadable", f"annotation {index} is not valid: {str(error)[:300]}") from error
+
+
+class _Name(TypedDict):
+    label: str | None
+    label_score: float | None
+
+
+def _name(raw: Mapping[str, Any], categories: Collection[str]) -> _Name:
+    """The name of an annotation and its score. Raises: ValueError if it is not one of the categories."""
+    label = raw.get("label")
+    if label is None:
+        return {"label": None, "label_score": None}
+    if label not in categories:
+        raise ValueError(f"it has the name {reprlib.repr(label)}, which is none of the categories")
+    return {"label": label, "label_score": _score(raw.get("label_score", raw.get("score")))}
 
 
 def _score(value: Any) -> float:

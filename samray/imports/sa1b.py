@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import posixpath
 import re
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -50,6 +51,20 @@ def planned_images(source: Source, images_root: str | None, allow_outside: bool)
         )
     fields = [field for field in MANIFEST_SCHEMA if field.name != "shard"]
     return pa.Table.from_pylist(rows, schema=pa.schema(fields)), _bbox_convention(files)
+
+
+def categories_in(source: Source) -> list[str]:
+    """The names that an export of a run that names lists in each of its files; taken from the first. Empty without.
+
+    Raises: StorageError.
+    """
+    try:
+        names = _whole_json(source.files.slice(0, 1).to_pylist()[0])["categories"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return []
+    # Lists of anything else belong to another tool.
+    sound = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+    return list(dict.fromkeys(map(printable, names))) if sound else []
 
 
 def _image_of(file: dict[str, Any]) -> dict[str, Any]:
@@ -127,10 +142,12 @@ def read_records(
     *,
     images_root: str | None,
     allow_outside: bool,
+    categories: Collection[str] | None,
 ) -> tuple[list[ImageRecord], int]:
     """The rows of a shard, and the number of annotations dropped because they have no pixels.
 
     files: rows of `JSON_FILES`. planned: the images' rows in the manifest. images_root: as for `planned_images`.
+    categories: as for `record_of`.
     Raises: StorageError.
     """
     # Small files are read in parallel, large ones one at a time below: that bounds the memory.
@@ -141,7 +158,7 @@ def read_records(
     num_dropped = 0
     for file, row, text in zip(files, planned.to_pylist(), texts, strict=True):
         problem = None if allow_outside else _problem(file, row, images_root)
-        record, dropped = _record(row, problem or text or _read_or_error(file), bbox_convention)
+        record, dropped = _record(row, problem or text or _read_or_error(file), bbox_convention, categories)
         records.append(record)
         num_dropped += dropped
     return records, num_dropped
@@ -156,7 +173,9 @@ def _read_or_error(file: dict[str, Any]) -> bytes | ImageError:
         return ImageError("unreadable", str(error))
 
 
-def _record(row: dict[str, Any], text: bytes | ImageError, bbox_convention: str) -> tuple[ImageRecord, int]:
+def _record(
+    row: dict[str, Any], text: bytes | ImageError, bbox_convention: str, categories: Collection[str] | None
+) -> tuple[ImageRecord, int]:
     if isinstance(text, ImageError):
         return failed(row, text), 0
     try:
@@ -165,4 +184,4 @@ def _record(row: dict[str, Any], text: bytes | ImageError, bbox_convention: str)
     except (ValueError, KeyError, TypeError) as error:
         why = f"{type(error).__name__}: {str(error)[:200]}"  # the repr of some errors contains their whole input
         return failed(row, ImageError("unreadable", f"its JSON is not in SA-1B format: {why}")), 0
-    return record_of(row, image, annotations, bbox_convention)
+    return record_of(row, image, annotations, bbox_convention, categories)
