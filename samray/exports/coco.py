@@ -28,9 +28,9 @@ from pydantic import Field
 from samray import __version__
 from samray.exports import review
 from samray.exports.base import IMAGES_PER_PIECE, ExportOptions, Format
-from samray.exports.classes import UNNAMED, Classes, classes_of
 from samray.exports.images import LabelledImage, images_of
 from samray.exports.pieces import LeftOut, read_fragments
+from samray.output.classes import UNNAMED, Classes, classes_of
 from samray.rle.polygons import join, outlines
 from samray.rle.runs import runs_of_image
 

@@ -21,9 +21,9 @@ from PIL import Image
 
 from samray.errors import ConfigError
 from samray.exports.base import ExportOptions, Format
-from samray.exports.classes import Classes, classes_of
 from samray.exports.images import LabelledImage, images_of
 from samray.exports.pieces import LeftOut
+from samray.output.classes import Classes, classes_of
 from samray.rle.runs import runs_of_image, spans
 
 if TYPE_CHECKING:

@@ -22,11 +22,11 @@ from pydantic import Field
 
 from samray.errors import ConfigError
 from samray.exports.base import ExportOptions, Format
-from samray.exports.classes import classes_of
 from samray.exports.images import LabelledImage, images_of
 from samray.exports.photos import photos_of
 from samray.exports.pieces import LeftOut, read_fragments
 from samray.output import file_names as names
+from samray.output.classes import classes_of
 from samray.output.file_names import extension_of
 from samray.rle.polygons import join, outlines, simplified
 from samray.rle.runs import runs_of_image

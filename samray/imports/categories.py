@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from samray.errors import ConfigError
-from samray.exports.classes import means_unnamed
 from samray.imports.places import printable
+from samray.output.classes import means_unnamed
 
 MAX_NAMES: Final = 65_534
 """The metadata of every shard list the names; and a label map of 16 bits has no more classes."""

@@ -22,6 +22,7 @@ from samray.errors import ConfigError, FileError, ImageError, StorageError
 from samray.inputs.decode import decode_image
 from samray.inputs.fetch import NO_CREDENTIALS, fetch_images
 from samray.inputs.rows import INPUT_SCHEMA
+from samray.output.classes import classes_of
 from samray.output.lookup import index_containers, index_images, read_row_group, read_shard_footer, read_uris
 from samray.output.plan import Plan, load_plan
 from samray.output.seals import seal_of
@@ -34,6 +35,11 @@ Target = dict[str, Any]
 _BOXES_ONLY: Final = ["image", "uri"] + [
     f"annotations.list.element.{name}" for name in ("bbox", "area", "predicted_iou", "stability_score")
 ]
+_NAMES: Final = [f"annotations.list.element.{name}" for name in ("label", "label_score")]
+
+BACKGROUND: Final = "__background__"
+"""Name of class 0, as in torchvision."""
+
 _MASK_KINDS: Final = ("bool", "rle", "boxes")
 _GROUPS_HELD: Final = 4
 _FOOTERS_HELD: Final = 32
@@ -46,11 +52,15 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
     image: (3, H, W) uint8, RGB, upright; None with images=False. target:
 
     - boxes: (N, 4) float32, x0 y0 x1 y1 in pixels, the right and lower side exclusive
-    - labels: (N,) int64, ones; iscrowd: (N,) int64, zeros; area: (N,) int64, pixels
+    - labels: (N,) int64, the mask's name is classes[label]; ones in an output without names
+    - iscrowd: (N,) int64, zeros; area: (N,) int64, pixels
     - masks: (N, H, W) bool with masks="bool"; segmentation: N COCO RLEs with masks="rle"; neither with masks="boxes",
       which does not even read the run-length strings
-    - predicted_iou, stability_score: (N,) float32
+    - predicted_iou, stability_score: (N,) float32; label_score, too, in an output with names: NaN without a name
     - image_id: int
+
+    classes: "__background__" (0, of no mask, as in torchvision), the run's names in order, and "object" for masks
+    without a name ("unnamed object" if "object" is one of the names).
 
     Contains the images with status `ok`, in plan order, without failed images and without shards that do not exist yet.
     N may be 0: keep_empty=False leaves out images without any mask, but the filters (min_predicted_iou, min_stability,
@@ -102,6 +112,8 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         self.max_masks = max_masks
         self.max_mask_bytes = max_mask_bytes
         self.image_root = image_root and (storage.normalize(image_root[0]), storage.normalize(image_root[1]))
+        self._classes = classes_of(plan)
+        self.classes = [BACKGROUND, *self._classes.all(with_unnamed=True)]
         self._index = index_images(plan, keep_empty=keep_empty)
         # 20 more bytes per image, needed only to read the images.
         self._containers = index_containers(plan, self._index) if images else None
@@ -178,7 +190,7 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
 
     def _read_group(self, shard: int, group: int) -> pa.Table:
         # Read the whole group for masks: the few unneeded bytes cost less than a second request.
-        columns = _BOXES_ONLY if self.masks == "boxes" else None
+        columns = _BOXES_ONLY + _NAMES * bool(self._classes.names) if self.masks == "boxes" else None
         size = int(self._index.sizes[shard])
         return read_row_group(shard_uri(self.output, shard), size, self._footer(shard)[0], group, columns)
 
@@ -201,13 +213,16 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         boxes[:, 2:] += boxes[:, :2] + self._box_extent
         target: Target = {
             "boxes": torch.from_numpy(boxes.astype(np.float32)),
-            "labels": torch.ones(len(keep), dtype=torch.int64),
+            "labels": self._labels(annotations)[keep],
             "image_id": record["image_id"],
             "area": torch.from_numpy(_numbers(annotations, "area")[keep].astype(np.int64)),
             "iscrowd": torch.zeros(len(keep), dtype=torch.int64),
             "predicted_iou": torch.from_numpy(_numbers(annotations, "predicted_iou")[keep].astype(np.float32)),
             "stability_score": torch.from_numpy(_numbers(annotations, "stability_score")[keep].astype(np.float32)),
         }
+        if self._classes.names:
+            scores = _numbers(annotations, "label_score")[keep].astype(np.float32)
+            target["label_score"] = torch.from_numpy(scores)
         if self.masks != "boxes":
             rles = annotations.field("segmentation").take(pa.array(keep)).to_pylist()
             hw = record["height"], record["width"]
@@ -220,6 +235,11 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
                 target["masks"] = self._decode(runs, record)
         return target
 
+    def _labels(self, annotations: pa.StructArray) -> Tensor:
+        """(N,) int64 class of each mask. Raises: StorageError for a name that the run did not ask for."""
+        names = annotations.field("label").to_pylist() if self._classes.names else []
+        return torch.tensor(self._classes.indices(names, len(annotations)), dtype=torch.int64) + 1
+
     def _check(self, annotations: pa.StructArray, record: dict[str, Any]) -> None:
         """Raises: StorageError if a field is empty or a box does not have four numbers: OUTPUT may be damaged."""
         needed = [
@@ -228,6 +248,8 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         ]
         if any(column.null_count for column in needed) or None in record.values():
             raise StorageError(_damaged(record, "an empty field"))
+        if self._classes.names and not {"label", "label_score"} <= set(_names(annotations)):
+            raise StorageError(_damaged(record, "masks without the field of their names"))
         boxes = annotations.field("bbox")
         if boxes.flatten().null_count or any(length != 4 for length in boxes.value_lengths().to_pylist()):
             raise StorageError(_damaged(record, "a box that is not four numbers"))

@@ -23,6 +23,8 @@ from samray.output.append import join_images
 from samray.output.plan import Plan, make_plan
 from samray.output.schema import ImageRecord, records_to_table
 from samray.output.verify import verify
+from tests.support.handmade import annotation as mask_of
+from tests.support.handmade import blob, write_output
 from tests.support.labelled import BLACK, BROKEN, image_bytes, label_missing, make_input, make_output
 
 IDS = [i for i in range(10) if i != BROKEN]
@@ -411,3 +413,36 @@ def test_a_pickled_dataset_is_the_same(plan: Plan) -> None:
     for (image, target), (other_image, other) in zip(dataset, again, strict=True):
         assert torch.equal(image, other_image)
         assert torch.equal(target["masks"], other["masks"])
+
+
+def test_labels_are_the_names_of_the_run(tmp_path: Path) -> None:
+    names = ("dog", "cat")
+    marks: list[tuple[str | None, float | None]] = [("cat", 0.5), (None, None), ("dog", 0.25)]
+
+    def masks(place: int) -> list[dict[str, Any]]:
+        found = [mask_of(blob(place + i)) for i in range(3 * (place != 1))]
+        return [{**m, "label": n, "label_score": s} for m, (n, s) in zip(found, marks, strict=False)]
+
+    plan = write_output(str(tmp_path), ["a.png", "b.png"], masks=masks, categories=names)
+    for kind in ("bool", "rle", "boxes"):
+        dataset = pickle.loads(pickle.dumps(MaskDataset(plan.output, images=False, masks=kind)))
+        assert dataset.classes == ["__background__", "dog", "cat", "object"]
+        target, empty = dataset.target(0), dataset.target(1)
+        assert [dataset.classes[label] for label in target["labels"]] == ["cat", "object", "dog"]
+        assert target["label_score"].tolist() == pytest.approx([0.5, float("nan"), 0.25], nan_ok=True)
+        assert (empty["labels"].dtype, empty["labels"].shape) == (torch.int64, (0,))
+    one = MaskDataset(plan.output, images=False, max_masks=1).target(0)
+    assert len(one["labels"]) == len(one["label_score"]) == 1
+
+
+def test_an_output_without_names_has_one_class(plan: Plan) -> None:
+    dataset = MaskDataset(plan.output)
+    assert dataset.classes == ["__background__", "object"]
+    assert "label_score" not in dataset.target(0)
+
+
+def test_a_label_that_the_run_did_not_ask_for_is_damage(tmp_path: Path) -> None:
+    mask = {**mask_of(blob(0)), "label": "wolf", "label_score": 0.5}
+    plan = write_output(str(tmp_path), ["a.png"], masks=lambda _: [mask], categories=("dog",))
+    with pytest.raises(StorageError, match="has the name 'wolf', which is none of those asked for"):
+        MaskDataset(plan.output).target(0)

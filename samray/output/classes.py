@@ -1,4 +1,4 @@
-"""The classes of an export: the names that the run asked for, then one more class for masks without a name.
+"""The classes of an output: the names that the run asked for, then one more class for masks without a name.
 
 An output without names has that class alone. It is called "object", as in exports of class-agnostic masks elsewhere.
 """
