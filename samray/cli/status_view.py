@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Final
 
 from rich.console import Console
 from rich.live import Live
@@ -15,6 +17,10 @@ from rich.text import Text
 
 from samray.output.status import Footers, Status, run_status
 from samray.text import cost_in_words, count, duration, two_columns
+
+MAX_NAMES: Final = 20
+"""Names that are listed; the masks of others are added up."""
+_NAME_CHARS: Final = 40
 
 COLOURS = {"finished": "green", "running": "cyan", "not begun": "yellow", "unmarked": "yellow", "stalled": "red"}
 
@@ -79,6 +85,8 @@ def rows(status: Status) -> list[tuple[str, str]]:
     labelled = max(done - status.num_failed, 1)
     if status.num_shards_read:
         lines.append(("masks", f"{about}{status.num_masks:,}, {status.num_masks / labelled:.1f} per image"))
+        if status.labels is not None:
+            lines.append(("names", about + _names(status.labels, status.num_masks)))
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in status.failures.items())
         lines.append(("failed images", f"{about}{status.num_failed:,}: {reasons}" if status.num_failed else "none"))
     if status.images_per_s is not None:
@@ -135,6 +143,20 @@ def table(status: Status) -> Table:
 def ago(seconds: float | None) -> str:
     """`12.3 s ago`, `at an unknown time`."""
     return "at an unknown time" if seconds is None else f"{duration(seconds)} ago"
+
+
+def _names(labels: Mapping[str, int], num_masks: int) -> str:
+    """Masks per name, most frequent first, and those without a name."""
+    # A stable sort: names of equal frequency stay in the run's order.
+    most = sorted(labels.items(), key=lambda item: -item[1])
+    # Imported names are other people's text: no control characters reach the terminal.
+    shown = [("".join(c if c.isprintable() else "?" for c in name[:_NAME_CHARS]), n) for name, n in most[:MAX_NAMES]]
+    parts = [f"{number:,} {name}" for name, number in shown]
+    if len(most) > MAX_NAMES:
+        rest = most[MAX_NAMES:]
+        parts.append(f"{sum(number for _, number in rest):,} of {count(len(rest), 'other name')}")
+    num_unnamed = num_masks - sum(labels.values())
+    return ", ".join([*parts, *[f"{num_unnamed:,} without a name"] * (num_unnamed > 0)])
 
 
 def _percent(part: int, whole: int) -> str:

@@ -11,7 +11,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Final, TypeVar
 
@@ -64,6 +64,8 @@ class Footer:
     """Reason -> number of failed images."""
     stats: Mapping[str, Any]
     """How the shard was made, as in `samray.pipeline.report.ShardSummary`; empty if it was not recorded."""
+    labels: Mapping[str | None, int] = field(default_factory=dict)
+    """Name -> number of masks, None for those without; empty if not asked for, or in an output without names."""
 
     @property
     def num_images(self) -> int:
@@ -74,19 +76,22 @@ class Footer:
         return sum(self.failures.values())
 
 
-def read_footers(output: str, shards: Iterable[int]) -> list[Footer]:
-    """Read the footers of these finished shards, or of a sample of MAX_FOOTERS. Raises: StorageError."""
+def read_footers(output: str, shards: Iterable[int], *, labels: bool = False) -> list[Footer]:
+    """Read the footers of these finished shards, or of a sample of MAX_FOOTERS. Raises: StorageError.
+
+    labels: also count the masks of each name, from the column of names, which takes one more request per shard.
+    """
     chosen = spread(sorted(shards), MAX_FOOTERS)
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-        return list(pool.map(lambda shard: _footer(output, shard), chosen))
+        return list(pool.map(lambda shard: _footer(output, shard, labels), chosen))
 
 
-def _footer(output: str, shard: int) -> Footer:
+def _footer(output: str, shard: int, labels: bool) -> Footer:
     with open_shard(output, shard) as file:
-        return _footer_of(shard, file)
+        return _footer_of(shard, file, labels)
 
 
-def _footer_of(shard: int, file: pq.ParquetFile) -> Footer:
+def _footer_of(shard: int, file: pq.ParquetFile, labels: bool) -> Footer:
     metadata = file.metadata
     status = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == "status")
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
@@ -104,7 +109,20 @@ def _footer_of(shard: int, file: pq.ParquetFile) -> Footer:
         num_masks,
         failures,
         stats,
+        _count_labels(file) if labels else {},
     )
+
+
+def _count_labels(file: pq.ParquetFile) -> Counter[str | None]:
+    """Number of masks by name; None for those without. Of a file without names nothing."""
+    counts: Counter[str | None] = Counter()
+    annotation = file.schema_arrow.field("annotations").type.value_type
+    if annotation.get_field_index("label") < 0:
+        return counts
+    for batch in file.iter_batches(SAMPLE_IMAGES, columns=["annotations.list.element.label"]):
+        labels = batch["annotations"].flatten().field("label")
+        counts.update({pair["values"]: pair["counts"] for pair in labels.value_counts().to_pylist()})
+    return counts
 
 
 def _count_rows(file: pq.ParquetFile) -> tuple[int, Counter[str]]:

@@ -17,7 +17,7 @@ from samray.output import manifests as generations
 from samray.output.pace import pace_of
 from samray.output.plan import Plan, load_plan
 from samray.output.sample import Footer, read_footers
-from samray.output.schema import STATS_SECONDS
+from samray.output.schema import STATS_SECONDS, categories_of
 from samray.output.shards import FOLDER, read_success, shard_number
 
 MAX_FOOTERS: Final = 200
@@ -59,6 +59,9 @@ class Status:
     num_masks: int = 0
     failures: dict[str, int] = field(default_factory=dict)
     """Reason -> number of images."""
+    labels: dict[str, int] | None = None
+    """Name -> number of masks, for each name that the run asked for, in order; None for a run without names. The rest
+    of num_masks has no name."""
     device_seconds: float = 0.0
     held_seconds: float = 0.0
     gpu_seconds: float = 0.0
@@ -193,7 +196,9 @@ def _from_footers(plan: Plan, done: Mapping[int, float | None], num_done: int, c
     # The first ones, if no finished shard is a multiple of `step`.
     sample = [shard for shard in done if shard % step == 0][:MAX_FOOTERS] or sorted(done)[:MAX_FOOTERS]
     unread = [shard for shard in sample if (shard, done[shard]) not in cache]
-    cache.update({(footer.shard, done[footer.shard]): footer for footer in read_footers(plan.output, unread)})
+    names = categories_of(plan.run["identity"])
+    read = read_footers(plan.output, unread, labels=names is not None)
+    cache.update({(footer.shard, done[footer.shard]): footer for footer in read})
     footers = [cache[shard, done[shard]] for shard in sample]
     scale = num_done / max(sum(footer.num_images for footer in footers), 1)
     failures: Counter[str] = Counter()
@@ -202,6 +207,9 @@ def _from_footers(plan: Plan, done: Mapping[int, float | None], num_done: int, c
     return {
         "num_shards_read": len(footers),
         "num_masks": round(sum(footer.num_masks for footer in footers) * scale),
+        "labels": None
+        if names is None
+        else {name: round(sum(f.labels.get(name, 0) for f in footers) * scale) for name in names},
         "failures": {reason: round(number * scale) for reason, number in failures.most_common()},
         **{key: sum(footer.stats.get(key, 0.0) for footer in footers) * scale for key in STATS_SECONDS},
     }

@@ -24,6 +24,7 @@ from samray.output.manifests import Generation, create_generation
 from samray.output.plan import Plan, make_plan
 from samray.output.schema import ImageRecord, records_to_table
 from samray.output.status import Footers, Status, run_status
+from tests.support.handmade import annotation, blob, write_output
 
 PER_SHARD = 2
 
@@ -340,3 +341,31 @@ def test_never_100_percent_before_the_end(disk_plan: Plan) -> None:
     seen = dataclasses.replace(run_status(disk_plan.output), num_images=1_000_000, num_images_done=999_999)
     assert isinstance(seen, Status)
     assert "(99.9%)" in line(seen)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_masks_are_counted_by_name(tmp_path: Path) -> None:
+    labels: list[str | None] = ["cat", "cat", "dog", None]
+
+    def masks(place: int) -> list[dict[str, Any]]:
+        found = [annotation(blob(place)) for _ in labels[place:]]
+        scores = [None if label is None else 0.5 for label in labels[place:]]
+        return [{**m, "label": n, "label_score": s} for m, n, s in zip(found, labels[place:], scores, strict=True)]
+
+    names = ("dog", "cat", "fox\x1b[2J")
+    plan = write_output(str(tmp_path), [f"{i}.png" for i in range(4)], masks=masks, categories=names)
+    seen = run_status(plan.output)
+    assert seen.labels == {"dog": 3, "cat": 3, "fox\x1b[2J": 0}
+    assert seen.num_masks == 10
+    assert dict(status_view.rows(seen))["names"] == "3 dog, 3 cat, 0 fox?[2J, 4 without a name"
+    many = dataclasses.replace(seen, labels={str(i): 100 - i for i in range(25)}, num_masks=2200)
+    assert dict(status_view.rows(many))["names"].endswith("81 19, 390 of 5 other names")
+
+
+def test_an_output_without_names_has_no_counts_of_names(disk_plan: Plan) -> None:
+    commit(disk_plan, 0)
+    seen = run_status(disk_plan.output)
+    assert seen.labels is None
+    assert "names" not in dict(status_view.rows(seen))
