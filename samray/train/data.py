@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from samray import storage
+from samray.config.base import did_you_mean
 from samray.errors import ConfigError
 from samray.output.shards import FOLDER
 from samray.train.cutouts import CutoutSource
@@ -58,7 +59,16 @@ def open_masks(data: Sequence[str], settings: TrainSettings) -> Mixture:
     if config.image_root is not None and not any(isinstance(part, MaskExamples) and part.is_moved for part in parts):
         old = storage.redact(config.image_root[0])
         raise ConfigError(f"data.image_root: no image of the DATA is below {old}")
+    _refuse_unknown_labels(parts, config.labels or ())
     return Mixture(parts, config.shares, seed)
+
+
+def _refuse_unknown_labels(parts: Sequence[Examples], labels: Sequence[str]) -> None:
+    """Raises: ConfigError for the first name that no DATA has."""
+    known = [name for part in parts if isinstance(part, MaskExamples) for name in part.dataset.classes[1:]]
+    for label in labels:
+        if label not in known:
+            raise ConfigError(f"data.labels: no DATA has the name {label!r}{did_you_mean(label, known)}")
 
 
 def check_names(data: Sequence[str], what: str) -> None:

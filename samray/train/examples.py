@@ -10,7 +10,7 @@ decoder's low-res logits.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -25,6 +25,7 @@ from samray.output.mask_dataset import MaskDataset
 from samray.rle.runs import checked_runs, pixels
 from samray.scenes.paint import Source
 from samray.scenes.scene import Bool, Scene, make_scene
+from samray.text import first_few
 from samray.train.augment import View, draw_view, jitter_colour, whole_view
 from samray.train.clicks import first_prompts
 from samray.train.settings import DataConfig
@@ -159,6 +160,7 @@ class MaskExamples:
             keep_empty=False,
             image_root=config.image_root,
         )
+        self.chosen = None if config.labels is None else self._classes_of(config.labels)
         uris = self.dataset.uris()
         self.is_moved = config.image_root is not None and _are_below(config.image_root[0], uris)
         # With several DATA, image_root may be meant for another one.
@@ -171,6 +173,17 @@ class MaskExamples:
             raise ConfigError(f"all {len(is_held_out)} images of {where} are held out; lower data.validation_fraction")
         # Two, because around the end of an epoch draws come from both.
         self._order = lru_cache(2)(self._draw_order)
+
+    def _classes_of(self, labels: Sequence[str]) -> list[int]:
+        """Raises: ConfigError if the output has none of these names."""
+        names = self.dataset.classes
+        chosen = [index for index, name in enumerate(names) if index > 0 and name in labels]
+        if not chosen:
+            raise ConfigError(
+                f"data.labels: {storage.redact(self.dataset.output)} has none of these names; its names are "
+                f"{first_few(names[1:], 20)}"
+            )
+        return chosen
 
     @property
     def num_images(self) -> int:
@@ -200,6 +213,7 @@ class MaskExamples:
         raise ConfigError(
             f"none of the {len(self.train)} images of {where} has a mask to train on: lower data.min_area"
             f" ({config.min_area}) or data.min_predicted_iou ({config.min_predicted_iou})"
+            f"{'' if config.labels is None else ', or add names to data.labels'}"
         )
 
     def _try(self, index: int, frame: Frame, rng: np.random.Generator) -> Arrays | None:
@@ -230,13 +244,16 @@ class MaskExamples:
     def _masks(self, index: int) -> tuple[list[dict[str, Any]], npt.NDArray[np.float64]] | None:
         """An image's masks and their sampling weights; None if there are none."""
         target = self.dataset.target(index)
-        if not target["segmentation"]:
+        rles = target["segmentation"]
+        # Positions of the masks to use; without data.labels all of them.
+        kept = np.arange(len(rles)) if self.chosen is None else np.flatnonzero(np.isin(target["labels"], self.chosen))
+        if len(kept) == 0:
             return None
         # (N,): by area, if data.area_power is above 0; masks with low scores less often, if asked for.
         weights = target["area"].numpy().astype(np.float64) ** self.config.area_power
         if self.config.weigh_by_score:
             weights *= (target["predicted_iou"] * target["stability_score"]).numpy()
-        return target["segmentation"], weights
+        return [rles[i] for i in kept], weights[kept]
 
     def _draw_masks(
         self, rles: list[dict[str, Any]], weights: npt.NDArray[np.float64], view: View, rng: np.random.Generator

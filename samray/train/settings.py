@@ -51,6 +51,8 @@ class DataConfig(Settings):
     """Sample masks in proportion to predicted_iou x stability_score; for labels that nobody has checked."""
     min_predicted_iou: float | None = Field(default=None, ge=0, le=1)
     """Use only masks with at least this predicted_iou; null uses all."""
+    labels: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Use only masks with these names, such as [dog,cat] ("object": those without a name); null uses all."""
     image_root: tuple[str, str] | None = None
     """Old and new start of the images' URIs, for images that moved: [s3://old,/data/new]."""
     sources: tuple[str, ...] = ()
@@ -65,6 +67,11 @@ class DataConfig(Settings):
         if not isinstance(value, list):
             return value
         return tuple(float(item) if isinstance(item, int) else item for item in value)
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _one_name_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _fields_agree(self) -> DataConfig:
@@ -241,6 +248,9 @@ class TrainSettings(Settings):
         plain = self.model_dump(mode="json")
         for name in ("cache", "image_root"):
             del plain["data"][name]
+        # The identity of a run that uses all masks is what it was before names existed.
+        if self.data.labels is None:
+            del plain["data"]["labels"]
         for name in ("save_every_minutes", "distill_checkpoint", "encoder_checkpoint"):
             del plain["train"][name]
         return {

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pycocotools import mask as coco_mask
 
 from samray import storage
 from samray.errors import ConfigError
@@ -16,7 +17,7 @@ from samray.train.data import blocks, open_data, output_of
 from samray.train.examples import Frame, MaskExamples, SceneExamples, area_downsample, held_out
 from samray.train.mixture import CYCLE, Mixture
 from samray.train.settings import DataConfig
-from tests.support.handmade import annotation
+from tests.support.handmade import HEIGHT, WIDTH, annotation, write_output
 from tests.support.micro import FRAME, settings_of
 from tests.support.scene_outputs import paint, write_scenes
 
@@ -141,6 +142,52 @@ class _OneImage:
 
     def target(self, index: int) -> dict[str, Any]:
         return self.target_of_all
+
+
+def named_output(root: Path) -> str:
+    """Five images: a dog at the left, a cat at the right, and below them a mask without a name; the last has no dog."""
+    masks = np.zeros((3, HEIGHT, WIDTH), bool)
+    masks[0, :10, :10] = masks[1, :10, 18:28] = masks[2, 14:24] = True
+    marks = [("dog", 0.5), ("cat", 0.5), (None, None)]
+
+    def masks_of(place: int) -> list[dict[str, Any]]:
+        named = zip(masks, marks, strict=True)
+        found = [{**annotation(mask), "label": name, "label_score": score} for mask, (name, score) in named]
+        return found[place == 4 :]
+
+    return write_output(str(root), [f"{i}.png" for i in range(5)], masks=masks_of, categories=("cat", "dog")).output
+
+
+@pytest.mark.parametrize(
+    ("names", "areas"), [(["dog"], [100]), (["object", "dog"], [100, 310]), (None, [100, 100, 310])]
+)
+def test_only_masks_with_the_chosen_names_are_used(tmp_path: Path, names: list[str] | None, areas: list[int]):
+    settings = settings_of("data.validation_fraction=0", *([] if names is None else [f"data.labels={names}"]))
+    examples = MaskExamples(named_output(tmp_path), settings.data, seed=0)
+    for index in range(5):
+        wanted = areas[index == 4 :]  # the last image has no dog
+        found = examples._masks(index)
+        assert (found is None) == (wanted == [])
+        if found is not None:
+            rles, weights = found
+            assert [int(coco_mask.area(rle)) for rle in rles] == wanted
+            assert len(weights) == len(wanted)
+    assert all(examples.example(draw, FRAME)["targets"].any() for draw in range(5))
+
+
+def test_names_that_data_lack_are_errors(tmp_path: Path, labels: str):
+    output = named_output(tmp_path)
+    with pytest.raises(ConfigError, match=r"data.labels: .* has none of these names; its names are cat, dog, object$"):
+        MaskExamples(output, DataConfig(labels=("fox",)), seed=0)
+    with pytest.raises(ConfigError, match="has none of these names; its names are object"):
+        MaskExamples(labels, DataConfig(labels=("dog",)), seed=0)
+    with pytest.raises(ConfigError, match=r"no DATA has the name 'dogs'; did you mean dog\?"):
+        open_data([output], settings_of("data.labels=[cat,dogs]"))
+
+
+def test_without_names_the_identity_is_as_before_there_were_any():
+    assert "labels" not in settings_of().identity()["data"]
+    assert settings_of("data.labels=dog").identity()["data"]["labels"] == ["dog"]
 
 
 def test_an_epoch_has_each_image_once_and_the_next_another_order(labels: str):
