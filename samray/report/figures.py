@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ Values = npt.NDArray[Any]
 
 MAX_BARS = 40
 MAX_CELLS = 32
+MAX_LABELS = 4
+"""Bars with names below them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,20 @@ def histogram(
     ticks = [(100 * (position + shift) / num, show(low + position * width)) for position in at]
     line = None if marker is None else (100 * (marker - low) / (num * width), show(marker))
     return Chart(title, note, bars, ticks, line)
+
+
+def bar_chart(title: str, note: str, counts: Sequence[tuple[str, int]]) -> Chart:
+    """A bar for each name, in this order; those after MAX_BARS share the last one. counts: of names, above 0."""
+    shown = list(counts[:MAX_BARS])
+    if len(counts) > MAX_BARS:
+        rest = counts[MAX_BARS - 1 :]
+        shown[-1] = (f"{len(rest):,} other names", sum(number for _, number in rest))
+    most = max((number for _, number in shown), default=1)
+    width = 100 / max(len(shown), 1)
+    bars = [Bar(width * i, width, 40 * number / most, f"{name}: {number:,}") for i, (name, number) in enumerate(shown)]
+    # Labels of many bars would overlap; the tip of a bar has its name.
+    ticks = [(width * (i + 0.5), name[:12]) for i, (name, _) in enumerate(shown)] if len(shown) <= MAX_LABELS else []
+    return Chart(title, note, bars, ticks)
 
 
 def _round_width(least: float) -> float:

@@ -29,6 +29,7 @@ from samray.inputs.decode_apart import decode_apart
 from samray.inputs.listing import fetch_images
 from samray.output import sample
 from samray.output.plan import Plan, load_plan
+from samray.output.schema import categories_of
 from samray.output.shards import done_shards
 from samray.report.overlays import Overlay, jpeg_uri, make_overlay
 from samray.report.page import Counts, Figure, Numbers, render
@@ -59,7 +60,9 @@ def write_report(output: str, out: str | None = None, *, num_images: int = 24, a
     footers = sample.read_footers(plan.output, done)
     counts = _count(plan, done, footers)
     examples = sample.examples_by_reason(plan.output, footers, EXAMPLES_PER_REASON)
-    drawn = list(sample.read_groups(plan.output, sample.draw_groups(footers), sample.NUMBERS))
+    has_names = categories_of(plan.run["identity"]) is not None
+    columns = (*sample.NUMBERS, "annotations.list.element.label") if has_names else sample.NUMBERS
+    drawn = list(sample.read_groups(plan.output, sample.draw_groups(footers), columns))
     numbers = _numbers([table for _, table in drawn])
     overlays = _overlays(plan, _choose(drawn, num_images), num_images)
     page = render(plan, len(done), counts, numbers, overlays, examples, agreement)
@@ -120,7 +123,16 @@ def _numbers(tables: Iterable[pa.Table]) -> Numbers:
         stability_score=_finite(flat.field("stability_score")),
         log_area=np.log10(np.maximum(area, 1e-9)),
         points=_points(flat.field("point_coords"), np.stack([width, height], 1)),
+        labels=_labels(flat),
     )
+
+
+def _labels(masks: pa.StructArray) -> Counter[str | None] | None:
+    """Name -> number of masks; None for an output without names."""
+    if masks.type.get_field_index("label") < 0:
+        return None
+    counts = masks.field("label").value_counts().to_pylist()
+    return Counter({pair["values"]: pair["counts"] for pair in counts})
 
 
 def _points(coords: pa.ListArray, size_wh: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -39,7 +39,7 @@ class Overlay:
     """Number of masks of the image; fewer may be shown."""
     masks: list[dict[str, Any]] = field(default_factory=list)
     """Largest first: id (a string, because it may exceed JavaScript's integers), area, iou, stability, point,
-    counts."""
+    counts; of a run that names also label and label_score."""
     photo: str | None = None
     """A data: URI; None if the image cannot be read any more."""
     problem: str = ""
@@ -80,9 +80,16 @@ def make_overlay(row: Mapping[str, Any], side: int) -> Overlay:
                 "stability": _finite(annotation["stability_score"]),
                 "point": (annotation["point_coords"] or [None])[0],
                 "counts": counts,
+                **_name(annotation),
             }
         )
     return overlay
+
+
+def _name(annotation: Mapping[str, Any]) -> dict[str, Any]:
+    if "label" not in annotation:
+        return {}
+    return {"label": annotation["label"], "label_score": _finite(annotation["label_score"])}
 
 
 def _finite(value: float | None) -> float | None:

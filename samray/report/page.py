@@ -19,7 +19,7 @@ from samray import storage
 from samray.config import SECTIONS, Sections, setting_rows
 from samray.config.base import as_typed
 from samray.output.plan import Plan
-from samray.report.figures import Chart, HeatMap, heat_map, histogram
+from samray.report.figures import Chart, HeatMap, bar_chart, heat_map, histogram
 from samray.report.overlays import Overlay
 
 STAGE_WORDS: Final = {
@@ -61,6 +61,8 @@ class Numbers:
     """log10 of the mask's fraction of its image."""
     points: npt.NDArray[np.float64]
     """(N, 2) points of the masks, x and y as fractions of the image's width and height."""
+    labels: Counter[str | None] | None = None
+    """Name -> number of masks, None for those without a name; None for an output without names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,7 @@ def render(
         agreement=agreement,
         overlays=overlays,
         data=[_data(overlay) for overlay in overlays],
+        names=_names(overlays),
         num_shown=sum(len(overlay.masks) for overlay in overlays),
         charts=_charts(numbers, masks),
         points=_heat(numbers, masks),
@@ -185,13 +188,31 @@ def _charts(numbers: Numbers, masks: Mapping[str, Any]) -> list[Chart]:
     def note(values: npt.NDArray[Any], show: str) -> str:
         return f"median {np.median(values):{show}}, mean {values.mean():{show}}" if len(values) else ""
 
+    names = [] if numbers.labels is None else [_chart_of_names(numbers.labels)]
     area_note = f"fraction of the image, logarithmic; median {_part(float(np.median(area)))}" if len(area) else ""
     return [
         histogram("Masks per image", note(per_image, ".0f"), per_image, show="{:.0f}".format, whole_numbers=True),
         histogram("Relative area", area_note, area, show=_part),
         histogram("Predicted IoU", note(iou, ".3f"), iou, marker=masks.get("pred_iou_thresh")),
         histogram("Stability score", note(stability, ".3f"), stability, marker=masks.get("stability_score_thresh")),
+        *names,
     ]
+
+
+def _chart_of_names(labels: Counter[str | None]) -> Chart:
+    named = [(name, number) for name, number in labels.most_common() if name is not None]
+    unnamed = f"{labels[None]:,} masks without a name" if labels[None] else ""
+    most = f"{len(named):,} names, the most frequent is {named[0][0][:40]}" if named else "no mask has a name"
+    return bar_chart("Masks per name", "; ".join(filter(None, (most, unnamed))), named)
+
+
+def _names(overlays: Sequence[Overlay]) -> list[str | None] | None:
+    """The names of the masks in the gallery, sorted, then None if a mask has none; None for an output without names."""
+    masks = [mask for overlay in overlays for mask in overlay.masks]
+    if not any("label" in mask for mask in masks):
+        return None
+    found = {mask["label"] for mask in masks}
+    return [*sorted(name for name in found if name is not None), *([None] if None in found else [])]
 
 
 def _heat(numbers: Numbers, masks: Mapping[str, Any]) -> HeatMap | None:

@@ -52,6 +52,15 @@ def nested_masks(place: int) -> list[dict[str, Any]]:
     ]
 
 
+NAMES = ("whole", "part")
+
+
+def named_masks(place: int) -> list[dict[str, Any]]:
+    """As `nested_masks`; the third mask has no name."""
+    names = [("part", 0.5), ("whole", 0.25), (None, None)]
+    return [{**m, "label": n, "label_score": s} for m, (n, s) in zip(nested_masks(place), names, strict=True)]
+
+
 def write_output(
     root: str,
     num_images: int = 6,
@@ -61,10 +70,12 @@ def write_output(
     missing_shards: tuple[int, ...] = (),
     name: Callable[[int], str] = "photo {}.png".format,
     with_stats: bool = True,
+    categories: tuple[str, ...] = (),
 ) -> Plan:
     """An output of IMAGES_PER_SHARD images a shard below root/out, of images below root/in, on any storage.
 
     errors: place -> `error` column. with_stats: leave counts in the footers, as a run does and an import does not.
+    categories: of a run that names.
     """
     for i in range(num_images):
         data = io.BytesIO()
@@ -72,7 +83,8 @@ def write_output(
         storage.put(storage.join(root, "in", name(i)), data.getvalue())
     overrides = [f"output.images_per_shard={IMAGES_PER_SHARD}", "masks.points_per_side=8"]
     config = load_config("default", overrides=overrides)
-    plan = make_plan(storage.join(root, "in"), storage.join(root, "out"), config, config.identity())
+    identity = {**config.identity(), **({"labels": {"categories": list(categories)}} if categories else {})}
+    plan = make_plan(storage.join(root, "in"), storage.join(root, "out"), config, identity)
     for shard in set(range(plan.num_shards)) - set(missing_shards):
         records = []
         for place, row in enumerate(plan.read_shard(shard).to_pylist(), start=IMAGES_PER_SHARD * shard):

@@ -19,11 +19,20 @@ from samray.errors import ConfigError, StorageError
 from samray.output import sample
 from samray.output.plan import Plan
 from samray.output.shards import shard_uri
-from samray.report.figures import heat_map, histogram
+from samray.report.figures import bar_chart, heat_map, histogram
 from samray.report.output import open_page, write_report
 from samray.report.overlays import scaled_counts
 from samray.rle.runs import run_lengths
-from tests.support.report_outputs import HEIGHT, WIDTH, annotation, block, nested_masks, write_output
+from tests.support.report_outputs import (
+    HEIGHT,
+    NAMES,
+    WIDTH,
+    annotation,
+    block,
+    named_masks,
+    nested_masks,
+    write_output,
+)
 
 
 def page_of(plan: Plan, **options: Any) -> str:
@@ -205,6 +214,31 @@ def test_images_that_cannot_be_reached_are_not_tried_one_by_one(
     page = page_of(plan)
     assert page.count("The image cannot be read now: s3://elsewhere does not answer") == len(images_of(page)) == 20
     assert len(tried) <= samray.report.output._PHOTO_THREADS
+
+
+def test_names_are_handed_over_and_counted(tmp_path: Path) -> None:
+    page = page_of(write_output(str(tmp_path), masks=named_masks, categories=NAMES))
+    names = json.loads(re.findall(r'id="names">(.*?)</script>', page, re.DOTALL)[0])
+    assert names == ["part", "whole", None]
+    shown = [(mask["label"], mask["label_score"]) for mask in images_of(page)[0]["masks"]]
+    assert shown == [("whole", 0.25), (None, None), ("part", 0.5)]
+    assert "Masks per name 2 names, the most frequent is part; 6 masks without a name" in text_of(page)
+    assert re.findall(r'data-tip="((?:part|whole)[^"]*)"', page) == ["part: 6", "whole: 6"]
+
+
+def test_an_output_without_names_has_nothing_about_them(tmp_path: Path) -> None:
+    page = page_of(write_output(str(tmp_path)))
+    assert 'id="name' not in page
+    assert "Masks per name" not in page
+    assert "label" not in images_of(page)[0]["masks"][0]
+
+
+def test_bars_of_many_names_share_the_last_one() -> None:
+    chart = bar_chart("", "", [(str(i), 100 - i) for i in range(60)])
+    assert len(chart.bars) == 40
+    assert chart.bars[-1].words == f"21 other names: {sum(range(41, 62)):,}"
+    assert chart.ticks == []
+    assert bar_chart("", "", []).bars == []
 
 
 def test_damaged_mask_costs_its_image_only(tmp_path: Path) -> None:

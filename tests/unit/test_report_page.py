@@ -12,7 +12,7 @@ import pytest
 
 from samray.output.shards import read_shard
 from samray.report.output import write_report
-from tests.support.report_outputs import HEIGHT, WIDTH, nested_masks, write_output
+from tests.support.report_outputs import HEIGHT, NAMES, WIDTH, named_masks, nested_masks, write_output
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
@@ -230,6 +230,26 @@ def test_colours_follow_the_score(page: Page) -> None:
     page.locator("#colour").select_option("object")
     assert canvas(page, "masks") == before
     assert page.locator("#legend").is_hidden()
+
+
+def test_names_filter_and_colour(open_page: Open, tmp_path: Path) -> None:
+    page = open_page(write_output(str(tmp_path), masks=named_masks, categories=NAMES).output)
+    before = canvas(page, "masks")
+    page.locator("#colour").select_option("name")
+    by_name = canvas(page, "masks")
+    assert by_name != before
+    assert page.locator("#legend").is_hidden()
+    page.mouse.move(*at(page.locator(".frame").first, PART))
+    assert "name part, 0.500" in tip(page)
+    for choice, pixel in (("part", PART), ("whole", WHOLE), ("without a name", APART)):
+        page.locator("#name").select_option(choice)
+        assert shown(page).startswith("6 of 18 masks shown")
+        assert alpha_at(page, "masks", pixel) > 0
+        assert alpha_at(page, "masks", APART if pixel != APART else WHOLE) == 0
+    page.locator("#reset").click()
+    assert shown(page) == "18 of 18 masks shown"
+    page.mouse.move(1, 1)
+    assert canvas(page, "masks") == by_name
 
 
 def test_large_image_lists_its_masks(page: Page) -> None:

@@ -42,6 +42,9 @@ function oklch(lightness, chroma, turn) {
 /** Hues go round by the golden ratio, so that masks of about the same size differ. */
 const objectColour = (index) => oklch([0.76, 0.66, 0.84][index % 3], 0.17, (0.06 + index * 0.618034) % 1);
 
+let names = [];  // of the masks here, null for those without a name; empty in an output without names
+const nameColour = (name) => (name === null ? [150, 150, 150] : objectColour(names.indexOf(name)));
+
 const RAMP = [[68, 1, 84], [62, 73, 137], [38, 130, 142], [53, 183, 121], [181, 222, 43], [253, 231, 37]];  // viridis
 
 function rampColour(part) {
@@ -100,6 +103,7 @@ class Picture {
   colourOf(index) {
     const by = $("#colour").value, value = this.masks[index][by], range = ranges[by];
     if (by === "object") return objectColour(index);
+    if (by === "name") return nameColour(this.masks[index].label);
     return value === null ? [150, 150, 150] : rampColour((value - range.low) / (range.high - range.low || 1));
   }
 
@@ -250,6 +254,7 @@ function showMaskTip(picture, index, where) {
   swatch.style.background = css(picture.colourOf(index));
   title.append(swatch, `Mask ${count(index + 1)} of ${count(picture.masks.length)}`);
   for (const [name, value] of [
+    ...(names.length ? [["name", mask.label === null ? "none" : `${mask.label}, ${score(mask.label_score)}`]] : []),
     ["predicted IoU", score(mask.iou)],
     ["stability", score(mask.stability)],
     ["area", `${count(mask.area)} px, ${percent(mask.area / (width * height))}`],
@@ -282,6 +287,8 @@ function filter() {
     input.setAttribute("aria-valuetext", words);
     if (value !== Number(open)) active.push((mask) => lets(mask, value));
   }
+  const chosen = $("#name")?.value;
+  if (chosen) active.push((mask) => mask.label === names[Number(chosen) - 1]);
   let shown = 0;
   for (const picture of pictures) {
     const before = picture.shown;
@@ -340,13 +347,14 @@ function setRanges() {
 
 function reset() {
   for (const name of Object.keys(FILTERS)) $(`#${name}`).value = name === "largest" ? $(`#${name}`).max : $(`#${name}`).min;
+  if (names.length) $("#name").value = "";
   filter();
 }
 
 function recolour() {
   const by = $("#colour").value;
-  $("#legend").hidden = by === "object";
-  if (by !== "object") {
+  $("#legend").hidden = !(by in ranges);
+  if (by in ranges) {
     $("#legend i").style.background = `linear-gradient(90deg, ${RAMP.map(css).join(", ")})`;
     $("#legend-low").textContent = ranges[by].low.toFixed(2);
     $("#legend-high").textContent = ranges[by].high.toFixed(2);
@@ -482,6 +490,7 @@ function listen() {
   addEventListener("scroll", () => pointed.picture || hideTip(), { passive: true });
   addEventListener("beforeprint", () => pictures.forEach((picture) => { picture.near = true; picture.paint(); }));
   for (const name of Object.keys(FILTERS)) $(`#${name}`).addEventListener("input", filter);
+  $("#name")?.addEventListener("change", filter);
   $("#reset").addEventListener("click", () => { reset(); $("#iou").focus(); });
   $("#colour").addEventListener("change", recolour);
   $("#opacity").addEventListener("input", setOpacity);
@@ -527,6 +536,7 @@ document.addEventListener("DOMContentLoaded", () => {
   listenToTheme();
   const data = JSON.parse($("#images").textContent);
   if (data.length === 0) return;
+  names = JSON.parse($("#names")?.textContent ?? "[]");
   pictures = [...document.querySelectorAll(".tile")].map((tile, i) => new Picture(tile, data[i]));
   const watcher = new IntersectionObserver((entries) => {
     for (const entry of entries) pictures.find((picture) => picture.tile === entry.target).near = entry.isIntersecting;
