@@ -8,6 +8,8 @@ from typing import Any, Final
 from samray.errors import ConfigError
 from samray.imports.places import printable
 from samray.output.classes import means_unnamed
+from samray.output.plan import Plan
+from samray.output.schema import categories_of
 
 MAX_NAMES: Final = 65_534
 """The metadata of every shard list the names; and a label map of 16 bits has no more classes."""
@@ -15,6 +17,12 @@ _MAX_CHARS: Final = 1000
 
 NameOf = dict[Any, str | None]
 """Category id -> name; None for the class of masks without a name."""
+
+
+def names_in(plan: Plan) -> frozenset[str] | None:
+    """The names of an output that is being written; None if it has none."""
+    names = categories_of(plan.run["identity"])
+    return None if names is None else frozenset(names)
 
 
 @dataclass

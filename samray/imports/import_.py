@@ -17,13 +17,14 @@ from samray.cluster.tasks import run_tasks, wants_ray
 from samray.config import InputConfig, OutputConfig
 from samray.errors import ConfigError, ImageError
 from samray.imports import coco, sa1b
+from samray.imports.categories import names_in
 from samray.imports.correct import correct
 from samray.imports.places import missing_images, outside_problem
 from samray.imports.records import failed, record_of
 from samray.imports.source import Source, open_source
 from samray.output.failures import failures_of_shards
 from samray.output.plan import Plan, load_plan, write_plan
-from samray.output.schema import ImageRecord, categories_of, records_to_table
+from samray.output.schema import ImageRecord, records_to_table
 from samray.output.shards import SUCCESS, commit_shard, done_shards, mark_success, read_metadata, shard_versions
 from samray.pipeline.preflight import check_fan_out
 from samray.pipeline.report import ImportReport, Labelled, ShardSummary
@@ -248,22 +249,17 @@ def _import_shard(
 ) -> tuple[ShardSummary, int]:
     shard, files = item
     # Of the plan, not of the source: an import that an older version began goes on without names.
-    names = _names_in(plan)
+    names = names_in(plan)
     options: dict[str, Any] = {"images_root": images_root, "allow_outside": allow_outside, "categories": names}
     records, num_dropped = sa1b.read_records(files, plan.read_shard(shard), bbox_convention, **options)
     return _commit(plan, shard, records, num_dropped)
-
-
-def _names_in(plan: Plan) -> frozenset[str] | None:
-    names = categories_of(plan.run["identity"])
-    return None if names is None else frozenset(names)
 
 
 def _coco_records(
     plan: Plan, found: coco.CocoImages, annotations: coco.Shards, roots: list[str] | None, bbox_convention: str
 ) -> Iterator[tuple[int, list[ImageRecord], int]]:
     """(shard, its rows, number of annotations dropped). roots: folder that each image must be in; None allows any."""
-    names = _names_in(plan)
+    names = names_in(plan)
     for shard, first, by_place in annotations:
         records, num_dropped = [], 0
         for index, row in enumerate(plan.read_shard(shard).to_pylist(), start=first):

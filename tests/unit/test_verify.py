@@ -21,6 +21,7 @@ from samray.output.schema import SCHEMA, ImageRecord, records_to_table
 from samray.output.verify import verify
 from samray.output.verify_rows import check_mask
 from samray.rle.runs import run_lengths
+from tests.support.handmade import annotation, blob, write_output
 from tests.support.planned import finished_output, mask_of, records_for
 
 
@@ -203,3 +204,21 @@ def test_run_lengths_agree_with_pycocotools_and_reject_nonsense() -> None:
 def random_strings(number: int) -> list[str]:
     rng = np.random.default_rng(1)
     return [base64.b85encode(rng.bytes(int(rng.integers(1, 40)))).decode() for _ in range(number)]
+
+
+def test_names_that_cannot_be(tmp_path: Path) -> None:
+    marks: list[tuple[str | None, float | None]] = [
+        ("dog", 0.5), (None, None), ("wolf", 0.5), ("dog", float("nan")), ("dog", None), (None, 0.5), ("", 0.5)
+    ]  # fmt: skip
+    masks = [{**annotation(blob(i)), "label": name, "label_score": score} for i, (name, score) in enumerate(marks)]
+    plan = write_output(str(tmp_path), ["a.png"], masks=lambda _: masks, categories=("dog", "cat"))
+    problems = verify(plan.output).problems
+    which = "shard-000000.parquet: image 0, annotation"
+    assert sorted(problems) == [
+        "shard-000000.parquet has the name '', which is none of those asked for: dog, cat",
+        "shard-000000.parquet has the name 'wolf', which is none of those asked for: dog, cat",
+        f"{which} 3 has a score that is not a number: label_score nan",
+        f"{which} 4 has the name 'dog' with the score None; expected both or none",
+        f"{which} 5 has the name None with the score 0.5; expected both or none",
+        f"{which} 6 has an empty name",
+    ]
