@@ -242,9 +242,9 @@ def test_of_many_shards_a_sample_is_read_once_and_said_to_be_one(
     read: list[int] = []
     real: Callable[..., Any] = sample.read_footers
 
-    def counting(output: str, wanted: list[int]) -> Any:
+    def counting(output: str, wanted: list[int], **options: Any) -> Any:
         read.extend(wanted)
-        return real(output, wanted)
+        return real(output, wanted, **options)
 
     monkeypatch.setattr(status, "read_footers", counting)
     plan = planned(str(tmp_path), 60)
