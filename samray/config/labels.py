@@ -62,8 +62,8 @@ class LabelsConfig(Settings):
     design: DesignName = "persam"
     """How to look for the example's class, see the guide "One example"."""
     score_thresh: float | None = Field(default=None, ge=-2, le=2)
-    """persam: least similarity of a click and of a mask; null: that of the example's surroundings, which is 0 with
-    contrast; 1 is that of the example. Raise it if the class is found where it is not."""
+    """persam: least similarity of a click and of a mask: 1 is the example's; null: that of its surroundings (0 with
+    contrast)."""
     relative_thresh: float = Field(default=0.5, ge=0, le=1)
     """persam: the same between an image's least (0) and most (1) similar pixel; lower it to find more of the class."""
     max_instances: int = Field(default=10, ge=1, le=1000)

@@ -12,6 +12,7 @@ import time
 from array import array
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -71,20 +72,11 @@ def correct(
     with view, coco.sorted_annotations(found, in_coco, ends, todo, view.update) as (shards, counts):
         # After all annotations were read: damaged JSON leaves no plan in DEST.
         target = _plan(plan, dest, found, fingerprint, options, per_shard)
-        report = ImportReport(
-            output=storage.redact(target.output),
-            format="coco",
-            num_images=target.num_images,
-            num_shards=target.num_shards,
-            num_shards_skipped=target.num_shards - len(todo),
-            num_corrected=len(image_at),
-            num_unknown_images=num_unknown,
-        )
-        for failures in failures_of_shards(target.output, done).values():
-            report.add_failures(failures)
+        report = _begin_report(target, done, len(todo))
+        report.num_corrected, report.num_unknown_images = len(image_at), num_unknown
         starts = plan.starts()
-        # By position, because DEST may have shards of another size.
         for shard, first, annotations in shards:
+            # By position, because DEST may have shards of another size.
             table, _ = rows_between(plan, starts, first, target.num_images_of(shard))
             records, changes = _records(table.to_pylist(), first, image_at, annotations, settings)
             summary = ShardSummary.of(shard, Labelled(records))
@@ -98,6 +90,20 @@ def correct(
     refuse_replaced(plan, fingerprint, target.output)
     mark_success(target.output, num_images=target.num_images, num_failed=report.num_failed)
     report.wall_s = time.monotonic() - started
+    return report
+
+
+def _begin_report(target: Plan, done: Mapping[int, str | None], num_todo: int) -> ImportReport:
+    """The report before the first shard. done: finished shards of DEST, with their versions."""
+    report = ImportReport(
+        output=storage.redact(target.output),
+        format="coco",
+        num_images=target.num_images,
+        num_shards=target.num_shards,
+        num_shards_skipped=target.num_shards - num_todo,
+    )
+    for failures in failures_of_shards(target.output, done).values():
+        report.add_failures(failures)
     return report
 
 

@@ -110,18 +110,13 @@ def plan_run(
     prompt_file = None if config.input.prompts is None else PromptFile.read(config.input.prompts)
     labels = read_inputs(config)
     identity = _identity_of_dry_run(config, begun) if dry_run else run_identity(config, weights)
-    identity |= labels_identity(config, labels)
-    if prompt_file:
-        identity |= prompt_file.identity
-    # The only case without a plan in OUTPUT.
-    if is_new and dry_run:
+    identity |= labels_identity(config, labels) | (prompt_file.identity if prompt_file else {})
+    if is_new and dry_run:  # the only case without a plan in OUTPUT
         return _preview(input_uri, output_uri, config, identity, prompt_file)
-    # Called between the listing of INPUT and the writing of the plan.
     check = functools.partial(_check_images, input_uri=input_uri, prompt_file=prompt_file)
     plan = make_plan(input_uri, output_uri, config, identity, joining=joining, check=check)
     changes = InputChanges(listed=is_new)
-    # A new run has just listed INPUT: there is nothing to compare with.
-    if joining and not is_new:
+    if joining and not is_new:  # a new run has just listed INPUT
         ways = {"append": append, "redo_changed": redo_changed, "dry_run": dry_run}
         plan, changes = join_images(plan, input_uri, config, identity, **ways)
     # Unfinished files of processes that were killed; only a run that may write removes them.

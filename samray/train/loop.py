@@ -46,37 +46,11 @@ class Worker:
 
 def run_leg(learner: Learner, batches: Iterable[Batch], worker: Worker) -> None:
     """Train until the budget is used up, the leg ends, or a stop is requested; then save. Resuming adds legs."""
-    config, position, store = worker.config, learner.position, worker.store
-    # Later lines belong to steps that a crash undid; they will be written again.
-    lines = store.read_metrics(position.step) if store else []
+    config, position, log = worker.config, learner.position, _Log(learner, worker)
     started = saved = time.monotonic()
     elapsed_before, first_step = position.elapsed_s, position.step
-
-    def record(kind: str, figures: dict[str, Any]) -> None:
-        minutes = round(position.elapsed_s / 60, 2)
-        context = {"kind": kind, "step": position.step, "minutes": minutes, "progress": round(learner.progress, 5)}
-        lines.append(context | figures)
-
-    def validate() -> None:
-        # A resumed run may begin at a step that was validated already.
-        is_done = any(line["kind"] == "validation" and line["step"] == position.step for line in lines)
-        if store and learner.average is not None and not is_done:
-            figures, pictures = learner.evaluate(worker.validation())
-            if figures is not None:
-                record("validation", figures)
-            store.write_metrics(lines)
-            store.write_picture(CURVES_FILE, draw_curves(lines, learner.objective.panels))
-            for name, png in pictures.items():
-                store.write_picture(name, png)
-
-    def save() -> None:
-        if store:
-            # Before the state: its position is the last file of a save, and makes it valid.
-            store.write_metrics(lines)
-            save_all(learner, store)
-
     if position.step == 0:  # the baseline to improve on
-        validate()
+        log.validate()
     # A collective call: all workers make it, also if nothing is left to do.
     progress, stop = worker.agree(learner.progress, False)
     left = math.inf if worker.max_steps is None else worker.max_steps
@@ -90,10 +64,10 @@ def run_leg(learner: Learner, batches: Iterable[Batch], worker: Worker) -> None:
             # Collective as well: all workers are at the same step, so all get here.
             figures_of_all = worker.average(own)
             rates = {"lr": learner.learning_rate, "examples_per_s": round(config.batch_size * steps_per_s, 2)}
-            record("train", rates | {name: round(value, 5) for name, value in figures_of_all.items()})
+            log.add("train", rates | {name: round(value, 5) for name, value in figures_of_all.items()})
         # The last validation follows after the loop.
         if step % config.validate_every == 0 and step != config.steps:
-            validate()
+            log.validate()
         position.elapsed_s = elapsed_before + time.monotonic() - started
         asked = worker.report({"step": step, "progress": learner.progress, **figures})
         # Only then is the position a prefix of the order (see samray.train.data).
@@ -103,12 +77,45 @@ def run_leg(learner: Learner, batches: Iterable[Batch], worker: Worker) -> None:
         if stop or progress >= 1 or (progress >= worker.until and is_whole) or step - first_step >= left:
             break
         if is_whole and time.monotonic() - saved > 60 * config.save_every_minutes:
-            save()
+            log.save()
             saved = time.monotonic()
     if progress >= 1:
-        validate()
+        log.validate()
     position.elapsed_s = elapsed_before + time.monotonic() - started
-    save()
+    log.save()
+
+
+class _Log:
+    """The metrics, pictures and saves of a run; only the first worker writes any."""
+
+    def __init__(self, learner: Learner, worker: Worker) -> None:
+        self.learner, self.worker, self.store = learner, worker, worker.store
+        # Later lines belong to steps that a crash undid; they will be written again.
+        self.lines = self.store.read_metrics(learner.position.step) if self.store else []
+
+    def add(self, kind: str, figures: dict[str, Any]) -> None:
+        position = self.learner.position
+        minutes, progress = round(position.elapsed_s / 60, 2), round(self.learner.progress, 5)
+        self.lines.append({"kind": kind, "step": position.step, "minutes": minutes, "progress": progress} | figures)
+
+    def validate(self) -> None:
+        # A resumed run may begin at a step that was validated already.
+        step = self.learner.position.step
+        is_done = any(line["kind"] == "validation" and line["step"] == step for line in self.lines)
+        if self.store and self.learner.average is not None and not is_done:
+            figures, pictures = self.learner.evaluate(self.worker.validation())
+            if figures is not None:
+                self.add("validation", figures)
+            self.store.write_metrics(self.lines)
+            self.store.write_picture(CURVES_FILE, draw_curves(self.lines, self.learner.objective.panels))
+            for name, png in pictures.items():
+                self.store.write_picture(name, png)
+
+    def save(self) -> None:
+        if self.store:
+            # Before the state: its position is the last file of a save, and makes it valid.
+            self.store.write_metrics(self.lines)
+            save_all(self.learner, self.store)
 
 
 def save_all(learner: Learner, store: Store) -> None:

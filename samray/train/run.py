@@ -212,13 +212,7 @@ def _make_trainer(run: _Run, sizes: Sizes, mixture: Any, position: Position, fol
     settings, spec = run.settings, check_settings(run.settings)
     image_size, until = size_due(settings.train, spec, position)
     frame = frame_of(spec, image_size)
-    # A multiple of the workers: at the end of a leg all have seen whole blocks (see samray.train.data).
-    leg_steps = -(-LEG_STEPS // sizes.num_workers) * sizes.num_workers
-    if settings.train.steps is not None:
-        # No more steps than are left, again in multiples of the workers.
-        left = max(1, settings.train.steps - position.step)
-        leg_steps = min(leg_steps, -(-left // sizes.num_workers) * sizes.num_workers)
-    end = position.step + leg_steps
+    end = position.step + _steps_of_leg(settings.train.steps, position.step, sizes.num_workers)
     store, batch_size = run.store, settings.train.batch_size
     # No CPU: it only waits, and must fit next to the workers. Correctness does not depend on it.
     monitor = ray.remote(Monitor).options(num_cpus=0, max_restarts=-1).remote()
@@ -263,6 +257,15 @@ def _make_trainer(run: _Run, sizes: Sizes, mixture: Any, position: Position, fol
         # The order determines the curve: the same after a death, and for any number of workers.
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
     )
+
+
+def _steps_of_leg(budget: int | None, step: int, num_workers: int) -> int:
+    """LEG_STEPS, or those left of the budget, rounded up to a multiple of the workers.
+
+    At the end of a leg all workers have then seen whole blocks (see samray.train.data).
+    """
+    steps = LEG_STEPS if budget is None else min(LEG_STEPS, max(1, budget - step))
+    return -(-steps // num_workers) * num_workers
 
 
 def _drive(fit: Callable[[], object], monitor: Any, run: _Run, stop: StopRequest) -> None:

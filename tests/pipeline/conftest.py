@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,9 @@ from tests.support import standin
 
 @pytest.fixture(scope="session")
 def local_ray(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A local Ray of two CPUs. It keeps idle workers, so that not every run starts new ones."""
+    """A local Ray of two CPUs."""
     if weed_binary() is not None:
         request.getfixturevalue("s3_server")  # first: workers have the environment that Ray was started with
-    os.environ |= {"RAY_num_workers_soft_limit": "8"}
     with running_local_ray(num_cpus=2, object_store_memory=200 * 2**20):
         yield
 

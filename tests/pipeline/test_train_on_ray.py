@@ -84,10 +84,11 @@ def death_of_a_worker(output: Path, step: int) -> Iterator[list[int]]:
 def train_in_this_process(data: list[str], output: Path, settings: TrainSettings) -> None:
     """What the one worker of a run does, with the same examples in the same order."""
     mixture, frame = open_data(data, settings), frame_of(MODELS["tiny"], 64)
+    whole = frame_of(MODELS["tiny"], MODELS["tiny"].image_size)
     maker, batch_size = ExampleMaker(mixture, frame), settings.train.batch_size
     numbers = np.arange(settings.train.steps * batch_size).reshape(-1, batch_size)
     batches = ({name: torch.from_numpy(a) for name, a in maker({"number": own}).items()} for own in numbers)
-    worker = Worker(config=settings.train, store=Store(str(output)), validation=lambda: mixture.validation(2, frame))
+    worker = Worker(config=settings.train, store=Store(str(output)), validation=lambda: mixture.validation(2, whole))
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # the order of sums decides the last digit
     try:

@@ -62,7 +62,6 @@ def is_running(pid: int) -> bool:
 
 
 def main(images: str, *cpus: str) -> None:
-    os.environ |= {"RAY_num_workers_soft_limit": "8"}  # idle workers stay, so that fewer are started
     parent = Path(tempfile.gettempdir())
     answers: dict[str, Any] = {}
     for number in cpus:
