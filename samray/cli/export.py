@@ -202,8 +202,8 @@ def import_(
 
     --corrects: OUTPUT gets the masks of LABELS with the manual corrections, and a column `corrections` that lists the
     changes. Give the same --confident and --stable as for the export. Masks are matched by the attribute samray_id,
-    else by their pixels (IoU of at least 0.5), and keep their ids; new masks get new ids. Images that SOURCE lacks stay
-    unchanged.
+    else by their pixels (IoU of at least 0.5), and keep their ids; new masks get new ids. A category of SOURCE replaces
+    the mask's name. Images that SOURCE lacks stay unchanged.
 
     Examples:
 

@@ -23,15 +23,17 @@ from samray import storage
 from samray.errors import ConfigError
 from samray.exports.review import ID_ATTRIBUTE, is_sure
 from samray.imports import coco
+from samray.imports.categories import names_in
 from samray.imports.corrections import corrected_record, own_id, record_as_it_is
 from samray.imports.places import printable
 from samray.imports.source import Source, open_source
 from samray.inputs.rows import places_of
+from samray.output.classes import looks_unnamed
 from samray.output.compact import look_at_finished, refuse_replaced, rows_between
 from samray.output.failures import failures_of_shards
 from samray.output.manifests import MANIFEST_SCHEMA
 from samray.output.plan import Plan, load_plan, write_plan
-from samray.output.schema import ANNOTATIONS_PER_IMAGE, ImageRecord, records_to_table
+from samray.output.schema import ANNOTATIONS_PER_IMAGE, ImageRecord, categories_of, records_to_table
 from samray.output.shards import commit_shard, done_shards, mark_success, open_shard, shard_versions
 from samray.pipeline.report import ImportReport, Labelled, ShardSummary
 from samray.progress import ProgressView
@@ -62,16 +64,22 @@ def correct(
     _refuse_masks_not_shown(found, in_coco, image_at, plan, confident, stable)
     options: dict[str, Any] = {"confident": confident, "stable": stable, "keep_rest": keep_rest}
     per_shard = images_per_shard or plan.generations[0].images_per_shard
-    done = shard_versions(dest) if _check_dest(plan, dest) else {}
+    begun = load_plan(dest) if _check_dest(plan, dest) else None
+    done = {} if begun is None else shard_versions(dest)
     ends = [min(start + per_shard, plan.num_images) for start in range(0, plan.num_images, per_shard)]
     todo = [shard for shard in range(len(ends)) if shard not in done]
     num_done = sum(ends[shard] - (ends[shard - 1] if shard else 0) for shard in done if shard < len(ends))
-    settings = {**options, "bbox_convention": plan.run["identity"].get("masks", {}).get("bbox_convention", "coco")}
+    settings: dict[str, Any] = {
+        **options,
+        "bbox_convention": plan.run["identity"].get("masks", {}).get("bbox_convention", "coco"),
+    }
     view = ProgressView(plan.num_images, num_done, enabled=progress)
     view.note = "correcting"
     with view, coco.sorted_annotations(found, in_coco, ends, todo, view.update) as (shards, counts):
         # After all annotations were read: damaged JSON leaves no plan in DEST.
-        target = _plan(plan, dest, found, fingerprint, options, per_shard)
+        labels = _labels(plan, begun, in_coco.categories.names)
+        target = _plan(plan, dest, found, fingerprint, options, per_shard, labels)
+        settings["categories"] = names_in(target)
         report = _begin_report(target, done, len(todo))
         report.num_corrected, report.num_unknown_images = len(image_at), num_unknown
         starts = plan.starts()
@@ -224,6 +232,22 @@ def _check_dest(plan: Plan, dest: str) -> bool:
     return is_begun
 
 
+def _labels(plan: Plan, begun: Plan | None, names: list[str]) -> dict[str, Any] | None:
+    """The part of the identity about names: those of OUTPUT, then new ones of the person; None without any.
+
+    begun: DEST if an earlier call began it, which decides. names: of the corrected file.
+    """
+    if begun is not None:
+        recorded: dict[str, Any] | None = begun.run["identity"].get("labels")
+        return recorded
+    known = categories_of(plan.run["identity"]) or []
+    # "object" is what an export calls masks without a name.
+    new = [name for name in names if name not in known and not looks_unnamed(name)]
+    if not known and not new:
+        return None
+    return {**plan.run["identity"].get("labels", {}), "categories": [*known, *new]}
+
+
 def _plan(
     plan: Plan,
     dest: str,
@@ -231,8 +255,10 @@ def _plan(
     fingerprint: str,
     options: dict[str, Any],
     per_shard: int,
+    labels: dict[str, Any] | None,
 ) -> Plan:
-    """The plan of the corrected output: the same images. Raises: ConfigError if dest has something else."""
+    """The plan of the corrected output: the same images. labels: as from `_labels`. Raises: ConfigError if dest has
+    something else."""
     run = copy.deepcopy({key: value for key, value in plan.run.items() if key not in ("generation", "num_images")})
     run["identity"]["output"] = {"images_per_shard": per_shard}
     run["identity"]["corrects"] = {
@@ -246,6 +272,9 @@ def _plan(
         "corrects": plan.run["identity"].get("corrects"),
     }
     run["images_per_shard"] = per_shard
+    if labels is not None:
+        run["identity"]["labels"] = labels
+        run["categories"] = labels["categories"]
     storage.remove_leftovers(dest)
     images = plan.read_images([name for name in MANIFEST_SCHEMA.names if name != "shard"])
     return write_plan(dest, images, per_shard, run)

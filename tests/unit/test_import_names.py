@@ -17,7 +17,7 @@ from samray.output.verify import verify
 from tests.support import reviewed
 from tests.support.exported import export
 from tests.support.handmade import HEIGHT, WIDTH, annotation, read_rows, write_output
-from tests.support.reviewed import square
+from tests.support.reviewed import rows_of, square
 
 CATEGORIES = ("dog", "cat")
 SQUARE = [[5, 5, 15, 5, 15, 12, 5, 12]]
@@ -140,3 +140,52 @@ def test_a_name_in_sa1b_that_its_list_lacks_fails_the_image(plan: Plan, tmp_path
     rows = import_(tmp_path / "sa1b", tmp_path / "new")
     (failed,) = [row for row in rows if row["status"] == "failed"]
     assert "it has the name 'wolf', which is none of the categories" in failed["error"]
+
+
+# --- a person ---------------------------------------------------------------------------------------------------------
+
+
+def as_tools_write_them(content: dict[str, Any]) -> None:
+    """Without what annotation tools drop: the supercategories."""
+    content["categories"] = [{**category, "supercategory": ""} for category in content["categories"]]
+
+
+def test_a_persons_category_wins(plan: Plan, tmp_path: Path) -> None:
+    content = reviewed.export(plan, tmp_path / "there", confident=0.5)
+    as_tools_write_them(content)
+    ids = {category["name"]: category["id"] for category in content["categories"]}
+    assert list(ids) == ["dog", "cat", "object"]
+    content["categories"].append({"id": 9, "name": "fox"})
+    masks = [mask for mask in content["annotations"] if mask["image_id"] == content["images"][0]["id"]]
+    masks[0]["category_id"] = ids["object"]  # no dog
+    masks[1]["category_id"] = 9
+    del masks[2]["category_id"]  # says nothing
+    drawn = {"id": 0, "image_id": masks[0]["image_id"], "category_id": ids["cat"]}
+    content["annotations"].append({**drawn, "segmentation": annotation(square(20, 12, 8))["segmentation"]})
+    source = reviewed.write(tmp_path / "x.json", content)
+    report = reviewed.import_(source, tmp_path / "new", plan, confident=0.5)
+
+    assert report.changes == {"unchanged": 7, "changed": 2, "added": 1}
+    before, after = rows_of(plan.output), rows_of(tmp_path / "new")
+    row = after["a/0.png"]
+    assert names_of([row]) == [[(None, None), ("fox", 1.0), ("cat", 0.25), ("cat", 1.0)]]
+    assert [entry["change"] for entry in row["corrections"]] == ["changed", "changed", "added"]
+    # Only the name is another one.
+    assert row["annotations"][1] == {**before["a/0.png"]["annotations"][1], "label": "fox", "label_score": 1.0}
+    assert names_of([after["b/0.png"], after["a/1.png"]]) == names_of([before["b/0.png"], before["a/1.png"]])
+    assert names_in(tmp_path / "new") == ["dog", "cat", "fox"]
+    again = reviewed.import_(source, tmp_path / "new", plan, confident=0.5)
+    assert (again.num_shards_skipped, again.changes) == (2, {})
+
+
+def test_a_person_names_an_output_without_names(tmp_path: Path) -> None:
+    plan = reviewed.five_images(str(tmp_path))
+    content = reviewed.export(plan, tmp_path / "there", confident=0.1)
+    as_tools_write_them(content)
+    content["categories"].append({"id": 2, "name": "fox"})
+    content["annotations"][0]["category_id"] = 2
+    source = reviewed.write(tmp_path / "x.json", content)
+    reviewed.import_(source, tmp_path / "new", plan, confident=0.1)
+    labels = [mask["label"] for row in read_rows(tmp_path / "new") for mask in row["annotations"]]
+    assert labels == ["fox", *[None] * (len(labels) - 1)]
+    assert names_in(tmp_path / "new") == ["fox"]
