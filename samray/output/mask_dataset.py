@@ -59,7 +59,7 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
     - predicted_iou, stability_score: (N,) float32; label_score, too, in an output with names: NaN without a name
     - image_id: int
 
-    classes: "__background__" (0, of no mask, as in torchvision), the run's names in order, and "object" for masks
+    classes: `__background__` (0, of no mask, as in torchvision), the run's names in order, and "object" for masks
     without a name ("unnamed object" if "object" is one of the names).
 
     Contains the images with status `ok`, in plan order, without failed images and without shards that do not exist yet.
