@@ -2,7 +2,7 @@
 
 For each class and seed a random image is the example, with all its regions of the class as the mask; the others are
 searched. Intersections and unions are summed over the images, as usual for few-shot segmentation. Only images that
-have the class are searched: that it is there is known, where it is is not.
+have the class are searched: it is known that the class is there, but not its place.
 
 A colour histogram is the baseline: a pixel belongs to the class if its colour is more frequent inside of the example's
 mask than outside.

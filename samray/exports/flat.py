@@ -96,7 +96,7 @@ def _by_bucket(rows: pa.Table, buckets: int) -> Iterator[tuple[int, pa.Table]]:
 def flat_rows(table: pa.Table) -> pa.Table:
     """The masks of a table of `SCHEMA` without failed images, as rows of `FLAT` or, with names, `NAMED_FLAT`.
 
-    Of several points, takes the first.
+    The point is the first of several.
     """
     annotations = table["annotations"].combine_chunks()
     masks = annotations.flatten()

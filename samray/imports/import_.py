@@ -248,7 +248,7 @@ def _import_shard(
     allow_outside: bool,
 ) -> tuple[ShardSummary, int]:
     shard, files = item
-    # Of the plan, not of the source: an import that an older version began goes on without names.
+    # The plan's names, not the source's: an import that an older version began goes on without names.
     names = names_in(plan)
     options: dict[str, Any] = {"images_root": images_root, "allow_outside": allow_outside, "categories": names}
     records, num_dropped = sa1b.read_records(files, plan.read_shard(shard), bbox_convention, **options)

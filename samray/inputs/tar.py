@@ -153,7 +153,7 @@ def _entry_of(
         return _member(info, name, num_stored)
     if info.islnk():  # to the member that had the name at that point
         target = _clean(info.linkname)
-        # Of a hard link to a later member only the name is known; it is resolved at the end.
+        # A hard link to a later member is only a name so far; it is resolved at the end.
         return entries.get(target, _Link(target))
     if info.issym():
         return _Link(posixpath.normpath(posixpath.join(posixpath.dirname(name), _clean(info.linkname))))

@@ -256,7 +256,7 @@ def mark_success(
 
 def _look(output: str) -> tuple[int, int, dict[int, str | None]]:
     """The plan's last generation and number of shards, and the versions of the existing shards."""
-    # Generations first: shards of a generation added after this line lie beyond num_shards, and are left out.
+    # Generations first: shards of a generation added after this line are beyond num_shards, and are left out.
     generations = read_generations(storage.normalize(output))
     num_shards = sum(generation.num_shards for generation in generations)
     versions = {shard: version for shard, version in shard_versions(output).items() if shard < num_shards}

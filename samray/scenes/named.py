@@ -1,7 +1,7 @@
 """Painted scenes whose objects have names: a name is one look, which comes again in other scenes.
 
 The looks are cut-outs for `make_scene`, so each time one is scaled, stretched, turned, mirrored, hidden in part and
-coloured anew, among other objects without a name.
+in new colours, among other objects without a name.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ async def make_client(**options: Any) -> Any:
 
     def open_socket(info: Any) -> socket.socket:
         family, kind, protocol, _, address = info
-        # The address of this very connection: a check before would miss redirects and names that resolve anew.
+        # The address of this very connection: a check before would miss redirects and names that resolve again.
         if _is_metadata(_unmapped(ipaddress.ip_address(address[0].partition("%")[0]))):
             raise FileError(
                 f"samray never connects to {address[0]}: it is a link-local address, where clouds serve credentials"

@@ -45,7 +45,7 @@ def _run(uri: str, num_bytes: int | None, coroutine: Callable[..., Any], *args: 
 
 def _ask(fs: Any, method: Callable[..., Any], uri: str, headers: dict[str, str]) -> Any:
     options = {**fs.kwargs, "allow_redirects": True, "auto_decompress": False}  # aiohttp's would have no limit
-    # Of a compressed body neither the length nor a range would be the file's.
+    # Neither the length nor a range of a compressed body would be the file's.
     options["headers"] = {**options.get("headers", {}), "Accept-Encoding": "identity", **headers}
     return method(fs.encode_url(uri), **options)
 
