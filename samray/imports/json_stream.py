@@ -25,7 +25,7 @@ class JsonStream:
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
-        # -sig: a byte order mark is no part of the JSON.
+        # -sig: skips a byte order mark, which is not JSON.
         self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
         self._decoder = json.JSONDecoder()
         self._text = ""

@@ -137,7 +137,7 @@ class _Containers:
     reader: Reader
 
     def list_all(self, found: pa.Table) -> Listing:
-        """The rows of all of them. Of several files those that cannot be read are counted, with the reason.
+        """The rows of all of them. Files that cannot be read are counted, with the reason, if there are several.
 
         Raises: ConfigError if the only one, or every one, cannot be read, or none holds anything. StorageError.
         """

@@ -18,7 +18,7 @@ from torch import Tensor
 from samray.errors import ConfigError
 from samray.sam import fetch
 from samray.sam.checkpoints import key_problems, resolve_given
-from samray.sam.formats import read_tensors
+from samray.sam.formats import read_tensors, renamed
 from samray.sam.sam import Sam
 from samray.sam.spec import VitSpec
 
@@ -28,22 +28,19 @@ _NOT_OF_ENCODER = re.compile(r"^(cls_token|mask_token|norm\.|fc_norm\.|head\.|de
 """MAE's class token, final norm, decoder and classifiers: SAM's encoder has none of them."""
 
 # ViTMAE's names to samray's, applied in this order: later patterns expect what earlier ones made.
-_HF_RENAMES = tuple(
-    (re.compile(pattern), name)
-    for pattern, name in (
-        (r"^vit\.", ""),
-        (r"^embeddings\.cls_token$", "cls_token"),
-        (r"^embeddings\.position_embeddings$", "pos_embed"),
-        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-        (r"^(?:encoder\.layer|layers)\.(\d+)\.", r"blocks.\1."),
-        (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
-        (r"\.attention\.output\.dense\.", ".attn.proj."),
-        (r"\.layernorm_before\.", ".norm1."),
-        (r"\.layernorm_after\.", ".norm2."),
-        (r"\.intermediate\.dense\.", ".mlp.lin1."),
-        (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.lin2."),
-        (r"^layernorm\.", "norm."),
-    )
+_HF_RENAMES = (
+    (r"^vit\.", ""),
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^(?:encoder\.layer|layers)\.(\d+)\.", r"blocks.\1."),
+    (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.intermediate\.dense\.", ".mlp.lin1."),
+    (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.lin2."),
+    (r"^layernorm\.", "norm."),
 )
 
 
@@ -108,19 +105,13 @@ def read_encoder(path: Path, sam: Sam) -> dict[str, Tensor]:
 def to_encoder_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names of samray's encoder for MAE's, ViTMAE's or samray's own; what the encoder does not have is left out."""
     if any("embeddings.position_embeddings" in key for key in state):
-        return _fused({_renamed(key): value for key, value in state.items()})
+        return _fused({renamed(key, _HF_RENAMES): value for key, value in state.items()})
     plain = {key.removeprefix("image_encoder."): value for key, value in state.items()}
     return {
         key.replace(".mlp.fc1.", ".mlp.lin1.").replace(".mlp.fc2.", ".mlp.lin2."): value
         for key, value in plain.items()
         if not _NOT_OF_ENCODER.match(key)
     }
-
-
-def _renamed(key: str) -> str:
-    for pattern, name in _HF_RENAMES:
-        key = pattern.sub(name, key)
-    return key
 
 
 def _fused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,32 +34,29 @@ _GAUSSIAN = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 
 # Hugging Face's names to Meta's, applied in this order. An MLP's `layers.0` is its second layer, so it is renamed
 # first.
-_HF_RENAMES = tuple(
-    (re.compile(pattern), name)
-    for pattern, name in (
-        (r"^shared_image_embedding\.positional_embedding$", _GAUSSIAN),
-        (r"^vision_encoder\.patch_embed\.projection\.", "image_encoder.patch_embed.proj."),
-        (r"^vision_encoder\.neck\.conv1\.", "image_encoder.neck.0."),
-        (r"^vision_encoder\.neck\.layer_norm1\.", "image_encoder.neck.1."),
-        (r"^vision_encoder\.neck\.conv2\.", "image_encoder.neck.2."),
-        (r"^vision_encoder\.neck\.layer_norm2\.", "image_encoder.neck.3."),
-        (r"^vision_encoder\.layers\.", "image_encoder.blocks."),
-        (r"^vision_encoder\.", "image_encoder."),
-        (r"^prompt_encoder\.point_embed\.", "prompt_encoder.point_embeddings."),
-        (r"^prompt_encoder\.mask_embed\.conv1\.", "prompt_encoder.mask_downscaling.0."),
-        (r"^prompt_encoder\.mask_embed\.layer_norm1\.", "prompt_encoder.mask_downscaling.1."),
-        (r"^prompt_encoder\.mask_embed\.conv2\.", "prompt_encoder.mask_downscaling.3."),
-        (r"^prompt_encoder\.mask_embed\.layer_norm2\.", "prompt_encoder.mask_downscaling.4."),
-        (r"^prompt_encoder\.mask_embed\.conv3\.", "prompt_encoder.mask_downscaling.6."),
-        (r"^mask_decoder\.upscale_conv1\.", "mask_decoder.output_upscaling.0."),
-        (r"^mask_decoder\.upscale_layer_norm\.", "mask_decoder.output_upscaling.1."),
-        (r"^mask_decoder\.upscale_conv2\.", "mask_decoder.output_upscaling.3."),
-        (r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)\.)layers\.0\.", r"\1layers.1."),
-        (r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)\.)proj_in\.", r"\1layers.0."),
-        (r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)\.)proj_out\.", r"\1layers.2."),
-        (r"\.layer_norm_final_attn\.", ".norm_final_attn."),
-        (r"\.layer_norm(\d)\.", r".norm\1."),
-    )
+_HF_RENAMES = (
+    (r"^shared_image_embedding\.positional_embedding$", _GAUSSIAN),
+    (r"^vision_encoder\.patch_embed\.projection\.", "image_encoder.patch_embed.proj."),
+    (r"^vision_encoder\.neck\.conv1\.", "image_encoder.neck.0."),
+    (r"^vision_encoder\.neck\.layer_norm1\.", "image_encoder.neck.1."),
+    (r"^vision_encoder\.neck\.conv2\.", "image_encoder.neck.2."),
+    (r"^vision_encoder\.neck\.layer_norm2\.", "image_encoder.neck.3."),
+    (r"^vision_encoder\.layers\.", "image_encoder.blocks."),
+    (r"^vision_encoder\.", "image_encoder."),
+    (r"^prompt_encoder\.point_embed\.", "prompt_encoder.point_embeddings."),
+    (r"^prompt_encoder\.mask_embed\.conv1\.", "prompt_encoder.mask_downscaling.0."),
+    (r"^prompt_encoder\.mask_embed\.layer_norm1\.", "prompt_encoder.mask_downscaling.1."),
+    (r"^prompt_encoder\.mask_embed\.conv2\.", "prompt_encoder.mask_downscaling.3."),
+    (r"^prompt_encoder\.mask_embed\.layer_norm2\.", "prompt_encoder.mask_downscaling.4."),
+    (r"^prompt_encoder\.mask_embed\.conv3\.", "prompt_encoder.mask_downscaling.6."),
+    (r"^mask_decoder\.upscale_conv1\.", "mask_decoder.output_upscaling.0."),
+    (r"^mask_decoder\.upscale_layer_norm\.", "mask_decoder.output_upscaling.1."),
+    (r"^mask_decoder\.upscale_conv2\.", "mask_decoder.output_upscaling.3."),
+    (r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)\.)layers\.0\.", r"\1layers.1."),
+    (r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)\.)proj_in\.", r"\1layers.0."),
+    (r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)\.)proj_out\.", r"\1layers.2."),
+    (r"\.layer_norm_final_attn\.", ".norm_final_attn."),
+    (r"\.layer_norm(\d)\.", r".norm\1."),
 )
 
 
@@ -87,8 +85,13 @@ def to_meta_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 def meta_name(key: str) -> str:
     """Meta's name for a tensor's name in a Hugging Face checkpoint."""
-    for pattern, name in _HF_RENAMES:
-        key = pattern.sub(name, key)
+    return renamed(key, _HF_RENAMES)
+
+
+def renamed(key: str, renames: Iterable[tuple[str, str]]) -> str:
+    """The name after all substitutions (pattern, replacement), in their order."""
+    for pattern, name in renames:
+        key = re.sub(pattern, name, key)
     return key
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from samray.scenes.scene import Bool, Scene, make_scene
 from samray.text import first_few
 from samray.train.augment import View, draw_view, jitter_colour, whole_view
 from samray.train.clicks import first_prompts
+from samray.train.order import EpochOrder
 from samray.train.settings import DataConfig
 
 KIND_WEIGHTS = {"object": 0.8, "part": 0.14, "region": 0.06}
@@ -171,8 +171,7 @@ class MaskExamples:
         where = storage.redact(output)
         if len(self.train) == 0:
             raise ConfigError(f"all {len(is_held_out)} images of {where} are held out; lower data.validation_fraction")
-        # Two, because around the end of an epoch draws come from both.
-        self._order = lru_cache(2)(self._draw_order)
+        self.order = EpochOrder(self.train, [seed, index])
 
     def _classes_of(self, labels: Sequence[str]) -> list[int]:
         """Raises: ConfigError if the output has none of these names."""
@@ -195,9 +194,8 @@ class MaskExamples:
         faults: list[StorageError] = []
         # The next image in place of an unusable one; at most all of them once.
         for further in range(len(self.train)):
-            epoch, at = divmod(draw + further, len(self.train))
             try:
-                found = self._try(int(self._order(epoch)[at]), frame, rng)
+                found = self._try(self.order[draw + further], frame, rng)
             except StorageError as error:
                 faults.append(error)
                 # Only unreadable images count; those without a fitting mask are passed over, however many there are.
@@ -294,17 +292,6 @@ class MaskExamples:
             if masks:
                 num_seen += 1
                 yield Scene(image=view.of_image(image), masks=np.stack(masks), kinds=["object"] * len(masks))
-
-    def _draw_order(self, epoch: int) -> npt.NDArray[np.int64]:
-        order: npt.NDArray[np.int64] = np.random.default_rng([self.seed, self.place, epoch]).permutation(self.train)
-        return order
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_order"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._order = lru_cache(2)(self._draw_order)
 
 
 def _decode(rle: dict[str, Any]) -> Bool:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from samray import storage
@@ -23,6 +21,7 @@ from samray.train.cutouts import CutoutSource
 from samray.train.data import SCENES, check_names
 from samray.train.examples import Arrays, Frame, held_out
 from samray.train.mixture import Examples, Mixture
+from samray.train.order import EpochOrder
 from samray.train.settings import DataConfig, TrainSettings
 
 CROP_AREA = (0.2, 1.0)
@@ -86,7 +85,7 @@ class ImageExamples:
             raise ConfigError(
                 f"all {len(is_held_out)} images of {self.where} are held out; lower data.validation_fraction"
             )
-        self._order = lru_cache(2)(self._draw_order)
+        self.order = EpochOrder(self.train, [seed, index])
 
     @property
     def num_images(self) -> int:
@@ -96,9 +95,8 @@ class ImageExamples:
         rng = np.random.default_rng([self.seed, self.index, draw])
         size, last = frame.image_size, None
         for further in range(min(_TRIES, len(self.train))):
-            epoch, at = divmod(draw + further, len(self.train))
             try:
-                image = self._image(int(self._order(epoch)[at]))
+                image = self._image(self.order[draw + further])
             except ImageError as error:
                 last = error
                 continue
@@ -127,17 +125,6 @@ class ImageExamples:
             num_seen += 1
             size = frame.image_size
             yield unlabelled(View(centre_square(image.shape[0], image.shape[1]), (size, size)).of_image(image))
-
-    def _draw_order(self, epoch: int) -> npt.NDArray[np.int64]:
-        order: npt.NDArray[np.int64] = np.random.default_rng([self.seed, self.index, epoch]).permutation(self.train)
-        return order
-
-    def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "_order"}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._order = lru_cache(2)(self._draw_order)
 
 
 class SceneImages:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy.typing as npt
 from samray.errors import ConfigError
 from samray.scenes.scene import Scene
 from samray.train.examples import Arrays, Frame
+from samray.train.order import Recent
 
 CYCLE = 1024
 """Examples per cycle; in a cycle every DATA has its exact share, in a new random order."""
@@ -40,7 +40,7 @@ class Mixture:
         self.parts, self.seed = list(parts), seed
         wanted = np.array(root_shares(parts) if shares is None else shares, float)
         self.slots = _slots(wanted / wanted.sum())
-        self._order = lru_cache(4)(self._draw_order)
+        self._order = Recent(self._draw_order, 4)
 
     def locate(self, number: int) -> tuple[int, int]:
         """The DATA of example `number`, and the index of the draw within it."""
@@ -70,13 +70,6 @@ class Mixture:
             own = order == part
             before[own] = np.arange(own.sum())
         return order, before
-
-    def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "_order"}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._order = lru_cache(4)(self._draw_order)
 
 
 def root_shares(parts: Sequence[Examples]) -> list[float]:

@@ -151,7 +151,7 @@ def test_what_is_left_to_the_plain_form(both: Any, monkeypatch: pytest.MonkeyPat
 # --- masks measured without their pixels ------------------------------------------------------------------------------
 
 SIDE = 64
-"""Of the model's input here; its low-res logits are 16 x 16."""
+"""Size of the model's input here; its low-res logits are 16 x 16."""
 SIZES = {
     "square": (64, 64),
     "wide": (37, 90),

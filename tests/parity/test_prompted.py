@@ -32,7 +32,7 @@ def sam() -> Sam:
 
 
 def prompts_in(image_hw: tuple[int, int], seed: int) -> list[Prompt]:
-    """Of every kind, mixed, so that those decoded together do not lie side by side."""
+    """Every kind, mixed, so that those decoded together are not next to each other."""
     rng = np.random.default_rng(seed)
     height, width = image_hw
 

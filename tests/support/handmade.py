@@ -47,7 +47,7 @@ def blob(seed: int, shape: tuple[int, int] = (HEIGHT, WIDTH)) -> np.ndarray:
 
 
 def masks_of_place(place: int) -> list[dict[str, Any]]:
-    """Of the image at this place of the plan: 0 to 3 blobs with scores of their own."""
+    """Masks of the image at this position of the plan: 0 to 3 blobs, each with its own scores."""
     rng = np.random.default_rng(place)
     return [
         annotation(blob(10 * place + i), predicted_iou=float(rng.random()), stability_score=float(rng.random()))

@@ -22,7 +22,7 @@ from samray.output.shards import commit_shard, done_shards, mark_success
 from tests.support import standin
 
 BROKEN = 3
-"""Of the images of `make_output` this one cannot be decoded, and so is a failed row."""
+"""This image of `make_output` cannot be decoded, and so is a failed row."""
 BLACK = 5
 """And this one has no masks."""
 

@@ -38,7 +38,7 @@ class Leftovers:
 
     @classmethod
     def look(cls) -> Leftovers:
-        """Of this run of the tests."""
+        """What this run of the tests has now."""
         here = psutil.Process()
         processes, ours = {}, set[int]()
         for pid in psutil.pids():

@@ -85,7 +85,7 @@ class Head(Node):
 
     environment: dict[str, str]
     address: str
-    """Of the GCS, for nodes that join."""
+    """Address of the GCS, for nodes that join."""
     temp_dir: str
     nodes: list[Node] = field(default_factory=list)
 

@@ -25,7 +25,7 @@ def square(x: int, y: int, side: int = 6) -> np.ndarray:
 
 
 def masks_of(place: int) -> list[dict[str, Any]]:
-    """Of each image but the fourth a sure mask, an unsure one, an unstable one, and two more sure ones."""
+    """Each image but the fourth has a sure mask, an unsure one, an unstable one, and two more sure ones."""
     scores = [(0.95, 0.98), (0.5, 0.99), (0.96, 0.5), (0.9, 0.95), (0.99, 0.99)]
     places = [(0, 0), (8, 0), (16, 0), (0, 10), (10, 10)]
     found = [
@@ -66,8 +66,8 @@ def write(path: Path, content: dict[str, Any]) -> Path:
 
 
 def a_person(content: dict[str, Any]) -> dict[str, Any]:
-    """Of a/0.png: the first mask stays, the second is changed, the third goes, and a polygon comes. b/0.png: all go. Of
-    the failed image the tool shows more than samray could read: a mask is drawn there.
+    """a/0.png: the first mask stays, the second is changed, the third goes, and a polygon comes. b/0.png: all go.
+    The tool shows more of the failed image than samray could read: a mask is drawn there.
     """
     image = {image["file_name"]: image["id"] for image in content["images"]}
     edited = []

@@ -126,7 +126,7 @@ def square(row: int, column: int, side: int = 10, pixels: int | None = None) -> 
 
 
 def test_average_recall_is_the_one_worked_out_by_hand() -> None:
-    """Of two regions one is found exactly, by the best-scored mask; the other at IoU 0.62 by the eleventh of eleven."""
+    """One of two regions is found exactly, by the best-scored mask; the other at IoU 0.62 by the eleventh of eleven."""
     wrong = [square(150, 10 * i) for i in range(9)]
     masks = [square(0, 0), *wrong, square(50, 50, pixels=62)]
     scores = [0.99, *(0.9 - 0.01 * i for i in range(9)), 0.3]

@@ -205,7 +205,7 @@ def test_a_damaged_shard_is_one_sentence(plan: Plan, tmp_path: Path) -> None:
 
 
 def test_large_shards_are_read_by_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one shard of many row groups, a piece reads those it needs and no more rows at once than a batch."""
+    """From a shard of many row groups, a piece reads those it needs and no more rows at once than a batch."""
     plan = write_output(str(tmp_path), [f"{i:03d}.png" for i in range(150)], images_per_shard=150)
     images.pq.write_table(read_shard(plan.output, 0), images.shard_uri(plan.output, 0), row_group_size=64)
     groups: list[int] = []

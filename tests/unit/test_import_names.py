@@ -53,7 +53,7 @@ def write_coco(path: Path, categories: list[dict[str, Any]], ids: list[Any], **m
 
 
 def named_masks(place: int) -> list[dict[str, Any]]:
-    """Of each image but the second a dog, a mask without a name, and a cat."""
+    """A dog, a mask without a name and a cat in each image but the second."""
     names = [("dog", 0.5), (None, None), ("cat", 0.25)]
     masks = [annotation(square(8 * i, place + 2, 5 + place)) for i in range(3)]
     return [{**m, "label": n, "label_score": s} for m, (n, s) in zip(masks, names, strict=True) if place != 1]

@@ -22,7 +22,7 @@ from samray.sam.sam import Decoded, Sam
 
 SIZE, LOW = 64, 16
 RADII = (2.0, 4.0, 9.0)
-"""Of the three masks of a click, low-res pixels on a black image; a white image doubles them."""
+"""Radii of the three masks of a click, in low-res pixels on a black image; a white image doubles them."""
 
 
 class DiscSam:

@@ -48,7 +48,7 @@ def test_resuming_does_not_list_again(storage_root: str, monkeypatch: pytest.Mon
         raise AssertionError("listed again")
 
     monkeypatch.setattr(manifest, "list_images", forbidden)
-    # The cluster is no part of the identity, and neither is the number of points decoded at once.
+    # The cluster is not part of the identity, and neither is the number of points decoded at once.
     again = make_plan(
         source, output, other := config_of("cluster.max_actors=9", "masks.points_per_batch=3"), other.identity()
     )

@@ -19,7 +19,7 @@ def runs_of(mask: np.ndarray) -> np.ndarray:
 
 
 def components_of(mask: np.ndarray) -> list[list[np.ndarray]]:
-    """Of each component its outer ring and its holes."""
+    """The outer ring and the holes of each component."""
     (components,) = outlines([runs_of(mask)], mask.shape)
     return components
 

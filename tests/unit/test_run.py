@@ -28,7 +28,7 @@ from tests.support import handmade, standin
 
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
-    """Of a finished output of three shards, in two of which an image has failed."""
+    """The plan of a finished output of three shards, in two of which an image has failed."""
     monkeypatch.setattr(plan_run, "run_identity", lambda config, weights: config.identity())
     return handmade.write_output(str(tmp_path), [f"{i}.png" for i in range(9)], failed=(1, 4))
 

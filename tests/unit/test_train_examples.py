@@ -1,5 +1,6 @@
 """What a training learns from: scenes and labelled images as examples, what is held out, and mixtures of them."""
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -192,11 +193,21 @@ def test_without_names_the_identity_is_as_before_there_were_any():
 
 def test_an_epoch_has_each_image_once_and_the_next_another_order(labels: str):
     examples = MaskExamples(labels, DataConfig(validation_fraction=0.3), seed=0)
-    first, second = examples._order(0), examples._order(1)
+    first, second = examples.order.epoch(0), examples.order.epoch(1)
     assert sorted(first) == sorted(second) == sorted(examples.train)
     assert list(first) != list(second)
     assert not set(examples.train) & set(examples.heldout)
     assert len(examples.train) + len(examples.heldout) == 20
+
+
+def test_what_was_drawn_is_not_pickled_and_is_drawn_again_the_same(labels: str):
+    """Also by the mixture, whose order is kept in the same way."""
+    mixture = Mixture([MaskExamples(labels, DataConfig(validation_fraction=0), seed=3)], None, seed=0)
+    fresh = len(pickle.dumps(mixture))
+    drawn = [(mixture.locate(i), mixture.parts[0].order[i]) for i in (0, 19, 20, 39, 3000)]
+    assert len(pickle.dumps(mixture)) == fresh
+    again = pickle.loads(pickle.dumps(mixture))
+    assert [(again.locate(i), again.parts[0].order[i]) for i in (0, 19, 20, 39, 3000)] == drawn
 
 
 def test_the_split_is_by_uri_alone():
@@ -221,7 +232,7 @@ def test_validation_images_are_never_trained_on_and_always_the_same(labels: str)
 def test_an_image_that_is_gone_gives_way_to_the_next(tmp_path: Path):
     plan = write_scenes(str(tmp_path), paint(8))
     examples = MaskExamples(plan.output, DataConfig(validation_fraction=0, prompts_per_image=2), seed=0)
-    storage.delete(examples.dataset.uris()[int(examples._order(0)[0])])
+    storage.delete(examples.dataset.uris()[examples.order[0]])
     assert examples.example(0, FRAME)["image"].any()
     for uri in examples.dataset.uris():
         storage.delete(uri)

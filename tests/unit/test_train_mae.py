@@ -141,7 +141,7 @@ def run_to_end(data: str, output: Path, *overrides: str, stop_at: int | None = N
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["files", "tar", "parquet"])
 def test_a_run_on_unlabelled_images_ends_as_one_that_was_stopped(tmp_path: Path, kind: str):
-    """Of ten files one cannot be decoded: another one takes its place."""
+    """One of ten files cannot be decoded: another one takes its place."""
     data = make_input(str(tmp_path / "in"), kind)
     settings = ["train.steps=4", "data.validation_fraction=0.5"]
     whole = run_to_end(data, tmp_path / "whole", *settings)

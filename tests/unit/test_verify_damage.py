@@ -258,7 +258,7 @@ def test_shards_whose_metadata_are_damaged(plan: Plan, metadata: bytes) -> None:
 
 
 def test_shards_of_another_output(tmp_path: Path) -> None:
-    """Of the same images and settings, but in another order: each row is sound by itself."""
+    """They have the same images and settings, but in another order: each row is sound by itself."""
     plan = finished_output(str(tmp_path / "a"))
     other = finished_output(str(tmp_path / "b"))
     storage.put(shards.shard_uri(plan.output, 1), storage.read_bytes(shards.shard_uri(other.output, 1)))
