@@ -78,16 +78,20 @@ def read_encoder(path: Path, sam: Sam) -> dict[str, Tensor]:
 
     Raises: ConfigError.
     """
+    return fit_encoder(read_tensors(path), sam, path)
+
+
+def fit_encoder(tensors: Mapping[str, Tensor], sam: Sam, path: Path) -> dict[str, Tensor]:
+    """As `read_encoder`. tensors: as named in the file; path: for messages."""
     spec = sam.spec.encoder
     if not isinstance(spec, VitSpec):
         raise ConfigError(f"{SETTING} is for models with a plain ViT; {sam.spec.name} is not one")
-    state = to_encoder_names(read_tensors(path))
+    state = to_encoder_names(tensors)
     if "pos_embed" in state:
         state["pos_embed"] = _positions(state["pos_embed"], sam.spec.grid, path)
     filters = state.get("patch_embed.proj.weight")
-    # Other shapes stay as they are, and `key_problems` names them.
-    if filters is not None and filters.ndim == 4 and filters.shape[2] != spec.patch:
-        state["patch_embed.proj.weight"] = _resized(filters.float(), spec.patch)
+    if filters is not None:
+        state["patch_embed.proj.weight"] = _resized(filters, spec.patch)
     # What MAE does not have is not expected in the file.
     shapes = {
         key: tuple(value.shape)
@@ -120,9 +124,9 @@ def _fused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     fused = {}
     for key, value in kept.items():
         if ".attn.query." in key:
-            # In the order of qkv. If one is missing, the block has no qkv, and `key_problems` names that.
+            # In the order of qkv. If one is missing or misshapen, the block has no qkv, and `key_problems` names that.
             parts = [kept.get(key.replace(".query.", f".{name}.")) for name in ("query", "key", "value")]
-            if all(part is not None for part in parts):
+            if all(part is not None and part.shape == value.shape and part.ndim for part in parts):
                 fused[key.replace(".query.", ".qkv.")] = torch.cat([part for part in parts if part is not None])
         elif ".attn.key." not in key and ".attn.value." not in key:
             fused[key] = value
@@ -131,7 +135,7 @@ def _fused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _positions(positions: Tensor, grid: int, path: Path) -> Tensor:
     """(1, 1 + n, D) of a class token and n = g x g cells, or (1, g, g, D) -> (1, grid, grid, D)."""
-    if positions.ndim == 3:
+    if positions.ndim == 3 and positions.numel():
         side = math.isqrt(positions.shape[1])
         if side * side + 1 == positions.shape[1]:
             # The class token's position comes first in MAE's files.
@@ -139,11 +143,14 @@ def _positions(positions: Tensor, grid: int, path: Path) -> Tensor:
         elif side * side != positions.shape[1]:
             raise ConfigError(f"{SETTING}: {path} has positions of {positions.shape[1]} cells, which is not a square")
         positions = positions.unflatten(1, (side, side))  # (1, g, g, D)
-    if positions.ndim != 4 or positions.shape[1] == grid:
+    if positions.ndim != 4:
         return positions
-    return _resized(positions.float().permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
+    return _resized(positions.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
 
 
 def _resized(maps: Tensor, side: int) -> Tensor:
-    """(N, C, a, a) -> (N, C, side, side)."""
-    return F.interpolate(maps, (side, side), mode="bicubic", align_corners=False)
+    """(N, C, a, a) -> (N, C, side, side). Other shapes are returned as they are: `key_problems` names them."""
+    is_square = maps.ndim == 4 and maps.shape[2] == maps.shape[3] and maps.numel() > 0
+    if not is_square or maps.shape[2] == side:
+        return maps
+    return F.interpolate(maps.float(), (side, side), mode="bicubic", align_corners=False)

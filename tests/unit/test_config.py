@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import samray
@@ -279,8 +280,7 @@ def test_sections_alone_refuse_in_the_same_words() -> None:
 
 
 def test_point_grids_may_be_arrays() -> None:
-    numpy = pytest.importorskip("numpy")
-    grid = numpy.array([[0.25, 0.5], [0.75, 0.5]])
+    grid = np.array([[0.25, 0.5], [0.75, 0.5]])
     assert MaskConfig(point_grids=[grid]).point_grids == (((0.25, 0.5), (0.75, 0.5)),)  # type: ignore[arg-type]
 
 

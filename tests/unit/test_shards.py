@@ -69,7 +69,7 @@ def test_metadata_of_samray_and_hugging_face() -> None:
 
 
 def test_hugging_face_datasets_takes_the_features(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets", reason="Hugging Face datasets is not installed")
+    datasets = pytest.importorskip("datasets", reason="Hugging Face datasets is NOT tested: pip install 'samray[test]'")
     record = ImageRecord(image_id=7, width=9, height=8, file_name="a", uri="a", annotations=[mask_of(8, 9)])
     (tmp_path / "x.parquet").write_bytes(shards.shard_bytes(records_to_table([record], RUN)))
     loaded = datasets.Dataset.from_parquet(str(tmp_path / "x.parquet"), cache_dir=str(tmp_path / "cache"))
@@ -78,7 +78,7 @@ def test_hugging_face_datasets_takes_the_features(tmp_path: Path) -> None:
 
 
 def test_duckdb_reads_the_nested_columns(tmp_path: Path) -> None:
-    duckdb = pytest.importorskip("duckdb", reason="duckdb is not installed")
+    duckdb = pytest.importorskip("duckdb", reason="DuckDB is NOT tested: pip install 'samray[test]'")
     record = ImageRecord(image_id=7, width=9, height=8, file_name="a", uri="a", annotations=[mask_of(8, 9)] * 3)
     (tmp_path / "x.parquet").write_bytes(shards.shard_bytes(records_to_table([record], RUN)))
     query = f"select image.width, len(annotations), annotations[1].bbox from '{tmp_path}/x.parquet'"

@@ -15,7 +15,7 @@ from torch import Tensor
 from samray.config.models import MODELS, VitSpec
 from samray.errors import ConfigError
 from samray.sam import mae
-from samray.sam.encoder_start import check_encoder, load_encoder
+from samray.sam.encoder_start import check_encoder, fit_encoder, load_encoder, to_encoder_names
 from samray.sam.sam import Sam
 from samray.train.data import ExampleMaker, blocks, open_data
 from samray.train.images import draw_crop
@@ -267,7 +267,9 @@ def test_an_official_file_gives_the_features_of_its_own_encoder(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_vitmae_folder_gives_the_same_encoder_as_the_library_has(tmp_path: Path):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip(
+        "transformers", reason="ViTMAE's files are NOT compared with the library's: pip install 'samray[test]'"
+    )
     config = transformers.ViTMAEConfig(
         hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=64, patch_size=8,
         decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
@@ -317,6 +319,41 @@ def test_a_file_that_does_not_fit_is_refused_with_its_keys(tmp_path: Path):
         check_encoder(other, str(path))
     with pytest.raises(ConfigError, match=r"train.encoder_checkpoint: the file .* does not exist"):
         check_encoder(sam, str(tmp_path / "nowhere.pth"))
+
+
+def vitmae_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Hugging Face's names for an official state; query, key and value apart."""
+    renames = [
+        ("pos_embed", "embeddings.position_embeddings"), ("cls_token", "embeddings.cls_token"),
+        ("patch_embed.proj", "embeddings.patch_embeddings.projection"), ("blocks.", "encoder.layer."),
+        ("attn.proj", "attention.output.dense"), ("norm1", "layernorm_before"), ("norm2", "layernorm_after"),
+        ("mlp.fc1", "intermediate.dense"), ("mlp.fc2", "output.dense"),
+    ]  # fmt: skip
+    named = {}
+    for key, value in state.items():
+        for ours, theirs in renames:
+            key = key.replace(ours, theirs)
+        parts = zip(("query", "key", "value"), value.chunk(3), strict=True) if ".qkv." in key else [("", value)]
+        named |= {key.replace("attn.qkv", f"attention.attention.{name}"): part for name, part in parts}
+    return named
+
+
+@pytest.mark.parametrize("names", ["official", "ViTMAE"])
+def test_a_tensor_of_any_shape_is_refused_with_a_sentence(names: str):
+    """Each tensor in turn; no shape reaches an interpolation or a concatenation that it does not fit."""
+    with torch.device("meta"):
+        sam = Sam(PLAIN)
+    state = official_state(cells=8)
+    state = vitmae_names(state) if names == "ViTMAE" else state
+    assert set(to_encoder_names(state)) >= {"pos_embed", "blocks.2.attn.qkv.weight", "blocks.0.mlp.lin1.bias"}
+    dropped = ("cls_token", "norm.", "embeddings.cls_token")
+    for key in state:
+        if key.startswith(dropped):
+            continue
+        for shape in ((), (0,), (5,), (3, 5), (1, 0, 16), (1, 1, 0, 0), (16, 3, 0, 0), (16, 3, 4, 6), (1, 4, 6, 16)):
+            changed = state | {key: torch.zeros(shape)}
+            with pytest.raises(ConfigError, match=r"train.encoder_checkpoint: .*(key|square)"):
+                fit_encoder(changed, sam, Path("x.pth"))
 
 
 @pytest.mark.slow
