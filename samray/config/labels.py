@@ -47,6 +47,9 @@ WayName = Annotated[str, OneOf(lambda: list(WAYS))]
 DesignName = Annotated[str, OneOf(lambda: list(DESIGNS))]
 
 
+_NOT_IN_FIRST_VERSION: Final = {"features", "smooth", "relative_thresh"}
+
+
 class LabelsConfig(Settings):
     """Masks with names instead of all masks: a label and its score for each mask."""
 
@@ -76,6 +79,10 @@ class LabelsConfig(Settings):
     """persam: what is compared: levels: three of the encoder's blocks; embedding: the image embedding, as published."""
     smooth: int = Field(default=8, ge=0, le=64)
     """persam: average similarity over the masks of a grid of points, so many per side; 0, as published, does not."""
+    first_version: bool = False
+    """persam: measure similarity as samray's first version did, whose outputs are finished so; see labels.block."""
+    block: int | None = Field(default=None, ge=0)
+    """persam as in the first version: encoder block whose features are compared, from 0; null: the embedding."""
     runs: int = Field(default=32, ge=1, le=10_000)
     """stitched: passes of the mask decoder per image, each with other random points."""
     points: int = Field(default=3, ge=1, le=100)
@@ -105,4 +112,17 @@ class LabelsConfig(Settings):
     def identity(self) -> dict[str, Any]:
         """The settings that determine the output. The files of an example may move, so they count by content, which
         the pipeline adds."""
-        return self.model_dump(mode="json", exclude={"example", "example_mask", "name"})
+        others = _NOT_IN_FIRST_VERSION if self.is_first_version else {"block"}
+        return self.model_dump(mode="json", exclude={"example", "example_mask", "name", "first_version", *others})
+
+    @property
+    def is_first_version(self) -> bool:
+        """Whether similarity is measured as in the first version, the only one with a block."""
+        return self.first_version or self.block is not None
+
+    def as_begun(self, identity: Mapping[str, Any]) -> LabelsConfig:
+        """These settings, adjusted to resume a run with that identity: one of the first version stays with its
+        similarity, unless settings of the present one are given."""
+        if "block" not in identity or self.model_fields_set & _NOT_IN_FIRST_VERSION:
+            return self
+        return self.model_copy(update={"first_version": True})

@@ -248,6 +248,7 @@ class Config(Settings):
 
         Mask settings that are not given keep the run's values if an older version chose those for this model.
         """
+        self = self.model_copy(update={"labels": self.labels.as_begun(identity.get("labels", {}))})
         unset = model_masks(self.model.name).keys() - self.masks.model_fields_set
         begun = identity.get("masks", {})
         reference = {key: MaskConfig.model_fields[key].default for key in unset}

@@ -65,10 +65,15 @@ class PersamGenerator:
     """
 
     def __init__(self, model: Sam, config: Config, example: Example) -> None:
-        self.model, self.config = model, config
-        self.tap = FeatureTap(model, levels=config.labels.features == "levels")
+        """Raises: ConfigError if the encoder does not have the block that config names."""
+        self.model, self.config, labels = model, config, config.labels
+        self.is_first_version = labels.is_first_version
+        levels = labels.features == "levels" and not self.is_first_version
+        self.tap = FeatureTap(model, levels=levels, block=labels.block)
         (encoded,) = self.tap.encode([example.pixels])
-        self.target = target_of(model, encoded, example.mask, contrast=config.labels.contrast)
+        self.target = target_of(
+            model, encoded, example.mask, contrast=labels.contrast, by_difference=self.is_first_version
+        )
         self.stage_seconds = {"encode": 0.0, "decode": 0.0}
 
     def another(self) -> PersamGenerator:
@@ -100,8 +105,8 @@ class PersamGenerator:
             self.target,
             max_instances=labels.max_instances,
             threshold=self.target.floor if labels.score_thresh is None else labels.score_thresh,
-            relative=labels.relative_thresh,
-            smooth=labels.smooth,
+            relative=0.0 if self.is_first_version else labels.relative_thresh,
+            smooth=0 if self.is_first_version else labels.smooth,
             by_evidence=labels.pick == "evidence",
         )
         masks = [(one.logits, one.predicted_iou, one.similarity, [one.point_xy]) for one in found]
@@ -127,8 +132,9 @@ def find_instances(
     `samray.labels.similarity.smoothed`. by_evidence: see `segment`.
     """
     similarity = similarity_map(model, image, target, smooth)
-    lowest, highest = float(similarity.min()), float(similarity.max())
-    threshold = max(threshold, lowest + relative * (highest - lowest))
+    if relative > 0:
+        lowest, highest = float(similarity.min()), float(similarity.max())
+        threshold = max(threshold, lowest + relative * (highest - lowest))
     guidance = guidance_of(model, similarity, target)
     evidence = similarity - threshold if by_evidence else None
     least = _xy(int(similarity.argmin()), image)

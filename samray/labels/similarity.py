@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from samray.errors import ConfigError
 from samray.masks.points import point_grid
 from samray.masks.scores import MASK_THRESHOLD, above
 from samray.sam.frames import frame_of, interpolate
@@ -45,14 +46,20 @@ class Encoded:
 class FeatureTap:
     """Encodes images and keeps the features to compare. Several threads may use it at once."""
 
-    def __init__(self, model: Sam, *, levels: bool) -> None:
-        """levels: compare the outputs of three blocks, at the end of each third of the encoder; else the embedding."""
-        self.model = model
+    def __init__(self, model: Sam, *, levels: bool, block: int | None = None) -> None:
+        """levels: compare the outputs of three blocks, at the end of each third of the encoder; else that of one block,
+        or the embedding. Raises: ConfigError if the encoder has fewer blocks.
+        """
+        self.model, self._joins = model, levels
         self._of_thread = threading.local()
-        blocks = model.image_encoder.blocks_in_order() if levels else []
-        self._levels = sorted({max(len(blocks) * third // 3 - 1, 0) for third in (1, 2, 3)}) if blocks else []
-        for level in self._levels:
-            handle = blocks[level].register_forward_hook(_keeper(self._of_thread, level))
+        blocks = model.image_encoder.blocks_in_order()
+        if block is not None and block >= len(blocks):
+            raise ConfigError(f"labels.block = {block} is not allowed; {model.spec.name} has {len(blocks)} blocks")
+        self._kept = [] if block is None else [block]
+        if levels:
+            self._kept = sorted({max(len(blocks) * third // 3 - 1, 0) for third in (1, 2, 3)})
+        for index in self._kept:
+            handle = blocks[index].register_forward_hook(_keeper(self._of_thread, index))
             weakref.finalize(self, handle.remove)  # the model outlives its taps
 
     @torch.inference_mode()
@@ -61,18 +68,18 @@ class FeatureTap:
         pixels, _ = self.model.preprocess(list(images))
         embeddings = self.model.encode_images(pixels)
         features = embeddings[:, : self.model.spec.embed_dim].float()
-        if self._levels:
-            kept = self._of_thread.__dict__
-            features = joined([_channels_first(kept.pop(str(i))) for i in self._levels], self.model.spec.grid)
+        if self._kept:
+            maps = [_channels_first(self._of_thread.__dict__.pop(str(index))) for index in self._kept]
+            features = joined(maps, self.model.spec.grid) if self._joins else maps[0].float()
         return [
             Encoded(embeddings[i : i + 1], features[i], (image.shape[0], image.shape[1]))
             for i, image in enumerate(images)
         ]
 
 
-def _keeper(store: threading.local, level: int) -> Any:
+def _keeper(store: threading.local, index: int) -> Any:
     """A hook that does not keep the tap alive."""
-    return lambda module, inputs, output: store.__dict__.__setitem__(str(level), output)
+    return lambda module, inputs, output: store.__dict__.__setitem__(str(index), output)
 
 
 def joined(maps: Sequence[Tensor], grid: int) -> Tensor:
@@ -108,7 +115,7 @@ class Target:
     embedding: Tensor
     """(C,) mean of the decoder's embedding over the example, for target-semantic prompting."""
     floor: float
-    """Mean similarity of what surrounds the example; -2 if it has no surroundings."""
+    """Least similarity by default: the mean of what surrounds the example; -2 if it has no surroundings."""
 
 
 def cells_of(model: Sam, mask: Bool, side: int) -> Tensor:
@@ -127,11 +134,11 @@ def unit(features: Tensor) -> Tensor:
     return features / lengths.clamp(min=1e-12)
 
 
-def target_of(model: Sam, example: Encoded, mask: Bool, *, contrast: bool) -> Target:
+def target_of(model: Sam, example: Encoded, mask: Bool, *, contrast: bool, by_difference: bool = False) -> Target:
     """The target embedding of an example (PerSAM, equation 2), by the share of each cell that is in the mask.
 
     mask: (H, W), not empty. contrast: compare with the example and its surroundings (`discriminant`), not with the
-    example alone. Raises ValueError for an empty mask.
+    example alone. by_difference: as the first version did, see `difference`. Raises ValueError for an empty mask.
     """
     features = example.features
     inside = cells_of(model, mask, features.shape[-1])
@@ -140,7 +147,9 @@ def target_of(model: Sam, example: Encoded, mask: Bool, *, contrast: bool) -> Ta
     outside = (cells_of(model, np.ones_like(mask), features.shape[-1]) - inside).clamp(min=0)
     mean = _mean(features, inside)
     direction, offset, floor = mean / mean.norm(), 0.0, -2.0
-    if outside.sum() > 1:
+    if by_difference:
+        direction, floor = difference(features, inside, outside, contrast=contrast)
+    elif outside.sum() > 1:
         if contrast:
             direction, offset = discriminant(unit(features), inside, outside)
         floor = float(direction @ _mean(unit(features), outside)) - offset
@@ -166,6 +175,26 @@ def discriminant(features: Tensor, inside: Tensor, outside: Tensor) -> tuple[Ten
     return direction, float(direction @ middle)
 
 
+def difference(features: Tensor, inside: Tensor, outside: Tensor, *, contrast: bool) -> tuple[Tensor, float]:
+    """The direction (D,) and threshold of samray's first version, with which its outputs are finished.
+
+    The mean inside, of length 1, minus the same of the outside if contrast; and the similarity that agrees best with
+    the example, by IoU.
+    """
+    mean = _mean(features, inside)
+    direction = mean / mean.norm()
+    if contrast and outside.sum() > 1:
+        around = _mean(features, outside)
+        direction = direction - around / around.norm()
+    shown = inside + outside > 0.5
+    similarity = torch.einsum("d,dhw->hw", direction, unit(features))[shown]
+    is_inside = inside[shown] > 0.5
+    values, order = similarity.sort(descending=True)
+    hits = is_inside[order].cumsum(0)
+    iou = hits / (torch.arange(1, len(values) + 1, device=values.device) + is_inside.sum() - hits)
+    return direction, float(values[iou.argmax()])
+
+
 def _mean(features: Tensor, weights: Tensor) -> Tensor:
     return (features * weights).sum(dim=(1, 2)) / weights.sum()
 
@@ -176,7 +205,7 @@ def similarity_map(model: Sam, image: Encoded, target: Target, points_per_side: 
     points_per_side: see `smoothed`; 0 does not smooth.
     """
     cells = torch.einsum("d,dhw->hw", target.direction, unit(image.features)) - target.offset
-    side = 4 * model.spec.grid
+    side = 4 * (model.spec.grid if points_per_side else cells.shape[-1])
     finer = F.interpolate(cells[None, None], (side, side), mode="bilinear", align_corners=False)[0]
     if points_per_side:
         finer = smoothed(model, image, finer[0], points_per_side)[None]

@@ -113,15 +113,18 @@ def _footer_of(shard: int, file: pq.ParquetFile, labels: bool) -> Footer:
     )
 
 
+def count_labels(masks: pa.StructArray) -> Counter[str | None]:
+    """Number of masks by name, None for those without a name. masks: with a field `label`."""
+    return Counter({pair["values"]: pair["counts"] for pair in masks.field("label").value_counts().to_pylist()})
+
+
 def _count_labels(file: pq.ParquetFile) -> Counter[str | None]:
-    """Number of masks by name; None for those without. Of a file without names nothing."""
+    """`count_labels` of a shard; empty for a shard without names."""
     counts: Counter[str | None] = Counter()
     annotation = file.schema_arrow.field("annotations").type.value_type
-    if annotation.get_field_index("label") < 0:
-        return counts
-    for batch in file.iter_batches(SAMPLE_IMAGES, columns=["annotations.list.element.label"]):
-        labels = batch["annotations"].flatten().field("label")
-        counts.update({pair["values"]: pair["counts"] for pair in labels.value_counts().to_pylist()})
+    if annotation.get_field_index("label") >= 0:
+        for batch in file.iter_batches(SAMPLE_IMAGES, columns=["annotations.list.element.label"]):
+            counts.update(count_labels(batch["annotations"].flatten()))
     return counts
 
 

@@ -123,16 +123,8 @@ def _numbers(tables: Iterable[pa.Table]) -> Numbers:
         stability_score=_finite(flat.field("stability_score")),
         log_area=np.log10(np.maximum(area, 1e-9)),
         points=_points(flat.field("point_coords"), np.stack([width, height], 1)),
-        labels=_labels(flat),
+        labels=sample.count_labels(flat) if flat.type.get_field_index("label") >= 0 else None,
     )
-
-
-def _labels(masks: pa.StructArray) -> Counter[str | None] | None:
-    """Name -> number of masks; None for an output without names."""
-    if masks.type.get_field_index("label") < 0:
-        return None
-    counts = masks.field("label").value_counts().to_pylist()
-    return Counter({pair["values"]: pair["counts"] for pair in counts})
 
 
 def _points(coords: pa.ListArray, size_wh: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -16,9 +16,10 @@ from samray.config.labels import DESIGNS
 from samray.errors import ConfigError
 from samray.labels.example import Example, build_generator, read_example
 from samray.labels.persam import find_instances
-from samray.labels.similarity import FeatureTap, discriminant, similarity_map, smoothed, target_of
+from samray.labels.similarity import FeatureTap, difference, discriminant, similarity_map, smoothed, target_of
 from samray.labels.stitched import StitchedGenerator, closed, stitched
 from samray.labels.ways import labels_identity
+from samray.output.identity import refuse_differences
 from samray.output.schema import (
     CORRECTED_SCHEMA,
     NAMED_ANNOTATION,
@@ -247,6 +248,62 @@ def test_relative_thresh_keeps_what_is_near_the_most_similar(tmp_path: Path) -> 
         assert all(one.similarity >= least for one in found)
     none = find_instances(model, encoded, target, max_instances=8, threshold=float(similarity.max()) + 1, relative=0)
     assert none == [], "the absolute threshold counts, too"
+
+
+def recorded_by_the_first_version(config: Config, **own: Any) -> dict[str, Any]:
+    """The part of a run.json about names as samray wrote it before there was `labels.features`."""
+    values = {
+        "block": None, "by": "example", "contrast": True, "design": "persam", "grid": 6, "keep": 0.5,
+        "max_instances": 10, "pick": "evidence", "points": 3, "runs": 32, "score_thresh": None, "seed": 0,
+        "vote_thresh": 0.05,
+    }  # fmt: skip
+    return {**values, **read_example(config).identity, "categories": ["square"], **own}
+
+
+@pytest.mark.parametrize("own", [{}, {"block": 1}, {"contrast": False, "score_thresh": 0.25}])
+def test_an_output_of_the_first_version_goes_on_as_it_began(tmp_path: Path, own: dict[str, Any]) -> None:
+    config = settings(tmp_path, **own)
+    recorded = {**config.identity(), "labels": recorded_by_the_first_version(config, **own)}
+    resumed = config.as_begun(recorded)
+    asked = {**resumed.identity(), **labels_identity(resumed, read_example(resumed))}
+    refuse_differences("out", recorded, asked, resumed.default_identity())
+    assert resumed.labels.is_first_version
+    begun_now = {**config.identity(), **labels_identity(config, read_example(config))}
+    assert config.as_begun(begun_now).labels.is_first_version == ("block" in own), "only what it began"
+
+
+@pytest.mark.parametrize("own", [{"smooth": 4}, {"features": "levels"}, {"block": 1}])
+def test_an_output_of_the_first_version_refuses_other_settings(tmp_path: Path, own: dict[str, Any]) -> None:
+    config = settings(tmp_path, **own)
+    recorded = {**config.identity(), "labels": recorded_by_the_first_version(config)}
+    resumed = config.as_begun(recorded)
+    asked = {**resumed.identity(), **labels_identity(resumed, read_example(resumed))}
+    with pytest.raises(ConfigError, match=r"labels\.block"):
+        refuse_differences("out", recorded, asked, resumed.default_identity())
+
+
+def test_similarity_of_the_first_version_against_loops() -> None:
+    """The difference of the two means' directions, and the threshold with the best IoU on the example, by trial."""
+    generator = torch.Generator().manual_seed(4)
+    features = torch.randn(5, 6, 7, generator=generator)
+    inside = torch.zeros(6, 7)
+    inside[1:4, 2:5] = 1
+    inside[4, 2:5] = 0.3
+    direction, threshold = difference(features, inside, 1 - inside, contrast=True)
+    means = []
+    for weights in (inside, 1 - inside):
+        total = torch.stack([features[:, y, x] * weights[y, x] for y in range(6) for x in range(7)]).sum(0)
+        means.append(total / total.norm())
+    torch.testing.assert_close(direction, means[0] - means[1])
+    similarity = {
+        (y, x): float(direction @ features[:, y, x] / features[:, y, x].norm()) for y in range(6) for x in range(7)
+    }
+    shown = {cell for cell in similarity if inside[cell] > 0.5}
+    ious = {}
+    for candidate in similarity.values():
+        chosen = {cell for cell, value in similarity.items() if value >= candidate}
+        ious[candidate] = len(chosen & shown) / len(chosen | shown)
+    assert threshold == pytest.approx(max(ious, key=lambda candidate: ious[candidate]), abs=1e-5)
 
 
 def test_clicks_of_the_stitched_designs(tmp_path: Path) -> None:
