@@ -14,7 +14,9 @@ import secrets
 import shutil
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +24,7 @@ from typing import Any, Final
 import psutil
 import ray
 from filelock import FileLock, Timeout
-from ray._private import ray_constants, worker
+from ray._private import auto_init_hook, ray_constants, worker
 from ray._private.node import Node
 from ray._private.utils import get_num_cpus
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
@@ -73,7 +75,8 @@ def running_ray(config: ClusterConfig) -> Iterator[bool]:
     except Exception as error:
         raise ConfigError(f"the Ray cluster at {address} cannot be joined: {error}") from error
     try:
-        yield False
+        with _others_leave_first():
+            yield False
     finally:
         ray.shutdown()
 
@@ -121,9 +124,48 @@ def local_ray(**options: Any) -> Iterator[None]:
     with _private_folder() as folder, _token_of_our_own(folder):
         try:
             _start(folder, **options)
-            yield
+            with _others_leave_first():
+                yield
         finally:
             _end_ray(folder)
+
+
+@contextlib.contextmanager
+def _others_leave_first() -> Iterator[None]:
+    """At the end of the block, let the threads that were started in it leave Ray, before this one shuts it down.
+
+    Otherwise Ray may end the whole process with exit code 1, without a word: it does so if it is shut down while a
+    thread is inside of it, as the one that runs a pipeline is after Ctrl-C.
+    """
+    before = set(threading.enumerate())
+    # A thread that uses Ray after it is gone would start another one.
+    connects, auto_init_hook.enable_auto_connect = auto_init_hook.enable_auto_connect, False
+    try:
+        yield
+    finally:
+        others = _threads_in_ray() - before
+        if others and ray.is_initialized():
+            # Their next call raises an error then, which ends what Ray Data and Ray Train run in threads.
+            worker.global_worker.set_is_connected(False)
+            deadline = time.monotonic() + _LEAVE_S
+            # Until they have ended, because one that is not in Ray now may be between two calls.
+            while any(thread.is_alive() for thread in others) and time.monotonic() < deadline:
+                time.sleep(0.02)
+                others |= _threads_in_ray() - before
+            worker.global_worker.set_is_connected(True)
+        if not any(thread.is_alive() for thread in others):
+            auto_init_hook.enable_auto_connect = connects
+
+
+def _threads_in_ray() -> set[threading.Thread]:
+    """The other threads whose stack has a function of Ray."""
+    threads = {thread.ident: thread for thread in threading.enumerate() if thread is not threading.current_thread()}
+    found = set()
+    for ident, stack in sys._current_frames().items():
+        modules = (str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_stack(stack))
+        if ident in threads and any(name.partition(".")[0] == "ray" for name in modules):
+            found.add(threads[ident])
+    return found
 
 
 def _start(folder: Path, **options: Any) -> None:

@@ -84,11 +84,7 @@ class EventStream:
         self._thread.join(timeout=timeout_s)
 
     def _run(self) -> None:
-        """The thread's body. If the main thread is interrupted and Ray is gone, it must not start another Ray."""
-        from ray._private import auto_init_hook
-
-        # Ray connects by itself on first use; its environment variable against that is read only at import.
-        before, auto_init_hook.enable_auto_connect = auto_init_hook.enable_auto_connect, False
+        """The thread's body."""
         try:
             for row in self._rows():
                 self._events.put(_event_of(row))
@@ -97,8 +93,6 @@ class EventStream:
                 self._events.put(StreamEnded())
         except BaseException as error:  # the main thread raises it
             self._events.put(StreamFailed(error))
-        finally:
-            auto_init_hook.enable_auto_connect = before
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         """The rows of `samray.pipeline.write.write_shard`, until there are no more or `halt` was called."""

@@ -124,6 +124,7 @@ def test_hover_shows_the_figures_of_the_mask_under_the_pointer(page: Page, outpu
     masks = rows[0]["annotations"]
     for pixel, mask in ((PART, masks[0]), (WHOLE, masks[1]), (APART, masks[2])):
         page.mouse.move(*at(frame, pixel))
+        page.locator("#tip", has_text=f"{mask['id']}").wait_for()  # a busy machine takes a while to show it
         told = tip(page)
         assert f"predicted IoU {mask['predicted_iou']:.3f}" in told
         assert f"stability {mask['stability_score']:.3f}" in told
@@ -134,7 +135,7 @@ def test_hover_shows_the_figures_of_the_mask_under_the_pointer(page: Page, outpu
         assert alpha_at(page, "focus", pixel, 2) > 0
         assert alpha_at(page, "focus", (70, 10), 2) == 0
     page.mouse.move(*at(frame, (70, 10)))
-    assert tip(page) == ""
+    page.locator("#tip").wait_for(state="hidden")
     assert alpha_at(page, "focus", APART, 2) == 0
 
 
