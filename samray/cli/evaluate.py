@@ -314,7 +314,7 @@ def _checkpoint(config: Config) -> str | None:
 
 
 def write_json(
-    where: str | None, figures: dict[str, Any], config: Config, images: RegionData | NamedScenes, model: Sam
+    where: str | None, figures: dict[str, Any], config: Config, images: RegionData | NamedScenes, model: Sam | None
 ) -> None:
     """Write the results as JSON to a file, to stdout for -, or not at all for None. Raises: StorageError."""
     if where == "-":
@@ -323,21 +323,21 @@ def write_json(
         storage.put(storage.normalize(where), as_json(figures, config, images, model).encode())
 
 
-def as_json(figures: dict[str, Any], config: Config, images: RegionData | NamedScenes, model: Sam) -> str:
-    """The results, and what they were measured with and on."""
+def as_json(figures: dict[str, Any], config: Config, images: RegionData | NamedScenes, model: Sam | None) -> str:
+    """The results, and what they were measured with and on. model: None leaves the keys about it null."""
     from samray.sam.checkpoints import checkpoint_sha256
 
     own = config.model
     seconds = {"seconds": figures["seconds"]} if "seconds" in figures else {}
     whole = {
         **{key: _plain(value) for key, value in figures.items() if key != "seconds"},
-        "model": own.name,
-        "checkpoint": _checkpoint(config),
-        "checkpoint_sha256": checkpoint_sha256(own.name, own.checkpoint),
+        "model": own.name if model else None,
+        "checkpoint": _checkpoint(config) if model else None,
+        "checkpoint_sha256": checkpoint_sha256(own.name, own.checkpoint) if model else None,
         "data": images.where,
         "layout": images.layout,
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device) if model else None,
+        "dtype": str(model.dtype).removeprefix("torch.") if model else None,
         **seconds,
         "versions": {
             "samray": __version__,
@@ -350,4 +350,6 @@ def as_json(figures: dict[str, Any], config: Config, images: RegionData | NamedS
 
 def _plain(value: Any) -> Any:
     """JSON has no NaN: use null."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -23,6 +23,7 @@ from rich.table import Table
 from samray import __version__, storage
 from samray.cli import evaluate_edges  # noqa: F401  (adds its command)
 from samray.cli.evaluate import evaluate_app
+from samray.cli.evaluate_instances import InstancesCommand, instances
 from samray.cli.evaluate_oneshot import OneshotCommand, oneshot
 from samray.cli.export import COMMANDS as EXPORT_COMMANDS
 from samray.cli.help import Command, CommandWithSettings, HelpfulGroup, refuse_expanded_glob, split_settings
@@ -266,6 +267,7 @@ for _command in [*COMMANDS, *EXPORT_COMMANDS]:
     app.command(_command.__name__.strip("_").replace("_", "-"), cls=_class)(_command)
 
 
+evaluate_app.command(cls=InstancesCommand)(instances)
 evaluate_app.command(cls=OneshotCommand)(oneshot)
 app.add_typer(evaluate_app, name="evaluate")
 

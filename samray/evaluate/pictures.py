@@ -1,4 +1,4 @@
-"""Contact sheets: examples for the results of `samray evaluate`, from worst to best.
+"""Pictures of the results of `samray evaluate`: contact sheets of examples, from worst to best, and a confusion matrix.
 
 The examples are a random sample, so the sheet is representative; the same data and answers give the same sheet.
 """
@@ -9,7 +9,7 @@ import colorsys
 import io
 import random
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Final
 
 import numpy as np
@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from samray.errors import ConfigError
+from samray.evaluate.confusion import Confusion
 from samray.evaluate.points import Answers
 from samray.evaluate.proposals import best_ious
 from samray.evaluate.regions import Bool, RegionImage, RleMasks, areas
@@ -34,6 +35,8 @@ _SHOWN_MASKS = 40  # per image: more would hide it
 _GAP, _LINE = 6, 18
 _BACKGROUND, _INK = (24, 24, 27), (228, 228, 231)
 _REGION, _MASK = (255, 214, 10), (56, 135, 255)
+_EMPTY = (39, 39, 42)
+_CELL, _MATRIX_NAMES, _LONGEST_NAME = 34, 40, 24
 
 Float = npt.NDArray[np.float32]
 
@@ -187,6 +190,40 @@ def _largest_first(masks: list[Rle], hw: tuple[int, int]) -> Iterator[tuple[int,
         yield i, _resized_mask(RleMasks([masks[i]])[:][0], hw)
 
 
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def confusion_picture(confusion: Confusion, kind: str) -> bytes:
+    """The matrix as PNG or JPEG: rows are regions, columns masks; a cell's blue is its share of the row."""
+    confusion = confusion.merged(_MATRIX_NAMES)
+    words = confusion.words
+    counts = confusion.matrix(words)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    texts = [word if len(word) <= _LONGEST_NAME else f"{word[: _LONGEST_NAME - 1]}…" for word in words]
+    side = max(_CELL, 2 * _GAP + int(_font().getlength(f"{counts.max():,}")))
+    margin = 3 * _GAP + max(int(_font().getlength(text)) for text in texts)
+    title = "rows: known regions; columns: masks that cover them (IoU 0.5)"
+    top = _LINE + _GAP + margin
+    size = max(margin + len(words) * side, int(_font().getlength(title))) + 2 * _GAP, top + len(words) * side + _GAP
+    whole = Image.new("RGB", size, _BACKGROUND)
+    _write(whole, (_GAP, _GAP), title)
+    draw = ImageDraw.Draw(whole)
+    for row, text in enumerate(texts):
+        _write(whole, (_GAP, top + row * side + (side - _LINE) // 2), text)
+        label = Image.new("RGB", (margin, _LINE), _BACKGROUND)
+        _write(label, (_GAP, 0), text)
+        whole.paste(label.rotate(90, expand=True), (margin + row * side + (side - _LINE) // 2, top - margin))
+        for column, count in enumerate(counts[row].tolist()):
+            x, y = margin + column * side, top + row * side
+            shade = np.asarray(_EMPTY) + shares[row, column] * (np.asarray(_MASK) - _EMPTY)
+            draw.rectangle((x, y, x + side - 2, y + side - 2), fill=tuple(int(part) for part in shade))
+            if count:
+                draw.text((x + side / 2 - 1, y + side / 2 - 1), f"{count:,}", fill=_INK, font=_font(), anchor="mm")
+    data = io.BytesIO()
+    whole.save(data, kind, quality=90)
+    return data.getvalue()
+
+
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +246,7 @@ def _to_image(canvas: Float) -> Image.Image:
     return Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
 
 
+@cache
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(13)
 

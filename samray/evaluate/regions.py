@@ -81,6 +81,10 @@ class RegionImage:
 
     names: list[list[str | None]] = field(default_factory=list)
     """The class of each region of each annotator; empty lists if DATA has none."""
+    file_name: str = ""
+    """Its name in DATA, which an OUTPUT of the same images repeats."""
+    scores: list[float] = field(default_factory=list)
+    """In samray's layout, for each mask: label_score, or predicted_iou if that is null."""
 
     @property
     def regions(self) -> list[Rle]:
@@ -102,6 +106,11 @@ class RleMasks:
         return np.ascontiguousarray(np.moveaxis(columns, 2, 0)).view(np.bool_)
 
 
+def black(hw: tuple[int, int]) -> RGBArray:
+    """(H, W, 3) uint8 zeros that take no memory: for an image of which only the size is needed. Read-only."""
+    return np.broadcast_to(np.zeros(3, np.uint8), (*hw, 3))
+
+
 def large_enough(regions: list[Rle], min_area: int) -> list[Rle]:
     """The regions of at least `min_area` pixels, and of at least one."""
     return [region for region, area in zip(regions, areas(regions), strict=True) if area >= max(min_area, 1)]
@@ -114,6 +123,7 @@ def with_large_regions(image: RegionImage, min_area: int) -> RegionImage:
         image,
         annotators=[[own[i] for i in kept] for own, kept in zip(image.annotators, large, strict=True)],
         names=[[own[i] for i in kept if i < len(own)] for own, kept in zip(image.names, large, strict=False)],
+        scores=[image.scores[i] for i in large[0]] if image.scores else [],
     )
 
 
@@ -143,8 +153,9 @@ class RegionData:
     storage fails as a whole.
     """
 
-    def __init__(self, data: str, limit: int | None = None) -> None:
-        """limit: use only the first N images of DATA."""
+    def __init__(self, data: str, limit: int | None = None, *, with_pixels: bool = True) -> None:
+        """limit: use only the first N images of DATA. with_pixels: read the images; else they are black."""
+        self._with_pixels = with_pixels
         self.uri = storage.normalize(data)
         self.where = storage.redact(self.uri)
         self._files: list[_File] = []
@@ -222,7 +233,8 @@ class RegionData:
         marked = [(annotator or {}).get("regions") or [] for annotator in row["annotators"] or []]
         annotators = [[{"size": list(hw), "counts": counts} for counts in regions] for regions in marked]
         names = [(annotator or {}).get("names") or [] for annotator in row["annotators"] or []]
-        return replace(_checked(name, hw, row["jpeg"] or b"", annotators, InputConfig()), names=names)
+        data = (row["jpeg"] or b"") if self._with_pixels else None
+        return replace(_checked(name, hw, data, annotators, InputConfig()), names=names, file_name=name)
 
     def _sa1b_image(self, row: dict[str, Any], file: _File, photo_row: pa.Table | None) -> RegionImage:
         """photo_row: the image's row in the plan, if there is one."""
@@ -234,29 +246,38 @@ class RegionData:
             uri = storage.resolve(storage.parent(file.uri), row["uri"]) if row["uri"] else ""
             photo_row = pa.Table.from_pylist([{"uri": uri}], INPUT_SCHEMA)
         config = InputConfig() if file.plan is None else input_config_of(file.plan)
-        (data,) = fetch_images(photo_row, config)
+        (data,) = fetch_images(photo_row, config) if self._with_pixels else (None,)
         if isinstance(data, ImageError):
             raise data
         image = row["image"] or {}
-        regions = [(annotation or {}).get("segmentation") for annotation in row["annotations"] or []]
-        names = [[(annotation or {}).get("label") for annotation in row["annotations"] or []]]
+        annotations = [annotation or {} for annotation in row["annotations"] or []]
         hw = (image.get("height"), image.get("width"))
-        return replace(_checked(str(row["uri"]), hw, data, [regions], config), names=names)
+        return replace(
+            _checked(str(row["uri"]), hw, data, [[one.get("segmentation") for one in annotations]], config),
+            names=[[one.get("label") for one in annotations]],
+            file_name=str(image.get("file_name") or row["uri"]),
+            scores=[_score(one) for one in annotations],
+        )
 
 
 def _is_output(folder: str) -> bool:
     return storage.exists(storage.join(folder, "_samray", RUN))
 
 
+def _score(annotation: dict[str, Any]) -> float:
+    scores = (annotation.get(name) for name in ("label_score", "predicted_iou"))
+    return next((float(score) for score in scores if isinstance(score, int | float)), 0.0)
+
+
 def _checked(
-    name: str, hw: tuple[Any, Any], data: bytes, annotators: list[list[Any]], config: InputConfig
+    name: str, hw: tuple[Any, Any], data: bytes | None, annotators: list[list[Any]], config: InputConfig
 ) -> RegionImage:
-    """Raises: ImageError if the image cannot be decoded or the regions do not fit it."""
+    """data: None for a black image. Raises: ImageError if it cannot be decoded or the regions do not fit it."""
     name = storage.redact(name)
     if _holds_null([hw, annotators]):
         raise ImageError("unreadable", f"the row of {name} lacks its size or part of a region")
     # In a child process with limits, because DATA may come from strangers.
-    pixels = decode_apart(data, config.max_pixels, config.decode_timeout_s)
+    pixels = black(hw) if data is None else decode_apart(data, config.max_pixels, config.decode_timeout_s)
     if pixels.shape[:2] != hw:
         is_now = f"{pixels.shape[1]}x{pixels.shape[0]}"
         raise ImageError("unreadable", f"{name} is {is_now} pixels, but its regions are for {hw[1]}x{hw[0]}")
