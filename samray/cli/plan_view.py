@@ -42,7 +42,8 @@ def print_plan(planned: RunPlan) -> None:
     ]
     sha256 = plan.run["identity"]["model"].get("checkpoint_sha256")
     output = plan.output if planned.preview is None else planned.preview.output_uri
-    _print(rows, output, planned.config, sha256, plan.num_images - num_done)
+    masks = [("masks", _masks(planned.config))] if planned.labels is None else planned.labels.plan_rows(planned.config)
+    _print(rows, masks, output, planned.config, sha256, plan.num_images - num_done)
 
 
 def _inputs(planned: RunPlan) -> str:
@@ -92,7 +93,12 @@ def _prompts(prompts: MatchedPrompts | None) -> list[tuple[str, str]]:
 
 
 def _print(
-    rows: list[tuple[str, str]], output: str, config: Config, checkpoint_sha256: str | None, num_images: int
+    rows: list[tuple[str, str]],
+    masks: list[tuple[str, str]],
+    output: str,
+    config: Config,
+    checkpoint_sha256: str | None,
+    num_images: int,
 ) -> None:
     model = f"{config.model.name}, {config.model.checkpoint or 'its own weights'}"
     if checkpoint_sha256:
@@ -100,7 +106,7 @@ def _print(
     rows = [
         *rows,
         ("model", model),
-        ("masks", _masks(config)),
+        *masks,
         *cost_rows(config, num_images),
         ("runs on", _where(config)),
         ("output", output),
@@ -167,9 +173,6 @@ def _cpu_seconds(config: Config, passes: int, prompts: int) -> float | None:
 def _masks(config: Config) -> str:
     if config.input.prompts is not None:
         return f"one for each prompt of {config.input.prompts}"
-    labels = config.labels
-    if labels.by is not None:
-        return f"named {labels.name!r}, like {labels.example} ({labels.design})"
     masks = config.masks
     points = "custom points" if masks.point_grids else f"{masks.points_per_side} x {masks.points_per_side} points"
     crops = f", {count(masks.crop_n_layers, 'layer')} of crops" if masks.crop_n_layers else ""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from samray.config.base import OneOf, Settings
 
@@ -24,6 +24,8 @@ class Way:
     """Called with the model, the `Config` and the inputs in each actor; returns a mask generator."""
     needs: tuple[str, ...]
     """Settings that must be given."""
+    network: str | None = None
+    """Network of `transformers` that `labels.checkpoint` is by default: a name on the Hugging Face Hub."""
 
 
 WAYS: Final[Mapping[str, Way]] = {
@@ -31,6 +33,12 @@ WAYS: Final[Mapping[str, Way]] = {
         inputs="samray.labels.example:read_example",
         builder="samray.labels.example:build_generator",
         needs=("example", "example_mask", "name"),
+    ),
+    "grounding_dino": Way(
+        inputs="samray.labels.grounding_dino:read_inputs",
+        builder="samray.labels.grounding_dino:build_generator",
+        needs=("phrases",),
+        network="IDEA-Research/grounding-dino-tiny",
     ),
 }
 
@@ -47,6 +55,7 @@ WayName = Annotated[str, OneOf(lambda: list(WAYS))]
 DesignName = Annotated[str, OneOf(lambda: list(DESIGNS))]
 
 
+_BY_CONTENT: Final = {"example", "example_mask", "name", "phrases", "checkpoint"}
 _NOT_IN_FIRST_VERSION: Final = {"features", "smooth", "relative_thresh"}
 
 
@@ -55,7 +64,10 @@ class LabelsConfig(Settings):
 
     section: ClassVar[str] = "labels"
     by: WayName | None = None
-    """How to find masks with names; null finds all masks, without names. example: like one example."""
+    """How to find masks with names; null finds all masks, without names. example: like one example; grounding_dino:
+    what phrases name."""
+    phrases: str | tuple[str, ...] | None = None
+    """Names to look for: a list, as in [cat,fire hydrant], or a text file with one per line: a path or URI."""
     example: str | None = None
     """Image that shows the class, for labels.by=example: a path or URI."""
     example_mask: str | None = None
@@ -65,8 +77,14 @@ class LabelsConfig(Settings):
     design: DesignName = "persam"
     """How to look for the example's class, see the guide "One example"."""
     score_thresh: float | None = Field(default=None, ge=-2, le=2)
-    """persam: least similarity of a click and of a mask: 1 is the example's; null: that of its surroundings (0 with
-    contrast)."""
+    """persam: least similarity (null: that of the example's surroundings; 0 with contrast). grounding_dino: least box
+    score (null: 0.3)."""
+    text_thresh: float = Field(default=0.25, ge=0, le=1)
+    """grounding_dino: least score of the box's phrase; lower it with score_thresh."""
+    nms_thresh: float = Field(default=0.8, ge=0, le=1)
+    """grounding_dino: of two boxes with a larger IoU keep the better one, whatever their phrases; 1 keeps both."""
+    checkpoint: str | None = None
+    """Network that reads the phrases: a folder (path or URI) or a name on Hugging Face; null: see the guide "Names"."""
     relative_thresh: float = Field(default=0.5, ge=0, le=1)
     """persam: the same between an image's least (0) and most (1) similar pixel; lower it to find more of the class."""
     max_instances: int = Field(default=10, ge=1, le=1000)
@@ -96,13 +114,21 @@ class LabelsConfig(Settings):
     seed: int = Field(default=0, ge=0)
     """stitched: seed of the random points."""
 
+    @field_validator("phrases", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) and not all(isinstance(phrase, str) for phrase in value):
+            raise ValueError("a phrase is text")  # here, because pydantic would report each member of the union
+        return tuple(value) if isinstance(value, list) else value
+
     @model_validator(mode="after")
     def _fields_agree(self) -> LabelsConfig:
         if self.by is None:
             given = [key for key in LabelsConfig.model_fields if key in self.model_fields_set and key != "by"]
             given = [key for key in given if getattr(self, key) != LabelsConfig.model_fields[key].default]
             if given:
-                raise ValueError(f"labels.{given[0]} needs labels.by; add labels.by={next(iter(WAYS))}")
+                fits = next((name for name, way in WAYS.items() if given[0] in way.needs), next(iter(WAYS)))
+                raise ValueError(f"labels.{given[0]} needs labels.by; add labels.by={fits}")
             return self
         missing = [f"labels.{key}" for key in WAYS[self.by].needs if getattr(self, key) is None]
         if missing:
@@ -110,10 +136,10 @@ class LabelsConfig(Settings):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """The settings that determine the output. The files of an example may move, so they count by content, which
-        the pipeline adds."""
+        """The settings that determine the output. Files may move, so those of an example, of phrases and of a network
+        count by content, which the pipeline adds."""
         others = _NOT_IN_FIRST_VERSION if self.is_first_version else {"block"}
-        return self.model_dump(mode="json", exclude={"example", "example_mask", "name", "first_version", *others})
+        return self.model_dump(mode="json", exclude={*_BY_CONTENT, "first_version", *others})
 
     @property
     def is_first_version(self) -> bool:

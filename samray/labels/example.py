@@ -51,6 +51,10 @@ class ExampleFiles:
             "example_mask_sha256": hashlib.sha256(self.mask).hexdigest(),
         }
 
+    def plan_rows(self, config: Config) -> list[tuple[str, str]]:
+        labels = config.labels
+        return [("masks", f"named {labels.name!r}, like {labels.example} ({labels.design})")]
+
     def decode(self) -> Example:
         """The pixels. The files were read once by `read_example`, in a process of its own."""
         return Example(decode_image(self.image, self.max_pixels), _is_class(decode_image(self.mask, self.max_pixels)))

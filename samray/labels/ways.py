@@ -27,6 +27,9 @@ class Inputs(Protocol):
     def identity(self) -> dict[str, Any]:
         """What of them determines the output, as plain JSON values: files by content."""
 
+    def plan_rows(self, config: Config) -> list[tuple[str, str]]:
+        """Lines of the plan: `masks` (which ones will be found), and what else is used."""
+
 
 def read_inputs(config: Config) -> Inputs | None:
     """The inputs of the way that config names; None if it names none.

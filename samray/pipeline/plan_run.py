@@ -112,7 +112,7 @@ def plan_run(
     identity = _identity_of_dry_run(config, begun) if dry_run else run_identity(config, weights)
     identity |= labels_identity(config, labels) | (prompt_file.identity if prompt_file else {})
     if is_new and dry_run:  # the only case without a plan in OUTPUT
-        return _preview(input_uri, output_uri, config, identity, prompt_file)
+        return _preview(input_uri, output_uri, config, identity, prompt_file, labels)
     check = functools.partial(_check_images, input_uri=input_uri, prompt_file=prompt_file)
     plan = make_plan(input_uri, output_uri, config, identity, joining=joining, check=check)
     changes = InputChanges(listed=is_new)
@@ -171,7 +171,12 @@ def _identity_of_dry_run(config: Config, begun: Mapping[str, Any] | None) -> dic
 
 
 def _preview(
-    input_uri: str, output_uri: str, config: Config, identity: Mapping[str, Any], prompt_file: PromptFile | None
+    input_uri: str,
+    output_uri: str,
+    config: Config,
+    identity: Mapping[str, Any],
+    prompt_file: PromptFile | None,
+    labels: Inputs | None,
 ) -> RunPlan:
     """The plan of a dry run on a new OUTPUT."""
     plan, images = preview_plan(input_uri, output_uri, config, identity)
@@ -185,7 +190,7 @@ def _preview(
         is_new=True,
         is_checked=False,
         changes=InputChanges(listed=True),
-        labels=None,
+        labels=labels,
         versions={},
         prompts=prompt_file.match(images) if prompt_file else None,
         preview=Preview(

@@ -1,0 +1,297 @@
+"""`labels.by=grounding_dino`: Grounding DINO finds a box for each thing that a phrase names, SAM makes it a mask.
+
+Source: Grounding DINO (Liu et al., arXiv 2303.05499), as `transformers` has it; together with SAM known as Grounded SAM
+and LangSAM. The prompt is all phrases in lower case, each followed by ` . `.
+
+What the authors' scripts do, and what is different here:
+- A box is kept if its highest token score is above `score_thresh` (their box_threshold). That is its score.
+- Its phrase is the one with the highest token score, if that is above `text_thresh`. The scripts join all tokens above
+  it, also of several phrases, so that a box may be called "cat dog".
+- Non-maximum suppression at `nms_thresh` over the boxes of all phrases together, as in their demo, before SAM.
+- A prompt of more tokens than the network takes (256) is split, and each part is asked in its own pass. The scripts cut
+  it off.
+
+What is computed how often: the image's backbone (Swin) once per image, the text's (BERT) once per actor, because
+neither depends on the other. The encoder that follows fuses image and text: it and the decoder run once per part of the
+prompt and image.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from samray.config.labels import WAYS
+from samray.errors import ConfigError
+from samray.labels.networks import Network, find_network, load_network, opened
+from samray.labels.phrases import plain, read_phrases
+from samray.labels.records import limited_records, named_mask
+from samray.labels.ways import MakeGenerator
+from samray.masks.images import check_images
+from samray.masks.nms import box_nms
+from samray.masks.records import Mask
+from samray.rle.records import MaskRecord
+from samray.sam.frames import frame_of
+from samray.sam.sam import Sam
+from samray.text import count, first_few
+
+if TYPE_CHECKING:
+    from samray.config import Config
+
+Image = npt.NDArray[np.uint8]
+
+_WAY: Final = "grounding_dino"
+_KIND: Final = "grounding-dino"
+"""The `model_type` of its config.json."""
+SCORE_THRESH: Final = 0.3
+"""`labels.score_thresh` if it is null: box_threshold in the authors' demo with SAM."""
+_GPU_BOXES, _CPU_BOXES = 32, 2
+"""Boxes decoded together, as for prompts (`samray.masks.prompted`): bounds the memory, and fits a CPU's caches."""
+
+
+@dataclass(frozen=True, slots=True)
+class PhraseInputs:
+    """Phrases, and the network that finds them."""
+
+    categories: list[str]
+    network: Network
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"network_sha256": self.network.sha256}
+
+    def plan_rows(self, config: Config) -> list[tuple[str, str]]:
+        names = first_few(self.categories, 5)
+        return [
+            ("masks", f"{config.labels.by}, {count(len(self.categories), 'phrase')}: {names}"),
+            ("network", f"{self.network.checkpoint} (SHA-256 {self.network.sha256[:12]}...)"),
+        ]
+
+
+def read_inputs(config: Config) -> PhraseInputs:
+    """Read the phrases and find the network. Raises: ConfigError that names the setting, StorageError."""
+    labels = config.labels
+    assert labels.phrases is not None
+    phrases = read_phrases(labels.phrases)
+    checkpoint = labels.checkpoint or WAYS[_WAY].network
+    assert checkpoint is not None
+    return PhraseInputs(phrases, find_network(checkpoint, _KIND, _WAY))
+
+
+def build_generator(model: Sam, config: Config, inputs: PhraseInputs) -> MakeGenerator:
+    """What creates the generators of an actor: the network is loaded, and the phrases are encoded, once for all.
+
+    Raises: ConfigError if the network is not this run's or cannot be loaded.
+    """
+    detector = Detector(inputs.network, inputs.categories, model.device)
+    return lambda points_per_batch: GroundedGenerator(model, config, detector, points_per_batch)
+
+
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    """Boxes of one image, best score first."""
+
+    xyxy: npt.NDArray[np.float32]
+    """(N, 4) in pixels of the image; a box may reach a little beyond it."""
+    scores: npt.NDArray[np.float32]
+    """(N,) in [0, 1]."""
+    phrases: list[int]
+    """Index of the phrase of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Phrases that are asked in one pass."""
+
+    input_ids: Tensor
+    """(1, T) token ids of the prompt, on the network's device."""
+    first: int
+    """Index of its first phrase."""
+    spans: list[tuple[int, int]]
+    """Of each phrase the first token, and the one after its last."""
+
+
+class Detector:
+    """Grounding DINO with fixed phrases. Several threads may use it at once."""
+
+    def __init__(self, network: Network, phrases: Sequence[str], device: torch.device) -> None:
+        """Raises: ConfigError if the network is another one than in the driver or cannot be loaded."""
+        from transformers import BertTokenizerFast, GroundingDinoForObjectDetection, GroundingDinoImageProcessorPil
+
+        with opened(network) as folder:
+            try:
+                tokenizer = BertTokenizerFast.from_pretrained(folder, local_files_only=True)
+                # Pillow's resizing whether torchvision is installed or not: the same boxes on every machine.
+                self.processor = GroundingDinoImageProcessorPil.from_pretrained(folder, local_files_only=True)
+            except Exception as error:  # whatever transformers raises about a file
+                raise ConfigError(f"labels.checkpoint {network.checkpoint} cannot be loaded: {error}") from error
+            self.model = load_network(GroundingDinoForObjectDetection, folder, network.checkpoint).to(device)
+        self.phrases, self.device = list(phrases), device
+        self.parts = split_prompt(tokenizer, phrases, self.model.config.max_text_len, device)
+        self._image_side = Once(self.model.model.backbone)
+        self._text_side = Once(self.model.model.text_backbone)
+        self._texts: dict[int, Any] = {}  # kept as long as the actor
+
+    @torch.inference_mode()
+    def detect(self, image: Image, *, score_thresh: float, text_thresh: float, nms_thresh: float) -> Boxes:
+        """The boxes of all phrases in one image (H, W, 3) uint8 RGB, after non-maximum suppression."""
+        inputs = self.processor(images=image, input_data_format="channels_last", return_tensors="pt")
+        pixels, mask = (inputs[name].to(self.device) for name in ("pixel_values", "pixel_mask"))
+        features: dict[int, Any] = {}  # of this image only
+        found = []
+        for number, part in enumerate(self.parts):
+            with self._image_side.kept_in(features, 0), self._text_side.kept_in(self._texts, number):
+                outputs = self.model(pixel_values=pixels, pixel_mask=mask, input_ids=part.input_ids)
+            scores = outputs.logits[0].sigmoid().float()  # (queries, tokens); 0 behind the prompt's last token
+            found.append(_chosen(scores, outputs.pred_boxes[0].float(), part, score_thresh, text_thresh))
+        boxes, scores, phrases = (torch.cat(list(columns)).cpu().numpy() for columns in zip(*found, strict=True))
+        xyxy = boxes * np.array([image.shape[1], image.shape[0]] * 2, dtype=np.float32)
+        keep = box_nms(xyxy, scores, nms_thresh)
+        return Boxes(xyxy[keep], scores[keep], phrases[keep].tolist())
+
+
+def _chosen(
+    token_scores: Tensor, cxcywh: Tensor, part: Part, score_thresh: float, text_thresh: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The boxes above the thresholds: corners (N, 4) as shares of the image, scores (N,), phrases (N,) int64.
+
+    token_scores: (queries, T). cxcywh: (queries, 4).
+    """
+    scores = token_scores.amax(dim=1)
+    by_phrase = torch.stack([token_scores[:, start:stop].amax(dim=1) for start, stop in part.spans], dim=1)
+    phrase_scores, phrases = by_phrase.max(dim=1)
+    keep = (scores > score_thresh) & (phrase_scores > text_thresh)
+    centre, half = cxcywh[keep, :2], 0.5 * cxcywh[keep, 2:]
+    return torch.cat([centre - half, centre + half], dim=1), scores[keep], phrases[keep] + part.first
+
+
+def split_prompt(tokenizer: Any, phrases: Sequence[str], max_tokens: int, device: torch.device) -> list[Part]:
+    """The prompt in as few parts of at most max_tokens as the order of the phrases allows.
+
+    Raises: ConfigError if one phrase has more tokens.
+    """
+    parts: list[Part] = []
+    lengths = [len(tokenizer(plain(phrase), add_special_tokens=False).input_ids) for phrase in phrases]
+    first = 0
+    while first < len(phrases):
+        spans: list[tuple[int, int]] = []
+        position = 1  # after [CLS]
+        for length in lengths[first:]:
+            if position + length + 2 > max_tokens:  # its full stop, and [SEP]
+                break
+            spans.append((position, position + length))
+            position += length + 1
+        if not spans:
+            raise ConfigError(
+                f"labels.phrases: {phrases[first]!r} has {lengths[first]} tokens, and this network takes "
+                f"{max_tokens - 3} of one phrase; name the thing in fewer words"
+            )
+        prompt = prompt_of(phrases[first : first + len(spans)])
+        input_ids = torch.tensor([tokenizer(prompt).input_ids], device=device)
+        assert input_ids.shape[1] == position + 1, (input_ids.shape, position)
+        parts.append(Part(input_ids, first, spans))
+        first += len(spans)
+    return parts
+
+
+def prompt_of(phrases: Sequence[str]) -> str:
+    """The prompt for these phrases: `cat . fire hydrant . `."""
+    return "".join(f"{plain(phrase)} . " for phrase in phrases)
+
+
+class Once:
+    """Computes a module's output once per key, and hands it out again to later calls of the network around it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._compute = module.forward
+        self._of_thread = threading.local()
+        module.forward = self._forward  # by its own attribute: the class's method stays
+
+    @contextmanager
+    def kept_in(self, store: dict[int, Any], key: int) -> Iterator[None]:
+        """Within the block, the output for `key` is taken from store if it is there, else computed and kept there."""
+        self._of_thread.place = store, key
+        yield
+        del self._of_thread.place
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        store, key = self._of_thread.place
+        if key not in store:
+            store[key] = self._compute(*args, **kwargs)
+        output = store[key]
+        # The network appends to the lists that its backbone returns.
+        return tuple(list(one) for one in output) if isinstance(output, tuple) else output
+
+
+class GroundedGenerator:
+    """Masks of what phrases name. `stage_seconds` sums the time per stage: detect, encode, decode."""
+
+    def __init__(self, model: Sam, config: Config, detector: Detector, points_per_batch: int | None = None) -> None:
+        """points_per_batch: boxes decoded together; None chooses by the device."""
+        self.model, self.config, self.detector, self.frame = model, config, detector, frame_of(model)
+        self.boxes_per_batch = points_per_batch or (_CPU_BOXES if model.device.type == "cpu" else _GPU_BOXES)
+        self.stage_seconds = {"detect": 0.0, "encode": 0.0, "decode": 0.0}
+
+    @torch.inference_mode()
+    def generate(self, images: Sequence[Image]) -> list[list[MaskRecord]]:
+        """The masks of each image, best score first, with `label`, a phrase as the user wrote it, and `label_score`.
+
+        images: RGB uint8 (H, W, 3), upright, of any sizes. An image in which nothing is found has no masks.
+        Raises: ValueError for invalid images.
+        """
+        check_images(images)
+        with self._stage("detect"):
+            boxes = [self._detect(image) for image in images]
+        records: list[list[MaskRecord]] = [[] for _ in images]
+        asked = [i for i, own in enumerate(boxes) if len(own.xyxy)]  # the others need no encoding
+        if asked:
+            with self._stage("encode"):
+                embeddings = self.model.encode_images(self.model.preprocess([images[i] for i in asked])[0])
+            with self._stage("decode"):
+                for i, embedding in zip(asked, embeddings, strict=True):
+                    height, width = images[i].shape[:2]
+                    masks = list(self._masks(embedding[None], boxes[i], (height, width)))
+                    records[i] = limited_records(masks, (height, width), self.config)
+        return records
+
+    def _detect(self, image: Image) -> Boxes:
+        labels = self.config.labels
+        score_thresh = SCORE_THRESH if labels.score_thresh is None else labels.score_thresh
+        return self.detector.detect(
+            image, score_thresh=score_thresh, text_thresh=labels.text_thresh, nms_thresh=labels.nms_thresh
+        )
+
+    def _masks(self, embedding: Tensor, boxes: Boxes, image_hw: tuple[int, int]) -> Iterator[Mask]:
+        """One mask per box. embedding: (1, C, h, w)."""
+        # float64 until the model's frame, as in the reference's predictor.
+        corners = self.frame.points_in(boxes.xyxy.astype(np.float64).reshape(-1, 2, 2), image_hw)
+        prompts = torch.from_numpy(corners).float().flatten(1).to(self.model.device)
+        for start in range(0, len(prompts), self.boxes_per_batch):
+            batch = prompts[start : start + self.boxes_per_batch]
+            # A box is not ambiguous: the single mask, as in the authors' demo.
+            logits, iou = self.model.predict(embedding, boxes_xyxy=batch, multimask=False)
+            for i, (mask, predicted_iou) in enumerate(zip(logits[:, 0], iou[:, 0].tolist(), strict=True), start):
+                yield named_mask(
+                    self.frame.masks_out(mask[None], image_hw)[0],
+                    self.config,
+                    predicted_iou=predicted_iou,
+                    label=self.detector.phrases[boxes.phrases[i]],
+                    label_score=float(boxes.scores[i]),
+                )
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        self.stage_seconds[name] += time.perf_counter() - started

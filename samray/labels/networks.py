@@ -1,0 +1,228 @@
+"""Networks of text from `transformers` (extra `text`): find their files, identify them by content, load them.
+
+A network is a folder in Hugging Face's layout, local or on any fsspec URI, or a name on the Hugging Face Hub. Only the
+files of `FILES` are used: weights as safetensors, settings and tokenizer as text. Nothing is unpickled, and code that
+comes with a network is never run. Remote files are downloaded once per machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import re
+import socket
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from samray import storage
+from samray.errors import ConfigError
+from samray.sam import fetch
+from samray.storage.strict_json import parse_json
+
+SETTING: Final = "labels.checkpoint"
+WEIGHTS: Final = "model.safetensors"
+FILES: Final = (
+    "config.json", WEIGHTS, "preprocessor_config.json", "processor_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt",
+)  # fmt: skip
+"""What may be used of a network's folder, and so what its digest is of."""
+_NEEDED: Final = (
+    ("config.json",),
+    (WEIGHTS,),
+    ("preprocessor_config.json", "processor_config.json"),
+    ("tokenizer.json", "vocab.txt", "vocab.json"),
+)
+"""One of each must be there."""
+_HUB_NAME: Final = re.compile(r"[\w.-]+/[\w.-]+")
+_PICKLED: Final = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A network of a run: where it is, and what it contains. Small and picklable."""
+
+    checkpoint: str
+    """As for `locate`."""
+    sha256: str
+    """Digest of its files, in hex: part of the run's identity, the same wherever the files are."""
+
+
+def require_transformers(way: str) -> None:
+    """Raises: ConfigError if transformers is not installed."""
+    # Found, not imported: importing it takes seconds.
+    if importlib.util.find_spec("transformers") is None:
+        raise ConfigError(f"labels.by={way} needs the package transformers: pip install 'samray[text]'")
+
+
+def find_network(checkpoint: str, kind: str, way: str) -> Network:
+    """Locate a network, download it if needed, and check that it is of this kind.
+
+    checkpoint: a folder, a URI or a name on the Hub. kind: the `model_type` of its config.json. way: `labels.by`.
+    Raises: ConfigError that says which files to put where, StorageError.
+    """
+    require_transformers(way)
+    folder = locate(checkpoint)
+    _check_files(folder, checkpoint)
+    _check_kind(folder, checkpoint, kind, way)
+    return Network(checkpoint, digest(folder))
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 (hex) of the names and contents of those of FILES that are in folder."""
+    # The weights' own digest is cached, so that a large file is not read at every start.
+    lines = [f"{fetch.file_sha256(folder / name)} {name}\n" for name in FILES if (folder / name).is_file()]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def opened(network: Network) -> Iterator[Path]:
+    """The local folder of a network for loading it, with the run's files from the first byte to the last.
+
+    Raises: ConfigError if this machine has other files, StorageError.
+    """
+    folder = locate(network.checkpoint)
+    _check_files(folder, network.checkpoint)
+    before = digest(folder)
+    if before != network.sha256:
+        raise ConfigError(
+            f"{_name(network.checkpoint)} on {socket.gethostname()} is not this run's network: its SHA-256 is "
+            f"{before}, expected {network.sha256}. It was replaced, or differs between machines: restore the run's "
+            "files, or choose another OUTPUT for these"
+        )
+    yield folder
+    if digest(folder) != before:
+        raise ConfigError(f"{_name(network.checkpoint)} was replaced while it was loaded; restore it and run again")
+
+
+def load_network(cls: Any, folder: Path, origin: str) -> Any:
+    """A transformers network in evaluation mode, float32, on the CPU.
+
+    cls: its class. Raises: ConfigError that names missing or misshapen tensors, or says why it cannot be loaded.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one per actor would fill the driver's terminal
+    try:
+        network, info = cls.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, dtype="float32",
+            output_loading_info=True,
+        )  # fmt: skip
+    # Whatever transformers raises about a file: ValueError, KeyError, SafetensorError, RuntimeError for shapes.
+    except Exception as error:
+        raise ConfigError(f"{_name(origin)} cannot be loaded: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ConfigError(f"{_name(origin)}: {WEIGHTS} does not have {len(missing)} of its tensors, as {missing[0]}")
+    return network.eval().requires_grad_(False)
+
+
+def locate(checkpoint: str) -> Path:
+    """The local folder of a network: as given, or downloaded.
+
+    Raises: ConfigError if it is not there or cannot be downloaded, StorageError.
+    """
+    if storage.is_local(checkpoint):
+        folder = Path(storage.normalize(checkpoint))
+        if folder.is_dir():
+            return folder
+        if _HUB_NAME.fullmatch(checkpoint):
+            return _from_hub(checkpoint)
+        raise ConfigError(f"{_name(checkpoint)} is not a folder; {_what_to_do()}")
+    return _from_uri(checkpoint)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        with contextlib.suppress(Exception):  # what is on this machine needs no network
+            folder = Path(snapshot_download(name, allow_patterns=list(FILES), local_files_only=True))
+            if not _missing(os.listdir(folder)):
+                return folder
+        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+    # A client that retries, many kinds of errors: of the connection, of HTTP, of the name, of the cache.
+    except Exception as error:
+        raise ConfigError(
+            f"{_name(name)} is neither a folder nor can it be downloaded from Hugging Face: "
+            f"{_first_line(error)}. Get the files of https://huggingface.co/{name} elsewhere, then {_what_to_do()}"
+        ) from error
+
+
+def _from_uri(uri: str) -> Path:
+    """A folder of links to the copies in the cache of `samray.sam.fetch`, named by what they link to."""
+    names = [name for name in storage.list_names(uri) if name in (*FILES, *_PICKLED)]
+    if not names:
+        raise ConfigError(f"{_name(uri)} has none of a network's files; {_what_to_do()}")
+    copies = {name: fetch.fetch_remote(storage.join(uri, name)) for name in names if name in FILES}
+    if WEIGHTS not in copies:
+        _refuse_without_weights(names, uri)
+    key = hashlib.sha256("\n".join(f"{name} {path}" for name, path in sorted(copies.items())).encode()).hexdigest()
+    folder = fetch.cache_dir() / "networks" / key[:16]
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Filled apart, then renamed: other processes of this machine may do the same now.
+        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{key[:16]}."))
+        for name, path in copies.items():
+            (part / name).symlink_to(path.absolute())
+        try:
+            part.rename(folder)
+        except OSError:  # another process was first
+            for name in copies:
+                (part / name).unlink()
+            part.rmdir()
+    return folder
+
+
+def _check_files(folder: Path, checkpoint: str) -> None:
+    names = os.listdir(folder)
+    if WEIGHTS not in names:
+        _refuse_without_weights(names, checkpoint)
+    if missing := _missing(names):
+        raise ConfigError(f"{_name(checkpoint)} does not have {' and '.join(missing)}; {_what_to_do()}")
+
+
+def _missing(names: list[str]) -> list[str]:
+    return [" or ".join(files) for files in _NEEDED if not any(name in names for name in files)]
+
+
+def _refuse_without_weights(names: list[str], checkpoint: str) -> None:
+    pickled = [name for name in _PICKLED if name in names]
+    if pickled:
+        raise ConfigError(
+            f"{_name(checkpoint)} has {pickled[0]}, but not {WEIGHTS}. Pickled weights can run code and are not "
+            "loaded; convert them where you trust them: load the network with transformers and call "
+            "save_pretrained(FOLDER), which writes safetensors"
+        )
+    raise ConfigError(f"{_name(checkpoint)} does not have {WEIGHTS}; {_what_to_do()}")
+
+
+def _check_kind(folder: Path, checkpoint: str, kind: str, way: str) -> None:
+    try:
+        settings = parse_json((folder / "config.json").read_bytes())
+        found = settings.get("model_type") if isinstance(settings, dict) else None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{_name(checkpoint)}: config.json cannot be read: {error}") from error
+    if found != kind:
+        raise ConfigError(
+            f"{_name(checkpoint)} is a network of the kind {found!r} (model_type in config.json), but labels.by={way} "
+            f"needs {kind!r}"
+        )
+
+
+def _name(checkpoint: str) -> str:
+    return f"{SETTING} {storage.redact(checkpoint)}"
+
+
+def _what_to_do() -> str:
+    return (
+        f"set {SETTING} to a folder, a path or URI that all machines read, with config.json, {WEIGHTS}, "
+        "preprocessor_config.json and tokenizer.json or vocab.txt"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,68 @@
+"""`samray label ... labels.by=grounding_dino` on a real Ray, with a small random network: names on disk, identity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from samray.config import Config, load_config
+from samray.errors import ConfigError
+from samray.exports.export import export
+from samray.output.schema import samray_metadata
+from samray.output.shards import shard_uri
+from samray.output.status import run_status
+from samray.output.verify import verify
+from samray.pipeline.run import label
+from samray.scenes.scene import make_scene
+from samray.storage.tables import read_parquet
+from tests.support.networks import write_grounding_dino
+from tests.support.outputs import rows_of
+
+
+def test_phrases_are_labels_on_disk(tmp_path: Path, local_ray: None) -> None:
+    (tmp_path / "in").mkdir()
+    for seed in range(3):
+        Image.fromarray(make_scene(seed, 96).image).save(tmp_path / "in" / f"{seed}.png")
+    network = write_grounding_dino(tmp_path / "network")
+    output, phrases = str(tmp_path / "out"), ["Cat", "fire hydrant", "dog"]
+    (tmp_path / "phrases.txt").write_text("\n".join(phrases))
+
+    def settings(*own: str) -> Config:
+        base = [
+            "labels.by=grounding_dino", f"labels.phrases={tmp_path}/phrases.txt", f"labels.checkpoint={network}",
+            "labels.score_thresh=0.4", "output.images_per_shard=1", "cluster.max_actors=1",
+            "cluster.num_cpus_per_actor=1", "masks.min_mask_area=1",
+        ]  # fmt: skip
+        return load_config(None, None, [*base, *own])
+
+    assert label(tmp_path / "in", output, settings(), progress=False).exit_code == 0
+    rows = rows_of(output)
+    masks = [mask for row in rows for mask in row["annotations"]]
+    assert len(rows) == 3
+    assert masks
+    assert {mask["label"] for mask in masks} <= set(phrases)
+    assert all(mask["label_score"] > 0.4 for mask in masks)
+    assert not verify(output, deep=True).problems
+
+    data = Path(shard_uri(output, 1)).read_bytes()
+    assert samray_metadata(read_parquet(data).schema)["categories"] == phrases
+    in_command = f"labels.phrases={phrases}".replace("'", "")
+    assert label(tmp_path / "in", output, settings(in_command), progress=False).num_labelled == 0, "the same run"
+    with pytest.raises(ConfigError, match=r"labels\.categories"):
+        label(tmp_path / "in", output, settings("labels.phrases=[Cat,dog]"), progress=False)
+    with pytest.raises(ConfigError, match=r"labels\.text_thresh: 0\.25 there, 0\.5 now"):
+        label(tmp_path / "in", output, settings("labels.text_thresh=0.5"), progress=False)
+    write_grounding_dino(network, seed=4)
+    with pytest.raises(ConfigError, match=r"labels\.network_sha256"):
+        label(tmp_path / "in", output, settings(), progress=False)
+
+    # Nothing is found: rows without masks.
+    none = str(tmp_path / "none")
+    assert not label(tmp_path / "in", none, settings("labels.score_thresh=1"), progress=False).num_masks
+    assert [row["annotations"] for row in rows_of(none)] == [[], [], []]
+    assert {row["status"] for row in rows_of(none)} == {"ok"}
+    exported = export(none, tmp_path / "coco", format="coco", ray=False, progress=False)
+    assert (exported.num_images, exported.num_masks) == (3, 0)
+    assert run_status(none).labels == dict.fromkeys(phrases, 0)

@@ -1,0 +1,203 @@
+"""Networks of text and Grounding DINO: wrong networks get a sentence; one backbone pass per image."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from samray.cli.main import main
+from samray.config import Config
+from samray.errors import ConfigError
+from samray.labels.grounding_dino import Detector, build_generator, prompt_of, read_inputs
+from samray.labels.networks import WEIGHTS, Network, digest, find_network, opened
+from samray.labels.ways import labels_identity
+from tests.support.networks import write_grounding_dino
+from tests.unit.test_labels_example import micro
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.slow  # transformers takes more than ten seconds to import
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_grounding_dino(tmp_path_factory.mktemp("network"))
+
+
+@pytest.fixture
+def copy(network: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(network, tmp_path / "copy"))
+
+
+def settings(network: Path, **own: Any) -> Config:
+    labels = {"by": "grounding_dino", "phrases": ["cat", "Dog"], "checkpoint": str(network), **own}
+    return Config(labels=labels, masks={"min_mask_area": 0})
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_network_is_identified_by_its_files_not_their_place(network: Path, copy: Path) -> None:
+    (copy / "README.md").write_text("not of the network")
+    one, two = (labels_identity(c, read_inputs(c)) for c in (settings(network), settings(copy)))
+    assert one == two
+    assert one["labels"]["categories"] == ["cat", "Dog"]
+    assert one["labels"]["text_thresh"] == 0.25
+    (copy / "preprocessor_config.json").write_text("{}")
+    assert labels_identity(settings(copy), read_inputs(settings(copy))) != one
+
+
+def test_a_network_is_read_from_any_storage(network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    monkeypatch.setenv("SAMRAY_CACHE", str(tmp_path / "cache"))
+    memory = fsspec.filesystem("memory")
+    memory.put(str(network) + "/", "/weights/dino/", recursive=True)
+    found = find_network("memory://weights/dino", "grounding-dino", "grounding_dino")
+    assert found.sha256 == digest(network)
+    with opened(found) as folder:
+        before = (folder / WEIGHTS).resolve().stat().st_mtime_ns
+    with opened(found) as again:
+        assert again == folder
+        assert (folder / WEIGHTS).resolve().stat().st_mtime_ns == before, "downloaded once"
+
+
+def pickled(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def of_kind(kind: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (pickled, r"has pytorch_model\.bin, but not model\.safetensors\. Pickled .* save_pretrained"),
+        (without(WEIGHTS), r"does not have model\.safetensors; set labels\.checkpoint to a folder"),
+        (without("preprocessor_config.json"), r"does not have preprocessor_config\.json or processor_config\.json"),
+        (of_kind("clip"), r"of the kind 'clip' .* needs 'grounding-dino'"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json cannot be read"),
+        (shutil.rmtree, r"copy is not a folder"),
+    ],
+)
+def test_a_wrong_network_is_refused_in_the_driver(copy: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(copy)
+    with pytest.raises(ConfigError, match=message):
+        read_inputs(settings(copy))
+
+
+def test_a_missing_package_is_named(network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs the package transformers: pip install 'samray\[text\]'"):
+        read_inputs(settings(network))
+
+
+def test_a_name_that_cannot_be_downloaded_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def away(name: str, **options: Any) -> str:
+        raise OSError("no connection\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", away)
+    with pytest.raises(ConfigError, match=r"no connection\. Get the files of https://huggingface.co/some/net .* set"):
+        find_network("some/net", "grounding-dino", "grounding_dino")
+
+
+def test_a_replaced_network_is_refused_in_the_actor(copy: Path) -> None:
+    found = find_network(str(copy), "grounding-dino", "grounding_dino")
+    write_grounding_dino(copy, seed=5)
+    with pytest.raises(ConfigError, match="is not this run's network"):
+        Detector(found, ["cat"], CPU)
+
+
+def test_missing_tensors_are_refused(copy: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(copy / WEIGHTS)
+    del tensors["model.text_projection.weight"]
+    save_file(tensors, copy / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"does not have 1 of its tensors, as model\.text_projection\.weight"):
+        Detector(find_network(str(copy), "grounding-dino", "x"), ["cat"], CPU)
+
+
+def test_the_prompt_ends_each_phrase_with_a_full_stop() -> None:
+    assert prompt_of(["Cat", "Fire  hydrant.", "st. bernard"]) == "cat . fire hydrant . st bernard . "
+
+
+# --- boxes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [1, 10, 100])
+def test_image_and_phrases_are_encoded_once(tmp_path: Path, number: int) -> None:
+    folder = write_grounding_dino(tmp_path / "short", max_text_len=64)
+    detector = Detector(Network(str(folder), digest(folder)), [f"n{i}" for i in range(number)], CPU)
+    counts = dict.fromkeys(("image", "text", "fusion"), 0)
+    model = detector.model.model
+    parts = {"image": model.backbone.conv_encoder.model, "text": model.text_backbone.encoder, "fusion": model.encoder}
+    for name, part in parts.items():
+        part.register_forward_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
+    image = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+    found = [detector.detect(image, score_thresh=0.0, text_thresh=0.0, nms_thresh=1.0) for _ in range(2)]
+    passes = -(-number // 31)  # a phrase and its full stop are two of the 62 tokens between [CLS] and [SEP]
+    assert counts == {"image": 2, "text": passes, "fusion": 2 * passes}
+    np.testing.assert_array_equal(found[0].xyxy, found[1].xyxy)
+    assert len(found[0].xyxy) == 20 * passes
+    assert max(found[0].phrases) > (passes - 1) * 31 - 1, "phrases of the last part have their own numbers"
+
+
+def test_parts_of_a_prompt_are_as_if_asked_alone(network: Path, tmp_path: Path) -> None:
+    folder = write_grounding_dino(tmp_path / "short", max_text_len=8)
+    names, thresholds = ["cat", "dog", "car", "tree"], {"score_thresh": 0.0, "text_thresh": 0.0, "nms_thresh": 1.0}
+    image = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+
+    def boxes(phrases: list[str]) -> Any:
+        return Detector(Network(str(folder), digest(folder)), phrases, CPU).detect(image, **thresholds)
+
+    together, alone = boxes(names), [boxes(names[:3]), boxes(names[3:])]
+    scores = np.concatenate([one.scores for one in alone])
+    order = np.argsort(-scores, kind="stable")
+    np.testing.assert_allclose(together.scores, scores[order], rtol=1e-5)
+    np.testing.assert_allclose(together.xyxy, np.concatenate([one.xyxy for one in alone])[order], rtol=1e-4)
+
+
+def test_an_image_without_boxes_has_no_masks(network: Path) -> None:
+    config = settings(network, score_thresh=1.0)
+    model = micro()
+    model.encode_images = None  # type: ignore[assignment,method-assign]  # it needs no encoding
+    generator = build_generator(model, config, read_inputs(config))(None)
+    assert generator.generate([np.zeros((40, 60, 3), np.uint8)]) == [[]]
+
+
+def test_better_boxes_suppress_others_of_any_phrase(network: Path) -> None:
+    image = np.random.default_rng(1).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+    detector = Detector(Network(str(network), digest(network)), ["cat", "dog"], CPU)
+    loose, strict = (
+        detector.detect(image, score_thresh=0.0, text_thresh=0.0, nms_thresh=thresh) for thresh in (1.0, 0.0)
+    )
+    assert 0 < len(strict.scores) < len(loose.scores)
+    assert strict.scores[0] == loose.scores[0]
+
+
+def test_the_plan_shows_phrases_and_network(
+    network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(b"x")
+    own = ["labels.by=grounding_dino", "labels.phrases=[cat,dog]", f"labels.checkpoint={network}", "--dry-run"]
+    assert main(["label", str(tmp_path / "in"), str(tmp_path / "out"), *own]) == 0
+    text = " ".join(capsys.readouterr().err.split())
+    assert "masks grounding_dino, 2 phrases: cat, dog" in text
+    assert f"network {network} (SHA-256 {digest(network)[:12]}...)" in text
