@@ -5,6 +5,7 @@
     python jobs/benchmark.py decode PHOTOS       JPEG decoding by Pillow and others, and whether pixels agree
     python jobs/benchmark.py memory              peak memory of the mask generator on one 12-megapixel image
     python jobs/benchmark.py pipeline PHOTOS     `samray.label` and the bare MaskGenerator on the same images
+    python jobs/benchmark.py start               seconds until `samray.label` has labelled one image
     python jobs/benchmark.py export              memory and seconds of `samray.export`, killed half-way and resumed
     python jobs/benchmark.py report              seconds, memory and page size of `samray report` on 100,000 images
     python jobs/benchmark.py extract PARQUET DIR writes the photographs of a Parquet file with a `jpeg` column as files
@@ -32,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import samray  # noqa: E402
-from jobs.benchmarks import compare, outputs, peers, pretraining, training  # noqa: E402
+from jobs.benchmarks import compare, outputs, peers, pretraining, starting, training  # noqa: E402
 from jobs.benchmarks.measuring import measure, timed  # noqa: E402
 from samray.config import load_config  # noqa: E402
 from samray.inputs.decode import decode_image  # noqa: E402
@@ -285,6 +286,8 @@ def main() -> int:
     sub.add_argument("--rounds", type=int, default=3)
     sub.add_argument("--steps", type=int, default=40)
     sub.add_argument("--settings", nargs="*", default=[], help="section.key=value")
+    sub = commands.add_parser("start")
+    sub.add_argument("--rounds", type=int, default=3)
     sub = commands.add_parser("pretrain")
     sub.add_argument("--seeds", type=int, default=3)
     sub.add_argument("--images", type=int, default=1000, help="unlabelled images")
@@ -309,6 +312,7 @@ def main() -> int:
         "read": outputs.read,
         "train": training.throughput,
         "pretrain": pretraining.pretrain,
+        "start": starting.start,
     }
     return measure(parser, commands, bodies)
 
