@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from samray.output.mask_dataset import MaskDataset
     from samray.pipeline.dataset_stage import label_dataset
     from samray.pipeline.edges import detect_edges
+    from samray.pipeline.naming import name
     from samray.pipeline.report import ImportReport, LabelReport
     from samray.pipeline.run import label
     from samray.prompts import Prompt
@@ -54,6 +55,7 @@ _HOMES = {
     "import_": "samray.imports.import_",
     "detect_edges": "samray.pipeline.edges",
     "label": "samray.pipeline.run",
+    "name": "samray.pipeline.naming",
     "label_dataset": "samray.pipeline.dataset_stage",
     "load_model": "samray.sam.checkpoints",
 }
@@ -63,6 +65,7 @@ __all__ = [  # noqa: RUF022  (in the order one meets them; a test holds it equal
     "label",
     "label_dataset",
     "LabelReport",
+    "name",
     "detect_edges",
     "export",
     "ExportReport",

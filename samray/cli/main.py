@@ -27,6 +27,7 @@ from samray.cli.evaluate_instances import InstancesCommand, instances
 from samray.cli.evaluate_oneshot import OneshotCommand, oneshot
 from samray.cli.export import COMMANDS as EXPORT_COMMANDS
 from samray.cli.help import Command, CommandWithSettings, HelpfulGroup, refuse_expanded_glob, split_settings
+from samray.cli.name import NameCommand, name
 from samray.cli.output import COMMANDS, Output
 from samray.config import load_config
 from samray.config.edges import EDGE_SECTIONS, load_edges_config
@@ -268,6 +269,7 @@ for _command in [*COMMANDS, *EXPORT_COMMANDS]:
 
 
 evaluate_app.command(cls=InstancesCommand)(instances)
+app.command(cls=NameCommand)(name)
 evaluate_app.command(cls=OneshotCommand)(oneshot)
 app.add_typer(evaluate_app, name="evaluate")
 

@@ -42,7 +42,8 @@ def print_plan(planned: RunPlan) -> None:
     ]
     sha256 = plan.run["identity"]["model"].get("checkpoint_sha256")
     output = plan.output if planned.preview is None else planned.preview.output_uri
-    masks = [("masks", _masks(planned.config))] if planned.labels is None else planned.labels.plan_rows(planned.config)
+    masks = [("masks", _masks(planned.config))] if planned.config.labels.finds_all else []
+    masks += [] if planned.labels is None else planned.labels.plan_rows(planned.config)
     _print(rows, masks, output, planned.config, sha256, plan.num_images - num_done)
 
 
@@ -123,7 +124,7 @@ def cost_rows(config: Config, num_images: int) -> list[tuple[str, str]]:
     num_images: images left to label.
     """
     rows = []
-    if config.input.prompts is None and config.labels.by is None:
+    if config.input.prompts is None and config.labels.finds_all:
         passes, prompts = work_per_image(config.masks)
         rows.append(("work", f"{count(prompts, 'prompt')} per image, image encoder run {count(passes, 'time')}"))
         each = _cpu_seconds(config, passes, prompts)

@@ -143,4 +143,6 @@ def _sentence(cls: type[Settings], problem: Any) -> str:
 
 def as_typed(value: Any) -> str:
     """A value as typed on the command line after `section.key=`."""
+    if isinstance(value, tuple):
+        return f"[{','.join(map(as_typed, value))}]"
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)

@@ -24,6 +24,8 @@ class Way:
     """Called with the model, the `Config` and the inputs in each actor; returns a mask generator."""
     needs: tuple[str, ...]
     """Settings that must be given."""
+    names_grid: bool = False
+    """Whether it finds all masks, as without names, and then names them."""
     network: str | None = None
     """Network of `transformers` that `labels.checkpoint` is by default: a name on the Hugging Face Hub."""
 
@@ -40,6 +42,13 @@ WAYS: Final[Mapping[str, Way]] = {
         needs=("phrases",),
         network="IDEA-Research/grounding-dino-tiny",
     ),
+    "clip": Way(
+        inputs="samray.labels.clip:read_inputs",
+        builder="samray.labels.clip:build_generator",
+        needs=("phrases",),
+        names_grid=True,
+        network="openai/clip-vit-large-patch14",
+    ),
 }
 
 DESIGNS: Final[Mapping[str, str]] = {
@@ -54,6 +63,8 @@ DESIGNS: Final[Mapping[str, str]] = {
 WayName = Annotated[str, OneOf(lambda: list(WAYS))]
 DesignName = Annotated[str, OneOf(lambda: list(DESIGNS))]
 
+CROPS: Final = ("plain", "blanked", "enlarged", "boxed")
+"""How `labels.by=clip` cuts out a mask: `samray.labels.zero_shot`."""
 
 _BY_CONTENT: Final = {"example", "example_mask", "name", "phrases", "checkpoint"}
 _NOT_IN_FIRST_VERSION: Final = {"features", "smooth", "relative_thresh"}
@@ -64,8 +75,7 @@ class LabelsConfig(Settings):
 
     section: ClassVar[str] = "labels"
     by: WayName | None = None
-    """How to find masks with names; null finds all masks, without names. example: like one example; grounding_dino:
-    what phrases name."""
+    """null: masks without names; example: what it shows; grounding_dino: what phrases name; clip: all masks, named."""
     phrases: str | tuple[str, ...] | None = None
     """Names to look for: a list, as in [cat,fire hydrant], or a text file with one per line: a path or URI."""
     example: str | None = None
@@ -77,14 +87,17 @@ class LabelsConfig(Settings):
     design: DesignName = "persam"
     """How to look for the example's class, see the guide "One example"."""
     score_thresh: float | None = Field(default=None, ge=-2, le=2)
-    """persam: least similarity (null: that of the example's surroundings; 0 with contrast). grounding_dino: least box
-    score (null: 0.3)."""
+    """Least similarity (persam), box score (grounding_dino; null: 0.3) or probability of a name (clip; null: 0.5)."""
     text_thresh: float = Field(default=0.25, ge=0, le=1)
     """grounding_dino: least score of the box's phrase; lower it with score_thresh."""
     nms_thresh: float = Field(default=0.8, ge=0, le=1)
     """grounding_dino: of two boxes with a larger IoU keep the better one, whatever their phrases; 1 keeps both."""
     checkpoint: str | None = None
     """Network that reads the phrases: a folder (path or URI) or a name on Hugging Face; null: see the guide "Names"."""
+    crops: tuple[str, ...] = ("plain", "blanked", "enlarged")
+    """clip: ways to cut out a mask, whose embeddings are averaged: plain, blanked, enlarged, boxed. Fewer is faster."""
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    """clip: sentences in which each phrase takes the place of {}; their embeddings are averaged."""
     relative_thresh: float = Field(default=0.5, ge=0, le=1)
     """persam: the same between an image's least (0) and most (1) similar pixel; lower it to find more of the class."""
     max_instances: int = Field(default=10, ge=1, le=1000)
@@ -114,6 +127,11 @@ class LabelsConfig(Settings):
     seed: int = Field(default=0, ge=0)
     """stitched: seed of the random points."""
 
+    @field_validator("crops", "templates", mode="before")
+    @classmethod
+    def _lists_to_tuples(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
     @field_validator("phrases", mode="before")
     @classmethod
     def _list_to_tuple(cls, value: Any) -> Any:
@@ -130,6 +148,11 @@ class LabelsConfig(Settings):
                 fits = next((name for name, way in WAYS.items() if given[0] in way.needs), next(iter(WAYS)))
                 raise ValueError(f"labels.{given[0]} needs labels.by; add labels.by={fits}")
             return self
+        if not self.crops or set(self.crops) - set(CROPS) or len(set(self.crops)) < len(self.crops):
+            got = ", ".join(self.crops) or "none"
+            raise ValueError(f"labels.crops takes one or more of {', '.join(CROPS)}, each once; got {got}")
+        if not self.templates or any("{}" not in template for template in self.templates):
+            raise ValueError("labels.templates takes one or more sentences with {} in the place of the phrase")
         missing = [f"labels.{key}" for key in WAYS[self.by].needs if getattr(self, key) is None]
         if missing:
             raise ValueError(f"labels.by={self.by} needs {' and '.join(missing)}")
@@ -140,6 +163,11 @@ class LabelsConfig(Settings):
         count by content, which the pipeline adds."""
         others = _NOT_IN_FIRST_VERSION if self.is_first_version else {"block"}
         return self.model_dump(mode="json", exclude={*_BY_CONTENT, "first_version", *others})
+
+    @property
+    def finds_all(self) -> bool:
+        """Whether the masks are all that the point grid gives, with names or without."""
+        return self.by is None or WAYS[self.by].names_grid
 
     @property
     def is_first_version(self) -> bool:

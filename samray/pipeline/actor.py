@@ -168,7 +168,7 @@ class LabelActor:
                 # Too many bytes for the object store: fetched by a decoding thread, when it is this image's turn.
                 source = functools.partial(self._fetch_late, shard, index, credentials)
             prompts = None if user_prompts is None else [Prompt.parse(value) for value in json.loads(user_prompts)]
-            encoded.append(EncodedImage(image_id, file_name, uri, source, prompts))
+            encoded.append(EncodedImage(image_id, file_name, uri, source, prompts, shard))
             places.append(index)
         return encoded, places
 

@@ -31,7 +31,6 @@ from samray.rle.records import MaskRecord
 if TYPE_CHECKING:
     from samray.config import Config, MaskConfig
     from samray.labels.ways import Inputs
-    from samray.prompts import Prompt
     from samray.sam.sam import Sam
 
 
@@ -44,14 +43,16 @@ class EncodedImage:
     uri: str
     data: bytes | memoryview | np.ndarray | ImageError | Callable[[], bytes | ImageError]
     """Encoded bytes, decoded pixels, an error, or where to fetch the bytes later."""
-    prompts: list[Prompt] | None = None
-    """The user prompts for this image; None to generate all masks."""
+    prompts: list[Any] | None = None
+    """The user prompts for this image, or for `samray name` its masks; None to generate all masks."""
+    shard: int | None = None
+    """The shard that it is in; None for an image that no plan has."""
 
 
 Decoded = tuple[EncodedImage, np.ndarray | ImageError]
 """An image and its pixels (H, W, 3) uint8, or an error."""
 
-Work = tuple[np.ndarray, "list[Prompt] | None"]
+Work = tuple[np.ndarray, "list[Any] | None"]
 """The pixels of an image, and its prompts."""
 
 

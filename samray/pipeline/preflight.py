@@ -27,7 +27,7 @@ def check_label(input_uri: str, output_uri: str, config: Config, weights: Weight
     check_writable(output_uri, "_samray", "annotations")
     if weights is not None:
         weights.check()
-    _check_ray(config, with_model=weights is not None)
+    check_ray(config, with_model=weights is not None)
 
 
 def check_fan_out(output_uri: str, ray_wanted: bool | None, address: str | None) -> None:
@@ -44,7 +44,8 @@ def check_fan_out(output_uri: str, ray_wanted: bool | None, address: str | None)
         machine_nodes(ClusterConfig(address=address))
 
 
-def _check_ray(config: Config, *, with_model: bool) -> None:
+def check_ray(config: Config, *, with_model: bool) -> None:
+    """Raises: ConfigError if the cluster does not respond, or is too small or, with_model, without the device."""
     from samray.cluster.sizes import check_fits, choose_sizes
     from samray.sam.checkpoints import check_device
 

@@ -212,12 +212,12 @@ def no_masks(num_images: int, config: Config) -> str:
     found = f"NO MASK was found in {images} labelled"
     if config.input.prompts is not None:
         return f"{found}: {config.input.prompts} has no prompts for them"
-    if config.labels.phrases is not None:
+    if config.labels.phrases is not None and not config.labels.finds_all:
         return (
             f"{found} for any of the phrases. Lower labels.score_thresh and labels.text_thresh, into another OUTPUT, "
             "or use other words for the things"
         )
-    if config.labels.by is not None:
+    if not config.labels.finds_all:
         return (
             f"{found} like {config.labels.example}. Look at the example and its mask; a lower labels.score_thresh"
             " (design persam) or labels.vote_thresh (the others) gives more masks, into another OUTPUT"

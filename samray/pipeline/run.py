@@ -7,7 +7,7 @@ import time
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,13 +91,43 @@ def label_with(
     with_model = make_labeler is None if with_model is None else with_model
     planned = plan_run(str(input), str(output), config, append=append, redo_changed=redo_changed, with_model=with_model)
     on_plan(planned)
+    report = finish_run(
+        planned,
+        check=lambda: check_label(str(input), str(output), planned.config, planned.weights, is_new=False),
+        credentials=functools.partial(read_credentials, planned.plan, str(input), planned.config),
+        retry_failed=retry_failed,
+        progress=progress,
+        make_labeler=make_labeler,
+    )
+    report.wall_s = time.monotonic() - started
+    if report.num_labelled and not report.num_masks:
+        report.warning = no_masks(report.num_labelled, planned.config)
+    return report
+
+
+def finish_run(
+    planned: RunPlan,
+    *,
+    check: Callable[[], None],
+    credentials: Callable[[Iterable[int]], dict[int, dict[str, str]]],
+    retry_failed: bool = False,
+    progress: bool = True,
+    make_labeler: MakeLabeler | None = None,
+    before_success: Callable[[], None] = lambda: None,
+) -> LabelReport:
+    """Run what is left of a planned run.
+
+    check: called if there is work and the plan is not checked yet; raises ConfigError if it cannot be done.
+    credentials(shards): as `read_credentials`. before_success: called before the output is marked as finished; may
+    raise. Raises: what these raise, StorageError.
+    """
     work = _find_work(planned, retry_failed)
     report = _begin_report(planned, work)
     stopped_by = None
     if work.todo:
         # A finished run needs neither weights nor a cluster, so both are checked only if there is work to do.
         if not planned.is_checked:
-            check_label(str(input), str(output), planned.config, planned.weights, is_new=False)
+            check()
         if not planned.is_new:
             storage.check_output(planned.plan.output)
         num_done = sum(planned.plan.num_images_of(shard) for shard in planned.versions)
@@ -107,7 +137,7 @@ def label_with(
                 config=planned.config,
                 todo=work.todo,
                 prompts=planned.prompts.by_shard(planned.plan, work.todo) if planned.prompts else None,
-                credentials=read_credentials(planned.plan, str(input), planned.config, work.todo),
+                credentials=credentials(work.todo),
                 labels=planned.labels,
                 retry_failed=retry_failed,
                 report=report,
@@ -118,9 +148,7 @@ def label_with(
             stopped_by = _run_on_ray(run)
             # Retried shards exist before and after, so a listing cannot show which of them are still to be done.
             work.retries -= run.committed
-    report.wall_s = time.monotonic() - started
-    if report.num_labelled and not report.num_masks:
-        report.warning = no_masks(report.num_labelled, planned.config)
+        before_success()
     # Also without work to do: `_SUCCESS` may be missing after a run that was killed at its end.
     failures, report.num_missing_shards = _conclude(planned.plan, work.history)
     report.add_failures(failures)
@@ -203,7 +231,7 @@ def build_pipeline(run: Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
     # Tells this driver's attempt marks from those of another one on the same OUTPUT.
     run_id = uuid.uuid4().hex[:12]
     # Each actor checks the weights that it loads: its machine may have another file at the same path.
-    sha256 = run.plan.run["identity"]["model"].get("checkpoint_sha256")
+    sha256 = run.plan.run["identity"].get("model", {}).get("checkpoint_sha256")
     # One row per shard: Ray retries a whole shard, and memory holds as many shards as there are tasks.
     one_shard: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "udf_modifying_row_count": False}
     shards: Any = shards_to_do(source_table(run.todo, run.prompts, run.credentials))

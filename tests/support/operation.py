@@ -7,6 +7,7 @@ import: FOLDER/out into FOLDER/compact, FOLDER/out into FOLDER/export, FOLDER/ex
 edges: FOLDER/in into FOLDER/edges, with a stand-in that draws the red channel.
 example: FOLDER/in into FOLDER/named with labels.by=example, FOLDER/key.png and FOLDER/mask.png, with a stand-in that
 names the masks of the stand-in labeler.
+name: FOLDER/labels into FOLDER/named, with a stand-in that names masks by colour.
 """
 
 from __future__ import annotations
@@ -77,6 +78,10 @@ def main(name: str, folder: str, seconds: str, on_ray: str) -> int:
         from tests.support.edge_operation import detect
 
         return detect(root, float(seconds))
+    if name == "name":
+        from tests.support.naming import name_by_colour
+
+        return name_by_colour(root, float(seconds))
     if name == "example":
         return label_like_example(root, float(seconds))
     if name == "compact":

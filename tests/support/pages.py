@@ -12,6 +12,7 @@ import typer
 from samray.cli import main as cli
 from samray.cli.help import split_settings
 from samray.config import load_config
+from samray.config.names import NAME_SECTIONS, load_names_config
 from samray.train.settings import TRAIN_SECTIONS, load_train_settings
 from tests.support import REPOSITORY
 
@@ -66,12 +67,14 @@ def parse(line: str) -> None:
     if sections is None:
         return
     given: list[str] = []
-    for name in ("input", "output", "data", "words", "directory", "settings"):
+    for name in ("input", "output", "dest", "data", "words", "directory", "settings"):
         value = context.params.get(name) or ()
         given += value if isinstance(value, list | tuple) else [str(value)]
     overrides, _ = split_settings(given, [], sections)
     if sections is TRAIN_SECTIONS:
         load_train_settings(None, overrides)
+    elif sections is NAME_SECTIONS:
+        load_names_config(None, overrides)
     else:
         load_config(context.params.get("preset"), None, overrides)
 

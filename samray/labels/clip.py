@@ -1,0 +1,123 @@
+"""`labels.by=clip`: SAM finds all masks, CLIP names each of them or leaves it unnamed (`samray.labels.zero_shot`).
+
+`samray name` uses the same for the masks that an output has.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from samray.config.labels import WAYS
+from samray.errors import ConfigError
+from samray.labels.networks import Network, find_network, load_network, opened
+from samray.labels.phrases import read_phrases
+from samray.labels.ways import MakeGenerator
+from samray.labels.zero_shot import DEFAULT_SCORE_THRESH, ClipNetwork, Namer, Pixels, phrase_embeddings
+from samray.masks.generator import MaskGenerator
+from samray.rle.records import MaskRecord
+from samray.storage.strict_json import parse_json
+from samray.text import count, first_few
+
+if TYPE_CHECKING:
+    from samray.config import Config
+    from samray.inputs.decode import RGBArray
+    from samray.sam.sam import Sam
+
+_WAY: Final = "clip"
+
+
+@dataclass(frozen=True, slots=True)
+class ClipInputs:
+    """Phrases, and the network that compares masks with them."""
+
+    categories: list[str]
+    network: Network
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"network_sha256": self.network.sha256}
+
+    def plan_rows(self, config: Config) -> list[tuple[str, str]]:
+        names = first_few(self.categories, 5)
+        return [
+            ("names", f"{count(len(self.categories), 'phrase')}: {names}; probability of at least {thresh_of(config)}"),
+            ("network", f"{self.network.checkpoint} (SHA-256 {self.network.sha256[:12]}...)"),
+        ]
+
+
+def thresh_of(config: Config) -> float:
+    """The probability below which a mask stays unnamed."""
+    given = config.labels.score_thresh
+    return DEFAULT_SCORE_THRESH if given is None else given
+
+
+def read_inputs(config: Config) -> ClipInputs:
+    """Read the phrases and find the network. Raises: ConfigError that names the setting, StorageError."""
+    labels = config.labels
+    assert labels.phrases is not None
+    phrases = read_phrases(labels.phrases)
+    checkpoint = labels.checkpoint or WAYS[_WAY].network
+    assert checkpoint is not None
+    return ClipInputs(phrases, find_network(checkpoint, "clip", _WAY))
+
+
+def load_namer(config: Config, inputs: ClipInputs, device: str | torch.device | None) -> Namer:
+    """Load the network and encode the phrases. device: None uses a GPU if there is one.
+
+    Raises: ConfigError if the network is not the one that the driver found, or cannot be loaded.
+    """
+    from transformers import CLIPModel, CLIPTokenizer
+
+    where = inputs.network.checkpoint
+    with opened(inputs.network) as folder:
+        model = load_network(CLIPModel, folder, where)
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            found = parse_json((folder / "preprocessor_config.json").read_bytes())
+            numbers = Pixels.from_json(found, model.config.vision_config.image_size)
+        except Exception as error:  # whatever transformers raises about a file
+            raise ConfigError(f"labels.checkpoint {where} cannot be loaded: {error}") from error
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = ClipNetwork(model.to(device), tokenizer, numbers)
+    vectors = phrase_embeddings(network, inputs.categories, config.labels.templates)
+    return Namer(network, tuple(inputs.categories), vectors, config.labels.crops, thresh_of(config))
+
+
+def build_generator(model: Sam, config: Config, inputs: ClipInputs) -> MakeGenerator:
+    """What creates the generators of an actor: the network is loaded, and the phrases are encoded, once for all.
+
+    Raises: as `load_namer`.
+    """
+    namer = load_namer(config, inputs, model.device)
+    return lambda points_per_batch: ClipGenerator(model, config, namer, points_per_batch)
+
+
+class ClipGenerator:
+    """All masks of each image, with their names. `stage_seconds` has those of `MaskGenerator`, and name."""
+
+    def __init__(self, model: Sam, config: Config, namer: Namer, points_per_batch: int | None = None) -> None:
+        """points_per_batch: use little memory: so many points, and as many cut-outs, at a time."""
+        masks, self.namer = config.masks, namer
+        if points_per_batch is not None:
+            masks = masks.model_copy(update={"points_per_batch": points_per_batch})
+            self.namer = replace(namer, crops_at_once=points_per_batch)
+        self.masks = MaskGenerator(model, masks, frugal=points_per_batch is not None)
+        self._name_s = 0.0
+
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        return {**self.masks.stage_seconds, "name": self._name_s}
+
+    def generate(self, images: Sequence[RGBArray]) -> list[list[MaskRecord]]:
+        """As of `MaskGenerator`; each mask has `label` and `label_score`, both null if it stays unnamed."""
+        found = self.masks.generate(list(images))
+        started = time.perf_counter()
+        named = [self.namer.name(image, masks) for image, masks in zip(images, found, strict=True)]
+        self._name_s += time.perf_counter() - started
+        return named

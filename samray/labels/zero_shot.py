@@ -1,0 +1,231 @@
+"""Names for masks by CLIP: cut each mask out of the image, embed it, and compare it with the phrases.
+
+A mask is cut out in one or more ways (`labels.crops`); the unit embeddings of its cut-outs are averaged and normalised
+again, as are those of a phrase in several templates. The probability of a phrase is the softmax over all phrases of
+cosine similarity times the network's own `logit_scale`: CLIP's zero-shot classification.
+
+- `plain`: the mask's box, made square, with its background. Source: SAM paper, section D.5, with a box expanded 1x.
+- `blanked`: the same, with the pixels outside of the mask black. Source: the same section, for every second crop.
+- `enlarged`: the box expanded 1.5x, the middle of the paper's 1x to 2x, with its background.
+- `boxed`: the whole image, white outside of the mask's box. Source: FastSAM's choice of a mask by text (`text_prompt`).
+
+Differences from the sources: a square that reaches beyond the image is padded with black, of which the paper says
+nothing. FastSAM crops the centre of the image, which loses masks at the sides; here the image is padded to a square.
+FastSAM ranks the masks of an image for one phrase, so one always wins; here the phrases of a mask are ranked, so that a
+mask may stay unnamed. The paper's masked attention in the last layer is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image as PillowImage
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from samray.rle.records import MaskRecord
+from samray.rle.runs import bbox_xywh, checked_runs, pixels
+
+if TYPE_CHECKING:
+    from samray.inputs.decode import RGBArray
+
+ENLARGED: Final = 1.5
+"""Factor by which `enlarged` expands the mask's box."""
+
+DEFAULT_SCORE_THRESH: Final = 0.5
+"""Least probability of a name if `labels.score_thresh` is null: the name is likelier than all others together."""
+
+CROPS_AT_ONCE: Final = 128
+"""Most cut-outs in one pass of the image encoder."""
+
+_PHRASES_AT_ONCE: Final = 256
+
+Bool = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """How pixels get into the network, from `preprocessor_config.json`."""
+
+    size: int
+    """Side of the network's square input."""
+    resize: int
+    """Side to which a cut-out is resized; the centre of `size` is used."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: PillowImage.Resampling = PillowImage.Resampling.BICUBIC
+    scale: float = 1 / 255
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any], image_size: int) -> Pixels:
+        """found: the content of preprocessor_config.json. image_size: of the network. Raises: ValueError, as the end of
+        a sentence, if they do not fit together."""
+        size, resize = _side(found.get("crop_size", image_size)), _side(found.get("size", image_size))
+        if size != image_size or resize < size:
+            raise ValueError(f"crops of {size} pixels out of {resize}, but the network takes {image_size}")
+        mean, std = (tuple(map(float, found[key])) for key in ("image_mean", "image_std"))
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"image_mean {mean} and image_std {std}: expected three numbers each, std above 0")
+        resample = PillowImage.Resampling(int(found.get("resample", 3)))
+        return cls(size, resize, mean, std, resample, float(found.get("rescale_factor", 1 / 255)))
+
+    def prepare(self, square: RGBArray) -> Tensor:
+        """(3, size, size) float32, normalised, of a square cut-out (side, side, 3) uint8."""
+        if square.shape[0] != self.resize:
+            picture = PillowImage.fromarray(square).resize((self.resize, self.resize), self.resample)
+            square = np.asarray(picture)
+        edge = (self.resize - self.size) // 2
+        inner = square[edge : edge + self.size, edge : edge + self.size].astype(np.float32) * np.float32(self.scale)
+        normalised = (inner - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return torch.from_numpy(normalised).permute(2, 0, 1)
+
+
+def _side(value: Any) -> int:
+    """The side of a size as transformers writes it: a number, or an object with height and width or shortest_edge."""
+    if isinstance(value, dict):
+        sides = {value[key] for key in ("shortest_edge", "height", "width") if key in value}
+        if len(sides) != 1:
+            raise ValueError(f"the size {value}: expected a square")
+        (value,) = sides
+    return int(value)
+
+
+class ClipNetwork:
+    """A CLIP of `transformers` on a device. Safe to use in several threads."""
+
+    def __init__(self, model: Any, tokenizer: Any, numbers: Pixels) -> None:
+        """model: a CLIPModel in eval mode, on its device. tokenizer: its CLIPTokenizer."""
+        self.model, self.tokenizer, self.pixels = model, tokenizer, numbers
+        self.num_crops = 0  # counted for tests: each cut-out is encoded once
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def logit_scale(self) -> float:
+        """What cosine similarities are multiplied with before the softmax; CLIP's is at most 100."""
+        return float(self.model.logit_scale.detach().exp())
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """(T, D) float32 unit embeddings on the CPU. A text longer than the network's context is cut off at its end."""
+        longest = self.model.config.text_config.max_position_embeddings
+        parts = []
+        for start in range(0, len(texts), _PHRASES_AT_ONCE):
+            batch = list(texts[start : start + _PHRASES_AT_ONCE])
+            tokens = self.tokenizer(batch, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+            tokens = {key: tokens[key].to(self.device) for key in ("input_ids", "attention_mask")}
+            parts.append(_embedding(self.model.get_text_features(**tokens)))
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    def embed_squares(self, squares: Tensor) -> Tensor:
+        """(N, D) float32 unit embeddings on the CPU of prepared cut-outs (N, 3, size, size)."""
+        self.num_crops += len(squares)
+        return _embedding(self.model.get_image_features(squares.to(self.device, self.model.dtype)))
+
+
+def _embedding(found: Any) -> Tensor:
+    # Older versions return the tensor itself.
+    features: Tensor = found if isinstance(found, Tensor) else found.pooler_output
+    return normalize(features.float().cpu(), dim=-1)
+
+
+def phrase_embeddings(network: ClipNetwork, phrases: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """(P, D) unit embeddings of the phrases, each averaged over the templates, of which `{}` is the phrase.
+
+    Source: CLIP's notebook "Prompt Engineering for ImageNet".
+    """
+    texts = [template.replace("{}", phrase) for phrase in phrases for template in templates]
+    each = network.embed_texts(texts)
+    return normalize(each.reshape(len(phrases), len(templates), -1).mean(dim=1), dim=-1)
+
+
+def cut_out(image: RGBArray, mask: Bool, box_xywh: Sequence[float], crop: str) -> RGBArray:
+    """A square (side, side, 3) uint8 with the mask, cut out in the way that crop names (`labels.crops`).
+
+    image: (H, W, 3) RGB. mask: (H, W). box_xywh: the smallest box around the mask, in whole pixels.
+    """
+    x, y, width, height = (int(value) for value in box_xywh)
+    if crop == "boxed":
+        shown = np.full_like(image, 255)
+        shown[y : y + height, x : x + width] = image[y : y + height, x : x + width]
+        return _square(shown, 0, 0, image.shape[1], image.shape[0], fill=255)
+    if crop == "blanked":
+        # Only the box: the rest of the square is outside of the mask, too.
+        inside = mask[y : y + height, x : x + width, None]
+        return _square(np.where(inside, image[y : y + height, x : x + width], 0), 0, 0, width, height)
+    side = round((ENLARGED if crop == "enlarged" else 1.0) * max(width, height))
+    # The square around the box's centre; it may reach beyond the image.
+    return _square(image, x + (width - side) // 2, y + (height - side) // 2, side, side)
+
+
+def _square(image: RGBArray, left: int, top: int, width: int, height: int, fill: int = 0) -> RGBArray:
+    """The part of an image in the middle of a square, with fill where the image has no pixels."""
+    side = max(width, height)
+    left, top = left + (width - side) // 2, top + (height - side) // 2
+    square = np.full((side, side, 3), fill, np.uint8)
+    x0, y0 = max(left, 0), max(top, 0)
+    x1, y1 = min(left + side, image.shape[1]), min(top + side, image.shape[0])
+    square[y0 - top : y1 - top, x0 - left : x1 - left] = image[y0:y1, x0:x1]
+    return square
+
+
+@dataclass(frozen=True, slots=True)
+class Namer:
+    """A network with the phrases asked for, which are encoded once for all images."""
+
+    network: ClipNetwork
+    phrases: tuple[str, ...]
+    vectors: Tensor
+    """(P, D), from `phrase_embeddings`."""
+    crops: tuple[str, ...]
+    score_thresh: float = DEFAULT_SCORE_THRESH
+    crops_at_once: int = CROPS_AT_ONCE
+
+    def probabilities(self, image: RGBArray, masks: Sequence[MaskRecord]) -> Tensor:
+        """(M, P) float32: for each mask the probability of each phrase, which sum to 1.
+
+        image: (H, W, 3) uint8 RGB, upright, as the masks were made for. Raises: ValueError, phrased as the end of a
+        sentence, for a mask that does not fit the image or has no pixel.
+        """
+        hw = (image.shape[0], image.shape[1])
+        parts: list[Tensor] = []
+        waiting: list[Tensor] = []
+        for mask in masks:
+            runs = checked_runs(mask["segmentation"]["counts"], hw)
+            box = bbox_xywh(runs, hw)
+            if not box[2]:
+                raise ValueError("a mask without a pixel")
+            inside = pixels(runs, hw)
+            # Cut out one mask at a time: only the network's small squares are kept.
+            for crop in self.crops:
+                waiting.append(self.network.pixels.prepare(cut_out(image, inside, box, crop)))
+                if len(waiting) == self.crops_at_once:
+                    parts.append(self.network.embed_squares(torch.stack(waiting)))
+                    waiting.clear()
+        if waiting:
+            parts.append(self.network.embed_squares(torch.stack(waiting)))
+        if not parts:
+            return torch.zeros(0, len(self.phrases))
+        each = torch.cat(parts).reshape(len(masks), len(self.crops), -1)
+        logits = self.network.logit_scale * normalize(each.mean(dim=1), dim=-1) @ self.vectors.T
+        return logits.softmax(dim=-1)
+
+    def name(self, image: RGBArray, masks: Sequence[MaskRecord]) -> list[MaskRecord]:
+        """The same masks with `label` and `label_score`: the likeliest phrase and its probability, or null for both if
+        that is below the threshold. Raises: as `probabilities`."""
+        named: list[MaskRecord] = []
+        best, phrase = self.probabilities(image, masks).max(dim=-1) if masks else (torch.zeros(0), torch.zeros(0))
+        for mask, score, index in zip(masks, best.tolist(), phrase.tolist(), strict=True):
+            is_named = score >= self.score_thresh
+            label, label_score = (self.phrases[int(index)], score) if is_named else (None, None)
+            named.append({**mask, "label": label, "label_score": label_score})
+        return named
