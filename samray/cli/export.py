@@ -134,7 +134,7 @@ def export(
 
       samray export labels/ yolo/ --format yolo --with-images
 
-      samray export labels/ cvat/ --format coco --confident 0.9 --stable 0.95
+      samray export labels/ cvat/ --format coco --layout cvat --confident 0.9 --stable 0.95
     """
     from samray.exports.export import export as run_export
 

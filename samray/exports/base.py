@@ -86,8 +86,8 @@ class Format:
     """Yield the files of a piece, from its rows that did not fail."""
     sizes: Callable[[Any], tuple[int, int | None]] = _whole_pieces
     """From the options: images per piece, and images per assembled file (None: one file for all)."""
-    names_files: bool = False
-    """Whether files are named after images, and could therefore collide."""
+    names_files: Callable[[Any], bool] = lambda options: False
+    """From the options: whether files are named after images, and could therefore collide."""
     stem_of: Callable[[str], str] = names.stem_of
     """The stem of an image's files, from the image's name."""
     endings: tuple[str, ...] = field(default=())

@@ -6,6 +6,9 @@ The categories are the names that the run asked for, with ids from 1 on. Masks w
 component, with holes connected to it by bridges of zero width. Scores, points and crop boxes keep their own names,
 which COCO's readers ignore. Images without masks are in the list of images: negatives.
 
+--with-images copies the images to images/, and file_name is then the name of the copy. --layout cvat puts the files
+where datumaro, the library of CVAT, looks for them: annotations/instances_default.json, and images/default/.
+
 With --confident or --stable the file is for an annotator, who corrects the masks and adds missing ones. It then has
 only masks above these thresholds, and `review` lists what is left to do. CVAT loads the file as "COCO 1.0" with
 datumaro, which needs an integer iscrowd and a category_id other than 0, accepts compressed and plain run lengths, finds
@@ -21,14 +24,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from samray import __version__
 from samray.exports import review
 from samray.exports.base import IMAGES_PER_PIECE, ExportOptions, Format
 from samray.exports.images import LabelledImage, images_of
+from samray.exports.photos import photos_of
 from samray.exports.pieces import LeftOut, read_fragments
 from samray.output.classes import UNNAMED, Classes, classes_of
 from samray.rle.polygons import join, outlines
@@ -49,6 +53,21 @@ class CocoOptions(ExportOptions):
     """Export only masks with at least this predicted IoU, for manual correction."""
     stable: float | None = Field(None, ge=0, le=1)
     """Export only masks with at least this stability score, for manual correction."""
+    with_images: bool = False
+    """Also copy the images."""
+    layout: Literal["cvat"] | None = None
+    """cvat: name the files as CVAT and its library datumaro expect them."""
+
+    @model_validator(mode="after")
+    def _cvat_has_one_file(self) -> CocoOptions:
+        if self.layout == "cvat" and self.images_per_file:
+            raise ValueError("--layout cvat is one JSON file for all images: leave out --images-per-file")
+        return self
+
+    @property
+    def images_folder(self) -> str:
+        """Where copies of the images are; `file_name` is relative to it."""
+        return "images/default" if self.layout == "cvat" else "images"
 
     @property
     def for_review(self) -> bool:
@@ -61,11 +80,11 @@ def write(job: Job[CocoOptions], piece: Piece, tables: Iterable[pa.Table]) -> Fi
     images: list[str] = []
     annotations: list[str] = []
     left_to_do: list[str] = []
-    num_left_out = 0
+    num_left_out = num_unreadable = 0
     options, classes = job.options, classes_of(job.plan)
     has_unnamed = False
     for table in tables:
-        for image in images_of(table):
+        for image, photo in photos_of(job, piece, images_of(table), copy=options.with_images):
             if options.for_review:
                 sure = review.only_sure(image, options.confident, options.stable)
                 num_unsure = len(image.ids) - len(sure.ids)
@@ -73,7 +92,12 @@ def write(job: Job[CocoOptions], piece: Piece, tables: Iterable[pa.Table]) -> Fi
                 num_left_out += num_unsure
                 # The annotations and the review list then speak of the same masks.
                 image = sure
-            images.append(json.dumps(_image(image)))
+            num_unreadable += options.with_images and photo is None
+            file_name = image.file_name
+            if photo is not None:
+                file_name = f"{job.stem(image)}{photo.extension}"
+                yield f"{options.images_folder}/{file_name}", photo.data
+            images.append(json.dumps({**_image(image), "file_name": file_name}))
             annotations += map(json.dumps, _annotations(image, options, classes))
             has_unnamed = has_unnamed or None in image.labels
     yield piece.fragment("images"), ",\n".join(images).encode()
@@ -82,11 +106,11 @@ def write(job: Job[CocoOptions], piece: Piece, tables: Iterable[pa.Table]) -> Fi
         yield piece.fragment("unnamed"), b"1" if has_unnamed else b""
     if options.for_review:
         yield piece.fragment("review"), "\n".join(left_to_do).encode()
-    return LeftOut(num_masks=num_left_out)
+    return LeftOut(num_masks=num_left_out, num_photos=num_unreadable)
 
 
 def _image(image: LabelledImage) -> dict[str, Any]:
-    return {"id": image.image_id, "width": image.width, "height": image.height, "file_name": image.file_name}
+    return {"id": image.image_id, "width": image.width, "height": image.height}
 
 
 def _annotations(image: LabelledImage, options: CocoOptions, classes: Classes) -> Iterator[dict[str, Any]]:
@@ -121,7 +145,7 @@ def _annotations(image: LabelledImage, options: CocoOptions, classes: Classes) -
 def assembled(job: Job[CocoOptions], file: int) -> list[str]:
     """The COCO file that a piece belongs to, and the list of images left to review in it."""
     number = f"-{file:06d}" if job.options.images_per_file else ""
-    names = [f"instances{number}.json"]
+    names = ["annotations/instances_default.json" if job.options.layout == "cvat" else f"instances{number}.json"]
     if job.options.for_review:
         names.append(f"review{number}.csv")
     return names
@@ -159,6 +183,7 @@ FORMAT: Final = Format(
     options=CocoOptions,
     sizes=lambda options: (IMAGES_PER_PIECE, options.images_per_file),
     write=write,
+    names_files=lambda options: options.with_images,
     assembled=assembled,
     chunks=chunks,
 )

@@ -73,7 +73,7 @@ def open_job(
         raise ConfigError(f"{storage.redact(plan.output)} has no finished shards yet: there is nothing to export")
     shards = [Rows(shard, 0, (n := plan.num_images_of(shard)), n) for shard in sorted(sizes)]
     # Only the names that would collide, not a table of all images.
-    stems = shared_stems(plan, fmt.stem_of, (*ENDINGS, *fmt.endings)) if fmt.names_files else {}
+    stems = shared_stems(plan, fmt.stem_of, (*ENDINGS, *fmt.endings)) if fmt.names_files(options) else {}
     job = Job(
         plan=plan,
         dest=dest,

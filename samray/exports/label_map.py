@@ -114,4 +114,6 @@ def label_map(image: LabelledImage, on_top: str, class_of: Sequence[int] | None 
     return np.ascontiguousarray(pixels.reshape(image.width, image.height).T)
 
 
-FORMAT: Final = Format(help="16-bit PNGs and JSON", options=LabelMapOptions, write=write, names_files=True, check=check)
+FORMAT: Final = Format(
+    help="16-bit PNGs and JSON", options=LabelMapOptions, write=write, names_files=lambda options: True, check=check
+)

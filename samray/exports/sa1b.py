@@ -123,5 +123,5 @@ FORMAT: Final = Format(
     options=Sa1bOptions,
     sizes=lambda options: (options.images_per_file or IMAGES_PER_PIECE, None),
     write=write,
-    names_files=True,
+    names_files=lambda options: True,
 )

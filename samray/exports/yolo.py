@@ -9,12 +9,16 @@ width, which makes filling exact, pixel by pixel. train.txt lists the images as 
 --with-images, else for the user to link there. An image without masks has an empty file: it is background. YOLO's tools
 find the labels of an image by replacing the last `/images/` of its path with `/labels/`: no folder below may have that
 name.
+
+--layout cvat has labels/train/NAME.txt and images/train/NAME, as CVAT's "Ultralytics YOLO Segmentation" does. Its
+data.yaml names no images for validation: CVAT would import them twice.
+Source: datumaro of CVAT, plugins/yolo_format/extractor.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import pyarrow.compute as pc
 import yaml
@@ -42,6 +46,13 @@ class YoloOptions(ExportOptions):
     """Also copy the images."""
     simplify: float | None = Field(None, gt=0)
     """Simplify polygons by up to this many pixels; smaller files, but not exact."""
+    layout: Literal["cvat"] | None = None
+    """cvat: name the files as CVAT and its library datumaro expect them."""
+
+    @property
+    def subset(self) -> str:
+        """The folder in images/ and labels/, with a slash."""
+        return "train/" if self.layout == "cvat" else ""
 
 
 _LINE_ENDS: Final = r"\r\n\x0b\x0c\x1c\x1d\x1e\x{85}\x{2028}\x{2029}"
@@ -84,19 +95,22 @@ def write(job: Job[YoloOptions], piece: Piece, tables: Iterable[pa.Table]) -> Fi
     """Write the piece's label files and images, and its lines of train.txt."""
     lines = []
     num_unreadable = 0
+    subset = job.options.subset
+    # CVAT's own lists have no `./`.
+    start = f"{'' if subset else './'}images/{subset}"
     classes, has_unnamed = classes_of(job.plan), False
     for table in tables:
         for image, photo in photos_of(job, piece, images_of(table), copy=job.options.with_images):
             stem = job.stems.get(image.image_id) or stem_of(image.file_name)
             if photo is not None:
-                yield f"images/{stem}{photo.extension}", photo.data
+                yield f"images/{subset}{stem}{photo.extension}", photo.data
             if job.options.with_images and photo is None:
                 num_unreadable += 1  # and not in train.txt, which lists images that are there
             else:
-                lines.append(f"./images/{stem}{photo.extension if photo else extension_of(image.file_name)}\n")
+                lines.append(f"{start}{stem}{photo.extension if photo else extension_of(image.file_name)}\n")
             has_unnamed = has_unnamed or None in image.labels
             class_of = classes.indices(image.labels, len(image.ids))
-            yield f"labels/{stem}.txt", label_text(image, job.options.simplify, class_of).encode()
+            yield f"labels/{subset}{stem}.txt", label_text(image, job.options.simplify, class_of).encode()
     yield piece.fragment("train"), "".join(lines).encode()
     if classes.names:
         yield piece.fragment("unnamed"), b"1" if has_unnamed else b""
@@ -132,8 +146,11 @@ def chunks(job: Job[YoloOptions], name: str, pieces: list[Piece]) -> Iterator[by
     if name == "train.txt":
         yield from read_fragments(job, pieces, "train", b"")
     else:
-        yield b"# Exported by samray. val is the same list: split train.txt to hold images back.\n"
-        yield b"train: train.txt\nval: train.txt\n"
+        if job.options.layout == "cvat":
+            yield b"# Exported by samray for CVAT. To train with YOLO's tools, add: val: train.txt\ntrain: train.txt\n"
+        else:
+            yield b"# Exported by samray. val is the same list: split train.txt to hold images back.\n"
+            yield b"train: train.txt\nval: train.txt\n"
         classes = classes_of(job.plan)
         with_unnamed = bool(classes.names) and any(read_fragments(job, pieces, "unnamed", b""))
         named = dict(enumerate(classes.all(with_unnamed=with_unnamed)))
@@ -145,7 +162,7 @@ FORMAT: Final = Format(
     help="segmentation text files",
     options=YoloOptions,
     write=write,
-    names_files=True,
+    names_files=lambda options: True,
     stem_of=stem_of,
     assembled=assembled,
     chunks=chunks,
