@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from samray.config.labels import WAYS
 from samray.errors import ConfigError
-from samray.labels.networks import Network, find_network, load_network, opened
+from samray.labels.networks import Network, find_network, load_network, loading, opened, require_transformers
 from samray.labels.phrases import plain, read_phrases
 from samray.labels.records import limited_records, named_mask
 from samray.labels.ways import MakeGenerator
@@ -125,15 +125,14 @@ class Detector:
 
     def __init__(self, network: Network, phrases: Sequence[str], device: torch.device) -> None:
         """Raises: ConfigError if the network is another one than in the driver or cannot be loaded."""
+        require_transformers(_WAY)  # here as well: the actor may run on another machine
         from transformers import BertTokenizerFast, GroundingDinoForObjectDetection, GroundingDinoImageProcessorPil
 
         with opened(network) as folder:
-            try:
+            with loading(network.checkpoint):
                 tokenizer = BertTokenizerFast.from_pretrained(folder, local_files_only=True)
                 # Pillow's resizing whether torchvision is installed or not: the same boxes on every machine.
                 self.processor = GroundingDinoImageProcessorPil.from_pretrained(folder, local_files_only=True)
-            except Exception as error:  # whatever transformers raises about a file
-                raise ConfigError(f"labels.checkpoint {network.checkpoint} cannot be loaded: {error}") from error
             self.model = load_network(GroundingDinoForObjectDetection, folder, network.checkpoint).to(device)
         self.phrases, self.device = list(phrases), device
         self.parts = split_prompt(tokenizer, phrases, self.model.config.max_text_len, device)
@@ -144,7 +143,8 @@ class Detector:
     @torch.inference_mode()
     def detect(self, image: Image, *, score_thresh: float, text_thresh: float, nms_thresh: float) -> Boxes:
         """The boxes of all phrases in one image (H, W, 3) uint8 RGB, after non-maximum suppression."""
-        inputs = self.processor(images=image, input_data_format="channels_last", return_tensors="pt")
+        size = self._size_of(image)
+        inputs = self.processor(images=image, input_data_format="channels_last", return_tensors="pt", **size)
         pixels, mask = (inputs[name].to(self.device) for name in ("pixel_values", "pixel_mask"))
         features: dict[int, Any] = {}  # of this image only
         found = []
@@ -157,6 +157,14 @@ class Detector:
         xyxy = boxes * np.array([image.shape[1], image.shape[0]] * 2, dtype=np.float32)
         keep = box_nms(xyxy, scores, nms_thresh)
         return Boxes(xyxy[keep], scores[keep], phrases[keep].tolist())
+
+    def _size_of(self, image: Image) -> dict[str, Any]:
+        """At least one pixel for an image so slender that its scaled short side would have none."""
+        sides, longest = image.shape[:2], self.processor.size["longest_edge"]
+        if not longest or min(sides) * longest / max(sides) >= 1:
+            return {}
+        height, width = (longest if side == max(sides) else 1 for side in sides)
+        return {"size": {"height": height, "width": width}}
 
 
 def _chosen(
@@ -197,7 +205,11 @@ def split_prompt(tokenizer: Any, phrases: Sequence[str], max_tokens: int, device
             )
         prompt = prompt_of(phrases[first : first + len(spans)])
         input_ids = torch.tensor([tokenizer(prompt).input_ids], device=device)
-        assert input_ids.shape[1] == position + 1, (input_ids.shape, position)
+        if input_ids.shape[1] != position + 1:
+            raise ConfigError(
+                "labels.checkpoint: its tokenizer is not that of a Grounding DINO, because the prompt has "
+                f"{input_ids.shape[1]} tokens, and {position + 1} were expected with [CLS], [SEP] and the full stops"
+            )
         parts.append(Part(input_ids, first, spans))
         first += len(spans)
     return parts

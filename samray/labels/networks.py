@@ -23,6 +23,7 @@ from samray import storage
 from samray.errors import ConfigError
 from samray.sam import fetch
 from samray.storage.strict_json import parse_json
+from samray.text import count
 
 SETTING: Final = "labels.checkpoint"
 WEIGHTS: Final = "model.safetensors"
@@ -68,8 +69,10 @@ def find_network(checkpoint: str, kind: str, way: str) -> Network:
     require_transformers(way)
     folder = locate(checkpoint)
     _check_files(folder, checkpoint)
-    _check_kind(folder, checkpoint, kind, way)
-    return Network(checkpoint, digest(folder))
+    _check_settings(folder, checkpoint, kind, way)
+    # A relative path means another folder where the actors run.
+    is_given_folder = storage.is_local(checkpoint) and Path(storage.normalize(checkpoint)) == folder
+    return Network(str(folder) if is_given_folder else checkpoint, digest(folder))
 
 
 def digest(folder: Path) -> str:
@@ -102,22 +105,41 @@ def opened(network: Network) -> Iterator[Path]:
 def load_network(cls: Any, folder: Path, origin: str) -> Any:
     """A transformers network in evaluation mode, float32, on the CPU.
 
-    cls: its class. Raises: ConfigError that names missing or misshapen tensors, or says why it cannot be loaded.
+    cls: its class. origin: `Network.checkpoint`, for messages.
+    Raises: ConfigError that names a missing, misshapen or not finite tensor, or says why it cannot be loaded.
     """
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # one per actor would fill the driver's terminal
-    try:
+    with loading(origin):
         network, info = cls.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, dtype="float32",
-            output_loading_info=True,
+            output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
-    # Whatever transformers raises about a file: ValueError, KeyError, SafetensorError, RuntimeError for shapes.
+    name = f"{_name(origin)}: {WEIGHTS}"
+    if missing := sorted(info["missing_keys"]):
+        raise ConfigError(f"{name} does not have {count(len(missing), 'tensor')} of this network, as {missing[0]}")
+    if misshapen := sorted(info["mismatched_keys"]):
+        key, there, expected = misshapen[0]
+        raise ConfigError(f"{name}: {key} is {tuple(there)}, but config.json expects {tuple(expected)}")
+    for key, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ConfigError(f"{name}: {key} has values that are not finite numbers")  # it would find nothing
+    return network.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def loading(origin: str) -> Iterator[None]:
+    """Turn whatever transformers raises about a network's file into ConfigError, without its reports and bars."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # one per actor would fill the driver's terminal
+    try:
+        yield
+    # ValueError, KeyError, SafetensorError, RuntimeError, errors of its own checks.
     except Exception as error:
         raise ConfigError(f"{_name(origin)} cannot be loaded: {error}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise ConfigError(f"{_name(origin)}: {WEIGHTS} does not have {len(missing)} of its tensors, as {missing[0]}")
-    return network.eval().requires_grad_(False)
+    finally:
+        logging.set_verbosity(level)
 
 
 def locate(checkpoint: str) -> Path:
@@ -200,7 +222,7 @@ def _refuse_without_weights(names: list[str], checkpoint: str) -> None:
     raise ConfigError(f"{_name(checkpoint)} does not have {WEIGHTS}; {_what_to_do()}")
 
 
-def _check_kind(folder: Path, checkpoint: str, kind: str, way: str) -> None:
+def _check_settings(folder: Path, checkpoint: str, kind: str, way: str) -> None:
     try:
         settings = parse_json((folder / "config.json").read_bytes())
         found = settings.get("model_type") if isinstance(settings, dict) else None
@@ -211,6 +233,26 @@ def _check_kind(folder: Path, checkpoint: str, kind: str, way: str) -> None:
             f"{_name(checkpoint)} is a network of the kind {found!r} (model_type in config.json), but labels.by={way} "
             f"needs {kind!r}"
         )
+    if (key := _names_code(settings)) is not None:
+        raise ConfigError(
+            f"{_name(checkpoint)}: config.json has {key}, which names code to download; samray runs no code that comes "
+            "with a network. Remove the entry if the network is one of transformers' own"
+        )
+
+
+def _names_code(settings: Any) -> str | None:
+    """The key of an entry with which transformers would fetch code: its own classes, or kernels from the Hub."""
+    if isinstance(settings, list):
+        return next((key for one in settings if (key := _names_code(one)) is not None), None)
+    if not isinstance(settings, dict):
+        return None
+    for key, value in settings.items():
+        # A repository `owner/name` in place of `eager` or `sdpa`.
+        if key == "auto_map" or (key.strip("_").startswith("attn_implementation") and "/" in str(value)):
+            return str(key)
+        if (inner := _names_code(value)) is not None:
+            return inner
+    return None
 
 
 def _name(checkpoint: str) -> str:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,14 @@ def of_kind(kind: str) -> Callable[[Path], None]:
     return lambda folder: (folder / "config.json").write_text(json.dumps({"model_type": kind}))
 
 
+def with_setting(key: str, value: Any) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**settings, key: value}))
+
+    return write
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -89,6 +98,8 @@ def of_kind(kind: str) -> Callable[[Path], None]:
         (without("preprocessor_config.json"), r"does not have preprocessor_config\.json or processor_config\.json"),
         (of_kind("clip"), r"of the kind 'clip' .* needs 'grounding-dino'"),
         (lambda folder: (folder / "config.json").write_text("{"), r"config\.json cannot be read"),
+        (with_setting("auto_map", {"AutoModel": "net.Net"}), "has auto_map, which names code"),
+        (with_setting("text_config", {"_attn_implementation": "some/kernel"}), "has _attn_implementation, which names"),
         (shutil.rmtree, r"copy is not a folder"),
     ],
 )
@@ -122,14 +133,42 @@ def test_a_replaced_network_is_refused_in_the_actor(copy: Path) -> None:
         Detector(found, ["cat"], CPU)
 
 
-def test_missing_tensors_are_refused(copy: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, r"does not have 1 tensor of this network, as model\.text_projection\.weight"),
+        (torch.zeros(3, 2), r"model\.text_projection\.weight is \(3, 2\), but config\.json expects \(32, 16\)"),
+        (torch.full((32, 16), torch.nan), r"model\.text_projection\.weight has values that are not finite"),
+    ],
+)
+def test_wrong_tensors_are_named(copy: Path, value: torch.Tensor | None, message: str) -> None:
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(copy / WEIGHTS)
-    del tensors["model.text_projection.weight"]
-    save_file(tensors, copy / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"does not have 1 of its tensors, as model\.text_projection\.weight"):
+    tensors |= {"model.text_projection.weight": value}
+    save_file({key: one for key, one in tensors.items() if one is not None}, copy / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ConfigError, match=message):
         Detector(find_network(str(copy), "grounding-dino", "x"), ["cat"], CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (WEIGHTS, "cannot be loaded: "),
+        ("tokenizer.json", "cannot be loaded: "),
+        ("preprocessor_config.json", "cannot be"),
+    ],
+)
+def test_damaged_files_are_refused(copy: Path, name: str, message: str) -> None:
+    (copy / name).write_bytes((copy / name).read_bytes()[:50])
+    with pytest.raises(ConfigError, match=f"copy {message}"):
+        Detector(find_network(str(copy), "grounding-dino", "x"), ["cat"], CPU)
+
+
+def test_a_phrase_that_does_not_fit_the_network_is_named(tmp_path: Path) -> None:
+    folder = write_grounding_dino(tmp_path / "short", max_text_len=8)
+    with pytest.raises(ConfigError, match=r"'cat dog cat dog cat dog' has 6 tokens, and this network takes 5"):
+        Detector(Network(str(folder), digest(folder)), ["cat", "cat dog cat dog cat dog"], CPU)
 
 
 def test_the_prompt_ends_each_phrase_with_a_full_stop() -> None:
@@ -178,6 +217,26 @@ def test_an_image_without_boxes_has_no_masks(network: Path) -> None:
     model.encode_images = None  # type: ignore[assignment,method-assign]  # it needs no encoding
     generator = build_generator(model, config, read_inputs(config))(None)
     assert generator.generate([np.zeros((40, 60, 3), np.uint8)]) == [[]]
+
+
+@pytest.mark.parametrize("hw", [(1, 1), (1, 3000), (3000, 1), (3, 5)])
+def test_small_and_slender_images_are_searched(network: Path, hw: tuple[int, int]) -> None:
+    detector = Detector(Network(str(network), digest(network)), ["cat", "dog"], CPU)
+    found = detector.detect(np.full((*hw, 3), 200, np.uint8), score_thresh=0.0, text_thresh=0.0, nms_thresh=1.0)
+    assert len(found.xyxy) == 20
+    assert np.isfinite(found.xyxy).all()
+
+
+def test_threads_share_a_network_and_not_their_images(network: Path) -> None:
+    config = settings(network, score_thresh=0.1, text_thresh=0.1)
+    make = build_generator(micro(), config, read_inputs(config))
+    random = np.random.default_rng(2)
+    images = [random.integers(0, 255, (40 + 7 * i, 64, 3), dtype=np.uint8) for i in range(6)]
+    alone = [make(None).generate([image])[0] for image in images]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda image: make(None).generate([image])[0], images))
+    assert together == alone
+    assert len({len(masks) for masks in alone}) > 1, "the images differ"
 
 
 def test_better_boxes_suppress_others_of_any_phrase(network: Path) -> None:
