@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,7 +16,7 @@ import torch
 
 from samray.config.labels import WAYS
 from samray.errors import ConfigError
-from samray.labels.networks import Network, find_network, load_network, opened
+from samray.labels.networks import Network, find_network, load_network, loading, opened, require_transformers
 from samray.labels.phrases import read_phrases
 from samray.labels.ways import MakeGenerator
 from samray.labels.zero_shot import DEFAULT_SCORE_THRESH, ClipNetwork, Namer, Pixels, phrase_embeddings
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from samray.sam.sam import Sam
 
 _WAY: Final = "clip"
+_CUTTING_THREADS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,22 +74,30 @@ def load_namer(config: Config, inputs: ClipInputs, device: str | torch.device | 
 
     Raises: ConfigError if the network is not the one that the driver found, or cannot be loaded.
     """
+    require_transformers(_WAY)  # here as well: the actor may run on another machine
     from transformers import CLIPModel, CLIPTokenizer
 
     where = inputs.network.checkpoint
     with opened(inputs.network) as folder:
         model = load_network(CLIPModel, folder, where)
-        try:
+        with loading(where):
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
             found = parse_json((folder / "preprocessor_config.json").read_bytes())
             numbers = Pixels.from_json(found, model.config.vision_config.image_size)
-        except Exception as error:  # whatever transformers raises about a file
-            raise ConfigError(f"labels.checkpoint {where} cannot be loaded: {error}") from error
+    if len(tokenizer) > model.config.text_config.vocab_size:
+        raise ConfigError(
+            f"labels.checkpoint {where}: its tokenizer has {len(tokenizer)} tokens, but the network knows "
+            f"{model.config.text_config.vocab_size}; put the files of one network into the folder"
+        )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     network = ClipNetwork(model.to(device), tokenizer, numbers)
     vectors = phrase_embeddings(network, inputs.categories, config.labels.templates)
-    return Namer(network, tuple(inputs.categories), vectors, config.labels.crops, thresh_of(config))
+    # A GPU would wait for one thread that cuts and resizes. On CPUs each thread of the labeler does its own.
+    num_threads = min(_CUTTING_THREADS, len(os.sched_getaffinity(0)))
+    cutters = None if network.device.type == "cpu" else ThreadPoolExecutor(num_threads, thread_name_prefix="cut")
+    names = tuple(inputs.categories)
+    return Namer(network, names, vectors, config.labels.crops, thresh_of(config), cutters=cutters)
 
 
 def build_generator(model: Sam, config: Config, inputs: ClipInputs) -> MakeGenerator:

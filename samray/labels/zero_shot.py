@@ -17,7 +17,9 @@ mask may stay unnamed. The paper's masked attention in the last layer is left ou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -68,6 +70,9 @@ class Pixels:
         size, resize = _side(found.get("crop_size", image_size)), _side(found.get("size", image_size))
         if size != image_size or resize < size:
             raise ValueError(f"crops of {size} pixels out of {resize}, but the network takes {image_size}")
+        for key in ("image_mean", "image_std"):
+            if not isinstance(found.get(key), list):
+                raise ValueError(f"preprocessor_config.json has no {key}, three numbers")
         mean, std = (tuple(map(float, found[key])) for key in ("image_mean", "image_std"))
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"image_mean {mean} and image_std {std}: expected three numbers each, std above 0")
@@ -189,6 +194,8 @@ class Namer:
     crops: tuple[str, ...]
     score_thresh: float = DEFAULT_SCORE_THRESH
     crops_at_once: int = CROPS_AT_ONCE
+    cutters: Executor | None = None
+    """Threads that cut out masks next to the network's work; None to do both in turn."""
 
     def probabilities(self, image: RGBArray, masks: Sequence[MaskRecord]) -> Tensor:
         """(M, P) float32: for each mask the probability of each phrase, which sum to 1.
@@ -196,28 +203,42 @@ class Namer:
         image: (H, W, 3) uint8 RGB, upright, as the masks were made for. Raises: ValueError, phrased as the end of a
         sentence, for a mask that does not fit the image or has no pixel.
         """
-        hw = (image.shape[0], image.shape[1])
-        parts: list[Tensor] = []
-        waiting: list[Tensor] = []
-        for mask in masks:
-            runs = checked_runs(mask["segmentation"]["counts"], hw)
-            box = bbox_xywh(runs, hw)
-            if not box[2]:
-                raise ValueError("a mask without a pixel")
-            inside = pixels(runs, hw)
-            # Cut out one mask at a time: only the network's small squares are kept.
-            for crop in self.crops:
-                waiting.append(self.network.pixels.prepare(cut_out(image, inside, box, crop)))
-                if len(waiting) == self.crops_at_once:
-                    parts.append(self.network.embed_squares(torch.stack(waiting)))
-                    waiting.clear()
-        if waiting:
-            parts.append(self.network.embed_squares(torch.stack(waiting)))
+        parts = [
+            self.network.embed_squares(part)
+            for batch in self._batches(image, masks)
+            for part in batch.split(self.crops_at_once)
+        ]
         if not parts:
             return torch.zeros(0, len(self.phrases))
         each = torch.cat(parts).reshape(len(masks), len(self.crops), -1)
         logits = self.network.logit_scale * normalize(each.mean(dim=1), dim=-1) @ self.vectors.T
         return logits.softmax(dim=-1)
+
+    def _batches(self, image: RGBArray, masks: Sequence[MaskRecord]) -> Iterator[Tensor]:
+        """(n, 3, size, size) prepared cut-outs of all masks in order, of whole masks each."""
+        cut = functools.partial(self._cut_outs, image)
+        step = max(1, self.crops_at_once // len(self.crops))
+        groups = [masks[start : start + step] for start in range(0, len(masks), step)]
+        if self.cutters is None:
+            yield from (torch.cat([cut(mask) for mask in group]) for group in groups)
+            return
+        # One group ahead: the network's small squares are kept, but not those of all masks.
+        coming = [self.cutters.submit(cut, mask) for group in groups[:1] for mask in group]
+        for following in [*groups[1:], []]:
+            ready = torch.cat([future.result() for future in coming]) if coming else None
+            coming = [self.cutters.submit(cut, mask) for mask in following]
+            if ready is not None:
+                yield ready
+
+    def _cut_outs(self, image: RGBArray, mask: MaskRecord) -> Tensor:
+        """(crops, 3, size, size) of one mask. Raises: as `probabilities`."""
+        hw = (image.shape[0], image.shape[1])
+        runs = checked_runs(mask["segmentation"]["counts"], hw)
+        box = bbox_xywh(runs, hw)
+        if not box[2]:
+            raise ValueError("a mask without a pixel")
+        inside = pixels(runs, hw)
+        return torch.stack([self.network.pixels.prepare(cut_out(image, inside, box, crop)) for crop in self.crops])
 
     def name(self, image: RGBArray, masks: Sequence[MaskRecord]) -> list[MaskRecord]:
         """The same masks with `label` and `label_score`: the likeliest phrase and its probability, or null for both if

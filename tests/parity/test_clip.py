@@ -210,6 +210,9 @@ def test_a_network_that_is_not_the_runs_or_is_no_clip_is_refused(folder: Path, t
         load_namer(config, inputs, "cpu")
     with pytest.raises(ConfigError, match="crops of 64 pixels out of 64, but the network takes 32"):
         load_namer(config, read_inputs(config), "cpu")
+    (copy / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"cannot be loaded: preprocessor_config\.json has no image_mean"):
+        load_namer(config, read_inputs(config), "cpu")
     settings_file = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**settings_file, "model_type": "siglip"}))
     with pytest.raises(ConfigError, match="needs 'clip'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from samray import storage
 from samray.cli.main import main
 from samray.config import Config
 from samray.errors import ConfigError, ImageError, StorageError
+from samray.exports.export import export
+from samray.imports.import_ import import_
 from samray.labels.clip import ClipInputs
 from samray.labels.networks import Network
 from samray.labels.phrases import read_phrases
 from samray.output.compact import refuse_replaced
-from samray.output.plan import Plan, load_plan
+from samray.output.plan import Plan, load_plan, make_plan
 from samray.output.schema import ImageRecord, records_to_table, samray_metadata
 from samray.output.shards import commit_shard, mark_success, read_shard, replace_shard, shard_uri
 from samray.output.verify import verify
@@ -161,11 +164,67 @@ def test_shards_of_the_output_that_are_replaced_meanwhile_are_noticed(tmp_path: 
 def test_all_crops_of_an_image_are_one_batch_up_to_a_limit() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
     masks = masks_of(pixels) * 3
-    namer = replace(colour_namer(), crops=("plain", "blanked"))
-    namer.name(pixels, masks)
-    assert namer.network.passes == [18]  # type: ignore[attr-defined]
-    replace(namer, crops_at_once=7).name(pixels, masks)
-    assert namer.network.passes[1:] == [7, 7, 4]  # type: ignore[attr-defined]
+    whole = replace(colour_namer(), crops=("plain", "blanked"))
+    passes = whole.network.passes  # type: ignore[attr-defined]
+    wanted = whole.probabilities(pixels, masks)
+    assert passes == [18]
+    with ThreadPoolExecutor(2) as threads:
+        for limit, sizes in ((7, [6, 6, 6]), (1, [1] * 18)):
+            for cutters in (None, threads):
+                passes.clear()
+                namer = replace(whole, crops_at_once=limit, cutters=cutters)
+                assert np.allclose(namer.probabilities(pixels, masks), wanted, atol=1e-5)
+                assert passes == sizes
+                assert namer.probabilities(pixels, []).shape == (0, 3)
+        with pytest.raises(ValueError, match="sum to"):
+            namer.name(pixels[:-1], masks)
+
+
+def test_the_first_image_of_a_labelling_process_is_not_in_the_plan(tmp_path: Path) -> None:
+    source = make_output(str(tmp_path))
+    planned, _, _ = plan_names(source.output, str(tmp_path / "named"), colour_config("clip"))
+    pixels = np.full((8, 6, 3), (200, 10, 10), np.uint8)
+    done = labeler_of(planned, source).label([EncodedImage(0, "", "", pixels)])
+    assert [mask["label"] for mask in done.records[0].annotations] == ["red"]
+
+
+def test_credentials_of_images_come_from_the_list_again(tmp_path: Path) -> None:
+    links = tmp_path / "links.txt"
+    links.write_text("".join(f"https://host.test/{i}.png?X-Amz-Signature=secret{i}\n" for i in range(3)))
+    config = Config(output={"images_per_shard": 2})
+    source = make_plan(str(links), str(tmp_path / "out"), config, config.identity())
+    records = [ImageRecord(**row, width=0, height=0, error="missing: gone") for row in fields_of(source)]
+    for shard in range(2):
+        commit_shard(source.output, shard, records_to_table(records[2 * shard : 2 * shard + 2], source.run))
+    planned, _, _ = plan_names(source.output, str(tmp_path / "named"), colour_config("clip"))
+    found = naming._credentials(planned.plan, source, planned.config, [0, 1])
+    assert sorted(uri.rpartition("=")[2] for own in found.values() for uri in own.values()) == [
+        "secret0", "secret1", "secret2",
+    ]  # fmt: skip
+    stored = b"".join(path.read_bytes() for path in (tmp_path / "named").rglob("*") if path.is_file())
+    assert b"secret" not in stored
+
+
+def fields_of(plan: Plan) -> list[dict[str, Any]]:
+    rows = [row for shard in range(plan.num_shards) for row in plan.read_shard(shard).to_pylist()]
+    return [{name: row[name] for name in ("image_id", "file_name", "uri")} for row in rows]
+
+
+def test_a_corrected_output_keeps_its_corrections(tmp_path: Path) -> None:
+    source = make_output(str(tmp_path))
+    export(source.output, tmp_path / "coco", format="coco", ray=False, progress=False)
+    (coco,) = (tmp_path / "coco").glob("*.json")
+    corrected = str(tmp_path / "corrected")
+    import_(coco, corrected, format="coco", corrects=source.output, ray=False, progress=False)
+    planned, plan, _ = plan_names(corrected, str(tmp_path / "named"), colour_config("clip"))
+    write_names(planned, plan)
+    mark_success(planned.plan.output)
+    assert [row["corrections"] for row in rows_in(planned.plan)] == [row["corrections"] for row in rows_in(plan)]
+    assert verify(planned.plan.output, deep=True).problems == []
+    imported = str(tmp_path / "imported")
+    import_(coco, imported, format="coco", images=str(tmp_path / "in"), ray=False, progress=False)
+    planned, plan, _ = plan_names(imported, str(tmp_path / "named-2"), colour_config("clip"))
+    assert planned.plan.num_images == plan.num_images
 
 
 def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
