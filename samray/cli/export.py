@@ -160,7 +160,8 @@ def _print_export(report: ExportReport) -> None:
     table.add_row("images", f"{report.num_images:,}")
     table.add_row("masks", f"{report.num_masks:,}")
     if report.num_left_out:
-        table.add_row("left out", f"{count(report.num_left_out, 'mask')} below --confident or --stable")
+        why = "without a name" if report.format == "saco" else "below --confident or --stable"
+        table.add_row("left out", f"{count(report.num_left_out, 'mask')} {why}")
     if report.num_failed:
         table.add_row("left out", f"{count(report.num_failed, 'failed image')}")
     if report.num_unreadable:

@@ -28,7 +28,7 @@ class ExportReport:
     """Images in DEST, without failed ones."""
     num_masks: int = 0
     num_left_out: int = 0
-    """Masks of those images below the thresholds of confident and stable."""
+    """Masks of those images below the thresholds of confident and stable; for saco those without a name."""
     num_failed: int = 0
     """Failed images of OUTPUT, left out."""
     num_unreadable: int = 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from samray.config.base import did_you_mean
 from samray.errors import ConfigError
-from samray.exports import coco, flat, label_map, sa1b, yolo
+from samray.exports import coco, flat, label_map, sa1b, saco, yolo
 from samray.exports.base import ExportOptions, Format, as_option
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ FORMATS: Final[dict[str, Format]] = {
     "yolo": yolo.FORMAT,
     "flat": flat.FORMAT,
     "label-map": label_map.FORMAT,
+    "saco": saco.FORMAT,
 }
 
 

@@ -17,7 +17,7 @@ class LeftOut(NamedTuple):
     """What a format left out of a piece."""
 
     num_masks: int = 0
-    """Masks below the thresholds of confident and stable."""
+    """Masks below the thresholds of confident and stable; for saco those without a name."""
     num_photos: int = 0
     """Images that could not be copied because they cannot be read any more."""
 
@@ -91,7 +91,7 @@ class Done:
     num_images: int = 0
     num_masks: int = 0
     num_left_out: int = 0
-    """Masks below the thresholds of confident and stable."""
+    """Masks below the thresholds of confident and stable; for saco those without a name."""
     num_failed: int = 0
     """Failed images, left out."""
     num_unreadable: int = 0

@@ -159,3 +159,39 @@ def test_an_export_begun_without_names_is_not_continued_with_them(plan: Plan, tm
     Path(uri).write_text(json.dumps(recorded))
     with pytest.raises(ConfigError, match=r"has a different export \(categories: None there, \['yes', 'object'"):
         export(plan, tmp_path / "coco", "coco")
+
+
+def test_saco_has_a_pair_per_image_and_phrase(plan: Plan, tmp_path: Path) -> None:
+    report = export(plan, tmp_path / "saco", "saco", with_images=True)
+    found = json.loads((tmp_path / "saco/saco.json").read_text())
+    pairs = {pair["id"]: pair for pair in found["images"]}
+    rows = [row for row in read_rows(plan.output) if row["status"] == "ok"]
+    asked = [(row["image"]["file_name"], name) for row in rows for name in CATEGORIES]
+    assert [(pair["file_name"], pair["text_input"]) for pair in found["images"]] == asked
+    assert len(pairs) == len(asked) == 27, "unique ids; none for the failed image"
+    masks = [(row, mask) for row in rows for mask in row["annotations"] if mask["label"] is not None]
+    assert len(masks) == len(found["annotations"]) == report.num_masks
+    assert report.num_left_out == sum(mask["label"] is None for mask in masks_of(plan)) > 0
+    for (row, mask), own in zip(masks, found["annotations"], strict=True):
+        pair = pairs[own["image_id"]]
+        assert (pair["file_name"], pair["text_input"]) == (row["image"]["file_name"], mask["label"])
+        assert own["segmentation"] == mask["segmentation"]
+        assert own["area"] == pytest.approx(decoded(mask).mean())
+        scale = [pair["width"], pair["height"]] * 2
+        assert [part * side for part, side in zip(own["bbox"], scale, strict=True)] == pytest.approx(mask["bbox"])
+        with Image.open(tmp_path / "saco/images" / pair["file_name"]) as image:
+            assert image.size == (pair["width"], pair["height"])
+    with_masks = {own["image_id"] for own in found["annotations"]}
+    negatives = {pair["file_name"] for pair in found["images"] if pair["id"] not in with_masks}
+    assert {row["image"]["file_name"] for row in rows if not row["annotations"]} < negatives
+    # pycocotools reads it, and the fractions of bbox and area do not matter for masks.
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(tmp_path / "saco/saco.json"))
+    assert np.array_equal(coco.annToMask(found["annotations"][0]), decoded(masks[0][1]))
+
+
+def test_saco_of_an_output_without_names_is_refused(tmp_path: Path) -> None:
+    plan = write_output(str(tmp_path), NAMES[:3])
+    with pytest.raises(ConfigError, match=r"has no names, so there are no phrases to pair images with"):
+        export(plan, tmp_path / "saco", "saco")
+    assert not (tmp_path / "saco").exists()
