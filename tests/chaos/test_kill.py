@@ -13,44 +13,8 @@ from tests.support import standin
 from tests.support.drivers import driver, has_shards, wait_until
 from tests.support.outputs import check_every_image_once
 
-NUM_IMAGES = 24
 ROUNDS = int(os.environ.get("SAMRAY_CHAOS_ROUNDS", "1"))
 SECONDS_PER_IMAGE = "0.15"
-
-
-def _source(root: str, num_images: int = NUM_IMAGES) -> tuple[str, str, dict[str, bytes]]:
-    source = storage.join(root, "in")
-    uris = standin.write_images(source, num_images)
-    return source, storage.join(root, "out"), {Path(uri).name: standin.make_image(i) for i, uri in enumerate(uris)}
-
-
-def test_kill_9_of_the_driver_again_and_again(s3_root: str, tmp_path: Path) -> None:
-    """On S3; `test_kill_everything` does it on disk. SAMRAY_CHAOS_ROUNDS=10 kills ten times."""
-    num_shards = 4 * ROUNDS + 4  # at 0.15 s an image a round gets to two or three of them before it is killed
-    source, output, images = _source(s3_root, 4 * num_shards)
-    rng = random.Random(os.environ.get("SAMRAY_CHAOS_SEED", "7"))
-    num_done = []
-    for i in range(ROUNDS):
-        with driver(tmp_path / f"{i}.log", source, output, SECONDS_PER_IMAGE) as running:
-            # Planning takes a moment in which nothing interesting can die: from then on, at any time.
-            wait_until(lambda: storage.exists(storage.join(output, "_samray", "run.json")), running)
-            if i % 2 == 0:
-                wait_until(has_shards(output, min(len(done_shards(output)) + 1, num_shards)), running)
-            deadline = time.monotonic() + rng.uniform(0.0, 0.6)
-            while time.monotonic() < deadline and running.process.poll() is None:
-                running.look_around()
-                time.sleep(0.05)
-            running.kill()
-            num_done.append(len(done_shards(output)))
-            # Ray's processes end with their driver, as a rule; one that was just starting may stay, and is ended here.
-            running.clean_up(patience_s=5)
-    assert 0 < num_done[0] < num_shards, "the first kill was to leave a part done and a part not"
-    assert num_done[-1] < num_shards, "the last kill was to come in the middle too"
-    with driver(tmp_path / "last.log", source, output, "0") as last:
-        assert last.wait() == 0, last.text()
-    check_every_image_once(output, images)
-    assert num_done == sorted(num_done)
-    print(f"shards done at each kill: {num_done}")
 
 
 BREAK_WRITES = '''
@@ -69,7 +33,7 @@ class _Finder(importlib.abc.MetaPathFinder):
             load(module)
             put = module.put_shard
             def put_shard(output, shard, data):
-                if shard == 2:
+                if shard == int(os.environ["BROKEN_SHARD"]):
                     raise RuntimeError("the disk is on fire")
                 return put(output, shard, data)
             module.put_shard = put_shard
@@ -80,17 +44,45 @@ sys.meta_path.insert(0, _Finder())
 '''
 
 
-def test_an_exception_inside_a_write(s3_root: str, tmp_path: Path) -> None:
-    source, output, images = _source(s3_root)
+def test_kill_9_of_the_driver_and_an_exception_inside_a_write(s3_root: str, tmp_path: Path) -> None:
+    """On S3; `test_kill_everything` kills on disk. SAMRAY_CHAOS_ROUNDS=10 kills ten times."""
+    num_shards = 4 * ROUNDS + 4  # at 0.15 s an image a round gets to two or three of them before it is killed
+    source, output = storage.join(s3_root, "in"), storage.join(s3_root, "out")
+    uris = standin.write_images(source, 4 * num_shards)
+    images = {Path(uri).name: standin.make_image(i) for i, uri in enumerate(uris)}
+    rng = random.Random(os.environ.get("SAMRAY_CHAOS_SEED", "7"))
+    num_done = []
+    for i in range(ROUNDS):
+        with driver(tmp_path / f"{i}.log", source, output, SECONDS_PER_IMAGE) as running:
+            # Planning takes a moment in which nothing interesting can die: from then on, at any time.
+            wait_until(lambda: storage.exists(storage.join(output, "_samray", "run.json")), running)
+            if i % 2 == 0:
+                wait_until(has_shards(output, min(len(done_shards(output)) + 1, num_shards)), running)
+            deadline = time.monotonic() + rng.uniform(0.0, 0.6)
+            while time.monotonic() < deadline and running.process.poll() is None:
+                running.look_around()
+                time.sleep(0.05)
+            running.kill()
+            num_done.append(len(done_shards(output)))
+            # Ray's processes end with their driver, as a rule; one that was just starting may stay, and is ended here.
+            running.clean_up(patience_s=5)
+    assert 0 < num_done[0] < num_shards, "the first kill was to leave a part done and a part not"
+    assert num_done[-1] < num_shards, "the last kill was to come in the middle too"
+
+    broken = num_shards - 1
+    assert broken not in done_shards(output)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "sitecustomize.py").write_text(BREAK_WRITES)
-
-    with driver(tmp_path / "log", source, output, "0", environment={"PYTHONPATH": str(tmp_path / "broken")}) as first:
-        assert first.wait() == 1, first.text()
-        assert "the disk is on fire" in first.text()
-    assert 2 not in done_shards(output)
+    environment = {"PYTHONPATH": str(tmp_path / "broken"), "BROKEN_SHARD": str(broken)}
+    with driver(tmp_path / "broken.log", source, output, "0", environment=environment) as failing:
+        assert failing.wait() == 1, failing.text()
+        assert "the disk is on fire" in failing.text()
+    num_done.append(len(done_shards(output)))
+    assert broken not in done_shards(output)
     assert not storage.exists(storage.join(output, "_SUCCESS"))
 
-    with driver(tmp_path / "second.log", source, output, "0") as second:
-        assert second.wait() == 0, second.text()
+    with driver(tmp_path / "last.log", source, output, "0") as last:
+        assert last.wait() == 0, last.text()
     check_every_image_once(output, images)
+    assert num_done == sorted(num_done)
+    print(f"shards done at each stop: {num_done}")

@@ -29,7 +29,7 @@ def test_every_image_has_one_map_whatever_is_killed(tmp_path: Path, started: lis
         (tmp_path / "in").mkdir(exist_ok=True)
         write(tmp_path / "in" / str(folder), own)
     rng = random.Random(5)
-    for victim in ("driver", "actor"):
+    for victim in ("driver", "actor"):  # the run whose actor is killed goes on to the end
         running = start(tmp_path, "edges", f"{victim}.log", "0.5", on_ray=True)
         started.append(running)
         maps_before = len(list(tmp_path.glob("edges/edges/**/*.png")))
@@ -40,8 +40,6 @@ def test_every_image_has_one_map_whatever_is_killed(tmp_path: Path, started: lis
             assert running.wait() == 0, running.text()
         else:
             assert len(done_shards(str(tmp_path / "edges"))) < NUM_IMAGES / 2, "killed before the end"
-    started.append(start(tmp_path, "edges", "last.log", "0", on_ray=True))
-    assert started[-1].wait() == 0, started[-1].text()
 
     output = str(tmp_path / "edges")
     assert sorted(row["image"]["file_name"] for row in rows_of(output)) == sorted(images)

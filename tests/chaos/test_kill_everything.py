@@ -113,7 +113,7 @@ def one_kill(running: Driver, root: Path, name: str, victim: str, number: int, r
     killed = kill(running, victim)
     if victim in PROCESSES:
         exit_code = running.wait()  # with whatever exit code: it must not hang
-        assert exit_code == 0 or victim != "actor" or not killed, running.text()
+        assert exit_code == 0 or victim != "actor", running.text()
     print(f"{name}: {victim} {'killed' if killed else 'was gone'}, exit code {running.process.returncode}")
     return killed
 
@@ -176,8 +176,10 @@ def test_every_image_is_there_once_whatever_is_killed(output: int, tmp_path: Pat
                 on_ray = _on_ray(name, victim)
                 started.append(start(tmp_path, name, f"{number}.log", SECONDS_PER_IMAGE, on_ray=on_ray))
                 num_hits += one_kill(started[-1], tmp_path, name, victim, number, rng) > 0
-        started.append(start(tmp_path, name, f"{name}.log", "0", on_ray=name in ON_RAY))
-        assert started[-1].wait() == 0, started[-1].text()
+        # A run whose actor was killed has gone on to the end.
+        if [victim for operation, victim in kills if operation == name][-1:] != ["actor"]:
+            started.append(start(tmp_path, name, f"{name}.log", "0", on_ray=name in ON_RAY))
+            assert started[-1].wait() == 0, started[-1].text()
         if name in ON_RAY:
             check_every_image_once(tmp_path / "out", first if name == "label" else images, failing=name != "retry")
     for copy in ("compact", "import"):
