@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -23,6 +24,7 @@ from samray.output import shards
 from samray.output.plan import Plan
 from samray.output.schema import SCHEMA
 from tests.support import REPOSITORY
+from tests.support.handmade import masks_of_place, read_rows, write_output
 from tests.support.labelled import BLACK, BROKEN, make_output
 from tests.support.pages import block, blocks
 
@@ -51,15 +53,17 @@ def truth(plan: Plan) -> Rows:
 def recipe(plan: Plan) -> Callable[[str], dict[str, Any]]:
     """recipe(name): runs that block of docs/ on the output, and returns the names it has defined."""
 
-    def run(name: str) -> dict[str, Any]:
-        page, text = block(f"recipe {name}")
-        code, number = re.subn(r"(?<=[\"'])(s3://bucket/)?labels(?=[/\"'])", plan.output, text)
-        assert number, f"recipe {name!r} in {page} reads no labels"
-        names: dict[str, Any] = {"samray": samray}
-        exec(compile(code, f"{page}, {name}", "exec"), names)
-        return names
+    return functools.partial(run_recipe, plan.output)
 
-    return run
+
+def run_recipe(output: str, name: str) -> dict[str, Any]:
+    page, text = block(f"recipe {name}")
+    # Not target["labels"].
+    code, number = re.subn(r"(?<!\[[\"'])(?<=[\"'])(s3://bucket/)?labels(?=[/\"'])", output, text)
+    assert number, f"recipe {name!r} in {page} reads no labels"
+    names: dict[str, Any] = {"samray": samray}
+    exec(compile(code, f"{page}, {name}", "exec"), names)
+    return names
 
 
 def test_every_recipe_has_a_test() -> None:
@@ -216,6 +220,75 @@ def test_torch_workers(plan: Plan, truth: Rows, method: str) -> None:
 
 def test_read_image(recipe: Callable[[str], dict[str, Any]], truth: Rows) -> None:
     assert recipe("read_image")["row"] == truth[BLACK]
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def _named(place: int) -> Rows:
+    labels = ("cat", "dog", None)
+    names = [labels[(place + i) % 3] for i in range(place % 4)]
+    masks = zip(masks_of_place(place), names, strict=True)
+    return [{**mask, "label": name, "label_score": None if name is None else 0.5 + place / 16} for mask, name in masks]
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """Eight images, one failed, some without masks; masks are cats, dogs, and without a name."""
+    root = str(tmp_path_factory.mktemp("named"))
+    return write_output(root, [f"{i}.png" for i in range(8)], masks=_named, failed=(6,), categories=("dog", "cat"))
+
+
+@pytest.fixture
+def named_recipe(named: Plan) -> Callable[[str], dict[str, Any]]:
+    return functools.partial(run_recipe, named.output)
+
+
+def test_every_loader_reads_an_output_with_names(
+    named: Plan, named_recipe: Callable[[str], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    truth = read_rows(named.output)
+    check_rows(named_recipe("pyarrow")["table"].to_pylist(), [row for row in truth if row["status"] == "ok"])
+    check_rows(named_recipe("polars")["images"].collect().to_dicts(), truth)
+    check_rows(named_recipe("pandas")["images"].to_dict("records"), truth)
+    masks = named_recipe("duckdb")["masks"]
+    found = [dict(zip(masks.columns, row, strict=True)) for row in masks.fetchall()]
+    wanted = [{"image_id": row["image"]["image_id"], **mask} for row in truth for mask in row["annotations"]]
+    assert sorted(found, key=lambda mask: mask["id"]) == wanted
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    datasets.disable_progress_bars()
+    names = named_recipe("names-datasets")
+    check_rows(names["rows"], truth)
+    has_cat = [any(mask["label"] == "cat" for mask in row["annotations"]) for row in truth]
+    check_rows(names["with_cats"], [row for row, has in zip(truth, has_cat, strict=True) if has])
+    check_rows(
+        names["without"], [row for row, has in zip(truth, has_cat, strict=True) if not has and row["status"] == "ok"]
+    )
+
+
+def test_counts_of_names(named: Plan, named_recipe: Callable[[str], dict[str, Any]]) -> None:
+    labels = [mask["label"] for mask in masks_of(read_rows(named.output))]
+    wanted = {name: labels.count(name) for name in ("cat", "dog", None)}
+    assert all(wanted.values())
+    assert named_recipe("names-pyarrow")["names"] == ["dog", "cat"]
+    assert {name: number for name, number, _ in named_recipe("names-duckdb")["counts"]} == wanted
+    assert dict(named_recipe("names-polars")["counts"].iter_rows()) == wanted
+    counts = named_recipe("names-pandas")["counts"]
+    assert {None if name != name else name: number for name, number in counts.items()} == wanted
+
+
+def test_names_in_torch(named: Plan, named_recipe: Callable[[str], dict[str, Any]]) -> None:
+    found = named_recipe("names-torch")
+    row = read_rows(named.output)[2]
+    assert found["names"] == [mask["label"] or "object" for mask in row["annotations"]]
+    assert found["target"]["label_score"].isnan().tolist() == [mask["label"] is None for mask in row["annotations"]]
+
+
+def test_names_in_ray_data(some_ray: None, named: Plan, named_recipe: Callable[[str], dict[str, Any]]) -> None:
+    cats = [mask["id"] for mask in masks_of(read_rows(named.output)) if mask["label"] == "cat"]
+    assert sorted(row["id"] for row in named_recipe("names-ray")["cats"].take_all()) == cats
 
 
 @pytest.mark.skipif(
