@@ -22,8 +22,11 @@ from samray.errors import ConfigError, SamrayError
 from samray.text import count, two_columns
 
 if TYPE_CHECKING:
+    from samray.config import Config
     from samray.evaluate.confusion import Confusion
     from samray.evaluate.failures import Failures
+    from samray.evaluate.regions import RegionData
+    from samray.sam.sam import Sam
 
 _NAMES_SHOWN: Final = 20
 _MATRIX_SHOWN: Final = 6
@@ -72,7 +75,6 @@ def instances(
 
       samray evaluate instances lvis/ --masks labels/ --max-masks 300 --json -
     """
-    from samray.evaluate.instances import evaluate_instances, generator_of, labelled, matched
     from samray.evaluate.pictures import confusion_picture, picture_format
     from samray.evaluate.regions import RegionData
     from samray.sam.checkpoints import load_model
@@ -83,22 +85,12 @@ def instances(
     kind = picture_format(picture) if picture else ""
     images = RegionData(data, limit, with_pixels=masks is None)
     output = None if masks is None else RegionData(masks, with_pixels=False)
-    own = config.model
-    model = load_model(own.name, own.checkpoint, own.device, own.dtype) if output is None else None
-    began = time.monotonic()
+    model = None
+    if output is None:
+        own = config.model
+        model = load_model(own.name, own.checkpoint, own.device, own.dtype)
     with _bar(len(images), not no_progress) as on_image:
-        if output is not None:
-            pairs, failures = matched(images, output, on_image)
-        else:
-            assert model is not None
-            pairs, failures = labelled(generator_of(model, config), images, on_image)
-    figures, confusion = evaluate_instances(pairs, max_masks=max_masks)
-    used: dict[str, Any] = {
-        "max_masks": max_masks,
-        "masks_of": None if output is None else output.where,
-        "settings": None if output is not None else config.model_dump(mode="json", include={"masks", "labels"}),
-    }
-    figures |= {**used, "confusion": confusion.as_dict(), **failures.figures(), "seconds": time.monotonic() - began}
+        figures, confusion, failures = _judge(images, output, model, config, max_masks, on_image)
     _check_any(figures, failures, images.where)
     if json != "-":
         _print(figures, confusion, failures)
@@ -106,6 +98,37 @@ def instances(
     if picture:
         storage.put(storage.normalize(picture), confusion_picture(confusion, kind))
     return 0
+
+
+def _judge(
+    images: RegionData,
+    output: RegionData | None,
+    model: Sam | None,
+    config: Config,
+    max_masks: int,
+    on_image: Callable[[Failures], None],
+) -> tuple[dict[str, Any], Confusion, Failures]:
+    """The figures, of the masks of output or of those that model finds now; and which images failed."""
+    from samray.evaluate.instances import evaluate_instances, generator_of, labelled, matched
+
+    began = time.monotonic()
+    settings = None
+    if output is not None:
+        pairs, failures = matched(images, output, on_image)
+    else:
+        assert model is not None
+        settings = config.model_dump(mode="json", include={"masks", "labels"})
+        pairs, failures = labelled(generator_of(model, config), images, on_image)
+    figures, confusion = evaluate_instances(pairs, max_masks=max_masks)
+    figures |= {
+        "max_masks": max_masks,
+        "masks_of": None if output is None else output.where,
+        "settings": settings,
+        "confusion": confusion.as_dict(),
+        **failures.figures(),
+        "seconds": time.monotonic() - began,
+    }
+    return figures, confusion, failures
 
 
 @contextmanager
