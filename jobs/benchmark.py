@@ -5,6 +5,7 @@
     python jobs/benchmark.py decode PHOTOS       JPEG decoding by Pillow and others, and whether pixels agree
     python jobs/benchmark.py memory              peak memory of the mask generator on one 12-megapixel image
     python jobs/benchmark.py pipeline PHOTOS     `samray.label` and the bare MaskGenerator on the same images
+    python jobs/benchmark.py phrases             finding the boxes of 1, 10 and 100 phrases, by Grounding DINO
     python jobs/benchmark.py start               seconds until `samray.label` has labelled one image
     python jobs/benchmark.py export              memory and seconds of `samray.export`, killed half-way and resumed
     python jobs/benchmark.py report              seconds, memory and page size of `samray report` on 100,000 images
@@ -33,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import samray  # noqa: E402
-from jobs.benchmarks import compare, outputs, peers, pretraining, starting, training  # noqa: E402
+from jobs.benchmarks import compare, outputs, peers, phrases, pretraining, starting, training  # noqa: E402
 from jobs.benchmarks.measuring import measure, timed  # noqa: E402
 from samray.config import load_config  # noqa: E402
 from samray.inputs.decode import decode_image  # noqa: E402
@@ -288,6 +289,10 @@ def main() -> int:
     sub.add_argument("--settings", nargs="*", default=[], help="section.key=value")
     sub = commands.add_parser("start")
     sub.add_argument("--rounds", type=int, default=3)
+    sub = commands.add_parser("phrases")
+    sub.add_argument("--numbers", nargs="+", type=int, default=[1, 10, 100])
+    sub.add_argument("--rounds", type=int, default=3)
+    sub.add_argument("--image-hw", nargs=2, type=int, default=(800, 1200), metavar=("H", "W"))
     sub = commands.add_parser("pretrain")
     sub.add_argument("--seeds", type=int, default=3)
     sub.add_argument("--images", type=int, default=1000, help="unlabelled images")
@@ -313,6 +318,7 @@ def main() -> int:
         "train": training.throughput,
         "pretrain": pretraining.pretrain,
         "start": starting.start,
+        "phrases": phrases.phrases,
     }
     return measure(parser, commands, bodies)
 
