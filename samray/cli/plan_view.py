@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from samray import storage
+from samray.cluster.cpus import allowed_cpus
 from samray.config import Config, MaskConfig
 from samray.config.models import MODELS
 from samray.text import count, duration, first_few, two_columns
@@ -168,7 +169,7 @@ def _cpu_seconds(config: Config, passes: int, prompts: int) -> float | None:
         return None
     encode, decode = core_seconds
     # The cores that this process may use, not all of the machine's.
-    return (passes * encode + prompts * decode) / len(os.sched_getaffinity(0))
+    return (passes * encode + prompts * decode) / allowed_cpus()
 
 
 def _masks(config: Config) -> str:
@@ -190,4 +191,4 @@ def _where(config: Config) -> str:
 
     num_gpus = torch.cuda.device_count()
     gpus = f", {count(num_gpus, 'GPU')}" if num_gpus else ", no GPU"
-    return f"this machine: {count(len(os.sched_getaffinity(0)), 'CPU core')}{gpus}"
+    return f"this machine: {count(allowed_cpus(), 'CPU core')}{gpus}"

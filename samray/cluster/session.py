@@ -32,6 +32,7 @@ from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
 
 import samray
 from samray.cluster.address import check_cluster
+from samray.cluster.cpus import allowed_cpus
 from samray.cluster.helpers import without_helpers
 from samray.config import ClusterConfig
 from samray.errors import ConfigError, SamrayError
@@ -104,8 +105,7 @@ def this_machine() -> dict[str, float]:
 
 def num_cpus() -> int:
     """CPUs that this process may use. Ray knows about containers, but not about taskset and batch systems."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, int(get_num_cpus())))
+    return max(1, min(allowed_cpus(), int(get_num_cpus())))
 
 
 def ensure_ray(config: ClusterConfig) -> bool:

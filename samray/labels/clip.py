@@ -94,7 +94,7 @@ def load_namer(config: Config, inputs: ClipInputs, device: str | torch.device | 
     network = ClipNetwork(model.to(device), tokenizer, numbers)
     vectors = phrase_embeddings(network, inputs.categories, config.labels.templates)
     # A GPU would wait for one thread that cuts and resizes. On CPUs each thread of the labeler does its own.
-    num_threads = min(_CUTTING_THREADS, len(os.sched_getaffinity(0)))
+    num_threads = min(_CUTTING_THREADS, os.cpu_count() or 1)
     cutters = None if network.device.type == "cpu" else ThreadPoolExecutor(num_threads, thread_name_prefix="cut")
     names = tuple(inputs.categories)
     return Namer(network, names, vectors, config.labels.crops, thresh_of(config), cutters=cutters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,17 @@ def test_settings_that_take_days_are_warned_of() -> None:
     assert "WARNING" not in str(cost_rows(Config(), 12))
     far = load_config(overrides=["masks.points_per_side=256", "masks.crop_n_layers=4", "cluster.address=h:6379"])
     assert "SA-1B used 3,072" in dict(cost_rows(far, 12))["WARNING"]
+
+
+def test_a_system_without_affinity_has_a_plan_too(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on macOS, where the plan ended in an AttributeError.
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    assert main(["label", str(tmp_path), str(tmp_path / "out"), "--dry-run", "model.device=cpu"]) == 0
+    assert "this machine: 7 CPU cores" in " ".join(capsys.readouterr().err.split())
 
 
 def test_dry_run_states_prompts_and_download(
