@@ -13,6 +13,7 @@ from PIL import Image
 from samray.config import Config, load_config
 from samray.errors import ConfigError
 from samray.exports.export import export
+from samray.exports.formats import FORMATS
 from samray.output.compact import compact
 from samray.output.lookup import read_image
 from samray.output.mask_dataset import MaskDataset
@@ -74,5 +75,5 @@ def test_names_are_on_disk_and_every_reader_takes_them(
     assert len(MaskDataset(output)) == 3
     compact(output, str(tmp_path / "one"), 10)
     assert not verify(str(tmp_path / "one"), deep=True).problems
-    for format in ("sa1b", "coco", "yolo", "flat", "label-map"):
+    for format in FORMATS:
         assert export(tmp_path / "one", tmp_path / format, format=format, ray=False, progress=False).num_masks

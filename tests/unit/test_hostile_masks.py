@@ -25,6 +25,7 @@ import samray
 from samray.cli.main import main
 from samray.errors import ImageError, StorageError
 from samray.evaluate.regions import RegionData
+from samray.exports.formats import FORMATS
 from samray.imports import records
 from samray.imports.records import counts_of, record_of
 from samray.output.plan import Plan
@@ -53,9 +54,12 @@ EXPORTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def output_with(folder: Path, mask: dict[str, Any], hw: tuple[int, int] = (HEIGHT, WIDTH)) -> Plan:
+def output_with(
+    folder: Path, mask: dict[str, Any], hw: tuple[int, int] = (HEIGHT, WIDTH), categories: tuple[str, ...] = ()
+) -> Plan:
     """Three images; the second one is of that size and has that mask after a sound one."""
-    plan = write_output(str(folder), ["a.png", "b.png", "c.png"], masks=lambda place: [annotation(blob(place))])
+    names, masks = ["a.png", "b.png", "c.png"], lambda place: [annotation(blob(place))]
+    plan = write_output(str(folder), names, masks=masks, categories=categories)
     rows = read_shard(plan.output, 0).to_pylist()
     rewritten = [
         ImageRecord(**row["image"], uri=row["uri"], annotations=row["annotations"])
@@ -102,6 +106,17 @@ def test_exports_pass_nothing_on(hostile_output: Plan, tmp_path: Path, case: str
     format, options = EXPORTS[case]
     with pytest.raises(StorageError, match=r"image 1\b.* has "):
         samray.export(hostile_output.output, str(tmp_path / "there"), format=format, progress=False, **options)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pairs_of_image_and_phrase_pass_nothing_on(case: str, tmp_path: Path) -> None:
+    plan = output_with(tmp_path, *CASES[case], categories=("thing",))
+    with pytest.raises(StorageError, match=r"image 1\b.* has "):
+        samray.export(plan.output, str(tmp_path / "there"), format="saco", progress=False)
+
+
+def test_every_format_is_among_these() -> None:
+    assert {format for format, _ in EXPORTS.values()} | {"saco"} == set(FORMATS)
 
 
 @pytest.mark.parametrize("kind", ["bool", "rle"])
