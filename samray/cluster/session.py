@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import logging
 import os
 import secrets
@@ -64,6 +65,9 @@ def running_ray(config: ClusterConfig, *, one_dataset: bool = True) -> Iterator[
     start in half the time. Raises: ConfigError if there is no cluster at the address.
     """
     if ray.is_initialized():
+        # Ray keeps the actors of a run that failed, with their CPUs and GPUs, while its error's traceback is in memory:
+        # in a cycle, which Python may find only after minutes.
+        gc.collect()
         yield is_fixed()
         return
     address = cluster_address(config)

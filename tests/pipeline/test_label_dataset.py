@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import logging
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +16,7 @@ import ray.data
 from PIL import Image
 
 import samray
+from samray.cluster.session import running_ray
 from samray.config import Config, load_config
 from samray.pipeline import dataset_stage as stage
 from samray.pipeline.dataset_stage import images_of, label_dataset
@@ -81,10 +85,26 @@ def test_what_an_image_column_may_hold() -> None:
     assert third.reason == "unsupported"
 
 
-def test_an_image_column_that_is_not_there_is_told(local_ray: None, config: Callable[..., Config]) -> None:
-    ds = ray.data.from_items([{"picture": standin.make_image(0)}])
-    with pytest.raises(Exception, match=r"input\.image_column"):
-        label_dataset(ds, config(), make_labeler=standin.make_labeler).take_all()
+def test_an_image_column_that_is_not_there_is_told_and_a_run_after_it_has_all_cpus(
+    local_ray: None, config: Callable[..., Config]
+) -> None:
+    def failed_run() -> None:
+        ds = ray.data.from_items([{"picture": standin.make_image(0)}])
+        with pytest.raises(Exception, match=r"input\.image_column"):
+            label_dataset(ds, config(), make_labeler=standin.make_labeler).take_all()
+
+    gc.disable()  # else it might come by chance
+    logging.disable()  # pytest keeps what is logged, with tracebacks
+    try:
+        failed_run()
+        with running_ray(config().cluster):
+            deadline = time.monotonic() + 60
+            while ray.available_resources()["CPU"] < 2:  # the failed run's actor held one for ten minutes
+                assert time.monotonic() < deadline, ray.available_resources()
+                time.sleep(0.1)
+    finally:
+        logging.disable(logging.NOTSET)
+        gc.enable()
 
 
 def test_a_stage_on_cpus_holds_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
