@@ -15,6 +15,7 @@ from PIL import Image
 import samray
 from samray.scenes.scene import make_scene
 from tests.support import pages
+from tests.support.tiny_clip import write_clip
 
 NOTEBOOK = pages.REPOSITORY / "docs" / "notebook.ipynb"
 
@@ -38,8 +39,8 @@ def block(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     return run
 
 
-def test_label_finds_masks_and_warns_of_nothing(block: Callable[[str], dict[str, Any]]) -> None:
-    """And what it wrote is exported, imported and loaded by the other blocks."""
+def test_label_finds_masks_and_warns_of_nothing(block: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
+    """And what it wrote is exported, imported, named and loaded by the other blocks."""
     names = block("label")
     report = names["report"]
     assert (report.num_labelled, report.exit_code, report.warning) == (2, 0, None)
@@ -50,6 +51,8 @@ def test_label_finds_masks_and_warns_of_nothing(block: Callable[[str], dict[str,
     assert (again["report"].num_labelled, again["report"].num_masks) == (0, 0)  # the same OUTPUT: all is done
     assert len(again["target"]["masks"]) >= len(names["target"]["masks"])
     assert block("exports")["report"].num_masks == report.num_masks
+    write_clip(tmp_path / "clip")
+    assert block("naming")["report"].num_masks == report.num_masks
     for output in ("labels-2", "labels-3"):
         assert sum(len(target["boxes"]) for _, target in samray.MaskDataset(output)) == report.num_masks
 
