@@ -62,7 +62,7 @@ def running_ray(config: ClusterConfig, *, one_dataset: bool = True) -> Iterator[
     Uses, in this order: the Ray that this process is already connected to; config.address; RAY_ADDRESS, which is set
     for submitted jobs; else a private Ray, which ends with the block. Workers of an existing cluster keep their
     environment: credentials are never sent. one_dataset: no other dataset runs in the block, which lets a private Ray
-    start in half the time. Raises: ConfigError if there is no cluster at the address.
+    start faster. Raises: ConfigError if there is no cluster at the address.
     """
     if ray.is_initialized():
         # Ray keeps the actors of a run that failed, with their CPUs and GPUs, while its error's traceback is in memory:
