@@ -9,21 +9,19 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
 
 import torch
 
-from samray.config.labels import WAYS
 from samray.errors import ConfigError
-from samray.labels.networks import Network, find_network, load_network, loading, opened, require_transformers
-from samray.labels.phrases import read_phrases
+from samray.labels.networks import load_network, loading, opened, require_transformers
+from samray.labels.phrase_inputs import PhraseInputs, read_phrases_and_network
 from samray.labels.ways import MakeGenerator
 from samray.labels.zero_shot import DEFAULT_SCORE_THRESH, ClipNetwork, Namer, Pixels, phrase_embeddings
 from samray.masks.generator import MaskGenerator
 from samray.rle.records import MaskRecord
 from samray.storage.strict_json import parse_json
-from samray.text import count, first_few
 
 if TYPE_CHECKING:
     from samray.config import Config
@@ -34,22 +32,13 @@ _WAY: Final = "clip"
 _CUTTING_THREADS: Final = 8
 
 
-@dataclass(frozen=True, slots=True)
-class ClipInputs:
+class ClipInputs(PhraseInputs):
     """Phrases, and the network that compares masks with them."""
 
-    categories: list[str]
-    network: Network
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"network_sha256": self.network.sha256}
-
     def plan_rows(self, config: Config) -> list[tuple[str, str]]:
-        names = first_few(self.categories, 5)
         return [
-            ("names", f"{count(len(self.categories), 'phrase')}: {names}; probability of at least {thresh_of(config)}"),
-            ("network", f"{self.network.checkpoint} (SHA-256 {self.network.sha256[:12]}...)"),
+            ("names", f"{self.phrases_in_words}; probability of at least {thresh_of(config)}"),
+            self.network_row(),
         ]
 
 
@@ -61,12 +50,7 @@ def thresh_of(config: Config) -> float:
 
 def read_inputs(config: Config) -> ClipInputs:
     """Read the phrases and find the network. Raises: ConfigError that names the setting, StorageError."""
-    labels = config.labels
-    assert labels.phrases is not None
-    phrases = read_phrases(labels.phrases)
-    checkpoint = labels.checkpoint or WAYS[_WAY].network
-    assert checkpoint is not None
-    return ClipInputs(phrases, find_network(checkpoint, "clip", _WAY))
+    return ClipInputs(*read_phrases_and_network(config, "clip"))
 
 
 def load_namer(config: Config, inputs: ClipInputs, device: str | torch.device | None) -> Namer:

@@ -30,10 +30,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from samray.config.labels import WAYS
 from samray.errors import ConfigError
-from samray.labels.networks import Network, find_network, load_network, loading, opened, require_transformers
-from samray.labels.phrases import plain, read_phrases
+from samray.labels.networks import Network, load_network, loading, opened, require_transformers
+from samray.labels.phrase_inputs import PhraseInputs, read_phrases_and_network
+from samray.labels.phrases import plain
 from samray.labels.records import limited_records, named_mask
 from samray.labels.ways import MakeGenerator
 from samray.masks.images import check_images
@@ -42,7 +42,6 @@ from samray.masks.records import Mask
 from samray.rle.records import MaskRecord
 from samray.sam.frames import frame_of
 from samray.sam.sam import Sam
-from samray.text import count, first_few
 
 if TYPE_CHECKING:
     from samray.config import Config
@@ -58,36 +57,19 @@ _GPU_BOXES, _CPU_BOXES = 32, 2
 """Boxes decoded together, as for prompts (`samray.masks.prompted`): bounds the memory, and fits a CPU's caches."""
 
 
-@dataclass(frozen=True, slots=True)
-class PhraseInputs:
+class DetectorInputs(PhraseInputs):
     """Phrases, and the network that finds them."""
 
-    categories: list[str]
-    network: Network
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"network_sha256": self.network.sha256}
-
     def plan_rows(self, config: Config) -> list[tuple[str, str]]:
-        names = first_few(self.categories, 5)
-        return [
-            ("masks", f"{config.labels.by}, {count(len(self.categories), 'phrase')}: {names}"),
-            ("network", f"{self.network.checkpoint} (SHA-256 {self.network.sha256[:12]}...)"),
-        ]
+        return [("masks", f"{_WAY}, {self.phrases_in_words}"), self.network_row()]
 
 
-def read_inputs(config: Config) -> PhraseInputs:
+def read_inputs(config: Config) -> DetectorInputs:
     """Read the phrases and find the network. Raises: ConfigError that names the setting, StorageError."""
-    labels = config.labels
-    assert labels.phrases is not None
-    phrases = read_phrases(labels.phrases)
-    checkpoint = labels.checkpoint or WAYS[_WAY].network
-    assert checkpoint is not None
-    return PhraseInputs(phrases, find_network(checkpoint, _KIND, _WAY))
+    return DetectorInputs(*read_phrases_and_network(config, _KIND))
 
 
-def build_generator(model: Sam, config: Config, inputs: PhraseInputs) -> MakeGenerator:
+def build_generator(model: Sam, config: Config, inputs: DetectorInputs) -> MakeGenerator:
     """What creates the generators of an actor: the network is loaded, and the phrases are encoded, once for all.
 
     Raises: ConfigError if the network is not this run's or cannot be loaded.
@@ -117,7 +99,7 @@ class Part:
     first: int
     """Index of its first phrase."""
     spans: list[tuple[int, int]]
-    """Of each phrase the first token, and the one after its last."""
+    """The first token of each phrase, and the one after its last."""
 
 
 class Detector:

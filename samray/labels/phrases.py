@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 MOST_PHRASES: Final = 10_000
 MOST_CHARACTERS: Final = 250
-"""Of one phrase. A token has at least one character, so a phrase fits a prompt of 256 tokens."""
+"""The longest phrase. A token has at least one character, so a phrase fits a prompt of 256 tokens."""
 _MAX_BYTES: Final = 16 * 1024 * 1024
 _SETTING: Final = "labels.phrases"
 

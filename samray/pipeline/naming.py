@@ -205,9 +205,9 @@ class NamingLabelers:
     """Makes the labelers of a run, in its actors."""
 
     source: Plan
-    """OUTPUT's."""
+    """The plan of OUTPUT."""
     images_per_shard: int
-    """Of DEST."""
+    """Images per shard of DEST."""
     labels: Inputs
 
     def __call__(self, config: Config, num_threads: int) -> ShardLabeler:
