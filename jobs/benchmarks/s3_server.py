@@ -20,6 +20,10 @@ BUCKET = "samray-tests"
 GRPC_DISTANCE = 10_000
 """SeaweedFS expects each service's gRPC port this far above its HTTP port."""
 
+PORTS = range(20_000, 22_700)
+"""Where ports are looked for. Neither these nor those GRPC_DISTANCE above belong to Ray's workers (10,002 to 19,999) or
+to the ports that the system hands out (from 32,768 on), which another test's Ray may take between look and use."""
+
 
 @dataclass(frozen=True)
 class S3Server:
@@ -53,7 +57,7 @@ def free_ports(number: int) -> list[int]:
     ports: list[int] = []
     with contextlib.ExitStack() as stack:
         while len(ports) < number:
-            port = 20_000 + secrets.randbelow(25_000)
+            port = secrets.choice(PORTS)
             pair = [socket.socket(), socket.socket()]
             try:
                 for i, one in enumerate(pair):
@@ -104,6 +108,8 @@ def running_s3(folder: Path) -> Iterator[S3Server]:
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], port: int, patience_s: float = 60.0) -> bool:
+    """Whether the server answers; False if it has ended or somebody else listens on its port."""
+    import http.client
     import urllib.error
     import urllib.request
 
@@ -114,6 +120,8 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int, patience_s: f
             return True
         except urllib.error.HTTPError:  # it answers: without keys it refuses
             return True
+        except http.client.HTTPException:  # another program took the port first, for example a Ray that speaks gRPC
+            return False
         except OSError:
             time.sleep(0.2)
     return False

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import pickle
+import socketserver
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from jobs.benchmarks import s3_server
 from jobs.benchmarks.s3_server import S3Server, free_ports
 from samray import storage
 from samray.errors import StorageError
@@ -57,6 +61,24 @@ def test_an_endpoint_where_nobody_answers(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "y")
     with pytest.raises(StorageError, match=r"after 3 attempts.*endpoint can be reached"):
         storage.put_new("s3://bucket/x", b"x")
+
+
+class _SpeaksGrpc(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        self.request.sendall(bytes.fromhex("000012040000000000000400400000000500400000000600004000fe0300000001"))
+
+
+def test_a_server_of_the_tests_gives_way_to_a_program_that_took_its_port(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), _SpeaksGrpc) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        tries = [[*free_ports(3), other.server_address[1]], free_ports(4)]
+        free = tries[-1][-1]
+        monkeypatch.setattr(s3_server, "free_ports", lambda number: tries.pop(0))
+        with s3_server.running_s3(tmp_path) as server:
+            assert server.endpoint == f"http://127.0.0.1:{free}"
+        other.shutdown()
 
 
 def test_a_large_object_is_one_conditional_put(s3_root: str) -> None:

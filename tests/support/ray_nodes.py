@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 
+from jobs.benchmarks.s3_server import free_ports
 from tests.support import REPOSITORY
 
 RAY = [sys.executable, "-c", "import sys; from ray.scripts.scripts import main; sys.argv[0] = 'ray'; sys.exit(main())"]
@@ -147,7 +148,7 @@ class Head(Node):
 @contextlib.contextmanager
 def running_head(folder: Path, num_cpus: int) -> Iterator[Head]:
     """`ray start --head` and the dashboard, logging into folder; it and the nodes that join end with the block."""
-    ports = {name: _free_port() for name in ("port", "dashboard-port")}
+    ports = dict(zip(("port", "dashboard-port"), free_ports(2), strict=True))
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         "RAY_AUTH_MODE": "token",
@@ -173,7 +174,8 @@ def running_head(folder: Path, num_cpus: int) -> Iterator[Head]:
 
 def _start(log: Path, environment: dict[str, str], *options: str) -> subprocess.Popen[bytes]:
     common = ["--block", "--disable-usage-stats", "--object-store-memory=200000000"]
-    common += [f"--{name}={_free_port()}" for name in ("dashboard-agent-listen-port", "metrics-export-port")]
+    agent, metrics = free_ports(2)
+    common += [f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}"]
     with log.open("wb") as file:
         return subprocess.Popen(
             [*RAY, "start", *common, *options],
@@ -193,9 +195,3 @@ def _wait_for_port(port: int, head: Head, timeout_s: float = 120.0) -> None:
         assert head.process.poll() is None, head.log.read_text(errors="replace")
         assert time.monotonic() < deadline, head.log.read_text(errors="replace")
         time.sleep(0.5)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
