@@ -187,12 +187,12 @@ class RegionData:
     def __iter__(self) -> Iterator[RegionImage | ImageError]:
         """Reads and decodes the next image in a thread while the caller works on this one."""
         images = self._images()
-        with ThreadPoolExecutor(1) as beside:
-            coming = beside.submit(next, images, None)
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(next, images, None)
             for _ in range(self.num_images):
                 image = coming.result()
                 assert image is not None, "as many as were counted"
-                coming = beside.submit(next, images, None)
+                coming = pool.submit(next, images, None)
                 yield image
 
     def _parquet_files(self) -> list[str]:

@@ -103,8 +103,8 @@ def suppress_non_maxima(edges: EdgeMap, sigma: float = _ORIENTATION_SIGMA) -> Ed
     angle = 0.5 * np.arctan2(2 * xy, xx - yy) + np.pi / 2
     # The two neighbours one pixel away across the edge, interpolated between pixels.
     y, x = np.indices(edges.shape, dtype=np.float32)
-    beside = [
+    neighbours = [
         ndimage.map_coordinates(edges, [y + side * np.sin(angle), x + side * np.cos(angle)], order=1, mode="nearest")
         for side in (-1, 1)
     ]
-    return np.where(edges * np.float32(_TIE) >= np.maximum(*beside), edges, np.float32(0))
+    return np.where(edges * np.float32(_TIE) >= np.maximum(*neighbours), edges, np.float32(0))

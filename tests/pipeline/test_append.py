@@ -41,7 +41,7 @@ def test_images_join_and_changed_ones_are_done_again(label: Label, storage_root:
 
     images["1.png"] = standin.make_image(101, size=(30, 20))
     put(storage_root, {"1.png": images["1.png"]})
-    assert label(input_uri, output_root, append=True).num_labelled == 0  # told, but not redone
+    assert label(input_uri, output_root, append=True).num_labelled == 0  # reported, but not redone
     untouched = storage.read_bytes(shard_uri(output_root, 1))
     report = label(input_uri, output_root, redo_changed=True)
     assert (report.exit_code, report.num_labelled) == (0, 1)
@@ -77,7 +77,7 @@ def test_failures_and_changes_are_redone_in_one_go(label: Label, storage_root: s
     images = {f"{i}.png": standin.make_image(i) for i in range(4)}
     input_uri = put(storage_root, images | {"2.png": b"no image"})
     assert label(input_uri, output_root).num_failed == 1
-    put(storage_root, {"2.png": images["2.png"]})  # it is mended, and so it has changed
+    put(storage_root, {"2.png": images["2.png"]})  # repaired, so it has changed
     report = label(input_uri, output_root, redo_changed=True)
     assert (report.exit_code, report.num_labelled, report.num_failed) == (0, 1, 0)
     check_every_image_once(output_root, images)

@@ -34,7 +34,7 @@ PROMPTS: dict[str, list[dict[str, Any]]] = {
 
 @pytest.fixture
 def images(tmp_path: Path, tiny_checkpoint: Path) -> dict[str, np.ndarray]:
-    from jobs.benchmarks.weights import blobs  # beside the random weights: images on which they find masks
+    from jobs.benchmarks.weights import blobs  # images on which the random weights find masks
 
     pixels = {f"{i}.png": blobs(i, (HEIGHT, WIDTH)) for i in range(5)}
     (tmp_path / "in").mkdir()

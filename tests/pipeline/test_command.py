@@ -14,7 +14,7 @@ from tests.support.outputs import rows_of
 
 
 def test_label_then_label_again(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    from jobs.benchmarks.weights import blobs  # beside the random weights: images on which they find masks
+    from jobs.benchmarks.weights import blobs  # images on which the random weights find masks
 
     (tmp_path / "in").mkdir()
     for i in range(4):

@@ -31,7 +31,7 @@ Generate = Callable[[list[Pixels]], list[list[dict[str, Any]]]]
 
 
 class Fake:
-    """A mask generator that does as it is told."""
+    """A mask generator that returns or raises what the test gave it."""
 
     def __init__(self, generate: Generate) -> None:
         self.generate = generate
@@ -52,7 +52,7 @@ def _masks(images: list[Pixels]) -> list[list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("options", [{}, {"num_threads": 3}, {"device_type": "cuda", "num_threads": 2}])
-def test_records_are_in_order_whoever_is_faster(options: dict[str, Any]) -> None:
+def test_records_are_in_order_whichever_is_faster(options: dict[str, Any]) -> None:
     def generate(images: list[Pixels]) -> list[list[dict[str, Any]]]:
         time.sleep(0.01 * int(images[0][0, 0, 0] % 3))
         return _masks(images)
@@ -120,7 +120,7 @@ def test_groups_follow_the_memory_there_is() -> None:
 
     def generate(images: list[Pixels]) -> list[list[dict[str, Any]]]:
         sizes.append(len(images))
-        time.sleep(0.01)  # meanwhile the next groups are made, by what is known so far
+        time.sleep(0.01)  # the next groups are made during this, from what is known so far
         if len(images) > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return _masks(images)

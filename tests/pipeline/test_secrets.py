@@ -29,7 +29,7 @@ Label = Callable[..., LabelReport]
 
 
 class _Site(http.server.BaseHTTPRequestHandler):
-    """PNGs for whoever has the signature, or user name and password."""
+    """Serves PNGs to requests with the signature, or with user name and password."""
 
     signature = OLD
 

@@ -55,7 +55,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def lines_of(output: str | Path) -> list[dict[str, Any]]:
-    """The metrics, but for what time it took."""
+    """The metrics without times."""
     lines = Store(str(output)).read_metrics()
     return [{k: v for k, v in line.items() if k not in ("minutes", "examples_per_s")} for line in lines]
 
@@ -191,7 +191,7 @@ def test_two_workers_share_out_a_batch_and_learn_as_one_does(data: list[str], s3
     begun = {name: value.clone() for name, value in learner.sam.state_dict().items()}
     maker = ExampleMaker(open_data(data, settings), frame_of(MODELS["tiny"], 64))
     for step in range(4):
-        learner.means = learner.means if step % 2 else Means()  # as train.log_every=2 begins them anew
+        learner.means = learner.means if step % 2 else Means()  # train.log_every=2 starts them again
         # Each worker has a block of two steps' examples, and goes through it by halves.
         numbers = np.array([2 * (2 * (step // 2) + rank) + step % 2 for rank in (0, 1)])
         learner.step({name: torch.from_numpy(array) for name, array in maker({"number": numbers}).items()})
@@ -205,9 +205,7 @@ def test_two_workers_share_out_a_batch_and_learn_as_one_does(data: list[str], s3
     assert written["mask_loss"] == pytest.approx(last_two["mask_loss"], rel=1e-2), "of both workers, not of one"
 
 
-def test_errors_of_the_command_are_told_in_a_sentence(
-    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_errors_of_the_command_are_a_sentence(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     def told(*arguments: str) -> str:
         assert main(["train", *arguments]) == 2
         return " ".join(capsys.readouterr().err.split())

@@ -24,7 +24,7 @@ def export(plan: Plan, dest: object, format: str, **options: Any) -> ExportRepor
 
 
 def fill(polygon: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Pixels whose centre lies inside by the even-odd rule. polygon: (N, 2) x, y."""
+    """Pixels whose centre is inside by the even-odd rule. polygon: (N, 2) x, y."""
     filled = np.zeros(shape, dtype=bool)
     x, y = polygon.astype(float).T
     next_x, next_y = np.roll(x, -1), np.roll(y, -1)

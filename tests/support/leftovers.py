@@ -30,7 +30,7 @@ _not_ours: set[int] = set()
 
 @dataclass
 class Leftovers:
-    """What is there now that is no service of a wider scope."""
+    """What is there now, except services of a wider scope."""
 
     processes: dict[int, str] = field(default_factory=dict)
     ports: set[int] = field(default_factory=set)

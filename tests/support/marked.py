@@ -1,4 +1,4 @@
-"""Images with known regions, and a model that answers clicks as it was told, for tests of `samray evaluate`."""
+"""Images with known regions, and a model that answers clicks with given masks, for tests of `samray evaluate`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def region_image(annotators: list[list[np.ndarray]]) -> RegionImage:
 
 
 class KnownSam:
-    """Answers a click as a Sam of a square of 120 pixels would: with the masks that it was told, click by click."""
+    """Answers a click as a Sam of a square of 120 pixels would: with the masks that it was given, click by click."""
 
     device = torch.device("cpu")
     image_size = 120

@@ -72,7 +72,7 @@ def write_output(
     with_stats: bool = True,
     categories: tuple[str, ...] = (),
 ) -> Plan:
-    """An output of IMAGES_PER_SHARD images a shard below root/out, of images below root/in, on any storage.
+    """An output of IMAGES_PER_SHARD images per shard below root/out, of images below root/in, on any storage.
 
     errors: place -> `error` column. with_stats: leave counts in the footers, as a run does and an import does not.
     categories: of a run that names.

@@ -42,7 +42,7 @@ def write_images(root: str, count: int, name: str = "img_{:03d}.png") -> list[st
 
 
 class StandIn:
-    """Three masks an image: where red, green and blue are bright."""
+    """Three masks per image: where red, green and blue are bright."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds

@@ -42,7 +42,7 @@ def indices(row: dict[str, Any]) -> list[int]:
 
 
 def as_cvat(content: dict[str, Any], *, keep_attributes: bool) -> dict[str, Any]:
-    """As CVAT's "COCO 1.0" writes it, by datumaro: images and annotations numbered anew, fields of ours gone, masks as
+    """As CVAT's "COCO 1.0" writes it, by datumaro: images and annotations renumbered, samray's fields gone, masks as
     plain run lengths that count as crowds; an attribute that its label does not declare is gone, too.
     """
     number = {image["id"]: i for i, image in enumerate(content["images"], start=1)}

@@ -1,4 +1,4 @@
-"""Edge maps from masks: where an edge lies, how strong it is, and how it is thinned."""
+"""Edge maps from masks: where an edge is, how strong it is, and how it is thinned."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_an_image_that_does_not_fit_into_memory_fails_alone_and_counts_for_nothi
     assert (figures["num_images"], figures["num_regions"]) == (1, 2)
     assert figures["failures"] == {"out_of_memory": 1}
     model.answers = []
-    with pytest.raises(IndexError):  # anything else is a fault of ours, and told
+    with pytest.raises(IndexError):  # anything else is a fault of ours, and raised
         evaluate_points(model, [image])  # type: ignore[arg-type]
 
 
@@ -174,7 +174,7 @@ def test_average_recall_of_no_masks_is_zero_and_of_no_regions_no_number() -> Non
 
 
 class Found:
-    """A mask generator that finds what it was told, image by image; an error is raised."""
+    """A mask generator that returns the given masks, image by image; an error is raised."""
 
     def __init__(self, *found: list[dict[str, Any]] | Exception) -> None:
         self.found = iter(found)

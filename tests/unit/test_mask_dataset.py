@@ -282,7 +282,7 @@ def test_read_image_returns_rows_as_they_lie(plan: Plan) -> None:
 
 
 def large_output(root: Path, number: int = 2000) -> Plan:
-    """One shard of many row groups: 20 masks an image of 300 random characters each; there are no images behind it."""
+    """One shard of many row groups: 20 masks per image, each of 300 random characters; without image files."""
     (root / "list.txt").write_text("".join(f"/photos/{i}.jpg\n" for i in range(number)))
     config = load_config(None, None, [f"output.images_per_shard={number}"])
     plan = make_plan(str(root / "list.txt"), str(root / "labels"), config, config.identity())

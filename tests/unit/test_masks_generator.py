@@ -116,7 +116,7 @@ def test_nothing_depends_on_how_work_is_cut(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(generator, "_CPU_PIXEL_BYTES", masks_at_once * 4 * 90 * 120)
         monkeypatch.setattr(generator, "_MAX_ENCODE_BATCH", encode_batch)
         assert run(images, points_per_batch=points_per_batch, **settings) == expected
-    assert run(images, overlaps=True, **settings) == expected  # as beside a GPU
+    assert run(images, overlaps=True, **settings) == expected  # as with a GPU
 
 
 def test_large_images_are_measured_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:

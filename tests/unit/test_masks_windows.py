@@ -30,7 +30,7 @@ def test_windows_hold_all_that_is_above_the_threshold(
     inside[top : top + part.shape[1], left : left + part.shape[2]] = True
     assert (whole[:, ~inside] <= -1.0).all()
     difference = (part - whole[:, inside].view(part.shape)).abs()
-    # Where the window cuts through the input its border is interpolated without what lies beyond, far below -1.
+    # Where the window cuts through the input its border is interpolated without the pixels beyond it, far below -1.
     assert difference[whole[:, inside].view(part.shape) > -1.0].numel() == (whole > -1.0).sum()
     assert (difference[whole[:, inside].view(part.shape) > -1.0] <= 1e-3).all()
     assert ((part > -1.0) == (whole[:, inside].view(part.shape) > -1.0)).all()

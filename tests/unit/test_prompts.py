@@ -233,7 +233,7 @@ def test_prompts_come_to_the_places_of_their_shards(tmp_path: Path) -> None:
 
 
 def test_a_plan_is_not_written_for_prompts_that_cannot_be_matched(tmp_path: Path) -> None:
-    """It would tie OUTPUT to the file as it is, which is to be mended."""
+    """It would tie OUTPUT to the file as it is, which has to be repaired."""
     storage.put(f"{tmp_path}/in/a.png", make_image(0))
     file = PromptFile.read(write(tmp_path, [{"file_name": "b.png", "prompts": [CLICK]}]))
     config = load_config()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
 
 PART, WHOLE, APART = (10, 10), (35, 25), (70, 50)
-"""Pixels (x, y) of `nested_masks`: the part lies on the whole."""
+"""Pixels (x, y) of `nested_masks`: the part is on top of the whole."""
 
 Open = Callable[..., "Page"]
 
@@ -88,7 +88,7 @@ def canvas(page: Page, kind: str, index: int = 0) -> str:
 
 
 def alpha_at(page: Page, kind: str, pixel: tuple[int, int], index: int = 0) -> int:
-    """Opacity there, 0 to 255, on a copy of the canvas: reading the canvas itself would slow it down, and be told."""
+    """Opacity there, 0 to 255, on a copy of the canvas: reading the canvas itself is slow and logs a warning."""
     code = """([index, kind, x, y]) => {
         const copy = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
         copy.drawImage(document.querySelectorAll(`canvas.${kind}`)[index], -x, -y);
@@ -276,7 +276,7 @@ def test_large_image_lists_its_masks(page: Page) -> None:
     page.locator("#close").click()
     page.locator(".tile .frame").nth(
         5
-    ).wait_for()  # each in its place again, once the dialog has told that it is closed
+    ).wait_for()  # each in its place again, once the dialog has reported that it is closed
     assert page.locator(".tile .frame").count() == 6
     assert [name.inner_text() for name in page.locator(".tile .name").all()] == [f"photo {i}.png" for i in range(6)]
 

@@ -234,7 +234,7 @@ def test_predict_wants_a_prompt_and_labels(model: Sam, embedding: torch.Tensor) 
 
 
 def test_an_absent_point_counts_for_nothing(model: Sam, embedding: torch.Tensor) -> None:
-    """Label -1: wherever the point lies, the masks are the same; a foreground point moves them."""
+    """Label -1: the masks do not depend on the point's position; those of a foreground point do."""
     points, _ = clicks(1)
     here, there = (torch.cat([points, torch.full((1, 1, 2), float(xy))], dim=1) for xy in (3, 50))
     absent, present = torch.tensor([[1, -1]]), torch.tensor([[1, 1]])

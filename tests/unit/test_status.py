@@ -1,4 +1,4 @@
-"""How far a run is, told from its output alone, on disk and on S3."""
+"""How far a run is, from its output alone, on disk and on S3."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def planned(root: str, num_images: int, *overrides: str) -> Plan:
 
 
 def commit(plan: Plan, shard: int, reason: str | None = None) -> None:
-    """A shard without masks. Its first image failed where there is a reason."""
+    """A shard without masks. Its first image failed if a reason is given."""
     records = [
         ImageRecord(
             image_id=row["image_id"],

@@ -155,8 +155,8 @@ def test_globs(storage_root: str) -> None:
     assert found("*/*.jpg") == ["a/1.jpg", "b/4.jpg", "b/[5].jpg"]
     assert found("**/*.jpg") == ["a/1.jpg", "a/deep/3.jpg", "b/4.jpg", "b/[5].jpg"]
     assert found("a/?.*") == ["a/1.jpg", "a/2.png"]
-    assert found("[a]") == ["a/1.jpg", "a/2.png", "a/deep/3.jpg"]  # what lies below a matched folder
-    assert found("b/[5].jpg") == ["b/[5].jpg"]  # named as it stands
+    assert found("[a]") == ["a/1.jpg", "a/2.png", "a/deep/3.jpg"]  # what is below a matched folder
+    assert found("b/[5].jpg") == ["b/[5].jpg"]  # the literal name
     assert found("c*") == []
     assert found("nowhere/*.jpg") == []
 

@@ -151,7 +151,7 @@ def test_small_images_come_first_and_what_they_taught_is_kept(tmp_path: Path, mo
     assert sizes == [32, 32, 64, 64]
     state = store.read_state()
     assert state is not None
-    # A learning rate of nearly nothing: had the second part begun anew, these would be other numbers altogether.
+    # A learning rate of nearly nothing: had the second part started from the beginning, these numbers would differ.
     torch.testing.assert_close(state["model"]["mask_decoder.iou_token.weight"], before, atol=1e-4, rtol=0)
 
 
@@ -279,7 +279,7 @@ def test_what_is_frozen_is_written_as_it_was(tmp_path: Path):
         assert not learns or value.dtype == torch.float16 or not value.is_floating_point()
 
 
-# --- what lies in OUTPUT ----------------------------------------------------------------------------------------------
+# --- files in OUTPUT ------------------------------------------------------------------------------------------------
 
 
 def test_files_of_a_run_on_any_storage(output_root: str):

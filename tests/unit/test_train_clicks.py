@@ -118,7 +118,7 @@ def test_gradients_taken_round_by_round_are_those_of_the_sum():
 
 
 def test_each_seed_has_streams_of_its_own():
-    """torch's generator on a CPU takes 32 bits of a seed: whatever lies above them is as good as not there."""
+    """torch's generator on a CPU takes 32 bits of a seed: the bits above them have no effect."""
     told = ("train.interaction_steps=6", "train.box_fraction=0.5")
     configs = [settings_of(f"train.seed={seed}", *told).train for seed in (0, 1, 2)]
     first, second, third = ([draw_course(config, step) for step in range(64)] for config in configs)

@@ -241,7 +241,7 @@ def test_an_image_that_is_gone_gives_way_to_the_next(tmp_path: Path):
 
 
 def test_images_without_a_mask_that_passes_are_passed_over(tmp_path: Path):
-    """However many follow each other; only where there is no other one is that an error, and one of the settings."""
+    """However many follow each other; if no image is left, it is an error of the settings."""
     made = paint(24)
     small, large = np.zeros((2, 1, 48, 64), bool)
     small[0, :9, :9] = large[0, 8:40, 8:40] = True
