@@ -33,6 +33,7 @@ from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
 
 import samray
 from samray.cluster.address import check_cluster
+from samray.cluster.agents import AGENTS, without_agents
 from samray.cluster.cpus import allowed_cpus
 from samray.cluster.helpers import without_helpers
 from samray.config import ClusterConfig
@@ -56,13 +57,14 @@ _DIE_S: Final = 30.0
 
 
 @contextlib.contextmanager
-def running_ray(config: ClusterConfig, *, one_dataset: bool = True) -> Iterator[bool]:
+def running_ray(config: ClusterConfig, *, one_dataset: bool = True, runtime_envs: bool = False) -> Iterator[bool]:
     """Provide Ray. Yields whether the number of nodes is fixed, as for a Ray on only this machine.
 
     Uses, in this order: the Ray that this process is already connected to; config.address; RAY_ADDRESS, which is set
     for submitted jobs; else a private Ray, which ends with the block. Workers of an existing cluster keep their
-    environment: credentials are never sent. one_dataset: no other dataset runs in the block, which lets a private Ray
-    start faster. Raises: ConfigError if there is no cluster at the address.
+    environment: credentials are never sent. one_dataset: nothing else uses Ray in the block, which lets a private Ray
+    start faster. runtime_envs: something in it has a `runtime_env`, as Ray Train's workers do. Raises: ConfigError if
+    there is no cluster at the address.
     """
     if ray.is_initialized():
         # Ray keeps the actors of a run that failed, with their CPUs and GPUs, while its error's traceback is in memory:
@@ -72,7 +74,12 @@ def running_ray(config: ClusterConfig, *, one_dataset: bool = True) -> Iterator[
         return
     address = cluster_address(config)
     if address is None:
-        with local_ray(), without_helpers() if one_dataset else contextlib.nullcontext():
+        if not one_dataset:
+            with local_ray():
+                yield True
+            return
+        unused = set(AGENTS) - ({"runtime_env_agent"} if runtime_envs else set())
+        with without_agents(unused), local_ray(), without_helpers():
             yield True
         return
     # First, because `ray.init` itself would try for minutes.

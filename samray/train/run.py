@@ -175,7 +175,7 @@ def _run_on_ray(run: _Run) -> StopRequest | None:
     run.view.update(note="starting Ray")
     with (
         stop_on_signals() as stop,
-        running_ray(cluster) as is_fixed,
+        running_ray(cluster, runtime_envs=True) as is_fixed,
         data_settings(cluster),
         _ray_folder(run, is_fixed) as folder,
     ):
