@@ -1,7 +1,7 @@
 """Ray's agents, which a private Ray does without.
 
 A raylet starts two agents, each a Python process that imports much of Ray: one for the dashboard and for metrics, one
-that prepares runtime environments. Together they take more than half of the CPU time in which Ray starts.
+that prepares runtime environments. What they cost at the start: `jobs/benchmark.py start`.
 """
 
 from __future__ import annotations

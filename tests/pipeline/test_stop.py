@@ -58,7 +58,7 @@ def test_a_shard_that_takes_longer_than_the_drain_is_given_up(tmp_path: Path) ->
     with driver(tmp_path / "log", source, output, "1.0", *settings) as running:
         wait_until(lambda: bool(attempts_left(output)), running)
         assert running.workers("MapWorker")
-        # Each is a Python process; together they take more than a third of the CPU time of a start.
+        # Each would be a Python process that takes seconds of CPU time to start.
         for helper in ("_StatsActor", "_AutoscalingCoordinatorActor", "DashboardAgent", "RuntimeEnvAgent"):
             assert not running.workers(helper)
         send(running, signal.SIGTERM)
