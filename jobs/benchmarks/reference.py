@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from samray.sam.formats import meta_name
-from samray.sam.spec import ModelSpec, TinyVitSpec, VitSpec
+from samray.sam.spec import HieraSpec, ModelSpec, TinyVitSpec, VitSpec
 
 
 def plain_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -211,6 +211,47 @@ def transformers_sam(spec: ModelSpec) -> Any:
     )
     config._attn_implementation = "eager"
     return transformers.SamModel(config).eval()
+
+
+def transformers_sam2(spec: ModelSpec) -> Any:
+    """transformers' Sam2Model of this row, with weights as it makes them; its plain attention, not a fused one."""
+    transformers = pytest.importorskip(
+        "transformers", reason="NOTHING is compared with transformers, which is not installed"
+    )
+    encoder = spec.encoder
+    assert isinstance(encoder, HieraSpec)
+    stages = [2**i for i in range(len(encoder.depths))]
+    dims = [encoder.dim * width for width in stages]
+    backbone = {
+        "model_type": "sam2_hiera_det_model",
+        "hidden_size": encoder.dim,
+        "num_attention_heads": encoder.num_heads,
+        "image_size": [spec.image_size, spec.image_size],
+        "blocks_per_stage": list(encoder.depths),
+        "embed_dim_per_stage": dims,
+        "num_attention_heads_per_stage": [encoder.num_heads * width for width in stages],
+        "window_size_per_stage": list(encoder.windows),
+        "global_attention_blocks": list(encoder.global_blocks),
+        "window_positional_embedding_background_size": [encoder.positions, encoder.positions],
+    }
+    config = transformers.Sam2Config(
+        vision_config={
+            "model_type": "sam2_vision_model",
+            "backbone_config": backbone,
+            "backbone_channel_list": dims[::-1],
+            "backbone_feature_sizes": [[spec.grid * scale] * 2 for scale in (4, 2, 1)],
+            "fpn_hidden_size": spec.embed_dim,
+        },
+        prompt_encoder_config={"hidden_size": spec.embed_dim, "image_size": spec.image_size},
+        mask_decoder_config={
+            "hidden_size": spec.embed_dim,
+            "mlp_dim": spec.decoder_mlp_dim,
+            "num_attention_heads": spec.decoder_heads,
+            "iou_head_hidden_dim": spec.iou_hidden_dim,
+        },
+    )
+    config._attn_implementation = "eager"
+    return transformers.Sam2Model(config).eval()
 
 
 def transformers_pipeline(spec: ModelSpec, state: Mapping[str, Tensor], device: str) -> Any:

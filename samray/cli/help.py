@@ -114,8 +114,8 @@ def refuse_expanded_glob(words: list[str]) -> None:
 
 def _default_in_words(row: SettingRow) -> str:
     """`0.7`, or `0.5 for tiny, else 0.88`."""
-    own = [f"{_in_words(default)} for {model}, else " for model, default in row.default_of.items()]
-    return "".join(own) + _in_words(row.default)
+    own = [f"{_in_words(default)} for {preset}, " for preset, default in row.default_of_preset().items()]
+    return "".join(own) + ("else " if own else "") + _in_words(row.default)
 
 
 def _in_words(default: Any) -> str:

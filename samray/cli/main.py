@@ -292,7 +292,7 @@ def models() -> int:
     console.print("\nweights", style="bold")
     for row in rows:
         if row.present or row.url:
-            console.print(f"  {row.name:6}  {row.present or row.url}", highlight=False, soft_wrap=True, markup=False)
+            console.print(f"  {row.name:8}  {row.present or row.url}", highlight=False, soft_wrap=True, markup=False)
     return 0
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from samray.config.base import OneOf, Settings, SettingsError, allowed_values, as_typed, did_you_mean
 from samray.config.labels import LabelsConfig
-from samray.config.models import model_names
+from samray.config.models import MODELS, model_names
 from samray.config.presets import preset_path
 from samray.config.sections import (
     ClusterConfig,
@@ -49,6 +49,10 @@ class SettingRow(NamedTuple):
     is_name: bool = False
     """Whether `allowed` lists the names of a table."""
 
+    def default_of_preset(self) -> dict[str, Any]:
+        """`default_of`, with models that share a preset as one: name of the preset -> default."""
+        return {MODELS[name].masks_preset or name: default for name, default in self.default_of.items()}
+
 
 def setting_rows(section: str, sections: Sections = SECTIONS) -> list[SettingRow]:
     """The settings of one section, in declaration order."""
@@ -57,7 +61,8 @@ def setting_rows(section: str, sections: Sections = SECTIONS) -> list[SettingRow
         description = " ".join((field.description or "").rstrip(".").split())
         own = {}
         if sections[section] is MaskConfig:
-            own = {name: model_masks(name)[key] for name in model_names() if key in model_masks(name)}
+            own = {name: model_masks(name).get(key, field.default) for name in model_names()}
+            own = {name: default for name, default in own.items() if default != field.default}
         is_name = any(isinstance(limit, OneOf) for limit in field.metadata)
         allowed = allowed_values(field)
         rows.append(SettingRow(f"{section}.{key}", field.default, allowed, description, own, is_name))

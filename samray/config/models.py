@@ -66,6 +66,47 @@ class TinyVitSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HieraSpec:
+    """Hiera: stages that halve the grid and double the width, windowed attention, a few global blocks (SAM 2)."""
+
+    builder: ClassVar[str] = "samray.sam.hiera:build_encoder"
+    takes_any_size: ClassVar[bool] = False  # windows and positions fit the published size
+    dim: int
+    """Width of the first stage; each following stage doubles it."""
+    num_heads: int
+    """Attention heads of the first stage; each following stage doubles them."""
+    depths: tuple[int, ...]
+    global_blocks: tuple[int, ...]
+    """Blocks that attend over the whole grid, counted over all stages; all others attend within windows."""
+    windows: tuple[int, ...] = (8, 4, 14, 7)
+    positions: int = 7
+    """Side of the learned grid of positions, which is interpolated to the input's."""
+    stride: ClassVar[int] = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderVariant:
+    """How a mask decoder differs from SAM's. The defaults are SAM's."""
+
+    object_score_token: bool = False
+    """One more output token, before the others: whether the object is in the image."""
+    sigmoid_iou: bool = False
+    """Predicted IoUs go through a sigmoid."""
+    high_res_before_norm: bool = False
+    """High-resolution features are added before the norm of the first doubling, not after it."""
+    dynamic_multimask: bool = False
+    """A single mask that is not stable is replaced by the best of the other three."""
+    pad_boxes: bool = False
+    """The "not a point" token is appended to boxes, too."""
+
+
+SAM2_DECODER = DecoderVariant(
+    object_score_token=True, sigmoid_iou=True, high_res_before_norm=True, dynamic_multimask=True, pad_boxes=True
+)
+"""Source: `sam2` 1.1, `build_sam2` with its default post-processing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
     """One row: what builds a Sam, and where its published weights are."""
 
@@ -81,6 +122,11 @@ class ModelSpec:
     decoder_mlp_dim: int = 2048
     iou_hidden_dim: int = 256
     mask_in_chans: int = 16
+    decoder: DecoderVariant = DecoderVariant()
+    family: str = "SAM"
+    """The published model family, for messages."""
+    masks_preset: str | None = None
+    """Preset with the family's own mask settings; None is the preset named like the model, if there is one."""
     file_name: str = ""
     """The published file; for `tiny` the file inside this package."""
     url: str | None = None
@@ -101,6 +147,42 @@ class ModelSpec:
     def grid(self) -> int:
         """Side h = w of the embedding grid."""
         return self.image_size // self.stride
+
+
+_HIERAS: dict[str, tuple[str, HieraSpec]] = {
+    "t": ("tiny", HieraSpec(dim=96, num_heads=1, depths=(1, 2, 7, 2), global_blocks=(5, 7, 9))),
+    "s": ("small", HieraSpec(dim=96, num_heads=1, depths=(1, 2, 11, 2), global_blocks=(7, 10, 13))),
+    "b+": (
+        "base_plus",
+        HieraSpec(dim=112, num_heads=2, depths=(2, 3, 16, 3), global_blocks=(12, 16, 20), positions=14),
+    ),
+    "l": (
+        "large",
+        HieraSpec(dim=144, num_heads=2, depths=(2, 6, 36, 4), global_blocks=(23, 33, 43), windows=(8, 4, 16, 8)),
+    ),
+}
+"""The sizes of SAM 2: suffix of the name -> word in the name of the file, encoder."""
+
+
+def _sam2(version: str, size: str, megabytes: float, sha256: str) -> ModelSpec:
+    """A row of SAM 2 or 2.1. Both have the same networks; their weights differ."""
+    word, encoder = _HIERAS[size]
+    file_name = f"sam{version}_hiera_{word}.pt"
+    folder = {"2": "072824", "2.1": "092824"}[version]
+    return ModelSpec(
+        name=f"sam{version}_{size}",
+        image_size=1024,
+        frame="square",
+        encoder=encoder,
+        decoder=SAM2_DECODER,
+        family=f"SAM {version}",
+        masks_preset="sam2",
+        file_name=file_name,
+        url=f"https://dl.fbaipublicfiles.com/segment_anything_2/{folder}/{file_name}",
+        sha256=sha256,
+        size_mb=megabytes,
+        source=f"Meta, SAM {version} (2024)",
+    )
 
 
 _SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
@@ -178,6 +260,15 @@ MODELS: dict[str, ModelSpec] = {
             source=_SAM_SOURCE,
             core_seconds=(55, 0.05),
         ),
+        # Meta publishes no digests of SAM 2. These are from computational-cell-analytics/micro-sam, micro_sam/v2/util.py.
+        _sam2("2.1", "t", 156.0, "7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69"),
+        _sam2("2.1", "s", 184.4, "6d1aa6f30de5c92224f8172114de081d104bbd23dd9dc5c58996f0cad5dc4d38"),
+        _sam2("2.1", "b+", 323.6, "a2345aede8715ab1d5d31b4a509fb160c5a4af1970f199d9054ccfb746c004c5"),
+        _sam2("2.1", "l", 898.1, "2647878d5dfa5098f2f8649825738a9345572bae2d4350a2468587ece47dd318"),
+        _sam2("2", "t", 155.9, "65b50056e05bcb13694174f51bb6da89c894b57b75ccdf0ba6352c597c5d1125"),
+        _sam2("2", "s", 184.3, "95949964d4e548409021d47b22712d5f1abf2564cc0c3c765ba599a24ac7dce3"),
+        _sam2("2", "b+", 323.5, "d0bb7f236400a49669ffdd1be617959a8b1d1065081789d7bbff88eded3a8071"),
+        _sam2("2", "l", 898.0, "7442e4e9b732a508f80e141e7c2913437a3610ee0c77381a66658c3a445df87b"),
     )
 }
 

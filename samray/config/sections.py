@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from samray.config.base import OneOf, Settings
 from samray.config.labels import LabelsConfig
-from samray.config.models import model_names
+from samray.config.models import MODELS, model_names
 from samray.config.presets import preset_names, preset_path
 from samray.config.yaml import load_yaml_file
 
@@ -59,8 +59,8 @@ class ModelConfig(Settings):
 class MaskConfig(Settings):
     """Automatic mask generation: names and defaults of segment-anything, plus settings that its users asked for.
 
-    A setting that you do not give follows the model: the embedded model has its own values (`model_masks`), every other
-    model uses the defaults listed here, which are the reference's.
+    A setting that you do not give follows the model: the embedded model and SAM 2 have their own values (`model_masks`),
+    every other model uses the defaults listed here, which are the reference's.
     """
 
     section: ClassVar[str] = "masks"
@@ -148,8 +148,9 @@ class MaskConfig(Settings):
 
 @cache
 def model_masks(name: str) -> Mapping[str, Any]:
-    """The mask settings in which a model differs from the reference, from the preset with the model's name."""
-    return load_yaml_file(preset_path(name))["masks"] if name in preset_names() else {}
+    """The mask settings in which a model differs from the reference, from the preset of its family or its own."""
+    preset = (MODELS[name].masks_preset if name in MODELS else None) or name
+    return load_yaml_file(preset_path(preset))["masks"] if preset in preset_names() else {}
 
 
 _FORMER_MASKS: Mapping[str, tuple[Mapping[str, Any], ...]] = {

@@ -16,7 +16,7 @@ from samray import storage
 from samray.config.base import did_you_mean
 from samray.errors import ConfigError, NotFoundError, StorageError
 from samray.sam import fetch
-from samray.sam.formats import read_state_dict
+from samray.sam.formats import StateDict, read_state_dict
 from samray.sam.precision import auto_dtype
 from samray.sam.sam import Sam
 from samray.sam.spec import MODELS, ModelSpec
@@ -121,14 +121,26 @@ def check_checkpoint(name: str = "tiny", checkpoint: str | Path | None = None) -
 
 
 def _refuse_misfit(spec: ModelSpec, state: Mapping[str, Tensor], origin: str) -> None:
+    """Raises: ConfigError if the weights are not this model's."""
+    family = state.family if isinstance(state, StateDict) else None
     problems = key_problems(_shapes(spec), state)
-    if problems:
-        # The file may be another model's: look for the one that it fits, for the message.
-        fits = [
-            other.name for other in MODELS.values() if other is not spec and not key_problems(_shapes(other), state)
-        ]
-        hint = f" It fits {' and '.join(fits)}: set model.name={fits[0]}." if fits else ""
-        raise ConfigError(f"{origin} does not fit {spec.name}: {'; '.join(problems)}.{hint}")
+    if not problems and family in (None, spec.family):
+        return
+    # The file may be another model's: look for the one that it fits, for the message.
+    fits = [
+        other
+        for other in MODELS.values()
+        if other is not spec and family in (None, other.family) and not key_problems(_shapes(other), state)
+    ]
+    family = fits[0].family if fits else family
+    if family not in (None, spec.family):
+        other_model = f"model.name={fits[0].name}, or " if fits else ""
+        raise ConfigError(
+            f"{origin} has weights of {family}{f' ({fits[0].name})' if fits else ''}, not of {spec.family} "
+            f"({spec.name}): set {other_model}model.checkpoint to a file of {spec.family}"
+        )
+    hint = f" It fits {' and '.join(other.name for other in fits)}: set model.name={fits[0].name}." if fits else ""
+    raise ConfigError(f"{origin} does not fit {spec.name}: {'; '.join(problems)}.{hint}")
 
 
 def find_spec(name: str) -> ModelSpec:

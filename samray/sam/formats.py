@@ -1,7 +1,7 @@
 """Read checkpoint files of various projects as state dicts with Meta's names.
 
-Supports Meta's `.pth`, MobileSAM's `.pt`, Hugging Face's `facebook/sam-vit-*` (safetensors or `pytorch_model.bin`) and
-samray's safetensors. The format is detected from a file's first bytes and keys, never from its extension. Nothing in a
+Supports Meta's `.pth` and `.pt`, MobileSAM's `.pt`, Hugging Face's safetensors or `pytorch_model.bin`, and samray's
+safetensors; `samray.sam.layouts` has the names in each. The format is detected from a file's first bytes and keys, never from its extension. Nothing in a
 file is executed: safetensors has only tensors, and `torch.load` runs with `weights_only=True`.
 """
 
@@ -19,48 +19,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from samray.errors import ConfigError
+from samray.sam.layouts import HF_SAM, HF_SHARED_POSITIONS, HF_TIED_POSITIONS, family_of, layout_of
 
 _ZIP_MAGIC = b"PK\x03\x04"  # torch.save since PyTorch 1.6
 _PICKLE_MAGIC = b"\x80"  # older torch.save
 _LFS_MAGIC = b"version https://git-lfs"
 
-# In MobileSAM's file, but not needed for segmentation: TinyViT's classifier, and tables derived from the window size.
-_MOBILE_SAM_EXTRAS = re.compile(r"^image_encoder\.(norm_head|head)\.|\.attention_bias_idxs$")
+class StateDict(dict[str, Tensor]):
+    """Tensors with samray's names."""
 
-_HF_SHARED_POSITIONS = "shared_image_embedding.positional_embedding"
-_HF_TIED_POSITIONS = "prompt_encoder.shared_embedding.positional_embedding"  # the same tensor; some files have it twice
-
-_GAUSSIAN = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
-
-# Hugging Face's names to Meta's, applied in this order. An MLP's `layers.0` is its second layer, so it is renamed
-# first.
-_HF_RENAMES = (
-    (r"^shared_image_embedding\.positional_embedding$", _GAUSSIAN),
-    (r"^vision_encoder\.patch_embed\.projection\.", "image_encoder.patch_embed.proj."),
-    (r"^vision_encoder\.neck\.conv1\.", "image_encoder.neck.0."),
-    (r"^vision_encoder\.neck\.layer_norm1\.", "image_encoder.neck.1."),
-    (r"^vision_encoder\.neck\.conv2\.", "image_encoder.neck.2."),
-    (r"^vision_encoder\.neck\.layer_norm2\.", "image_encoder.neck.3."),
-    (r"^vision_encoder\.layers\.", "image_encoder.blocks."),
-    (r"^vision_encoder\.", "image_encoder."),
-    (r"^prompt_encoder\.point_embed\.", "prompt_encoder.point_embeddings."),
-    (r"^prompt_encoder\.mask_embed\.conv1\.", "prompt_encoder.mask_downscaling.0."),
-    (r"^prompt_encoder\.mask_embed\.layer_norm1\.", "prompt_encoder.mask_downscaling.1."),
-    (r"^prompt_encoder\.mask_embed\.conv2\.", "prompt_encoder.mask_downscaling.3."),
-    (r"^prompt_encoder\.mask_embed\.layer_norm2\.", "prompt_encoder.mask_downscaling.4."),
-    (r"^prompt_encoder\.mask_embed\.conv3\.", "prompt_encoder.mask_downscaling.6."),
-    (r"^mask_decoder\.upscale_conv1\.", "mask_decoder.output_upscaling.0."),
-    (r"^mask_decoder\.upscale_layer_norm\.", "mask_decoder.output_upscaling.1."),
-    (r"^mask_decoder\.upscale_conv2\.", "mask_decoder.output_upscaling.3."),
-    (r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)\.)layers\.0\.", r"\1layers.1."),
-    (r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)\.)proj_in\.", r"\1layers.0."),
-    (r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)\.)proj_out\.", r"\1layers.2."),
-    (r"\.layer_norm_final_attn\.", ".norm_final_attn."),
-    (r"\.layer_norm(\d)\.", r".norm\1."),
-)
+    family: str | None = None
+    """The model family, if the names in the file say more than the tensors here do."""
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path) -> StateDict:
     """The tensors of a checkpoint file with Meta's names, on the CPU, in their stored dtypes.
 
     Raises ConfigError if the file is not a checkpoint, is truncated, or cannot be loaded without executing code.
@@ -68,24 +40,27 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return to_meta_names(read_tensors(path), path)
 
 
-def to_meta_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Rename Hugging Face's keys and drop MobileSAM's classifier; keys with Meta's names are unchanged."""
-    if _HF_SHARED_POSITIONS in state or any(key.startswith("vision_encoder.") for key in state):
-        # Hugging Face's layout, which may have the table twice. If the two differ, neither is certain.
-        tied = state.get(_HF_TIED_POSITIONS)
-        if tied is not None and not torch.equal(state.get(_HF_SHARED_POSITIONS, tied), tied):
-            raise ConfigError(
-                f"{path}: {_HF_SHARED_POSITIONS} and {_HF_TIED_POSITIONS} differ; SAM has one table of positions"
-            )
-        shared = {} if tied is None else {_HF_SHARED_POSITIONS: tied}
-        state = {key: value for key, value in (shared | state).items() if key != _HF_TIED_POSITIONS}
-        return {meta_name(key): value for key, value in state.items()}
-    return {key: value for key, value in state.items() if not _MOBILE_SAM_EXTRAS.search(key)}
+def to_meta_names(state: dict[str, Tensor], path: Path) -> StateDict:
+    """samray's names, which are those of Meta's SAM, for the names of a known layout; what it does not use is left out.
+
+    Raises: ConfigError if a file has the table of positions twice, with different values.
+    """
+    layout, family = layout_of(state), family_of(state)
+    state = {key: value for key, value in state.items() if not layout.unused.search(key)}
+    tied = state.pop(HF_TIED_POSITIONS, None)
+    if tied is not None and not torch.equal(state.setdefault(HF_SHARED_POSITIONS, tied), tied):
+        # If the two differ, neither is certain.
+        raise ConfigError(
+            f"{path}: {HF_SHARED_POSITIONS} and {HF_TIED_POSITIONS} differ; SAM has one table of positions"
+        )
+    named = StateDict({renamed(key, layout.renames): value for key, value in layout.split(state).items()})
+    named.family = family
+    return named
 
 
 def meta_name(key: str) -> str:
-    """Meta's name for a tensor's name in a Hugging Face checkpoint."""
-    return renamed(key, _HF_RENAMES)
+    """Meta's name for a tensor's name in a Hugging Face checkpoint of SAM."""
+    return renamed(key, HF_SAM.renames)
 
 
 def renamed(key: str, renames: Iterable[tuple[str, str]]) -> str:

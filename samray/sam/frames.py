@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+
+Resized = NDArray[np.uint8] | NDArray[np.float32]
+"""An image in the model's square, (h, w, 3) RGB in [0, 255]."""
 
 
 def input_size(height: int, width: int, image_size: int) -> tuple[int, int]:
@@ -40,7 +44,7 @@ class Frame:
         the part (h, w) of it at the top left to the image."""
         raise NotImplementedError
 
-    def resize(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def resize(self, image: NDArray[np.uint8]) -> Resized:
         """image: (H, W, 3) uint8 RGB. Returns it as large as it is in the square, by Pillow's bilinear filter."""
         h, w = self.input_hw((image.shape[0], image.shape[1]))
         return np.array(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))  # writable, for torch
@@ -86,6 +90,16 @@ class SquareFrame(Frame):
 
     def mask_steps(self, low_res: int, original_hw: tuple[int, int]) -> tuple[int, tuple[int, int]]:
         return low_res, (low_res, low_res)  # the first interpolation changes nothing
+
+    def resize(self, image: NDArray[np.uint8]) -> Resized:
+        """image: (H, W, 3) uint8 RGB. Returns (S, S, 3) float32 in [0, 255], by torch's bilinear filter with antialiasing.
+
+        Not rounded, because SAM 2 resizes after the conversion to float.
+        """
+        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
+        size = (self.size, self.size)
+        resized = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)[0]
+        return resized.permute(1, 2, 0).contiguous().numpy()
 
 
 FRAMES: Final[dict[str, type[Frame]]] = {"pad": PadFrame, "square": SquareFrame}

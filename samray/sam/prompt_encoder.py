@@ -48,9 +48,11 @@ class PositionEncoding(nn.Module):
 
 
 class PromptEncoder(nn.Module):
-    def __init__(self, embed_dim: int, grid: int, image_size: int, mask_in_chans: int) -> None:
+    def __init__(
+        self, embed_dim: int, grid: int, image_size: int, mask_in_chans: int, *, pad_boxes: bool = False
+    ) -> None:
         super().__init__()
-        self.grid, self.image_size = grid, image_size
+        self.grid, self.image_size, self.pad_boxes = grid, image_size, pad_boxes
         self.pe_layer = PositionEncoding(embed_dim // 2)
         # Rows: background click, foreground click, a box's top-left corner, its bottom-right corner.
         self.point_embeddings = nn.ModuleList(nn.Embedding(1, embed_dim) for _ in range(4))
@@ -92,10 +94,16 @@ class PromptEncoder(nn.Module):
         return torch.where(is_point, encoded, torch.zeros_like(encoded)) + table[labels.long() + 1]
 
     def encode_boxes(self, boxes_xyxy: Tensor) -> Tensor:
-        """boxes_xyxy: (..., 4), pixels of the padded square input. Returns (..., 2, C): the two corners."""
+        """boxes_xyxy: (..., 4), pixels of the square input. Returns (..., 2, C): the two corners.
+
+        With `pad_boxes`, (..., 3, C): "not a point" is appended.
+        """
         corners = boxes_xyxy.float().unflatten(-1, (2, 2)) + 0.5  # (..., corner, xy)
         table = torch.cat(self._learned()[2:])
-        return self._positions(corners / self.image_size) + table
+        tokens = self._positions(corners / self.image_size) + table
+        if not self.pad_boxes:
+            return tokens
+        return torch.cat([tokens, self.not_a_point_embed.weight.expand(*tokens.shape[:-2], 1, -1)], dim=-2)
 
     def _positions(self, xy: Tensor) -> Tensor:
         """xy: (..., 2) in [0, 1]. Returns (..., C), the model's dtype."""

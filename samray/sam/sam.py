@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from samray.sam.encoder import build_encoder
-from samray.sam.frames import FRAMES, Frame, frame_of, input_size, interpolate
+from samray.sam.frames import FRAMES, Frame, Resized, frame_of, input_size, interpolate
 from samray.sam.mask_decoder import DecoderState, MaskDecoder
 from samray.sam.precision import exact_convolutions
 from samray.sam.prompt_encoder import PromptEncoder
@@ -58,7 +58,9 @@ class Sam(nn.Module):
         self.spec = spec
         self.frame: Frame = FRAMES[spec.frame](spec.image_size)
         self.image_encoder = build_encoder(spec)
-        self.prompt_encoder = PromptEncoder(spec.embed_dim, spec.grid, spec.image_size, spec.mask_in_chans)
+        self.prompt_encoder = PromptEncoder(
+            spec.embed_dim, spec.grid, spec.image_size, spec.mask_in_chans, pad_boxes=spec.decoder.pad_boxes
+        )
         self.mask_decoder = MaskDecoder(spec)
         # Not in the state: published checkpoints do not have them.
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
@@ -92,7 +94,7 @@ class Sam(nn.Module):
 
     # --- image side --------------------------------------------------------------------------------------------------
 
-    def resize(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def resize(self, image: NDArray[np.uint8]) -> Resized:
         """image: (H, W, 3) uint8 RGB. Returns it as large as it is in the model's square, see `Frame.resize`."""
         return self.frame.resize(image)
 
@@ -105,7 +107,7 @@ class Sam(nn.Module):
         resized = [self.resize(image) for image in images]
         return self.normalize(resized), [(image.shape[0], image.shape[1]) for image in resized]
 
-    def normalize(self, resized: list[NDArray[np.uint8]]) -> Tensor:
+    def normalize(self, resized: list[Resized]) -> Tensor:
         """The second half of `preprocess`: from resized images (h, w, 3) to pixels (B, 3, S, S)."""
         size = self.image_size
         # Zeros after the normalisation, as in the reference: the padding has the mean colour.
@@ -155,7 +157,7 @@ class Sam(nn.Module):
 
         context: the images (`prepare_decoder(embeddings)`, or `[i]` of it for one). points: (N, P, 2) float xy, input
         frame, N / B per image, image by image. labels: (N, P). Kept masks are in prompt order. min_iou None keeps
-        all N * M of them; M is 3, or 1 without `multimask`.
+        all N * M of them; M is 3, or 1 without `multimask`: the single mask as it is, without `dynamic_multimask`.
         """
         num, chunk = len(points), self._chunk(context, _CPU_CHUNK_BYTES)
         each = num // len(context)
@@ -245,10 +247,17 @@ class Sam(nn.Module):
             context, tokens = self.prepare_decoder(embedding), tokens[None]
         else:  # every prompt has its own image tokens: N "images" with one prompt each
             context, tokens = self.prepare_decoder(embedding.expand(n, -1, -1, -1), mask_input), tokens[:, None]
-        masks = slice(1, None) if multimask else slice(0, 1)
+        masks = self._masks_needed(multimask)
         state = self.mask_decoder.run(context, tokens, guidance)
         logits = self.mask_decoder.upscale(state.keys, self.mask_decoder.hyper(state.mask_tokens, masks), context.fine)
-        return logits.float(), state.iou[:, masks].float()
+        logits, iou = logits.float(), state.iou[:, masks].float()
+        return (logits, iou) if multimask else self.mask_decoder.single(logits, iou)
+
+    def _masks_needed(self, multimask: bool) -> slice:
+        """The mask tokens to decode: three, or the single one, or all to choose the single one from."""
+        if multimask:
+            return slice(1, None)
+        return slice(None) if self.spec.decoder.dynamic_multimask else slice(0, 1)
 
     def decode_batch(
         self, embeddings: Tensor, sparse: Tensor, mask_input: Tensor | None = None

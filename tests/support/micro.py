@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from samray.sam.spec import MODELS, TinyVitSpec, VitSpec
+from samray.sam.spec import MODELS, HieraSpec, TinyVitSpec, VitSpec
 from samray.train.data import ExampleMaker, blocks, open_data
 from samray.train.examples import Frame
 from samray.train.learner import Learner
@@ -25,6 +25,19 @@ MICRO = replace(
     iou_hidden_dim=32,
 )
 MICRO_VIT = replace(MICRO, encoder=VitSpec(dim=16, depth=4, num_heads=2, global_blocks=(1, 3), window=2))
+MICRO_SAM2 = replace(
+    MODELS["sam2.1_t"],
+    name="micro_sam2",
+    image_size=64,
+    encoder=HieraSpec(
+        dim=8, num_heads=1, depths=(1, 1, 2, 1), global_blocks=(3,), windows=(4, 4, 2, 2), positions=3
+    ),
+    embed_dim=32,
+    decoder_heads=2,
+    decoder_mlp_dim=32,
+    iou_hidden_dim=32,
+)
+"""SAM 2.1 with all of its parts."""
 FRAME = Frame(64, 16)
 CPU = torch.device("cpu")
 

@@ -1,0 +1,144 @@
+"""The names of tensors in published checkpoints, and samray's for them: one row per layout.
+
+samray's names are those of Meta's SAM. What a file has for other purposes (a classifier, video) is known by name and
+left out; any other name that is not expected is an error when the model is built.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from torch import Tensor
+
+HF_SHARED_POSITIONS: Final = "shared_image_embedding.positional_embedding"
+HF_TIED_POSITIONS: Final = "prompt_encoder.shared_embedding.positional_embedding"
+"""The same tensor; some files have it twice."""
+
+_GAUSSIAN = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+_NOTHING: Final = re.compile(r"(?!)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """The names in one project's files."""
+
+    marker: re.Pattern[str]
+    """Matches a name that only this layout has."""
+    unused: re.Pattern[str] = _NOTHING
+    """Matches the names of what samray does not use."""
+    renames: tuple[tuple[str, str], ...] = ()
+    """Substitutions (pattern, replacement), applied in this order."""
+    tables: tuple[tuple[str, str], ...] = ()
+    """(name, prefix): a tensor whose rows are tensors of their own: `prefix`.0.weight of shape (1, C), and so on."""
+
+    def split(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state with each of `tables` as separate rows."""
+        state = dict(state)
+        for name, prefix in self.tables:
+            table = state.pop(name, None)
+            if table is not None:
+                state |= {f"{prefix}.{i}.weight": row[None] for i, row in enumerate(table)}
+        return state
+
+
+# An MLP's `layers.0` is its second layer, so it is renamed first.
+_HF_PROMPTS_AND_DECODER: Final = (
+(r"^shared_image_embedding\.positional_embedding$", _GAUSSIAN),
+    (r"^prompt_encoder\.point_embed\.", "prompt_encoder.point_embeddings."),
+    (r"^prompt_encoder\.mask_embed\.conv1\.", "prompt_encoder.mask_downscaling.0."),
+    (r"^prompt_encoder\.mask_embed\.layer_norm1\.", "prompt_encoder.mask_downscaling.1."),
+    (r"^prompt_encoder\.mask_embed\.conv2\.", "prompt_encoder.mask_downscaling.3."),
+    (r"^prompt_encoder\.mask_embed\.layer_norm2\.", "prompt_encoder.mask_downscaling.4."),
+    (r"^prompt_encoder\.mask_embed\.conv3\.", "prompt_encoder.mask_downscaling.6."),
+    (r"^mask_decoder\.upscale_conv1\.", "mask_decoder.output_upscaling.0."),
+    (r"^mask_decoder\.upscale_layer_norm\.", "mask_decoder.output_upscaling.1."),
+    (r"^mask_decoder\.upscale_conv2\.", "mask_decoder.output_upscaling.3."),
+    (r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)\.)layers\.0\.", r"\1layers.1."),
+    (r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)\.)proj_in\.", r"\1layers.0."),
+    (r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)\.)proj_out\.", r"\1layers.2."),
+    (r"\.layer_norm_final_attn\.", ".norm_final_attn."),
+    (r"\.layer_norm(\d)\.", r".norm\1."),
+)
+
+META_SAM: Final = Layout(
+    marker=re.compile(r""),
+    # MobileSAM's: TinyViT's classifier, and tables derived from the window size.
+    unused=re.compile(r"^image_encoder\.(norm_head|head)\.|\.attention_bias_idxs$"),
+)
+"""Meta's SAM, MobileSAM, and samray's own files."""
+
+HF_SAM: Final = Layout(
+    marker=re.compile(r"^(vision_encoder|shared_image_embedding)\."),
+    renames=(
+        (r"^vision_encoder\.patch_embed\.projection\.", "image_encoder.patch_embed.proj."),
+        (r"^vision_encoder\.neck\.conv1\.", "image_encoder.neck.0."),
+        (r"^vision_encoder\.neck\.layer_norm1\.", "image_encoder.neck.1."),
+        (r"^vision_encoder\.neck\.conv2\.", "image_encoder.neck.2."),
+        (r"^vision_encoder\.neck\.layer_norm2\.", "image_encoder.neck.3."),
+        (r"^vision_encoder\.layers\.", "image_encoder.blocks."),
+        (r"^vision_encoder\.", "image_encoder."),
+        *_HF_PROMPTS_AND_DECODER,
+    ),
+)
+
+# Video: memory, object pointers, and the score of an object's presence, which an image's masks do not depend on.
+META_SAM2: Final = Layout(
+    marker=re.compile(r"^image_encoder\.trunk\."),
+    unused=re.compile(
+        r"^(memory_attention|memory_encoder|mask_downsample|obj_ptr_proj|obj_ptr_tpos_proj"
+        r"|sam_mask_decoder\.pred_obj_score_head)\."
+        r"|^(maskmem_tpos_enc|no_mem_pos_enc|no_obj_ptr|no_obj_embed_spatial)$"
+    ),
+    renames=(
+        (r"^sam_(prompt_encoder|mask_decoder)\.", r"\1."),
+        (r"^image_encoder\.trunk\.", "image_encoder."),
+        (r"^image_encoder\.neck\.convs\.(\d)\.conv\.", r"image_encoder.neck.\1."),
+        (r"^mask_decoder\.conv_s", "image_encoder.fine.conv_s"),
+        (r"^no_mem_embed$", "image_encoder.no_mem_embed"),
+        (r"^(mask_decoder\.transformer\.layers\.\d\.mlp)\.layers\.0\.", r"\1.lin1."),
+        (r"^(mask_decoder\.transformer\.layers\.\d\.mlp)\.layers\.1\.", r"\1.lin2."),
+    ),
+)
+
+HF_SAM2: Final = Layout(
+    marker=re.compile(r"^vision_encoder\.backbone\."),
+    unused=re.compile(
+        r"^(memory_attention|memory_encoder|mask_downsample|object_pointer_proj"
+        r"|temporal_positional_encoding_projection_layer|mask_decoder\.pred_obj_score_head)\."
+        r"|^(memory_temporal_positional_encoding|no_memory_positional_encoding|no_object_pointer"
+        r"|occlusion_spatial_embedding_parameter)$"
+    ),
+    renames=(
+        (r"^vision_encoder\.backbone\.patch_embed\.projection\.", "image_encoder.patch_embed.proj."),
+        (r"^(vision_encoder\.backbone\.blocks\.\d+\.mlp)\.proj_in\.", r"\1.layers.0."),
+        (r"^(vision_encoder\.backbone\.blocks\.\d+\.mlp)\.proj_out\.", r"\1.layers.1."),
+        (r"^vision_encoder\.backbone\.", "image_encoder."),
+        (r"^vision_encoder\.neck\.convs\.", "image_encoder.neck."),
+        (r"^mask_decoder\.conv_s", "image_encoder.fine.conv_s"),
+        (r"^no_memory_embedding$", "image_encoder.no_mem_embed"),
+        (r"^(mask_decoder\.transformer\.layers\.\d\.mlp)\.proj_in\.", r"\1.lin1."),
+        (r"^(mask_decoder\.transformer\.layers\.\d\.mlp)\.proj_out\.", r"\1.lin2."),
+        (r"^(mask_decoder\.transformer\..*)\.o_proj\.", r"\1.out_proj."),
+        *_HF_PROMPTS_AND_DECODER,
+    ),
+    tables=(("prompt_encoder.point_embed.weight", "prompt_encoder.point_embeddings"),),
+)
+
+_LAYOUTS: Final = (META_SAM2, HF_SAM2, HF_SAM, META_SAM)
+
+
+def layout_of(state: Mapping[str, Tensor]) -> Layout:
+    """The layout of a file with these names; that of Meta's SAM for names that no other layout has."""
+    return next((layout for layout in _LAYOUTS if any(map(layout.marker.match, state))), META_SAM)
+
+
+def family_of(state: Mapping[str, Tensor]) -> str | None:
+    """`ModelSpec.family` of a file whose names tell it: SAM 2 and 2.1 have the same shapes, but for parts for video."""
+    if "no_obj_embed_spatial" in state or "occlusion_spatial_embedding_parameter" in state:
+        return "SAM 2.1"
+    if "maskmem_tpos_enc" in state or "memory_temporal_positional_encoding" in state:
+        return "SAM 2"
+    return None
