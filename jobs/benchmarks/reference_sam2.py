@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from jobs.benchmarks.reference import _batched_nms, _box_area
+from samray.sam.formats import renamed
+from samray.sam.layouts import META_SAM2
 from samray.sam.spec import HieraSpec, ModelSpec
 
 
@@ -130,6 +132,18 @@ def build_sam2(spec: ModelSpec, config: str = "sam2.1/sam2.1_hiera_t") -> Any:
         "dynamic_multimask_stability_thresh": 0.98,
     }
     return _instantiate(model).eval().requires_grad_(False)
+
+
+def sam2_state(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The published model's state with samray's weights (its names) in place of its own; those for video stay.
+
+    Raises: KeyError if a weight of the published model's image part is missing.
+    """
+    own = model.state_dict()
+    return {
+        key: value if META_SAM2.unused.search(key) else state[renamed(key, META_SAM2.renames)]
+        for key, value in own.items()
+    }
 
 
 def _instantiate(node: Any) -> Any:

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from samray.sam.sam import Sam
-from samray.sam.spec import ModelSpec, VitSpec
+from samray.sam.spec import DecoderVariant, HieraSpec, ModelSpec, VitSpec
 
+SAM = DecoderVariant()
 SMALL = ModelSpec(
     name="small",
     image_size=256,
@@ -46,7 +47,7 @@ def random_sam(
         torch.manual_seed(seed)
         model = Sam(spec).eval().requires_grad_(False)
         for name, weight in model.named_parameters():
-            if "rel_pos" in name or "pos_embed" in name:
+            if "rel_pos" in name or "pos_embed" in name or "no_mem" in name or ("fine" in name and spec.decoder != SAM):
                 weight.normal_(std=0.3)
     decoder: Any = model.mask_decoder
     for block in decoder.transformer.blocks():
@@ -56,15 +57,30 @@ def random_sam(
         write.k_proj.weight.copy_(write.q_proj.weight)
         write.v_proj.weight.mul_(2)
         write.out_proj.weight.mul_(2)
-    neck: Any = model.image_encoder.neck
-    neck[-1].weight.mul_(0.6)
+    image = blobs(seed, (spec.image_size, spec.image_size)) if image is None else image
+    _scale_embedding(model, image)
     click: Any = model.prompt_encoder.point_embeddings[1]
     click.weight.mul_(0.3)
     for kernel in (decoder.output_upscaling[0].weight, decoder.output_upscaling[3].weight):
         kernel.copy_(kernel.mean(dim=(2, 3), keepdim=True) + kernel / 40)
     decoder.iou_prediction_head.layers[-1].weight.mul_(8)
-    _calibrate(model, blobs(seed, (spec.image_size, spec.image_size)) if image is None else image, iou_centre)
+    _calibrate(model, image, iou_centre)
     return model
+
+
+def _scale_embedding(model: Sam, image: NDArray[np.uint8]) -> None:
+    """The size of the embedding, against that of the learned tokens; of high-resolution features a twentieth of it."""
+    encoder: Any = model.image_encoder
+    if isinstance(model.spec.encoder, HieraSpec):  # its neck has no norm
+        features = encoder.features(model.preprocess([image])[0])
+        for level in encoder.neck:
+            level.weight.mul_(0.6 / features.embedding.std())
+        features = encoder.features(model.preprocess([image])[0])
+        for conv, maps in zip((encoder.fine.conv_s0, encoder.fine.conv_s1), features.high_res, strict=True):
+            conv.weight.mul_(0.03 / maps.std())
+            conv.bias.mul_(0.03 / maps.std())
+    else:
+        encoder.neck[-1].weight.mul_(0.6)
 
 
 def _calibrate(model: Sam, image: NDArray[np.uint8], iou_centre: float) -> None:
@@ -76,10 +92,12 @@ def _calibrate(model: Sam, image: NDArray[np.uint8], iou_centre: float) -> None:
     context = model.prepare_decoder(model.encode_images(model.preprocess([image])[0]))
     tokens = model.prompt_encoder.encode_points(clicks[None], torch.ones(1, len(clicks), 1, dtype=torch.int64))
     state = decoder.run(context, tokens)
-    decoder.iou_prediction_head.layers[-1].bias.add_(iou_centre - state.iou.median(dim=0).values)
+    score = torch.logit if model.spec.decoder.sigmoid_iou else torch.nn.Identity()
+    centre = score(torch.tensor(iou_centre)) - score(state.iou).median(dim=0).values
+    decoder.iou_prediction_head.layers[-1].bias.add_(centre)
 
     identity = torch.eye(num_features).expand(len(clicks), -1, -1)
-    mean = decoder.upscale(state.keys, identity).mean(dim=(0, 2, 3))
+    mean = decoder.upscale(state.keys, identity, context.fine).mean(dim=(0, 2, 3))
     along_mean = torch.outer(mean, mean) / mean.dot(mean)
     for number, offset in enumerate((0.5, 0.5, 1, 2)):
         head = decoder.output_hypernetworks_mlps[number]
@@ -87,7 +105,7 @@ def _calibrate(model: Sam, image: NDArray[np.uint8], iou_centre: float) -> None:
         last.weight.sub_(along_mean @ last.weight)
         last.bias.sub_(along_mean @ last.bias)
         hyper = head(state.mask_tokens[:, number])[:, None]
-        scale = 500 / decoder.upscale(state.keys, hyper).std()
+        scale = 500 / decoder.upscale(state.keys, hyper, context.fine).std()
         last.weight.mul_(scale)
         last.bias.mul_(scale).sub_(500 * offset * mean / mean.dot(mean))
 

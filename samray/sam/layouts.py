@@ -137,6 +137,8 @@ def layout_of(state: Mapping[str, Tensor]) -> Layout:
 
 def family_of(state: Mapping[str, Tensor]) -> str | None:
     """`ModelSpec.family` of a file whose names tell it: SAM 2 and 2.1 have the same shapes, but for parts for video."""
+    if layout_of(state) not in (META_SAM2, HF_SAM2):
+        return None
     if "no_obj_embed_spatial" in state or "occlusion_spatial_embedding_parameter" in state:
         return "SAM 2.1"
     if "maskmem_tpos_enc" in state or "memory_temporal_positional_encoding" in state:

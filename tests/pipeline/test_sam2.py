@@ -1,0 +1,50 @@
+"""SAM 2 on Ray, from a checkpoint in Meta's format: label, resume, verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from samray.cli.main import main
+from samray.config.models import MODELS
+from samray.output.shards import read_shard
+from tests.support.micro import MICRO_SAM2
+from tests.support.sam2_files import meta_state, random_state
+from tests.support.standin import make_image
+from tests.toys import on_ray
+
+
+def test_a_run_with_metas_checkpoint(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(MODELS, MICRO_SAM2.name, MICRO_SAM2)
+    monkeypatch.setattr("samray.pipeline.labeler.build_labeler", on_ray.build_labeler)
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        (tmp_path / "photos" / f"{i}.png").write_bytes(make_image(i))
+    torch.save({"model": meta_state(random_state(MICRO_SAM2))}, tmp_path / "sam2.1.pt")
+    out = str(tmp_path / "out")
+    settings = ["model.name=micro_sam2", f"model.checkpoint={tmp_path / 'sam2.1.pt'}", "masks.points_per_side=2"]
+    settings += ["masks.pred_iou_thresh=0", "masks.stability_score_thresh=0", "cluster.max_actors=1"]
+    settings += ["output.images_per_shard=2"]
+    command = ["label", str(tmp_path / "photos"), out, *settings, "--no-progress"]
+    assert main(command) == 0
+    before = [read_shard(out, shard).to_pylist() for shard in range(2)]
+    assert [row["status"] for rows in before for row in rows] == ["ok"] * 3
+    assert any(row["annotations"] for rows in before for row in rows)
+    # As if the run had been killed after its first shard.
+    (tmp_path / "out" / "_SUCCESS").unlink()
+    next((tmp_path / "out" / "annotations").glob("shard-000001*")).unlink()
+    assert main(command) == 0
+    assert [read_shard(out, shard).to_pylist() for shard in range(2)] == before
+    assert main(["verify", out]) == 0
+    # The same checkpoint under SAM's name: refused before anything is written.
+    command[3:4] = ["model.name=vit_b"]
+    command[2] = str(tmp_path / "other")
+    capsys.readouterr()
+    assert main(command) != 0
+    words = " ".join(capsys.readouterr().err.split())
+    assert "has weights of SAM 2.1 (micro_sam2), not of SAM (vit_b): set model.name=micro_sam2, or" in words
+    assert not (tmp_path / "other").exists()
