@@ -89,7 +89,9 @@ def settings_tables(sections: Sections) -> str:
         rows = []
         for row in setting_rows(section, sections):
             default = f"`{shown(row.default)}`"
-            default += "".join(f"; `{shown(value)}` for `{preset}`" for preset, value in row.default_of_preset().items())
+            default += "".join(
+                f"; `{shown(value)}` for `{preset}`" for preset, value in row.default_of_preset().items()
+            )
             rows.append((f"`{row.name}`", default, row.allowed, f"{row.description}."))
         doc = escape(" ".join((cls.__doc__ or "").split()))
         parts.append(f"### {section}\n\n{doc}\n\n" + table(("setting", "default", "takes", "meaning"), rows))

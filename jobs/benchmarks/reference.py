@@ -213,8 +213,11 @@ def transformers_sam(spec: ModelSpec) -> Any:
     return transformers.SamModel(config).eval()
 
 
-def transformers_sam2(spec: ModelSpec) -> Any:
-    """transformers' Sam2Model of this row, with weights as it makes them; its plain attention, not a fused one."""
+def transformers_sam2(spec: ModelSpec, kind: str = "Sam2") -> Any:
+    """transformers' Sam2Model of this row, with weights as it makes them; its plain attention, not a fused one.
+
+    kind: "Sam2Video" is the model that Hugging Face's files of SAM 2 hold.
+    """
     transformers = pytest.importorskip(
         "transformers", reason="NOTHING is compared with transformers, which is not installed"
     )
@@ -234,7 +237,7 @@ def transformers_sam2(spec: ModelSpec) -> Any:
         "global_attention_blocks": list(encoder.global_blocks),
         "window_positional_embedding_background_size": [encoder.positions, encoder.positions],
     }
-    config = transformers.Sam2Config(
+    config = getattr(transformers, f"{kind}Config")(
         vision_config={
             "model_type": "sam2_vision_model",
             "backbone_config": backbone,
@@ -251,7 +254,7 @@ def transformers_sam2(spec: ModelSpec) -> Any:
         },
     )
     config._attn_implementation = "eager"
-    return transformers.Sam2Model(config).eval()
+    return getattr(transformers, f"{kind}Model")(config).eval()
 
 
 def transformers_pipeline(spec: ModelSpec, state: Mapping[str, Tensor], device: str) -> Any:

@@ -260,7 +260,8 @@ MODELS: dict[str, ModelSpec] = {
             source=_SAM_SOURCE,
             core_seconds=(55, 0.05),
         ),
-        # Meta publishes no digests of SAM 2. These are from computational-cell-analytics/micro-sam, micro_sam/v2/util.py.
+        # Meta publishes no digests of SAM 2. These are those of micro-sam (computational-cell-analytics/micro-sam,
+        # micro_sam/v2/util.py; those of SAM 2 in its versions before it took only 2.1).
         _sam2("2.1", "t", 156.0, "7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69"),
         _sam2("2.1", "s", 184.4, "6d1aa6f30de5c92224f8172114de081d104bbd23dd9dc5c58996f0cad5dc4d38"),
         _sam2("2.1", "b+", 323.6, "a2345aede8715ab1d5d31b4a509fb160c5a4af1970f199d9054ccfb746c004c5"),

@@ -59,8 +59,8 @@ class ModelConfig(Settings):
 class MaskConfig(Settings):
     """Automatic mask generation: names and defaults of segment-anything, plus settings that its users asked for.
 
-    A setting that you do not give follows the model: the embedded model and SAM 2 have their own values (`model_masks`),
-    every other model uses the defaults listed here, which are the reference's.
+    A setting that you do not give follows the model: the embedded model and SAM 2 have their own values
+    (`model_masks`), every other model uses the defaults listed here, which are the reference's.
     """
 
     section: ClassVar[str] = "masks"

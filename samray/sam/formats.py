@@ -1,8 +1,9 @@
-"""Read checkpoint files of various projects as state dicts with Meta's names.
+"""Read checkpoint files of various projects as state dicts with samray's names, which are those of Meta's SAM.
 
 Supports Meta's `.pth` and `.pt`, MobileSAM's `.pt`, Hugging Face's safetensors or `pytorch_model.bin`, and samray's
-safetensors; `samray.sam.layouts` has the names in each. The format is detected from a file's first bytes and keys, never from its extension. Nothing in a
-file is executed: safetensors has only tensors, and `torch.load` runs with `weights_only=True`.
+safetensors; `samray.sam.layouts` has the names in each. The format is detected from a file's first bytes and keys,
+never from its extension. Nothing in a file is executed: safetensors has only tensors, and `torch.load` runs with
+`weights_only=True`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from samray.sam.layouts import HF_SAM, HF_SHARED_POSITIONS, HF_TIED_POSITIONS, f
 _ZIP_MAGIC = b"PK\x03\x04"  # torch.save since PyTorch 1.6
 _PICKLE_MAGIC = b"\x80"  # older torch.save
 _LFS_MAGIC = b"version https://git-lfs"
+
 
 class StateDict(dict[str, Tensor]):
     """Tensors with samray's names."""

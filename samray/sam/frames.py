@@ -92,7 +92,7 @@ class SquareFrame(Frame):
         return low_res, (low_res, low_res)  # the first interpolation changes nothing
 
     def resize(self, image: NDArray[np.uint8]) -> Resized:
-        """image: (H, W, 3) uint8 RGB. Returns (S, S, 3) float32 in [0, 255], by torch's bilinear filter with antialiasing.
+        """image: (H, W, 3) uint8 RGB. Returns (S, S, 3) float32 in [0, 255], by torch's antialiased bilinear filter.
 
         Not rounded, because SAM 2 resizes after the conversion to float.
         """

@@ -110,7 +110,9 @@ class HieraEncoder(ImageEncoder):
         self.blocks = nn.ModuleList()
         for stage, depth in enumerate(spec.depths):
             for i in range(depth):
-                enters = stage > 0 and i == 0  # a stage's first block still has the width and window of the stage before
+                enters = (
+                    stage > 0 and i == 0
+                )  # a stage's first block still has the width and window of the stage before
                 window = 0 if len(self.blocks) in spec.global_blocks else spec.windows[stage - enters]
                 heads = spec.num_heads * 2**stage
                 self.blocks.append(Block(dims[stage - enters], dims[stage], heads, window, pools=enters))
@@ -132,7 +134,10 @@ class HieraEncoder(ImageEncoder):
         coarsest, coarse, middle, finest = self.neck
         top = F.interpolate(coarsest(levels[3]).float(), scale_factor=2, mode="nearest")
         embedding = coarse(levels[2]) + top.to(x.dtype) + self.no_mem_embed.view(1, -1, 1, 1)
-        s0, s1 = (_composed(a, b, y) for a, b, y in ((finest, self.fine.conv_s0, levels[0]), (middle, self.fine.conv_s1, levels[1])))
+        s0, s1 = (
+            _composed(a, b, y)
+            for a, b, y in ((finest, self.fine.conv_s0, levels[0]), (middle, self.fine.conv_s1, levels[1]))
+        )
         return Features(embedding, (s0, s1))
 
     def positions(self, height: int, width: int) -> Tensor:

@@ -46,7 +46,7 @@ class Layout:
 
 # An MLP's `layers.0` is its second layer, so it is renamed first.
 _HF_PROMPTS_AND_DECODER: Final = (
-(r"^shared_image_embedding\.positional_embedding$", _GAUSSIAN),
+    (r"^shared_image_embedding\.positional_embedding$", _GAUSSIAN),
     (r"^prompt_encoder\.point_embed\.", "prompt_encoder.point_embeddings."),
     (r"^prompt_encoder\.mask_embed\.conv1\.", "prompt_encoder.mask_downscaling.0."),
     (r"^prompt_encoder\.mask_embed\.layer_norm1\.", "prompt_encoder.mask_downscaling.1."),

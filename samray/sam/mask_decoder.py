@@ -1,8 +1,8 @@
 """The mask decoder: tokens and image tokens to mask logits and predicted IoUs.
 
 Source: SAM paper, appendix A, "Mask decoder"; `segment_anything.modeling.mask_decoder` (same parameter names and
-numbers); for the variant of SAM 2 `sam2.modeling.sam.mask_decoder`. Predicted IoUs depend only on the tokens, so the decoder has two parts: `run` gives the IoUs, and
-`upscale` computes the logits of only the masks that are needed.
+numbers); for SAM 2's variant `sam2.modeling.sam.mask_decoder`. Predicted IoUs depend only on the tokens, so the decoder
+has two parts: `run` gives the IoUs, and `upscale` computes the logits of only the masks that are needed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """SAM 2's networks against `transformers` 5.23 with the same seeded random weights, float32, on the CPU.
 
 Bound as in `test_networks.py`: the largest difference is at most 1e-4 of the largest value. Every size with its true
-widths, heads, windows and positions at 256 pixels, with few blocks: one that halves the grid for each stage, others with
-windows, and a global one. With `SAMRAY_FULL_SIZES=1`, all blocks at 1024 pixels. Prompts at the true width of prompt
-encoder and decoder.
+widths, heads, windows and positions at 256 pixels, with few blocks: one that halves the grid for each stage, others
+with windows, and a global one. With `SAMRAY_FULL_SIZES=1`, all blocks at 1024 pixels. Prompts at the true width of
+prompt encoder and decoder.
 
 Where `transformers` differs from Meta's `sam2`, samray follows `sam2`: a mask without points or a box gets no padding
 point.
@@ -18,10 +18,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from jobs.benchmarks.reference import transformers_sam2
-from samray.sam.checkpoints import build
+from samray.sam.checkpoints import build, load_model
 from samray.sam.formats import to_meta_names
 from samray.sam.sam import Sam
 from samray.sam.spec import MODELS, HieraSpec, ModelSpec
@@ -135,7 +136,21 @@ def test_a_single_mask_that_is_not_stable_gives_way(
     logits, iou = our_small.predict(image[0], **prompts, multimask=False)
     assert_close(logits, expected.pred_masks[0])
     assert_close(iou, expected.iou_scores[0])
-    state = decoder.run(our_small.prepare_decoder(image[0]), our_small.prompt_encoder.encode_points(prompts["points"], prompts["labels"])[None])
+    state = decoder.run(
+        our_small.prepare_decoder(image[0]),
+        our_small.prompt_encoder.encode_points(prompts["points"], prompts["labels"])[None],
+    )
     stayed = (iou[:, 0] - state.iou[:, 0]).abs() < 1e-6
     assert reference.dynamic_multimask_via_stability
     assert 0 < stayed.sum() < len(stayed)
+
+
+def test_a_hugging_face_folder_loads(small: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `facebook/sam2.1-hiera-*` are: the model for video, saved by `save_pretrained`."""
+    monkeypatch.setitem(MODELS, "small", small)
+    transformers_sam2(small, "Sam2Video").save_pretrained(tmp_path)
+    loaded = load_model("small", tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert "occlusion_spatial_embedding_parameter" in saved
+    no_memory = loaded.image_encoder.get_parameter("no_mem_embed")
+    assert torch.equal(no_memory, saved["no_memory_embedding"])

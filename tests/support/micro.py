@@ -29,9 +29,7 @@ MICRO_SAM2 = replace(
     MODELS["sam2.1_t"],
     name="micro_sam2",
     image_size=64,
-    encoder=HieraSpec(
-        dim=8, num_heads=1, depths=(1, 1, 2, 1), global_blocks=(3,), windows=(4, 4, 2, 2), positions=3
-    ),
+    encoder=HieraSpec(dim=8, num_heads=1, depths=(1, 1, 2, 1), global_blocks=(3,), windows=(4, 4, 2, 2), positions=3),
     embed_dim=32,
     decoder_heads=2,
     decoder_mlp_dim=32,

@@ -18,7 +18,7 @@ from samray.prompts import Prompt
 from samray.sam.checkpoints import check_checkpoint, list_models, load_model
 from samray.sam.hiera import _composed
 from samray.sam.sam import Sam
-from samray.sam.spec import MODELS
+from samray.sam.spec import MODELS, ModelSpec
 from tests.support.micro import MICRO_SAM2, MICRO_VIT
 from tests.support.sam2_files import VIDEO, meta_state, random_state
 
@@ -67,13 +67,25 @@ def test_parts_for_video_are_known_only_in_sam_2s_layout(name: str, tmp_path: Pa
     [
         ("micro_sam2", OLDER, "2", "has weights of SAM 2 (micro_sam2_0), not of SAM 2.1 (micro_sam2): set model.name="),
         ("micro_sam2_0", MICRO_SAM2, "2.1", "has weights of SAM 2.1 (micro_sam2), not of SAM 2 (micro_sam2_0): set"),
-        ("micro_vit", MICRO_SAM2, "2.1", "has weights of SAM 2.1 (micro_sam2), not of SAM (micro_vit): set model.name="),
+        (
+            "micro_vit",
+            MICRO_SAM2,
+            "2.1",
+            "has weights of SAM 2.1 (micro_sam2), not of SAM (micro_vit): set model",
+        ),
         ("sam2.1_l", MICRO_SAM2, "2.1", "does not fit sam2.1_l: "),
-        ("vit_b", replace(MICRO_SAM2, embed_dim=16), "2.1", "has weights of SAM 2.1, not of SAM (vit_b): set model.che"),
+        (
+            "vit_b",
+            replace(MICRO_SAM2, embed_dim=16),
+            "2.1",
+            "has weights of SAM 2.1, not of SAM (vit_b): set model.",
+        ),
     ],
 )
-def test_another_familys_file_is_one_sentence(name: str, spec: object, version: str, words: str, tmp_path: Path) -> None:
-    torch.save({"model": meta_state(random_state(spec), version=version)}, tmp_path / "a.pt")  # type: ignore[arg-type]
+def test_another_familys_file_is_one_sentence(
+    name: str, spec: ModelSpec, version: str, words: str, tmp_path: Path
+) -> None:
+    torch.save({"model": meta_state(random_state(spec), version=version)}, tmp_path / "a.pt")
     with pytest.raises(ConfigError) as caught:
         check_checkpoint(name, tmp_path / "a.pt")
     assert words in str(caught.value)
