@@ -37,7 +37,7 @@ from samray.rle import encode as rle
 from samray.rle.encode import Counts
 from samray.rle.records import MaskRecord
 from samray.rle.runs import slices_of
-from samray.sam.frames import Frame, frame_of
+from samray.sam.frames import Frame, Resized, frame_of
 from samray.sam.kernels import enabled
 from samray.sam.sam import Decoded, Sam
 from samray.sam.transformer import ImageTokens
@@ -149,7 +149,7 @@ class MaskGenerator:
         size = 1 if self.frugal else min(max(pixels // self.frame.size**2, 1), _MAX_ENCODE_BATCH)
         batches = [views[start : start + size] for start in range(0, len(views), size)]
 
-        def resize(batch: list[_View]) -> list[Image]:
+        def resize(batch: list[_View]) -> list[Resized]:
             with self._stage("preprocess"):
                 return [self.model.resize(_cut(images[view.image_index], view.crop)) for view in batch]
 

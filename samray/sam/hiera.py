@@ -150,8 +150,10 @@ class HieraEncoder(ImageEncoder):
         return [(f"blocks.{i}",) for i in range(len(self.blocks))]
 
 
-def _composed(first: nn.Conv2d, second: nn.Conv2d, x: Tensor) -> Tensor:
+def _composed(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
     """second(first(x)) of two 1x1 convolutions, as one."""
+    assert isinstance(first, nn.Conv2d)
+    assert isinstance(second, nn.Conv2d)
     outer, inner = second.weight[:, :, 0, 0], first.weight[:, :, 0, 0]
     assert first.bias is not None
     assert second.bias is not None
