@@ -148,9 +148,13 @@ def test_a_single_mask_that_is_not_stable_gives_way(
 def test_a_hugging_face_folder_loads(small: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `facebook/sam2.1-hiera-*` are: the model for video, saved by `save_pretrained`."""
     monkeypatch.setitem(MODELS, "small", small)
-    transformers_sam2(small, "Sam2Video").save_pretrained(tmp_path)
+    model = transformers_sam2(small, "Sam2Video")
+    tied = model.prompt_encoder.shared_embedding.positional_embedding
+    model.shared_image_embedding.positional_embedding = tied.clone()  # the published files have it twice
+    model.save_pretrained(tmp_path)
     loaded = load_model("small", tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     assert "occlusion_spatial_embedding_parameter" in saved
     no_memory = loaded.image_encoder.get_parameter("no_mem_embed")
     assert torch.equal(no_memory, saved["no_memory_embedding"])
+    assert torch.equal(loaded.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix, tied)
