@@ -74,7 +74,7 @@ Append = Annotated[
 ]
 RedoChanged = Annotated[bool, typer.Option("--redo-changed", help="Label again the images whose size or ETag changed.")]
 
-DEMO_FOLDER = "samray-demo"
+DEMO_FOLDER, DEMO_SCENES = "samray-demo", 6
 
 
 @app.command(cls=CommandWithSettings)
@@ -241,18 +241,21 @@ def train(
 
 @app.command(cls=CommandWithSettings)
 def demo(
-    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder for scenes, labels and report.")] = Path(
+    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder for images, labels and report.")] = Path(
         DEMO_FOLDER
     ),
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings of `samray label`.")
     ] = None,
-    num_scenes: Annotated[int, typer.Option("--scenes", min=1, max=1000, help="Number of scenes.")] = 12,
-    show: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
+    num_scenes: Annotated[
+        int, typer.Option("--scenes", min=1, max=1000, help="Number of painted scenes.")
+    ] = DEMO_SCENES,
+    show: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in the browser.")] = True,
 ) -> int:
-    """Generate sample scenes with known masks, label them with the embedded model, and report how well it did.
+    """Label photographs, and painted scenes with known masks, with the embedded model, and report how well it did.
 
-    Writes the report as one HTML page that opens in any browser.
+    The photographs come with scikit-image: nothing is downloaded. Writes the report as one HTML page, which opens in
+    any browser.
     """
     overrides, places = split_settings([str(directory), *(settings or ())], [])
     directory = Path(places[0]) if places else Path(DEMO_FOLDER)
@@ -260,7 +263,9 @@ def demo(
     config = load_config(None, None, overrides)
     from samray.cli.demo import run_demo
 
-    return run_demo(directory, config, num_scenes, show=show)
+    options = [] if num_scenes == DEMO_SCENES else [f"--scenes={num_scenes}"]
+    options += [*([] if show else ["--no-open"]), *overrides]
+    return run_demo(directory, config, num_scenes, show=show, options=options)
 
 
 for _command in [*COMMANDS, *EXPORT_COMMANDS]:

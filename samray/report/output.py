@@ -46,10 +46,18 @@ _SMALL_SIDE: Final = 400
 _PHOTO_THREADS: Final = 4
 
 
-def write_report(output: str, out: str | None = None, *, num_images: int = 24, agreement: Sequence[Figure] = ()) -> str:
+def write_report(
+    output: str,
+    out: str | None = None,
+    *,
+    num_images: int = 24,
+    num_first: int = 0,
+    agreement: Sequence[Figure] = (),
+) -> str:
     """Write the page about output to `out` (a path or URI), by default into the output; returns its location.
 
-    num_images: images in the gallery. agreement: figures on how well the masks fit known ones, if available.
+    num_images: images in the gallery. num_first: the first so many labelled images are among them in any case.
+    agreement: figures on how well the masks fit known ones, if available.
     Raises: ConfigError if output has no samray run, StorageError if it cannot be read.
     """
     plan = load_plan(output)
@@ -64,7 +72,7 @@ def write_report(output: str, out: str | None = None, *, num_images: int = 24, a
     columns = (*sample.NUMBERS, "annotations.list.element.label") if has_names else sample.NUMBERS
     drawn = list(sample.read_groups(plan.output, sample.draw_groups(footers), columns))
     numbers = _numbers([table for _, table in drawn])
-    overlays = _overlays(plan, _choose(drawn, num_images), num_images)
+    overlays = _overlays(plan, _choose(drawn, num_images, num_first), num_images)
     page = render(plan, len(done), counts, numbers, overlays, examples, agreement)
     uri = out or storage.join(plan.output, "_samray", "report.html")
     storage.remove_leftovers(storage.parent(uri), recursive=False)
@@ -151,16 +159,20 @@ def _floats(array: pa.Array) -> npt.NDArray[np.float64]:
 # --- the gallery ---------------------------------------------------------------------------------------------------
 
 
-def _choose(drawn: Sequence[tuple[sample.Draw, pa.Table]], number: int) -> dict[sample.Draw, list[int]]:
-    """Row group -> rows to show: labelled images, spread over the numbers of masks."""
+def _choose(
+    drawn: Sequence[tuple[sample.Draw, pa.Table]], number: int, num_first: int = 0
+) -> dict[sample.Draw, list[int]]:
+    """Row group -> rows to show: the first labelled images, and others spread over the numbers of masks."""
     places: list[tuple[int, sample.Draw, int]] = []
     for draw, table in drawn:
         num_masks = table["annotations"].combine_chunks().value_lengths().to_pylist()
         ok = pc.equal(table["status"], "ok").to_pylist()
         # Sorted by number of masks, then evenly spread: the gallery shows empty images and crowded ones.
         places += [(num_masks[row] or 0, draw, row) for row in range(table.num_rows) if ok[row]]
+    places.sort(key=lambda place: place[1:])
+    first, others = places[: min(num_first, number)], places[num_first:]
     chosen: dict[sample.Draw, list[int]] = {}
-    for _, draw, row in sample.spread(sorted(places), number):
+    for _, draw, row in [*first, *sample.spread(sorted(others), number - len(first))]:
         chosen.setdefault(draw, []).append(row)
     return chosen
 
