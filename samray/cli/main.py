@@ -251,15 +251,25 @@ def demo(
         int, typer.Option("--scenes", min=1, max=1000, help="Number of painted scenes.")
     ] = DEMO_SCENES,
     show: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in the browser.")] = True,
+    small_world: Annotated[
+        bool, typer.Option("--train", help="In about a minute: label, correct, train, label again.")
+    ] = False,
 ) -> int:
     """Label photographs, and painted scenes with known masks, with the embedded model, and report how well it did.
 
     The photographs come with scikit-image: nothing is downloaded. Writes the report as one HTML page, which opens in
     any browser.
+
+    --train shows the data engine on a small world that the model has not seen: it labels scenes, a simulated annotator
+    corrects them, it trains on these and labels others again. Prints figures, and makes a picture of before and after.
     """
     overrides, places = split_settings([str(directory), *(settings or ())], [])
     directory = Path(places[0]) if places else Path(DEMO_FOLDER)
     overrides += places[1:]
+    if small_world:
+        from samray.cli.demo_train import DEFAULTS, Rounds, train_demo
+
+        return train_demo(directory / "train", load_config(None, None, [*DEFAULTS, *overrides]), Rounds())
     config = load_config(None, None, overrides)
     from samray.cli.demo import run_demo
 

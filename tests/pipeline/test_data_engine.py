@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-import sys
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from samray.cli.demo_train import ACCEPTED, Rounds, draw_before_and_after, make_world, run_rounds
+from samray.config import load_config
+from samray.evaluate.proposals import best_ious
 from samray.output.shards import done_shards, read_shard
-from tests.support import REPOSITORY
-
-JOBS = REPOSITORY / "jobs"
 
 
 @pytest.mark.timeout(1200)
-def test_label_correct_train_label_again(tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(JOBS))
-    import data_engine
-
-    figures = data_engine.run(tmp_path, num_images=8, num_heldout=4, steps=16, progress=False)
-    sys.modules.pop("data_engine")
+def test_label_correct_train_label_again(tmp_path: Path, local_ray: None) -> None:
+    rounds = Rounds(num_images=8, num_heldout=4, steps=16, training=("train.learning_rate=5e-4",))
+    config = load_config("tiny", None, ["output.images_per_shard=8"])
+    report = run_rounds(tmp_path, config, rounds, progress=False)
 
     rows = [
         row
         for shard in done_shards(str(tmp_path / "round1-corrected"))
         for row in read_shard(str(tmp_path / "round1-corrected"), shard).to_pylist()
     ]
-    known = data_engine.make_world(tmp_path / "images", range(8))
+    known = make_world(tmp_path / "images", range(8))
     corrected = {row["image"]["file_name"].rpartition("/")[2]: row for row in rows}
     for name, blobs in known.items():
         assert len(corrected[name]["annotations"]) == len(blobs)
-        best = data_engine.best_ious(blobs, [mask["segmentation"] for mask in corrected[name]["annotations"]])
-        assert best.min() >= data_engine.ACCEPTED
+        best = best_ious(blobs, [mask["segmentation"] for mask in corrected[name]["annotations"]])
+        assert best.min() >= ACCEPTED
     assert {change["change"] for row in rows for change in row["corrections"] or []} >= {"added", "removed"}
 
-    before, after = figures["before"], figures["after"]
-    assert after["miou"] > before["miou"] + 0.02
-    assert after["mean_best_iou"] > before["mean_best_iou"] + 0.02, "and what is labelled is better, too"
+    assert report.after["miou"] > report.before["miou"] + 0.02
+    assert report.after["mean_best_iou"] > report.before["mean_best_iou"] + 0.02, "and what is labelled is better, too"
+
+    # Four images of 230 pixels, 10 apart, in three rows with titles.
+    picture = np.asarray(Image.open(io.BytesIO(draw_before_and_after(tmp_path, rounds))))
+    assert picture.shape == (3 * (230 + 26) + 2 * 10, 4 * 230 + 3 * 10, 3)
