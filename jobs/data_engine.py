@@ -19,7 +19,7 @@ from rich.console import Console
 # A script's own folder is on sys.path, but not the folder above it, where a checkout has samray.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from samray.cli.demo_train import Rounds, figures_table, run_rounds
+from samray.cli.demo_train import Rounds, Stopped, figures_table, run_rounds
 from samray.config import load_config
 
 TRAINING = ("train.learning_rate=5e-4",)
@@ -36,7 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.heldout < 1:
         parser.error("--heldout must be at least 1")
     rounds = Rounds(num_images=args.images, num_heldout=args.heldout, steps=args.steps, training=TRAINING)
-    report = run_rounds(args.folder, load_config("tiny", None, ["output.images_per_shard=8"]), rounds)
+    try:
+        report = run_rounds(args.folder, load_config("tiny", None, ["output.images_per_shard=8"]), rounds)
+    except Stopped as stopped:
+        return stopped.exit_code
     if args.json is not None:
         args.json.write_text(json.dumps(dataclasses.asdict(report), indent=2))
     print("the annotator: " + ", ".join(f"{number} {what}" for what, number in report.person.items()))

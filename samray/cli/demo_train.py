@@ -35,6 +35,7 @@ from samray.pipeline.report import print_report
 from samray.report import pictures
 from samray.rle.records import Rle
 from samray.scenes.stripes import striped_scene
+from samray.train.progress import print_train_report
 from samray.train.run import train
 from samray.train.settings import load_train_settings
 
@@ -77,8 +78,8 @@ class RoundsReport:
     train_minutes_all_runs: float = 0.0
 
 
-class _Stopped(SamrayError):
-    """A signal ended a step."""
+class Stopped(SamrayError):
+    """A step ended early, after it has said why; the same call resumes."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__("stopped")
@@ -89,8 +90,9 @@ def train_demo(directory: Path, config: Config, rounds: Rounds, *, progress: boo
     """Run the loop in directory, and print figures and a picture of before and after; returns the exit code."""
     started = time.monotonic()
     try:
-        report = run_rounds(directory, config, rounds, progress=progress, say=Console(stderr=True).print)
-    except _Stopped as stopped:
+        say = Console(stderr=True, highlight=False).print
+        report = run_rounds(directory, config, rounds, progress=progress, say=say)
+    except Stopped as stopped:
         return stopped.exit_code
     picture = directory / "before-and-after.jpg"
     picture.write_bytes(draw_before_and_after(directory, rounds))
@@ -124,7 +126,7 @@ def run_rounds(
 ) -> RoundsReport:
     """Run the loop once, in one Ray. say: called with a line before each step.
 
-    Raises: what the steps raise; _Stopped if a signal ended one.
+    Raises: what the steps raise; Stopped if a signal ended one.
     """
     known = make_world(folder / "images", range(rounds.num_images))
     heldout = make_world(folder / "heldout", range(FIRST_HELDOUT, FIRST_HELDOUT + rounds.num_heldout))
@@ -140,7 +142,8 @@ def run_rounds(
         started = time.monotonic()
         report = train(folder / "round1-corrected", folder / "weights", _settings(config, rounds), progress=progress)
         if report.exit_code:
-            raise _Stopped(report.exit_code)
+            print_train_report(report)
+            raise Stopped(report.exit_code)
         seconds = time.monotonic() - started
         say("4. label the held-out images again")
         _label(folder / "heldout", folder / "after", trained, progress)
@@ -157,7 +160,7 @@ def _label(images: Path, labels: Path, config: Config, progress: bool) -> None:
     report = samray.label(images, labels, config, progress=progress)
     if report.exit_code:
         print_report(report)
-        raise _Stopped(report.exit_code)
+        raise Stopped(report.exit_code)
 
 
 def _correct_round(folder: Path, known: dict[str, list[Rle]]) -> Counter[str]:

@@ -97,6 +97,7 @@ class Commands:
         self.begun: list[tuple[str, str, Config]] = []
         monkeypatch.setattr("samray.pipeline.run.label_with", self._label)
         monkeypatch.setattr("samray.cli.demo.run_demo", self._demo)
+        monkeypatch.setattr("samray.cli.demo_train.train_demo", self._demo)
 
     def _label(self, input: str, output: str, config: Config, **options: Any) -> LabelReport:
         self.begun.append((input, output, config))

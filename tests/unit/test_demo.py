@@ -183,3 +183,16 @@ def test_photographs_are_drawn_without_and_with_their_masks(tmp_path: Path) -> N
     assert changed[:, width // 2 + 4 :].mean() < 6  # JPEG's own noise
     assert draw_photographs(plan.output, [], tmp_path / "none.jpg") == 0
     assert not (tmp_path / "none.jpg").exists()
+
+
+def test_train_runs_the_small_world_in_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    begun: list[Any] = []
+
+    def train_demo(directory: Path, config: Any, rounds: Any) -> int:
+        begun.append((directory, config.masks.points_per_side, config.masks.min_mask_area, rounds.num_heldout > 0))
+        return 130
+
+    monkeypatch.setattr("samray.cli.demo_train.train_demo", train_demo)
+    assert main(["demo", "--train", str(tmp_path), "masks.min_mask_area=7"]) == 130
+    assert main(["demo", str(tmp_path), "--train", "masks.points_per_side=9"]) == 130
+    assert begun == [(tmp_path / "train", 12, 7, True), (tmp_path / "train", 9, 100, True)]

@@ -183,6 +183,16 @@ def test_gallery_goes_from_few_masks_to_many(tmp_path: Path) -> None:
     assert images_of(page_of(plan, num_images=4)) == shown
 
 
+def test_gallery_begins_with_the_images_that_are_asked_for(tmp_path: Path) -> None:
+    plan = write_output(str(tmp_path), num_images=16, masks=varied_masks)
+    by_name = [image["name"] for image in images_of(page_of(plan))]
+    for num_images in (5, 6, 9):
+        shown = [image["name"] for image in images_of(page_of(plan, num_images=num_images, num_first=5))]
+        assert shown[:5] == by_name[:5]
+        assert len(set(shown)) == num_images
+    assert [image["name"] for image in images_of(page_of(plan, num_images=2, num_first=5))] == by_name[:2]
+
+
 def test_gallery_ends_before_the_page_gets_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = write_output(str(tmp_path))
     monkeypatch.setattr(samray.report.output, "MAX_GALLERY_BYTES", 4000)
