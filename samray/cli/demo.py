@@ -104,7 +104,8 @@ def run_demo(
         console.print("this machine has no display; open the report in any browser")
     if config.model.name == _EMBEDDED:
         # Outside of the table, which would wrap it, to be copied.
-        out.print("\nAgain with MobileSAM, a published model: downloads 41 MB, and takes minutes without a GPU")
+        words = "\nThe same with MobileSAM, a published model (downloads 41 MB; takes minutes without a GPU):"
+        out.print(words, soft_wrap=True)
         out.print(next_command(directory, options), soft_wrap=True, markup=False)
     return 0
 
