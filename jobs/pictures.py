@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from samray.cli.main import main as samray_main
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-WIDTH, HEIGHT = 1152, 1000
-"""Of the window with the report."""
+WIDTH, HEIGHT, SCALE = 1440, 1120, 0.8
+"""Of the window with the report, and what the picture is scaled by."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +30,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder for the pictures (default: docs/)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        # The report shows this path.
         demo = Path(folder) / "samray-demo"
         code = samray_main(["demo", str(demo), "--no-open"])
         if code:
@@ -42,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def screenshot(page: Path, picture: Path) -> bool:
-    """Take a picture of the upper part of a page; False without Chromium."""
+    """Take a picture of a report's masks; False without Chromium."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         return False
@@ -51,8 +50,11 @@ def screenshot(page: Path, picture: Path) -> bool:
     with sync_playwright() as playwright:
         arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # as root Chromium has none to offer
         browser = playwright.chromium.launch(executable_path=program, args=arguments)
-        window = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
+        size = {"width": WIDTH, "height": HEIGHT}
+        window = browser.new_page(viewport=size, device_scale_factor=SCALE, color_scheme="light")
         window.goto(page.as_uri())
+        # The figures above are about this machine's speed, and its paths.
+        window.evaluate("document.querySelector('#gallery').scrollIntoView()")
         window.wait_for_selector('.gallery[aria-busy="false"]')
         window.screenshot(path=picture, type="jpeg", quality=80)
         browser.close()
