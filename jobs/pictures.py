@@ -50,8 +50,9 @@ def screenshot(page: Path, picture: Path) -> bool:
     with sync_playwright() as playwright:
         arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # as root Chromium has none to offer
         browser = playwright.chromium.launch(executable_path=program, args=arguments)
-        size = {"width": WIDTH, "height": HEIGHT}
-        window = browser.new_page(viewport=size, device_scale_factor=SCALE, color_scheme="light")
+        window = browser.new_page(
+            viewport={"width": WIDTH, "height": HEIGHT}, device_scale_factor=SCALE, color_scheme="light"
+        )
         window.goto(page.as_uri())
         # The figures above are about this machine's speed, and its paths.
         window.evaluate("document.querySelector('#gallery').scrollIntoView()")
