@@ -86,6 +86,8 @@ class MaskConfig(Settings):
     """Crop layer i uses points_per_side divided by this to the power of i."""
     point_grids: tuple[PointGrid, ...] | None = None
     """Custom points instead of points_per_side: one list of [x, y] in 0..1 per crop layer."""
+    refine: Literal["m2m"] | None = None
+    """m2m: decode every mask once more with itself as a prompt (SAM 2's use_m2m): cleaner, several times slower."""
     min_mask_region_area: int = Field(default=0, ge=0)
     """Remove islands and fill holes smaller than this, in pixels; 0 leaves masks as predicted."""
     min_mask_area: int = Field(default=0, ge=0)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from samray.config import MaskConfig
 from samray.masks.candidates import Candidates
+from samray.masks.clicks import decode_clicks
 from samray.masks.crops import Crop, make_crops, touches_crop_edge
 from samray.masks.executor import InlineExecutor
 from samray.masks.images import check_images
@@ -179,7 +180,7 @@ class MaskGenerator:
             for start in range(0, max(len(points[0]), 1), batch_size):  # an empty grid: one empty batch
                 batch = [of_view[start : start + batch_size] for of_view in points]
                 with self._stage("decode", queued=True):
-                    decoded = self._decode(context, batch, pack)
+                    decoded = self._decode(embeddings[rows], context, batch, pack)
                 with self._stage("score", queued=True):
                     for parts, part in zip(per_view, self._score(decoded, batch, pack), strict=True):
                         parts.append(part)  # copies of what passed: the decoded batch is freed
@@ -200,18 +201,12 @@ class MaskGenerator:
             yield from (slice(start, min(start + step, last)) for start in range(first, last, step))
             first = last
 
-    def _decode(self, context: ImageTokens, points: list[Float64], views: list[_View]) -> Decoded:
-        """Masks of single foreground clicks with predicted IoU above the threshold.
-
-        points: (N, 2) per view, crop frame. Masks below the threshold are never upscaled. A threshold of 0 keeps all,
-        as in the reference.
-        """
-        in_input = np.concatenate(
-            [self.frame.points_in(xy, view.crop.hw) for xy, view in zip(points, views, strict=True)]
-        )
-        clicks = torch.from_numpy(in_input).float().to(self.model.device)[:, None]  # (N, 1, 2)
-        labels = torch.ones(clicks.shape[:2], dtype=torch.int64, device=clicks.device)
-        return self.model.decode_points(context, clicks, labels, min_iou=self.config.pred_iou_thresh or None)
+    def _decode(self, embeddings: Tensor, context: ImageTokens, points: list[Float64], views: list[_View]) -> Decoded:
+        """Masks of clicks, see `decode_clicks`. points: (N, 2) per view, crop frame."""
+        clicks = [self.frame.points_in(xy, view.crop.hw) for xy, view in zip(points, views, strict=True)]
+        refine, min_iou = self.config.refine, self.config.pred_iou_thresh
+        in_input = torch.from_numpy(np.concatenate(clicks))
+        return decode_clicks(self.model, embeddings, context, in_input, refine=refine, pred_iou_thresh=min_iou)
 
     def _score(self, decoded: Decoded, points: list[Float64], views: list[_View]) -> Iterator[Candidates]:
         """For each view, the masks that are stable, have an allowed size and are not cut off by the crop's edge."""
