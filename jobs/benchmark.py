@@ -2,6 +2,7 @@
 
     python jobs/benchmark.py decoder             samray's decoder and the published one: 64 prompts, one process
     python jobs/benchmark.py generator           all masks of an image, by samray (also in bfloat16) and its peers
+    python jobs/benchmark.py tiles PHOTOS        scoring and run lengths in open tiles only, and of whole masks
     python jobs/benchmark.py decode PHOTOS       JPEG decoding by Pillow and others, and whether pixels agree
     python jobs/benchmark.py memory              peak memory of the mask generator on one 12-megapixel image
     python jobs/benchmark.py pipeline PHOTOS     `samray.label` and the bare MaskGenerator on the same images
@@ -34,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import samray  # noqa: E402
-from jobs.benchmarks import compare, outputs, peers, phrases, pretraining, starting, training  # noqa: E402
+from jobs.benchmarks import compare, outputs, peers, phrases, pretraining, starting, tiling, training  # noqa: E402
 from jobs.benchmarks.measuring import measure, timed  # noqa: E402
 from samray.config import load_config  # noqa: E402
 from samray.inputs.decode import decode_image  # noqa: E402
@@ -257,6 +258,13 @@ def main() -> int:
         "--dtype", default="float32", choices=["float32", "bfloat16"], help="for samray; peers use their defaults"
     )
     sub.add_argument("--stages", action="store_true", help="also measure samray's stages and FLOP")
+    sub = commands.add_parser("tiles")
+    sub.add_argument("photos", type=Path)
+    sub.add_argument("--model", dest="model_name", default="tiny", choices=list(MODELS))
+    sub.add_argument("--image-hw", nargs=2, type=int, default=(1500, 2250), metavar=("H", "W"))
+    sub.add_argument("--num-images", type=int, default=6)
+    sub.add_argument("--points", type=int, default=24, help="points per side")
+    sub.add_argument("--rounds", type=int, default=3)
     sub = commands.add_parser("memory")
     sub.add_argument("--model", dest="model_name", default="vit_b", choices=list(MODELS))
     sub.add_argument("--megapixels", type=float, default=12.0)
@@ -310,6 +318,7 @@ def main() -> int:
         "decode": decode,
         "generator": compare.generator,
         "memory": memory,
+        "tiles": tiling.tiling,
         "pipeline": pipeline,
         "export": outputs.export,
         "report": outputs.report,

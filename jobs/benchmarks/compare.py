@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +78,22 @@ def generator(
 
 def _benchmark_images(image_hw: tuple[int, int], number: int, photos: Path | None) -> list[Any]:
     """Photographs resized to the given size; without any, seeded coloured patches."""
-    import numpy as np
-    from PIL import Image
-
     from jobs.benchmarks.weights import blobs
 
     if photos is None:
         return [blobs(seed, image_hw) for seed in range(number)]
+    return list(photographs(photos, image_hw, number))
+
+
+def photographs(photos: Path, image_hw: tuple[int, int], number: int) -> Iterator[Any]:
+    """Yield photographs of a folder, resized to the given size."""
+    import numpy as np
+    from PIL import Image
+
     files = sorted(p for p in photos.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))[:number]
     size = (image_hw[1], image_hw[0])
-    return [np.asarray(Image.open(file).convert("RGB").resize(size, Image.Resampling.BICUBIC)) for file in files]
+    for file in files:
+        yield np.asarray(Image.open(file).convert("RGB").resize(size, Image.Resampling.BICUBIC))
 
 
 def _make_job(folder: Path, name: str, images: list[Any], checkpoint: str | None, dtype: str) -> dict[str, Any]:

@@ -29,17 +29,15 @@ from samray.masks.crops import Crop, make_crops, touches_crop_edge
 from samray.masks.executor import InlineExecutor
 from samray.masks.images import check_images
 from samray.masks.nms import box_nms
+from samray.masks.pixels import measure, run_lengths
 from samray.masks.points import Float64, point_grids
 from samray.masks.records import Mask, apply_limits, to_record, wanted_areas
 from samray.masks.regions import remove_small_regions
-from samray.masks.scores import MASK_THRESHOLD, above, areas, mask_boxes, stability_scores
-from samray.masks.windows import upsample_occupied
 from samray.rle import encode as rle
 from samray.rle.encode import Counts
 from samray.rle.records import MaskRecord
 from samray.rle.runs import slices_of
 from samray.sam.frames import Frame, Resized, frame_of
-from samray.sam.kernels import enabled
 from samray.sam.sam import Decoded, Sam
 from samray.sam.transformer import ImageTokens
 
@@ -52,6 +50,8 @@ STAGES = ("preprocess", "encode", "decode", "score", "nms", "rle")
 # their page faults cost more than the arithmetic.
 _CPU_PIXEL_BYTES = 8 * 2**20
 _GPU_PIXEL_BYTES = 512 * 2**20
+# Masks of an image whose run lengths are computed together.
+_FINISHED_AT_ONCE = 16
 # Input pixels encoded together.
 _CPU_ENCODE_PIXELS = 1024**2
 _GPU_ENCODE_PIXELS = 16 * 1024**2
@@ -215,12 +215,7 @@ class MaskGenerator:
         prompt_index = decoded.prompt_index.cpu().numpy()
         of_views = slices_of(view_of_prompt[prompt_index], len(views))
         points_of_masks = np.concatenate(points)[prompt_index]  # (K, 2)
-        measured = [
-            self._measure(batch, view.crop)
-            for view, rows in zip(views, of_views, strict=True)
-            for batch in decoded.logits[rows].split(self._masks_at_once(view.crop))
-            if len(batch)
-        ]
+        measured = [self._measure(decoded.logits[rows], view.crop) for view, rows in zip(views, of_views, strict=True)]
         numbers = torch.cat(measured).cpu().numpy() if measured else np.zeros((0, 6))  # one copy off the device
         predicted_iou = decoded.iou.cpu().numpy()
         for view, rows in zip(views, of_views, strict=True):
@@ -254,20 +249,7 @@ class MaskGenerator:
     def _measure(self, logits: Tensor, crop: Crop) -> Tensor:
         """Low-res logits (M, 4h, 4w) to (M, 6) float64: stability score, area, box xyxy in the crop (inclusive)."""
         offset = self.config.stability_score_offset
-        side, inside_hw = self.frame.mask_steps(logits.shape[-1], crop.hw)
-        if enabled(logits.device):
-            from samray.sam.kernels.measure import measure
-
-            return measure(logits, side, inside_hw, crop.hw, MASK_THRESHOLD, offset)
-        if self._masks_at_once(crop) == 1:  # in a large image most pixels are far from a single mask
-            lowest = MASK_THRESHOLD - offset
-            (x0, y0), upscaled = upsample_occupied(logits, lowest, side, inside_hw, crop.hw)
-        else:
-            (x0, y0), upscaled = (0, 0), self.frame.masks_out(logits, crop.hw)
-        masks = above(upscaled, MASK_THRESHOLD)  # (M, h', w')
-        boxes = mask_boxes(masks) + torch.tensor([x0, y0, x0, y0], device=masks.device)
-        columns = [stability_scores(upscaled, MASK_THRESHOLD, offset), areas(masks), *boxes.T]
-        return torch.stack([column.double() for column in columns], dim=1)
+        return measure(self.frame, logits, crop.hw, offset, self._masks_at_once(crop))
 
     # --- one image: no duplicates across crops, then pixels for the kept ----------------------------------------------
 
@@ -297,7 +279,8 @@ class MaskGenerator:
         finished: dict[int, Mask] = {}
         for crop_index in np.unique(candidates.crop_index):  # masks of one crop have one size
             crop, rows = crops[crop_index], np.flatnonzero(candidates.crop_index == crop_index)
-            num = self._masks_at_once(crop)
+            # Few, because their logits are copied.
+            num = max(self._masks_at_once(crop), 1 if self.frugal else _FINISHED_AT_ONCE)
             for batch in np.split(rows, range(num, len(rows), num)):
                 runs = self._runs(torch.stack(candidates[batch].logits), crop, image_hw)
                 for row, (counts, was_cleaned) in zip(batch.tolist(), runs, strict=True):
@@ -313,21 +296,12 @@ class MaskGenerator:
 
     def _runs(self, logits: Tensor, crop: Crop, image_hw: tuple[int, int]) -> list[tuple[Counts, bool]]:
         """Run lengths in the image frame for a few low-res logits (M, 4h, 4w), and whether each mask was cleaned."""
-        pixels = above(self.frame.masks_out(logits, crop.hw), MASK_THRESHOLD)
-        boxes = mask_boxes(pixels).cpu().numpy()
-        (x0, y0), (x1, y1) = boxes[:, :2].min(axis=0).tolist(), boxes[:, 2:].max(axis=0).tolist()
-        pixels = pixels[:, y0 : y1 + 1, x0 : x1 + 1]  # the rest is outside of all boxes
-        origin_xy = (crop.x0 + x0, crop.y0 + y0)
-        runs = [(counts, False) for counts in rle.encode_masks(pixels, origin_xy, image_hw)]
-        if self.config.min_mask_region_area > 0:
-            for i, mask in enumerate(pixels.cpu().numpy()):
-                box_xyxy = boxes[i] + np.array([crop.x0, crop.y0, crop.x0, crop.y0])
-                left, top, right, bottom = (boxes[i] - np.array([x0, y0, x0, y0])).tolist()
-                within = mask[top : bottom + 1, left : right + 1]
-                cleaned = remove_small_regions(within, box_xyxy, image_hw, self.config.min_mask_region_area)
-                if cleaned is not None:
-                    runs[i] = rle.encode_array(cleaned), True
-        return runs
+        origin_xy, min_area = (crop.x0, crop.y0), self.config.min_mask_region_area
+        runs = run_lengths(self.frame, logits, crop.hw, origin_xy, image_hw, self._masks_at_once(crop))
+        if min_area == 0:
+            return [(counts, False) for counts in runs]
+        cleaned = [remove_small_regions(counts, image_hw, min_area) for counts in runs]
+        return [(old if new is None else new, new is not None) for old, new in zip(runs, cleaned, strict=True)]
 
     # --- sizes and times ----------------------------------------------------------------------------------------------
 

@@ -1,69 +1,100 @@
-"""Remove small holes and islands, without OpenCV and without touching pixels far from the mask."""
+"""Remove small holes and islands from run lengths: no pixels, and no OpenCV."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
-Bool = npt.NDArray[np.bool_]
-Int = npt.NDArray[np.signedinteger[Any]]
-_EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
+from samray.rle import encode as rle
+from samray.rle.encode import Counts
+
+Int = npt.NDArray[np.int64]
 
 
-def remove_small_regions(mask: Bool, box_xyxy: npt.ArrayLike, image_hw: tuple[int, int], min_area: int) -> Bool | None:
+def remove_small_regions(counts: Counts, image_hw: tuple[int, int], min_area: int) -> Counts | None:
     """Fill holes, then drop islands, smaller than min_area pixels; both 8-connected.
 
-    mask: (y1 - y0 + 1, x1 - x0 + 1) bool, the part of the mask within its box; box_xyxy: (4,), inclusive. Every
-    background region counts as a hole, even at the image border. If all islands are small, the largest one is kept.
-    Returns the (H, W) mask of the whole image, or None if nothing is small (no change).
+    counts: the run lengths of a mask, with at least one pixel. Every background region counts as a hole, even at the
+    image border. If all islands are small, the largest one is kept. Returns None if nothing is small (no change).
     Source: `segment_anything.utils.amg.remove_small_regions`, with the same result. If all islands are small and
     equally large, keeps the first in reading order (the reference's choice depends on OpenCV's labelling).
     """
-    x0, y0, x1, y1 = (int(v) for v in np.asarray(box_xyxy))
     height, width = image_hw
-    # Around its box the mask is 0: the area above, below, left and right is represented by one row or column each,
-    # weighted by the pixels it represents. Connections and sizes are those of the whole image.
-    rows = np.array([y0, *[1] * (y1 - y0 + 1), height - 1 - y1])
-    cols = np.array([x0, *[1] * (x1 - x0 + 1), width - 1 - x1])
-    framed = np.pad(mask, 1)[np.ix_(rows > 0, cols > 0)]
-    rows, cols = rows[rows > 0], cols[cols > 0]
-
+    islands = _Pieces.of(*rle.runs(counts), height)
+    holes = _Pieces.of(*rle.runs(np.append(0, counts)), height)
     # Holes first, as in the reference: an island inside of a filled hole is then a part of the mask.
-    filled = _fill_holes(framed, rows, cols, min_area)
-    cleaned = _drop_islands(framed if filled is None else filled, rows, cols, min_area)
-    result = filled if cleaned is None else cleaned
-    # Back to the image's size: a row or column as often as the pixels that it represents.
-    return None if result is None else result.repeat(rows, axis=0).repeat(cols, axis=1)
+    is_small = holes.sizes() < min_area
+    filled = None
+    if is_small.any():
+        fill = is_small[holes.labels]
+        starts = np.concatenate([islands.starts, holes.starts[fill]])
+        ends = np.concatenate([islands.ends, holes.ends[fill]])
+        filled = rle.encode_runs(starts, ends, height * width)
+        islands = _Pieces.of(*rle.runs(filled), height)
+    sizes = islands.sizes()
+    is_large = sizes >= min_area
+    if is_large.all():
+        return filled
+    if not is_large.any():
+        largest = np.flatnonzero(sizes == sizes.max())
+        is_large[largest[islands.first_in_reading_order(width)[largest].argmin()]] = True
+    kept = is_large[islands.labels]
+    return rle.encode_runs(islands.starts[kept], islands.ends[kept], height * width)
 
 
-def _fill_holes(mask: Bool, rows: Int, cols: Int, min_area: int) -> Bool | None:
-    labels, sizes = _label(~mask, rows, cols)
-    small = sizes < min_area
-    small[0] = False  # the mask itself
-    return mask | small[labels] if small.any() else None
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """The runs of a mask, cut where columns end, with the region that each belongs to."""
+
+    starts: Int
+    """(P,) column-major positions, ascending."""
+    ends: Int
+    """(P,) exclusive."""
+    height: int
+    labels: Int
+    """(P,) number of the region, 8-connected."""
+
+    @classmethod
+    def of(cls, starts: Int, ends: Int, height: int) -> _Pieces:
+        """starts, ends: of runs as from `rle.runs`."""
+        starts, ends = starts[ends > starts], ends[ends > starts]
+        column = starts // height
+        num = (ends - 1) // height - column + 1  # columns of each run
+        run = np.repeat(np.arange(len(num)), num)
+        column = column[run] + np.arange(len(run)) - (num.cumsum() - num)[run]
+        starts = np.maximum(starts[run], column * height)
+        ends = np.minimum(ends[run], (column + 1) * height)
+        return cls(starts, ends, height, _labels(column, starts - column * height, ends - column * height, height))
+
+    def sizes(self) -> Int:
+        """Pixels of each region."""
+        return np.bincount(self.labels, weights=self.ends - self.starts).astype(np.int64)
+
+    def first_in_reading_order(self, width: int) -> Int:
+        """Of each region, the row-major position of its first pixel."""
+        column, row = np.divmod(self.starts, self.height)
+        first = np.full(self.labels.max() + 1, self.height * width)
+        np.minimum.at(first, self.labels, row * width + column)
+        return first
 
 
-def _drop_islands(mask: Bool, rows: Int, cols: Int, min_area: int) -> Bool | None:
-    labels, sizes = _label(mask, rows, cols)
-    large = sizes >= min_area
-    large[0] = False  # the background
-    num_large = np.count_nonzero(large)
-    if num_large == len(sizes) - 1:
-        return None
-    if num_large == 0:
-        # argmax takes the first of equals.
-        large[1 + np.argmax(sizes[1:])] = True
-    kept: Bool = large[labels]
-    return kept
-
-
-def _label(mask: Bool, rows: Int, cols: Int) -> tuple[Int, Int]:
-    """Regions of 1, numbered from 1 in reading order, and each label's size in pixels (label 0: outside the mask)."""
-    labels, num = ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)
-    # Pixels that each cell of the frame represents.
-    weights = np.multiply.outer(rows, cols).ravel()
-    sizes = np.bincount(labels.ravel(), weights=weights, minlength=num + 1)
-    return labels, sizes.astype(np.int64)
+def _labels(column: Int, first: Int, end: Int, height: int) -> Int:
+    """Number the 8-connected regions of vertical pieces, rows `first` to `end` (exclusive), ordered by position."""
+    if len(column) == 0:
+        return column
+    # One number orders columns and rows, with a row to spare at both ends of a column.
+    stride = height + 2
+    top, bottom = column * stride + first + 1, column * stride + end
+    # Pieces of the next column from one row above to one row below.
+    begin = np.searchsorted(bottom, top + stride - 1)
+    stop = np.searchsorted(top, bottom + stride + 1, side="right")
+    num = np.maximum(stop - begin, 0)
+    piece = np.repeat(np.arange(len(num)), num)
+    neighbour = begin[piece] + np.arange(len(piece)) - (num.cumsum() - num)[piece]
+    touching = coo_array((np.ones(len(piece), dtype=bool), (piece, neighbour)), shape=(len(num), len(num)))
+    labels: Int = connected_components(touching, directed=False)[1].astype(np.int64)
+    return labels

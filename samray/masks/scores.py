@@ -37,8 +37,11 @@ def stability_scores(logits: Tensor, threshold: float, offset: float) -> Tensor:
     logits: (M, H, W) float, unthresholded. Returns (M,) float32 in [0, 1]; 0 if the lower cut is empty (the
     reference gives NaN). One cut contains the other, so the IoU is a ratio of areas. Source: SAM paper, section 5.
     """
-    upper = areas(above(logits, threshold + offset))
-    lower = areas(above(logits, threshold - offset))
+    return stability_of(areas(above(logits, threshold + offset)), areas(above(logits, threshold - offset)))
+
+
+def stability_of(upper: Tensor, lower: Tensor) -> Tensor:
+    """The stability scores of masks with these areas above the upper and the lower cut."""
     # 0 / 1 if the lower cut is empty, because the upper one is empty, too.
     return upper / lower.clamp(min=1)
 

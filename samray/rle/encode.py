@@ -6,6 +6,8 @@ on runs, which limits how many masks of a large image are in memory.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -13,7 +15,6 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from samray.rle.records import Rle
-from samray.rle.runs import slices_of
 
 Counts = npt.NDArray[np.int64]
 
@@ -25,8 +26,6 @@ def encode_masks(masks: Tensor, origin_xy: tuple[int, int], image_hw: tuple[int,
     W.
     """
     num, h, w = masks.shape
-    height, width = image_hw
-    x0, y0 = origin_xy
     # Pad every column with 0 above and below: its changes then alternate between starts and ends of runs.
     columns = torch.zeros((num, w, h + 2), dtype=torch.bool, device=masks.device)
     columns[:, :, 1:-1] = masks.transpose(1, 2)
@@ -35,14 +34,38 @@ def encode_masks(masks: Tensor, origin_xy: tuple[int, int], image_hw: tuple[int,
     flat = np.flatnonzero(changed.numpy()) if on_cpu else changed.nonzero()[:, 0].cpu().numpy()
     # Which mask, column and boundary between two pixels each change is; then its position in the image.
     index, column, row = flat // (w * (h + 1)), flat // (h + 1) % w, flat % (h + 1)
-    position = (column + x0) * height + row + y0
+    return encode_changes(index, column, row, num, origin_xy, image_hw)
+
+
+def encode_changes(
+    mask: Counts, column: Counts, row: Counts, num: int, origin_xy: tuple[int, int], image_hw: tuple[int, int]
+) -> list[Counts]:
+    """Run lengths of masks that cover a window of the image, from the pixels at which they change.
+
+    mask, column, row: (C,) in any order: which of the num masks, and where in the window a pixel differs from the one
+    above it in its column. Outside the window everything is 0, so that below its last row there may be a change, too.
+    Returns num arrays, each with the sum H * W.
+    """
+    (x0, y0), (height, width) = origin_xy, image_hw
+    # One number orders masks, columns and rows. Each mask has one position more than pixels: the end.
+    each = height * width + 1
+    position = np.sort(mask * each + (column + x0) * height + row + y0)
     # A run at the end of a column and one at the start of the next are the same run: both changes cancel.
     cancel = np.zeros(len(position) + 1, dtype=bool)
-    cancel[1:-1] = (position[1:] == position[:-1]) & (index[1:] == index[:-1])
-    keep = ~(cancel[1:] | cancel[:-1])
-    index, position = index[keep], position[keep]
-    # `nonzero` is in ascending order, so each mask's changes are one slice.
-    return [_counts(position[own], height * width) for own in slices_of(index, num)]
+    cancel[1:-1] = position[1:] == position[:-1]
+    position = position[~(cancel[1:] | cancel[:-1])]
+    bounds = np.searchsorted(position, np.arange(num + 1) * each)
+    return [
+        _counts(position[first:last] - i * each, height * width) for i, (first, last) in enumerate(pairwise(bounds))
+    ]
+
+
+def encode_runs(starts: Counts, ends: Counts, num_pixels: int) -> Counts:
+    """Run lengths of runs of 1 that do not overlap, in any order; ends are exclusive."""
+    starts, ends = np.sort(starts), np.sort(ends)
+    apart = np.ones(len(starts) + 1, dtype=bool)
+    apart[1:-1] = starts[1:] > ends[:-1]
+    return _counts(np.stack([starts[apart[:-1]], ends[apart[1:]]], axis=1).ravel(), num_pixels)
 
 
 def encode_array(mask: npt.NDArray[np.bool_]) -> Counts:

@@ -10,6 +10,7 @@ from pycocotools import mask as coco_mask
 
 from samray.masks.regions import remove_small_regions
 from samray.rle import encode as rle
+from samray.rle.runs import pixels
 
 Bool = NDArray[np.bool_]
 
@@ -97,10 +98,12 @@ def plain_clean(mask: Bool, min_area: int) -> tuple[Bool, bool]:
 
 
 def ours(mask: Bool, min_area: int) -> Bool | None:
-    y, x = np.nonzero(mask)
-    box = [x.min(), y.min(), x.max(), y.max()]
-    within = mask[box[1] : box[3] + 1, box[0] : box[2] + 1]
-    return remove_small_regions(within, box, (mask.shape[0], mask.shape[1]), min_area)
+    hw = (mask.shape[0], mask.shape[1])
+    counts = remove_small_regions(rle.encode_array(mask), hw, min_area)
+    if counts is None:
+        return None
+    assert counts.tolist() == rle.encode_array(pixels(counts, hw)).tolist(), "the shortest form"
+    return pixels(counts, hw)
 
 
 def region_cases() -> list[tuple[Bool, int]]:
