@@ -47,13 +47,15 @@ def measure(frame: Frame, logits: Tensor, hw: tuple[int, int], offset: float, at
 
 def measure_whole(frame: Frame, logits: Tensor, hw: tuple[int, int], offset: float, at_once: int) -> Tensor:
     """`measure` on the pixels of whole masks, or on a GPU in one kernel."""
+    if len(logits) == 0:
+        return torch.zeros(0, 6, dtype=torch.float64, device=logits.device)
     side, inside_hw = frame.mask_steps(logits.shape[-1], hw)
     if enabled(logits.device):
         from samray.sam.kernels.measure import measure as by_kernel
 
         return by_kernel(logits, side, inside_hw, hw, MASK_THRESHOLD, offset)
     measured = []
-    for part in logits.split(at_once) if len(logits) else []:
+    for part in logits.split(at_once):
         if at_once == 1:  # in a large image most pixels are far from a single mask
             lowest = MASK_THRESHOLD - offset
             (x0, y0), upscaled = upsample_occupied(part, lowest, side, inside_hw, hw)
@@ -63,7 +65,7 @@ def measure_whole(frame: Frame, logits: Tensor, hw: tuple[int, int], offset: flo
         boxes = mask_boxes(masks) + torch.tensor([x0, y0, x0, y0], device=masks.device)
         columns = [stability_of(areas(upper), areas(lower)), areas(masks), *boxes.T]
         measured.append(torch.stack([column.double() for column in columns], dim=1))
-    return torch.cat(measured) if measured else torch.zeros(0, 6, dtype=torch.float64, device=logits.device)
+    return torch.cat(measured)
 
 
 def run_lengths(
