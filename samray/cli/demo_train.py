@@ -60,8 +60,10 @@ class Rounds:
 
     num_images: int = 12
     num_heldout: int = 6
-    steps: int = 24
-    training: tuple[str, ...] = ("train.learning_rate=1e-3", "train.warmup_steps=5", "train.ema_decay=0.9")
+    steps: int = 40
+    training: tuple[str, ...] = (
+        "train.batch_size=3", "train.learning_rate=1e-3", "train.warmup_steps=5", "train.ema_decay=0.9",
+    )  # fmt: skip
     """Further settings of `samray train`; those of a short training are chosen to learn much in few steps."""
 
 
