@@ -6,7 +6,7 @@
     python jobs/benchmark.py decode PHOTOS       JPEG decoding by Pillow and others, and whether pixels agree
     python jobs/benchmark.py memory              peak memory of the mask generator on one 12-megapixel image
     python jobs/benchmark.py pipeline PHOTOS     `samray.label` and the bare MaskGenerator on the same images
-    python jobs/benchmark.py phrases             finding the boxes of 1, 10 and 100 phrases, by Grounding DINO
+    python jobs/benchmark.py phrases             finding 1, 10 and 100 phrases, by Grounding DINO or SAM 3
     python jobs/benchmark.py start               seconds until `samray.label` has labelled one image
     python jobs/benchmark.py export              memory and seconds of `samray.export`, killed half-way and resumed
     python jobs/benchmark.py report              seconds, memory and page size of `samray report` on 100,000 images
@@ -298,6 +298,7 @@ def main() -> int:
     sub = commands.add_parser("start")
     sub.add_argument("--rounds", type=int, default=3)
     sub = commands.add_parser("phrases")
+    sub.add_argument("--by", choices=["grounding_dino", "sam3"], default="grounding_dino")
     sub.add_argument("--numbers", nargs="+", type=int, default=[1, 10, 100])
     sub.add_argument("--rounds", type=int, default=3)
     sub.add_argument("--image-hw", nargs=2, type=int, default=(800, 1200), metavar=("H", "W"))

@@ -22,6 +22,8 @@ from samray.errors import ConfigError, SamrayError
 from samray.text import count, two_columns
 
 if TYPE_CHECKING:
+    import torch
+
     from samray.config import Config
     from samray.evaluate.confusion import Confusion
     from samray.evaluate.failures import Failures
@@ -77,7 +79,7 @@ def instances(
     """
     from samray.evaluate.pictures import confusion_picture, picture_format
     from samray.evaluate.regions import RegionData
-    from samray.sam.checkpoints import load_model
+    from samray.sam.checkpoints import choose_device, load_model
 
     if masks is not None and (settings or preset):
         raise ConfigError("--masks judges masks that exist, so settings and --preset do not apply: leave them out")
@@ -85,12 +87,12 @@ def instances(
     kind = picture_format(picture) if picture else ""
     images = RegionData(data, limit, with_pixels=masks is None)
     output = None if masks is None else RegionData(masks, with_pixels=False)
-    model = None
-    if output is None:
-        own = config.model
+    model, own = None, config.model
+    if output is None and config.labels.needs_sam:
         model = load_model(own.name, own.checkpoint, own.device, own.dtype)
     with _bar(len(images), not no_progress) as on_image:
-        figures, confusion, failures = _judge(images, output, model, config, max_masks, on_image)
+        by = model or choose_device(own.device)
+        figures, confusion, failures = _judge(images, output, by, config, max_masks, on_image)
     _check_any(figures, failures, images.where)
     if json != "-":
         _print(figures, confusion, failures)
@@ -103,7 +105,7 @@ def instances(
 def _judge(
     images: RegionData,
     output: RegionData | None,
-    model: Sam | None,
+    model: Sam | torch.device,
     config: Config,
     max_masks: int,
     on_image: Callable[[Failures], None],
@@ -116,7 +118,6 @@ def _judge(
     if output is not None:
         pairs, failures = matched(images, output, on_image)
     else:
-        assert model is not None
         settings = config.model_dump(mode="json", include={"masks", "labels"})
         pairs, failures = labelled(generator_of(model, config), images, on_image)
     figures, confusion = evaluate_instances(pairs, max_masks=max_masks)

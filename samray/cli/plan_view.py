@@ -102,12 +102,9 @@ def _print(
     checkpoint_sha256: str | None,
     num_images: int,
 ) -> None:
-    model = f"{config.model.name}, {config.model.checkpoint or 'its own weights'}"
-    if checkpoint_sha256:
-        model += f" (SHA-256 {checkpoint_sha256[:12]}...)"
     rows = [
         *rows,
-        ("model", model),
+        *_model(config, checkpoint_sha256),
         *masks,
         *cost_rows(config, num_images),
         ("runs on", _where(config)),
@@ -117,6 +114,16 @@ def _print(
     for name, value in rows:
         table.add_row(f"[bold]{name}[/bold]", escape(storage.redact(value)))
     Console(stderr=True, highlight=False).print(table, soft_wrap=True)
+
+
+def _model(config: Config, checkpoint_sha256: str | None) -> list[tuple[str, str]]:
+    """The SAM that makes the masks, if one does."""
+    if not config.labels.needs_sam:
+        return []
+    model = f"{config.model.name}, {config.model.checkpoint or 'its own weights'}"
+    if checkpoint_sha256:
+        model += f" (SHA-256 {checkpoint_sha256[:12]}...)"
+    return [("model", model)]
 
 
 def cost_rows(config: Config, num_images: int) -> list[tuple[str, str]]:
@@ -140,7 +147,7 @@ def cost_rows(config: Config, num_images: int) -> list[tuple[str, str]]:
             rows.append(("time", words))
         elif prompts > _MANY_PROMPTS:
             rows.append(("WARNING", f"{count(prompts, 'prompt')} per image take long on any GPU; SA-1B used 3,072"))
-    if config.model.checkpoint is None:
+    if config.labels.needs_sam and config.model.checkpoint is None:
         from samray.sam.checkpoints import list_models
 
         missing = [row for row in list_models() if row.name == config.model.name and row.present is None]

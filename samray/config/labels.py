@@ -21,9 +21,14 @@ class Way:
     inputs: str
     """Called with the `LabelsConfig` in the driver, before anything is written; see `samray.labels.ways.Inputs`."""
     builder: str
-    """Called with the model, the `Config` and the inputs in each actor; returns a mask generator."""
+    """Called with the model (the device, if it needs no SAM), the `Config` and the inputs in each actor; returns a mask
+    generator."""
     needs: tuple[str, ...]
     """Settings that must be given."""
+    thresholds: tuple[str, ...] = ("score_thresh",)
+    """Settings that give more masks if they are lowered."""
+    needs_sam: bool = True
+    """Whether `model.name` makes the masks. If not, the way's own network does, and no SAM is loaded."""
     names_grid: bool = False
     """Whether it finds all masks, as without names, and then names them."""
     network: str | None = None
@@ -40,7 +45,15 @@ WAYS: Final[Mapping[str, Way]] = {
         inputs="samray.labels.grounding_dino:read_inputs",
         builder="samray.labels.grounding_dino:build_generator",
         needs=("phrases",),
+        thresholds=("score_thresh", "text_thresh"),
         network="IDEA-Research/grounding-dino-tiny",
+    ),
+    "sam3": Way(
+        inputs="samray.labels.sam3:read_inputs",
+        builder="samray.labels.sam3:build_generator",
+        needs=("phrases",),
+        needs_sam=False,
+        network="facebook/sam3",
     ),
     "clip": Way(
         inputs="samray.labels.clip:read_inputs",
@@ -75,7 +88,7 @@ class LabelsConfig(Settings):
 
     section: ClassVar[str] = "labels"
     by: WayName | None = None
-    """null: masks without names; example: what it shows; grounding_dino: what phrases name; clip: all masks, named."""
+    """null: masks without names; example: what it shows; grounding_dino, sam3: what phrases name; clip: all, named."""
     phrases: str | tuple[str, ...] | None = None
     """Names to look for: a list, as in [cat,fire hydrant], or a text file with one per line: a path or URI."""
     example: str | None = None
@@ -87,7 +100,7 @@ class LabelsConfig(Settings):
     design: DesignName = "persam"
     """How to look for the example's class, see the guide "One example"."""
     score_thresh: float | None = Field(default=None, ge=-2, le=2)
-    """Least similarity (persam), box score (grounding_dino; null: 0.3) or probability of a name (clip; null: 0.5)."""
+    """Least similarity (persam), score (grounding_dino; null: 0.3; sam3: 0.5) or probability of a name (clip: 0.5)."""
     text_thresh: float = Field(default=0.25, ge=0, le=1)
     """grounding_dino: least score of the box's phrase; lower it with score_thresh."""
     nms_thresh: float = Field(default=0.8, ge=0, le=1)
@@ -163,6 +176,11 @@ class LabelsConfig(Settings):
         count by content, which the pipeline adds."""
         others = _NOT_IN_FIRST_VERSION if self.is_first_version else {"block"}
         return self.model_dump(mode="json", exclude={*_BY_CONTENT, "first_version", *others})
+
+    @property
+    def needs_sam(self) -> bool:
+        """Whether the model of `model.name` makes the masks."""
+        return self.by is None or WAYS[self.by].needs_sam
 
     @property
     def finds_all(self) -> bool:

@@ -136,8 +136,9 @@ class MaskConfig(Settings):
             )
         return self
 
-    def for_model(self, name: str) -> MaskConfig:
-        """These settings, with the defaults of that model for every setting that the user did not give.
+    def for_model(self, name: str | None) -> MaskConfig:
+        """These settings, with the defaults of that model for every setting that the user did not give; None: those of
+        the reference.
 
         Those stay marked as not given: a later `for_model` with another name replaces them again. Raises SettingsError
         if a given setting does not fit the model's defaults.
@@ -149,10 +150,10 @@ class MaskConfig(Settings):
 
 
 @cache
-def model_masks(name: str) -> Mapping[str, Any]:
+def model_masks(name: str | None) -> Mapping[str, Any]:
     """The mask settings in which a model differs from the reference, from the preset of its family or its own."""
     preset = (MODELS[name].masks_preset if name in MODELS else None) or name
-    return load_yaml_file(preset_path(preset))["masks"] if preset in preset_names() else {}
+    return load_yaml_file(preset_path(preset))["masks"] if preset is not None and preset in preset_names() else {}
 
 
 _FORMER_MASKS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
@@ -230,7 +231,7 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _masks_follow_the_model(self) -> Config:
-        self.__dict__["masks"] = self.masks.for_model(self.model.name)  # frozen, but not in use yet
+        self.__dict__["masks"] = self.masks.for_model(self.sam_name)  # frozen, but not in use yet
         return self
 
     @model_validator(mode="after")
@@ -239,10 +240,26 @@ class Config(Settings):
             raise ValueError(f"labels.by={self.labels.by} finds masks without prompts; leave input.prompts out")
         return self
 
+    @model_validator(mode="after")
+    def _no_model_without_use(self) -> Config:
+        used = ModelConfig(device=self.model.device)
+        if not self.labels.needs_sam and self.model != used:
+            given = [key for key in ModelConfig.model_fields if getattr(self.model, key) != getattr(used, key)]
+            raise ValueError(
+                f"labels.by={self.labels.by} makes the masks with its own network (labels.checkpoint), in float32, and "
+                f"loads no other model; leave out {' and '.join(f'model.{key}' for key in given)}"
+            )
+        return self
+
+    @property
+    def sam_name(self) -> str | None:
+        """The model that makes the masks; None if `labels.by` makes them itself."""
+        return self.model.name if self.labels.needs_sam else None
+
     def default_identity(self) -> dict[str, Any]:
         """`identity` of a run of the same model with nothing else set: what a setting counts as in an older run.json
         that does not have it."""
-        plain = {"input": InputConfig(), "masks": MaskConfig().for_model(self.model.name), "output": OutputConfig()}
+        plain = {"input": InputConfig(), "masks": MaskConfig().for_model(self.sam_name), "output": OutputConfig()}
         # A run without names does not record settings of names.
         return {**self.model_copy(update=plain).identity(), "labels": LabelsConfig().identity()}
 
@@ -270,12 +287,13 @@ class Config(Settings):
         changing: the pipeline adds the SHA-256 of their content, and the settings of `labels` if they are used.
         """
         plain = self.model_dump(mode="json")
+        model = ("name", "dtype") if self.labels.needs_sam else ()
         del plain["masks"]["points_per_batch"]
         for name in ("prompts", "allow_outside", "decode_timeout_s"):
             del plain["input"][name]
         return {
             "input": plain["input"],
-            "model": {key: plain["model"][key] for key in ("name", "dtype")},
+            "model": {key: plain["model"][key] for key in model},
             "masks": plain["masks"],
             "output": {"images_per_shard": plain["output"]["images_per_shard"]},
         }

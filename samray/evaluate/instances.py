@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -62,10 +63,12 @@ class Judged:
 Pair = tuple[RegionImage, Masks]
 
 
-def generator_of(model: Sam, config: Config) -> MaskSource:
-    """The generator that `samray label` would use: with names if labels.by is set. Raises: ConfigError."""
+def generator_of(model: Sam | torch.device, config: Config) -> MaskSource:
+    """The generator that `samray label` would use: with names if labels.by is set. model: the device, if it needs no
+    SAM. Raises: ConfigError."""
     inputs = read_inputs(config)
     if inputs is None:
+        assert isinstance(model, Sam)
         return MaskGenerator(model, config.masks)
     generator: MaskSource = generator_maker(model, config, inputs)(None)
     return generator

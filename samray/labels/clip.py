@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from samray.errors import ConfigError
-from samray.labels.networks import load_network, loading, opened, require_transformers
+from samray.labels.networks import load_network, load_tokenizer, loading, opened, require_transformers
 from samray.labels.phrase_inputs import PhraseInputs, read_phrases_and_network
+from samray.labels.pixels import Pixels, read_settings
 from samray.labels.ways import MakeGenerator
-from samray.labels.zero_shot import DEFAULT_SCORE_THRESH, ClipNetwork, Namer, Pixels, phrase_embeddings
+from samray.labels.zero_shot import DEFAULT_SCORE_THRESH, ClipNetwork, Namer, phrase_embeddings
 from samray.masks.generator import MaskGenerator
 from samray.rle.records import MaskRecord
-from samray.storage.strict_json import parse_json
 
 if TYPE_CHECKING:
     from samray.config import Config
@@ -64,15 +63,9 @@ def load_namer(config: Config, inputs: ClipInputs, device: str | torch.device | 
     where = inputs.network.checkpoint
     with opened(inputs.network) as folder:
         model = load_network(CLIPModel, folder, where)
+        tokenizer = load_tokenizer(CLIPTokenizer, folder, where, model.config.text_config.vocab_size)
         with loading(where):
-            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-            found = parse_json((folder / "preprocessor_config.json").read_bytes())
-            numbers = Pixels.from_json(found, model.config.vision_config.image_size)
-    if len(tokenizer) > model.config.text_config.vocab_size:
-        raise ConfigError(
-            f"labels.checkpoint {where}: its tokenizer has {len(tokenizer)} tokens, but the network knows "
-            f"{model.config.text_config.vocab_size}; put the files of one network into the folder"
-        )
+            numbers = Pixels.from_json(read_settings(folder), model.config.vision_config.image_size)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     network = ClipNetwork(model.to(device), tokenizer, numbers)

@@ -19,9 +19,8 @@ prompt and image.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -39,6 +38,7 @@ from samray.labels.ways import MakeGenerator
 from samray.masks.images import check_images
 from samray.masks.nms import box_nms
 from samray.masks.records import Mask
+from samray.masks.stages import timed
 from samray.rle.records import MaskRecord
 from samray.sam.frames import frame_of
 from samray.sam.sam import Sam
@@ -282,10 +282,5 @@ class GroundedGenerator:
                     label_score=float(boxes.scores[i]),
                 )
 
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        self.stage_seconds[name] += time.perf_counter() - started
+    def _stage(self, name: str) -> AbstractContextManager[None]:
+        return timed(self.stage_seconds, name, self.model.device)

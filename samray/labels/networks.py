@@ -14,7 +14,7 @@ import os
 import re
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -40,6 +40,11 @@ _NEEDED: Final = (
 )
 """One of each must be there."""
 _HUB_NAME: Final = re.compile(r"[\w.-]+/[\w.-]+")
+_GATED: Final[Mapping[str, str]] = {
+    "facebook/sam3": "It has a licence of its own, Meta's SAM License: accept it on that page, then log in with "
+    "`hf auth login` or set HF_TOKEN on every machine",
+}
+"""Networks that the Hub gives only to those who accepted the licence: what to do."""
 _PICKLED: Final = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -60,16 +65,16 @@ def require_transformers(way: str) -> None:
         raise ConfigError(f"labels.by={way} needs the package transformers: pip install 'samray[text]'")
 
 
-def find_network(checkpoint: str, kind: str, way: str) -> Network:
-    """Locate a network, download it if needed, and check that it is of this kind.
+def find_network(checkpoint: str, kinds: tuple[str, ...], way: str) -> Network:
+    """Locate a network, download it if needed, and check that it is of one of these kinds.
 
-    checkpoint: a folder, a URI or a name on the Hub. kind: the `model_type` of its config.json. way: `labels.by`.
+    checkpoint: a folder, a URI or a name on the Hub. kinds: for `model_type` in its config.json. way: `labels.by`.
     Raises: ConfigError that says which files to put where, StorageError.
     """
     require_transformers(way)
     folder = locate(checkpoint)
     _check_files(folder, checkpoint)
-    _check_settings(folder, checkpoint, kind, way)
+    _check_settings(folder, checkpoint, kinds, way)
     # A relative path means another folder where the actors run.
     is_given_folder = storage.is_local(checkpoint) and Path(storage.normalize(checkpoint)) == folder
     return Network(str(folder) if is_given_folder else checkpoint, digest(folder))
@@ -125,6 +130,18 @@ def load_network(cls: Any, folder: Path, origin: str) -> Any:
     return network.eval().requires_grad_(False)
 
 
+def load_tokenizer(cls: Any, folder: Path, origin: str, vocab_size: int) -> Any:
+    """A network's tokenizer. cls: its class. vocab_size: tokens that the network knows. Raises: as `load_network`."""
+    with loading(origin):
+        tokenizer = cls.from_pretrained(folder, local_files_only=True)
+    if len(tokenizer) > vocab_size:
+        raise ConfigError(
+            f"{_name(origin)}: its tokenizer has {len(tokenizer)} tokens, but the network knows {vocab_size}; put the "
+            "files of one network into the folder"
+        )
+    return tokenizer
+
+
 @contextlib.contextmanager
 def loading(origin: str) -> Iterator[None]:
     """Turn whatever transformers raises about a network's file into ConfigError, without its reports and bars."""
@@ -170,7 +187,7 @@ def _from_hub(name: str) -> Path:
     except Exception as error:
         raise ConfigError(
             f"{_name(name)} is neither a folder nor can it be downloaded from Hugging Face: "
-            f"{_first_line(error)}. Get the files of https://huggingface.co/{name} elsewhere, then {_what_to_do()}"
+            f"{_first_line(error)}. {_how_to_get(name)}, then {_what_to_do()}"
         ) from error
 
 
@@ -222,16 +239,16 @@ def _refuse_without_weights(names: list[str], checkpoint: str) -> None:
     raise ConfigError(f"{_name(checkpoint)} does not have {WEIGHTS}; {_what_to_do()}")
 
 
-def _check_settings(folder: Path, checkpoint: str, kind: str, way: str) -> None:
+def _check_settings(folder: Path, checkpoint: str, kinds: tuple[str, ...], way: str) -> None:
     try:
         settings = parse_json((folder / "config.json").read_bytes())
         found = settings.get("model_type") if isinstance(settings, dict) else None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{_name(checkpoint)}: config.json cannot be read: {error}") from error
-    if found != kind:
+    if found not in kinds:
         raise ConfigError(
             f"{_name(checkpoint)} is a network of the kind {found!r} (model_type in config.json), but labels.by={way} "
-            f"needs {kind!r}"
+            f"needs {' or '.join(map(repr, kinds))}"
         )
     if (key := _names_code(settings)) is not None:
         raise ConfigError(
@@ -259,10 +276,15 @@ def _name(checkpoint: str) -> str:
     return f"{SETTING} {storage.redact(checkpoint)}"
 
 
+def _how_to_get(name: str) -> str:
+    page = f"https://huggingface.co/{name}"
+    return f"See {page}. {_GATED[name]}; or get its files" if name in _GATED else f"Get the files of {page} elsewhere"
+
+
 def _what_to_do() -> str:
     return (
         f"set {SETTING} to a folder, a path or URI that all machines read, with config.json, {WEIGHTS}, "
-        "preprocessor_config.json and tokenizer.json or vocab.txt"
+        "preprocessor_config.json or processor_config.json, and tokenizer.json, vocab.json or vocab.txt"
     )
 
 

@@ -34,12 +34,12 @@ class PhraseInputs:
         return ("network", f"{self.network.checkpoint} (SHA-256 {self.network.sha256[:12]}...)")
 
 
-def read_phrases_and_network(config: Config, kind: str) -> tuple[list[str], Network]:
-    """kind: the `model_type` that `labels.by` needs. Raises: ConfigError that names the setting, StorageError."""
+def read_phrases_and_network(config: Config, *kinds: str) -> tuple[list[str], Network]:
+    """kinds: values of `model_type` that fit `labels.by`. Raises: ConfigError that names the setting, StorageError."""
     labels = config.labels
     assert labels.by is not None
     assert labels.phrases is not None
     phrases = read_phrases(labels.phrases)
     checkpoint = labels.checkpoint or WAYS[labels.by].network
     assert checkpoint is not None
-    return phrases, find_network(checkpoint, kind, labels.by)
+    return phrases, find_network(checkpoint, kinds, labels.by)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from samray.config.labels import WAYS
 
 if TYPE_CHECKING:
+    import torch
+
     from samray.config import Config
     from samray.sam.sam import Sam
 
@@ -49,8 +51,11 @@ def labels_identity(config: Config, inputs: Inputs | None) -> dict[str, Any]:
     return {"labels": {**config.labels.identity(), **inputs.identity, "categories": inputs.categories}}
 
 
-def generator_maker(model: Sam, config: Config, inputs: Inputs) -> MakeGenerator:
-    """What creates the generators of an actor; the work that they share is done here, once."""
+def generator_maker(model: Sam | torch.device, config: Config, inputs: Inputs) -> MakeGenerator:
+    """What creates the generators of an actor; the work that they share is done here, once.
+
+    model: the device, if `labels.by` needs no SAM.
+    """
     assert config.labels.by is not None
     maker: MakeGenerator = function_named(WAYS[config.labels.by].builder)(model, config, inputs)
     return maker

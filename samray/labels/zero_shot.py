@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image as PillowImage
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from samray.labels.pixels import Pixels
 from samray.rle.records import MaskRecord
 from samray.rle.runs import bbox_xywh, checked_runs, pixels
 
@@ -48,56 +48,6 @@ CROPS_AT_ONCE: Final = 128
 _PHRASES_AT_ONCE: Final = 256
 
 Bool = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True, slots=True)
-class Pixels:
-    """How pixels get into the network, from `preprocessor_config.json`."""
-
-    size: int
-    """Side of the network's square input."""
-    resize: int
-    """Side to which a cut-out is resized; the centre of `size` is used."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    resample: PillowImage.Resampling = PillowImage.Resampling.BICUBIC
-    scale: float = 1 / 255
-
-    @classmethod
-    def from_json(cls, found: dict[str, Any], image_size: int) -> Pixels:
-        """found: the content of preprocessor_config.json. image_size: of the network. Raises: ValueError, as the end of
-        a sentence, if they do not fit together."""
-        size, resize = _side(found.get("crop_size", image_size)), _side(found.get("size", image_size))
-        if size != image_size or resize < size:
-            raise ValueError(f"crops of {size} pixels out of {resize}, but the network takes {image_size}")
-        for key in ("image_mean", "image_std"):
-            if not isinstance(found.get(key), list):
-                raise ValueError(f"preprocessor_config.json has no {key}, three numbers")
-        mean, std = (tuple(map(float, found[key])) for key in ("image_mean", "image_std"))
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"image_mean {mean} and image_std {std}: expected three numbers each, std above 0")
-        resample = PillowImage.Resampling(int(found.get("resample", 3)))
-        return cls(size, resize, mean, std, resample, float(found.get("rescale_factor", 1 / 255)))
-
-    def prepare(self, square: RGBArray) -> Tensor:
-        """(3, size, size) float32, normalised, of a square cut-out (side, side, 3) uint8."""
-        if square.shape[0] != self.resize:
-            picture = PillowImage.fromarray(square).resize((self.resize, self.resize), self.resample)
-            square = np.asarray(picture)
-        edge = (self.resize - self.size) // 2
-        inner = square[edge : edge + self.size, edge : edge + self.size].astype(np.float32) * np.float32(self.scale)
-        normalised = (inner - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
-        return torch.from_numpy(normalised).permute(2, 0, 1)
-
-
-def _side(value: Any) -> int:
-    """The side of a size as transformers writes it: a number, or an object with height and width or shortest_edge."""
-    if isinstance(value, dict):
-        sides = {value[key] for key in ("shortest_edge", "height", "width") if key in value}
-        if len(sides) != 1:
-            raise ValueError(f"the size {value}: expected a square")
-        (value,) = sides
-    return int(value)
 
 
 class ClipNetwork:

@@ -7,9 +7,8 @@ because the user asked for each mask.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import numpy as np
@@ -23,6 +22,7 @@ from samray.masks.crops import Crop
 from samray.masks.images import check_images
 from samray.masks.records import Mask, to_record
 from samray.masks.scores import MASK_THRESHOLD, above, stability_scores
+from samray.masks.stages import timed
 from samray.prompts import Prompt
 from samray.rle import encode as rle
 from samray.rle.records import MaskRecord
@@ -150,13 +150,8 @@ class PromptedGenerator:
         )
         return to_record(mask, image_hw, self.config)
 
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)  # with few prompts the cost is negligible
-        self.stage_seconds[name] += time.perf_counter() - start
+    def _stage(self, name: str) -> AbstractContextManager[None]:
+        return timed(self.stage_seconds, name, self.model.device)
 
 
 def _check(image: Image, prompts: Sequence[Prompt]) -> None:

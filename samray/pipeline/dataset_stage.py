@@ -48,7 +48,7 @@ def label_dataset(
     if config.input.prompts is not None:
         raise ConfigError("input.prompts is for samray.label: the images of a dataset have no names to match")
     if make_labeler is None:  # every actor must load the weights that this machine has
-        sha256 = checkpoint_sha256(config.model.name, config.model.checkpoint)
+        sha256 = checkpoint_sha256(config.model.name, config.model.checkpoint) if config.labels.needs_sam else None
         make_labeler = functools.partial(build_labeler, checkpoint_sha256=sha256, labels=read_inputs(config))
     is_fixed = ensure_ray(config.cluster)
     nodes, device = cluster_nodes(), config.model.device

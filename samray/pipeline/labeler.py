@@ -29,6 +29,8 @@ from samray.pipeline.report import Labelled
 from samray.rle.records import MaskRecord
 
 if TYPE_CHECKING:
+    import torch
+
     from samray.config import Config, MaskConfig
     from samray.labels.ways import Inputs
     from samray.sam.sam import Sam
@@ -301,20 +303,23 @@ def build_labeler(
     """Create the labeler of a Ray actor, which generates masks.
 
     labels: what finding masks with names needs (`samray.labels.ways.read_inputs`); None to find masks without names.
-    Raises: as `shard_labeler`.
+    Raises: as `shard_labeler`; ConfigError if the network of labels cannot be loaded.
     """
+    import torch
+
     from samray.labels.ways import generator_maker
     from samray.masks.generator import MaskGenerator
     from samray.masks.prompted import PromptedGenerator
 
     makers: dict[int, Any] = {}  # what is derived from the example is derived once per model
 
-    def make_generator(model: Sam, points_per_batch: int | None) -> MaskSource:
+    def make_generator(model: Sam | torch.device, points_per_batch: int | None) -> MaskSource:
         if labels is not None:
             if id(model) not in makers:
                 makers[id(model)] = generator_maker(model, config, labels)
             source: MaskSource = makers[id(model)](points_per_batch)
             return source
+        assert not isinstance(model, torch.device)
         masks: MaskConfig = config.masks
         # A given number of points means a retry after running out of memory.
         frugal = points_per_batch is not None
@@ -331,29 +336,30 @@ def shard_labeler(
     config: Config,
     num_threads: int,
     checkpoint_sha256: str | None,
-    make_generator: Callable[[Sam, int | None], MaskSource],
+    make_generator: Callable[[Any, int | None], MaskSource],
     make: Callable[..., ShardLabeler] = ShardLabeler,
 ) -> ShardLabeler:
     """Create a labeler with the model of config, by default on a GPU that the actor has reserved.
 
-    make_generator(model, points_per_batch), make: create its generators, and the labeler itself.
+    make_generator(model, points_per_batch), make: create its generators, and the labeler itself. model: the device if
+    the run needs no SAM (`LabelsConfig.needs_sam`).
     Raises: ConfigError if the weights do not have checkpoint_sha256, or cannot be loaded.
     """
     import torch
 
-    from samray.sam.checkpoints import load_model
+    from samray.sam.checkpoints import choose_device, load_model
 
     torch.set_num_threads(1)  # each thread labels a separate image, see ShardLabeler
-    device = config.model.device
-    if device is None and reserved_gpus() == 0:
-        device = "cpu"  # Ray does not hide GPUs from an actor without a reservation
-    model: Sam = load_model(
-        config.model.name, config.model.checkpoint, device, config.model.dtype, sha256=checkpoint_sha256
-    )
+    own = config.model
+    # Ray does not hide GPUs from an actor without a reservation.
+    device = choose_device("cpu" if own.device is None and reserved_gpus() == 0 else own.device)
+    model: Sam | torch.device = device
+    if config.labels.needs_sam:
+        model = load_model(own.name, own.checkpoint, device, own.dtype, sha256=checkpoint_sha256)
     return make(
         functools.partial(make_generator, model),
         max_pixels=config.input.max_pixels,
         decode_timeout_s=config.input.decode_timeout_s,
         num_threads=num_threads,
-        device_type=model.device.type,
+        device_type=device.type,
     )

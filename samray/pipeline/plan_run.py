@@ -38,7 +38,7 @@ class RunPlan:
     config: Config
     """The settings; in an OUTPUT of an older version, with its mask settings (`Config.as_begun`)."""
     weights: WeightsFile | None
-    """The weights that the actors will load; None if they load another model than config names."""
+    """The weights of the SAM that the actors will load; None if they load another network."""
     is_new: bool
     """Whether OUTPUT had no run before."""
     is_checked: bool
@@ -85,7 +85,7 @@ def plan_run(
 ) -> RunPlan:
     """Plan a run and write the plan to OUTPUT, or use the plan that is there.
 
-    append, redo_changed: as for `samray.label`. with_model: whether the actors load the model of config.
+    append, redo_changed: as for `samray.label`. with_model: whether the actors load the networks of config.
     dry_run: write nothing, and check neither weights nor Ray.
     Raises: ConfigError, before anything is written, if the run cannot start or differs from OUTPUT's; StorageError.
     """
@@ -99,11 +99,11 @@ def plan_run(
         config = config.as_begun(begun)
     joining = append or redo_changed
     weights = WeightsFile(config.model.name, config.model.checkpoint)
-    weights_to_load = weights if with_model else None
+    weights_to_load = weights if with_model and config.labels.needs_sam else None
     # A resuming run may have no work to do; then weights and cluster need no check.
     is_checked = not dry_run and (is_new or joining)
     if is_checked:
-        check_label(input_uri, output_uri, config, weights_to_load, is_new=is_new)
+        check_label(input_uri, output_uri, config, weights_to_load, with_model=with_model, is_new=is_new)
     if is_new and not dry_run:
         storage.check_output(output_uri)  # before listing INPUT, which may take long
     # Read once, here: it may change during the run, and its content is a part of the run's identity.
@@ -140,6 +140,8 @@ def run_identity(config: Config, weights: WeightsFile | None = None) -> dict[str
 
     weights: those of config's model, if available, to hash them only once.
     """
+    if not config.labels.needs_sam:
+        return config.identity()
     if weights is None:
         from samray.sam.checkpoints import WeightsFile
 
@@ -164,7 +166,7 @@ def _check_images(images: pa.Table, input_uri: str, prompt_file: PromptFile | No
 def _identity_of_dry_run(config: Config, begun: Mapping[str, Any] | None) -> dict[str, Any]:
     """Like `run_identity`, but with the weights of the existing run, because they may not be on this machine yet."""
     identity = config.identity()
-    if begun is not None:
+    if begun is not None and config.labels.needs_sam:
         # Taken from the run, so that comparing with it finds no difference.
         identity["model"]["checkpoint_sha256"] = begun.get("model", {}).get("checkpoint_sha256")
     return identity

@@ -17,17 +17,20 @@ if TYPE_CHECKING:
     from samray.sam.checkpoints import WeightsFile
 
 
-def check_label(input_uri: str, output_uri: str, config: Config, weights: WeightsFile | None, *, is_new: bool) -> None:
+def check_label(
+    input_uri: str, output_uri: str, config: Config, weights: WeightsFile | None, *, with_model: bool, is_new: bool
+) -> None:
     """Raises: ConfigError if a run could not start or finish: locations, disk, weights, device, Ray.
 
-    weights: those of config's model; None if the actors do not load it. is_new: whether OUTPUT has no run yet.
+    weights: those of config's SAM; None if the actors do not load it. with_model: whether they load any network of
+    config. is_new: whether OUTPUT has no run yet.
     """
     if is_new:
         check_apart(input_uri, output_uri)
     check_writable(output_uri, "_samray", "annotations")
     if weights is not None:
         weights.check()
-    check_ray(config, with_model=weights is not None)
+    check_ray(config, with_model=with_model)
 
 
 def check_fan_out(output_uri: str, ray_wanted: bool | None, address: str | None) -> None:

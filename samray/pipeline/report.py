@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from samray.config import Config, MaskConfig, setting_rows
+from samray.config.labels import WAYS
 from samray.inputs.skipped import Skipped
 from samray.output.schema import ImageRecord, reason_of
 from samray.text import cost_in_words, duration
@@ -212,11 +213,9 @@ def no_masks(num_images: int, config: Config) -> str:
     found = f"NO MASK was found in {images} labelled"
     if config.input.prompts is not None:
         return f"{found}: {config.input.prompts} has no prompts for them"
-    if config.labels.phrases is not None and not config.labels.finds_all:
-        return (
-            f"{found} for any of the phrases. Lower labels.score_thresh and labels.text_thresh, into another OUTPUT, "
-            "or use other words for the things"
-        )
+    if config.labels.by is not None and config.labels.phrases is not None and not config.labels.finds_all:
+        thresholds = " and ".join(f"labels.{key}" for key in WAYS[config.labels.by].thresholds)
+        return f"{found} for any of the phrases. Lower {thresholds}, into another OUTPUT, or use other words"
     if not config.labels.finds_all:
         return (
             f"{found} like {config.labels.example}. Look at the example and its mask; a lower labels.score_thresh"

@@ -84,7 +84,7 @@ def label_with(
 ) -> LabelReport:
     """`label`, with make_labeler(config, num_threads) to create the labeler of each actor.
 
-    with_model: whether the labeler loads the model of config; by default only without make_labeler.
+    with_model: whether the labeler loads the networks of config; by default only without make_labeler.
     on_plan is called with the plan before anything is started.
     """
     started = time.monotonic()
@@ -93,7 +93,9 @@ def label_with(
     on_plan(planned)
     report = finish_run(
         planned,
-        check=lambda: check_label(str(input), str(output), planned.config, planned.weights, is_new=False),
+        check=lambda: check_label(
+            str(input), str(output), planned.config, planned.weights, with_model=with_model, is_new=False
+        ),
         credentials=functools.partial(read_credentials, planned.plan, str(input), planned.config),
         retry_failed=retry_failed,
         progress=progress,

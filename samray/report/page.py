@@ -92,6 +92,7 @@ def render(
     """Render the page. num_done: finished shards."""
     run = plan.run
     masks = run.get("config", {}).get("masks", {})
+    model, checkpoint = _made_by(run)
     total, longest = sum(counts.stage_seconds.values()), max(counts.stage_seconds.values(), default=0.0)
     # The page's policy allows this one script by its hash: text from an output can run nothing.
     script = _template("report.js")
@@ -108,8 +109,8 @@ def render(
         output=storage.redact(plan.output),
         output_name=" / ".join(storage.redact(plan.output).rpartition("//")[2].strip("/").split("/")[-2:]),
         run=run,
-        model=run.get("config", {}).get("model", {}).get("name"),
-        checkpoint=run["identity"].get("model", {}).get("checkpoint_sha256"),
+        model=model,
+        checkpoint=checkpoint,
         made_at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         num_shards=plan.num_shards,
         num_done=num_done,
@@ -152,6 +153,15 @@ def _data(overlay: Overlay) -> dict[str, Any]:
         "original": [overlay.original_hw[1], overlay.original_hw[0]],
         "masks": overlay.masks,
     }
+
+
+def _made_by(run: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The network that made the masks, and the SHA-256 of its weights; None if they were imported."""
+    identity = run["identity"]
+    if identity.get("model") == {}:  # labels.by makes the masks itself
+        labels = identity.get("labels", {})
+        return labels.get("by"), labels.get("network_sha256")
+    return run.get("config", {}).get("model", {}).get("name"), identity.get("model", {}).get("checkpoint_sha256")
 
 
 def _headline(plan: Plan, counts: Counts, numbers: Numbers) -> list[Figure]:

@@ -60,7 +60,7 @@ def load_model(
     fails.
     """
     spec = find_spec(name)
-    chosen_device = _device(device)
+    chosen_device = choose_device(device)
     chosen_dtype = _dtype(dtype, chosen_device)
     path = resolve_checkpoint(name, checkpoint)
     # The file is read twice, to hash and to load. If it is replaced in between, neither is valid.
@@ -224,7 +224,7 @@ def resolve_given(checkpoint: str, setting: str = "model.checkpoint") -> Path:
 def check_device(device: str | None, *, here: bool = True) -> None:
     """Raises: ConfigError if device is not available; here: on this machine, else if it is invalid anywhere."""
     if device is not None:
-        _device(device) if here else _parse_device(device)
+        choose_device(device) if here else _parse_device(device)
 
 
 def _parse_device(device: str | torch.device) -> torch.device:
@@ -240,7 +240,8 @@ def _parse_device(device: str | torch.device) -> torch.device:
     raise ConfigError(f"model.device: {device!r} cannot compute, expected cpu, cuda or cuda:N")
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name; None: a GPU if there is one. Raises: ConfigError if it is not available."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = _parse_device(device)

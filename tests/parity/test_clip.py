@@ -17,7 +17,8 @@ from samray.config import Config
 from samray.config.labels import CROPS
 from samray.errors import ConfigError
 from samray.labels.clip import build_generator, load_namer, read_inputs
-from samray.labels.zero_shot import ClipNetwork, Namer, Pixels, cut_out, phrase_embeddings
+from samray.labels.pixels import Pixels
+from samray.labels.zero_shot import ClipNetwork, Namer, cut_out, phrase_embeddings
 from samray.masks.generator import MaskGenerator
 from samray.sam.sam import Sam
 from tests.parity.common import randomize

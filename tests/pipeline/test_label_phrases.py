@@ -1,7 +1,8 @@
-"""`samray label ... labels.by=grounding_dino` on a real Ray, with a small random network: names on disk, identity."""
+"""`samray label ... labels.phrases=...` on a real Ray, with small random networks: names on disk, identity."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from samray.output.verify import verify
 from samray.pipeline.run import label
 from samray.scenes.scene import make_scene
 from samray.storage.tables import read_parquet
-from tests.support.networks import write_grounding_dino
+from tests.support.networks import write_grounding_dino, write_sam3
 from tests.support.outputs import rows_of
 
 
@@ -66,3 +67,43 @@ def test_phrases_are_labels_on_disk(tmp_path: Path, local_ray: None) -> None:
     exported = export(none, tmp_path / "coco", format="coco", ray=False, progress=False)
     assert (exported.num_images, exported.num_masks) == (3, 0)
     assert run_status(none).labels == dict.fromkeys(phrases, 0)
+
+
+def test_sam3_needs_no_sam_and_records_negatives(tmp_path: Path, local_ray: None) -> None:
+    (tmp_path / "in").mkdir()
+    for seed in range(3):
+        Image.fromarray(make_scene(seed, 96).image).save(tmp_path / "in" / f"{seed}.png")
+    network = write_sam3(tmp_path / "network", seed=5)
+    output, phrases = str(tmp_path / "out"), ["cat", "Fire hydrant", "red car", "dog"]
+
+    def settings(*own: str) -> Config:
+        base = [
+            "labels.by=sam3", f"labels.phrases={phrases}".replace("'", ""), f"labels.checkpoint={network}",
+            "output.images_per_shard=1", "cluster.max_actors=1", "cluster.num_cpus_per_actor=1",
+        ]  # fmt: skip
+        return load_config(None, None, [*base, *own])
+
+    report = label(tmp_path / "in", output, settings("labels.score_thresh=0.6"), progress=False)
+    assert report.exit_code == 0
+    assert report.stage_seconds.keys() == {"encode", "decode"}
+    rows = rows_of(output)
+    found = {(row["image"]["file_name"], mask["label"]) for row in rows for mask in row["annotations"]}
+    assert 0 < len(found) < len(rows) * len(phrases), "some pairs of image and phrase are found, others not"
+    assert all(mask["label_score"] > 0.6 for row in rows for mask in row["annotations"])
+    assert not verify(output, deep=True).problems
+    assert label(tmp_path / "in", output, settings("labels.score_thresh=0.6"), progress=False).num_labelled == 0
+    other = write_grounding_dino(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"labels\.by"):
+        label(tmp_path / "in", output, settings("labels.by=grounding_dino", f"labels.checkpoint={other}"))
+
+    # Nothing is found: a row without masks, and every phrase of every image is a negative.
+    none = str(tmp_path / "none")
+    report = label(tmp_path / "in", none, settings("labels.score_thresh=1"), progress=False)
+    assert report.warning is not None
+    assert [row["annotations"] for row in rows_of(none)] == [[], [], []]
+    for number, (where, pairs_found) in enumerate([(output, found), (none, set())]):
+        export(where, tmp_path / f"saco{number}", format="saco", ray=False, progress=False)
+        saco = json.loads((tmp_path / f"saco{number}" / "saco.json").read_text())
+        pairs = {pair["id"]: (pair["file_name"], pair["text_input"]) for pair in saco["images"]}
+        assert sorted(pairs.values()) == sorted((f"{seed}.png", phrase) for seed in range(3) for phrase in phrases)
+        assert {pairs[mask["image_id"]] for mask in saco["annotations"]} == pairs_found

@@ -11,7 +11,8 @@ import torch
 
 from samray.config import Config
 from samray.config.names import load_names_config
-from samray.labels.zero_shot import Namer, Pixels
+from samray.labels.pixels import Pixels
+from samray.labels.zero_shot import Namer
 from samray.pipeline.labeler import ShardLabeler
 from samray.pipeline.naming import NameGenerator, NamingLabeler, NamingLabelers, name_with
 

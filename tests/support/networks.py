@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
+
+from tests.support.tiny_clip import write_tokenizer as write_clip_tokenizer
 
 WORDS: Final = ("cat", "dog", "fire", "hydrant", "red", "square", "green", "blue", "car", "tree", "house", "##s", "st")
 _FULL_STOP: Final = 1012
@@ -61,3 +64,67 @@ def write_grounding_dino(folder: Path, seed: int = 0, max_text_len: int = 256) -
     model.save_pretrained(folder)
     GroundingDinoImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 107}).save_pretrained(folder)
     return folder
+
+
+SAM3_SIZE: Final = 56
+"""Side of the square at which `write_sam3`'s network looks; its masks have 32 x 32 pixels."""
+
+
+def write_sam3(folder: Path, seed: int = 0, texts: int = 32) -> Path:
+    """A SAM 3 of about 100,000 parameters, with 20 queries, laid out as facebook/sam3: the detector inside a network
+    for videos, whose tracker is not used here. texts: the most tokens of a phrase."""
+    from safetensors.torch import save_file
+    from transformers import Sam3Config, Sam3Model
+
+    vocab = write_clip_tokenizer(folder, tuple(word for word in WORDS if word.isalpha()))
+    (folder / "preprocessor_config.json").unlink()
+    config = Sam3Config(**_sam3_config(len(vocab), texts))
+    torch.manual_seed(seed)
+    model = Sam3Model(config).eval()
+    with torch.no_grad():
+        # At the start all boxes, scores and masks are nearly equal: spread them, so that thresholds have work.
+        for name, parameter in model.named_parameters():
+            if "norm" not in name and parameter.ndim > 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+        model.text_projection.weight.mul_(5)
+        model.text_encoder.text_model.embeddings.token_embedding.weight.mul_(5)
+    tensors = {f"detector_model.{key}": value.contiguous() for key, value in model.state_dict().items()}
+    save_file({**tensors, "tracker_neck.unused.weight": torch.zeros(3)}, folder / "model.safetensors", {"format": "pt"})
+    whole = {"model_type": "sam3_video", "detector_config": config.to_dict(), "tracker_config": {}}
+    (folder / "config.json").write_text(json.dumps(whole))
+    side = {"height": SAM3_SIZE, "width": SAM3_SIZE}
+    pixels = {
+        "image_processor_type": "Sam3ImageProcessor", "size": side, "mask_size": {"height": 32, "width": 32},
+        "resample": 2, "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "do_convert_rgb": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+    }  # fmt: skip
+    processor = {"image_processor": pixels, "processor_class": "Sam3Processor", "target_size": SAM3_SIZE}
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def _sam3_config(vocab_size: int, texts: int) -> dict[str, Any]:
+    small = {"hidden_size": 16, "num_attention_heads": 2}
+    layers = {**small, "num_layers": 1, "intermediate_size": 32}
+    backbone = {
+        "model_type": "sam3_vit_model", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "image_size": SAM3_SIZE, "patch_size": 7, "window_size": 4,
+        "global_attn_indexes": [1], "pretrain_image_size": 28,
+    }  # fmt: skip
+    text = {
+        "model_type": "clip_text_model", "vocab_size": vocab_size, "hidden_size": 16, "intermediate_size": 32,
+        "projection_dim": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": texts,
+        "hidden_act": "gelu", "bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1,
+        "pad_token_id": vocab_size - 1,
+    }  # fmt: skip
+    return {
+        "vision_config": {
+            "backbone_config": backbone, "fpn_hidden_size": 16,
+            "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+        },
+        "text_config": text,
+        "geometry_encoder_config": layers,
+        "detr_encoder_config": layers,
+        "detr_decoder_config": {**layers, "num_layers": 2, "num_queries": 20},
+        "mask_decoder_config": small,
+    }  # fmt: skip

@@ -61,7 +61,7 @@ def test_a_network_is_read_from_any_storage(network: Path, tmp_path: Path, monke
     monkeypatch.setenv("SAMRAY_CACHE", str(tmp_path / "cache"))
     memory = fsspec.filesystem("memory")
     memory.put(str(network) + "/", "/weights/dino/", recursive=True)
-    found = find_network("memory://weights/dino", "grounding-dino", "grounding_dino")
+    found = find_network("memory://weights/dino", ("grounding-dino",), "grounding_dino")
     assert found.sha256 == digest(network)
     with opened(found) as folder:
         before = (folder / WEIGHTS).resolve().stat().st_mtime_ns
@@ -123,11 +123,11 @@ def test_a_name_that_cannot_be_downloaded_says_what_to_do(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", away)
     with pytest.raises(ConfigError, match=r"no connection\. Get the files of https://huggingface.co/some/net .* set"):
-        find_network("some/net", "grounding-dino", "grounding_dino")
+        find_network("some/net", ("grounding-dino",), "grounding_dino")
 
 
 def test_a_replaced_network_is_refused_in_the_actor(copy: Path) -> None:
-    found = find_network(str(copy), "grounding-dino", "grounding_dino")
+    found = find_network(str(copy), ("grounding-dino",), "grounding_dino")
     write_grounding_dino(copy, seed=5)
     with pytest.raises(ConfigError, match="is not this run's network"):
         Detector(found, ["cat"], CPU)
@@ -148,7 +148,7 @@ def test_wrong_tensors_are_named(copy: Path, value: torch.Tensor | None, message
     tensors |= {"model.text_projection.weight": value}
     save_file({key: one for key, one in tensors.items() if one is not None}, copy / WEIGHTS, {"format": "pt"})
     with pytest.raises(ConfigError, match=message):
-        Detector(find_network(str(copy), "grounding-dino", "x"), ["cat"], CPU)
+        Detector(find_network(str(copy), ("grounding-dino",), "x"), ["cat"], CPU)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_wrong_tensors_are_named(copy: Path, value: torch.Tensor | None, message
 def test_damaged_files_are_refused(copy: Path, name: str, message: str) -> None:
     (copy / name).write_bytes((copy / name).read_bytes()[:50])
     with pytest.raises(ConfigError, match=f"copy {message}"):
-        Detector(find_network(str(copy), "grounding-dino", "x"), ["cat"], CPU)
+        Detector(find_network(str(copy), ("grounding-dino",), "x"), ["cat"], CPU)
 
 
 def test_a_phrase_that_does_not_fit_the_network_is_named(tmp_path: Path) -> None:
