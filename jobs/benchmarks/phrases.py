@@ -74,7 +74,7 @@ class _Finder:
 
 
 def _grounding_dino(numbers: Sequence[int]) -> dict[int, _Finder]:
-    thresholds = {"score_thresh": 0.3, "text_thresh": 0.25, "nms_thresh": 0.8}
+    thresholds: dict[str, Any] = {"score_thresh": 0.3, "text_thresh": 0.25, "nms_thresh": 0.8}
     with tempfile.TemporaryDirectory() as folder:
         _write_grounding_dino(Path(folder))
         network = find_network(folder, ("grounding-dino",), "grounding_dino")
