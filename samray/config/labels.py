@@ -6,7 +6,7 @@ Settings, help, the plan and the actors take names and functions from here, so t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -31,6 +31,8 @@ class Way:
     """Whether `model.name` makes the masks. If not, the way's own network does, and no SAM is loaded."""
     names_grid: bool = False
     """Whether it finds all masks, as without names, and then names them."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of `labels` that have another default with it."""
     network: str | None = None
     """Network of `transformers` that `labels.checkpoint` is by default: a name on the Hugging Face Hub."""
 
@@ -55,6 +57,20 @@ WAYS: Final[Mapping[str, Way]] = {
         needs_sam=False,
         network="facebook/sam3",
     ),
+    "fastsam": Way(
+        inputs="samray.labels.fastsam:read_inputs",
+        builder="samray.labels.fastsam:build_generator",
+        needs=("onnx",),
+        needs_sam=False,
+        thresholds=("score_thresh", "conf_thresh"),
+        defaults={
+            "nms_thresh": 0.9,  # as published, like the crops, the template and the network
+            "crops": ("boxed",),
+            "templates": ("{}",),
+            "negatives": ("object", "things", "stuff", "texture"),  # LERF's, for the same purpose
+        },
+        network="openai/clip-vit-base-patch32",
+    ),
     "clip": Way(
         inputs="samray.labels.clip:read_inputs",
         builder="samray.labels.clip:build_generator",
@@ -77,9 +93,9 @@ WayName = Annotated[str, OneOf(lambda: list(WAYS))]
 DesignName = Annotated[str, OneOf(lambda: list(DESIGNS))]
 
 CROPS: Final = ("plain", "blanked", "enlarged", "boxed")
-"""How `labels.by=clip` cuts out a mask: `samray.labels.zero_shot`."""
+"""How CLIP gets a mask (`labels.by=clip`, `fastsam`): `samray.labels.zero_shot`."""
 
-_BY_CONTENT: Final = {"example", "example_mask", "name", "phrases", "checkpoint"}
+_BY_CONTENT: Final = {"example", "example_mask", "name", "phrases", "checkpoint", "onnx"}
 _NOT_IN_FIRST_VERSION: Final = {"features", "smooth", "relative_thresh"}
 
 
@@ -88,7 +104,8 @@ class LabelsConfig(Settings):
 
     section: ClassVar[str] = "labels"
     by: WayName | None = None
-    """null: masks without names; example: what it shows; grounding_dino, sam3: what phrases name; clip: all, named."""
+    """null: no names; example: what it shows; grounding_dino, sam3, fastsam (AGPL-3.0): what phrases name; clip: all,
+    named."""
     phrases: str | tuple[str, ...] | None = None
     """Names to look for: a list, as in [cat,fire hydrant], or a text file with one per line: a path or URI."""
     example: str | None = None
@@ -100,17 +117,23 @@ class LabelsConfig(Settings):
     design: DesignName = "persam"
     """How to look for the example's class, see the guide "One example"."""
     score_thresh: float | None = Field(default=None, ge=-2, le=2)
-    """Least similarity (persam), score (grounding_dino; null: 0.3; sam3: 0.5) or probability of a name (clip: 0.5)."""
+    """Least similarity (persam), score (null: grounding_dino 0.3, sam3 0.5), probability (null: clip, fastsam 0.5)."""
     text_thresh: float = Field(default=0.25, ge=0, le=1)
     """grounding_dino: least score of the box's phrase; lower it with score_thresh."""
     nms_thresh: float = Field(default=0.8, ge=0, le=1)
-    """grounding_dino: of two boxes with a larger IoU keep the better one, whatever their phrases; 1 keeps both."""
+    """grounding_dino, fastsam (0.9): of two boxes with a larger IoU keep the better one; 1 keeps both."""
+    onnx: str | None = None
+    """fastsam: its network as an ONNX file, a path or URI; the weights are under AGPL-3.0. See the guide "Names"."""
+    conf_thresh: float = Field(default=0.4, ge=0, le=1)
+    """fastsam: masks need more confidence than this; lower it for more masks."""
     checkpoint: str | None = None
     """Network that reads the phrases: a folder (path or URI) or a name on Hugging Face; null: see the guide "Names"."""
     crops: tuple[str, ...] = ("plain", "blanked", "enlarged")
-    """clip: ways to cut out a mask, whose embeddings are averaged: plain, blanked, enlarged, boxed. Fewer is faster."""
+    """clip, fastsam ([boxed]): ways to cut out a mask, embeddings averaged: plain, blanked, enlarged, boxed."""
     templates: tuple[str, ...] = ("a photo of a {}.",)
-    """clip: sentences in which each phrase takes the place of {}; their embeddings are averaged."""
+    """clip, fastsam ([{}]): sentences in which each phrase takes the place of {}; their embeddings are averaged."""
+    negatives: tuple[str, ...] = ()
+    """clip, fastsam ([object,things,stuff,texture]): phrases that are not names: a mask most like one has no name."""
     relative_thresh: float = Field(default=0.5, ge=0, le=1)
     """persam: the same between an image's least (0) and most (1) similar pixel; lower it to find more of the class."""
     max_instances: int = Field(default=10, ge=1, le=1000)
@@ -140,7 +163,7 @@ class LabelsConfig(Settings):
     seed: int = Field(default=0, ge=0)
     """stitched: seed of the random points."""
 
-    @field_validator("crops", "templates", mode="before")
+    @field_validator("crops", "templates", "negatives", mode="before")
     @classmethod
     def _lists_to_tuples(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
@@ -161,6 +184,9 @@ class LabelsConfig(Settings):
                 fits = next((name for name, way in WAYS.items() if given[0] in way.needs), next(iter(WAYS)))
                 raise ValueError(f"labels.{given[0]} needs labels.by; add labels.by={fits}")
             return self
+        for key, value in WAYS[self.by].defaults.items():
+            if key not in self.model_fields_set:
+                self.__dict__[key] = value  # frozen, but not in use yet
         if not self.crops or set(self.crops) - set(CROPS) or len(set(self.crops)) < len(self.crops):
             got = ", ".join(self.crops) or "none"
             raise ValueError(f"labels.crops takes one or more of {', '.join(CROPS)}, each once; got {got}")
@@ -181,6 +207,11 @@ class LabelsConfig(Settings):
     def needs_sam(self) -> bool:
         """Whether the model of `model.name` makes the masks."""
         return self.by is None or WAYS[self.by].needs_sam
+
+    @property
+    def gives_names(self) -> bool:
+        """Whether masks get names; fastsam without phrases has masks only."""
+        return self.phrases is not None or self.name is not None
 
     @property
     def finds_all(self) -> bool:

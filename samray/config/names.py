@@ -35,6 +35,7 @@ _LABELS: Final = {
     "checkpoint": None,
     "score_thresh": "Least probability of a name, 0 to 1; null: 0.5. A mask whose best name has less stays unnamed",
     "crops": "Ways to cut out a mask, whose embeddings are averaged: plain, blanked, enlarged, boxed. Fewer are faster",
+    "negatives": "Phrases that are not names, as in [wall,background]: a mask most like one of them stays unnamed",
     "templates": "Sentences in which each name takes the place of {}; their embeddings are averaged",
 }
 _SECTIONS: Final = (

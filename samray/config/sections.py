@@ -246,7 +246,7 @@ class Config(Settings):
         if not self.labels.needs_sam and self.model != used:
             given = [key for key in ModelConfig.model_fields if getattr(self.model, key) != getattr(used, key)]
             raise ValueError(
-                f"labels.by={self.labels.by} makes the masks with its own network (labels.checkpoint), in float32, and "
+                f"labels.by={self.labels.by} makes the masks with its own network, in float32, and "
                 f"loads no other model; leave out {' and '.join(f'model.{key}' for key in given)}"
             )
         return self

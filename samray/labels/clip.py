@@ -16,6 +16,7 @@ import torch
 
 from samray.labels.networks import load_network, load_tokenizer, loading, opened, require_transformers
 from samray.labels.phrase_inputs import PhraseInputs, read_phrases_and_network
+from samray.labels.phrases import plain
 from samray.labels.pixels import Pixels, read_settings
 from samray.labels.ways import MakeGenerator
 from samray.labels.zero_shot import DEFAULT_SCORE_THRESH, ClipNetwork, Namer, phrase_embeddings
@@ -52,8 +53,8 @@ def read_inputs(config: Config) -> ClipInputs:
     return ClipInputs(*read_phrases_and_network(config, "clip"))
 
 
-def load_namer(config: Config, inputs: ClipInputs, device: str | torch.device | None) -> Namer:
-    """Load the network and encode the phrases. device: None uses a GPU if there is one.
+def load_namer(config: Config, inputs: PhraseInputs, device: str | torch.device | None) -> Namer:
+    """Load the network and encode the phrases and `labels.negatives`. device: None uses a GPU if there is one.
 
     Raises: ConfigError if the network is not the one that the driver found, or cannot be loaded.
     """
@@ -69,11 +70,13 @@ def load_namer(config: Config, inputs: ClipInputs, device: str | torch.device | 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     network = ClipNetwork(model.to(device), tokenizer, numbers)
-    vectors = phrase_embeddings(network, inputs.categories, config.labels.templates)
+    asked = {plain(phrase) for phrase in inputs.categories}
+    negatives = [phrase for phrase in config.labels.negatives if plain(phrase) not in asked]
+    vectors = phrase_embeddings(network, [*inputs.categories, *negatives], config.labels.templates)
     # A GPU would wait for one thread that cuts and resizes. On CPUs each thread of the labeler does its own.
     num_threads = min(_CUTTING_THREADS, os.cpu_count() or 1)
     cutters = None if network.device.type == "cpu" else ThreadPoolExecutor(num_threads, thread_name_prefix="cut")
-    names = tuple(inputs.categories)
+    names = (*inputs.categories, *(None for _ in negatives))
     return Namer(network, names, vectors, config.labels.crops, thresh_of(config), cutters=cutters)
 
 

@@ -45,10 +45,12 @@ def read_inputs(config: Config) -> Inputs | None:
 
 
 def labels_identity(config: Config, inputs: Inputs | None) -> dict[str, Any]:
-    """The part of a run's identity that is about names; empty for a run without."""
+    """The part of a run's identity that is about `labels`; empty for a run without. It has `categories` if masks get
+    names."""
     if inputs is None:
         return {}
-    return {"labels": {**config.labels.identity(), **inputs.identity, "categories": inputs.categories}}
+    names = {"categories": inputs.categories} if config.labels.gives_names else {}
+    return {"labels": {**config.labels.identity(), **inputs.identity, **names}}
 
 
 def generator_maker(model: Sam | torch.device, config: Config, inputs: Inputs) -> MakeGenerator:

@@ -138,7 +138,8 @@ class Namer:
     """A network with the phrases asked for, which are encoded once for all images."""
 
     network: ClipNetwork
-    phrases: tuple[str, ...]
+    phrases: tuple[str | None, ...]
+    """None for a phrase that is not a name (`labels.negatives`)."""
     vectors: Tensor
     """(P, D), from `phrase_embeddings`."""
     crops: tuple[str, ...]
@@ -192,11 +193,10 @@ class Namer:
 
     def name(self, image: RGBArray, masks: Sequence[MaskRecord]) -> list[MaskRecord]:
         """The same masks with `label` and `label_score`: the likeliest phrase and its probability, or null for both if
-        that is below the threshold. Raises: as `probabilities`."""
+        that is below the threshold or the phrase is not a name. Raises: as `probabilities`."""
         named: list[MaskRecord] = []
         best, phrase = self.probabilities(image, masks).max(dim=-1) if masks else (torch.zeros(0), torch.zeros(0))
         for mask, score, index in zip(masks, best.tolist(), phrase.tolist(), strict=True):
-            is_named = score >= self.score_thresh
-            label, label_score = (self.phrases[int(index)], score) if is_named else (None, None)
-            named.append({**mask, "label": label, "label_score": label_score})
+            label = self.phrases[int(index)] if score >= self.score_thresh else None
+            named.append({**mask, "label": label, "label_score": None if label is None else score})
         return named

@@ -95,8 +95,9 @@ def named(schema: pa.Schema) -> pa.Schema:
 
 def categories_of(identity: Mapping[str, Any]) -> list[str] | None:
     """The names that a run asked for, in order; None for a run that does not name."""
-    labels = identity.get("labels")
-    return None if labels is None else list(labels["categories"])
+    # FastSAM without phrases has settings of labels, but no names.
+    categories = (identity.get("labels") or {}).get("categories")
+    return None if categories is None else list(categories)
 
 
 def check_columns(schema: pa.Schema) -> None:

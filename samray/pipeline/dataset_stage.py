@@ -75,7 +75,7 @@ class DatasetLabeler:
     def __init__(self, config: Config, num_threads: int, make_labeler: Callable[[Config, int], ShardLabeler]) -> None:
         end_with_ray()
         self.image_column = config.input.image_column
-        self.annotation = ANNOTATION if config.labels.by is None else NAMED_ANNOTATION
+        self.annotation = NAMED_ANNOTATION if config.labels.gives_names else ANNOTATION
         self.figures = ActorFigures()
         self.labeler = make_labeler(config, num_threads)
 

@@ -213,6 +213,8 @@ def no_masks(num_images: int, config: Config) -> str:
     found = f"NO MASK was found in {images} labelled"
     if config.input.prompts is not None:
         return f"{found}: {config.input.prompts} has no prompts for them"
+    if config.labels.by is not None and not config.labels.gives_names:
+        return f"{found}. Look at the images; a lower labels.conf_thresh gives more masks, into another OUTPUT"
     if config.labels.by is not None and config.labels.phrases is not None and not config.labels.finds_all:
         thresholds = " and ".join(f"labels.{key}" for key in WAYS[config.labels.by].thresholds)
         return f"{found} for any of the phrases. Lower {thresholds}, into another OUTPUT, or use other words"

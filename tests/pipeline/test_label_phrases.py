@@ -11,6 +11,7 @@ from PIL import Image
 from samray.config import Config, load_config
 from samray.errors import ConfigError
 from samray.exports.export import export
+from samray.output.plan import load_plan
 from samray.output.schema import samray_metadata
 from samray.output.shards import shard_uri
 from samray.output.status import run_status
@@ -20,6 +21,8 @@ from samray.scenes.scene import make_scene
 from samray.storage.tables import read_parquet
 from tests.support.networks import write_grounding_dino, write_sam3
 from tests.support.outputs import rows_of
+from tests.support.tiny_clip import write_clip
+from tests.support.tiny_yolo import write_yolo
 
 
 def test_phrases_are_labels_on_disk(tmp_path: Path, local_ray: None) -> None:
@@ -107,3 +110,45 @@ def test_sam3_needs_no_sam_and_records_negatives(tmp_path: Path, local_ray: None
         pairs = {pair["id"]: (pair["file_name"], pair["text_input"]) for pair in saco["images"]}
         assert sorted(pairs.values()) == sorted((f"{seed}.png", phrase) for seed in range(3) for phrase in phrases)
         assert {pairs[mask["image_id"]] for mask in saco["annotations"]} == pairs_found
+
+
+def test_fastsam_keeps_all_masks_or_those_that_phrases_choose(tmp_path: Path, local_ray: None) -> None:
+    (tmp_path / "in").mkdir()
+    for seed in range(2):
+        Image.fromarray(make_scene(seed, 96).image).save(tmp_path / "in" / f"{seed}.png")
+    network, clip = write_yolo(tmp_path / "fast.onnx", size=(64, 64)), write_clip(tmp_path / "clip")
+
+    def settings(*own: str) -> Config:
+        base = [
+            "labels.by=fastsam", f"labels.onnx={network}", "output.images_per_shard=1", "cluster.max_actors=1",
+            "cluster.num_cpus_per_actor=1",
+        ]  # fmt: skip
+        return load_config(None, None, [*base, *own])
+
+    every = str(tmp_path / "every")
+    report = label(tmp_path / "in", every, settings(), progress=False)
+    assert (report.exit_code, report.num_failed) == (0, 0)
+    assert report.num_masks
+    assert all("label" not in mask for row in rows_of(every) for mask in row["annotations"])
+    assert not verify(every, deep=True).problems
+    assert run_status(every).labels is None
+    assert load_plan(every).run["identity"]["model"] == {}
+    assert label(tmp_path / "in", every, settings(), progress=False).num_labelled == 0, "the same run"
+    with pytest.raises(ConfigError, match=r"labels\.conf_thresh: 0\.4 there, 0\.5 now"):
+        label(tmp_path / "in", every, settings("labels.conf_thresh=0.5"), progress=False)
+    write_yolo(network, seed=3, size=(64, 64))
+    with pytest.raises(ConfigError, match=r"labels\.onnx_sha256"):
+        label(tmp_path / "in", every, settings(), progress=False)
+
+    phrases = ["red square", "things"]
+    asked = ("labels.phrases=[red square,things]", f"labels.checkpoint={clip}", "labels.negatives=[texture]")
+    chosen = str(tmp_path / "chosen")
+    assert label(tmp_path / "in", chosen, settings(*asked), progress=False).num_masks
+    names = {mask["label"] for row in rows_of(chosen) for mask in row["annotations"]}
+    assert names
+    assert names <= set(phrases)
+    assert not verify(chosen, deep=True).problems
+    assert set(run_status(chosen).labels or {}) == set(phrases)
+    none = str(tmp_path / "none")
+    assert not label(tmp_path / "in", none, settings(*asked, "labels.score_thresh=1.01"), progress=False).num_masks
+    assert [(row["annotations"], row["status"]) for row in rows_of(none)] == [([], "ok"), ([], "ok")]
