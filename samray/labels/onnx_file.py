@@ -127,7 +127,8 @@ def _session(data: bytes, name: str, device: torch.device) -> Any:
     if device.type == "cuda" and _CUDA in onnxruntime.get_available_providers():
         providers.insert(0, (_CUDA, {"device_id": device.index or 0}))
     try:
-        return onnxruntime.InferenceSession(data, options, providers=providers)
+        # Its fallback would try the same again, and print.
+        return onnxruntime.InferenceSession(data, options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's own classes, which have no base of theirs
         raise ConfigError(f"{name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
