@@ -26,10 +26,11 @@ from pycocotools.cocoeval import COCOeval
 
 from samray.config import Config
 from samray.errors import ConfigError, ImageError
+from samray.evaluate.coco_index import coco_index
 from samray.evaluate.confusion import Confusion
 from samray.evaluate.failures import Failures
 from samray.evaluate.proposals import MaskSource
-from samray.evaluate.regions import RegionData, RegionImage, areas, black, with_large_regions
+from samray.evaluate.regions import RegionData, RegionImage, black, with_large_regions
 from samray.labels.ways import generator_maker, read_inputs
 from samray.masks.generator import MaskGenerator
 from samray.rle.records import Rle
@@ -205,8 +206,8 @@ def _precisions(
     if not judged:
         return np.full((10, 101, len(names)), -1.0), np.full((10, 101, 1), -1.0)
     sizes = [(one.regions or one.masks.rles)[0]["size"] for one in judged]
-    truth = _coco([(one.regions, one.names, None) for one in judged], sizes, names)
-    found = _coco([(one.masks.rles, one.masks.names, one.masks.scores) for one in judged], sizes, names)
+    truth = coco_index([(one.regions, one.names, None) for one in judged], sizes, names)
+    found = coco_index([(one.masks.rles, one.masks.names, one.masks.scores) for one in judged], sizes, names)
     by_name, agnostic = (_precision(truth, found, use_names, max_masks) for use_names in (True, False))
     return by_name, agnostic
 
@@ -233,28 +234,3 @@ def _mean(precision: npt.NDArray[np.float64]) -> float:
     """Mean over what has regions; NaN if nothing has."""
     counted = precision[precision > -1]
     return float(counted.mean()) if counted.size else math.nan
-
-
-def _coco(
-    images: Sequence[tuple[list[Rle], list[str | None], list[float] | None]],
-    sizes: Sequence[list[int]],
-    names: Sequence[str],
-) -> COCO:
-    """Masks with names and scores as a COCO index. Ids start at 1, because COCOeval reads id 0 as "no match"."""
-    # Masks without a name have an id that is not a category, so that they count only in the class-agnostic figures.
-    id_of: dict[str | None, int] = {name: number for number, name in enumerate((*names, None), 1)}
-    annotations: list[dict[str, Any]] = []
-    for image_id, (rles, own, scores) in enumerate(images, 1):
-        for index, (rle, area) in enumerate(zip(rles, areas(rles), strict=True)):
-            one = {"id": len(annotations) + 1, "image_id": image_id, "category_id": id_of[own[index]], "iscrowd": 0}
-            score = {} if scores is None else {"score": scores[index]}
-            annotations.append({**one, **score, "segmentation": rle, "area": area})
-    coco = COCO()
-    coco.dataset = {
-        "images": [{"id": i, "height": height, "width": width} for i, (height, width) in enumerate(sizes, 1)],
-        "annotations": annotations,
-        "categories": [{"id": id_of[name], "name": name} for name in names],
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco

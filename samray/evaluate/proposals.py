@@ -24,8 +24,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from samray.errors import ImageError
+from samray.evaluate.coco_index import coco_index
 from samray.evaluate.failures import Failures
-from samray.evaluate.regions import RegionImage, areas, with_large_regions
+from samray.evaluate.regions import RegionImage, with_large_regions
 from samray.inputs.decode import RGBArray
 from samray.rle.records import MaskRecord, Rle
 
@@ -35,7 +36,7 @@ PAPER_MASKS: Final = {"points_per_side": 64, "box_nms_thresh": 0.9, "crop_n_laye
 """Mask settings of the SAM paper's evaluation of proposals (appendix D.3)."""
 FREQUENCIES: Final = {"frequent": "f", "common": "c", "rare": "r"}
 """LVIS's groups of classes, by the number of its training images that show one: over 100, 11 to 100, up to 10."""
-_CATEGORY: Final = 1  # the same for all, because the evaluation is class-agnostic
+_CATEGORY: Final = "object"  # the same for all, because the evaluation is class-agnostic
 
 
 class MaskSource(Protocol):
@@ -122,13 +123,9 @@ def average_recall(marked: Sequence[Marked]) -> dict[str, Any]:
     """
     wanted = [one for one in marked if one.regions]  # images without regions do not affect recall
     num_regions = sum(len(one.regions) for one in wanted)
-    truth = _coco([one.regions for one in wanted], wanted)
-    found = _coco([one.masks for one in wanted], wanted)
-    # COCOeval ranks by `score`.
-    for annotation, score in zip(
-        found.dataset["annotations"], (score for one in wanted for score in one.scores), strict=True
-    ):
-        annotation["score"] = score
+    sizes = [one.regions[0]["size"] for one in wanted]
+    truth = coco_index([(one.regions, [_CATEGORY] * len(one.regions), None) for one in wanted], sizes, [_CATEGORY])
+    found = coco_index([(one.masks, [_CATEGORY] * len(one.masks), one.scores) for one in wanted], sizes, [_CATEGORY])
     recall = _recall(truth, found) if wanted else np.full((1, 4, len(MAX_MASKS)), -1.0)
     mean = np.where(recall[0] < 0, np.nan, recall.mean(axis=0))  # (sizes, numbers of masks); -1 without regions
     return {
@@ -175,25 +172,6 @@ def _recall(truth: COCO, found: COCO) -> npt.NDArray[np.float64]:
     assert evaluation.params.areaRngLbl == ["all", "small", "medium", "large"]
     # (thresholds, categories, sizes, numbers of masks), with one category.
     return np.asarray(evaluation.eval["recall"][:, 0], np.float64)
-
-
-def _coco(masks: Sequence[list[Rle]], marked: Sequence[Marked]) -> COCO:
-    """The masks of each image as a COCO index. Its ids start at 1, because COCOeval reads id 0 as "no match"."""
-    annotations: list[dict[str, Any]] = []
-    for image_id, rles in enumerate(masks, 1):
-        for rle, area in zip(rles, areas(rles), strict=True):
-            own = {"id": len(annotations) + 1, "image_id": image_id, "category_id": _CATEGORY, "iscrowd": 0}
-            annotations.append({**own, "segmentation": rle, "area": area})
-    sizes = [one.regions[0]["size"] for one in marked]
-    coco = COCO()
-    coco.dataset = {
-        "images": [{"id": i, "height": height, "width": width} for i, (height, width) in enumerate(sizes, 1)],
-        "annotations": annotations,
-        "categories": [{"id": _CATEGORY, "name": "object"}],
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
 
 
 def best_ious(truth: Sequence[Rle], found: Sequence[Rle]) -> npt.NDArray[np.float64]:

@@ -28,12 +28,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
-from samray import __version__
 from samray.exports import review
 from samray.exports.base import IMAGES_PER_PIECE, ExportOptions, Format
 from samray.exports.images import LabelledImage, images_of
 from samray.exports.photos import photos_of
-from samray.exports.pieces import LeftOut, read_fragments
+from samray.exports.pieces import LeftOut, coco_file, read_fragments
 from samray.output.classes import UNNAMED, Classes, classes_of
 from samray.rle.polygons import join, outlines
 from samray.rle.runs import runs_of_image
@@ -158,14 +157,7 @@ def chunks(job: Job[CocoOptions], name: str, pieces: list[Piece]) -> Iterator[by
         return
     classes = classes_of(job.plan)
     what = "Masks with names" if classes.names else "Masks without classes"
-    info = {"description": f"{what}, exported by samray", "version": __version__}
-    categories = _categories(job, classes, pieces)
-    yield b'{"info": ' + json.dumps(info).encode() + b',\n"licenses": [],\n'
-    yield b'"categories": ' + json.dumps(categories).encode() + b',\n"images": [\n'
-    yield from read_fragments(job, pieces, "images", b",\n")
-    yield b'\n],\n"annotations": [\n'
-    yield from read_fragments(job, pieces, "annotations", b",\n")
-    yield b"\n]}\n"
+    yield from coco_file(job, pieces, what, _categories(job, classes, pieces), "images")
 
 
 def _categories(job: Job[CocoOptions], classes: Classes, pieces: list[Piece]) -> list[dict[str, Any]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
-from samray import storage
+from samray import __version__, storage
 from samray.exports.base import ExportOptions
 from samray.exports.images import LabelledImage, Rows
 from samray.output.file_names import FOLDER, stem_of
@@ -123,6 +124,19 @@ def cut(shards: Iterable[Rows], per_piece: int, per_file: int | None) -> Iterato
                 rows, in_piece, number = [], 0, number + 1
     if rows:
         yield piece()
+
+
+def coco_file(
+    job: Job[Any], pieces: list[Piece], description: str, categories: list[dict[str, Any]], images: str
+) -> Iterator[bytes]:
+    """A file in COCO's layout, streamed from the fragments `annotations` and images, the kind of those."""
+    info = {"description": f"{description}, exported by samray", "version": __version__}
+    yield b'{"info": ' + json.dumps(info).encode() + b',\n"licenses": [],\n'
+    yield b'"categories": ' + json.dumps(categories).encode() + b',\n"images": [\n'
+    yield from read_fragments(job, pieces, images, b",\n")
+    yield b'\n],\n"annotations": [\n'
+    yield from read_fragments(job, pieces, "annotations", b",\n")
+    yield b"\n]}\n"
 
 
 def read_fragments(job: Job[Any], pieces: list[Piece], kind: str, separator: bytes) -> Iterator[bytes]:

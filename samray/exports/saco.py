@@ -16,12 +16,11 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from samray import __version__
 from samray.errors import ConfigError
 from samray.exports.base import ExportOptions, Format
 from samray.exports.images import LabelledImage, images_of
 from samray.exports.photos import photos_of
-from samray.exports.pieces import LeftOut, read_fragments
+from samray.exports.pieces import LeftOut, coco_file
 from samray.output.classes import UNNAMED, Classes, classes_of
 
 if TYPE_CHECKING:
@@ -113,14 +112,8 @@ def assembled(job: Job[SacoOptions], file: int) -> list[str]:
 
 def chunks(job: Job[SacoOptions], name: str, pieces: list[Piece]) -> Iterator[bytes]:
     """The file, streamed from its pieces' fragments."""
-    info = {"description": "Pairs of an image and a phrase, exported by samray", "version": __version__}
     categories = [{"id": 1, "name": UNNAMED, "supercategory": UNNAMED}]
-    yield b'{"info": ' + json.dumps(info).encode() + b',\n"licenses": [],\n'
-    yield b'"categories": ' + json.dumps(categories).encode() + b',\n"images": [\n'
-    yield from read_fragments(job, pieces, "pairs", b",\n")
-    yield b'\n],\n"annotations": [\n'
-    yield from read_fragments(job, pieces, "annotations", b",\n")
-    yield b"\n]}\n"
+    yield from coco_file(job, pieces, "Pairs of an image and a phrase", categories, "pairs")
 
 
 FORMAT: Final = Format(

@@ -167,9 +167,8 @@ def rows_between(plan: Plan, starts: list[int], start: int, number: int) -> tupl
     tables, sums = [], Counter[str]()
     stage_seconds: Counter[str] = Counter()
     for shard, first, count in _overlaps(starts, start, number):
-        table, stats = _read_slice(plan.output, shard, first, count)
-        # Other writers may have chosen large strings and lists.
-        tables.append(table.cast(schema_of(plan.run)))
+        table, stats = _read_slice(plan, shard, first, count)
+        tables.append(table)
         # A row has no times of its own: each gets an equal part of its shard's.
         share = count / plan.num_images_of(shard)
         sums.update({key: stats.get(key, 0.0) * share for key in STATS_SECONDS})
@@ -194,9 +193,9 @@ def _overlaps(starts: list[int], start: int, number: int) -> Iterator[tuple[int,
             yield shard, low - begin, high - low
 
 
-def _read_slice(output: str, shard: int, first: int, count: int) -> tuple[pa.Table, Mapping[str, Any]]:
+def _read_slice(plan: Plan, shard: int, first: int, count: int) -> tuple[pa.Table, Mapping[str, Any]]:
     """Rows of a shard without metadata, read by row groups, and the shard's stats."""
-    with open_shard(output, shard) as file:
+    with open_shard(plan.output, shard) as file:
         # Only the groups with wanted rows; `skipped` is the number of rows before the first of them.
         groups, skipped, begin = [], 0, 0
         for group in range(file.num_row_groups):
@@ -208,7 +207,8 @@ def _read_slice(output: str, shard: int, first: int, count: int) -> tuple[pa.Tab
             begin = end
         stats = samray_metadata(file.schema_arrow).get("stats", {})
         table = file.read_row_groups(groups).slice(first - skipped, count)
-    return table.replace_schema_metadata(None), stats
+        # Other writers may have chosen large strings and lists. Here, because text that is none does not cast.
+        return table.replace_schema_metadata(None).cast(schema_of(plan.run)), stats
 
 
 def _failures(plan: Plan, shard: int) -> dict[str, int]:
