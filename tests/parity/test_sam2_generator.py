@@ -10,6 +10,10 @@ loads here as a checkpoint.
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +56,30 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The package `sam2` in a folder of its own, if it is not installed.
+
+    It cannot be a dependency: it would bring torchvision, which has no build for CPUs here and is not needed.
+    """
+    if importlib.util.find_spec("sam2") is not None:
+        yield
+        return
+    folder = tmp_path_factory.mktemp("sam2")
+    options = ["-q", "--no-deps", "--no-build-isolation", "--target", str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", *options, "sam2==1.1.0"],
+        env={**os.environ, "SAM2_BUILD_CUDA": "0"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        pytest.skip(f"sam2 1.1.0 cannot be installed, so NOTHING is compared with it: {done.stderr[-500:]}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield
 
 
 @pytest.fixture(scope="module")
