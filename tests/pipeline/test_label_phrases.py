@@ -88,7 +88,7 @@ def test_sam3_needs_no_sam_and_records_negatives(tmp_path: Path, local_ray: None
 
     report = label(tmp_path / "in", output, settings("labels.score_thresh=0.6"), progress=False)
     assert report.exit_code == 0
-    assert report.stage_seconds.keys() == {"encode", "decode"}
+    assert report.stage_seconds.keys() >= {"encode", "decode"}
     rows = rows_of(output)
     found = {(row["image"]["file_name"], mask["label"]) for row in rows for mask in row["annotations"]}
     assert 0 < len(found) < len(rows) * len(phrases), "some pairs of image and phrase are found, others not"
