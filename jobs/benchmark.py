@@ -14,6 +14,7 @@
     python jobs/benchmark.py read                bytes read from S3 for one image of 100,000, and for an index
     python jobs/benchmark.py train DATA...       `samray train` and a plain PyTorch loop, same model and batches
     python jobs/benchmark.py pretrain            fine-tuning from a masked autoencoder and training from scratch
+    python jobs/benchmark.py text                SAM's own text prompt on painted things, with held-out phrases
 
 `decoder` and `read` need the test extra (segment-anything, an S3 server). Quote ratios of one run, not single times.
 """
@@ -35,7 +36,17 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import samray  # noqa: E402
-from jobs.benchmarks import compare, outputs, peers, phrases, pretraining, starting, tiling, training  # noqa: E402
+from jobs.benchmarks import (  # noqa: E402
+    compare,
+    outputs,
+    peers,
+    phrases,
+    pretraining,
+    starting,
+    text_prompts,
+    tiling,
+    training,
+)
 from jobs.benchmarks.measuring import measure, timed  # noqa: E402
 from samray.config import load_config  # noqa: E402
 from samray.inputs.decode import decode_image  # noqa: E402
@@ -309,6 +320,12 @@ def main() -> int:
     sub.add_argument("--steps", type=int, default=300, help="of training on masks, with either start")
     sub.add_argument("--validation-images", type=int, default=48)
     sub.add_argument("--folder", type=Path, help="folder to keep the runs in (default: deleted)")
+    sub = commands.add_parser("text")
+    sub.add_argument("--clip-steps", type=int, default=300)
+    sub.add_argument("--steps", type=int, default=1200)
+    sub.add_argument("--images", type=int, default=600, help="labelled images to train on")
+    sub.add_argument("--test-images", type=int, default=200)
+    sub.add_argument("--folder", type=Path, help="folder to keep the runs in (default: deleted)")
     sub = commands.add_parser("read")
     sub.add_argument("--rows", type=int, default=100_000)
     sub.add_argument("--masks", type=int, default=12, help="masks per image")
@@ -327,6 +344,7 @@ def main() -> int:
         "read": outputs.read,
         "train": training.throughput,
         "pretrain": pretraining.pretrain,
+        "text": text_prompts.text,
         "start": starting.start,
         "phrases": phrases.phrases,
     }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from samray.config.models import MODELS, VitSpec
+from samray.config.models import MODELS, ModelSpec, VitSpec
 from samray.scenes.scene import make_scene
 from samray.train.data import ExampleMaker, blocks, open_data
 from samray.train.learner import Learner, frame_of
@@ -79,7 +79,7 @@ def _common(seed: int, validation_images: int) -> list[str]:
 
 def _pretrained(root: Path, unlabelled: str, steps: int, validation_images: int) -> dict[str, Any]:
     """Train the autoencoder; returns its error on held-out images before and after."""
-    lines = _run(unlabelled, root / "mae", [
+    lines = train_here(SMALL_VIT, unlabelled, root / "mae", [
         *_common(0, validation_images), "train.objective=mae", f"train.steps={steps}", "train.batch_size=32",
         "train.learning_rate=1e-3", "mae.decoder_dim=64", "mae.decoder_depth=2", "mae.decoder_heads=4",
     ])  # fmt: skip
@@ -100,17 +100,17 @@ def _one_seed(root: Path, seed: int, steps: int, validation_images: int) -> dict
         "from_mae": [f"train.encoder_checkpoint={root / 'mae' / WEIGHTS_FILE}"],
     }
     for name, start in starts.items():
-        lines = _run("scenes", root / f"{name}-{seed}", [*own, *start])
+        lines = train_here(SMALL_VIT, "scenes", root / f"{name}-{seed}", [*own, *start])
         trained, validated = ([line for line in lines if line["kind"] == kind][-1] for kind in ("train", "validation"))
         row[name] = {key: trained[key] for key in ("mask_loss", "iou_scored")} | {"miou": validated["miou"]}
     return row
 
 
-def _run(data: str, output: Path, overrides: list[str]) -> list[dict[str, Any]]:
-    """Train as `samray train` does, in this process; returns the lines of metrics.jsonl."""
+def train_here(spec: ModelSpec, data: str, output: Path, overrides: list[str]) -> list[dict[str, Any]]:
+    """Train as `samray train` does, in this process; returns the lines of metrics.jsonl. spec: is in MODELS."""
     settings = objective_of(load_train_settings(None, overrides)).adjusted()
-    mixture, frame = open_data([data], settings), frame_of(SMALL_VIT, SMALL_VIT.image_size)
-    learner = Learner(settings, SMALL_VIT, image_size=SMALL_VIT.image_size, device=torch.device("cpu"))
+    mixture, frame = open_data([data], settings), frame_of(spec, spec.image_size)
+    learner = Learner(settings, spec, image_size=spec.image_size, device=torch.device("cpu"))
     maker, store = ExampleMaker(mixture, frame), Store(str(output))
     worker = Worker(
         config=settings.train,

@@ -214,6 +214,8 @@ def train(
     train.objective=mae pre-trains the image encoder on images without labels, and also writes reconstructions.png. Its
     weights are the start of a training: train.encoder_checkpoint=.
 
+    train.objective=text learns prompts by text, for `samray label ... labels.by=sam_text`, from masks alone.
+
     Examples:
 
       samray train labels/ weights/

@@ -37,6 +37,9 @@ class Way:
     """Network of `transformers` that `labels.checkpoint` is by default: a name on the Hugging Face Hub."""
 
 
+CLIP: Final = "openai/clip-vit-large-patch14"
+"""The CLIP that is used if none is given: a name on the Hugging Face Hub."""
+
 WAYS: Final[Mapping[str, Way]] = {
     "example": Way(
         inputs="samray.labels.example:read_example",
@@ -76,7 +79,13 @@ WAYS: Final[Mapping[str, Way]] = {
         builder="samray.labels.clip:build_generator",
         needs=("phrases",),
         names_grid=True,
-        network="openai/clip-vit-large-patch14",
+        network=CLIP,
+    ),
+    "sam_text": Way(
+        inputs="samray.labels.sam_text:read_inputs",
+        builder="samray.labels.sam_text:build_generator",
+        needs=("phrases",),
+        network=CLIP,
     ),
 }
 
@@ -104,8 +113,8 @@ class LabelsConfig(Settings):
 
     section: ClassVar[str] = "labels"
     by: WayName | None = None
-    """null: no names; example: what it shows; grounding_dino, sam3, fastsam (AGPL-3.0): what phrases name; clip: all,
-    named."""
+    """null: no names; example: what it shows; grounding_dino, sam3, fastsam (AGPL-3.0), sam_text: what phrases name;
+    clip: all, named."""
     phrases: str | tuple[str, ...] | None = None
     """Names to look for: a list, as in [cat,fire hydrant], or a text file with one per line: a path or URI."""
     example: str | None = None
@@ -117,7 +126,8 @@ class LabelsConfig(Settings):
     design: DesignName = "persam"
     """How to look for the example's class, see the guide "One example"."""
     score_thresh: float | None = Field(default=None, ge=-2, le=2)
-    """Least similarity (persam), score (null: grounding_dino 0.3, sam3 0.5), probability (null: clip, fastsam 0.5)."""
+    """Least similarity (persam), score (null: grounding_dino 0.3, sam3 0.5), probability (null: clip, fastsam 0.5) or
+    predicted IoU (sam_text)."""
     text_thresh: float = Field(default=0.25, ge=0, le=1)
     """grounding_dino: least score of the box's phrase; lower it with score_thresh."""
     nms_thresh: float = Field(default=0.8, ge=0, le=1)
@@ -131,7 +141,7 @@ class LabelsConfig(Settings):
     crops: tuple[str, ...] = ("plain", "blanked", "enlarged")
     """clip, fastsam ([boxed]): ways to cut out a mask, embeddings averaged: plain, blanked, enlarged, boxed."""
     templates: tuple[str, ...] = ("a photo of a {}.",)
-    """clip, fastsam ([{}]): sentences in which each phrase takes the place of {}; their embeddings are averaged."""
+    """clip, sam_text, fastsam ([{}]): sentences with each phrase in the place of {}; their embeddings are averaged."""
     negatives: tuple[str, ...] = ()
     """clip, fastsam ([object,things,stuff,texture]): phrases that are not names: a mask most like one has no name."""
     relative_thresh: float = Field(default=0.5, ge=0, le=1)

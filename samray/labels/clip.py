@@ -10,11 +10,12 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import torch
 
-from samray.labels.networks import load_network, load_tokenizer, loading, opened, require_transformers
+from samray.labels.networks import Network, load_network, load_tokenizer, loading, opened, require_transformers
 from samray.labels.phrase_inputs import PhraseInputs, read_phrases_and_network
 from samray.labels.phrases import plain
 from samray.labels.pixels import Pixels, read_settings
@@ -53,23 +54,39 @@ def read_inputs(config: Config) -> ClipInputs:
     return ClipInputs(*read_phrases_and_network(config, "clip"))
 
 
-def load_namer(config: Config, inputs: PhraseInputs, device: str | torch.device | None) -> Namer:
-    """Load the network and encode the phrases and `labels.negatives`. device: None uses a GPU if there is one.
+def load_clip(network: Network, way: str, device: str | torch.device | None) -> ClipNetwork:
+    """Load the network. device: None uses a GPU if there is one. way: what needs it, for messages.
 
     Raises: ConfigError if the network is not the one that the driver found, or cannot be loaded.
     """
-    require_transformers(_WAY)  # here as well: the actor may run on another machine
+    require_transformers(way)  # here as well: the actor may run on another machine
     from transformers import CLIPModel, CLIPTokenizer
 
-    where = inputs.network.checkpoint
-    with opened(inputs.network) as folder:
+    where = network.checkpoint
+    with opened(network) as folder:
         model = load_network(CLIPModel, folder, where)
         tokenizer = load_tokenizer(CLIPTokenizer, folder, where, model.config.text_config.vocab_size)
         with loading(where):
-            numbers = Pixels.from_json(read_settings(folder), model.config.vision_config.image_size)
+            numbers = read_pixels(folder)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = ClipNetwork(model.to(device), tokenizer, numbers)
+    return ClipNetwork(model.to(device), tokenizer, numbers)
+
+
+def read_pixels(folder: Path) -> Pixels:
+    """How pixels get into the CLIP of a folder. Raises: as transformers, ValueError; see `loading`."""
+    from transformers import CLIPConfig
+
+    settings = CLIPConfig.from_pretrained(folder, local_files_only=True)
+    return Pixels.from_json(read_settings(folder), settings.vision_config.image_size)
+
+
+def load_namer(config: Config, inputs: PhraseInputs, device: str | torch.device | None) -> Namer:
+    """Load the network and encode the phrases and `labels.negatives`. device: None uses a GPU if there is one.
+
+    Raises: as `load_clip`.
+    """
+    network = load_clip(inputs.network, _WAY, device)
     asked = {plain(phrase) for phrase in inputs.categories}
     negatives = [phrase for phrase in config.labels.negatives if plain(phrase) not in asked]
     vectors = phrase_embeddings(network, [*inputs.categories, *negatives], config.labels.templates)

@@ -75,9 +75,18 @@ def find_network(checkpoint: str, kinds: tuple[str, ...], way: str) -> Network:
     folder = locate(checkpoint)
     _check_files(folder, checkpoint)
     _check_settings(folder, checkpoint, kinds, way)
-    # A relative path means another folder where the actors run.
-    is_given_folder = storage.is_local(checkpoint) and Path(storage.normalize(checkpoint)) == folder
-    return Network(str(folder) if is_given_folder else checkpoint, digest(folder))
+    return Network(absolute_checkpoint(checkpoint), digest(folder))
+
+
+def absolute_checkpoint(checkpoint: str) -> str:
+    """As given, but a local folder as an absolute path: a relative one means another where the actors run."""
+    is_folder = storage.is_local(checkpoint) and Path(storage.normalize(checkpoint)).is_dir()
+    return storage.normalize(checkpoint) if is_folder else checkpoint
+
+
+def weights_sha256(network: Network) -> str:
+    """SHA-256 (hex) of the weights file alone. Raises: as `locate`."""
+    return fetch.file_sha256(locate(network.checkpoint) / WEIGHTS)
 
 
 def digest(folder: Path) -> str:

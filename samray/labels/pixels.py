@@ -49,11 +49,15 @@ class Pixels:
 
     def prepare(self, square: RGBArray) -> Tensor:
         """(3, size, size) float32, normalised, of a square cut-out (side, side, 3) uint8."""
+        return self.normalise(self.resized(square))
+
+    def resized(self, square: RGBArray) -> RGBArray:
+        """(size, size, 3) uint8 of a square cut-out (side, side, 3) uint8."""
         if square.shape[0] != self.resize:
             picture = PillowImage.fromarray(square).resize((self.resize, self.resize), self.resample)
             square = np.asarray(picture)
         edge = (self.resize - self.size) // 2
-        return self.normalise(square[edge : edge + self.size, edge : edge + self.size])
+        return square[edge : edge + self.size, edge : edge + self.size]
 
     def stretch(self, image: RGBArray) -> Tensor:
         """(3, size, size) float32, normalised, of an image (H, W, 3) uint8, both sides resized.
@@ -65,10 +69,10 @@ class Pixels:
         return self.normalise(square[0].permute(1, 2, 0).numpy())
 
     def normalise(self, pixels: RGBArray) -> Tensor:
-        """(3, h, w) float32 of pixels (h, w, 3) uint8."""
+        """(..., 3, h, w) float32 of pixels (..., h, w, 3) uint8."""
         scaled = pixels.astype(np.float32) * np.float32(self.scale)
         normalised = (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
-        return torch.from_numpy(normalised).permute(2, 0, 1)
+        return torch.from_numpy(normalised).movedim(-1, -3)
 
 
 def _side(value: Any) -> int:

@@ -117,8 +117,13 @@ def cut_out(image: RGBArray, mask: Bool, box_xywh: Sequence[float], crop: str) -
         # Only the box: the rest of the square is outside of the mask, too.
         inside = mask[y : y + height, x : x + width, None]
         return _square(np.where(inside, image[y : y + height, x : x + width], 0), 0, 0, width, height)
-    side = round((ENLARGED if crop == "enlarged" else 1.0) * max(width, height))
-    # The square around the box's centre; it may reach beyond the image.
+    return square_around(image, box_xywh, ENLARGED if crop == "enlarged" else 1.0)
+
+
+def square_around(image: RGBArray, box_xywh: Sequence[float], expand: float) -> RGBArray:
+    """The square around a box, expanded by a factor; black where it reaches beyond the image."""
+    x, y, width, height = (int(value) for value in box_xywh)
+    side = round(expand * max(width, height))
     return _square(image, x + (width - side) // 2, y + (height - side) // 2, side, side)
 
 

@@ -20,7 +20,7 @@ from samray.report.page import Figure, settings_tables
 from samray.text import duration
 from samray.train.curves import draw_curves
 from samray.train.objectives import Objective, objective_of
-from samray.train.settings import TRAIN_SECTIONS, TrainConfig, TrainSettings
+from samray.train.settings import TRAIN_SECTIONS, TextConfig, TrainConfig, TrainSettings
 from samray.train.store import WEIGHTS_FILE, Position, Store, is_training
 
 MAX_VALIDATIONS = 40
@@ -50,7 +50,8 @@ def write_train_report(output: str, out: str | None = None) -> str:
 def _render(store: Store, run: Mapping[str, Any], position: Position, lines: Sequence[dict[str, Any]]) -> str:
     settings = run["settings"]
     config = TrainConfig(**settings["train"])
-    objective = objective_of(TrainSettings(train=config))
+    # Older trainings have no section `text`.
+    objective = objective_of(TrainSettings(train=config, text=TextConfig(**settings.get("text", {}))))
     validations = [line for line in lines if line["kind"] == "validation"]
     changed, everything = settings_tables(settings, TRAIN_SECTIONS)
     environment = jinja2.Environment(

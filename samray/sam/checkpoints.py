@@ -20,6 +20,7 @@ from samray.sam.formats import StateDict, read_state_dict
 from samray.sam.precision import auto_dtype
 from samray.sam.sam import Sam
 from samray.sam.spec import MODELS, ModelSpec
+from samray.sam.text_projection import PREFIX, TextProjection, projection_shapes
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # In order of preference: safetensors cannot hold code.
@@ -79,6 +80,9 @@ def build(spec: ModelSpec, state: Mapping[str, Tensor], origin: str) -> Sam:
     # Random initial values would be overwritten at once.
     with _NoInit():
         model = Sam(spec)
+        if projection_shapes(state, spec.embed_dim):
+            clip_dim = state[f"{PREFIX}weight"].shape[1]
+            model.prompt_encoder.text_projection = TextProjection(clip_dim, spec.embed_dim)
     # Copied, not assigned: converts half-precision files to float32, and does not keep the file mapped.
     model.load_state_dict(dict(state), strict=False)
     return model.eval().requires_grad_(False)
@@ -123,14 +127,14 @@ def check_checkpoint(name: str = "tiny", checkpoint: str | Path | None = None) -
 def _refuse_misfit(spec: ModelSpec, state: Mapping[str, Tensor], origin: str) -> None:
     """Raises: ConfigError if the weights are not this model's."""
     family = state.family if isinstance(state, StateDict) else None
-    problems = key_problems(_shapes(spec), state)
+    problems = key_problems(_expected(spec, state), state)
     if not problems and family in (None, spec.family):
         return
     # The file may be another model's: look for the one that it fits, for the message.
     fits = [
         other
         for other in MODELS.values()
-        if other is not spec and family in (None, other.family) and not key_problems(_shapes(other), state)
+        if other is not spec and family in (None, other.family) and not key_problems(_expected(other, state), state)
     ]
     family = fits[0].family if fits else family
     if family not in (None, spec.family):
@@ -141,6 +145,26 @@ def _refuse_misfit(spec: ModelSpec, state: Mapping[str, Tensor], origin: str) ->
         )
     hint = f" It fits {' and '.join(other.name for other in fits)}: set model.name={fits[0].name}." if fits else ""
     raise ConfigError(f"{origin} does not fit {spec.name}: {'; '.join(problems)}.{hint}")
+
+
+def read_clip_sha256(name: str = "tiny", checkpoint: str | Path | None = None) -> str | None:
+    """SHA-256 (hex) of the CLIP for which these weights have a text projection; None if they have none.
+
+    Raises: as `resolve_checkpoint` and `read_state_dict`.
+    """
+    if checkpoint is None:
+        return None  # neither published nor embedded weights have one: nothing is downloaded to find out
+    path = resolve_checkpoint(name, checkpoint)
+    state = read_state_dict(path)
+    if not projection_shapes(state, find_spec(name).embed_dim):
+        return None
+    _refuse_misfit(find_spec(name), state, str(path))
+    return bytes(state[f"{PREFIX}clip_sha256"].to(torch.uint8).tolist()).hex()
+
+
+def _expected(spec: ModelSpec, state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a checkpoint for this model, with those of a text projection if state has any of them."""
+    return _shapes(spec) | projection_shapes(state, spec.embed_dim)
 
 
 def find_spec(name: str) -> ModelSpec:

@@ -1,4 +1,4 @@
-"""Prompts to tokens: points and boxes by random Fourier positions, masks by a small convolution.
+"""Prompts to tokens: points and boxes by random Fourier positions, masks by a small convolution, text by a projection.
 
 Source: SAM paper, appendix A, "Prompt encoder"; `segment_anything.modeling.prompt_encoder` (same parameter names).
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from samray.sam.image_encoder import LayerNorm2d
+from samray.sam.text_projection import TextProjection
 
 PAD_LABEL = -1
 """Label of a padding point (the reference adds one if there is no box)."""
@@ -67,6 +68,8 @@ class PromptEncoder(nn.Module):
             nn.Conv2d(mask_in_chans, embed_dim, kernel_size=1),
         )
         self.no_mask_embed = nn.Embedding(1, embed_dim)
+        # Published checkpoints have none; `samray train train.objective=text` adds one.
+        self.text_projection: TextProjection | None = None
 
     def dense_positions(self) -> Tensor:
         """(L, C): the position code of every cell of the embedding grid, row by row."""
@@ -104,6 +107,15 @@ class PromptEncoder(nn.Module):
         if not self.pad_boxes:
             return tokens
         return torch.cat([tokens, self.not_a_point_embed.weight.expand(*tokens.shape[:-2], 1, -1)], dim=-2)
+
+    def encode_texts(self, embeddings: Tensor) -> Tensor:
+        """embeddings: (..., D) unit embeddings of CLIP, of texts or of images. Returns (..., 1, C).
+
+        Only for a model with a text projection.
+        """
+        assert self.text_projection is not None, "the caller checks that the weights have a text projection"
+        token: Tensor = self.text_projection(embeddings)
+        return token.unsqueeze(-2)
 
     def _positions(self, xy: Tensor) -> Tensor:
         """xy: (..., 2) in [0, 1]. Returns (..., C), the model's dtype."""

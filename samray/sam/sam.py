@@ -220,26 +220,30 @@ class Sam(nn.Module):
         boxes_xyxy: Tensor | None = None,
         mask_input: Tensor | None = None,
         *,
+        text_embeddings: Tensor | None = None,
         multimask: bool = True,
         guidance: Guidance | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Masks for any prompts on one image; guidance steers all of them towards one target.
 
         embedding: (1, C, h, w). points: (N, P, 2) and labels: (N, P); boxes_xyxy: (N, 4); all in the input frame.
-        mask_input: (N, 1, 4h, 4w) low-res logits. Returns logits (N, M, 4h, 4w) and predicted IoU (N, M); M is 3 or 1.
+        mask_input: (N, 1, 4h, 4w) low-res logits. text_embeddings: (N, D), see `PromptEncoder.encode_texts`. Returns
+        logits (N, M, 4h, 4w) and predicted IoU (N, M); M is 3 or 1.
         """
-        prompts = [p for p in (points, boxes_xyxy, mask_input) if p is not None]
+        prompts = [p for p in (points, boxes_xyxy, mask_input, text_embeddings) if p is not None]
         if not prompts:
-            raise ValueError("predict needs points, boxes or a mask_input")
+            raise ValueError("predict needs points, boxes, a mask_input or text_embeddings")
         n, encoder = len(prompts[0]), self.prompt_encoder
-        # Tokens in the reference's order: points, then a box's corners. A mask goes into the image tokens instead.
+        # Tokens in the reference's order: points, then a box's corners; then text. A mask goes into the image tokens.
         sparse = []
         if points is not None:
             if labels is None:
                 raise ValueError("points need labels: 1 foreground, 0 background")
-            sparse.append(encoder.encode_points(points, labels, pad=boxes_xyxy is None))
+            sparse.append(encoder.encode_points(points, labels, pad=boxes_xyxy is None and text_embeddings is None))
         if boxes_xyxy is not None:
             sparse.append(encoder.encode_boxes(boxes_xyxy))
+        if text_embeddings is not None:
+            sparse.append(encoder.encode_texts(text_embeddings))
         tokens = (
             torch.cat(sparse, dim=1) if sparse else encoder.no_mask_embed.weight.new_zeros(n, 0, self.spec.embed_dim)
         )

@@ -21,7 +21,8 @@ from samray.train.losses import Losses, sam_loss
 from samray.train.settings import TrainConfig
 
 Batch = dict[str, Tensor]
-"""A batch of examples (`samray.train.examples.Arrays`), each array with first axis B."""
+"""A batch of examples (`samray.train.examples.Arrays`), each array with first axis B; with train.objective=text also
+`text_embeddings` (B, N, D), which are the first prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +73,10 @@ class Rounds:
         doubt = config.doubt * batch["from_labels"].float()
         self.doubt = doubt[:, None].expand(-1, self.num_prompts).flatten() if config.doubt > 0 else None
         self.boxes = batch["boxes_xyxy"] if course.use_boxes else None
-        # (B, N, 1, 2), or (B, N, 0, 2) if the first prompt is a box.
-        clicks = points[:, :, None][:, :, :0] if course.use_boxes else points[:, :, None]
+        self.texts = batch.get("text_embeddings")
+        # (B, N, 1, 2), or (B, N, 0, 2) if the first prompt is a box or a text.
+        has_click = self.boxes is None and self.texts is None
+        clicks = points[:, :, None] if has_click else points[:, :, None][:, :, :0]
         self.clicks = clicks  # (B, N, P, 2)
         self.labels = torch.ones(clicks.shape[:3], dtype=torch.long, device=points.device)
         self.first: Losses | None = None
@@ -117,13 +120,16 @@ class Rounds:
     def _tokens(self) -> Tensor:
         """(B, N, tokens, C) for all prompts so far."""
         encoder = self.sam.prompt_encoder
-        if self.boxes is None:
+        if self.texts is not None:
+            first = encoder.encode_texts(self.texts)
+        elif self.boxes is not None:
+            first = encoder.encode_boxes(self.boxes)
+        else:
             return encoder.encode_points(self.clicks, self.labels)
-        boxes = encoder.encode_boxes(self.boxes)
         if self.clicks.shape[2] == 0:
-            return boxes
-        # As in SAM, only prompts without a box get a padding point.
-        return torch.cat([encoder.encode_points(self.clicks, self.labels, pad=False), boxes], dim=2)
+            return first
+        # As in SAM, only prompts of points alone get a padding point.
+        return torch.cat([encoder.encode_points(self.clicks, self.labels, pad=False), first], dim=2)
 
 
 class StepLoss(nn.Module):

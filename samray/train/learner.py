@@ -20,6 +20,7 @@ from samray.sam.frames import FRAMES
 from samray.sam.precision import auto_dtype
 from samray.sam.sam import Sam
 from samray.sam.spec import ModelSpec
+from samray.sam.text_projection import initial_state
 from samray.scenes.scene import Scene
 from samray.train.examples import Frame
 from samray.train.interaction import Batch, seed_of
@@ -137,7 +138,7 @@ class Learner:
         self.objective = objective_of(settings)
         self.sam = Sam(dataclasses.replace(spec, image_size=image_size))
         # Before the state is loaded, which has these parts, too.
-        self.objective.extend(self.sam)
+        self.objective.extend(self.sam, identity or {})
         teacher = None
         if config.distill_from is not None:
             # The file may have been replaced since the driver hashed it.
@@ -175,7 +176,7 @@ class Learner:
         if not self.config.from_scratch:
             sha256 = identity.get("model", {}).get("checkpoint_sha256")
             begun = load_model(settings.model.name, settings.model.checkpoint, device="cpu", sha256=sha256)
-            self.sam.load_state_dict(begun.state_dict())
+            self.sam.load_state_dict(initial_state(begun.state_dict(), self.sam.state_dict()))
         if self.config.encoder_checkpoint is not None:
             sha256 = identity.get("train", {}).get("encoder_checkpoint_sha256")
             load_encoder(self.sam, self.config.encoder_checkpoint, sha256=sha256)
@@ -244,6 +245,8 @@ class Learner:
             return self.average
         # The weights fit: only a model that takes any size is trained at another one.
         sam = Sam(self.spec)
+        # With what the objective has added to it.
+        sam.prompt_encoder.text_projection = copy.deepcopy(self.average.prompt_encoder.text_projection)
         sam.load_state_dict(self.average.state_dict())
         return sam.to(self.device).eval().requires_grad_(False)
 

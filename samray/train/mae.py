@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, cast
 
 import numpy as np
@@ -85,7 +85,7 @@ class Mae(Objective):
     def open_data(self, data: Sequence[str]) -> Mixture:
         return open_images(data, self.settings)
 
-    def extend(self, sam: Sam) -> None:
+    def extend(self, sam: Sam, identity: Mapping[str, Any]) -> None:
         spec, config = sam.spec, self.settings.mae
         assert isinstance(spec.encoder, VitSpec)
         decoder = mae.MaeDecoder(

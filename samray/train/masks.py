@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -29,11 +29,11 @@ class Masks(Objective):
         Panel("IoU of held-out masks, one click", "validation", ("miou", "miou_oracle")),
         Panel("learning rate", "train", ("lr",)),
     )
-    headline = (
+    headline: ClassVar[tuple[tuple[str, str], ...]] = (
         ("miou", "mean IoU, one click, mask with the highest score"),
         ("miou_oracle", "mean IoU, one click, best of three"),
     )
-    columns = (
+    columns: ClassVar[tuple[tuple[str, str], ...]] = (
         ("miou", "highest score"),
         ("miou_oracle", "best of three"),
         ("num_regions", "masks"),

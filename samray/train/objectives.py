@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from samray.train.mixture import Mixture
     from samray.train.settings import TrainSettings
 
-OBJECTIVES: dict[str, str] = {"masks": "samray.train.masks:Masks", "mae": "samray.train.mae:Mae"}
+OBJECTIVES: dict[str, str] = {
+    "masks": "samray.train.masks:Masks",
+    "mae": "samray.train.mae:Mae",
+    "text": "samray.train.text_prompts:TextPrompts",
+}
 """Name of an objective -> `module:class` of its `Objective`."""
 
 
@@ -70,8 +74,15 @@ class Objective:
         """All DATA, mixed. Raises: ConfigError, StorageError."""
         raise NotImplementedError
 
-    def extend(self, sam: Sam) -> None:
-        """Add to a new model what is trained with it, and initialise what the objective initialises differently."""
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """What else determines the result, by section: files by content. Raises: ConfigError, StorageError."""
+        return {}
+
+    def extend(self, sam: Sam, identity: Mapping[str, Any]) -> None:
+        """Add to a new model what is trained with it, and initialise what the objective initialises differently.
+
+        identity: of the run; a file that is in it must have the same content here. Raises: ConfigError.
+        """
 
     def set_trainable(self, sam: Sam) -> None:
         """Let only those weights learn that should. Raises: ConfigError if the model lacks the parts asked for."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from samray import storage
 from samray.config import ClusterConfig
 from samray.errors import SamrayError, StorageError
+from samray.labels.networks import absolute_checkpoint
 from samray.output.destination import check_writable
 from samray.pipeline.preflight import machine_nodes
 from samray.train.data import SCENES, example_stream
@@ -119,6 +120,8 @@ def full_identity(settings: TrainSettings, model: str, num_images: Sequence[tupl
         identity["train"]["distill_checkpoint_sha256"] = teacher
     if settings.train.encoder_checkpoint is not None:
         identity["train"]["encoder_checkpoint_sha256"] = file_sha256(settings.train.encoder_checkpoint)
+    for section, values in objective_of(settings).identity().items():
+        identity[section] |= values
     identity["data"]["uris"] = [[uri, "endless" if n is None else n] for uri, n in num_images]
     return identity
 
@@ -149,7 +152,8 @@ def _absolute(settings: TrainSettings) -> TrainSettings:
     config = settings.train.model_copy(update={name: absolute(getattr(settings.train, name)) for name in files})
     sources = tuple(storage.normalize(folder) for folder in settings.data.sources)
     data = settings.data.model_copy(update={"sources": sources, "cache": storage.normalize(settings.data.cache)})
-    return settings.model_copy(update={"model": model, "train": config, "data": data})
+    text = settings.text.model_copy(update={"checkpoint": absolute_checkpoint(settings.text.checkpoint)})
+    return settings.model_copy(update={"model": model, "train": config, "data": data, "text": text})
 
 
 @dataclass

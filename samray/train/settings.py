@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from samray.config import InputConfig, ModelConfig, Sections, make_sections, user_settings
 from samray.config.base import OneOf, Settings
+from samray.config.labels import CLIP
 from samray.config.models import teacher_names
 from samray.errors import ConfigError
 from samray.train.objectives import objective_names
@@ -18,6 +19,8 @@ LAST_BLOCKS = "last_blocks:"
 SCORES = "iou_head"
 """Value of train.trainable: train only the part that predicts the masks' IoUs."""
 
+
+_MAX_EXPAND = 10.0
 
 INPUT_IDENTITY = ("uri_column", "image_column", "max_pixels", "max_bytes", "limit")
 """Settings of `input` that determine which images a training sees."""
@@ -90,7 +93,8 @@ class TrainConfig(Settings):
 
     section: ClassVar[str] = "train"
     objective: Annotated[str, OneOf(objective_names)] = "masks"
-    """What to learn: masks, from labelled images; or mae, which pre-trains a plain ViT on unlabelled images."""
+    """What to learn: masks, from labelled images; text: text prompts, from the same; mae: pre-train a plain ViT, on
+    unlabelled images."""
     steps: int | None = Field(default=2000, ge=1)
     """Budget in steps; null means that only train.minutes applies."""
     minutes: float | None = Field(default=None, gt=0)
@@ -206,6 +210,32 @@ class MaeConfig(Settings):
         return self
 
 
+class TextConfig(Settings):
+    """Text prompts with train.objective=text."""
+
+    section: ClassVar[str] = "text"
+    checkpoint: str = CLIP
+    """CLIP whose embeddings are the prompts: a folder (path or URI) or a name on Hugging Face. Label with the same."""
+    expand: tuple[float, float] = (1.0, 2.0)
+    """Expand the box of a mask by a random factor in this range before CLIP sees it."""
+    blank_fraction: float = Field(default=0.5, ge=0, le=1)
+    """Fraction of the masks of which CLIP sees nothing but the mask: the other pixels are black."""
+
+    @field_validator("expand", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        return tuple(float(x) if isinstance(x, int) else x for x in value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> TextConfig:
+        low, high = self.expand
+        if not 1 <= low <= high <= _MAX_EXPAND:
+            raise ValueError(
+                f"text.expand = [{low}, {high}] is not allowed; it takes a range in 1 to {_MAX_EXPAND:g}, as [1,2]"
+            )
+        return self
+
+
 class TrainClusterConfig(Settings):
     """Where the work runs. These settings are not part of the run's identity: it may resume with other values."""
 
@@ -235,6 +265,7 @@ class TrainSettings(Settings):
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     mae: MaeConfig = MaeConfig()
+    text: TextConfig = TextConfig()
     input: InputConfig = InputConfig()
     cluster: TrainClusterConfig = TrainClusterConfig()
 
@@ -243,7 +274,7 @@ class TrainSettings(Settings):
         ones.
 
         Left out: the cluster, where files are kept, and how often it saves. The checkpoint is left out because a file
-        may move without changing: the run adds its SHA-256, and that of a teacher.
+        may move without changing: the run adds its SHA-256, and that of a teacher or a CLIP.
         """
         plain = self.model_dump(mode="json")
         for name in ("cache", "image_root"):
@@ -258,12 +289,14 @@ class TrainSettings(Settings):
             "model": {key: plain["model"][key] for key in ("name", "dtype")},
             "train": plain["train"],
             "mae": plain["mae"],
+            "text": {key: value for key, value in plain["text"].items() if key != "checkpoint"},
             "input": {key: plain["input"][key] for key in INPUT_IDENTITY},
         }
 
 
 TRAIN_SECTIONS: Sections = {
-    cls.section: cls for cls in (DataConfig, ModelConfig, TrainConfig, MaeConfig, InputConfig, TrainClusterConfig)
+    cls.section: cls
+    for cls in (DataConfig, ModelConfig, TrainConfig, MaeConfig, TextConfig, InputConfig, TrainClusterConfig)
 }
 
 

@@ -17,7 +17,10 @@ from tests.support.micro import settings_of
     [
         ("train.step=5", "unknown setting train.step; did you mean train.steps"),
         ("steps=5", "did you mean train.steps"),
-        ("masks.points_per_side=8", "unknown section masks; sections are data, model, train, mae, input, cluster"),
+        (
+            "masks.points_per_side=8",
+            "sections are data, model, train, mae, text, input, cluster",
+        ),
         ("train.steps=null", "both null"),
         ("train.trainable=last_blocks:0", "last_blocks:N"),
         ("train.trainable=encoder", "decoder.prompt"),
