@@ -126,8 +126,8 @@ class LabelsConfig(Settings):
     design: DesignName = "persam"
     """How to look for the example's class, see the guide "One example"."""
     score_thresh: float | None = Field(default=None, ge=-2, le=2)
-    """Least similarity (persam), score (null: grounding_dino 0.3, sam3 0.5), probability (null: clip, fastsam 0.5) or
-    predicted IoU (sam_text)."""
+    """Least similarity (persam), score (null: grounding_dino 0.3, sam3 0.5), probability (null: clip, fastsam 0.5), IoU
+    (sam_text)."""
     text_thresh: float = Field(default=0.25, ge=0, le=1)
     """grounding_dino: least score of the box's phrase; lower it with score_thresh."""
     nms_thresh: float = Field(default=0.8, ge=0, le=1)
