@@ -51,3 +51,8 @@ def cost_in_words(gpu_seconds: float, price_per_hour: float, num_images: int) ->
 
 def _money(amount: float) -> str:
     return f"{amount:,.2f}" if amount >= 0.1 or amount == 0 else f"{amount:.2g}"
+
+
+def plain(phrase: str) -> str:
+    """A phrase as networks read it: lower case, single spaces, without the signs that end a phrase in a prompt."""
+    return " ".join(phrase.lower().replace(".", " ").replace("?", " ").split())

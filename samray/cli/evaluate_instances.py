@@ -79,7 +79,7 @@ def instances(
     """
     from samray.evaluate.pictures import confusion_picture, picture_format
     from samray.evaluate.regions import RegionData
-    from samray.sam.checkpoints import choose_device, load_model
+    from samray.sam.checkpoints import choose_device
 
     if masks is not None and (settings or preset):
         raise ConfigError("--masks judges masks that exist, so settings and --preset do not apply: leave them out")
@@ -87,11 +87,9 @@ def instances(
     kind = picture_format(picture) if picture else ""
     images = RegionData(data, limit, with_pixels=masks is None)
     output = None if masks is None else RegionData(masks, with_pixels=False)
-    model, own = None, config.model
-    if output is None and config.labels.needs_sam:
-        model = load_model(own.name, own.checkpoint, own.device, own.dtype)
+    model = _load_sam(config) if output is None else None
     with _bar(len(images), not no_progress) as on_image:
-        by = model or choose_device(own.device)
+        by = model or choose_device(config.model.device)
         figures, confusion, failures = _judge(images, output, by, config, max_masks, on_image)
     _check_any(figures, failures, images.where)
     if json != "-":
@@ -100,6 +98,14 @@ def instances(
     if picture:
         storage.put(storage.normalize(picture), confusion_picture(confusion, kind))
     return 0
+
+
+def _load_sam(config: Config) -> Sam | None:
+    """The model that makes the masks; None if `labels.by` makes them itself."""
+    from samray.sam.checkpoints import load_model
+
+    own = config.model
+    return load_model(own.name, own.checkpoint, own.device, own.dtype) if config.labels.needs_sam else None
 
 
 def _judge(

@@ -132,7 +132,7 @@ def cost_rows(config: Config, num_images: int) -> list[tuple[str, str]]:
     num_images: images left to label.
     """
     rows = []
-    if config.input.prompts is None and config.labels.finds_all:
+    if config.labels.finds_all and not config.masks_are_prompted:
         passes, prompts = work_per_image(config.masks)
         rows.append(("work", f"{count(prompts, 'prompt')} per image, image encoder run {count(passes, 'time')}"))
         each = _cpu_seconds(config, passes, prompts)
@@ -180,7 +180,7 @@ def _cpu_seconds(config: Config, passes: int, prompts: int) -> float | None:
 
 
 def _masks(config: Config) -> str:
-    if config.input.prompts is not None:
+    if config.masks_are_prompted:
         return f"one for each prompt of {config.input.prompts}"
     masks = config.masks
     points = "custom points" if masks.point_grids else f"{masks.points_per_side} x {masks.points_per_side} points"

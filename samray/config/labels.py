@@ -24,7 +24,9 @@ class Way:
     """Called with the model (the device, if it needs no SAM), the `Config` and the inputs in each actor; returns a mask
     generator."""
     needs: tuple[str, ...]
-    """Settings that must be given."""
+    """Settings that must be given; with own_phrases, images may bring the phrases."""
+    own_phrases: bool = False
+    """Whether an image may have phrases of its own, besides or instead of `labels.phrases`."""
     thresholds: tuple[str, ...] = ("score_thresh",)
     """Settings that give more masks if they are lowered."""
     needs_sam: bool = True
@@ -50,6 +52,7 @@ WAYS: Final[Mapping[str, Way]] = {
         inputs="samray.labels.grounding_dino:read_inputs",
         builder="samray.labels.grounding_dino:build_generator",
         needs=("phrases",),
+        own_phrases=True,
         thresholds=("score_thresh", "text_thresh"),
         network="IDEA-Research/grounding-dino-tiny",
     ),
@@ -78,6 +81,7 @@ WAYS: Final[Mapping[str, Way]] = {
         inputs="samray.labels.clip:read_inputs",
         builder="samray.labels.clip:build_generator",
         needs=("phrases",),
+        own_phrases=True,
         names_grid=True,
         network=CLIP,
     ),
@@ -88,6 +92,12 @@ WAYS: Final[Mapping[str, Way]] = {
         network=CLIP,
     ),
 }
+
+
+def ways_with_own_phrases() -> str:
+    """The ways whose images may have phrases of their own, for messages."""
+    return " or ".join(f"labels.by={name}" for name, way in WAYS.items() if way.own_phrases)
+
 
 DESIGNS: Final[Mapping[str, str]] = {
     "persam": "samray.labels.persam:PersamGenerator",
@@ -202,7 +212,10 @@ class LabelsConfig(Settings):
             raise ValueError(f"labels.crops takes one or more of {', '.join(CROPS)}, each once; got {got}")
         if not self.templates or any("{}" not in template for template in self.templates):
             raise ValueError("labels.templates takes one or more sentences with {} in the place of the phrase")
-        missing = [f"labels.{key}" for key in WAYS[self.by].needs if getattr(self, key) is None]
+        way = WAYS[self.by]
+        # Phrases may come with the images: `samray.labels.ways.read_inputs` checks them.
+        needs = [key for key in way.needs if key != "phrases" or not way.own_phrases]
+        missing = [f"labels.{key}" for key in needs if getattr(self, key) is None]
         if missing:
             raise ValueError(f"labels.by={self.by} needs {' and '.join(missing)}")
         return self
@@ -221,7 +234,8 @@ class LabelsConfig(Settings):
     @property
     def gives_names(self) -> bool:
         """Whether masks get names; fastsam without phrases has masks only."""
-        return self.phrases is not None or self.name is not None
+        brought = self.by is not None and WAYS[self.by].own_phrases  # by the images, if not here
+        return brought or self.phrases is not None or self.name is not None
 
     @property
     def finds_all(self) -> bool:

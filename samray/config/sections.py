@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from samray.config.base import OneOf, Settings
-from samray.config.labels import LabelsConfig
+from samray.config.labels import WAYS, LabelsConfig, ways_with_own_phrases
 from samray.config.models import MODELS, model_names
 from samray.config.presets import preset_names, preset_path
 from samray.config.yaml import load_yaml_file
@@ -39,7 +39,7 @@ class InputConfig(Settings):
     """Let a list name files outside its own folder, and a remote list name servers in a private network. Only for lists
     that you trust."""
     prompts: str | None = None
-    """File of user prompts, .jsonl or .parquet: clicks and boxes, one mask for each, instead of the point grid."""
+    """File of user prompts, .jsonl or .parquet: clicks and boxes, one mask for each, or texts (with labels.by)."""
 
 
 class ModelConfig(Settings):
@@ -236,8 +236,12 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _one_source_of_masks(self) -> Config:
-        if self.labels.by is not None and self.input.prompts is not None:
-            raise ValueError(f"labels.by={self.labels.by} finds masks without prompts; leave input.prompts out")
+        by = self.labels.by
+        if by is not None and self.input.prompts is not None and not WAYS[by].own_phrases:
+            raise ValueError(
+                f"labels.by={by} takes no prompts, neither clicks nor boxes nor texts; leave input.prompts out. Texts "
+                f"of single images need {ways_with_own_phrases()}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -255,6 +259,11 @@ class Config(Settings):
     def sam_name(self) -> str | None:
         """The model that makes the masks; None if `labels.by` makes them itself."""
         return self.model.name if self.labels.needs_sam else None
+
+    @property
+    def masks_are_prompted(self) -> bool:
+        """Whether all masks are those of clicks and boxes: a way of `labels` finds others as well."""
+        return self.input.prompts is not None and self.labels.by is None
 
     def default_identity(self) -> dict[str, Any]:
         """`identity` of a run of the same model with nothing else set: what a setting counts as in an older run.json

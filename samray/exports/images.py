@@ -50,6 +50,8 @@ class LabelledImage:
     labels: list[str | None] = field(default_factory=list)
     """Empty if the run does not name."""
     label_scores: list[float | None] = field(default_factory=list)
+    phrases: tuple[str, ...] = ()
+    """As in `samray.output.schema.PHRASES`."""
 
     def of_masks(self, places: Sequence[int]) -> LabelledImage:
         """The image with only these masks, in this order."""
@@ -122,10 +124,11 @@ def images_of(table: pa.Table) -> Iterator[LabelledImage]:
     if masks.type.get_field_index("label") >= 0:
         columns["labels"] = masks.field("label").to_pylist()
         columns["label_scores"] = masks.field("label_score").to_pylist()
+    phrases = table["phrases"].to_pylist() if "phrases" in table.column_names else [()] * len(uris)
     start = 0
-    for image, uri, end in zip(images, uris, ends, strict=True):
+    for image, uri, asked, end in zip(images, uris, phrases, ends, strict=True):
         own: dict[str, Any] = {name: values[start:end] for name, values in columns.items()}
-        yield LabelledImage(**image, uri=uri, **own)
+        yield LabelledImage(**image, uri=uri, phrases=tuple(asked or ()), **own)
         start = end
 
 

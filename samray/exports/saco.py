@@ -1,7 +1,8 @@
 """SA-Co pairs: one JSON file with an entry per image and phrase, with masks or without, as SAM 3's data sets have it.
 
-In a run that names, every phrase is asked of every image: an image of which 10 phrases were asked gives 10 pairs. A
-pair without annotations is a negative, "not in this image". Masks without a name belong to no pair and are left out.
+A run that names asks `labels.phrases` of every image, and the texts of a prompt file of one image each. An image of
+which 10 phrases were asked gives 10 pairs. A pair without annotations is a negative, "not in this image". Masks without
+a name belong to no pair and are left out.
 
 The file is COCO's with these differences: `images` are pairs, whose phrase is `text_input`; the ids of annotations
 point to pairs; `bbox` ([x, y, width, height]) and `area` are fractions of the image's; the only category is "object".
@@ -72,7 +73,11 @@ def _pair_id(image: LabelledImage, index: int, classes: Classes) -> int:
 
 
 def _pairs(image: LabelledImage, file_name: str, classes: Classes) -> Iterator[dict[str, Any]]:
+    # Names of masks too: a person who corrects masks may give others than were asked.
+    asked = {*classes.common, *image.phrases, *image.labels}
     for index, name in enumerate(classes.names):
+        if name not in asked:
+            continue
         yield {
             "id": _pair_id(image, index, classes),
             "file_name": file_name,

@@ -41,6 +41,7 @@ def record_as_it_is(row: Mapping[str, Any]) -> ImageRecord:
         annotations=row["annotations"],
         error=row["error"],
         corrections=row.get("corrections"),
+        phrases=row.get("phrases"),
     )
 
 
@@ -82,12 +83,13 @@ def corrected_record(
         edit.apply(shown, theirs, names)
     except ImageError as error:
         failed = {"image_id": known["image_id"], "file_name": known["file_name"], "uri": row["uri"]}
-        return ImageRecord(**failed, width=0, height=0, error=str(error)), Counter()
+        return ImageRecord(**failed, width=0, height=0, error=str(error), phrases=row.get("phrases")), Counter()
     record = ImageRecord(
         **known,
         uri=row["uri"],
         annotations=[edit.kept[id] for id in sorted(edit.kept)],
         corrections=[{"id": id, "change": edit.marks[id]} for id in sorted(edit.marks)],
+        phrases=row.get("phrases"),
     )
     return record, edit.numbers
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
@@ -22,6 +22,7 @@ from samray.inputs.rows import places_of, redact_all
 from samray.prompts import Prompt
 from samray.storage.strict_json import parse_json
 from samray.storage.tables import read_parquet
+from samray.text import plain
 
 if TYPE_CHECKING:
     from samray.output.plan import Plan
@@ -91,6 +92,20 @@ class PromptFile:
             raise ConfigError(f"{_name(uri)} has no prompts")
         # The hash is of the bytes that were parsed, not of a second read, which could give another file.
         return cls(uri=uri, sha256=hashlib.sha256(data).hexdigest(), rows=rows)
+
+    @property
+    def prompts(self) -> Iterator[Prompt]:
+        """The prompts of all images, in the order of the file."""
+        return (prompt for row in self.rows for prompt in row.prompts)
+
+    def spelled(self, phrases: Iterable[str]) -> PromptFile:
+        """The same with each text as it is in phrases: "Cat" and "cat" are one name."""
+        known = {plain(phrase): phrase for phrase in phrases}
+
+        def spelled(prompt: Prompt) -> Prompt:
+            return prompt if prompt.text is None else replace(prompt, text=known[plain(prompt.text)])
+
+        return replace(self, rows=[replace(row, prompts=list(map(spelled, row.prompts))) for row in self.rows])
 
     @property
     def identity(self) -> dict[str, Any]:

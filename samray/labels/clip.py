@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -17,16 +19,18 @@ import torch
 
 from samray.labels.networks import Network, load_network, load_tokenizer, loading, opened, require_transformers
 from samray.labels.phrase_inputs import PhraseInputs, read_phrases_and_network
-from samray.labels.phrases import plain
+from samray.labels.phrases import OWN_KEPT, Asked
 from samray.labels.pixels import Pixels, read_settings
 from samray.labels.ways import MakeGenerator
 from samray.labels.zero_shot import DEFAULT_SCORE_THRESH, ClipNetwork, Namer, phrase_embeddings
 from samray.masks.generator import MaskGenerator
 from samray.rle.records import MaskRecord
+from samray.text import plain
 
 if TYPE_CHECKING:
     from samray.config import Config
     from samray.inputs.decode import RGBArray
+    from samray.prompts import Prompt
     from samray.sam.sam import Sam
 
 _WAY: Final = "clip"
@@ -82,19 +86,39 @@ def read_pixels(folder: Path) -> Pixels:
 
 
 def load_namer(config: Config, inputs: PhraseInputs, device: str | torch.device | None) -> Namer:
-    """Load the network and encode the phrases and `labels.negatives`. device: None uses a GPU if there is one.
+    """Load the network and encode the phrases asked of every image and `labels.negatives`. device: None uses a GPU if
+    there is one.
 
     Raises: as `load_clip`.
     """
-    network = load_clip(inputs.network, _WAY, device)
-    asked = {plain(phrase) for phrase in inputs.categories}
-    negatives = [phrase for phrase in config.labels.negatives if plain(phrase) not in asked]
-    vectors = phrase_embeddings(network, [*inputs.categories, *negatives], config.labels.templates)
+    network, templates = load_clip(inputs.network, _WAY, device), config.labels.templates
+    asked = {plain(phrase) for phrase in inputs.common}
+    negatives = tuple(phrase for phrase in config.labels.negatives if plain(phrase) not in asked)
     # A GPU would wait for one thread that cuts and resizes. On CPUs each thread of the labeler does its own.
     num_threads = min(_CUTTING_THREADS, os.cpu_count() or 1)
-    cutters = None if network.device.type == "cpu" else ThreadPoolExecutor(num_threads, thread_name_prefix="cut")
-    names = (*inputs.categories, *(None for _ in negatives))
-    return Namer(network, names, vectors, config.labels.crops, thresh_of(config), cutters=cutters)
+    on_cpu = network.device.type == "cpu"
+    return Namer(
+        network,
+        tuple(inputs.common),
+        phrase_embeddings(network, [*inputs.common, *negatives], templates),
+        config.labels.crops,
+        thresh_of(config),
+        negatives=negatives,
+        cutters=None if on_cpu else ThreadPoolExecutor(num_threads, thread_name_prefix="cut"),
+        embed_own=_own_embeddings(network, templates),
+    )
+
+
+def _own_embeddings(network: ClipNetwork, templates: Sequence[str]) -> Callable[[str], torch.Tensor]:
+    """What gives the vector (D,) of a phrase of a single image; the most recent ones are kept."""
+    embedding = lru_cache(OWN_KEPT)(lambda phrase: phrase_embeddings(network, [phrase], templates)[0])
+    encoding = threading.Lock()
+
+    def embed_own(phrase: str) -> torch.Tensor:
+        with encoding:  # two threads with the same phrase encode it once
+            return embedding(phrase)
+
+    return embed_own
 
 
 def build_generator(model: Sam, config: Config, inputs: ClipInputs) -> MakeGenerator:
@@ -115,6 +139,7 @@ class ClipGenerator:
         if points_per_batch is not None:
             masks = masks.model_copy(update={"points_per_batch": points_per_batch})
             self.namer = replace(namer, crops_at_once=points_per_batch)
+        self.asked = Asked(namer.phrases)
         self.masks = MaskGenerator(model, masks, frugal=points_per_batch is not None)
         self._name_s = 0.0
 
@@ -122,10 +147,16 @@ class ClipGenerator:
     def stage_seconds(self) -> dict[str, float]:
         return {**self.masks.stage_seconds, "name": self._name_s}
 
-    def generate(self, images: Sequence[RGBArray]) -> list[list[MaskRecord]]:
-        """As of `MaskGenerator`; each mask has `label` and `label_score`, both null if it stays unnamed."""
+    def generate(
+        self, images: Sequence[RGBArray], prompts: Sequence[Sequence[Prompt]] | None = None
+    ) -> list[list[MaskRecord]]:
+        """As of `MaskGenerator`; each mask has `label` and `label_score`, both null if it stays unnamed.
+
+        prompts: a list of texts per image, asked of this image, besides the phrases asked of all.
+        """
         found = self.masks.generate(list(images))
         started = time.perf_counter()
-        named = [self.namer.name(image, masks) for image, masks in zip(images, found, strict=True)]
+        own = [self.asked.own(each) for each in prompts or [()] * len(images)]
+        named = [self.namer.name(image, masks, more) for image, masks, more in zip(images, found, own, strict=True)]
         self._name_s += time.perf_counter() - started
         return named

@@ -11,17 +11,18 @@ What the authors' scripts do, and what is different here:
 - A prompt of more tokens than the network takes (256) is split, and each part is asked in its own pass. The scripts cut
   it off.
 
-What is computed how often: the image's backbone (Swin) once per image, the text's (BERT) once per actor, because
-neither depends on the other. The encoder that follows fuses image and text: it and the decoder run once per part of the
-prompt and image.
+What is computed how often: the image's backbone (Swin) once per image, the text's (BERT) once per phrase and actor,
+because neither depends on the other, and no phrase on another. The encoder that follows fuses image and text: it and
+the decoder run once per part of the prompt and image.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -29,19 +30,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from samray.errors import ConfigError
+from samray.errors import ConfigError, ImageError
 from samray.labels.networks import Network, load_network, loading, opened, require_transformers
 from samray.labels.phrase_inputs import PhraseInputs, read_phrases_and_network
-from samray.labels.phrases import plain
+from samray.labels.phrases import OWN_KEPT, Asked
 from samray.labels.records import limited_records, named_mask
 from samray.labels.ways import MakeGenerator
 from samray.masks.images import check_images
 from samray.masks.nms import box_nms
+from samray.masks.prompted import PromptedGenerator, check_prompts
 from samray.masks.records import Mask
 from samray.masks.stages import timed
+from samray.prompts import Prompt
 from samray.rle.records import MaskRecord
 from samray.sam.frames import frame_of
 from samray.sam.sam import Sam
+from samray.text import plain
 
 if TYPE_CHECKING:
     from samray.config import Config
@@ -74,7 +78,7 @@ def build_generator(model: Sam, config: Config, inputs: DetectorInputs) -> MakeG
 
     Raises: ConfigError if the network is not this run's or cannot be loaded.
     """
-    detector = Detector(inputs.network, inputs.categories, model.device)
+    detector = Detector(inputs.network, inputs.common, model.device)
     return lambda points_per_batch: GroundedGenerator(model, config, detector, points_per_batch)
 
 
@@ -87,7 +91,7 @@ class Boxes:
     scores: npt.NDArray[np.float32]
     """(N,) in [0, 1]."""
     phrases: list[int]
-    """Index of the phrase of each."""
+    """Index of the phrase of each: of the detector's phrases, and after them the image's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +100,62 @@ class Part:
 
     input_ids: Tensor
     """(1, T) token ids of the prompt, on the network's device."""
+    phrases: tuple[str, ...]
     first: int
     """Index of its first phrase."""
     spans: list[tuple[int, int]]
-    """The first token of each phrase, and the one after its last."""
+    """The first token of each phrase, and the one after its last: its full stop."""
+
+
+Encoded = tuple[Tensor, Tensor, Tensor]
+"""The start of a prompt, the tokens of a phrase and its full stop, and the prompt's end: (tokens, C) each."""
+
+
+class Texts:
+    """The prompts as the text's backbone reads them. Each phrase is encoded once, because in a prompt a token sees only
+    those of its own phrase, with positions of their own. Several threads may use it at once."""
+
+    def __init__(self, model: Any, common: Sequence[Part], part_of: Callable[[str], Part]) -> None:
+        """model: the `GroundingDinoModel`. common: kept as long as the actor; of others the most recent phrases.
+        part_of: the prompt of one phrase."""
+        self._backbone = model.text_backbone.forward
+        self._parts = {phrase: part for part in common for phrase in part.phrases}
+        self._common: dict[str, Encoded] = {}
+        # Encoded alone: the same numbers whatever was asked of other images before.
+        self._own = lru_cache(OWN_KEPT)(lambda phrase: self._encode(part_of(phrase))[0])
+        # Held while encoding, so that two threads with the same phrase encode it once.
+        self._lock = threading.Lock()
+
+    def of(self, part: Part) -> Any:
+        """The output of the text's backbone for a prompt."""
+        from transformers.modeling_outputs import BaseModelOutput
+
+        with self._lock:
+            phrases = [self._phrase(phrase) for phrase in part.phrases]
+        tokens = torch.cat([phrases[0][0], *(tokens for _, tokens, _ in phrases), phrases[-1][2]])
+        return BaseModelOutput(last_hidden_state=tokens[None])
+
+    def _phrase(self, phrase: str) -> Encoded:
+        if phrase not in self._parts:
+            return self._own(plain(phrase))
+        if phrase not in self._common:
+            part = self._parts[phrase]
+            self._common |= zip(part.phrases, self._encode(part), strict=True)
+        return self._common[phrase]
+
+    def _encode(self, part: Part) -> list[Encoded]:
+        ids = part.input_ids
+        sees = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)
+        positions = torch.zeros_like(ids)
+        for start, stop in part.spans:
+            sees[start : stop + 1, start : stop + 1] = True
+            positions[0, start : stop + 1] = torch.arange(stop + 1 - start)
+        hidden = self._backbone(ids, sees[None, None], torch.zeros_like(ids), positions).last_hidden_state[0]
+        return [(hidden[:1], hidden[start : stop + 1], hidden[-1:]) for start, stop in part.spans]
 
 
 class Detector:
-    """Grounding DINO with fixed phrases. Several threads may use it at once."""
+    """Grounding DINO with phrases that are asked of every image. Several threads may use it at once."""
 
     def __init__(self, network: Network, phrases: Sequence[str], device: torch.device) -> None:
         """Raises: ConfigError if the network is another one than in the driver or cannot be loaded."""
@@ -116,22 +168,41 @@ class Detector:
                 # Pillow's resizing whether torchvision is installed or not: the same boxes on every machine.
                 self.processor = GroundingDinoImageProcessorPil.from_pretrained(folder, local_files_only=True)
             self.model = load_network(GroundingDinoForObjectDetection, folder, network.checkpoint).to(device)
-        self.phrases, self.device = list(phrases), device
-        self.parts = split_prompt(tokenizer, phrases, self.model.config.max_text_len, device)
+        self.phrases, self.device = tuple(phrases), device
+        longest = self.model.config.max_text_len
+        self._split = lru_cache(16)(lambda phrases: split_prompt(tokenizer, phrases, longest, device))
+        self.parts: list[Part] = self._split(self.phrases)
+        self._texts = Texts(self.model.model, self.parts, lambda phrase: self._split((phrase,))[0])
         self._image_side = Once(self.model.model.backbone)
         self._text_side = Once(self.model.model.text_backbone)
-        self._texts: dict[int, Any] = {}  # kept as long as the actor
+
+    def _parts_with(self, own: Sequence[str]) -> list[Part]:
+        """Raises: ImageError if one of an image's own phrases has too many tokens."""
+        try:
+            return self._split((*self.phrases, *own)) if own else self.parts
+        except ConfigError as error:
+            raise ImageError("bad_prompt", str(error)) from error
 
     @torch.inference_mode()
-    def detect(self, image: Image, *, score_thresh: float, text_thresh: float, nms_thresh: float) -> Boxes:
-        """The boxes of all phrases in one image (H, W, 3) uint8 RGB, after non-maximum suppression."""
+    def detect(
+        self, image: Image, own: Sequence[str] = (), *, score_thresh: float, text_thresh: float, nms_thresh: float
+    ) -> Boxes:
+        """The boxes of all phrases in one image (H, W, 3) uint8 RGB, after non-maximum suppression.
+
+        own: phrases of this image alone, none of which is one of the detector's. Raises: ImageError (`bad_prompt`) if
+        one has more tokens than the network takes.
+        """
+        parts = self._parts_with(own)
+        if not parts:
+            return Boxes(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), [])
         size = self._size_of(image)
         inputs = self.processor(images=image, input_data_format="channels_last", return_tensors="pt", **size)
         pixels, mask = (inputs[name].to(self.device) for name in ("pixel_values", "pixel_mask"))
         features: dict[int, Any] = {}  # of this image only
         found = []
-        for number, part in enumerate(self.parts):
-            with self._image_side.kept_in(features, 0), self._text_side.kept_in(self._texts, number):
+        for part in parts:
+            text = {0: self._texts.of(part)}
+            with self._image_side.kept_in(features, 0), self._text_side.kept_in(text, 0):
                 outputs = self.model(pixel_values=pixels, pixel_mask=mask, input_ids=part.input_ids)
             scores = outputs.logits[0].sigmoid().float()  # (queries, tokens); 0 behind the prompt's last token
             found.append(_chosen(scores, outputs.pred_boxes[0].float(), part, score_thresh, text_thresh))
@@ -170,7 +241,9 @@ def split_prompt(tokenizer: Any, phrases: Sequence[str], max_tokens: int, device
     Raises: ConfigError if one phrase has more tokens.
     """
     parts: list[Part] = []
-    lengths = [len(tokenizer(plain(phrase), add_special_tokens=False).input_ids) for phrase in phrases]
+    if not phrases:
+        return parts
+    lengths = [len(ids) for ids in tokenizer([*map(plain, phrases)], add_special_tokens=False).input_ids]
     first = 0
     while first < len(phrases):
         spans: list[tuple[int, int]] = []
@@ -192,7 +265,7 @@ def split_prompt(tokenizer: Any, phrases: Sequence[str], max_tokens: int, device
                 "labels.checkpoint: its tokenizer is not that of a Grounding DINO, because the prompt has "
                 f"{input_ids.shape[1]} tokens, and {position + 1} were expected with [CLS], [SEP] and the full stops"
             )
-        parts.append(Part(input_ids, first, spans))
+        parts.append(Part(input_ids, tuple(phrases[first : first + len(spans)]), first, spans))
         first += len(spans)
     return parts
 
@@ -232,39 +305,55 @@ class GroundedGenerator:
     def __init__(self, model: Sam, config: Config, detector: Detector, points_per_batch: int | None = None) -> None:
         """points_per_batch: boxes decoded together; None chooses by the device."""
         self.model, self.config, self.detector, self.frame = model, config, detector, frame_of(model)
+        self.asked = Asked(detector.phrases)
+        frugal = {} if points_per_batch is None else {"points_per_batch": points_per_batch}
+        self.prompted = PromptedGenerator(model, config.masks.model_copy(update=frugal))
         self.boxes_per_batch = points_per_batch or (_CPU_BOXES if model.device.type == "cpu" else _GPU_BOXES)
         self.stage_seconds = {"detect": 0.0, "encode": 0.0, "decode": 0.0}
 
     @torch.inference_mode()
-    def generate(self, images: Sequence[Image]) -> list[list[MaskRecord]]:
+    def generate(
+        self, images: Sequence[Image], prompts: Sequence[Sequence[Prompt]] | None = None
+    ) -> list[list[MaskRecord]]:
         """The masks of each image, best score first, with `label`, a phrase as the user wrote it, and `label_score`.
 
-        images: RGB uint8 (H, W, 3), upright, of any sizes. An image in which nothing is found has no masks.
-        Raises: ValueError for invalid images.
+        images: RGB uint8 (H, W, 3), upright, of any sizes. prompts: a list per image; texts are asked of this image,
+        besides the phrases asked of all. Clicks and boxes give one mask each, without a name, before the others. An
+        image in which nothing is found has no masks.
+        Raises: ImageError (`bad_prompt`) for a wrong prompt, ValueError for invalid images.
         """
         check_images(images)
+        prompts = [()] * len(images) if prompts is None else prompts
+        for image, each in zip(images, prompts, strict=True):
+            check_prompts(image, each)
+        own = [self.asked.own(each) for each in prompts]
         with self._stage("detect"):
-            boxes = [self._detect(image) for image in images]
+            boxes = [self._detect(image, texts) for image, texts in zip(images, own, strict=True)]
         records: list[list[MaskRecord]] = [[] for _ in images]
-        asked = [i for i, own in enumerate(boxes) if len(own.xyxy)]  # the others need no encoding
+        # The others need no encoding.
+        asked = [i for i, each in enumerate(prompts) if len(boxes[i].xyxy) or any(one.text is None for one in each)]
         if asked:
             with self._stage("encode"):
                 embeddings = self.model.encode_images(self.model.preprocess([images[i] for i in asked])[0])
             with self._stage("decode"):
                 for i, embedding in zip(asked, embeddings, strict=True):
                     height, width = images[i].shape[:2]
-                    masks = list(self._masks(embedding[None], boxes[i], (height, width)))
-                    records[i] = limited_records(masks, (height, width), self.config)
+                    names = [*self.detector.phrases, *own[i]]
+                    masks = list(self._masks(embedding[None], boxes[i], names, (height, width)))
+                    records[i] = self.prompted.masks_of(embedding[None], (height, width), prompts[i])
+                    records[i] += limited_records(masks, (height, width), self.config)
         return records
 
-    def _detect(self, image: Image) -> Boxes:
+    def _detect(self, image: Image, own: Sequence[str] = ()) -> Boxes:
         labels = self.config.labels
         score_thresh = SCORE_THRESH if labels.score_thresh is None else labels.score_thresh
         return self.detector.detect(
-            image, score_thresh=score_thresh, text_thresh=labels.text_thresh, nms_thresh=labels.nms_thresh
+            image, own, score_thresh=score_thresh, text_thresh=labels.text_thresh, nms_thresh=labels.nms_thresh
         )
 
-    def _masks(self, embedding: Tensor, boxes: Boxes, image_hw: tuple[int, int]) -> Iterator[Mask]:
+    def _masks(
+        self, embedding: Tensor, boxes: Boxes, names: Sequence[str], image_hw: tuple[int, int]
+    ) -> Iterator[Mask]:
         """One mask per box. embedding: (1, C, h, w)."""
         # float64 until the model's frame, as in the reference's predictor.
         corners = self.frame.points_in(boxes.xyxy.astype(np.float64).reshape(-1, 2, 2), image_hw)
@@ -278,7 +367,7 @@ class GroundedGenerator:
                     self.frame.masks_out(mask[None], image_hw)[0],
                     self.config,
                     predicted_iou=predicted_iou,
-                    label=self.detector.phrases[boxes.phrases[i]],
+                    label=names[boxes.phrases[i]],
                     label_score=float(boxes.scores[i]),
                 )
 

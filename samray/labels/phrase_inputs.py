@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
 from samray.config.labels import WAYS
+from samray.errors import ConfigError
 from samray.labels.networks import Network, find_network
-from samray.labels.phrases import read_phrases
-from samray.text import count, first_few
+from samray.labels.phrases import MOST_PHRASES, read_phrases
+from samray.text import count, first_few, plain
 
 if TYPE_CHECKING:
     from samray.config import Config
@@ -20,14 +22,39 @@ class PhraseInputs:
 
     categories: list[str]
     network: Network
+    num_common: int | None = None
+    """How many of the categories, from the first, are asked of every image; None: all. The others are phrases of single
+    images."""
+
+    @property
+    def common(self) -> list[str]:
+        """The phrases asked of every image."""
+        return self.categories[: self.num_common]
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"network_sha256": self.network.sha256}
+        own = {} if self.num_common is None else {"asked_of_all": self.num_common}
+        return {"network_sha256": self.network.sha256, **own}
+
+    def with_texts(self, texts: Sequence[str]) -> Self:
+        """The same with phrases of single images. Raises: ConfigError if that makes too many categories."""
+        known = set(map(plain, self.categories))
+        categories = [*self.categories, *(text for text in texts if plain(text) not in known)]
+        if len(categories) > MOST_PHRASES:
+            raise ConfigError(
+                f"labels.phrases and the texts of all prompts are {len(categories):,} phrases, expected at most "
+                f"{MOST_PHRASES:,}"
+            )
+        return replace(self, categories=categories, num_common=len(self.categories))
 
     @property
     def phrases_in_words(self) -> str:
-        return f"{count(len(self.categories), 'phrase')}: {first_few(self.categories, 5)}"
+        common = self.common
+        every = f"{count(len(common), 'phrase')}: {first_few(common, 5)}" if common else ""
+        if (num_own := len(self.categories) - len(common)) == 0:
+            return every
+        own = f"{count(num_own, 'phrase')} of single images: {first_few(self.categories[len(common) :], 5)}"
+        return f"{every}; {own}" if every else own
 
     def network_row(self) -> tuple[str, str]:
         """The network's row of the plan."""
@@ -35,11 +62,13 @@ class PhraseInputs:
 
 
 def read_phrases_and_network(config: Config, *kinds: str) -> tuple[list[str], Network]:
-    """kinds: values of `model_type` that fit `labels.by`. Raises: ConfigError that names the setting, StorageError."""
+    """The phrases asked of every image, none if `labels.phrases` is null, and the network.
+
+    kinds: values of `model_type` that fit `labels.by`. Raises: ConfigError that names the setting, StorageError.
+    """
     labels = config.labels
     assert labels.by is not None
-    assert labels.phrases is not None
-    phrases = read_phrases(labels.phrases)
+    phrases = [] if labels.phrases is None else read_phrases(labels.phrases)
     checkpoint = labels.checkpoint or WAYS[labels.by].network
     assert checkpoint is not None
     return phrases, find_network(checkpoint, kinds, labels.by)

@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING, Final
 
 from samray import storage
 from samray.errors import ConfigError, FileError, NotFoundError, TooLargeError
+from samray.prompts import phrase_problem
+from samray.text import plain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
+
+    from samray.prompts import Prompt
 
 MOST_PHRASES: Final = 10_000
-MOST_CHARACTERS: Final = 250
-"""The longest phrase. A token has at least one character, so a phrase fits a prompt of 256 tokens."""
+OWN_KEPT: Final = 4096
+"""Encoded phrases of single images kept per actor, the most recent: 60 MB with Grounding DINO, 12 MB with CLIP."""
 _MAX_BYTES: Final = 16 * 1024 * 1024
 _SETTING: Final = "labels.phrases"
 
@@ -54,13 +58,8 @@ def _checked(phrases: Iterable[str], name: str, what: str, *, skip_empty: bool =
         phrase = phrase.strip()
         if not phrase and skip_empty:
             continue
-        if not plain(phrase):
-            raise ConfigError(f"{name}: {what} {number} is {phrase!r}; it takes a phrase with letters or digits")
-        if len(phrase) > MOST_CHARACTERS:
-            raise ConfigError(
-                f"{name}: {what} {number} has {len(phrase)} characters, expected at most {MOST_CHARACTERS}; name a "
-                "thing in a few words"
-            )
+        if problem := phrase_problem(phrase):
+            raise ConfigError(f"{name}: {what} {number} {problem}")
         # Networks of text ignore case and full stops, and would name each mask by one of the two at random.
         first = place_of.setdefault(plain(phrase), number)
         if first != number:
@@ -75,6 +74,22 @@ def _checked(phrases: Iterable[str], name: str, what: str, *, skip_empty: bool =
     return cleaned
 
 
-def plain(phrase: str) -> str:
-    """A phrase as networks read it: lower case, single spaces, without the signs that end a phrase in a prompt."""
-    return " ".join(phrase.lower().replace(".", " ").replace("?", " ").split())
+class Asked:
+    """The phrases asked of every image, to which an image may add its own: the texts of its prompts."""
+
+    def __init__(self, common: Sequence[str]) -> None:
+        self.common = tuple(common)
+        self._known = {plain(phrase) for phrase in common}
+
+    def own(self, prompts: Iterable[Prompt]) -> list[str]:
+        """The texts among an image's prompts that are not asked of every image, each once."""
+        return [text for key, text in distinct(prompts).items() if key not in self._known]
+
+
+def distinct(prompts: Iterable[Prompt]) -> dict[str, str]:
+    """The texts of prompts: each as networks read it -> as it was first written."""
+    texts: dict[str, str] = {}
+    for prompt in prompts:
+        if prompt.text is not None:
+            texts.setdefault(plain(prompt.text), prompt.text)
+    return texts

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from samray.config.labels import WAYS
+from samray.config.labels import WAYS, ways_with_own_phrases
+from samray.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -33,15 +34,25 @@ class Inputs(Protocol):
         """Lines of the plan: `masks` (which ones will be found), and what else is used."""
 
 
-def read_inputs(config: Config) -> Inputs | None:
+def read_inputs(config: Config, texts: Sequence[str] | None = None) -> Inputs | None:
     """The inputs of the way that config names; None if it names none.
 
-    Raises: ConfigError that says what is wrong with a file, StorageError.
+    texts: phrases of single images, in the order of the categories; may be empty if they are not known yet.
+    Raises: ConfigError that says what is wrong with a file or a setting, StorageError.
     """
-    if config.labels.by is None:
+    by = config.labels.by
+    if texts is not None and (by is None or not WAYS[by].own_phrases):
+        raise ConfigError(
+            "phrases of single images, as text in input.prompts or in a phrases_column, need "
+            f"{ways_with_own_phrases()}; got {'neither' if by is None else f'labels.by={by}'}"
+        )
+    if by is None:
         return None
-    inputs: Inputs = function_named(WAYS[config.labels.by].inputs)(config)
-    return inputs
+    if texts is None and "phrases" in WAYS[by].needs and config.labels.phrases is None:
+        raise ConfigError(f"labels.by={by} needs labels.phrases")
+    inputs: Any = function_named(WAYS[by].inputs)(config)
+    found: Inputs = inputs if texts is None else inputs.with_texts(texts)
+    return found
 
 
 def labels_identity(config: Config, inputs: Inputs | None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ mask may stay unnamed. The paper's masked attention in the last layer is left ou
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -32,6 +32,7 @@ from torch.nn.functional import normalize
 from samray.labels.pixels import Pixels
 from samray.rle.records import MaskRecord
 from samray.rle.runs import bbox_xywh, checked_runs, pixels
+from samray.text import plain
 
 if TYPE_CHECKING:
     from samray.inputs.decode import RGBArray
@@ -98,6 +99,8 @@ def phrase_embeddings(network: ClipNetwork, phrases: Sequence[str], templates: S
 
     Source: CLIP's notebook "Prompt Engineering for ImageNet".
     """
+    if not phrases:
+        return torch.zeros(0, network.model.config.projection_dim)
     texts = [template.replace("{}", phrase) for phrase in phrases for template in templates]
     each = network.embed_texts(texts)
     return normalize(each.reshape(len(phrases), len(templates), -1).mean(dim=1), dim=-1)
@@ -140,35 +143,52 @@ def _square(image: RGBArray, left: int, top: int, width: int, height: int, fill:
 
 @dataclass(frozen=True, slots=True)
 class Namer:
-    """A network with the phrases asked for, which are encoded once for all images."""
+    """A network with the phrases asked of every image, which are encoded once for all images."""
 
     network: ClipNetwork
-    phrases: tuple[str | None, ...]
-    """None for a phrase that is not a name (`labels.negatives`)."""
+    phrases: tuple[str, ...]
     vectors: Tensor
-    """(P, D), from `phrase_embeddings`."""
+    """(P, D) of the phrases, then of the negatives, from `phrase_embeddings`."""
     crops: tuple[str, ...]
     score_thresh: float = DEFAULT_SCORE_THRESH
     crops_at_once: int = CROPS_AT_ONCE
     cutters: Executor | None = None
     """Threads that cut out masks next to the network's work; None to do both in turn."""
+    embed_own: Callable[[str], Tensor] | None = None
+    """(D,), the vector of a phrase of a single image; None if images have none."""
+    negatives: tuple[str, ...] = ()
+    """Phrases that are not names (`labels.negatives`), none of them one of the phrases."""
 
-    def probabilities(self, image: RGBArray, masks: Sequence[MaskRecord]) -> Tensor:
+    def probabilities(self, image: RGBArray, masks: Sequence[MaskRecord], own: Sequence[str] = ()) -> Tensor:
         """(M, P) float32: for each mask the probability of each phrase, which sum to 1.
 
-        image: (H, W, 3) uint8 RGB, upright, as the masks were made for. Raises: ValueError, phrased as the end of a
-        sentence, for a mask that does not fit the image or has no pixel.
+        image: (H, W, 3) uint8 RGB, upright, as the masks were made for. own: phrases of this image alone. The order is
+        phrases of every image, own, negatives. Raises: ValueError, phrased as the end of a sentence, for a mask that
+        does not fit the image or has no pixel.
         """
+        names, vectors = self._asked(own)
         parts = [
             self.network.embed_squares(part)
             for batch in self._batches(image, masks)
             for part in batch.split(self.crops_at_once)
         ]
         if not parts:
-            return torch.zeros(0, len(self.phrases))
+            return torch.zeros(0, len(names))
         each = torch.cat(parts).reshape(len(masks), len(self.crops), -1)
-        logits = self.network.logit_scale * normalize(each.mean(dim=1), dim=-1) @ self.vectors.T
+        logits = self.network.logit_scale * normalize(each.mean(dim=1), dim=-1) @ vectors.T
         return logits.softmax(dim=-1)
+
+    def _asked(self, own: Sequence[str]) -> tuple[list[str | None], Tensor]:
+        """What the masks of one image are compared with: names, None for a negative, and the vectors (P, D)."""
+        # A phrase that is asked of this image is a name, even if it is a negative for the others.
+        is_own = set(map(plain, own))
+        negatives = [i for i, phrase in enumerate(self.negatives, len(self.phrases)) if plain(phrase) not in is_own]
+        names = [*self.phrases, *own, *(None for _ in negatives)]
+        if not own:
+            return names, self.vectors
+        assert self.embed_own is not None
+        common, more = self.vectors[: len(self.phrases)], [self.embed_own(phrase)[None] for phrase in own]
+        return names, torch.cat([common, *more, self.vectors[negatives]])
 
     def _batches(self, image: RGBArray, masks: Sequence[MaskRecord]) -> Iterator[Tensor]:
         """(n, 3, size, size) prepared cut-outs of all masks in order, of whole masks each."""
@@ -196,12 +216,15 @@ class Namer:
         inside = pixels(runs, hw)
         return torch.stack([self.network.pixels.prepare(cut_out(image, inside, box, crop)) for crop in self.crops])
 
-    def name(self, image: RGBArray, masks: Sequence[MaskRecord]) -> list[MaskRecord]:
+    def name(self, image: RGBArray, masks: Sequence[MaskRecord], own: Sequence[str] = ()) -> list[MaskRecord]:
         """The same masks with `label` and `label_score`: the likeliest phrase and its probability, or null for both if
-        that is below the threshold or the phrase is not a name. Raises: as `probabilities`."""
+        that is below the threshold, the phrase is not a name or none was asked. own, Raises: as `probabilities`."""
+        if not (self.phrases or own):
+            return [{**mask, "label": None, "label_score": None} for mask in masks]
+        names, _ = self._asked(own)
         named: list[MaskRecord] = []
-        best, phrase = self.probabilities(image, masks).max(dim=-1) if masks else (torch.zeros(0), torch.zeros(0))
+        best, phrase = self.probabilities(image, masks, own).max(dim=-1) if masks else (torch.zeros(0), torch.zeros(0))
         for mask, score, index in zip(masks, best.tolist(), phrase.tolist(), strict=True):
-            label = self.phrases[int(index)] if score >= self.score_thresh else None
+            label = names[int(index)] if score >= self.score_thresh else None
             named.append({**mask, "label": label, "label_score": None if label is None else score})
         return named

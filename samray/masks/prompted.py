@@ -71,7 +71,9 @@ class PromptedGenerator:
             raise ValueError(f"{len(images)} images, but prompts for {len(prompts)}")
         # All are checked first: a bad prompt costs no work on the images before it.
         for image, own in zip(images, prompts, strict=True):
-            _check(image, own)
+            check_prompts(image, own)
+            if texts := [prompt.text for prompt in own if prompt.text is not None]:
+                raise ValueError(f"the prompt {texts[0]!r} is a text, which needs samray.label with labels.by")
         found: list[list[MaskRecord]] = [[] for _ in images]
         # Images without prompts are not encoded.
         asked = [i for i, own in enumerate(prompts) if own]
@@ -83,11 +85,11 @@ class PromptedGenerator:
             with self._stage("encode"):
                 embeddings = self.model.encode_images(pixels)
             for i, embedding in zip(batch, embeddings, strict=True):
-                found[i] = self._masks(embedding[None], images[i].shape[:2], prompts[i])
+                found[i] = self.masks_of(embedding[None], images[i].shape[:2], prompts[i])
         return found
 
-    def _masks(self, embedding: Tensor, image_hw: tuple[int, ...], prompts: Sequence[Prompt]) -> list[MaskRecord]:
-        """The masks of one image. embedding: (1, C, h, w)."""
+    def masks_of(self, embedding: Tensor, image_hw: tuple[int, ...], prompts: Sequence[Prompt]) -> list[MaskRecord]:
+        """The masks of one image, after `check_prompts`; texts are left to the caller. embedding: (1, C, h, w)."""
         height, width = image_hw
         records: dict[int, MaskRecord] = {}
         for places in self._batches(prompts):
@@ -96,14 +98,15 @@ class PromptedGenerator:
             with self._stage("score"):
                 for i, mask, predicted_iou in zip(places, logits, iou.tolist(), strict=True):
                     records[i] = self._record(i, prompts[i], mask[None], predicted_iou, (height, width))
-        return [records[i] for i in range(len(prompts))]
+        return [records[i] for i in sorted(records)]
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
         """Indices of prompts to decode together: the same number of clicks each, and all or none with a box."""
         # Only prompts with equally many tokens form a batch: padding tokens would change the masks.
         alike: dict[tuple[int, bool], list[int]] = {}
         for i, prompt in enumerate(prompts):
-            alike.setdefault((len(prompt.points), prompt.box is not None), []).append(i)
+            if prompt.text is None:
+                alike.setdefault((len(prompt.points), prompt.box is not None), []).append(i)
         default = _CPU_PROMPTS if self.model.device.type == "cpu" else _GPU_PROMPTS
         size = self.config.points_per_batch or default
         for places in alike.values():
@@ -154,7 +157,8 @@ class PromptedGenerator:
         return timed(self.stage_seconds, name, self.model.device)
 
 
-def _check(image: Image, prompts: Sequence[Prompt]) -> None:
+def check_prompts(image: Image, prompts: Sequence[Prompt]) -> None:
+    """Raises: ImageError (`bad_prompt`) that names the first prompt outside the image."""
     for index, prompt in enumerate(prompts):
         problem = prompt.problem_in(width=image.shape[1], height=image.shape[0])
         if problem is not None:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from samray import storage
 from samray.errors import StorageError
 from samray.output.plan import Plan
-from samray.output.schema import categories_of
+from samray.output.schema import categories_of, num_common_of
 
 UNNAMED: Final = "object"
 _UNNAMED: Final = re.compile(f"(unnamed )*{UNNAMED}")
@@ -25,6 +25,8 @@ class Classes:
 
     names: tuple[str, ...]
     """In the order of the run's `categories`; empty for a run without names."""
+    common: frozenset[str]
+    """The names that were asked of every image; others were asked of single images."""
     unnamed: str
     """The class of masks without a name, after all others; different from each of them."""
     where: str
@@ -56,7 +58,8 @@ def classes_of(plan: Plan) -> Classes:
     while unnamed in names:
         unnamed = f"unnamed {unnamed}"
     index = {name: number for number, name in enumerate((*names, None))}
-    return Classes(names, unnamed, storage.redact(plan.output), index)
+    common = frozenset(names[: num_common_of(plan.run["identity"])])
+    return Classes(names, common, unnamed, storage.redact(plan.output), index)
 
 
 def means_unnamed(category: Mapping[str, Any]) -> bool:

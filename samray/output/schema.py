@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from samray.rle.records import MaskRecord
 from samray.storage.strict_json import parse_json
@@ -57,6 +58,10 @@ CORRECTED_SCHEMA: Final = SCHEMA.append(
 (the mask was below the export's thresholds and is gone). Masks without an entry are unchanged. Null if nobody
 reviewed the image."""
 
+PHRASES: Final = pa.field("phrases", pa.list_(pa.string()))
+"""Last column of runs in which images have phrases of their own: those asked of this image, besides the ones asked of
+every image."""
+
 CHANGES: Final = ("added", "changed", "removed", "left_out")
 
 STATS_SECONDS: Final = ("device_seconds", "held_seconds", "gpu_seconds")
@@ -79,13 +84,17 @@ class ImageRecord:
     """"reason: message" of a failed image."""
     corrections: list[dict[str, Any]] | None = None
     """As in `CORRECTED_SCHEMA`; only in a corrected output."""
+    phrases: list[str] | None = None
+    """As in `PHRASES`; only stored in runs that have that column."""
 
 
 def schema_of(run: Mapping[str, Any]) -> pa.Schema:
     """The columns of the shards of a run (`Plan.run`)."""
     identity = run.get("identity", {})
     schema = CORRECTED_SCHEMA if "corrects" in identity else SCHEMA
-    return schema if categories_of(identity) is None else named(schema)
+    if categories_of(identity) is None:
+        return schema
+    return named(schema) if num_common_of(identity) is None else named(schema).append(PHRASES)
 
 
 def named(schema: pa.Schema) -> pa.Schema:
@@ -100,6 +109,19 @@ def categories_of(identity: Mapping[str, Any]) -> list[str] | None:
     return None if categories is None else list(categories)
 
 
+def num_common_of(identity: Mapping[str, Any]) -> int | None:
+    """How many of `categories_of` are asked of every image, from the first; None: all. Of the others each image has its
+    own, in the column `PHRASES`."""
+    found: int | None = identity.get("labels", {}).get("asked_of_all")
+    return found
+
+
+def count_named(table: pa.Table) -> int:
+    """Number of masks with a name in rows of `schema_of` a run."""
+    masks = pc.list_flatten(table["annotations"])
+    return pc.count(pc.struct_field(masks, "label")).as_py() if masks.type.get_field_index("label") >= 0 else 0
+
+
 def check_columns(schema: pa.Schema) -> None:
     """Check that a file has the columns of a shard, which lets its readers rely on the types.
 
@@ -110,6 +132,8 @@ def check_columns(schema: pa.Schema) -> None:
         if schema.get_field_index(column.name) < 0:
             raise ValueError(f"expected one column {column.name!r}; shards have {SCHEMA.names}")
         _check_type(column.name, schema.field(column.name).type, column.type)
+    if schema.get_field_index(PHRASES.name) >= 0:
+        _check_type(PHRASES.name, schema.field(PHRASES.name).type, PHRASES.type)
 
 
 def _check_type(name: str, kind: pa.DataType, wanted: pa.DataType) -> None:
@@ -153,6 +177,7 @@ def _row(record: ImageRecord) -> dict[str, Any]:
         "status": "failed" if failed else "ok",
         "error": record.error,
         "corrections": record.corrections,
+        "phrases": record.phrases or [],
     }
 
 

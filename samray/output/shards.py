@@ -25,6 +25,7 @@ from samray.output.manifests import read_generations
 from samray.output.schema import (
     CORRECTED_SCHEMA,
     NAMED_ANNOTATION,
+    PHRASES,
     SCHEMA,
     check_columns,
     named,
@@ -70,6 +71,7 @@ def shard_bytes(table: pa.Table, compression_level: int = 3) -> bytes:
     has_names = table.schema.field("annotations").type == pa.list_(NAMED_ANNOTATION)
     # Readers know only these schemas; any other is a bug of the caller.
     known = [named(schema) if has_names else schema for schema in (SCHEMA, CORRECTED_SCHEMA)]
+    known += [schema.append(PHRASES) for schema in known if has_names]
     assert any(table.schema.equals(schema) for schema in known), table.schema
     # Rows that were read from another file carry that file's checksum in their metadata.
     table = unsealed(table)

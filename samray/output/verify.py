@@ -24,9 +24,9 @@ from samray.output import manifests as generations
 from samray.output import shards
 from samray.output.append import stale_shards
 from samray.output.plan import Plan, load_plan
-from samray.output.schema import categories_of, reason_of, samray_metadata, schema_of
+from samray.output.schema import categories_of, count_named, num_common_of, reason_of, samray_metadata, schema_of
 from samray.output.seals import is_intact, seal_of
-from samray.output.verify_rows import check_image, check_planned, check_status
+from samray.output.verify_rows import check_asked, check_image, check_planned, check_status
 from samray.storage.tables import open_parquet
 
 _PROBLEMS_PER_SHARD: Final = 20
@@ -209,6 +209,7 @@ def _check_metadata(plan: Plan, shard: int, table: pa.Table) -> Iterator[str]:
         labels = pc.unique(pc.struct_field(pc.list_flatten(table["annotations"]), "label")).drop_null().to_pylist()
         for label in sorted(set(labels) - set(names)):
             yield f"{name} has the name {label!r}, which is none of those asked for: {', '.join(names)}"
+        yield from check_asked(name, table, names, num_common_of(plan.run["identity"]))
     if metadata.get("generation", 0) > plan.last_generation:
         made_for = metadata["generation"]
         yield f"{name} was written for generation {made_for} of a plan, the last one here is {plan.last_generation}"
@@ -219,6 +220,7 @@ def _check_metadata(plan: Plan, shard: int, table: pa.Table) -> Iterator[str]:
     counted = {
         "num_images": table.num_rows,
         "num_masks": pc.sum(pc.list_value_length(table["annotations"])).as_py() or 0,
+        "num_named": count_named(table),
         "failures": dict(Counter(reason_of(error) for error in errors)),
     }
     for key, number in counted.items():

@@ -16,6 +16,8 @@ PREDICTED_IOU_RANGE: Final = (-0.4, 1.4)
 """SAM's IoU prediction is unbounded; a value further than this from [0, 1] cannot come from the model."""
 
 
+_ASKED: Final = ("image", "annotations", "corrections", "phrases")
+
 _MAY_BE_NULL: Final = ("label", "label_score")
 
 
@@ -67,6 +69,25 @@ def check_status(name: str, table: pa.Table) -> Iterator[str]:
         num_masks = None if masks is None else len(masks)
         if num_masks is None or (status == "failed" and num_masks):
             yield f"{which} has status {status!r} and {num_masks} masks"
+
+
+def check_asked(name: str, table: pa.Table, categories: Sequence[str], num_common: int | None) -> Iterator[str]:
+    """Check that a row's own phrases are categories, and that each of its masks has a name that was asked of it.
+
+    num_common: as of `num_common_of`. In a corrected output a person may have given any of the names.
+    """
+    if num_common is None:
+        return
+    known, common = set(categories), set(categories[:num_common])
+    rows = table.select([column for column in table.column_names if column in _ASKED]).to_pylist()
+    for row in rows:
+        which, own = f"{name}: image {(row['image'] or {}).get('image_id')}", row["phrases"]
+        if own is None or not known.issuperset(own):
+            yield f"{which} has the phrases {own}, expected a list of names that the run asks for"
+            continue
+        labels = {mask["label"] for mask in row["annotations"] or [] if mask is not None} - {None}
+        if "corrections" not in row and (not_asked := labels - common - set(own)):
+            yield f"{which} has a mask with the name {min(not_asked)!r}, which was not asked of this image"
 
 
 def check_image(name: str, row: dict[str, Any], bbox_convention: str, deep: bool) -> Iterator[str]:

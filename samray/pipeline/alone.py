@@ -126,8 +126,9 @@ def answer_with(setup: bytes) -> Callable[[bytes], Answer]:
     """The child's side; see `child.Child`. It is ready once it has labelled the built-in image."""
     config, make_labeler = pickle.loads(setup)
     labeler = make_labeler(config, 1)
-    # A run with prompts needs one to label anything: a click in the middle of the object.
-    prompts = None if config.input.prompts is None else [Prompt.parse({"points": [[20, 20]], "labels": [1]})]
+    # A run with prompts needs one to label anything: a click in the middle of the object. Texts need no answer.
+    click = [Prompt.parse({"points": [[20, 20]], "labels": [1]})] if config.labels.by is None else []
+    prompts = None if config.input.prompts is None else click
     labeler.label([EncodedImage(0, "", "", _harmless_picture(), prompts)])
 
     def answer(request: bytes) -> Answer:

@@ -15,10 +15,12 @@ from samray.cluster.session import ensure_ray
 from samray.cluster.sizes import WHOLE_CPU_LEFT, check_fits, choose_sizes, cluster_nodes
 from samray.config import Config
 from samray.errors import ConfigError, ImageError
+from samray.inputs.parquet_types import is_text
 from samray.labels.ways import read_inputs
 from samray.output.schema import ANNOTATION, NAMED_ANNOTATION
 from samray.pipeline.labeler import EncodedImage, ShardLabeler, build_labeler
 from samray.pipeline.metrics import ActorFigures
+from samray.prompts import Prompt
 from samray.sam.checkpoints import checkpoint_sha256
 from samray.storage.tables import code_free
 
@@ -33,6 +35,7 @@ def label_dataset(
     ds: Dataset,
     config: Config | None = None,
     *,
+    phrases_column: str | None = None,
     make_labeler: Callable[[Config, int], ShardLabeler] | None = None,
 ) -> Dataset:
     """Add the columns `annotations`, `status` and `error` to ds; lazy, like every Ray Data stage.
@@ -40,7 +43,8 @@ def label_dataset(
     The images are in the column config.input.image_column, else in `bytes` or `image`: encoded bytes, Hugging Face's
     `struct<bytes, path>`, or RGB or grey uint8 arrays. An image that cannot be labelled has status `failed` and a
     reason.
-    Annotation ids are image_id * 65536 + index if ds has an integer column `image_id`, else only the index.
+    phrases_column names a column of lists of strings: phrases of this image alone, besides those of config.labels; null
+    means none. Annotation ids are image_id * 65536 + index if ds has an integer column `image_id`, else only the index.
     make_labeler is called once in each actor with config and its number of threads. Each actor leaves one of its CPUs
     for the stages before and after this one. Raises: ConfigError for settings that are not possible here.
     """
@@ -48,8 +52,9 @@ def label_dataset(
     if config.input.prompts is not None:
         raise ConfigError("input.prompts is for samray.label: the images of a dataset have no names to match")
     if make_labeler is None:  # every actor must load the weights that this machine has
+        labels = read_inputs(config, None if phrases_column is None else [])
         sha256 = checkpoint_sha256(config.model.name, config.model.checkpoint) if config.labels.needs_sam else None
-        make_labeler = functools.partial(build_labeler, checkpoint_sha256=sha256, labels=read_inputs(config))
+        make_labeler = functools.partial(build_labeler, checkpoint_sha256=sha256, labels=labels)
     is_fixed = ensure_ray(config.cluster)
     nodes, device = cluster_nodes(), config.model.device
     # A lazy dataset does not know its number of rows: assume more than there are actors.
@@ -59,7 +64,12 @@ def label_dataset(
     # An integer batch_size: Ray Data wants one for stages with GPUs.
     return ds.map_batches(
         DatasetLabeler,
-        fn_constructor_kwargs={"config": config, "num_threads": sizes.num_threads, "make_labeler": make_labeler},
+        fn_constructor_kwargs={
+            "config": config,
+            "num_threads": sizes.num_threads,
+            "make_labeler": make_labeler,
+            "phrases_column": phrases_column,
+        },
         batch_size=IMAGES_PER_BATCH,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=sizes.min_actors, max_size=sizes.max_actors),
@@ -72,8 +82,15 @@ def label_dataset(
 class DatasetLabeler:
     """Ray Data's callable for label_dataset: a table of images in, the same table with labels out."""
 
-    def __init__(self, config: Config, num_threads: int, make_labeler: Callable[[Config, int], ShardLabeler]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        num_threads: int,
+        make_labeler: Callable[[Config, int], ShardLabeler],
+        phrases_column: str | None = None,
+    ) -> None:
         end_with_ray()
+        self.phrases_column = phrases_column
         self.image_column = config.input.image_column
         self.annotation = NAMED_ANNOTATION if config.labels.gives_names else ANNOTATION
         self.figures = ActorFigures()
@@ -84,8 +101,14 @@ class DatasetLabeler:
         if taken:
             raise ConfigError(f"the dataset already has columns named {', '.join(taken)}: rename or drop them")
         images = [
-            EncodedImage(image_id=number or 0, file_name="", uri="", data=data)
-            for number, data in zip(_image_ids(batch), self._images(batch), strict=True)
+            EncodedImage(
+                image_id=number or 0,
+                file_name="",
+                uri="",
+                data=prompts if isinstance(prompts, ImageError) else data,
+                prompts=None if isinstance(prompts, ImageError) else prompts,
+            )
+            for number, data, prompts in zip(_image_ids(batch), self._images(batch), self._prompts(batch), strict=True)
         ]
         done = self.labeler.label(images, on_progress=lambda batch: self.figures.add(batch, self.labeler.num_workers))
         done = self.figures.finish(done, self.labeler.num_workers)
@@ -107,6 +130,23 @@ class DatasetLabeler:
             raise ConfigError(f"the dataset cannot be labelled: {error}") from error
         return images_of(batch[name])
 
+    def _prompts(self, batch: pa.Table) -> Iterator[list[Prompt] | ImageError | None]:
+        """The texts of each row; None without a column of them."""
+        name = self.phrases_column
+        if name is None:
+            yield from [None] * batch.num_rows
+            return
+        if name not in batch.column_names:
+            raise ConfigError(f"the dataset has no column {name!r} (phrases_column); it has {batch.column_names}")
+        kind = batch.schema.field(name).type
+        if not _is_texts(kind):
+            raise ConfigError(f"the column {name!r} (phrases_column) is of type {kind}, expected lists of strings")
+        for phrases in batch[name].to_pylist():
+            try:
+                yield [Prompt(text=phrase) for phrase in phrases or ()]
+            except ConfigError as error:
+                yield ImageError("bad_prompt", f"{name}: {error}")
+
     def _column(self, batch: pa.Table) -> str:
         # `bytes` is what Ray's read_binary_files calls it, `image` what read_images does.
         for name in (self.image_column, "bytes", "image"):
@@ -116,6 +156,13 @@ class DatasetLabeler:
             f"the dataset has no column {self.image_column!r} (input.image_column), nor `bytes` or `image`;"
             f" it has {', '.join(batch.column_names)}"
         )
+
+
+def _is_texts(kind: pa.DataType) -> bool:
+    """Whether values are lists of strings, or all null."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return is_text(kind.value_type) or bool(pa.types.is_null(kind.value_type))
+    return bool(pa.types.is_null(kind))
 
 
 def _image_ids(batch: pa.Table) -> list[int | None]:

@@ -111,6 +111,8 @@ def plan_names(output: str, dest: str, config: Config) -> tuple[RunPlan, Plan, s
     storage.configure(config.storage)
     if config.labels.by != WAY:
         raise ConfigError(f"samray name takes labels.by={WAY}, got labels.by={config.labels.by}")
+    if config.labels.phrases is None:
+        raise ConfigError(f"labels.by={WAY} needs labels.phrases")
     source = load_plan(output)
     where = storage.redact(source.output)
     if "edges" in source.run["identity"]:

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from samray import storage
+from samray.config.labels import WAYS
+from samray.errors import ConfigError
 from samray.inputs.listing import check_readable
 from samray.inputs.prompt_file import MatchedPrompts, PromptFile
+from samray.labels.phrases import distinct
 from samray.labels.ways import Inputs, labels_identity, read_inputs
 from samray.output.append import InputChanges, join_images
 from samray.output.destination import check_is_folder
@@ -107,8 +110,7 @@ def plan_run(
     if is_new and not dry_run:
         storage.check_output(output_uri)  # before listing INPUT, which may take long
     # Read once, here: it may change during the run, and its content is a part of the run's identity.
-    prompt_file = None if config.input.prompts is None else PromptFile.read(config.input.prompts)
-    labels = read_inputs(config)
+    prompt_file, labels = _prompts_and_labels(config)
     identity = _identity_of_dry_run(config, begun) if dry_run else run_identity(config, weights)
     identity |= labels_identity(config, labels) | (prompt_file.identity if prompt_file else {})
     if is_new and dry_run:  # the only case without a plan in OUTPUT
@@ -133,6 +135,26 @@ def plan_run(
         versions=finished_shards(plan),
         prompts=prompt_file.match(plan.read_images(["uri", "file_name"])) if prompt_file else None,
     )
+
+
+def _prompts_and_labels(config: Config) -> tuple[PromptFile | None, Inputs | None]:
+    """The prompt file, its texts spelled as the categories, and what naming needs.
+
+    Raises: ConfigError if they do not fit together, StorageError.
+    """
+    prompt_file = None if config.input.prompts is None else PromptFile.read(config.input.prompts)
+    texts = {} if prompt_file is None else distinct(prompt_file.prompts)
+    labels = read_inputs(config, list(texts.values()) if texts else None)
+    if prompt_file is None or labels is None:
+        return prompt_file, labels
+    by = config.labels.by
+    if by is not None and WAYS[by].names_grid and any(prompt.text is None for prompt in prompt_file.prompts):
+        raise ConfigError(
+            f"input.prompts {storage.redact(prompt_file.uri)} has points or boxes, but labels.by={by} names all masks "
+            "of the point grid and takes texts alone; to name one mask per prompt, label without labels.by, then run "
+            "samray name"
+        )
+    return prompt_file.spelled(labels.categories), labels
 
 
 def run_identity(config: Config, weights: WeightsFile | None = None) -> dict[str, Any]:

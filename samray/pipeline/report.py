@@ -55,6 +55,8 @@ class ShardSummary:
     shard: int
     num_images: int = 0
     num_masks: int = 0
+    num_named: int = 0
+    """Masks with a name."""
     failures: dict[str, int] = field(default_factory=dict)
     """Reason -> number of failed images."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
@@ -71,6 +73,7 @@ class ShardSummary:
             shard=shard,
             num_images=len(done.records),
             num_masks=sum(len(record.annotations) for record in done.records),
+            num_named=sum(mask.get("label") is not None for record in done.records for mask in record.annotations),
             failures=dict(Counter(reason_of(record.error) for record in done.records if record.error is not None)),
             stage_seconds=done.stage_seconds,
             device_seconds=done.device_seconds,
@@ -121,6 +124,8 @@ class LabelReport(WithFailures):
     """Images labelled by this run."""
     num_masks: int = 0
     """Masks of this run."""
+    num_named: int | None = None
+    """Those with a name; null in a run without names."""
     num_missing_shards: int = 0
     num_images_not_found: int = 0
     """Images in a prompt file (`input.prompts`) that the plan does not have."""
@@ -168,6 +173,8 @@ class LabelReport(WithFailures):
         """Add a shard that this run committed, without its failures: those are counted over the final output."""
         self.num_labelled += summary.num_images - sum(summary.failures.values())
         self.num_masks += summary.num_masks
+        if self.num_named is not None:
+            self.num_named += summary.num_named
         self.device_seconds += summary.device_seconds
         self.held_seconds += summary.held_seconds
         self.gpu_seconds += summary.gpu_seconds
@@ -211,12 +218,13 @@ def no_masks(num_images: int, config: Config) -> str:
     """The warning that none of the labelled images has a mask, with the likely reason."""
     images = "the only image" if num_images == 1 else f"any of the {num_images:,} images"
     found = f"NO MASK was found in {images} labelled"
-    if config.input.prompts is not None:
+    if config.masks_are_prompted:
         return f"{found}: {config.input.prompts} has no prompts for them"
-    if config.labels.by is not None and not config.labels.gives_names:
+    by = config.labels.by
+    if by is not None and not config.labels.gives_names:
         return f"{found}. Look at the images; a lower labels.conf_thresh gives more masks, into another OUTPUT"
-    if config.labels.by is not None and config.labels.phrases is not None and not config.labels.finds_all:
-        thresholds = " and ".join(f"labels.{key}" for key in WAYS[config.labels.by].thresholds)
+    if by is not None and not config.labels.finds_all and config.labels.example is None:
+        thresholds = " and ".join(f"labels.{key}" for key in WAYS[by].thresholds)
         return f"{found} for any of the phrases. Lower {thresholds}, into another OUTPUT, or use other words"
     if not config.labels.finds_all:
         return (
@@ -258,7 +266,8 @@ def print_report(report: LabelReport, console: Console | None = None) -> None:
         table.add_row("labelled now", f"{report.num_labelled} in {duration(report.wall_s)}, {rate}")
         # Edge maps have no masks to count.
         if report.maps is None:
-            table.add_row("masks", f"{report.num_masks}, {report.num_masks / report.num_labelled:.1f} per image")
+            names = "" if report.num_named is None else f", {report.num_named} with a name"
+            table.add_row("masks", f"{report.num_masks}, {report.num_masks / report.num_labelled:.1f} per image{names}")
     if report.num_failed:
         reasons = ", ".join(f"{number} {reason}" for reason, number in report.failures.items())
         table.add_row("failed images", f"{report.num_failed}: {reasons}")

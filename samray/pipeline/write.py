@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from samray import storage
 from samray.cluster.processes import end_with_ray
-from samray.output.schema import reason_of, samray_metadata, with_stats
+from samray.output.schema import count_named, reason_of, samray_metadata, with_stats
 from samray.output.seals import digest_in
 from samray.output.shards import put_shard, read_shard, shard_bytes, shard_uri
 from samray.pipeline.attempts import ShardAttempts
@@ -106,6 +106,7 @@ def merged_stats(old: dict[str, Any], new: ShardSummary, table: pa.Table) -> dic
         new,
         num_images=table.num_rows,
         num_masks=pc.sum(pc.list_value_length(table["annotations"])).as_py() or 0,
+        num_named=count_named(table),
         failures=dict(Counter(reason_of(error) for error in errors)),
         stage_seconds=dict(Counter(old.get("stage_seconds", {})) + Counter(new.stage_seconds)),
         device_seconds=old.get("device_seconds", 0.0) + new.device_seconds,

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -198,6 +199,29 @@ def test_all_masks_of_sam_are_named_with_one_pass_per_image(
     assert all(mask["label"] in phrases for masks in got for mask in masks)
     few = [[mask["label"] for mask in masks] for masks in make(4).generate(images)]
     assert few == [[mask["label"] for mask in masks] for masks in got], "the same in small batches"
+
+
+@pytest.mark.parametrize("negatives", [(), (PHRASES[2], "wall")])
+def test_phrases_of_an_image_are_as_if_asked_of_all(
+    folder: Path, negatives: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(folder, score_thresh=0.0, negatives=negatives)
+    namer = load_namer(config, read_inputs(config), "cpu")
+    image, masks = picture()
+    wanted = namer.name(image, masks)
+    for num_common in (2, 0):
+        few = settings(folder, PHRASES[:num_common] or None, score_thresh=0.0, negatives=negatives)
+        own = load_namer(few, read_inputs(few), "cpu")
+        embed = Mock(side_effect=own.network.embed_texts)
+        monkeypatch.setattr(own.network, "embed_texts", embed)
+        for _ in range(2):
+            got = own.name(image, masks, PHRASES[num_common:])
+            assert [mask["label"] for mask in got] == [mask["label"] for mask in wanted]
+            scores = [mask["label_score"] for mask in wanted]
+            assert [mask["label_score"] for mask in got] == pytest.approx(scores, abs=1e-4)
+        texts = [f"a photo of a {phrase}." for phrase in PHRASES[num_common:]]
+        assert embed.call_args_list == [call([text]) for text in texts], "each once"
+    assert {mask["label"] for mask in own.name(image, masks)} == {None}, "nothing is asked"
 
 
 def test_a_network_that_is_not_the_runs_or_is_no_clip_is_refused(folder: Path, tmp_path: Path) -> None:

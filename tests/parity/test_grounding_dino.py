@@ -13,6 +13,7 @@ from pycocotools import mask as coco_mask
 
 from samray.config import Config
 from samray.labels.grounding_dino import build_generator, read_inputs
+from samray.prompts import Prompt
 from samray.sam.sam import Sam
 from samray.scenes.scene import make_scene
 from tests.support.networks import write_grounding_dino
@@ -67,20 +68,23 @@ def sam_masks(model: Sam, image: np.ndarray, boxes: torch.Tensor) -> list[np.nda
         ]  # fmt: skip
 
 
-def test_boxes_masks_scores_and_names_are_those_of_a_plain_script(folder: Path) -> None:
+@pytest.mark.parametrize("num_common", [4, 2, 0])
+def test_boxes_masks_scores_and_names_are_those_of_a_plain_script(folder: Path, num_common: int) -> None:
+    """The first phrases are asked of every image, the others are texts of this one."""
     model, image = micro(), make_scene(3, 96).image[:80]
     labels = {
-        "by": "grounding_dino", "phrases": PHRASES, "checkpoint": str(folder), "score_thresh": SCORE,
-        "text_thresh": TEXT, "nms_thresh": 1.0,
+        "by": "grounding_dino", "phrases": PHRASES[:num_common] or None, "checkpoint": str(folder),
+        "score_thresh": SCORE, "text_thresh": TEXT, "nms_thresh": 1.0,
     }  # fmt: skip
     config = Config(labels=labels, masks={"min_mask_area": 0, "mask_nms_thresh": None})
     generator = build_generator(model, config, read_inputs(config))(None)
+    own = PHRASES[num_common:]
     expected, names = plain_script(folder, Image.fromarray(image))
     order = np.argsort(-expected["scores"].numpy(), kind="stable")
     assert len(order) >= 3
     assert len(set(names)) >= 2, "several phrases are found"
 
-    boxes = generator._detect(image)
+    boxes = generator._detect(image, own)
     np.testing.assert_allclose(boxes.xyxy, expected["boxes"].numpy()[order], atol=1e-4 * 96)
     np.testing.assert_allclose(boxes.scores, expected["scores"].numpy()[order], atol=1e-4)
     assert [PHRASES[i] for i in boxes.phrases] == [names[i] for i in order]
@@ -88,7 +92,7 @@ def test_boxes_masks_scores_and_names_are_those_of_a_plain_script(folder: Path) 
     masks = sam_masks(model, image, expected["boxes"][order])
     expected_masks = [(mask, names[i], float(expected["scores"][i])) for mask, i in zip(masks, order, strict=True)]
     expected_masks = [one for one in expected_masks if one[0].any()]
-    (records,) = generator.generate([image])
+    (records,) = generator.generate([image], [[Prompt(text=text) for text in own]])
     assert len(records) == len(expected_masks)
     for record, (mask, name, score) in zip(records, expected_masks, strict=True):
         differing = (coco_mask.decode(record["segmentation"]).astype(bool) != mask).mean()

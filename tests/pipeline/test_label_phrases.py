@@ -1,24 +1,30 @@
-"""`samray label ... labels.phrases=...` on a real Ray, with small random networks: names on disk, identity."""
+"""`samray label` with phrases on a real Ray, with small random networks: names on disk, identity, texts of images."""
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray.data
 from PIL import Image
 
+from samray import storage
 from samray.config import Config, load_config
 from samray.errors import ConfigError
 from samray.exports.export import export
 from samray.output.plan import load_plan
 from samray.output.schema import samray_metadata
-from samray.output.shards import shard_uri
+from samray.output.shards import read_shard, shard_uri
 from samray.output.status import run_status
 from samray.output.verify import verify
+from samray.pipeline.dataset_stage import label_dataset
 from samray.pipeline.run import label
 from samray.scenes.scene import make_scene
 from samray.storage.tables import read_parquet
+from samray.text import plain
 from tests.support.networks import write_grounding_dino, write_sam3
 from tests.support.outputs import rows_of
 from tests.support.tiny_clip import write_clip
@@ -26,9 +32,8 @@ from tests.support.tiny_yolo import write_yolo
 
 
 def test_phrases_are_labels_on_disk(tmp_path: Path, local_ray: None) -> None:
-    (tmp_path / "in").mkdir()
     for seed in range(3):
-        Image.fromarray(make_scene(seed, 96).image).save(tmp_path / "in" / f"{seed}.png")
+        storage.put(f"{tmp_path}/in/{seed}.png", png_of(seed))
     network = write_grounding_dino(tmp_path / "network")
     output, phrases = str(tmp_path / "out"), ["Cat", "fire hydrant", "dog"]
     (tmp_path / "phrases.txt").write_text("\n".join(phrases))
@@ -127,7 +132,7 @@ def test_fastsam_keeps_all_masks_or_those_that_phrases_choose(tmp_path: Path, lo
 
     every = str(tmp_path / "every")
     report = label(tmp_path / "in", every, settings(), progress=False)
-    assert (report.exit_code, report.num_failed) == (0, 0)
+    assert (report.exit_code, report.num_failed, report.num_named) == (0, 0, None)
     assert report.num_masks
     assert all("label" not in mask for row in rows_of(every) for mask in row["annotations"])
     assert not verify(every, deep=True).problems
@@ -152,3 +157,48 @@ def test_fastsam_keeps_all_masks_or_those_that_phrases_choose(tmp_path: Path, lo
     none = str(tmp_path / "none")
     assert not label(tmp_path / "in", none, settings(*asked, "labels.score_thresh=1.01"), progress=False).num_masks
     assert [(row["annotations"], row["status"]) for row in rows_of(none)] == [([], "ok"), ([], "ok")]
+
+
+def test_clip_names_with_the_texts_of_each_image(tmp_path: Path, local_ray: None) -> None:
+    """And `label_dataset` with the same texts in a column gives the same names."""
+    for seed in range(3):
+        storage.put(f"{tmp_path}/in/{seed}.png", png_of(seed))
+    texts = {"0.png": ["Red", "green thing"], "1.png": ["red.", "cat"]}
+    rows = [{"file_name": name, "prompts": [{"text": text} for text in own]} for name, own in texts.items()]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = [
+        "labels.by=clip", "labels.phrases=[dog]", f"labels.checkpoint={write_clip(tmp_path / 'clip')}",
+        "labels.score_thresh=0.2", "output.images_per_shard=2", "cluster.max_actors=1", "cluster.num_cpus_per_actor=1",
+        "masks.points_per_side=6",
+    ]  # fmt: skip
+    config, output = load_config(None, None, [*base, f"input.prompts={tmp_path}/texts.jsonl"]), str(tmp_path / "out")
+    assert label(tmp_path / "in", output, config, progress=False).exit_code == 0
+    found = rows_of(output)
+    assert [row["phrases"] for row in found] == [["Red", "green thing"], ["Red", "cat"], []]
+    names = [{mask["label"] for mask in row["annotations"]} - {None} for row in found]
+    assert all(own <= {"dog", *row["phrases"]} for own, row in zip(names, found, strict=True))
+    assert len(set().union(*names)) > 1
+    assert verify(output, deep=True).problems == []
+    assert run_status(output).labels.keys() == {"dog", "Red", "green thing", "cat"}
+    metadata = samray_metadata(read_shard(output, 0).schema)
+    assert metadata["categories"] == ["dog", "Red", "green thing", "cat"]
+    assert label(tmp_path / "in", output, config, progress=False).num_labelled == 0, "the same run"
+    (tmp_path / "texts.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(ConfigError, match=r"labels\.categories"):
+        label(tmp_path / "in", output, config, progress=False)
+
+    items = [{"image_id": i, "bytes": png_of(i), "tags": found[i]["phrases"] or None} for i in range(3)]
+    config = load_config(None, None, base)
+    labelled = label_dataset(ray.data.from_items(items), config, phrases_column="tags").take_all()
+    assert {row["image_id"]: masks_in(row) for row in labelled} == dict(enumerate(map(masks_in, found)))
+
+
+def masks_in(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """The pixels and the name of each mask."""
+    return [(mask["segmentation"]["counts"], plain(mask["label"] or "")) for mask in row["annotations"]]
+
+
+def png_of(seed: int) -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(make_scene(seed, 96).image).save(sink, "PNG")
+    return sink.getvalue()

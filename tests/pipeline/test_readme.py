@@ -15,6 +15,7 @@ from PIL import Image
 import samray
 from samray.scenes.scene import make_scene
 from tests.support import pages
+from tests.support.networks import write_hashed
 from tests.support.tiny_clip import write_clip
 
 NOTEBOOK = pages.REPOSITORY / "docs" / "notebook.ipynb"
@@ -73,6 +74,8 @@ def test_a_data_set_of_ones_own_is_labelled(block: Callable[[str], dict[str, Any
     rows = block("dataset")["ds"].take_all()
     assert [(row["status"], row["error"]) for row in rows] == [("ok", None)] * 2
     assert sum(len(row["annotations"]) for row in rows) >= 4
+    write_hashed("dino", "grounding-dino")  # planned here; tests/pipeline/test_label_phrases.py runs it
+    assert block("label-dataset-phrases")["ds"].columns is not None
 
 
 def test_every_python_block_is_run_by_a_test() -> None:

@@ -232,11 +232,24 @@ def _named(place: int) -> Rows:
     return [{**mask, "label": name, "label_score": None if name is None else 0.5 + place / 16} for mask, name in masks]
 
 
-@pytest.fixture(scope="module")
-def named(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    """Eight images, one failed, some without masks; masks are cats, dogs, and without a name."""
-    root = str(tmp_path_factory.mktemp("named"))
-    return write_output(root, [f"{i}.png" for i in range(8)], masks=_named, failed=(6,), categories=("dog", "cat"))
+@pytest.fixture(scope="module", params=["local", "s3"])
+def named(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plan]:
+    """Eight images, one failed, some without masks; masks are cats, dogs, and without a name. On S3 cats were asked of
+    single images, which adds a column."""
+    import duckdb
+    import fsspec
+
+    def write(root: str, **options: Any) -> Plan:
+        files = [f"{i}.png" for i in range(8)]
+        return write_output(root, files, masks=_named, failed=(6,), categories=("dog", "cat"), **options)
+
+    if request.param == "local":
+        yield write(str(tmp_path_factory.mktemp("named")))
+        return
+    request.getfixturevalue("s3_server")
+    duckdb.register_filesystem(fsspec.filesystem("s3"))
+    yield write(f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}", num_common=1, phrases=lambda place: ["cat"])
+    duckdb.unregister_filesystem("s3")
 
 
 @pytest.fixture

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import samray
 from samray import storage
+from samray.errors import ConfigError
+from samray.labels.networks import WEIGHTS, find_network, opened
 from samray.output.verify import verify
 from tests.support.handmade import write_output
+from tests.support.networks import write_hashed
 
 NAMES = [f"photo {i}.png" for i in range(7)]
 
@@ -30,6 +34,22 @@ def test_a_file_of_many_parts_appears_whole_or_not_at_all(s3_root: str) -> None:
     storage.put_chunks(uri, chunks(torn=False))
     assert storage.file_size(uri) == 60 * 2**20
     assert storage.read_bytes(uri, 55 * 2**20 + 5, 3) == bytes([5, 6, 7])
+
+
+def test_a_network_on_s3_is_the_same_as_on_disk(s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMRAY_CACHE", str(tmp_path / "cache"))
+    found = [
+        find_network(write_hashed(folder, "clip"), ("clip",), "clip")
+        for folder in (f"{s3_root}/net", f"{tmp_path}/net")
+    ]
+    assert found[0].sha256 == found[1].sha256
+    assert found[0].checkpoint == f"{s3_root}/net"
+    with opened(found[0]) as folder:
+        assert (folder / WEIGHTS).read_bytes() == (tmp_path / "net" / WEIGHTS).read_bytes()
+    storage.put(f"{s3_root}/net/{WEIGHTS}", b"others")
+    monkeypatch.setenv("SAMRAY_CACHE", str(tmp_path / "another machine's"))
+    with pytest.raises(ConfigError, match="is not this run's network"), opened(found[0]):
+        pass
 
 
 @pytest.mark.parametrize("format", ["sa1b", "coco"])

@@ -65,13 +65,17 @@ def write_output(
     images_per_shard: int = 3,
     settings: tuple[str, ...] = (),
     categories: tuple[str, ...] = (),
+    num_common: int | None = None,
+    phrases: Callable[[int], list[str]] = lambda place: [],
 ) -> Plan:
     """An output below root/out, of images below root/in, on any storage. failed: places. categories: of a run that
-    names."""
+    names; the first num_common were asked of every image, and phrases(place) of this one."""
     for seed, name in enumerate(names):
         storage.put(storage.join(root, "in", name), make_image(seed, (WIDTH, HEIGHT)))
     config = load_config("default", overrides=[f"output.images_per_shard={images_per_shard}", *settings])
-    identity = {**config.identity(), **({"labels": {"categories": list(categories)}} if categories else {})}
+    labels: dict[str, Any] = {"categories": list(categories)} if categories else {}
+    labels |= {} if num_common is None else {"asked_of_all": num_common}
+    identity = {**config.identity(), **({"labels": labels} if labels else {})}
     plan = make_plan(storage.join(root, "in"), storage.join(root, "out"), config, identity)
     place = 0
     for shard in range(plan.num_shards):
@@ -87,6 +91,7 @@ def write_output(
                     uri=row["uri"],
                     annotations=[] if error else masks(place),
                     error=error,
+                    phrases=phrases(place),
                 )
             )
             place += 1

@@ -74,7 +74,7 @@ def colour_config(clip: Path | str, *overrides: str) -> Config:
 
 
 def name_by_colour(root: Path, seconds: float) -> int:
-    """The operation `name` of `tests.support.operation`: FOLDER/labels into FOLDER/named, by FOLDER/clip."""
+    """FOLDER/labels into FOLDER/named, by FOLDER/clip."""
 
     def make(*made_for: Any) -> ColourLabelers:
         return ColourLabelers(*made_for, seconds=seconds)

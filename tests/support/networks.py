@@ -8,6 +8,8 @@ from typing import Any, Final
 
 import torch
 
+from samray import storage
+from samray.labels.networks import WEIGHTS
 from tests.support.tiny_clip import write_tokenizer as write_clip_tokenizer
 
 WORDS: Final = ("cat", "dog", "fire", "hydrant", "red", "square", "green", "blue", "car", "tree", "house", "##s", "st")
@@ -128,3 +130,11 @@ def _sam3_config(vocab_size: int, texts: int) -> dict[str, Any]:
         "detr_decoder_config": {**layers, "num_layers": 2, "num_queries": 20},
         "mask_decoder_config": small,
     }  # fmt: skip
+
+
+def write_hashed(folder: str, kind: str) -> str:
+    """A folder, on any storage, that looks like a network of this kind, where it is hashed and not loaded."""
+    storage.put(storage.join(folder, "config.json"), json.dumps({"model_type": kind}).encode())
+    for name in (WEIGHTS, "preprocessor_config.json", "tokenizer.json"):
+        storage.put(storage.join(folder, name), name.encode())
+    return folder

@@ -5,9 +5,7 @@ python -m tests.support.operation.py NAME FOLDER SECONDS_PER_IMAGE ON_RAY
 label, append, retry: FOLDER/in into FOLDER/out, with the stand-in labeler. compact, export and
 import: FOLDER/out into FOLDER/compact, FOLDER/out into FOLDER/export, FOLDER/export into FOLDER/import.
 edges: FOLDER/in into FOLDER/edges, with a stand-in that draws the red channel.
-example: FOLDER/in into FOLDER/named with labels.by=example, FOLDER/key.png and FOLDER/mask.png, with a stand-in that
-names the masks of the stand-in labeler.
-name: FOLDER/labels into FOLDER/named, with a stand-in that names masks by colour.
+names: what has names, in one Ray, see `tests.support.name_operation`.
 """
 
 from __future__ import annotations
@@ -45,27 +43,6 @@ def make_labeler(config: Config, num_threads: int, seconds: float, fails: bool) 
     return ShardLabeler(lambda _: kind(seconds), max_pixels=config.input.max_pixels, num_threads=num_threads)
 
 
-class Naming(standin.StandIn):
-    """The stand-in of a labeler with names."""
-
-    def generate(self, images: list[np.ndarray]) -> list[list[dict[str, object]]]:
-        name = {"label": "thing", "label_score": 0.5}
-        return [[{**mask, **name} for mask in masks] for masks in super().generate(images)]
-
-
-def make_naming_labeler(config: Config, num_threads: int, seconds: float) -> ShardLabeler:
-    return ShardLabeler(lambda _: Naming(seconds), max_pixels=config.input.max_pixels, num_threads=num_threads)
-
-
-def label_like_example(root: Path, seconds: float) -> int:
-    """The operation `example`."""
-    base = [f"model.checkpoint={standin.__file__}", "output.images_per_shard=2", "cluster.max_actors=1"]
-    own = ["labels.by=example", f"labels.example={root}/key.png", f"labels.example_mask={root}/mask.png"]
-    config = load_config(None, None, [*base, *own, "labels.name=thing", "cluster.num_cpus_per_actor=1"])
-    labeler = functools.partial(make_naming_labeler, seconds=seconds)
-    return label_with(str(root / "in"), str(root / "named"), config, make_labeler=labeler).exit_code
-
-
 def main(name: str, folder: str, seconds: str, on_ray: str) -> int:
     root, ray = Path(folder), on_ray == "ray"
     if name in ("label", "append", "retry"):
@@ -78,12 +55,10 @@ def main(name: str, folder: str, seconds: str, on_ray: str) -> int:
         from tests.support.edge_operation import detect
 
         return detect(root, float(seconds))
-    if name == "name":
-        from tests.support.naming import name_by_colour
+    if name == "names":
+        from tests.support.name_operation import label_and_name
 
-        return name_by_colour(root, float(seconds))
-    if name == "example":
-        return label_like_example(root, float(seconds))
+        return label_and_name(root, float(seconds))
     if name == "compact":
         compact(str(root / "out"), str(root / "compact"), 4096)
     elif name == "export":

@@ -37,6 +37,7 @@ from samray.train.data import open_data
 from samray.train.examples import Frame
 from samray.train.settings import TrainSettings
 from tests.support import REPOSITORY, pickled
+from tests.support.handmade import masks_of_place, write_output
 from tests.support.labelled import make_output
 
 
@@ -242,6 +243,7 @@ READERS: dict[str, Callable[[Plan, Path], Any]] = {
     "report": lambda plan, folder: write_report(plan.output),
     "compact": lambda plan, folder: compact(plan.output, str(folder / "compact"), 10**6),
     **{f"export {name}": export(name) for name in ("sa1b", "coco", "yolo", "flat", "label-map")},
+    "export saco": export("saco"),
     "import --corrects": correct,
     "--retry-failed": redo,
     "read_image": lambda plan, folder: [samray.read_image(plan.output, i) for i in range(plan.num_images)],
@@ -277,6 +279,21 @@ def test_shards(reader: str, plan: Plan, tmp_path: Path, mark: Path) -> None:
     finally:
         for shard, data in sound.items():
             storage.put(shards.shard_uri(plan.output, shard), data)
+
+
+@pytest.mark.parametrize("reader", ["export saco", "verify", "status", "MaskDataset", "compact"])
+@pytest.mark.parametrize("path", ["annotations.element.label", "annotations.element.segmentation.counts", "phrases"])
+def test_shards_with_names(reader: str, path: str, tmp_path: Path, mark: Path) -> None:
+    def named(place: int) -> list[dict[str, Any]]:
+        return [{**mask, "label": "cat", "label_score": 0.5} for mask in masks_of_place(place)]
+
+    categories: Any = {"categories": ("cat", "dog"), "num_common": 1, "phrases": lambda place: ["dog"]}
+    plan = write_output(str(tmp_path), ["0.png", "1.png"], masks=named, **categories)
+    READERS[reader](plan, tmp_path / "sound")
+    pickled.plant(shards.shard_uri(plan.output, 0), path, mark)
+    with contextlib.suppress(SamrayError):
+        READERS[reader](plan, tmp_path / "planted")
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -18,7 +18,9 @@ from pycocotools.cocoeval import COCOeval
 
 from samray import storage
 from samray.errors import ConfigError, StorageError
+from samray.output.compact import compact
 from samray.output.plan import Plan
+from samray.output.shards import read_shard
 from samray.output.verify import verify
 from tests.support.exported import NAMES, export
 from tests.support.handmade import decoded, masks_of_place, read_rows, write_output
@@ -188,6 +190,45 @@ def test_saco_has_a_pair_per_image_and_phrase(plan: Plan, tmp_path: Path) -> Non
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(tmp_path / "saco/saco.json"))
     assert np.array_equal(coco.annToMask(found["annotations"][0]), decoded(masks[0][1]))
+
+
+def own_phrases(place: int) -> list[str]:
+    """Each image is asked for the names of its masks, every third also for another."""
+    labels = [mask["label"] for mask in named(place) if mask["label"] not in (None, "yes")]
+    return list(dict.fromkeys([*labels, *(CATEGORIES[1:] if place % 3 == 0 else ())]))
+
+
+def test_pairs_are_those_that_were_asked(tmp_path: Path) -> None:
+    plan = write_output(
+        str(tmp_path), NAMES, masks=named, failed=(5,), categories=CATEGORIES, num_common=1, phrases=own_phrases
+    )
+    assert verify(plan.output, deep=True).problems == []
+    export(plan, tmp_path / "saco", "saco")
+    found = json.loads((tmp_path / "saco/saco.json").read_text())
+    names = [row["image"]["file_name"] for row in read_rows(plan.output)]
+    asked = {(name, text) for place, name in enumerate(names) for text in ("yes", *own_phrases(place)) if place != 5}
+    assert {(pair["file_name"], pair["text_input"]) for pair in found["images"]} == asked
+    assert len(found["images"]) == len(asked) < 27, "not every phrase of every image"
+    compact(plan.output, str(tmp_path / "compact"), 2**20)
+    assert [row["phrases"] for row in read_rows(tmp_path / "compact")] == [own_phrases(i) for i in range(len(names))]
+    features = json.loads(read_shard(plan.output, 0).schema.metadata[b"huggingface"])["info"]["features"]
+    assert features["phrases"] == [{"dtype": "string", "_type": "Value"}]
+
+
+@pytest.mark.parametrize(
+    ("phrases", "problem"),
+    [
+        (["nobody asked"], "image 3 has the phrases ['nobody asked'], expected a list of names that the run asks for"),
+        ([], "image 3 has a mask with the name 'object', which was not asked of this image"),
+    ],
+)
+def test_verify_finds_names_that_were_not_asked(tmp_path: Path, phrases: list[str], problem: str) -> None:
+    def wrong(place: int) -> list[str]:
+        return phrases if place == 3 else own_phrases(place)
+
+    plan = write_output(str(tmp_path), NAMES, masks=named, categories=CATEGORIES, num_common=1, phrases=wrong)
+    (found,) = verify(plan.output).problems
+    assert found.endswith(problem), found
 
 
 def test_saco_of_an_output_without_names_is_refused(tmp_path: Path) -> None:

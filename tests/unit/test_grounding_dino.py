@@ -16,10 +16,13 @@ import torch
 
 from samray.cli.main import main
 from samray.config import Config
-from samray.errors import ConfigError
-from samray.labels.grounding_dino import Detector, build_generator, prompt_of, read_inputs
+from samray.errors import ConfigError, ImageError
+from samray.labels.grounding_dino import Detector, GroundedGenerator, build_generator, prompt_of
 from samray.labels.networks import WEIGHTS, Network, digest, find_network, opened
-from samray.labels.ways import labels_identity
+from samray.labels.ways import labels_identity, read_inputs
+from samray.masks.prompted import PromptedGenerator
+from samray.prompts import Prompt
+from tests.support.marked import TALL, WIDE, bsds_row, write_parquet
 from tests.support.networks import write_grounding_dino
 from tests.unit.test_labels_example import micro
 
@@ -169,6 +172,24 @@ def test_a_phrase_that_does_not_fit_the_network_is_named(tmp_path: Path) -> None
     folder = write_grounding_dino(tmp_path / "short", max_text_len=8)
     with pytest.raises(ConfigError, match=r"'cat dog cat dog cat dog' has 6 tokens, and this network takes 5"):
         Detector(Network(str(folder), digest(folder)), ["cat", "cat dog cat dog cat dog"], CPU)
+    detector, image = Detector(Network(str(folder), digest(folder)), ["cat"], CPU), np.zeros((40, 60, 3), np.uint8)
+    with pytest.raises(ImageError, match=r"^bad_prompt: .* has 6 tokens"):
+        detector.detect(image, ["cat dog cat dog cat dog"], score_thresh=0.1, text_thresh=0.1, nms_thresh=0.8)
+
+
+def test_phrases_come_from_settings_or_prompts(network: Path) -> None:
+    config = settings(network, phrases=None)
+    with pytest.raises(ConfigError, match=r"^labels\.by=grounding_dino needs labels\.phrases"):
+        read_inputs(config)
+    found = read_inputs(config, ["cat"])
+    assert (found.common, found.categories) == ([], ["cat"])
+    both = read_inputs(settings(network, phrases=["Cat", "dog"]), ["cat.", "car"])
+    assert (both.common, both.categories) == (["Cat", "dog"], ["Cat", "dog", "car"])
+    assert both.phrases_in_words == "2 phrases: Cat, dog; 1 phrase of single images: car"
+    identity = labels_identity(config, both)["labels"]
+    assert (identity["asked_of_all"], identity["categories"]) == (2, ["Cat", "dog", "car"])
+    with pytest.raises(ConfigError, match=r"10,001 phrases, expected at most 10,000"):
+        found.with_texts([f"n{i}" for i in range(10_000)])
 
 
 def test_the_prompt_ends_each_phrase_with_a_full_stop() -> None:
@@ -194,6 +215,43 @@ def test_image_and_phrases_are_encoded_once(tmp_path: Path, number: int) -> None
     np.testing.assert_array_equal(found[0].xyxy, found[1].xyxy)
     assert len(found[0].xyxy) == 20 * passes
     assert max(found[0].phrases) > (passes - 1) * 31 - 1, "phrases of the last part have their own numbers"
+
+
+def test_own_phrases_of_images_are_encoded_once_and_change_no_other_image(network: Path) -> None:
+    config = settings(network, phrases=["cat"], score_thresh=0.1, text_thresh=0.1)
+    inputs = read_inputs(config)
+    detector = Detector(inputs.network, inputs.common, CPU)
+    encoded = []
+    detector.model.model.text_backbone.encoder.register_forward_hook(lambda *_: encoded.append(1))
+    generator = GroundedGenerator(micro(), config, detector)
+    images = [np.random.default_rng(i).integers(0, 255, (48, 64, 3), dtype=np.uint8) for i in range(3)]
+    texts = [Prompt(text="red car"), Prompt(text="Dog"), Prompt(text="dog."), Prompt(text="CAT")]
+    prompts = [texts[:2], [], texts[:0:-1]]
+    together = [generator.generate([images[i]], [prompts[i]])[0] for i in range(3)]
+    assert len(encoded) == 3, "cat, red car, and dog, which was kept"
+    other = build_generator(micro(), config, inputs)(None)
+    assert [other.generate([images[i]], [prompts[i]])[0] for i in (2, 1, 0)] == together[::-1]
+    assert {mask["label"] for mask in together[0]} & {"red car", "Dog"}
+    assert {mask["label"] for mask in together[1]} == {"cat"}
+    assert {mask["label"] for mask in together[2]} <= {"cat", "dog.", "red car"}
+
+
+def test_clicks_come_first_and_without_a_name(network: Path) -> None:
+    config = settings(network, phrases=None, score_thresh=0.1, text_thresh=0.1)
+    model, image = micro(), np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+    generator = build_generator(model, config, read_inputs(config, []))(None)
+    click, box = Prompt(points=((20, 20),), labels=(1,)), Prompt(box=(4, 4, 30, 30))
+    texts = [Prompt(text="dog"), Prompt(text="cat")]
+    (mixed,) = generator.generate([image], [[texts[0], click, texts[1], box]])
+    (clicks,) = PromptedGenerator(model, config.masks).generate([image], [[click, box]])
+    (named,) = generator.generate([image], [texts])
+    assert mixed == clicks + named
+    assert named
+    assert generator.generate([image, image]) == [[], []], "nothing is asked"
+    with pytest.raises(ImageError, match=r"prompts\[1\]: the point \[99, 2\] is outside"):
+        generator.generate([image], [[texts[0], Prompt(points=((99, 2),), labels=(1,))]])
+    with pytest.raises(ValueError, match=r"'dog' is a text, which needs samray\.label"):
+        PromptedGenerator(model, config.masks).generate([image], [texts])
 
 
 def test_parts_of_a_prompt_are_as_if_asked_alone(network: Path, tmp_path: Path) -> None:
@@ -247,6 +305,20 @@ def test_better_boxes_suppress_others_of_any_phrase(network: Path) -> None:
     )
     assert 0 < len(strict.scores) < len(loose.scores)
     assert strict.scores[0] == loose.scores[0]
+
+
+def test_what_is_found_now_can_be_evaluated(network: Path, tmp_path: Path) -> None:
+    row = bsds_row("a.jpg", [[TALL, WIDE]])
+    row["annotators"][0]["names"] = ["cat", "Dog"]
+    data, file = write_parquet(tmp_path / "val.parquet", [row]), tmp_path / "names.json"
+    settings = ["labels.by=grounding_dino", f"labels.checkpoint={network}", "labels.score_thresh=0.1"]
+    argv = ["evaluate", "instances", data, *settings, "labels.text_thresh=0.1", "masks.min_mask_area=1"]
+    assert main([*argv, "labels.phrases=[cat,Dog]", "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert sum(own["num_masks"] for own in found["names"].values()) == found["num_masks"] > 0, "each has a name"
+    assert set(found["names"]) == {"cat", "Dog"}
+    assert found["settings"]["labels"]["phrases"] == ["cat", "Dog"]
+    assert main(argv) == 2, "without phrases"
 
 
 def test_the_plan_shows_phrases_and_network(

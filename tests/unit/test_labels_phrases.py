@@ -9,7 +9,8 @@ import pytest
 
 from samray.config import LabelsConfig
 from samray.errors import ConfigError
-from samray.labels.phrases import MOST_PHRASES, plain, read_phrases
+from samray.labels.phrases import MOST_PHRASES, read_phrases
+from samray.text import plain
 
 
 def test_phrases_of_a_file_are_those_of_a_list(tmp_path: Path) -> None:
@@ -46,7 +47,6 @@ def test_wrong_phrases_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ({"by": "grounding_dino"}, r"labels\.by=grounding_dino needs labels\.phrases"),
         ({"phrases": ["cat"]}, r"labels\.phrases needs labels\.by; add labels\.by=grounding_dino"),
         ({"by": "grounding_dino", "phrases": [1]}, r"labels\.phrases = \[1\] is not allowed; it takes text or a list"),
         ({"by": "grounding_dino", "phrases": ["cat"], "text_thresh": 2.0}, r"text_thresh = 2\.0 is not allowed"),

@@ -12,9 +12,11 @@ import pytest
 
 from samray import storage
 from samray.cli.main import main
-from samray.config import load_config
+from samray.config import Config, load_config
+from samray.config.labels import WAYS
 from samray.errors import ConfigError
 from samray.inputs.prompt_file import PromptFile
+from samray.labels.phrases import Asked, distinct
 from samray.output.plan import make_plan
 from samray.pipeline.dataset_stage import label_dataset
 from samray.pipeline.report import LabelReport, print_report
@@ -41,18 +43,20 @@ def images_of(*uris: str, names: list[str] | None = None) -> pa.Table:
 
 
 def test_prompts_go_through_json_and_back() -> None:
-    for value in (CLICK, BOX, {**CLICK, **BOX}, {"points": [[1, 2], [3, 4]], "labels": [0, 1], "box": None}):
+    several = {"points": [[1, 2], [3, 4]], "labels": [0, 1], "box": None}
+    for value in (CLICK, BOX, {**CLICK, **BOX}, several, {"text": " red  car "}):
         prompt = Prompt.parse(value)
         assert Prompt.parse(json.loads(json.dumps(prompt.to_json()))) == prompt
     assert Prompt.parse(CLICK).is_ambiguous
     assert not Prompt.parse({**CLICK, **BOX}).is_ambiguous
     assert not Prompt.parse(BOX).is_ambiguous
+    assert Prompt(text=" red car ").text == "red car"
 
 
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        ([1, 2], "'[1, 2]' is not an object with points and labels, box, or both"),
+        ([1, 2], "'[1, 2]' is not an object with points and labels, box, or text"),
         ({"point": [[1, 2]], "labels": [1]}, "unknown key 'point'; did you mean points?; keys are points"),
         ({"points": "1,2", "labels": [1]}, "points is '1,2', not a list"),
         ({"points": [1, 2], "labels": [1]}, "the point [1] is not an [x, y] in pixels"),
@@ -66,8 +70,12 @@ def test_prompts_go_through_json_and_back() -> None:
         ({"points": [[1, 2]], "labels": [2]}, "the label 2 is neither 1"),
         ({"points": [[1, 2]], "labels": [True]}, "the label True is neither 1"),
         ({"points": [[1, 2]], "labels": [1.0]}, "the label 1.0 is neither 1"),
-        ({"points": [[1, 2]], "labels": [0]}, "expected a point with label 1 or a box"),
-        ({}, "expected a point with label 1 or a box"),
+        ({"points": [[1, 2]], "labels": [0]}, "expected a point with label 1, a box or a text"),
+        ({}, "expected a point with label 1, a box or a text"),
+        ({"text": 5}, "text is '5', not text"),
+        ({"text": " . "}, "the text is ' . '; it takes a phrase with letters or digits"),
+        ({"text": "c" * 251}, "the text has 251 characters, expected at most 250"),
+        ({"text": "cat", **BOX}, "the text 'cat' comes with points or a box; give it in a prompt of its own"),
         ({"box": [1, 2, 3]}, "the box [1, 2, 3] is not an [x, y, w, h]"),
         ({"box": [1, 2, -3, 3]}, "with width and height above 0"),
         ({"box": [1, 2, 0, 3]}, "with width and height above 0"),
@@ -111,7 +119,7 @@ def test_parquet_and_json_lines_hold_the_same(storage_root: str) -> None:
         {
             "uri": "in/a.png",
             "file_name": None,
-            "prompts": [{**CLICK, "box": None}, {**BOX, "points": [], "labels": []}],
+            "prompts": [{**CLICK, "box": None}, {**BOX, "points": [], "labels": []}, {"text": "cat"}],
         },
         {"uri": None, "file_name": "b.png", "prompts": [{**CLICK, "box": [0, 0, 2, 2]}]},
     ]
@@ -120,6 +128,7 @@ def test_parquet_and_json_lines_hold_the_same(storage_root: str) -> None:
             ("points", pa.list_(pa.list_(pa.float64()))),
             ("labels", pa.list_(pa.int32())),
             ("box", pa.list_(pa.float64())),
+            ("text", pa.string()),
         ]
     )
     schema = pa.schema(
@@ -134,8 +143,8 @@ def test_parquet_and_json_lines_hold_the_same(storage_root: str) -> None:
     assert table.sha256 != lines.sha256
     images = images_of(storage.join(storage_root, "in", "b.png"), storage.join(storage_root, "in", "a.png"))
     found = table.match(images)
-    assert {place: len(prompts) for place, prompts in found.by_place.items()} == {1: 2, 0: 1}
-    assert (found.num_prompts, found.num_unknown) == (3, 0)
+    assert {place: len(prompts) for place, prompts in found.by_place.items()} == {1: 3, 0: 1}
+    assert (found.num_prompts, found.num_unknown) == (4, 0)
 
 
 def test_the_hash_is_of_the_content(tmp_path: Path) -> None:
@@ -168,6 +177,19 @@ def test_files_that_cannot_be_read_are_one_sentence(tmp_path: Path, name: str, t
 def test_a_file_that_is_not_there() -> None:
     with pytest.raises(ConfigError, match=r"^input\.prompts /nowhere/p\.jsonl does not exist$"):
         PromptFile.read("/nowhere/p.jsonl")
+
+
+def test_texts_are_spelled_as_the_categories(tmp_path: Path) -> None:
+    rows = [{"file_name": "a.png", "prompts": [{"text": "Red  car."}, CLICK]},
+            {"file_name": "b.png", "prompts": [{"text": "dog"}, {"text": "red car"}]}]  # fmt: skip
+    file = PromptFile.read(write(tmp_path, rows))
+    texts = distinct(file.prompts)
+    assert texts == {"red car": "Red  car.", "dog": "dog"}
+    spelled = [prompt.text for prompt in file.spelled(["RED CAR", "dog"]).prompts]
+    assert spelled == ["RED CAR", None, "dog", "RED CAR"]
+    assert file.spelled(texts.values()).identity == file.identity
+    common = Asked(["Dog", "cat"])
+    assert common.own(file.prompts) == ["Red  car."], "each once, without those asked of every image"
 
 
 # --- which image ----------------------------------------------------------------------------------------------------
@@ -273,6 +295,17 @@ def test_a_path_is_no_part_of_the_settings_identity() -> None:
 def test_a_data_set_takes_no_prompts() -> None:
     with pytest.raises(ConfigError, match=r"input\.prompts is for samray\.label"):
         label_dataset(None, load_config(overrides=["input.prompts=a.jsonl"]))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"need labels\.by=grounding_dino or labels\.by=clip; got neither"):
+        label_dataset(None, load_config(), phrases_column="tags")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("by", [name for name, way in WAYS.items() if not way.own_phrases])
+def test_other_ways_refuse_texts(by: str) -> None:
+    labels, which = {"by": by, **dict.fromkeys(WAYS[by].needs, "x")}, r"labels\.by=grounding_dino or labels\.by=clip"
+    with pytest.raises(ConfigError, match=rf"labels\.by={by} takes no prompts.*nor texts.* need {which}"):
+        Config(labels=labels, input={"prompts": "texts.jsonl"})
+    with pytest.raises(ConfigError, match=rf"^phrases of single images.* need {which}; got labels\.by={by}$"):
+        label_dataset(None, Config(labels=labels), phrases_column="tags")  # type: ignore[arg-type]
 
 
 def test_json_that_is_nested_too_deeply_is_a_sentence(tmp_path: Path) -> None:

@@ -1,0 +1,86 @@
+"""kill -9 inside `samray label` with names, by each way, and inside `samray name`: every image has its row, once."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from samray.output.shards import done_shards
+from samray.output.verify import verify
+from tests.chaos.test_kill_everything import kill, start, started, write  # noqa: F401  (a fixture)
+from tests.support import standin
+from tests.support.drivers import Driver, wait_until
+from tests.support.labelled import image_bytes, make_output
+from tests.support.name_operation import TEXTS, write_inputs
+from tests.support.naming import colour_namer
+from tests.support.outputs import expected_masks, rows_of
+
+NUM_IMAGES = 12
+KILLS = (
+    ("grounding_dino", "driver"),
+    ("clip_labels", "actor"),  # a run whose actor is killed goes on to the end, and the next one begins
+    ("example", "actor"),
+    ("named", "driver"),
+    ("named", "actor"),
+)
+
+
+@pytest.mark.timeout(900)
+def test_every_image_is_named_once_whatever_is_killed(tmp_path: Path, started: list[Driver]) -> None:  # noqa: F811
+    images = {f"{i:04d}.png": standin.make_image(i) for i in range(NUM_IMAGES)}
+    write(tmp_path / "in", images)
+    write_inputs(tmp_path)
+    make_output(str(tmp_path / "before"), number=NUM_IMAGES)
+    (tmp_path / "before" / "labels").rename(tmp_path / "labels")
+    running = None
+    for number, (folder, victim) in enumerate(KILLS):
+        output, before = str(tmp_path / folder), done(tmp_path / folder)
+        if running is None:
+            running = start(tmp_path, "names", f"{number}.log", "0.4", on_ray=True)
+            started.append(running)
+        wait_until(lambda output=output, least=before: done(Path(output)) > least, running)
+        assert kill(running, victim) > 0
+        assert done(Path(output)) < NUM_IMAGES / 2, "killed before the end"
+        running = None if victim == "driver" else running
+    assert started[-1].wait() == 0, started[-1].text()
+
+    for folder in ("grounding_dino", "clip_labels", "example"):
+        check_labelled(tmp_path / folder, images, TEXTS if folder == "grounding_dino" else {})
+    check_named(tmp_path)
+
+
+def done(output: Path) -> int:
+    return len(done_shards(str(output))) if output.exists() else 0
+
+
+def check_labelled(output: Path, images: dict[str, bytes], texts: dict[str, str]) -> None:
+    rows = rows_of(str(output))
+    assert sorted(row["image"]["file_name"] for row in rows) == sorted(images)
+    for row in rows:
+        name = row["image"]["file_name"]
+        wanted = [mask["segmentation"] for mask in expected_masks(images[name])]
+        assert [mask["segmentation"] for mask in row["annotations"]] == wanted
+        own = [texts[name].lower()] if name in texts else []
+        assert {mask["label"] for mask in row["annotations"]} == {*(own or ["thing"])}
+        assert row.get("phrases", []) == own
+    categories = json.loads((output / "_samray" / "run.json").read_text())["categories"]
+    assert categories == ["thing", *(["other"] if output.name == "clip_labels" else []), *(["own"] if texts else [])]
+    assert verify(str(output), deep=True).ok
+
+
+def check_named(root: Path) -> None:
+    namer = colour_namer()
+    before, after = rows_of(str(root / "labels")), rows_of(str(root / "named"))
+    assert [row["image"] for row in after] == [row["image"] for row in before]
+    for old, new in zip(before, after, strict=True):
+        assert new["error"] == old["error"]
+        number = int(Path(old["uri"]).stem.removeprefix("img_"))
+        if old["annotations"]:
+            pixels = np.asarray(Image.open(io.BytesIO(image_bytes(number))).convert("RGB"))
+            assert new["annotations"] == namer.name(pixels, old["annotations"])
+    assert sum(len(row["annotations"]) for row in after) > NUM_IMAGES
