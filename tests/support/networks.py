@@ -78,7 +78,7 @@ def write_sam3(folder: Path, seed: int = 0, texts: int = 32) -> Path:
     from safetensors.torch import save_file
     from transformers import Sam3Config, Sam3Model
 
-    vocab = write_clip_tokenizer(folder, tuple(word for word in WORDS if word.isalpha()))
+    vocab = write_clip_tokenizer(folder, tuple(word for word in WORDS if word.isalpha()), SAM3_SIZE)
     (folder / "preprocessor_config.json").unlink()
     config = Sam3Config(**_sam3_config(len(vocab), texts))
     torch.manual_seed(seed)
