@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 LABEL_CODE = """
 import contextlib, sys
 from samray.cluster import session
-if sys.argv[3] == "with helpers":
+if sys.argv[3] != "without":
+    session.without_agents = contextlib.nullcontext
+if sys.argv[3] == "with agents and helpers":
     session.without_helpers = contextlib.nullcontext
 import samray
 from samray.config import load_config
@@ -29,19 +31,20 @@ samray.label(*sys.argv[1:3], load_config(None, None, ["masks.points_per_side=1"]
 
 
 def start(rounds: int) -> dict[str, Any]:
-    """Wall and CPU seconds of `samray.label` on one image and one point, with Ray Data's helper actors and without.
+    """Wall and CPU seconds of `samray.label` on one image and one point: with Ray's agents and Ray Data's helper actors,
+    with agents alone, and without both, as samray starts a private Ray.
 
     CPU time is that of the process and all that it starts, as last seen: what a process uses in its last 50 ms is
     missing.
     """
     found: dict[str, dict[str, list[float]]] = {
-        way: {"wall_s": [], "cpu_s": []} for way in ("with helpers", "without helpers")
+        way: {"wall_s": [], "cpu_s": []} for way in ("with agents and helpers", "with agents", "without")
     }
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         (Path(folder) / "in").mkdir()
         Image.fromarray(np.full((64, 64, 3), 99, np.uint8)).save(Path(folder) / "in" / "grey.png")
         for i in range(rounds):
-            # In turn, so that both ways see the same load.
+            # In turn, so that all ways see the same load.
             for way, figures in found.items():
                 wall, cpu = _run([f"{folder}/in", f"{folder}/{i} {way}", way])
                 figures["wall_s"].append(wall)

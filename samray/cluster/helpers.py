@@ -1,7 +1,6 @@
 """Ray Data's helper actors, which a private Ray does without.
 
-Each is a Python process that imports Ray Data. In a private Ray, starting them takes about a sixth of the CPU time
-until the first image is labelled (28 s with them, 23 s without, two AMD EPYC cores): `jobs/benchmark.py start`.
+Each is a Python process that imports Ray Data. What they cost at the start: `jobs/benchmark.py start`.
 """
 
 from __future__ import annotations
