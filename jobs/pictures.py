@@ -22,7 +22,7 @@ from samray.cli.main import main as samray_main
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 WIDTH, HEIGHT, SCALE = 1440, 1120, 0.8
-"""Of the window with the report, and what the picture is scaled by."""
+"""Size of the window with the report, and the scale of its picture."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -31,8 +31,9 @@ samray.label(*sys.argv[1:3], load_config(None, None, ["masks.points_per_side=1"]
 
 
 def start(rounds: int) -> dict[str, Any]:
-    """Wall and CPU seconds of `samray.label` on one image and one point: with Ray's agents and Ray Data's helper actors,
-    with agents alone, and without both, as samray starts a private Ray.
+    """Wall and CPU seconds of `samray.label` on one image and one point, in three ways.
+
+    With Ray's agents and Ray Data's helper actors, with agents alone, and without both, as samray starts a private Ray.
 
     CPU time is that of the process and all that it starts, as last seen: what a process uses in its last 50 ms is
     missing.

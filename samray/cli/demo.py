@@ -40,7 +40,7 @@ NOTICE: Final = "PHOTOGRAPHS.txt"
 
 _EMBEDDED = "tiny"
 _NEXT_SETTINGS = ("model.name=vit_t", "masks.points_per_side=16")
-"""Of the demo's last line. With 32 points per side, the default, a machine without a GPU would take four times as
+"""Grid in the demo's last line. With 32 points per side, the default, a machine without a GPU would take four times as
 long."""
 
 Photographs = Sequence[tuple[Photograph, Path]]

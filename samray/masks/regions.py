@@ -75,7 +75,7 @@ class _Pieces:
         return np.bincount(self.labels, weights=self.ends - self.starts).astype(np.int64)
 
     def first_in_reading_order(self, width: int) -> Int:
-        """Of each region, the row-major position of its first pixel."""
+        """Row-major position of the first pixel of each region."""
         column, row = np.divmod(self.starts, self.height)
         first = np.full(self.labels.max() + 1, self.height * width)
         np.minimum.at(first, self.labels, row * width + column)
