@@ -130,7 +130,7 @@ def test_no_fragment_stays_and_a_torn_assembly_leaves_no_file(
         yield next(real(*args))
         raise StorageError("the power went")
 
-    monkeypatch.setattr("samray.exports.coco.read_fragments", torn)
+    monkeypatch.setattr(pieces, "read_fragments", torn)
     with pytest.raises(StorageError, match="the power went"):
         export(plan, tmp_path / "coco", "coco")
     assert [f.name for f in (tmp_path / "coco").iterdir()] == ["_export"]

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from samray.masks import generator, prompted
+from samray.masks import pixels, prompted
 from samray.masks.nms import box_nms, mask_nms
 from samray.masks.scores import MASK_THRESHOLD, areas, mask_boxes, stability_scores
 
@@ -23,7 +23,7 @@ def some_masks(seed: int, num: int = 12, hw: tuple[int, int] = (23, 17)) -> NDAr
 
 
 def test_masks_of_a_grid_and_of_prompts_are_cut_at_one_threshold() -> None:
-    assert generator.MASK_THRESHOLD is prompted.MASK_THRESHOLD is MASK_THRESHOLD  # not just of the same value
+    assert pixels.MASK_THRESHOLD is prompted.MASK_THRESHOLD is MASK_THRESHOLD  # not just of the same value
 
 
 def test_areas_and_boxes() -> None:

@@ -228,7 +228,7 @@ def test_fine_features_join_the_upscaling_as_in_plain_convolutions() -> None:
 
 
 def test_predict_wants_a_prompt_and_labels(model: Sam, embedding: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="points, boxes or a mask_input"):
+    with pytest.raises(ValueError, match="points, boxes, a mask_input or text_embeddings"):
         model.predict(embedding)
     with pytest.raises(ValueError, match="labels"):
         model.predict(embedding, points=clicks(1)[0])
