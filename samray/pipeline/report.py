@@ -55,8 +55,6 @@ class ShardSummary:
     shard: int
     num_images: int = 0
     num_masks: int = 0
-    num_named: int = 0
-    """Masks with a name."""
     failures: dict[str, int] = field(default_factory=dict)
     """Reason -> number of failed images."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
@@ -65,6 +63,8 @@ class ShardSummary:
     held_seconds: float = 0.0
     gpu_seconds: float = 0.0
     """As in `Labelled`."""
+    num_named: int = 0
+    """Masks with a name."""
 
     @classmethod
     def of(cls, shard: int, done: Labelled) -> ShardSummary:
