@@ -355,14 +355,16 @@ def shard_labeler(
     torch.set_num_threads(1)  # each thread labels a separate image, see ShardLabeler
     own = config.model
     # Ray does not hide GPUs from an actor without a reservation.
-    device = choose_device("cpu" if own.device is None and reserved_gpus() == 0 else own.device)
-    model: Sam | torch.device = device
+    device = "cpu" if own.device is None and reserved_gpus() == 0 else own.device
+    model: Sam | torch.device
     if config.labels.needs_sam:
         model = load_model(own.name, own.checkpoint, device, own.dtype, sha256=checkpoint_sha256)
+    else:
+        model = choose_device(device)
     return make(
         functools.partial(make_generator, model),
         max_pixels=config.input.max_pixels,
         decode_timeout_s=config.input.decode_timeout_s,
         num_threads=num_threads,
-        device_type=device.type,
+        device_type=model.type if isinstance(model, torch.device) else model.device.type,
     )
