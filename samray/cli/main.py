@@ -254,7 +254,7 @@ def demo(
     ] = DEMO_SCENES,
     show: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in the browser.")] = True,
     small_world: Annotated[
-        bool, typer.Option("--train", help="In about a minute: label, correct, train, label again.")
+        bool, typer.Option("--train", help="On a small world: label, correct, train, label again.")
     ] = False,
 ) -> int:
     """Label photographs, and painted scenes with known masks, with the embedded model, and report how well it did.
