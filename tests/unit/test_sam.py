@@ -160,7 +160,10 @@ def test_images_together_are_images_one_by_one(name: str, chunk: int, monkeypatc
     monkeypatch.setattr(Sam, "_chunk", lambda self, context, cpu_bytes: chunk)
     context = model.prepare_decoder(model.encode_images(torch.randn(3, 3, 128, 128)))
     points, labels = clicks(12)
-    min_iou = float(model.decode_points(context, points, labels).iou.median())
+    # In the widest gap of the middle third: rounding differs between the two ways, and must decide no mask.
+    middle = model.decode_points(context, points, labels).iou.sort().values[12:24]
+    gap = middle.diff().argmax()
+    min_iou = float(middle[gap : gap + 2].mean())
     together = model.decode_points(context, points, labels, min_iou=min_iou)
     parts = [
         model.decode_points(context[i], points[rows], labels[rows], min_iou=min_iou)
