@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Collection, Iterator
 from typing import Any, Final
 
-from ray._private import services
+from ray._private import services, utils
 from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray._raylet import (  # type: ignore[attr-defined]
     DASHBOARD_AGENT_LISTEN_PORT_NAME,
@@ -39,7 +39,7 @@ def without_agents(names: Collection[str]) -> Iterator[None]:
 
     Only for a Ray without dashboard; without runtime_env_agent no task or actor may have a `runtime_env`.
     """
-    start = services.start_ray_process
+    start, find_problem = services.start_ray_process, utils.get_dashboard_dependency_error
 
     def start_process(command: list[str], process_type: str, *args: Any, **options: Any) -> Any:
         if process_type == PROCESS_TYPE_RAYLET:
@@ -48,10 +48,13 @@ def without_agents(names: Collection[str]) -> Iterator[None]:
         return start(command, process_type, *args, **options)
 
     services.start_ray_process = start_process
+    if "dashboard_agent" in names:
+        # It imports the dashboard's packages, aiohttp among them, to see whether its agent could use them.
+        utils.get_dashboard_dependency_error = lambda: None
     try:
         yield
     finally:
-        services.start_ray_process = start
+        services.start_ray_process, utils.get_dashboard_dependency_error = start, find_problem
 
 
 def _without(command: list[str], agent: str) -> list[str]:

@@ -49,6 +49,9 @@ _LOCK: Final = "lock"
 _MARK: Final = "SAMRAY_RAY_FOLDER"
 """Environment variable of all processes of a private Ray."""
 
+_IDLE_MS: Final = "10000"
+"""Milliseconds after which a private Ray ends a worker without work: longer than a pause between two shards."""
+
 _LEAVE_S: Final = 5.0
 """Seconds that Ray's processes may take to end by themselves after their driver."""
 
@@ -190,10 +193,13 @@ def _start(folder: Path, **options: Any) -> None:
     import_path = os.pathsep.join(str(Path(entry or ".").absolute()) for entry in sys.path)
     # Otherwise Ray's C++ code warns on stderr that every Ray Data actor has an argument in the object store.
     level = os.environ.get("RAY_BACKEND_LOG_LEVEL", "fatal")
+    variables = {"PYTHONPATH": import_path, "RAY_BACKEND_LOG_LEVEL": level, _MARK: str(folder)}
+    # By default Ray ends a worker after an idle second, and pays for the next one's imports again.
+    variables["RAY_idle_worker_killing_time_threshold_ms"] = _IDLE_MS
     for is_last in (False, True):
         try:
             with (
-                _environment(**{"PYTHONPATH": import_path, "RAY_BACKEND_LOG_LEVEL": level, _MARK: str(folder)}),
+                _environment(**variables),
                 _on_loopback(),
                 _without_monitors(),
                 _no_log_level_notice(),
