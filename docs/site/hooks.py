@@ -64,9 +64,11 @@ def commands() -> str:
 
 
 def walk(group: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """(full name, command) of each command, groups of commands entered."""
+    """(full name, command) of each command, groups of commands entered; a group that is a command itself, too."""
     for key, command in group.commands.items():
         if hasattr(command, "commands"):
+            if command.invoke_without_command:
+                yield f"{name} {key}", command
             yield from walk(command, f"{name} {key}")
         elif not command.hidden:
             yield f"{name} {key}", command

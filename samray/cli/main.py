@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from samray import __version__, storage
 from samray.cli import evaluate_edges  # noqa: F401  (adds its command)
@@ -27,6 +26,7 @@ from samray.cli.evaluate_instances import InstancesCommand, instances
 from samray.cli.evaluate_oneshot import OneshotCommand, oneshot
 from samray.cli.export import COMMANDS as EXPORT_COMMANDS
 from samray.cli.help import Command, CommandWithSettings, HelpfulGroup, refuse_expanded_glob, split_settings
+from samray.cli.models import models_app
 from samray.cli.name import NameCommand, name
 from samray.cli.output import COMMANDS, Output
 from samray.config import load_config
@@ -289,28 +289,7 @@ evaluate_app.command(cls=InstancesCommand)(instances)
 app.command(cls=NameCommand)(name)
 evaluate_app.command(cls=OneshotCommand)(oneshot)
 app.add_typer(evaluate_app, name="evaluate")
-
-
-@app.command(cls=Command)
-def models() -> int:
-    """List the models: size, licence, source of the weights, and which are on this machine."""
-    from samray.sam.checkpoints import list_models
-
-    rows = list_models()
-    table = Table(box=None, pad_edge=False)
-    for title in ("name", "parameters", "file", "licence", "here", "from"):
-        table.add_column(title, justify="right" if title in ("parameters", "file") else "left")
-    for row in rows:
-        here = "[green]yes[/green]" if row.present else "no" if row.url else "[red]missing[/red]"
-        size = f"{row.size_mb:,.1f} MB" if row.size_mb else ""
-        table.add_row(row.name, f"{row.parameters / 1e6:.1f} M", size, row.licence, here, row.source)
-    console = Console()
-    console.print(table)
-    console.print("\nweights", style="bold")
-    for row in rows:
-        if row.present or row.url:
-            console.print(f"  {row.name:8}  {row.present or row.url}", highlight=False, soft_wrap=True, markup=False)
-    return 0
+app.add_typer(models_app, name="models")
 
 
 @app.callback(invoke_without_command=True)

@@ -109,7 +109,7 @@ class MaskDecoder(nn.Module):
         split = 4 * x.shape[-1]
         if fine is not None and self.variant.high_res_before_norm:
             x = _add_per_image(x, fine[..., :split])
-        x = F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps)
+        x = F.layer_norm(x, (len(norm.weight),), norm.weight, norm.bias, norm.eps)
         if fine is not None and not self.variant.high_res_before_norm:
             x = _add_per_image(x, fine[..., :split])
         x = F.gelu(x)
@@ -133,7 +133,7 @@ class MaskDecoder(nn.Module):
         # An empty mask is stable, as in the reference.
         is_stable = (outer == 0) | (inner.float() / outer.clamp(min=1) >= _STABILITY_THRESH)
         chosen = torch.where(is_stable, 0, 1 + iou[:, 1:].argmax(dim=1))
-        every = torch.arange(len(iou), device=iou.device)
+        every = torch.arange(iou.shape[0], device=iou.device)
         return logits[every, chosen][:, None], iou[every, chosen][:, None]
 
 
@@ -141,5 +141,5 @@ def _add_per_image(x: Tensor, fine: Tensor) -> Tensor:
     """x: (N, n, c) plus the features of each of the B images, the same for its N / B prompts, (B, L, n / L * c)."""
     # (B, 1, n, c): broadcast over an image's prompts, without a copy for each.
     per_image = fine.reshape(len(fine), 1, *x.shape[1:])
-    each = len(x) // max(len(fine), 1)  # without prompts there are no images either
+    each = x.shape[0] // max(len(fine), 1)  # without prompts there are no images either
     return (x.view(len(fine), each, *x.shape[1:]) + per_image).flatten(0, 1)

@@ -82,16 +82,16 @@ class PromptEncoder(nn.Module):
         """Tokens of clicks.
 
         points: (..., P, 2) float xy, pixels of the padded square input. labels: (..., P), 1 foreground, 0 background,
-        -1 no point. pad: append the reference's "not a point" (as it does if there is no box).
-        Returns (..., P or P + 1, C).
+        -1 no point; 2 and 3 the top-left and the bottom-right corner of a box. pad: append the reference's "not a
+        point" (as it does if there is no box). Returns (..., P or P + 1, C).
         """
         if pad:
             points = torch.cat([points, points.new_zeros(*points.shape[:-2], 1, 2)], dim=-2)
             labels = torch.cat([labels, labels.new_full((*labels.shape[:-1], 1), PAD_LABEL)], dim=-1)
         # Half a pixel: a click is at its pixel's centre, as in the reference.
         encoded = self._positions((points.float() + 0.5) / self.image_size)
-        # One table lookup instead of three masked writes: rows are (not a point, background, foreground).
-        table = torch.cat([self.not_a_point_embed.weight, *self._learned()[:2]])
+        # One table lookup instead of masked writes: rows are (not a point, background, foreground, two corners).
+        table = torch.cat([self.not_a_point_embed.weight, *self._learned()])
         is_point = (labels != PAD_LABEL).unsqueeze(-1)
         # A padding point has no position, only its learned vector, as in the reference.
         return torch.where(is_point, encoded, torch.zeros_like(encoded)) + table[labels.long() + 1]

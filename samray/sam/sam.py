@@ -128,16 +128,21 @@ class Sam(nn.Module):
             out: Tensor = self.image_encoder(pixels)
         return out
 
-    def prepare_decoder(self, embeddings: Tensor, mask_input: Tensor | None = None) -> ImageTokens:
+    def prepare_decoder(
+        self, embeddings: Tensor, mask_input: Tensor | None = None, has_mask: Tensor | None = None
+    ) -> ImageTokens:
         """Compute once what all prompts of these images share.
 
-        embeddings: (B, C, h, w). mask_input: (B, 1, 4h, 4w) logits, or None for no mask prompt.
+        embeddings: (B, C, h, w). mask_input: (B, 1, 4h, 4w) logits, or None for no mask prompt. has_mask: (1,) float,
+        0 to ignore mask_input, for a graph without branches; None is 1.
         """
         encoder, channels = self.prompt_encoder, self.spec.embed_dim
         fine = _tokens(embeddings[:, channels:]) if embeddings.shape[1] > channels else None
         with exact_convolutions(self.device):
             # Without a mask prompt one learned vector is added to every cell: (1, C), else (B, L, C).
             dense = encoder.no_mask_embed.weight if mask_input is None else _tokens(encoder.encode_masks(mask_input))
+        if has_mask is not None:
+            dense = has_mask * dense + (1 - has_mask) * encoder.no_mask_embed.weight
         return self.mask_decoder.transformer.prepare(
             _tokens(embeddings[:, :channels]) + dense, encoder.dense_positions(), fine, self.dtype
         )
@@ -251,11 +256,19 @@ class Sam(nn.Module):
             context, tokens = self.prepare_decoder(embedding), tokens[None]
         else:  # every prompt has its own image tokens: N "images" with one prompt each
             context, tokens = self.prepare_decoder(embedding.expand(n, -1, -1, -1), mask_input), tokens[:, None]
-        masks = self._masks_needed(multimask)
+        logits, iou = self.decode_tokens(context, tokens, self._masks_needed(multimask), guidance)
+        return (logits, iou) if multimask else self.mask_decoder.single(logits, iou)
+
+    def decode_tokens(
+        self, context: ImageTokens, tokens: Tensor, masks: slice, guidance: Guidance | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The given ones of the four masks for N prompts on each of B images.
+
+        tokens: (B, N, P, C) of the prompts. Returns logits (B * N, M, 4h, 4w) and predicted IoU (B * N, M), float32.
+        """
         state = self.mask_decoder.run(context, tokens, guidance)
         logits = self.mask_decoder.upscale(state.keys, self.mask_decoder.hyper(state.mask_tokens, masks), context.fine)
-        logits, iou = logits.float(), state.iou[:, masks].float()
-        return (logits, iou) if multimask else self.mask_decoder.single(logits, iou)
+        return logits.float(), state.iou[:, masks].float()
 
     def _masks_needed(self, multimask: bool) -> slice:
         """The mask tokens to decode: three, or the single one, or all to choose the single one from."""

@@ -41,12 +41,16 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(inner, dim)
 
     @property
+    def head_dim(self) -> int:
+        return self.q_proj.out_features // self.num_heads
+
+    @property
     def scale(self) -> float:
-        return float((self.q_proj.out_features // self.num_heads) ** -0.5)
+        return float(self.head_dim**-0.5)
 
     def split(self, x: Tensor) -> Tensor:
         """(..., n, inner) -> (..., heads, n, head_dim)."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
+        return x.view(*x.shape[:-1], self.num_heads, self.head_dim).transpose(-3, -2)
 
     def per_head(self, weight: Tensor) -> Tensor:
         """(inner, dim) -> (heads, head_dim, dim)."""
@@ -105,14 +109,14 @@ class Attention(nn.Module):
 
         Returns (N, H * T, L).
         """
-        n, h, t, d = heads.shape
+        n, h, t, _ = heads.shape
         absorbed = (heads @ self.per_head(weight)).flatten(1, 2).to(keys.dtype)  # (N, H * T, C)
         scores = torch.bmm(absorbed, keys.transpose(1, 2))
         # Positions are the same for all prompts: one product per head, without repeating an operand N times.
-        of_positions = heads.transpose(0, 1).reshape(h, n * t, d).to(pe.dtype) @ pe
+        of_positions = heads.transpose(0, 1).flatten(1, 2).to(pe.dtype) @ pe
         # In place, to save a second array of the scores' size.
-        scores.view(n, h, t, -1).add_(of_positions.view(h, n, t, -1).transpose(0, 1))
-        return scores
+        added = scores.view(n, h, t, -1).add_(of_positions.view(h, n, t, -1).transpose(0, 1))
+        return added.view(n, h * t, -1)
 
     def spread(self, keys: Tensor, scores: Tensor, values: Tensor, *, in_place: bool = False) -> Tensor:
         """keys (N, L, C) plus attention output: softmax of scores (N, H * T, L) over each head's T, then V W_o at once.
@@ -248,9 +252,10 @@ class TwoWayBlock(nn.Module):
         k = attn.split(centred.view(b, -1, centred.shape[-1]))
         scores = k.to(image.write_queries.dtype) @ image.write_queries.transpose(-2, -1)  # (B, H, N * T, L)
         # Rows of one product per image, back to one block per prompt: (B * N, H * T, L).
-        scores = scores.unflatten(2, (-1, t)).transpose(1, 2).reshape(len(x), attn.num_heads * t, -1)
+        scores = scores.view(b, attn.num_heads, -1, t, scores.shape[-1]).transpose(1, 2)
+        scores = scores.reshape(x.shape[0], attn.num_heads * t, -1)
         # Not written in place: the prompts of an image share src.
-        src = image.src[:, None].expand(b, len(x) // b, -1, -1).flatten(0, 1)
+        src = image.src[:, None].expand(b, x.shape[0] // b, -1, -1).flatten(0, 1)
         return self.norm4(attn.spread(src, scores, x))
 
     def write_absorbed(self, keys: Tensor, pe_queries: Tensor, x: Tensor, positions: Tensor) -> Tensor:

@@ -1,0 +1,199 @@
+"""ONNX files in onnxruntime against torch: small models of every kind with random weights, and the embedded model."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from jobs.benchmarks.reference import build_reference, segment_anything
+from jobs.benchmarks.weights import SMALL, blobs, random_sam
+from samray.cli.main import main
+from samray.sam import onnx_export
+from samray.sam.onnx_export import clicks_input, encoder_input, open_session, run, write_graph
+from samray.sam.onnx_graphs import Graph, graphs_of
+from samray.sam.sam import Sam
+from samray.sam.spec import ModelSpec
+from tests.support.micro import MICRO, MICRO_SAM2, MICRO_VIT
+
+SPECS = {"vit": MICRO_VIT, "fine features": MICRO, "sam2": MICRO_SAM2}
+
+
+def written(sam: Sam, folder: Path, **options: Any) -> tuple[Graph, Graph, Any, Any]:
+    """The graphs of a model, and their sessions."""
+    encoder, decoder = graphs_of(sam, **options)
+    write_graph(encoder, folder / "encoder.onnx")
+    write_graph(decoder, folder / "decoder.onnx")
+    return encoder, decoder, open_session(folder / "encoder.onnx"), open_session(folder / "decoder.onnx")
+
+
+@pytest.mark.parametrize("single_mask", [False, True])
+@pytest.mark.parametrize("kind", SPECS)
+def test_prompts_give_what_the_model_gives(kind: str, single_mask: bool, tmp_path: Path) -> None:
+    """The same files for other numbers of prompts and points, other shapes of images, and with a mask prompt."""
+    spec: ModelSpec = SPECS[kind]
+    sam = random_sam(spec)
+    encoder, decoder, encode, decode = written(sam, tmp_path, single_mask=single_mask)
+    rng = np.random.default_rng(0)
+    for original_hw, num_prompts, num_points, has_mask in (((90, 60), 1, 1, 0), ((50, 77), 3, 4, 1)):
+        image = blobs(3, original_hw)
+        features = run(encode, encoder, encoder_input(sam, encoder, image))
+        embedding = sam.encode_images(sam.preprocess([image])[0])
+        xy = rng.random((num_prompts, num_points, 2)) * original_hw[::-1]
+        labels = rng.integers(0, 2, (num_prompts, num_points))
+        mask = rng.standard_normal((1, 1, 4 * spec.grid, 4 * spec.grid)).astype(np.float32) * 4
+        points = torch.from_numpy(sam.frame.points_in(xy, original_hw)).float()
+        given = clicks_input(sam, decoder, xy[:, 0], original_hw) | {
+            "point_coords": points.numpy(),
+            "point_labels": labels.astype(np.float32),
+            "mask_input": mask,
+            "has_mask_input": np.float32([has_mask]),
+        }
+        if spec.frame == "pad":  # as segment-anything's callers do without a box
+            given["point_coords"] = np.pad(given["point_coords"], ((0, 0), (0, 1), (0, 0)))
+            given["point_labels"] = np.pad(given["point_labels"], ((0, 0), (0, 1)), constant_values=-1)
+        found = run(decode, decoder, features | given)
+        # One by one: `predict` takes a mask for each prompt.
+        multimask = not single_mask or (spec.frame == "pad" and num_points == 1)
+        for i in range(num_prompts):
+            logits, iou = sam.predict(
+                embedding,
+                points[i : i + 1],
+                torch.from_numpy(labels[i : i + 1]),
+                mask_input=torch.from_numpy(mask) if has_mask else None,
+                multimask=multimask,
+            )
+            if spec.frame == "pad" and not single_mask:  # all four
+                alone = sam.predict(
+                    embedding,
+                    points[i : i + 1],
+                    torch.from_numpy(labels[i : i + 1]),
+                    mask_input=torch.from_numpy(mask) if has_mask else None,
+                    multimask=False,
+                )
+                logits, iou = torch.cat([alone[0], logits], dim=1), torch.cat([alone[1], iou], dim=1)
+            elif spec.frame == "pad" and multimask:  # the best of the three
+                best = int(iou[0].argmax())
+                logits, iou = logits[:, best : best + 1], iou[:, best : best + 1]
+            np.testing.assert_allclose(found["iou_predictions"][i], iou[0].numpy(), atol=1e-5)
+            if spec.frame == "pad":
+                np.testing.assert_allclose(found["low_res_masks"][i], logits[0].numpy(), atol=1e-3 * logits.abs().max())
+                logits = sam.frame.masks_out(logits[0], original_hw)[None]
+                assert found["masks"].shape[-2:] == original_hw
+            expected = logits[0].numpy()
+            np.testing.assert_allclose(found["masks"][i], expected, atol=1e-3 * np.abs(expected).max())
+            inside = (found["masks"][i] > 0) & (expected > 0)
+            assert inside.sum() >= 0.999 * ((found["masks"][i] > 0) | (expected > 0)).sum()
+
+
+@pytest.mark.parametrize("single_mask", [False, True])
+def test_the_decoder_is_segment_anythings(single_mask: bool, tmp_path: Path) -> None:
+    """Names and numbers of `segment_anything.utils.onnx.SamOnnxModel`, with a click, two clicks, and a box."""
+    sam = random_sam(SMALL)
+    encoder, decoder, encode, decode = written(sam, tmp_path, single_mask=single_mask)
+    segment_anything()
+    module = importlib.import_module("segment_anything.utils.onnx")
+    published = module.SamOnnxModel(build_reference(SMALL, sam.state_dict()), return_single_mask=single_mask).eval()
+    names = list(inspect.signature(published.forward).parameters)
+    assert [port.name for port in decode.get_inputs()] == names
+    assert [port.name for port in decode.get_outputs()] == ["masks", "iou_predictions", "low_res_masks"]
+    image = blobs(3, (200, 256))
+    features = run(encode, encoder, encoder_input(sam, encoder, image))
+    side = 4 * SMALL.grid
+    for points, labels in (
+        ([[[100, 60], [0, 0]]], [[1, -1]]),
+        ([[[100, 60], [30, 150], [0, 0]]], [[1, 0, -1]]),
+        ([[[20, 30], [150, 180]]], [[2, 3]]),
+    ):
+        inputs = features | {
+            "point_coords": np.float32(points),
+            "point_labels": np.float32(labels),
+            "mask_input": np.zeros((1, 1, side, side), np.float32),
+            "has_mask_input": np.zeros(1, np.float32),
+            "orig_im_size": np.float32([150, 192]),
+        }
+        found = run(decode, decoder, inputs)
+        with torch.no_grad():
+            expected = published(*(torch.from_numpy(inputs[name]) for name in names))
+        for ours, theirs in zip(found.values(), expected, strict=True):
+            scale = float(theirs.abs().max())
+            np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4 * scale)
+
+
+def test_the_command_writes_files_that_stand_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_export, "_CLICKS_PER_SIDE", 2)
+    assert main(["models", "export", "tiny", str(tmp_path / "out"), "--onnx", "--int8"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    names = ["tiny.decoder.onnx", "tiny.encoder.int8.onnx", "tiny.encoder.onnx", "tiny.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    described = json.loads((tmp_path / "out" / "tiny.json").read_text())
+    iou = described["int8"]["mean_iou_with_float32"]
+    assert 0.9 < iou < 1
+    assert f"int8 encoder mean IoU {iou:.4f}" in printed
+    assert "20 clicks on scikit-image's photographs" in printed
+    assert described["image_size"] == 384
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+    assert sizes["tiny.encoder.int8.onnx"] < 0.6 * sizes["tiny.encoder.onnx"]
+    for part in ("encoder", "decoder", "int8"):
+        session = onnxruntime.InferenceSession(str(tmp_path / "out" / described[part]["file"]))
+        for ports, actual in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
+            assert [(port["name"], port["shape"]) for port in described[part][ports]] == [
+                (port.name, port.shape) for port in actual
+            ]
+    assert onnx.load(tmp_path / "out" / "tiny.encoder.onnx").opset_import[0].version == onnx_export.OPSET
+
+
+def test_weights_beyond_the_limit_of_a_file_go_next_to_it(tmp_path: Path) -> None:
+    sam = random_sam(MICRO_VIT)
+    encoder, _ = graphs_of(sam)
+    path = tmp_path / "encoder.onnx"
+    assert write_graph(encoder, path, max_bytes=0) == [path, tmp_path / "encoder.onnx.data"]
+    assert sorted(tmp_path.iterdir()) == [path, tmp_path / "encoder.onnx.data"]
+    given = encoder_input(sam, encoder, blobs(1, (40, 60)))
+    found = run(open_session(path), encoder, given)["image_embeddings"]
+    expected = onnx_export.run_torch(encoder, given)["image_embeddings"]
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_wrong_graph_is_refused(tmp_path: Path) -> None:
+    """The encoder's file is of other weights than the model."""
+    sam, other = random_sam(MICRO_VIT), random_sam(MICRO_VIT, seed=6)
+    encoder, decoder = graphs_of(sam)
+    write_graph(graphs_of(other)[0], tmp_path / "encoder.onnx")
+    write_graph(decoder, tmp_path / "decoder.onnx")
+    with pytest.raises(onnx_export.SamrayError, match="nothing was written"):
+        onnx_export.compare(
+            sam, encoder, decoder, tmp_path / "encoder.onnx", tmp_path / "decoder.onnx", blobs(0, (40, 50))
+        )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tiny", "out"], "choose a format: samray models export NAME DIR --onnx"),
+        (["tinny", "out", "--onnx"], "'tinny' is not one of tiny, .*did you mean"),
+        (["tiny", "s3://bucket/onnx", "--onnx"], "DIR takes a local folder, got s3://bucket/onnx"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_in_a_sentence(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["models", "export", *words]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(onnx_export.ConfigError, match=r"pip install 'samray\[onnx\]'"):
+        onnx_export.require_onnx()
