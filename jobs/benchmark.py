@@ -2,6 +2,8 @@
 
     python jobs/benchmark.py decoder             samray's decoder and the published one: 64 prompts, one process
     python jobs/benchmark.py generator           all masks of an image, by samray (also in bfloat16) and its peers
+    python jobs/benchmark.py sam2                the same for SAM 2, against the package sam2 and transformers' networks
+    python jobs/benchmark.py core                CPU seconds of an encoder's pass and of a prompt, as plans estimate
     python jobs/benchmark.py tiles PHOTOS        scoring and run lengths in open tiles only, and of whole masks
     python jobs/benchmark.py decode PHOTOS       JPEG decoding by Pillow and others, and whether pixels agree
     python jobs/benchmark.py memory              peak memory of the mask generator on one 12-megapixel image
@@ -15,6 +17,7 @@
     python jobs/benchmark.py train DATA...       `samray train` and a plain PyTorch loop, same model and batches
     python jobs/benchmark.py pretrain            fine-tuning from a masked autoencoder and training from scratch
     python jobs/benchmark.py text                SAM's own text prompt on painted things, with held-out phrases
+    python jobs/benchmark.py lora                an adapter and full fine-tuning on a small world: IoU and sizes
 
 `decoder` and `read` need the test extra (segment-anything, an S3 server). Quote ratios of one run, not single times.
 """
@@ -37,7 +40,9 @@ import torch  # noqa: E402
 
 import samray  # noqa: E402
 from jobs.benchmarks import (  # noqa: E402
+    adapters,
     compare,
+    core_cost,
     outputs,
     peers,
     phrases,
@@ -189,7 +194,8 @@ def pipeline(photos: Path, limit: int | None, settings: list[str]) -> dict[str, 
     config = load_config(None, None, settings + ([f"input.limit={limit}"] if limit else []))
     listed = list_images(str(photos), config.input).images["uri"].to_pylist()
     files = [Path(uri) for uri in listed]  # the files of the run, in its order
-    model = samray.load_model(config.model.name, config.model.checkpoint, config.model.device, config.model.dtype)
+    own = config.model
+    model = samray.load_model(own.name, own.checkpoint, own.device, own.dtype, adapter=own.adapter)
     generator = samray.MaskGenerator(model, config.masks)
 
     def plain() -> int:
@@ -269,6 +275,15 @@ def main() -> int:
         "--dtype", default="float32", choices=["float32", "bfloat16"], help="for samray; peers use their defaults"
     )
     sub.add_argument("--stages", action="store_true", help="also measure samray's stages and FLOP")
+    sub = commands.add_parser("sam2")
+    sub.add_argument("--models", nargs="+", default=["sam2.1_t", "sam2.1_b+"], choices=list(MODELS))
+    sub.add_argument("--rounds", type=int, default=1)
+    sub.add_argument("--points", type=int, default=32, help="points per side")
+    sub.add_argument("--image-hw", nargs=2, type=int, default=(1200, 1800), metavar=("H", "W"))
+    sub = commands.add_parser("core")
+    sub.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    sub.add_argument("--points", type=int, default=16, help="points per side")
+    sub.add_argument("--image-hw", nargs=2, type=int, default=(1200, 1800), metavar=("H", "W"))
     sub = commands.add_parser("tiles")
     sub.add_argument("photos", type=Path)
     sub.add_argument("--model", dest="model_name", default="tiny", choices=list(MODELS))
@@ -326,6 +341,14 @@ def main() -> int:
     sub.add_argument("--images", type=int, default=600, help="labelled images to train on")
     sub.add_argument("--test-images", type=int, default=200)
     sub.add_argument("--folder", type=Path, help="folder to keep the runs in (default: deleted)")
+    sub = commands.add_parser("lora")
+    sub.add_argument("--steps", type=int, default=60)
+    sub.add_argument("--images", type=int, default=24)
+    sub.add_argument("--heldout", type=int, default=24)
+    sub.add_argument("--rank", type=int, default=8)
+    sub.add_argument("--rate-all", type=float, default=1e-3)
+    sub.add_argument("--rate-lora", type=float, default=1e-2)
+    sub.add_argument("--folder", type=Path, help="folder to keep the runs in (default: deleted)")
     sub = commands.add_parser("read")
     sub.add_argument("--rows", type=int, default=100_000)
     sub.add_argument("--masks", type=int, default=12, help="masks per image")
@@ -335,6 +358,8 @@ def main() -> int:
         "decoder": decoder,
         "decode": decode,
         "generator": compare.generator,
+        "sam2": compare.against_sam2,
+        "core": core_cost.core,
         "memory": memory,
         "tiles": tiling.tiling,
         "pipeline": pipeline,
@@ -345,6 +370,7 @@ def main() -> int:
         "train": training.throughput,
         "pretrain": pretraining.pretrain,
         "text": text_prompts.text,
+        "lora": adapters.lora,
         "start": starting.start,
         "phrases": phrases.phrases,
     }

@@ -6,6 +6,7 @@ In order: images, weights and thresholds that all engines share; the turns; the 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -21,12 +22,14 @@ import samray
 from jobs.benchmarks.measuring import timed
 from samray.config import MaskConfig, load_config
 from samray.sam.sam import Sam
-from samray.sam.spec import MODELS
+from samray.sam.spec import MODELS, HieraSpec, VitSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 
-ENGINES = ("samray", "samray-bfloat16", "segment-anything", "transformers")
-"""samray-bfloat16 is samray with `model.dtype=bfloat16`."""
+ENGINES = ("samray", "samray-bfloat16", "segment-anything", "sam2", "transformers")
+"""samray-bfloat16 is samray with `model.dtype=bfloat16`; transformers with SAM 2 is its networks alone."""
+
+_RATIOS = ("seconds", "encoder_seconds", "seconds_after_encoder", "peak_mb", "peak_beyond_model_mb")
 
 
 def generator(
@@ -39,6 +42,7 @@ def generator(
     checkpoint: str | None,
     dtype: str,
     stages: bool,
+    points: int = 32,
 ) -> dict[str, Any]:
     """The whole mask generator and its peers: same images, same weights, one process each, taking turns.
 
@@ -49,19 +53,16 @@ def generator(
     results: dict[str, Any] = {}
     for name in models:
         with tempfile.TemporaryDirectory() as folder:
-            job = _make_job(Path(folder), name, images, checkpoint, dtype)
-            able = [engine for engine in engines if engine != "transformers" or name in ("vit_b", "vit_l", "vit_h")]
+            job = _make_job(Path(folder), name, images, checkpoint, dtype, points)
+            able = [engine for engine in engines if _can_run(engine, name)]
             runs = _take_turns(able, {**job, "stages": False}, rounds)
             result = {"settings": job["settings"], **{engine: _summary(found) for engine, found in runs.items()}}
             for engine in able if "samray" in able else []:
                 ours = result["samray"]
                 if engine != "samray":
-                    ratios = {
-                        key: result[engine][key] / ours[key] for key in ("seconds", "peak_mb", "peak_beyond_model_mb")
-                    }
-                    result[f"{engine} / samray"] = ratios
+                    result[f"{engine} / samray"] = {key: result[engine][key] / ours[key] for key in _RATIOS}
             for engine in able if "samray" in able else []:
-                if engine in ("samray-bfloat16", "segment-anything"):
+                if engine in ("samray-bfloat16", "segment-anything", "sam2"):
                     result[f"agreement with {engine}"] = _agreement(
                         runs["samray"][-1]["masks"], runs[engine][-1]["masks"], engine
                     )
@@ -74,6 +75,36 @@ def generator(
                 result["arithmetic"] = _arithmetic(Path(folder), job)
             results[name] = result
     return {"images": [list(image.shape) for image in images], "rounds": rounds, "models": results}
+
+
+def against_sam2(models: list[str], rounds: int, points: int, image_hw: tuple[int, int]) -> dict[str, Any]:
+    """`generator` for SAM 2, against its package and transformers' networks, with seeded random weights.
+
+    `bars` are the least that samray must reach against the package: times, and its share of the peak memory.
+    """
+    if importlib.util.find_spec("sam2") is None:
+        install = "SAM2_BUILD_CUDA=0 pip install --no-deps --no-build-isolation sam2==1.1.0"
+        sys.exit(f"the package sam2 is missing: {install}")
+    engines = ["samray", "sam2", "transformers"]
+    found = generator(models, engines, rounds, image_hw, 1, None, None, "float32", False, points)
+    for result in found["models"].values():
+        ratios = result["sam2 / samray"]
+        result["bars"] = {
+            "4x after the encoder": ratios["seconds_after_encoder"] >= 4,
+            "2.5x in all": ratios["seconds"] >= 2.5,
+            "a third of the peak memory": ratios["peak_mb"] >= 3,
+        }
+    return {"points_per_side": points, **found}
+
+
+def _can_run(engine: str, name: str) -> bool:
+    """Whether an engine has this model."""
+    spec = MODELS[name]
+    if engine == "sam2":
+        return isinstance(spec.encoder, HieraSpec)
+    if engine == "segment-anything":
+        return spec.frame == "pad"
+    return engine != "transformers" or isinstance(spec.encoder, VitSpec | HieraSpec)
 
 
 def _benchmark_images(image_hw: tuple[int, int], number: int, photos: Path | None) -> list[Any]:
@@ -96,7 +127,9 @@ def photographs(photos: Path, image_hw: tuple[int, int], number: int) -> Iterato
         yield np.asarray(Image.open(file).convert("RGB").resize(size, Image.Resampling.BICUBIC))
 
 
-def _make_job(folder: Path, name: str, images: list[Any], checkpoint: str | None, dtype: str) -> dict[str, Any]:
+def _make_job(
+    folder: Path, name: str, images: list[Any], checkpoint: str | None, dtype: str, points: int
+) -> dict[str, Any]:
     """Write the weights, images and settings that all engines share to files in folder."""
     import numpy as np
     from safetensors.torch import save_file
@@ -108,7 +141,8 @@ def _make_job(folder: Path, name: str, images: list[Any], checkpoint: str | None
         if checkpoint
         else random_sam(MODELS[name], image=images[0])
     )
-    settings = _preset_of(name) if checkpoint else _typical_settings(model, images[0])
+    grid = {} if points == MaskConfig().points_per_side else {"points_per_side": points}
+    settings = (_preset_of(name) if checkpoint else typical_settings(model, images[0], points)) | grid
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "weights.safetensors")
     paths = []
     for i, image in enumerate(images):
@@ -125,7 +159,7 @@ def _preset_of(name: str) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _typical_settings(model: Sam, image: Any) -> dict[str, float]:
+def typical_settings(model: Sam, image: Any, points: int) -> dict[str, float]:
     """Make random weights keep as many candidates as published ones: shifts the predicted IoUs to put a third above
     0.88, and returns thresholds of stability and NMS that keep 600 and then about 100. If the boxes are so similar that
     NMS can keep only far fewer or all, it keeps all.
@@ -144,10 +178,12 @@ def _typical_settings(model: Sam, image: Any) -> dict[str, float]:
         return decoded
 
     model.decode_points = watched  # type: ignore[method-assign]
-    samray.MaskGenerator(model, MaskConfig()).generate([image])
+    samray.MaskGenerator(model, MaskConfig(points_per_side=points)).generate([image])
     model.decode_points = decode  # type: ignore[method-assign]
-    model.mask_decoder.iou_prediction_head.layers[-1].bias.add_(0.88 - torch.cat(iou).quantile(2 / 3))  # type: ignore[operator]
-    everything = MaskConfig(stability_score_thresh=0.0, box_nms_thresh=1.0)
+    score = torch.logit if model.spec.decoder.sigmoid_iou else torch.nn.Identity()
+    shift = score(torch.tensor(0.88)) - score(torch.cat(iou).quantile(2 / 3).cpu())
+    model.mask_decoder.iou_prediction_head.layers[-1].bias.add_(float(shift))  # type: ignore[operator]
+    everything = MaskConfig(points_per_side=points, stability_score_thresh=0.0, box_nms_thresh=1.0)
     found = samray.MaskGenerator(model, everything).generate([image])[0]
     model.to("cpu")
     stability = np.array([mask["stability_score"] for mask in found])

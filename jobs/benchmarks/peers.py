@@ -4,7 +4,7 @@ A worker loads one engine with given weights and waits; for every line on its st
 the image once, and prints seconds, memory and masks as one line of JSON. This lets engines take turns on the same
 machine without affecting each other's caches or memory.
 
-    python -m jobs.benchmarks.peers ENGINE JOB.json    ENGINE: samray, samray-bfloat16, segment-anything, transformers
+    python -m jobs.benchmarks.peers ENGINE JOB.json    ENGINE: one of `compare.ENGINES`
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ Run = Callable[[Images], Sequence[Sequence[Mapping[str, Any]]]]
 """Images (H, W, 3) RGB to one list of masks each, with `segmentation` as COCO RLE, `predicted_iou`."""
 
 
+Encoder = tuple[Any, str]
+"""An object and the name of its method that encodes images, which is timed."""
+
+
 def samray_engine(job: dict[str, Any], device: str) -> tuple[Run, Sam, MaskGenerator]:
     dtype = torch.bfloat16 if job.get("dtype") == "bfloat16" else torch.float32
     model = Sam(MODELS[job["model"]])
@@ -47,16 +51,57 @@ def samray_engine(job: dict[str, Any], device: str) -> tuple[Run, Sam, MaskGener
     return generator.generate, model, generator
 
 
-def segment_anything_engine(job: dict[str, Any], device: str) -> Run:
+def segment_anything_engine(job: dict[str, Any], device: str) -> tuple[Run, Encoder]:
     from jobs.benchmarks.reference import build_reference, segment_anything
 
     model = build_reference(MODELS[job["model"]], load_file(job["weights"])).to(device)
     make = segment_anything().SamAutomaticMaskGenerator
     generator = make(model, output_mode="coco_rle", **job["settings"])
-    return lambda images: [generator.generate(image) for image in images]
+    return lambda images: [generator.generate(image) for image in images], (model.image_encoder, "forward")
 
 
-def transformers_engine(job: dict[str, Any], device: str) -> Run:
+def sam2_engine(job: dict[str, Any], device: str) -> tuple[Run, Encoder]:
+    from jobs.benchmarks.reference_sam2 import build_sam2, sam2_generator, sam2_state
+
+    spec = MODELS[job["model"]]
+    model = build_sam2(spec)
+    model.load_state_dict(sam2_state(model, load_file(job["weights"])))
+    generator = sam2_generator(model.to(device), spec, job["settings"])
+    return lambda images: [generator.generate(image) for image in images], (model, "forward_image")
+
+
+def transformers_sam2_engine(job: dict[str, Any], device: str) -> tuple[Run, Encoder]:
+    """Its networks alone, for the same clicks in batches of 64, to low-resolution logits: no masks are made of them.
+
+    Its image processor, and so its pipeline, needs torchvision.
+    """
+    from jobs.benchmarks.reference import transformers_sam2_with
+    from samray.masks.points import point_grid
+
+    state = load_file(job["weights"])
+    spec = MODELS[job["model"]]
+    model = transformers_sam2_with(spec, state).to(device)
+    preprocess = Sam(spec).to(device)
+    points = torch.from_numpy(point_grid(job["settings"].get("points_per_side", 32))).float() * spec.image_size
+
+    def run(images: Images) -> list[list[dict[str, Any]]]:
+        for image in images:
+            embeddings = model.get_image_embeddings(preprocess.preprocess([image])[0])
+            for batch in points.to(device).split(64):
+                model(
+                    image_embeddings=embeddings,
+                    input_points=batch[None, :, None],
+                    input_labels=torch.ones(1, len(batch), 1, dtype=torch.int64, device=device),
+                    multimask_output=True,
+                )
+        return [[] for _ in images]
+
+    return run, (model, "get_image_embeddings")
+
+
+def transformers_engine(job: dict[str, Any], device: str) -> tuple[Run, Encoder]:
+    if MODELS[job["model"]].frame == "square":
+        return transformers_sam2_engine(job, device)
     from jobs.benchmarks.reference import transformers_pipeline
 
     pipeline = transformers_pipeline(MODELS[job["model"]], load_file(job["weights"]), device)
@@ -75,7 +120,7 @@ def transformers_engine(job: dict[str, Any], device: str) -> Run:
         found = [pipeline(Image.fromarray(image), output_rle_mask=True, **options) for image in images]
         return [[{"predicted_iou": float(score)} for score in one["scores"]] for one in found]
 
-    return run
+    return run, (pipeline.model.vision_encoder, "forward")
 
 
 # --- where samray's time goes --------------------------------------------------------------------------------------
@@ -163,16 +208,22 @@ def main(engine: str, job_path: str) -> None:
     if engine in ("samray", "samray-bfloat16"):
         job["dtype"] = "bfloat16" if engine == "samray-bfloat16" else job.get("dtype")
         run, model, generator = samray_engine(job, device)
+        encoder: Encoder = (model, "encode_images")
         if job.get("stages"):
             watch = watch_stages(model, generator, device)
     else:
-        run = {"segment-anything": segment_anything_engine, "transformers": transformers_engine}[engine](job, device)
+        peers = {"segment-anything": segment_anything_engine, "sam2": sam2_engine, "transformers": transformers_engine}
+        run, encoder = peers[engine](job, device)
+    encoding = Stopwatch(device)
+    if watch is None:  # else it is one of the stages
+        encoding.wrap(*encoder, "encoder")
     loaded = status_bytes("VmRSS")
     print(json.dumps({"loaded_mb": loaded / 1e6}), flush=True)
     for _ in sys.stdin:
         forget_peak()
         if watch is not None:
             watch.seconds.clear()
+        encoding.seconds.clear()
         start = time.perf_counter()
         with torch.inference_mode():
             masks = run(images)
@@ -183,6 +234,9 @@ def main(engine: str, job_path: str) -> None:
             "peak_beyond_model_mb": (status_bytes("VmHWM") - loaded) / 1e6,
             "masks": masks,
         }
+        if watch is None:
+            figures["encoder_seconds"] = encoding.seconds["encoder"]
+            figures["seconds_after_encoder"] = seconds - encoding.seconds["encoder"]
         if device == "cuda":
             figures["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 1e6
         if watch is not None:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from samray.sam.formats import meta_name
+from samray.sam.formats import meta_name, to_meta_names
 from samray.sam.spec import HieraSpec, ModelSpec, TinyVitSpec, VitSpec
 
 
@@ -255,6 +255,20 @@ def transformers_sam2(spec: ModelSpec, kind: str = "Sam2") -> Any:
     )
     config._attn_implementation = "eager"
     return getattr(transformers, f"{kind}Model")(config).eval()
+
+
+def transformers_sam2_with(spec: ModelSpec, state: Mapping[str, Tensor]) -> Any:
+    """transformers' Sam2Model with these weights (samray's names) and its own choice of attention."""
+    model = transformers_sam2(spec)
+    model.set_attn_implementation("sdpa")
+    tied = model.prompt_encoder.shared_embedding.positional_embedding
+    with torch.no_grad():
+        tied.copy_(model.shared_image_embedding.positional_embedding)
+        # Views of the model's own tensors, under samray's names.
+        for name, value in to_meta_names(dict(model.state_dict()), Path("transformers")).items():
+            value.copy_(state[name])
+        tied.copy_(model.shared_image_embedding.positional_embedding)
+    return model.requires_grad_(False)
 
 
 def transformers_pipeline(spec: ModelSpec, state: Mapping[str, Tensor], device: str) -> Any:

@@ -171,8 +171,12 @@ def sam2_predictor(model: Any, spec: ModelSpec, **settings: Any) -> Any:
 
 def sam2_masks(model: Any, spec: ModelSpec, image: NDArray[np.uint8], settings: Mapping[str, Any]) -> list[Any]:
     """What the published generator returns for one image, segmentations as COCO RLE."""
+    masks: list[Any] = sam2_generator(model, spec, settings).generate(image)
+    return masks
+
+
+def sam2_generator(model: Any, spec: ModelSpec, settings: Mapping[str, Any]) -> Any:
+    """The published generator, for any input size."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sam2(), "SAM2ImagePredictor", lambda model, **options: sam2_predictor(model, spec, **options))
-        generator = sam2().SAM2AutomaticMaskGenerator(model, output_mode="coco_rle", **settings)
-    masks: list[Any] = generator.generate(image)
-    return masks
+        return sam2().SAM2AutomaticMaskGenerator(model, output_mode="coco_rle", **settings)

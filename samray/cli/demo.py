@@ -74,7 +74,8 @@ def run_demo(
     from samray.report.output import open_page
     from samray.sam.checkpoints import load_model
 
-    model = load_model(config.model.name, config.model.checkpoint, config.model.device, config.model.dtype)
+    own = config.model
+    model = load_model(own.name, own.checkpoint, own.device, own.dtype, adapter=own.adapter)
     console = Console(stderr=True, highlight=False)
     photographs, scenes = photograph_files(), make_scenes(num_scenes)
     write_images(directory, scenes, photographs)

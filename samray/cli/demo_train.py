@@ -240,7 +240,8 @@ def quality(labels: Path, known: dict[str, list[Rle]]) -> dict[str, float]:
 def clicks(config: Config, folder: Path, known: dict[str, list[Rle]]) -> dict[str, Any]:
     """miou and miou_oracle of one click on each blob."""
     images = (RegionImage(name=name, pixels=_pixels(folder / name), annotators=[known[name]]) for name in known)
-    model = samray.load_model(config.model.name, config.model.checkpoint, config.model.device, config.model.dtype)
+    own = config.model
+    model = samray.load_model(own.name, own.checkpoint, own.device, own.dtype, adapter=own.adapter)
     return evaluate_points(model, images, min_area=1)
 
 

@@ -252,7 +252,7 @@ class _Run:
         self.picture_format = picture_format(picture) if picture else ""
         self.images = RegionData(data, limit)
         own = config.model
-        self.model = load_model(own.name, own.checkpoint, own.device, own.dtype)
+        self.model = load_model(own.name, own.checkpoint, own.device, own.dtype, adapter=own.adapter)
         self.failures = Failures()
         self.seconds = 0.0
 
@@ -325,7 +325,7 @@ def write_json(
 
 def as_json(figures: dict[str, Any], config: Config, images: RegionData | NamedScenes, model: Sam | None) -> str:
     """The results, and what they were measured with and on. model: None leaves the keys about it null."""
-    from samray.sam.checkpoints import checkpoint_sha256
+    from samray.sam.checkpoints import WeightsFile
 
     own = config.model
     seconds = {"seconds": figures["seconds"]} if "seconds" in figures else {}
@@ -333,7 +333,7 @@ def as_json(figures: dict[str, Any], config: Config, images: RegionData | NamedS
         **{key: _plain(value) for key, value in figures.items() if key != "seconds"},
         "model": own.name if model else None,
         "checkpoint": _checkpoint(config) if model else None,
-        "checkpoint_sha256": checkpoint_sha256(own.name, own.checkpoint) if model else None,
+        **(WeightsFile(own.name, own.checkpoint, own.adapter).identity if model else {"checkpoint_sha256": None}),
         "data": images.where,
         "layout": images.layout,
         "device": str(model.device) if model else None,

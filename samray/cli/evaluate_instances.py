@@ -105,7 +105,9 @@ def _load_sam(config: Config) -> Sam | None:
     from samray.sam.checkpoints import load_model
 
     own = config.model
-    return load_model(own.name, own.checkpoint, own.device, own.dtype) if config.labels.needs_sam else None
+    if not config.labels.needs_sam:
+        return None
+    return load_model(own.name, own.checkpoint, own.device, own.dtype, adapter=own.adapter)
 
 
 def _judge(

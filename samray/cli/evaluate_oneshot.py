@@ -60,7 +60,7 @@ def oneshot(
     data, config = parse_settings([data, *(settings or ())], None, OneshotCommand.sections, given)
     images = NamedScenes(limit) if data == SCENES else RegionData(data, limit)
     own = config.model
-    model = load_model(own.name, own.checkpoint, own.device, own.dtype)
+    model = load_model(own.name, own.checkpoint, own.device, own.dtype, adapter=own.adapter)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=no_progress or not console.is_terminal) as bar:
         reading = bar.add_task("reading", total=len(images))

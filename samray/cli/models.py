@@ -10,7 +10,6 @@ from rich.table import Table
 
 from samray.cli.help import Command, HelpfulGroup
 from samray.errors import ConfigError
-from samray.text import two_columns
 
 models_app = typer.Typer(
     name="models",
@@ -60,6 +59,7 @@ def export(
     checkpoint: Annotated[
         str | None, typer.Option(help="Path or URI of the weights; by default the published or embedded ones.")
     ] = None,
+    adapter: Annotated[str | None, typer.Option(help="Path or URI of a LoRA adapter to merge into them.")] = None,
 ) -> int:
     """Write a model's encoder and decoder as ONNX files, for annotation tools, browsers and other languages.
 
@@ -76,14 +76,18 @@ def export(
         raise ConfigError("choose a format: samray models export NAME DIR --onnx")
     from samray.sam.onnx_export import export_onnx
 
-    report = export_onnx(name, directory, checkpoint=checkpoint, int8=int8, single_mask=single_mask)
-    table = two_columns()
-    for path in report.files:
-        table.add_row(str(path), f"{path.stat().st_size / 1e6:,.1f} MB")
-    difference = f"{report.difference:.1e} of the numbers' scale; a click's masks have IoU {report.click_iou:.4f}"
-    table.add_row("difference from torch", difference)
+    report = export_onnx(name, directory, checkpoint=checkpoint, adapter=adapter, int8=int8, single_mask=single_mask)
+    lines = [f"{path}  {path.stat().st_size / 1e6:,.1f} MB" for path in report.files]
+    lines.append(
+        f"difference from torch: {report.difference:.1e} of the numbers' scale; a click's masks have IoU"
+        f" {report.click_iou:.4f}"
+    )
     if report.int8_iou is not None:
-        compared = f"{report.num_clicks} clicks on scikit-image's photographs"
-        table.add_row("int8 encoder", f"mean IoU {report.int8_iou:.4f} with the float32 one's masks ({compared})")
-    Console(highlight=False).print(table)
+        lines.append(
+            f"int8 encoder: mean IoU {report.int8_iou:.4f} with the float32 one's masks, {report.num_clicks} clicks on"
+            " scikit-image's photographs"
+        )
+    console = Console(highlight=False)
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
     return 0

@@ -123,6 +123,8 @@ def _model(config: Config, checkpoint_sha256: str | None) -> list[tuple[str, str
     model = f"{config.model.name}, {config.model.checkpoint or 'its own weights'}"
     if checkpoint_sha256:
         model += f" (SHA-256 {checkpoint_sha256[:12]}...)"
+    if config.model.adapter is not None:
+        model += f" with the adapter {config.model.adapter}"
     return [("model", model)]
 
 

@@ -50,6 +50,8 @@ class ModelConfig(Settings):
     """Model; `samray models` lists their sizes, licences and sources."""
     checkpoint: str | None = None
     """Path or URI of the weights (.pth, .pt, .safetensors); null downloads and verifies the published file."""
+    adapter: str | None = None
+    """Path or URI of a LoRA adapter for these weights, from train.trainable=lora; it is merged into them."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the networks; auto is bfloat16 on a GPU and float32 on a CPU."""
     device: str | None = None
@@ -292,7 +294,7 @@ class Config(Settings):
         ones.
 
         Left out because they do not change a mask: the cluster, storage retries, time limits, the compression of
-        shards, and points_per_batch. The checkpoint and the prompts are left out because a file may move without
+        shards, and points_per_batch. Checkpoint, adapter and prompts are left out because a file may move without
         changing: the pipeline adds the SHA-256 of their content, and the settings of `labels` if they are used.
         """
         plain = self.model_dump(mode="json")

@@ -11,7 +11,7 @@ from samray.evaluate.edge_data import EdgeImage
 from samray.inputs.decode_apart import decode_apart
 from samray.masks.edge_png import encode_edges
 from samray.masks.edges import EdgeGenerator
-from samray.sam.checkpoints import checkpoint_sha256, load_model
+from samray.sam.checkpoints import WeightsFile, load_model
 
 _BITS: Final = 16
 
@@ -23,7 +23,7 @@ class ModelMaps:
         self.config = config
         model = config.model
         self._generator = EdgeGenerator(
-            load_model(model.name, model.checkpoint, model.device, model.dtype), config.edges
+            load_model(model.name, model.checkpoint, model.device, model.dtype, adapter=model.adapter), config.edges
         )
 
     def __call__(self, image: EdgeImage) -> bytes:
@@ -41,6 +41,6 @@ class ModelMaps:
         return {
             "model": model.name,
             "checkpoint": None if model.checkpoint is None else storage.redact(model.checkpoint),
-            "checkpoint_sha256": checkpoint_sha256(model.name, model.checkpoint),
+            **WeightsFile(model.name, model.checkpoint, model.adapter).identity,
             "edges": self.config.edges.model_dump(mode="json"),
         }

@@ -21,7 +21,7 @@ from samray.output.schema import ANNOTATION, NAMED_ANNOTATION
 from samray.pipeline.labeler import EncodedImage, ShardLabeler, build_labeler
 from samray.pipeline.metrics import ActorFigures
 from samray.prompts import Prompt
-from samray.sam.checkpoints import checkpoint_sha256
+from samray.sam.checkpoints import WeightsFile
 from samray.storage.tables import code_free
 
 if TYPE_CHECKING:
@@ -53,8 +53,10 @@ def label_dataset(
         raise ConfigError("input.prompts is for samray.label: the images of a dataset have no names to match")
     if make_labeler is None:  # every actor must load the weights that this machine has
         labels = read_inputs(config, None if phrases_column is None else [])
-        sha256 = checkpoint_sha256(config.model.name, config.model.checkpoint) if config.labels.needs_sam else None
-        make_labeler = functools.partial(build_labeler, checkpoint_sha256=sha256, labels=labels)
+        own = config.model
+        weights = WeightsFile(own.name, own.checkpoint, own.adapter) if config.labels.needs_sam else None
+        digests: Any = weights.identity if weights else {}
+        make_labeler = functools.partial(build_labeler, labels=labels, **digests)
     is_fixed = ensure_ray(config.cluster)
     nodes, device = cluster_nodes(), config.model.device
     # A lazy dataset does not know its number of rows: assume more than there are actors.

@@ -76,7 +76,8 @@ def detect_edges_with(
     def planned(plan: RunPlan) -> None:
         # Filled before the actors get a copy: names that would collide are known only with the plan.
         make.stems.update(shared_stems(plan.plan, endings=(".png",)))
-        make.checkpoint_sha256 = plan.plan.run["identity"]["model"].get("checkpoint_sha256")
+        model = plan.plan.run["identity"]["model"]
+        make.checkpoint_sha256, make.adapter_sha256 = model.get("checkpoint_sha256"), model.get("adapter_sha256")
         on_plan(plan)
 
     report = label_with(
@@ -99,6 +100,7 @@ class EdgeLabelers:
     folder: str
     """Where the maps go."""
     checkpoint_sha256: str | None = None
+    adapter_sha256: str | None = None
     stems: dict[int, str] = field(default_factory=dict)
     """image_id -> name of the map without its extension, for images that would share it with another."""
 
@@ -111,7 +113,7 @@ class EdgeLabelers:
             return EdgeGenerator(model, config.edges, points_per_batch=points_per_batch)
 
         make = functools.partial(EdgeLabeler, self, config.edges.bits)
-        return shard_labeler(config, num_threads, self.checkpoint_sha256, make_generator, make)
+        return shard_labeler(config, num_threads, self.checkpoint_sha256, make_generator, make, self.adapter_sha256)
 
     def uri(self, image: EncodedImage) -> str:
         """Where the map of an image goes."""

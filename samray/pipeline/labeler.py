@@ -301,7 +301,11 @@ MakeLabeler = Callable[["Config", int], ShardLabeler]
 
 
 def build_labeler(
-    config: Config, num_threads: int, checkpoint_sha256: str | None = None, labels: Inputs | None = None
+    config: Config,
+    num_threads: int,
+    checkpoint_sha256: str | None = None,
+    labels: Inputs | None = None,
+    adapter_sha256: str | None = None,
 ) -> ShardLabeler:
     """Create the labeler of a Ray actor, which generates masks.
 
@@ -332,7 +336,7 @@ def build_labeler(
             return PromptedGenerator(model, masks)
         return MaskGenerator(model, masks, frugal=frugal)
 
-    return shard_labeler(config, num_threads, checkpoint_sha256, make_generator)
+    return shard_labeler(config, num_threads, checkpoint_sha256, make_generator, adapter_sha256=adapter_sha256)
 
 
 def shard_labeler(
@@ -341,12 +345,13 @@ def shard_labeler(
     checkpoint_sha256: str | None,
     make_generator: Callable[[Any, int | None], MaskSource],
     make: Callable[..., ShardLabeler] = ShardLabeler,
+    adapter_sha256: str | None = None,
 ) -> ShardLabeler:
     """Create a labeler with the model of config, by default on a GPU that the actor has reserved.
 
     make_generator(model, points_per_batch), make: create its generators, and the labeler itself. model: the device if
     the run needs no SAM (`LabelsConfig.needs_sam`).
-    Raises: ConfigError if the weights do not have checkpoint_sha256, or cannot be loaded.
+    Raises: ConfigError if weights or adapter do not have these SHA-256, or cannot be loaded.
     """
     import torch
 
@@ -358,7 +363,10 @@ def shard_labeler(
     device = "cpu" if own.device is None and reserved_gpus() == 0 else own.device
     model: Sam | torch.device
     if config.labels.needs_sam:
-        model = load_model(own.name, own.checkpoint, device, own.dtype, sha256=checkpoint_sha256)
+        model = load_model(
+            own.name, own.checkpoint, device, own.dtype,
+            sha256=checkpoint_sha256, adapter=own.adapter, adapter_sha256=adapter_sha256,
+        )  # fmt: skip
     else:
         model = choose_device(device)
     return make(

@@ -101,7 +101,7 @@ def plan_run(
     if begun is not None:  # settings without a value of the user follow it, not a newer preset or default
         config = config.as_begun(begun)
     joining = append or redo_changed
-    weights = WeightsFile(config.model.name, config.model.checkpoint)
+    weights = WeightsFile(config.model.name, config.model.checkpoint, config.model.adapter)
     weights_to_load = weights if with_model and config.labels.needs_sam else None
     # A resuming run may have no work to do; then weights and cluster need no check.
     is_checked = not dry_run and (is_new or joining)
@@ -167,9 +167,9 @@ def run_identity(config: Config, weights: WeightsFile | None = None) -> dict[str
     if weights is None:
         from samray.sam.checkpoints import WeightsFile
 
-        weights = WeightsFile(config.model.name, config.model.checkpoint)
+        weights = WeightsFile(config.model.name, config.model.checkpoint, config.model.adapter)
     identity = config.identity()
-    return {**identity, "model": {**identity["model"], "checkpoint_sha256": weights.sha256}}
+    return {**identity, "model": {**identity["model"], **weights.identity}}
 
 
 def finished_shards(plan: Plan) -> dict[int, str | None]:
@@ -190,7 +190,10 @@ def _identity_of_dry_run(config: Config, begun: Mapping[str, Any] | None) -> dic
     identity = config.identity()
     if begun is not None and config.labels.needs_sam:
         # Taken from the run, so that comparing with it finds no difference.
-        identity["model"]["checkpoint_sha256"] = begun.get("model", {}).get("checkpoint_sha256")
+        there = begun.get("model", {})
+        identity["model"]["checkpoint_sha256"] = there.get("checkpoint_sha256")
+        if "adapter_sha256" in there and config.model.adapter is not None:
+            identity["model"]["adapter_sha256"] = there["adapter_sha256"]
     return identity
 
 

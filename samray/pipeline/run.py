@@ -234,7 +234,8 @@ def build_pipeline(run: Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
     # Tells this driver's attempt marks from those of another one on the same OUTPUT.
     run_id = uuid.uuid4().hex[:12]
     # Each actor checks the weights that it loads: its machine may have another file at the same path.
-    sha256 = run.plan.run["identity"].get("model", {}).get("checkpoint_sha256")
+    model = run.plan.run["identity"].get("model", {})
+    digests = {key: model.get(key) for key in ("checkpoint_sha256", "adapter_sha256")}
     # One row per shard: Ray retries a whole shard, and memory holds as many shards as there are tasks.
     one_shard: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "udf_modifying_row_count": False}
     shards: Any = shards_to_do(source_table(run.todo, run.prompts, run.credentials))
@@ -255,8 +256,7 @@ def build_pipeline(run: Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
             "state": state,
             "num_threads": sizes.num_threads,
             # A path and a digest, never a tensor: weights in the arguments would be sent to every actor.
-            "make_labeler": run.make_labeler
-            or functools.partial(build_labeler, checkpoint_sha256=sha256, labels=run.labels),
+            "make_labeler": run.make_labeler or functools.partial(build_labeler, **digests, labels=run.labels),
         },
         compute=ray.data.ActorPoolStrategy(min_size=sizes.min_actors, max_size=sizes.max_actors),
         num_cpus=sizes.actor_cpus,

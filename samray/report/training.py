@@ -21,7 +21,7 @@ from samray.text import duration
 from samray.train.curves import draw_curves
 from samray.train.objectives import Objective, objective_of
 from samray.train.settings import TRAIN_SECTIONS, TextConfig, TrainConfig, TrainSettings
-from samray.train.store import WEIGHTS_FILE, Position, Store, is_training
+from samray.train.store import Position, Store, is_training, weights_file
 
 MAX_VALIDATIONS = 40
 """Rows of the table: the first ones, and the last ones."""
@@ -74,7 +74,7 @@ def _render(store: Store, run: Mapping[str, Any], position: Position, lines: Seq
         data=run["identity"]["data"]["uris"],
         shares=settings["data"]["shares"],
         columns=objective.columns,
-        command=objective.next_command(settings["model"]["name"], storage.redact(store.uri(WEIGHTS_FILE))),
+        command=objective.next_command(settings["model"]["name"], storage.redact(store.uri(weights_file(config)))),
         changed=changed,
         settings=everything,
     )

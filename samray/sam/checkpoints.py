@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from samray import storage
 from samray.config.base import did_you_mean
 from samray.errors import ConfigError, NotFoundError, StorageError
+from samray.sam import adapter as adapters
 from samray.sam import fetch
 from samray.sam.formats import StateDict, read_state_dict
 from samray.sam.precision import auto_dtype
@@ -49,13 +50,16 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     *,
     sha256: str | None = None,
+    adapter: str | Path | None = None,
+    adapter_sha256: str | None = None,
 ) -> Sam:
     """Load a Sam in evaluation mode, without gradients for its parameters.
 
     name: a row of MODELS. checkpoint: a file, a Hugging Face folder or any fsspec URI; None means the published
     weights, downloaded once per node, or for `tiny` the embedded ones. device: None uses a GPU if there is one.
     dtype: float32 (the default), bfloat16, float16, or `auto`, which is bfloat16 on a GPU and float32 elsewhere.
-    sha256: expected digest of the weights file, in hex; None accepts any.
+    sha256: expected digest of the weights file, in hex; None accepts any. adapter: a file or URI of a LoRA adapter,
+    which is merged into the weights that it was trained on; adapter_sha256: as sha256.
 
     Raises ConfigError if the model, the file or its keys are not as expected, StorageError if the storage of a URI
     fails.
@@ -68,6 +72,13 @@ def load_model(
     with fetch.unchanged(path, sha256):
         # On the CPU first: keys and shapes are checked before any GPU memory is used.
         model = build(spec, read_state_dict(path), str(path))
+        base_sha256 = "" if adapter is None else fetch.file_sha256(path)
+    if adapter is not None:
+        adapter_path = resolve_given(str(adapter), adapters.SETTING)
+        with fetch.unchanged(adapter_path, adapter_sha256):
+            found = adapters.read_adapter(adapter_path)
+        found.check(name, _shapes(spec), base_sha256)
+        found.merge(model)
     return model.to(chosen_device).cast_image_side(chosen_dtype)
 
 
@@ -91,12 +102,14 @@ def build(spec: ModelSpec, state: Mapping[str, Tensor], origin: str) -> Sam:
 class WeightsFile:
     """The weights of a run: located, hashed and checked at most once each, on first use.
 
-    name and checkpoint: as for `load_model`. Each step raises ConfigError if `load_model` would, and StorageError if
-    the storage of a URI fails.
+    name, checkpoint and adapter: as for `load_model`. Each step raises ConfigError if `load_model` would, and
+    StorageError if the storage of a URI fails.
     """
 
-    def __init__(self, name: str = "tiny", checkpoint: str | Path | None = None) -> None:
-        self.name, self.checkpoint = name, checkpoint
+    def __init__(
+        self, name: str = "tiny", checkpoint: str | Path | None = None, adapter: str | Path | None = None
+    ) -> None:
+        self.name, self.checkpoint, self.adapter = name, checkpoint, adapter
         self._is_checked = False
 
     @cached_property
@@ -112,10 +125,28 @@ class WeightsFile:
             return spec.sha256  # resolving published weights has checked their hash
         return fetch.file_sha256(path)
 
+    @cached_property
+    def adapter_sha256(self) -> str | None:
+        """SHA-256 in hex of the adapter, which is a part of a run's identity, too; None without one."""
+        return None if self.adapter is None else fetch.file_sha256(self._adapter_path)
+
+    @cached_property
+    def _adapter_path(self) -> Path:
+        return resolve_given(str(self.adapter), adapters.SETTING)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Both digests by their names in a run's identity; without an adapter only that of the weights."""
+        digest = {} if self.adapter_sha256 is None else {"adapter_sha256": self.adapter_sha256}
+        return {"checkpoint_sha256": self.sha256, **digest}
+
     def check(self) -> None:
-        """Check the weights without building the model."""
+        """Check the weights and the adapter without building the model."""
         if not self._is_checked:
-            _refuse_misfit(find_spec(self.name), read_state_dict(self.path), str(self.path))
+            spec = find_spec(self.name)
+            _refuse_misfit(spec, read_state_dict(self.path), str(self.path))
+            if self.adapter is not None:
+                adapters.read_adapter(self._adapter_path).check(self.name, _shapes(spec), fetch.file_sha256(self.path))
             self._is_checked = True
 
 

@@ -70,26 +70,27 @@ def export_onnx(
     directory: str | Path,
     *,
     checkpoint: str | None = None,
+    adapter: str | None = None,
     int8: bool = False,
     single_mask: bool = False,
 ) -> OnnxReport:
     """Write NAME.encoder.onnx, NAME.decoder.onnx and NAME.json to a local folder.
 
-    checkpoint: as for `load_model`. int8: also write NAME.encoder.int8.onnx. single_mask: see `graphs_of`.
+    checkpoint, adapter: as for `load_model`. int8: also write NAME.encoder.int8.onnx. single_mask: see `graphs_of`.
     Existing files of these names are replaced, each as a whole. Raises: ConfigError, StorageError; SamrayError if
     onnxruntime's results differ from torch's.
     """
     require_onnx()
     if not storage.is_local(str(directory)):
         raise ConfigError(f"DIR takes a local folder, got {storage.redact(str(directory))}; copy the files from there")
-    weights = WeightsFile(name, checkpoint)
-    sam = load_model(name, checkpoint, "cpu", "float32", sha256=weights.sha256)
+    weights = WeightsFile(name, checkpoint, adapter)
+    sam = load_model(name, checkpoint, "cpu", "float32", sha256=weights.sha256, adapter=adapter)
     folder = Path(storage.normalize(str(directory)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # On the same disk, so that finished files only need a rename.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".samray-") as place:
-            report = _write_all(sam, Path(place), name, weights.sha256, int8=int8, single_mask=single_mask)
+            report = _write_all(sam, Path(place), name, weights, int8=int8, single_mask=single_mask)
             # The description last: it names the others.
             for path in report.files:
                 path.replace(folder / path.name)
@@ -104,7 +105,7 @@ def export_onnx(
     )
 
 
-def _write_all(sam: Sam, place: Path, name: str, sha256: str, *, int8: bool, single_mask: bool) -> OnnxReport:
+def _write_all(sam: Sam, place: Path, name: str, weights: WeightsFile, *, int8: bool, single_mask: bool) -> OnnxReport:
     photographs = [np.asarray(Image.open(path).convert("RGB")) for _, path in photograph_files()]
     if not photographs:
         raise SamrayError("scikit-image is installed without its photographs, on which the files are checked")
@@ -123,7 +124,7 @@ def _write_all(sam: Sam, place: Path, name: str, sha256: str, *, int8: bool, sin
             "clicks": num_clicks, "photographs": len(photographs),
         }  # fmt: skip
     text = place / f"{name}.json"
-    text.write_text(json.dumps(description(sam, sha256) | described, indent=2) + "\n")
+    text.write_text(json.dumps(description(sam, weights.identity) | described, indent=2) + "\n")
     return OnnxReport(
         files=[*files, text], difference=difference, click_iou=click_iou, int8_iou=int8_iou, num_clicks=num_clicks
     )
@@ -201,6 +202,8 @@ def open_session(path: Path) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
+    # Its threads wait by spinning, at the cost of torch's.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
@@ -319,14 +322,14 @@ _SQUARE_STEPS: Final = (
 )
 
 
-def description(sam: Sam, sha256: str) -> dict[str, Any]:
-    """What NAME.json says of the model. sha256: of the weights."""
+def description(sam: Sam, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What NAME.json says of the model. digests: `WeightsFile.identity`."""
     spec = sam.spec
     return {
         "model": spec.name,
         "family": spec.family,
         "licence": spec.licence,
-        "weights_sha256": sha256,
+        **digests,
         "samray": __version__,
         "torch": torch.__version__,
         "opset": OPSET,

@@ -28,6 +28,12 @@ from torch import Tensor, nn
 from samray.sam.kernels import MAX_TOKENS, enabled
 
 
+def weight_of(projection: nn.Linear) -> Tensor:
+    """The weight as it is used: while an adapter is trained, `peft` keeps its addition apart (`samray.train.lora`)."""
+    addition = getattr(projection, "get_delta_weight", None)
+    return projection.weight if addition is None else projection.weight + addition("default")
+
+
 class Attention(nn.Module):
     """The projections of multi-head attention with reduced inner width. Their use depends on the side."""
 
@@ -78,11 +84,11 @@ class Attention(nn.Module):
         """
         n, t, _ = tokens.shape
         q = self.split(self.q_proj(tokens)) * self.scale  # (N, H, T, d)
-        scores = self.absorbed_scores(q, self.k_proj.weight, keys, pe_keys)
+        scores = self.absorbed_scores(q, weight_of(self.k_proj), keys, pe_keys)
         weights = _attention(scores, guidance)
         read = torch.bmm(weights, keys).view(n, self.num_heads, t, -1)  # (N, H, T, C)
         # Values are projected after reading: (N, H, T, C) by (H, C, d), for a few tokens instead of L.
-        out = read.to(tokens.dtype) @ self.per_head(self.v_proj.weight).transpose(1, 2)
+        out = read.to(tokens.dtype) @ self.per_head(weight_of(self.v_proj)).transpose(1, 2)
         return self.merge(out + self.v_proj.bias.view(self.num_heads, 1, -1))
 
     def image_to_tokens(self, keys: Tensor, pe_queries: Tensor, tokens: Tensor, values: Tensor) -> Tensor:
@@ -92,7 +98,7 @@ class Attention(nn.Module):
         without. Returns (N, L, C).
         """
         k = self.split(self.centred_keys(tokens))  # (N, H, T, d)
-        scores = self.absorbed_scores(k, self.q_proj.weight, keys, pe_queries)
+        scores = self.absorbed_scores(k, weight_of(self.q_proj), keys, pe_queries)
         return self.spread(keys, scores, values, in_place=not torch.is_grad_enabled())
 
     def centred_keys(self, tokens: Tensor) -> Tensor:
@@ -131,7 +137,7 @@ class Attention(nn.Module):
 
     def folded(self, values: Tensor) -> Tensor:
         """values (N, T, C) through V W_o of each head, with the head's share of the bias: (N, H * T, C)."""
-        out_weight = self.out_proj.weight.T.unflatten(0, (self.num_heads, -1))  # (H, d, C)
+        out_weight = weight_of(self.out_proj).T.unflatten(0, (self.num_heads, -1))  # (H, d, C)
         # Values through the output projection first: (N, H, T, C), a few rows, instead of N x L of them.
         folded = (self.split(self.v_proj(values)) @ out_weight).flatten(1, 2)
         return folded + self.out_proj.bias / self.num_heads
@@ -276,7 +282,7 @@ class TwoWayBlock(nn.Module):
 
         attn = self.cross_attn_image_to_token
         k = attn.split(attn.centred_keys(tokens))  # (N, H, T, d)
-        absorbed = (k @ attn.per_head(attn.q_proj.weight)).flatten(1, 2) if absorb else None
+        absorbed = (k @ attn.per_head(weight_of(attn.q_proj))).flatten(1, 2) if absorb else None
         return image_to_tokens(keys, queries, k, absorbed, attn.folded(values), self.norm4)
 
 
@@ -301,7 +307,7 @@ class TwoWayTransformer(nn.Module):
         placed = src + pe
         # Without the key's bias, which drops out of the softmax over L.
         pe_keys = [
-            a.split(F.linear(pe, a.k_proj.weight)).transpose(1, 2).contiguous()
+            a.split(F.linear(pe, weight_of(a.k_proj))).transpose(1, 2).contiguous()
             for a in (*(b.cross_attn_token_to_image for b in later), self.final_attn_token_to_image)
         ]
         writes = [b.cross_attn_image_to_token for b in later]

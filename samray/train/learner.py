@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from samray.errors import ConfigError
+from samray.sam.adapter import metadata as adapter_metadata
 from samray.sam.checkpoints import find_spec, load_model
 from samray.sam.encoder_start import load_encoder
 from samray.sam.frames import FRAMES
@@ -24,6 +25,7 @@ from samray.sam.text_projection import initial_state
 from samray.scenes.scene import Scene
 from samray.train.examples import Frame
 from samray.train.interaction import Batch, seed_of
+from samray.train.lora import SCALE, adapter_tensors, add_adapter
 from samray.train.objectives import Evaluation, objective_of
 from samray.train.optimizer import (
     add_drop_path,
@@ -32,7 +34,7 @@ from samray.train.optimizer import (
     train_mode,
     update_average,
 )
-from samray.train.settings import TrainConfig, TrainSettings
+from samray.train.settings import LORA, TrainConfig, TrainSettings
 from samray.train.store import Position
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -144,9 +146,12 @@ class Learner:
             # The file may have been replaced since the driver hashed it.
             sha256 = (identity or {}).get("train", {}).get("distill_checkpoint_sha256")
             teacher = load_model(config.distill_from, config.distill_checkpoint, device, sha256=sha256)
+        self.base_sha256 = (identity or {}).get("model", {}).get("checkpoint_sha256", "")
         if state is None:
             self._begin(settings, teacher, identity or {})
-        else:
+        if config.trainable == LORA:
+            add_adapter(self.sam, config.lora_rank)
+        if state is not None:
             self.sam.load_state_dict(state["model"])
             self.means.sums, self.means.count = dict(state["sums"]), state["count"]
         self.sam.to(device)
@@ -258,15 +263,25 @@ class Learner:
         """The running average; trained weights in half precision.
 
         Frozen weights keep their exact values, which keeps earlier embeddings valid; they are halved only if that is
-        lossless. Buffers are unchanged: halving would make the random positions less accurate and save nothing.
+        lossless. Buffers are unchanged: halving would make the random positions less accurate and save nothing. Of an
+        adapter only what was added.
         """
         assert self.average is not None
+        if self.config.trainable == LORA:
+            return adapter_tensors(self.average.state_dict())
         learns = {name: parameter.requires_grad for name, parameter in self.sam.named_parameters()}
         weights = {}
         for name, value in self.average.state_dict().items():
             halved = value.half() if name in learns else value
             weights[name] = halved if learns.get(name, True) or torch.equal(halved.float(), value) else value
         return {name: value.cpu().contiguous() for name, value in weights.items() if self.objective.is_written(name)}
+
+    def metadata(self) -> dict[str, str]:
+        """What the file of the weights says of itself."""
+        steps = {"steps": str(self.position.step)}
+        if self.config.trainable == LORA:
+            return adapter_metadata(self.spec.name, self.base_sha256, SCALE) | steps
+        return {"model": self.spec.name} | steps
 
 
 def autocast_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:

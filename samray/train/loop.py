@@ -13,7 +13,7 @@ from samray.train.curves import draw_curves
 from samray.train.interaction import Batch
 from samray.train.learner import Learner
 from samray.train.settings import TrainConfig
-from samray.train.store import CURVES_FILE, Store
+from samray.train.store import CURVES_FILE, Store, weights_file
 
 Line = dict[str, Any]
 
@@ -120,6 +120,5 @@ class _Log:
 
 def save_all(learner: Learner, store: Store) -> None:
     """Write the weights, then the state, which marks the save as complete."""
-    metadata = {"model": learner.spec.name, "steps": str(learner.position.step)}
-    store.write_weights(learner.weights(), metadata)
+    store.write_weights(learner.weights(), learner.metadata(), weights_file(learner.config))
     store.write_state(learner.position, learner.state())

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from samray import storage
 from samray.evaluate.scenes import evaluate_clicks
 from samray.sam.sam import Sam
 from samray.scenes.scene import Scene
@@ -17,7 +18,7 @@ from samray.train.mixture import Mixture
 from samray.train.objectives import Evaluation, Objective, Panel
 from samray.train.optimizer import set_trainable
 from samray.train.scores import ScoreLoss
-from samray.train.settings import SCORES
+from samray.train.settings import LORA, SCORES
 
 
 class Masks(Objective):
@@ -64,5 +65,9 @@ class Masks(Objective):
         return f"{best}, {figures['num_regions']:,} masks, one click each"
 
     def next_command(self, model: str, weights: str) -> str:
-        checkpoint = shlex.quote(f"model.checkpoint={weights}")
-        return f"samray label INPUT OUTPUT model.name={model} {checkpoint}"
+        given = f"model.checkpoint={weights}"
+        if self.settings.train.trainable == LORA:
+            base = self.settings.model.checkpoint
+            given = f"model.adapter={weights}"
+            model += "" if base is None else " " + shlex.quote(f"model.checkpoint={storage.redact(base)}")
+        return f"samray label INPUT OUTPUT model.name={model} {shlex.quote(given)}"

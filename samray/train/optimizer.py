@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from samray.errors import ConfigError
 from samray.sam.sam import Sam
-from samray.train.settings import LAST_BLOCKS, SCORES, TrainConfig
+from samray.train.lora import is_adapter
+from samray.train.settings import LAST_BLOCKS, LORA, SCORES, TrainConfig
 
 ENCODER = "image_encoder."
 
@@ -49,7 +50,9 @@ def set_trainable(sam: Sam, trainable: str, *, distilling: bool = False) -> None
         first = blocks - number + 1
     layers = layer_of(sam)
     for name, parameter in sam.named_parameters():
-        if name.startswith(ENCODER):
+        if trainable == LORA:
+            learns = is_adapter(name)
+        elif name.startswith(ENCODER):
             learns = layers[name] >= first
         elif name.startswith("prompt_encoder."):
             learns = trainable not in ("decoder", SCORES) and not distilling

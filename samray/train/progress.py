@@ -18,7 +18,7 @@ from samray import storage
 from samray.text import duration, two_columns
 from samray.train.objectives import objective_of
 from samray.train.settings import TrainSettings
-from samray.train.store import CURVES_FILE, WEIGHTS_FILE, Store
+from samray.train.store import CURVES_FILE, Store, weights_file
 
 LOG_EVERY_S = 10.0
 _SHOWN = {
@@ -131,7 +131,7 @@ def print_train_report(report: TrainReport) -> None:
         table.add_row("held out", objective.in_words(report.last))
         if report.first is not None and report.first["step"] < report.last["step"]:
             table.add_row("", f"at step {report.first['step']:,} it was {report.first[key]:.3f}")
-    where = storage.redact(store.uri(WEIGHTS_FILE))
+    where = storage.redact(store.uri(weights_file(report.settings.train)))
     table.add_row("weights", escape(where))
     table.add_row("curves", escape(storage.redact(store.uri(CURVES_FILE))))
     if report.problem:

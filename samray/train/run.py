@@ -29,7 +29,7 @@ from samray.train.mixture import Mixture
 from samray.train.monitor import Monitor
 from samray.train.objectives import objective_of
 from samray.train.progress import TrainReport, TrainView
-from samray.train.settings import TrainSettings, load_train_settings
+from samray.train.settings import LORA, TrainSettings, load_train_settings
 from samray.train.sizes import Sizes, choose_sizes
 from samray.train.store import Position, Store
 from samray.train.worker import DATA_NAME, LegArguments, work
@@ -132,7 +132,10 @@ def _check_trainable(settings: TrainSettings) -> None:
 
     from samray.sam.encoder_start import check_encoder
     from samray.sam.sam import Sam
+    from samray.train.lora import require_peft
 
+    if settings.train.trainable == LORA:
+        require_peft()
     # Shapes only: no memory for weights.
     with torch.device("meta"):
         sam = Sam(check_settings(settings))

@@ -18,6 +18,8 @@ from samray.train.objectives import objective_names
 LAST_BLOCKS = "last_blocks:"
 SCORES = "iou_head"
 """Value of train.trainable: train only the part that predicts the masks' IoUs."""
+LORA = "lora"
+"""Value of train.trainable: train low-rank additions to the attention projections, which are saved apart."""
 
 
 _MAX_EXPAND = 10.0
@@ -103,7 +105,9 @@ class TrainConfig(Settings):
     """Images per step, over all workers."""
     trainable: str = "all"
     """What to train: all; iou_head (only the IoU prediction: better ranking, same masks); decoder (the mask decoder);
-    decoder+prompt; or last_blocks:N (those, and the last N blocks of the image encoder)."""
+    decoder+prompt; last_blocks:N (those and the encoder's last N blocks); or lora (an adapter)."""
+    lora_rank: int = Field(default=8, ge=1, le=256)
+    """Rank of the adapter with train.trainable=lora: its size, and what it can learn, grow with it."""
     from_scratch: bool = False
     """Start from random weights instead of those of model.checkpoint."""
     encoder_checkpoint: str | None = None
@@ -173,18 +177,34 @@ class TrainConfig(Settings):
         if self.steps is None and self.minutes is None:
             raise ValueError("train.steps and train.minutes are both null; give one of them a budget")
         name, _, number = self.trainable.partition(":")
-        if self.trainable not in ("all", SCORES, "decoder", "decoder+prompt") and not (
+        if self.trainable not in ("all", SCORES, LORA, "decoder", "decoder+prompt") and not (
             name == "last_blocks" and number.isdecimal() and int(number) > 0
         ):
             raise ValueError(
-                f"train.trainable = {self.trainable!r} is not allowed; it takes all, iou_head, decoder, decoder+prompt"
-                " or last_blocks:N with a whole number N of at least 1"
+                f"train.trainable = {self.trainable!r} is not allowed; it takes all, iou_head, decoder,"
+                " decoder+prompt, lora or last_blocks:N with a whole number N of at least 1"
             )
+        if self.trainable == LORA:
+            self._check_lora()
         if self.distill_from is not None and self.trainable != "all":
             raise ValueError("train.distill_from trains the image encoder alone; leave train.trainable at all")
         if self.distill_from is None and self.distill_checkpoint is not None:
             raise ValueError("train.distill_checkpoint needs train.distill_from, the name of the teacher")
         return self
+
+    def _check_lora(self) -> None:
+        """Raises: ValueError. An adapter belongs to a file of weights, from which labelling starts, too."""
+        for setting, is_set in (
+            ("train.objective", self.objective != "masks"),
+            ("train.from_scratch", self.from_scratch),
+            ("train.encoder_checkpoint", self.encoder_checkpoint is not None),
+            ("train.first_fraction", self.first_fraction > 0),
+        ):
+            if is_set:
+                raise ValueError(
+                    f"{setting} is not possible with train.trainable=lora, which adapts the weights of"
+                    " model.checkpoint to masks; leave it at its default"
+                )
 
 
 class MaeConfig(Settings):
@@ -312,6 +332,8 @@ def load_train_settings(file: str | Path | None = None, overrides: Sequence[str]
             f"model.device = {settings.model.device!r} is not allowed in training: Ray gives each worker its device;"
             " cluster.num_gpus_per_worker=0 trains on the CPU"
         )
+    if settings.model.adapter is not None:
+        raise ConfigError("model.adapter is not allowed in training, which starts from the weights of model.checkpoint")
     if settings.model.dtype == "float16":
         raise ConfigError("model.dtype = 'float16' is not allowed in training; it takes auto, float32 or bfloat16")
     return settings

@@ -2,6 +2,7 @@
 
 train.json           settings, DATA, versions: the run's identity
 weights.safetensors  running average of the weights, for `samray label model.checkpoint=`
+adapter.safetensors  in its place with train.trainable=lora, for `model.adapter=`
 state-<step>.pt      model, average, optimizer: where a resumed run begins
 position.json        step and time of the valid state; written after it
 metrics.jsonl        a line of means every `train.log_every` steps, and one per validation
@@ -33,9 +34,10 @@ from samray.errors import ConfigError, NotFoundError, StorageError
 from samray.output.identity import refuse_differences, versions
 from samray.storage.redaction import redact_json
 from samray.storage.strict_json import parse_json
-from samray.train.settings import TrainConfig
+from samray.train.settings import LORA, TrainConfig
 
 RUN_FILE, WEIGHTS_FILE, POSITION_FILE = "train.json", "weights.safetensors", "position.json"
+ADAPTER_FILE = "adapter.safetensors"
 METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
 _STATE_NAME = re.compile(r"state-(\d{8,})\.pt")
 _CHUNK_BYTES = 16 * 2**20
@@ -56,6 +58,11 @@ class Position:
         by_steps = self.step / config.steps if config.steps else 0.0
         by_time = self.elapsed_s / (60 * config.minutes) if config.minutes else 0.0
         return min(1.0, max(by_steps, by_time))
+
+
+def weights_file(config: TrainConfig) -> str:
+    """The name of the file that a training is for."""
+    return ADAPTER_FILE if config.trainable == LORA else WEIGHTS_FILE
 
 
 def is_training(output: str) -> bool:
@@ -108,7 +115,7 @@ class Store:
         names = storage.list_names(self.output)
         # Lines, weights or a state show that steps were done, also by another driver.
         began = any(line["kind"] == "train" for line in self.read_metrics())
-        if not began and not any(name == WEIGHTS_FILE or _STATE_NAME.fullmatch(name) for name in names):
+        if not began and not any(name in (WEIGHTS_FILE, ADAPTER_FILE) or _STATE_NAME.fullmatch(name) for name in names):
             # train.json last: after a kill in between, the rest still belongs to a run.
             for name in (METRICS_FILE, CURVES_FILE, RUN_FILE):
                 storage.delete(self.uri(name))
@@ -156,9 +163,9 @@ class Store:
             if found and int(found[1]) < position.step:
                 storage.delete(self.uri(other))
 
-    def write_weights(self, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    def write_weights(self, weights: dict[str, Tensor], metadata: dict[str, str], name: str = WEIGHTS_FILE) -> None:
         """Raises: StorageError."""
-        self._put(WEIGHTS_FILE, lambda path: save_file(weights, path, metadata))
+        self._put(name, lambda path: save_file(weights, path, metadata))
 
     def _put(self, name: str, write: Callable[[Path], object]) -> None:
         """Write via a temporary file: the largest model's state is 10 GB, more than one request allows."""
