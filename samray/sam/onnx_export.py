@@ -209,10 +209,11 @@ def open_session(path: Path) -> Any:
 
 def encoder_input(sam: Sam, graph: Graph, image: npt.NDArray[np.uint8]) -> Arrays:
     """image: (H, W, 3) RGB. Returns what the encoder takes, made as NAME.json says."""
-    resized = sam.resize(image).astype(np.float32)
+    pixels: Array = sam.resize(image).astype(np.float32)
     if not sam.frame.is_padded:
-        resized = ((resized - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)).transpose(2, 0, 1)[None]
-    return {graph.inputs[0].name: np.ascontiguousarray(resized)}
+        mean, std = np.array(PIXEL_MEAN), np.array(PIXEL_STD)
+        pixels = ((pixels - mean) / std).transpose(2, 0, 1)[None].astype(np.float32)
+    return {graph.inputs[0].name: np.ascontiguousarray(pixels)}
 
 
 def clicks_input(sam: Sam, graph: Graph, xy: npt.NDArray[np.float64], original_hw: tuple[int, int]) -> Arrays:
