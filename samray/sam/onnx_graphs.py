@@ -117,7 +117,7 @@ class PaddedDecoder(Graph):
         self, embeddings: Tensor, points: Tensor, labels: Tensor, mask: Tensor, has_mask: Tensor, original_hw: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         # The caller appends the "not a point" if there is no box, as for segment-anything's graph.
-        tokens = self.sam.prompt_encoder.encode_points(points, labels, pad=False)
+        tokens = self.sam.prompt_encoder.encode_points(points, labels, pad=False, corners=True)
         logits, iou = self.sam.decode_tokens(
             self.sam.prepare_decoder(embeddings, mask, has_mask), tokens[None], slice(None)
         )
@@ -183,7 +183,7 @@ class SquareDecoder(Graph):
         *high_res, points, labels, mask, has_mask = others
         features = Features(embedding, (high_res[0], high_res[1]) if high_res else None)
         # Always with a "not a point", as in `sam2`'s predictor.
-        tokens = self.sam.prompt_encoder.encode_points(points, labels)
+        tokens = self.sam.prompt_encoder.encode_points(points, labels, corners=True)
         context = self.sam.prepare_decoder(packed(features), mask, has_mask)
         logits, iou = self.sam.decode_tokens(context, tokens[None], slice(None if self.single_mask else 1, None))
         return self.sam.mask_decoder.single(logits, iou) if self.single_mask else (logits, iou)

@@ -78,12 +78,12 @@ class PromptEncoder(nn.Module):
         y, x = torch.meshgrid(centres, centres, indexing="ij")
         return self._positions(torch.stack([x, y], dim=-1)).flatten(0, 1)
 
-    def encode_points(self, points: Tensor, labels: Tensor, *, pad: bool = True) -> Tensor:
+    def encode_points(self, points: Tensor, labels: Tensor, *, pad: bool = True, corners: bool = False) -> Tensor:
         """Tokens of clicks.
 
         points: (..., P, 2) float xy, pixels of the padded square input. labels: (..., P), 1 foreground, 0 background,
-        -1 no point; 2 and 3 the top-left and the bottom-right corner of a box. pad: append the reference's "not a
-        point" (as it does if there is no box). Returns (..., P or P + 1, C).
+        -1 no point; with corners also 2 and 3, the top-left and the bottom-right corner of a box. pad: append the
+        reference's "not a point" (as it does if there is no box). Returns (..., P or P + 1, C).
         """
         if pad:
             points = torch.cat([points, points.new_zeros(*points.shape[:-2], 1, 2)], dim=-2)
@@ -91,7 +91,8 @@ class PromptEncoder(nn.Module):
         # Half a pixel: a click is at its pixel's centre, as in the reference.
         encoded = self._positions((points.float() + 0.5) / self.image_size)
         # One table lookup instead of masked writes: rows are (not a point, background, foreground, two corners).
-        table = torch.cat([self.not_a_point_embed.weight, *self._learned()])
+        # Corners that cannot occur are left out: in training they would get gradients of zero instead of none.
+        table = torch.cat([self.not_a_point_embed.weight, *self._learned()[: 4 if corners else 2]])
         is_point = (labels != PAD_LABEL).unsqueeze(-1)
         # A padding point has no position, only its learned vector, as in the reference.
         return torch.where(is_point, encoded, torch.zeros_like(encoded)) + table[labels.long() + 1]
