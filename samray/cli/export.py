@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from samray.cli.help import Command
-from samray.cli.output import Output
+from samray.cli.output import Output, WhereOption
 from samray.text import count, two_columns
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def export(
     output: Output,
     dest: Annotated[str, typer.Argument(metavar="DEST", help="An empty folder or prefix (local, s3://, ...).")],
     format: Annotated[str, typer.Option("--format", "-f")],
+    where: WhereOption = None,
     partial: Annotated[bool, typer.Option("--partial", help="Export only the finished shards of OUTPUT.")] = False,
     ray: Ray = None,
     address: Address = None,
@@ -126,6 +127,9 @@ def export(
     Failed images are left out. To resume, run the same command again. A different format, different options or a
     changed OUTPUT are refused.
 
+    --where: a term over columns of the masks (area, bbox, predicted_iou, stability_score, label, ...) selects masks;
+    one over columns of the image alone (width, height, uri, num_masks, ...) selects images.
+
     Examples:
 
       samray export labels/ coco/ --format coco
@@ -133,6 +137,8 @@ def export(
       samray export s3://bucket/labels s3://bucket/flat --format flat --partitions 16 --address auto
 
       samray export labels/ yolo/ --format yolo --with-images
+
+      samray export labels/ coco/ --format coco --where "area > 0.001 * width * height and label in ('dog', 'cat')"
 
       samray export labels/ cvat/ --format coco --layout cvat --confident 0.9 --stable 0.95
     """
@@ -143,6 +149,7 @@ def export(
             output,
             dest,
             format=format,
+            where=where,
             partial=partial,
             ray=ray,
             address=address,
@@ -164,6 +171,9 @@ def _print_export(report: ExportReport) -> None:
         table.add_row("left out", f"{count(report.num_left_out, 'mask')} {why}")
     if report.num_failed:
         table.add_row("left out", f"{count(report.num_failed, 'failed image')}")
+    if report.num_images_not_selected or report.num_masks_not_selected:
+        number = f"{count(report.num_images_not_selected, 'image')} and {count(report.num_masks_not_selected, 'mask')}"
+        table.add_row("not selected", f"{number} of others, by --where")
     if report.num_unreadable:
         table.add_row(
             "not copied",

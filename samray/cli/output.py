@@ -13,6 +13,10 @@ from rich.markup import escape
 from samray.text import count, two_columns
 
 Output = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or prefix of the labels (local, s3://, ...).")]
+WhereOption = Annotated[
+    str | None,
+    typer.Option(metavar="SQL", help='Only these images and masks, such as "area > 100 and width >= 640".'),
+]
 
 
 def verify(
@@ -47,6 +51,7 @@ def report(
     output: Output,
     out: Annotated[str | None, typer.Option(help="Where to write the page. [OUTPUT/_samray/report.html]")] = None,
     images: Annotated[int, typer.Option(min=0, max=200, help="Images to show with their masks.")] = 24,
+    where: WhereOption = None,
     show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> int:
     """Write a self-contained HTML page about OUTPUT that opens in any browser, also offline.
@@ -63,12 +68,20 @@ def report(
       samray report labels/ --open
 
       samray report s3://bucket/labels --out report.html --images 60
+
+      samray report labels/ --where "label = 'dog' and num_selected > 0"
     """
+    from samray.errors import ConfigError
     from samray.report.output import open_page, write_report
     from samray.report.training import write_train_report
     from samray.train.store import is_training
 
-    uri = write_train_report(output, out) if is_training(output) else write_report(output, out, num_images=images)
+    if is_training(output):
+        if where is not None:
+            raise ConfigError(f"--where selects images and masks; {output} is a training, which has none")
+        uri = write_train_report(output, out)
+    else:
+        uri = write_report(output, out, num_images=images, where=where)
     Console().print(uri, highlight=False, soft_wrap=True, markup=False)
     if show and not open_page(uri):
         Console(stderr=True).print(
@@ -111,6 +124,7 @@ def compact(
     output: Output,
     dest: Annotated[str, typer.Argument(metavar="DEST", help="An empty folder or prefix (local, s3://, ...).")],
     file_size: Annotated[int, typer.Option(min=1, metavar="MB", help="Approximate size of the files.")] = 128,
+    where: WhereOption = None,
 ) -> int:
     """Write the rows of a finished OUTPUT to DEST, in a few large files instead of many small ones.
 
@@ -118,18 +132,27 @@ def compact(
     replace a set of files in one step: keep reading OUTPUT until DEST has `_SUCCESS`, then delete it; --append works on
     DEST. To resume, run the same command again.
 
-    Example:
+    --where: DEST has only the selected images and masks, with the ids they had; do not use --append on it.
+
+    Examples:
 
       samray compact s3://bucket/labels s3://bucket/labels-compact --file-size 256
+
+      samray compact labels/ sure/ --where "predicted_iou > 0.95 and status = 'ok'"
     """
     from rich.progress import Progress
 
     from samray.output.compact import compact as run_compact
+    from samray.output.where import Where
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("images", total=None)
         done = run_compact(
-            output, dest, file_size * 10**6, lambda done, total: progress.update(task, completed=done, total=total)
+            output,
+            dest,
+            file_size * 10**6,
+            lambda done, total: progress.update(task, completed=done, total=total),
+            where=None if where is None else Where(where),
         )
     table = two_columns()
     table.add_row("images", f"{done.num_images:,}")

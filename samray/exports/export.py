@@ -14,6 +14,7 @@ from samray.exports.formats import options_of
 from samray.exports.job import assemble, find_done, mark_finished, open_job, run_piece
 from samray.exports.pieces import Done
 from samray.output.plan import load_plan
+from samray.output.where import Where
 from samray.pipeline.preflight import check_fan_out
 from samray.progress import ProgressView
 
@@ -33,6 +34,10 @@ class ExportReport:
     """Failed images of OUTPUT, left out."""
     num_unreadable: int = 0
     """Images that could not be copied because they cannot be read any more."""
+    num_images_not_selected: int = 0
+    """Images that `where` does not select."""
+    num_masks_not_selected: int = 0
+    """Masks of exported images that `where` does not select."""
     num_pieces: int = 0
     num_pieces_skipped: int = 0
     """Pieces that an earlier call had finished."""
@@ -47,6 +52,8 @@ class ExportReport:
         self.num_left_out += done.num_left_out
         self.num_failed += done.num_failed
         self.num_unreadable += done.num_unreadable
+        self.num_images_not_selected += done.num_images_not_selected
+        self.num_masks_not_selected += done.num_masks_not_selected
 
 
 def export(
@@ -54,6 +61,7 @@ def export(
     dest: str | Path,
     *,
     format: str,
+    where: str | None = None,
     partial: bool = False,
     ray: bool | None = None,
     address: str | None = None,
@@ -63,6 +71,7 @@ def export(
     """Export output to dest, or finish an export that was begun there.
 
     format, options: as listed by `samray export --help`, with underscores: with_images=True for --with-images.
+    where: SQL expression that selects images and masks, as for --where (see `samray.output.where`).
     partial: export the finished shards of an unfinished output. ray: use Ray Data tasks (None: for large outputs, or if
     address names a cluster). Raises: ConfigError before anything is written, StorageError if storage cannot be reached.
     """
@@ -70,7 +79,9 @@ def export(
     checked = options_of(format, options)
     # Before OUTPUT is read and DEST claimed: a cluster that does not respond must leave nothing behind.
     check_fan_out(str(dest), ray, address)
-    job, pieces = open_job(load_plan(str(output)), str(dest), format, checked, partial=partial)
+    selection = None if where is None else Where(where)
+    plan = load_plan(str(output))
+    job, pieces = open_job(plan, str(dest), format, checked, partial=partial, where=selection)
     found = find_done(job, pieces)
     report = ExportReport(storage.redact(job.dest), format, num_pieces=len(pieces), num_pieces_skipped=len(found))
     for mark in found.values():

@@ -30,9 +30,10 @@ from samray.exports.pieces import Done, Files, Job, LeftOut, Piece, cut, put_eac
 from samray.output.append import stale_shards
 from samray.output.file_names import ENDINGS, FOLDER, shared_stems
 from samray.output.plan import Plan
-from samray.output.schema import categories_of
+from samray.output.schema import categories_of, schema_of
 from samray.output.shards import FOLDER as SHARDS
 from samray.output.shards import shard_number, shard_versions
+from samray.output.where import Where
 from samray.storage.strict_json import parse_json
 
 MAX_LISTED: Final = 1_000_000
@@ -45,7 +46,7 @@ _PUT_THREADS: Final = 16
 
 
 def open_job(
-    plan: Plan, dest: str, name: str, options: ExportOptions, *, partial: bool
+    plan: Plan, dest: str, name: str, options: ExportOptions, *, partial: bool, where: Where | None = None
 ) -> tuple[Job[Any], list[Piece]]:
     """Make the job and all of its pieces. Writes DEST/_export/export.json unless it exists.
 
@@ -54,6 +55,8 @@ def open_job(
     """
     dest = storage.normalize(dest)
     fmt = find_format(name)
+    if where is not None:
+        where.check(schema_of(plan.run))
     sizes = _shard_sizes(plan)
     # Sizes and versions of the shards: together they tell whether OUTPUT changes during the export.
     versions = shard_versions(plan.output)
@@ -82,6 +85,7 @@ def open_job(
         shards=tuple(sorted(sizes)),
         fingerprint=_fingerprint({shard: versions.get(shard) for shard in sizes}),
         stems=stems,
+        where=where,
     )
     # Refused before DEST is claimed.
     fmt.check(job)
@@ -118,6 +122,8 @@ def _claim(job: Job[Any], sizes: dict[int, int]) -> None:
         "shards": hashlib.sha256(shards).hexdigest(),
         "versions": job.fingerprint,
     }
+    if job.where is not None:
+        wanted["where"] = job.where.text
     uri = storage.join(dest, FOLDER, "export.json")
     where = storage.redact(dest)
     recorded = _read_json(uri)
@@ -132,13 +138,13 @@ def _claim(job: Job[Any], sizes: dict[int, int]) -> None:
         recorded = _read_json(uri) or {}
     if recorded.get("run") != wanted["run"]:
         raise ConfigError(f"DEST {where} has an export of another run: choose another DEST")
-    for key in ("format", "options", "categories"):
+    for key in ("format", "options", "categories", "where"):
         # Options are compared as objects, too: an option that is new since then counts as its default.
-        if recorded.get(key) != wanted[key] and not (
+        if recorded.get(key) != wanted.get(key) and not (
             key == "options" and _same_options(job.options, recorded.get(key))
         ):
             raise ConfigError(
-                f"DEST {where} has a different export ({key}: {recorded.get(key)} there, {wanted[key]} now): "
+                f"DEST {where} has a different export ({key}: {recorded.get(key)} there, {wanted.get(key)} now): "
                 "choose another DEST"
             )
     counted = {key: recorded.get(key) for key in ("num_images", "shards", "versions")}
@@ -214,27 +220,45 @@ def run_piece(job: Job[Any], piece: Piece) -> Done:
         num_failed=rows.num_failed,
         num_unreadable=left_out.num_photos,
         files=files,
+        num_images_not_selected=rows.num_images_not_selected,
+        num_masks_not_selected=rows.num_masks_not_selected,
     )
     storage.put(storage.join(job.dest, piece.mark), json.dumps(asdict(done)).encode())
     return done
 
 
 class _SoundRows:
-    """The rows of a piece's images that did not fail. Counts them while they are read, so that none is kept."""
+    """The selected rows of a piece's images that did not fail. Counts them while they are read, so that none is
+    kept."""
 
     def __init__(self, job: Job[Any], piece: Piece) -> None:
-        self._output, self._rows = job.plan.output, piece.rows
+        self._output, self._rows, self._where = job.plan.output, piece.rows, job.where
         self.num_images = self.num_failed = self.num_masks = 0
+        self.num_images_not_selected = self.num_masks_not_selected = 0
 
     def __iter__(self) -> Iterator[pa.Table]:
         for table in read_rows(self._output, self._rows):
             ok = table.filter(pc.equal(table["status"], "ok"))
-            self.num_images += ok.num_rows
             self.num_failed += table.num_rows - ok.num_rows
-            self.num_masks += pc.sum(pc.list_value_length(ok["annotations"])).as_py() or 0
             if ok.num_rows:
                 check_rows(ok)
+                ok = ok if self._where is None else self._selected(ok, self._where)
+            self.num_images += ok.num_rows
+            self.num_masks += _num_masks(ok)
+            if ok.num_rows:
                 yield ok
+
+    def _selected(self, rows: pa.Table, where: Where) -> pa.Table:
+        images, masks = where.flags(rows)
+        selected = where.take(rows, images, masks)
+        whole = rows.filter(pa.array(images))
+        self.num_images_not_selected += rows.num_rows - selected.num_rows
+        self.num_masks_not_selected += _num_masks(whole) - _num_masks(selected)
+        return selected
+
+
+def _num_masks(rows: pa.Table) -> int:
+    return pc.sum(pc.list_value_length(rows["annotations"])).as_py() or 0
 
 
 def _put_all(dest: str, files: Files) -> tuple[list[str], LeftOut]:

@@ -12,6 +12,7 @@ from samray.exports.base import ExportOptions
 from samray.exports.images import LabelledImage, Rows
 from samray.output.file_names import FOLDER, stem_of
 from samray.output.plan import Plan
+from samray.output.where import Where
 
 
 class LeftOut(NamedTuple):
@@ -78,6 +79,8 @@ class Job(Generic[Options]):
     fingerprint: str = ""
     """Changes if one of the shards is replaced."""
     stems: dict[int, str] = field(default_factory=dict)
+    where: Where | None = None
+    """The images and masks to export; None: all."""
 
     def stem(self, image: LabelledImage) -> str:
         """The name of the image's file in DEST, without extension."""
@@ -98,6 +101,10 @@ class Done:
     num_unreadable: int = 0
     """Images that could not be copied because they cannot be read any more."""
     files: list[str] = field(default_factory=list)
+    num_images_not_selected: int = 0
+    """Images that --where does not select."""
+    num_masks_not_selected: int = 0
+    """Masks of exported images that --where does not select."""
 
 
 def cut(shards: Iterable[Rows], per_piece: int, per_file: int | None) -> Iterator[Piece]:

@@ -3,6 +3,8 @@
 The compacted output is a separate and complete output: a plan with larger shards, the same rows in the same order, and
 `_SUCCESS` when all is written. Object stores cannot replace a set of files in one step, so nothing is replaced: readers
 use the old set until they are given the new one.
+
+With a selection (`samray.output.where`) the compacted output has only those images and masks, with the ids they had.
 """
 
 from __future__ import annotations
@@ -13,18 +15,21 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from samray import storage
 from samray.errors import ConfigError, StorageError
+from samray.inputs.rows import take
 from samray.output.append import missing_shards, stale_shards
 from samray.output.manifests import MANIFEST_SCHEMA
 from samray.output.plan import Plan, load_plan, write_plan
 from samray.output.schema import STATS_SECONDS, reason_of, samray_metadata, schema_of, shard_metadata
+from samray.output.selected import selected_images
 from samray.output.shards import (
     FOLDER,
     commit_shard,
@@ -35,6 +40,7 @@ from samray.output.shards import (
     shard_name,
     shard_versions,
 )
+from samray.output.where import Where
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +56,17 @@ class CompactReport:
 
 
 def compact(
-    output: str, dest: str, file_bytes: int, on_progress: Callable[[int, int], None] = lambda done, total: None
+    output: str,
+    dest: str,
+    file_bytes: int,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    where: Where | None = None,
 ) -> CompactReport:
     """Write the rows of a finished OUTPUT to DEST, in files of about `file_bytes`; existing files are kept.
 
     The number of images per file is fixed when DEST is begun. on_progress(images done, all images) is called after each
-    file.
+    file. where: the images and masks to write; None writes all.
 
     Raises: ConfigError if OUTPUT is not finished or DEST has something else, StorageError.
     """
@@ -67,7 +78,10 @@ def compact(
         raise ConfigError(f"DEST must not be inside OUTPUT/{FOLDER}, where readers look for shards")
     # An unfinished OUTPUT is refused before DEST is written.
     fingerprint, num_bytes = look_at_finished(plan)
-    target = _plan_of(plan, dest, max(1, plan.num_images * file_bytes // max(1, num_bytes)), fingerprint)
+    places, share = _places(plan, where)
+    bytes_per_image = share * num_bytes / plan.num_images
+    images_per_shard = max(1, min(int(file_bytes // max(bytes_per_image, 1e-9)), len(places)))
+    target = _plan_of(plan, dest, images_per_shard, fingerprint, places, where)
     # Temporary files of a compaction that was killed.
     storage.remove_leftovers(dest)
     done = done_shards(dest)
@@ -80,7 +94,7 @@ def compact(
             num_failed += sum(_failures(target, shard).values())
         else:
             start = shard * target.generations[0].images_per_shard
-            table, stats = rows_between(plan, starts, start, target.num_images_of(shard))
+            table, stats = rows_at(plan, starts, places[start : start + target.num_images_of(shard)], where)
             # The metadata name DEST's own run, which has another shard size.
             table = table.replace_schema_metadata(shard_metadata(target.run))
             commit_shard(dest, shard, table, {**stats, "shard": shard})
@@ -92,11 +106,25 @@ def compact(
     mark_success(dest, num_images=target.num_images, num_failed=num_failed)
     return CompactReport(
         dest=dest,
-        num_images=plan.num_images,
+        num_images=target.num_images,
         num_files_before=plan.num_shards,
         num_files=target.num_shards,
         num_files_skipped=len(done),
     )
+
+
+def _places(plan: Plan, where: Where | None) -> tuple[npt.NDArray[np.int64], float]:
+    """Indices in the plan of the images to write, and the fraction of their masks to write.
+
+    Raises: ConfigError if nothing is selected.
+    """
+    if where is None:
+        return np.arange(plan.num_images), 1.0
+    where.check(schema_of(plan.run))
+    places, share = selected_images(plan, where)
+    if not len(places):
+        raise ConfigError(f"where: {where.text} selects none of the {plan.num_images:,} images")
+    return places, share
 
 
 def look_at_finished(plan: Plan) -> tuple[str, int]:
@@ -133,7 +161,14 @@ def refuse_replaced(plan: Plan, fingerprint: str, dest: str) -> None:
         )
 
 
-def _plan_of(plan: Plan, dest: str, images_per_shard: int, fingerprint: str) -> Plan:
+def _plan_of(
+    plan: Plan,
+    dest: str,
+    images_per_shard: int,
+    fingerprint: str,
+    places: npt.NDArray[np.int64],
+    where: Where | None,
+) -> Plan:
     """The plan in DEST or, if it has none, a new one with shards of `images_per_shard`.
 
     Raises: ConfigError, StorageError.
@@ -142,7 +177,13 @@ def _plan_of(plan: Plan, dest: str, images_per_shard: int, fingerprint: str) -> 
     if storage.exists(storage.join(dest, "_samray", "run.json")):
         target = load_plan(dest)
         # DEST of an earlier try: go on only if it copies the same rows of the same OUTPUT.
-        if target.run.get("compacted_from") != source or target.num_images != plan.num_images:
+        recorded, wanted = target.run.get("compacted_where"), where and where.text
+        if recorded != wanted:
+            raise ConfigError(
+                f"{storage.redact(dest)} was begun with another selection (--where {recorded or 'not given'} there, "
+                f"{wanted or 'not given'} now); choose another DEST"
+            )
+        if target.run.get("compacted_from") != source or target.num_images != len(places):
             raise ConfigError(f"{storage.redact(dest)} is not empty, and not a compacted {source}; choose another DEST")
         # DEST of an older version has no fingerprint and goes on, too.
         if target.run.get("compacted_shards", fingerprint) != fingerprint:
@@ -156,6 +197,9 @@ def _plan_of(plan: Plan, dest: str, images_per_shard: int, fingerprint: str) -> 
         settings.setdefault("output", {})["images_per_shard"] = images_per_shard
     run |= {"images_per_shard": images_per_shard, "compacted_from": source, "compacted_shards": fingerprint}
     images = plan.read_images([name for name in MANIFEST_SCHEMA.names if name != "shard"])
+    if where is not None:
+        run["compacted_where"] = where.text
+        images = take(images, pa.array(places))
     return write_plan(dest, images, images_per_shard, run)
 
 
@@ -164,10 +208,23 @@ def rows_between(plan: Plan, starts: list[int], start: int, number: int) -> tupl
 
     starts: from `plan.starts()`.
     """
+    return rows_at(plan, starts, np.arange(start, start + number), None)
+
+
+def rows_at(
+    plan: Plan, starts: list[int], places: npt.NDArray[np.int64], where: Where | None
+) -> tuple[pa.Table, dict[str, Any]]:
+    """`rows_between`, for images at any places of the plan, ascending, with the masks that `where` selects."""
     tables, sums = [], Counter[str]()
     stage_seconds: Counter[str] = Counter()
-    for shard, first, count in _overlaps(starts, start, number):
-        table, stats = _read_slice(plan, shard, first, count)
+    number = len(places)
+    for shard, rows in _by_shard(starts, places):
+        count = len(rows)
+        table, stats = _read_slice(plan, shard, int(rows[0]), int(rows[-1] - rows[0]) + 1)
+        if count < table.num_rows:
+            table = table.take(pa.array(rows - rows[0]))
+        if where is not None:
+            table = where.take(table, np.ones(count, bool), where.flags(table)[1])
         tables.append(table)
         # A row has no times of its own: each gets an equal part of its shard's.
         share = count / plan.num_images_of(shard)
@@ -185,12 +242,11 @@ def rows_between(plan: Plan, starts: list[int], start: int, number: int) -> tupl
     }
 
 
-def _overlaps(starts: list[int], start: int, number: int) -> Iterator[tuple[int, int, int]]:
-    """The shards with the rows from `start`: shard, first row within it, number of rows."""
-    for shard, (begin, end) in enumerate(pairwise(starts)):
-        low, high = max(begin, start), min(end, start + number)
-        if low < high:
-            yield shard, low - begin, high - low
+def _by_shard(starts: list[int], places: npt.NDArray[np.int64]) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+    """The shards that have images of these places, each with their rows in it."""
+    shards = np.searchsorted(starts, places, side="right") - 1
+    for shard in np.unique(shards).tolist():
+        yield shard, places[shards == shard] - starts[shard]
 
 
 def _read_slice(plan: Plan, shard: int, first: int, count: int) -> tuple[pa.Table, Mapping[str, Any]]:

@@ -19,9 +19,10 @@ from samray.errors import ConfigError, NotFoundError, StorageError
 from samray.inputs.rows import take
 from samray.output.manifests import check_manifest, manifest_uri
 from samray.output.plan import Plan, load_plan
-from samray.output.schema import check_columns
+from samray.output.schema import check_columns, schema_of
 from samray.output.seals import seal_of
 from samray.output.shards import FOLDER, read_success, reraise_damaged, shard_name, shard_number, shard_uri
+from samray.output.where import Where
 from samray.storage.tables import footer_bytes, open_parquet, parse_footer
 
 log = logging.getLogger(__name__)
@@ -174,11 +175,12 @@ class ImageIndex:
     """The checksum (`samray.output.seals`) of each existing shard; None for a shard without one."""
 
 
-def index_images(plan: Plan, *, keep_empty: bool = True) -> ImageIndex:
+def index_images(plan: Plan, *, keep_empty: bool = True, where: Where | None = None) -> ImageIndex:
     """Index the images with status `ok` in the existing shards, in plan order.
 
-    keep_empty: include images without masks. Reads the footers; rows only of shards with failed images, or to count
-    masks. Raises: ConfigError if there is no such image, StorageError.
+    keep_empty: include images without masks. where: leave out images that it does not select. Reads the footers; rows
+    only of shards with failed images, to count masks, or for where. Raises: ConfigError if there is no such image,
+    StorageError.
     """
     names = storage.list_names(storage.join(plan.output, FOLDER))
     sizes = np.zeros(plan.num_shards, np.int64)
@@ -187,18 +189,24 @@ def index_images(plan: Plan, *, keep_empty: bool = True) -> ImageIndex:
         if shard is not None and shard < plan.num_shards:
             sizes[shard] = size
     done = np.flatnonzero(sizes)
-    where = storage.redact(plan.output)
+    output = storage.redact(plan.output)
     if len(done) < plan.num_shards:
         missing = plan.num_shards - len(done)
-        log.warning("%s: %d of %d shards are not there yet; their images are left out", where, missing, plan.num_shards)
+        log.warning(
+            "%s: %d of %d shards are not there yet; their images are left out", output, missing, plan.num_shards
+        )
     # Small requests, whose time is mostly latency: hence many threads.
     with ThreadPoolExecutor(_THREADS) as pool:
-        looked = list(pool.map(lambda shard: _wanted_rows(plan, int(shard), int(sizes[shard]), keep_empty), done))
+        looked = list(
+            pool.map(lambda shard: _wanted_rows(plan, int(shard), int(sizes[shard]), keep_empty, where), done)
+        )
     found = [rows for rows, _ in looked]
     digests = {int(shard): digest for shard, (_, digest) in zip(done, looked, strict=True)}
     _warn_of_replaced(plan, digests)
     if not any(len(rows) for rows in found):
-        raise ConfigError(f"{where} has no labelled images{'' if keep_empty else ' with masks'} yet")
+        if where is not None:
+            raise ConfigError(f"where: {where.text} selects none of the labelled images of {output}")
+        raise ConfigError(f"{output} has no labelled images{'' if keep_empty else ' with masks'} yet")
     shards = np.repeat(done.astype(np.int32), [len(rows) for rows in found])
     return ImageIndex(shards, np.concatenate(found), sizes, digests)
 
@@ -217,7 +225,9 @@ def _warn_of_replaced(plan: Plan, digests: dict[int, str | None]) -> None:
         )  # fmt: skip
 
 
-def _wanted_rows(plan: Plan, shard: int, size: int, keep_empty: bool) -> tuple[npt.NDArray[np.int32], str | None]:
+def _wanted_rows(
+    plan: Plan, shard: int, size: int, keep_empty: bool, where: Where | None
+) -> tuple[npt.NDArray[np.int32], str | None]:
     """The row indices of a shard to keep, and its checksum."""
     uri = shard_uri(plan.output, shard)
     footer = read_shard_footer(plan.output, shard, size)
@@ -240,6 +250,10 @@ def _wanted_rows(plan: Plan, shard: int, size: int, keep_empty: bool) -> tuple[n
             # This column of the masks is the fastest to read: the same two numbers repeat.
             table = read_row_group(uri, size, footer, group, ["annotations.list.element.segmentation.size"])
             keep = keep & _numpy(pc.greater(pc.list_value_length(table["annotations"]), 0))
+        # Without a term over images alone all of them stay.
+        if where is not None and where.selects_images:
+            table = read_row_group(uri, size, footer, group, where.columns(schema_of(plan.run)))
+            keep = keep & where.flags(table)[0]
         wanted.append(start + np.flatnonzero(keep))
         start += num_rows
     return np.concatenate([np.empty(0, np.int64), *wanted]).astype(np.int32), seal_of(footer)

@@ -25,8 +25,10 @@ from samray.inputs.rows import INPUT_SCHEMA
 from samray.output.classes import classes_of
 from samray.output.lookup import index_containers, index_images, read_row_group, read_shard_footer, read_uris
 from samray.output.plan import Plan, load_plan
+from samray.output.schema import schema_of
 from samray.output.seals import seal_of
 from samray.output.shards import shard_uri
+from samray.output.where import Bools, Where
 from samray.rle.runs import Runs, pixels, runs_of_image
 
 Target = dict[str, Any]
@@ -66,6 +68,9 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
     N may be 0: keep_empty=False leaves out images without any mask, but the filters (min_predicted_iou, min_stability,
     min_area; max_masks keeps those with the highest predicted IoU) only drop masks and never leave out an image.
 
+    where: SQL expression over the columns of images and masks, such as "area > 100 and width >= 640". A term with a
+    column of masks drops masks, as the filters do; one with columns of images alone leaves out images.
+
     transforms: called with (image, target); its result becomes `dataset[i]`. image_root: (old, new), for images that
     were moved after labelling: the old and the new start of their URIs (or of the URIs of their tars and Parquet
     files).
@@ -91,6 +96,7 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         min_stability: float | None = None,
         min_area: int | None = None,
         max_masks: int | None = None,
+        where: str | None = None,
         keep_empty: bool = True,
         image_root: tuple[str, str] | None = None,
         max_mask_bytes: int = 2**30,
@@ -114,7 +120,10 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         self.image_root = image_root and (storage.normalize(image_root[0]), storage.normalize(image_root[1]))
         self._classes = classes_of(plan)
         self.classes = [BACKGROUND, *self._classes.all(with_unnamed=True)]
-        self._index = index_images(plan, keep_empty=keep_empty)
+        self.where = None if where is None else Where(where)
+        if self.where is not None:
+            self.where.check(schema_of(plan.run))
+        self._index = index_images(plan, keep_empty=keep_empty, where=self.where)
         # 20 more bytes per image, needed only to read the images.
         self._containers = index_containers(plan, self._index) if images else None
         self._input = input_config_of(plan)
@@ -151,7 +160,8 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
     def target(self, index: int) -> Target:
         """The image's masks alone, without transforms; does not read the image. Raises: StorageError."""
         table, row = self._locate(range(len(self))[index])
-        return self._target(table["annotations"][row].values, table["image"][row].as_py())
+        selected = None if self.where is None else self.where.flags(table.slice(row, 1))[1]
+        return self._target(table["annotations"][row].values, table["image"][row].as_py(), selected)
 
     def uris(self) -> list[str]:
         """The URI of every image when it was labelled, in the order of the dataset. Raises: StorageError."""
@@ -191,6 +201,9 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
     def _read_group(self, shard: int, group: int) -> pa.Table:
         # Read the whole group for masks: the few unneeded bytes cost less than a second request.
         columns = _BOXES_ONLY + _NAMES * bool(self._classes.names) if self.masks == "boxes" else None
+        if columns is not None and self.where is not None:
+            schema = self._footer(shard)[0].schema.to_arrow_schema()
+            columns = sorted({*columns, *self.where.columns(schema)})
         size = int(self._index.sizes[shard])
         return read_row_group(shard_uri(self.output, shard), size, self._footer(shard)[0], group, columns)
 
@@ -204,10 +217,10 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
 
     # --- targets ---------------------------------------------------------------------------------------------------
 
-    def _target(self, annotations: pa.StructArray, record: dict[str, Any]) -> Target:
-        """annotations: those of one image."""
+    def _target(self, annotations: pa.StructArray, record: dict[str, Any], selected: Bools | None = None) -> Target:
+        """annotations: those of one image. selected: (N,), which of them `where` selects; None: all."""
         self._check(annotations, record)
-        keep = self._kept(annotations)
+        keep = self._kept(annotations, selected)
         # (N, 4) float64 XYWH. Indexing copies, so that Arrow's read-only buffer is not written to.
         boxes = annotations.field("bbox").flatten().to_numpy().reshape(-1, 4)[keep]
         boxes[:, 2:] += boxes[:, :2] + self._box_extent
@@ -270,9 +283,9 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
             decoded[index] = torch.from_numpy(pixels(runs, (height, width)))
         return decoded
 
-    def _kept(self, annotations: pa.StructArray) -> npt.NDArray[np.int64]:
+    def _kept(self, annotations: pa.StructArray, selected: Bools | None) -> npt.NDArray[np.int64]:
         """Indices of the annotations that pass the filters, in order."""
-        passed = np.ones(len(annotations), bool)
+        passed = np.ones(len(annotations), bool) if selected is None else selected.copy()
         least = {
             "predicted_iou": self.min_predicted_iou,
             "stability_score": self.min_stability,

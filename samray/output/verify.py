@@ -189,9 +189,10 @@ def _check_rows(plan: Plan, shard: int, file: pq.ParquetFile, table: pa.Table, d
         yield from check_planned(name, plan.read_shard(shard), table)
         yield from check_status(name, table)
         convention = samray_metadata(table.schema).get("bbox_convention", "coco")
+        has_gaps = "compacted_where" in plan.run
         # One row at a time as Python objects, which take far more memory than Arrow's.
         for i in range(table.num_rows):
-            yield from check_image(name, table.slice(i, 1).to_pylist()[0], convention, deep)
+            yield from check_image(name, table.slice(i, 1).to_pylist()[0], convention, deep, has_gaps=has_gaps)
     except StorageError as error:
         yield f"{name} cannot be compared with the plan: {error}"
     except Exception as error:  # an unexpected type of value is also damage

@@ -90,20 +90,28 @@ def check_asked(name: str, table: pa.Table, categories: Sequence[str], num_commo
             yield f"{which} has a mask with the name {min(not_asked)!r}, which was not asked of this image"
 
 
-def check_image(name: str, row: dict[str, Any], bbox_convention: str, deep: bool) -> Iterator[str]:
-    """Check the annotations of a row (from `pa.Table.to_pylist`); deep: also every mask, area and box."""
+def check_image(
+    name: str, row: dict[str, Any], bbox_convention: str, deep: bool, *, has_gaps: bool = False
+) -> Iterator[str]:
+    """Check the annotations of a row (from `pa.Table.to_pylist`); deep: also every mask, area and box.
+
+    has_gaps: only some masks of a run were kept, with their ids.
+    """
     image = row["image"]
     if image is None or any(value is None for value in image.values()):
         return  # reported by check_status
     corrected = "corrections" in row
-    if corrected:
+    if corrected or has_gaps:
+        yield from _check_ids(f"{name}: image {image['image_id']}", row)
+    # Of a selection the removed masks may have been corrected, too.
+    if corrected and not has_gaps:
         yield from _check_corrections(f"{name}: image {image['image_id']}", row)
     for i, mask in enumerate(row["annotations"] or []):
         which = f"{name}: image {image['image_id']}, annotation {i}"
         if mask is None or any(_holds_null(value) for key, value in mask.items() if key not in _MAY_BE_NULL):
             yield f"{which} has an empty field"
             continue
-        if not corrected and mask["id"] != image["image_id"] * ANNOTATIONS_PER_IMAGE + i:
+        if not (corrected or has_gaps) and mask["id"] != image["image_id"] * ANNOTATIONS_PER_IMAGE + i:
             yield f"{which} has the id {mask['id']}, not image_id * {ANNOTATIONS_PER_IMAGE} + index"
         hw = [image["height"], image["width"]]
         if mask["segmentation"]["size"] != hw:
@@ -153,12 +161,20 @@ def check_numbers(mask: Mapping[str, Any], hw: Sequence[int]) -> Iterator[str]:
         yield f"has points that are not pairs of finite numbers: {mask['point_coords']}"
 
 
-def _check_corrections(which: str, row: dict[str, Any]) -> Iterator[str]:
-    """Check ids and corrections. Masks keep their ids if others are removed, which leaves gaps in the ids."""
-    ids = [mask["id"] for mask in row["annotations"] or [] if mask is not None and mask["id"] is not None]
+def _ids_of(row: dict[str, Any]) -> list[int]:
+    return [mask["id"] for mask in row["annotations"] or [] if mask is not None and mask["id"] is not None]
+
+
+def _check_ids(which: str, row: dict[str, Any]) -> Iterator[str]:
+    """Masks keep their ids if others are removed, which leaves gaps in the ids."""
+    ids = _ids_of(row)
     first = row["image"]["image_id"] * ANNOTATIONS_PER_IMAGE
     if any(not first <= id < first + ANNOTATIONS_PER_IMAGE for id in ids) or any(b <= a for a, b in pairwise(ids)):
         yield f"{which} has annotations whose ids do not increase from image_id * {ANNOTATIONS_PER_IMAGE}"
+
+
+def _check_corrections(which: str, row: dict[str, Any]) -> Iterator[str]:
+    ids = _ids_of(row)
     for entry in row["corrections"] or []:
         # Added and changed masks must be among the annotations, removed and left-out ones must not.
         id, change = entry["id"], entry["change"]

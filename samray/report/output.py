@@ -29,10 +29,12 @@ from samray.inputs.decode_apart import decode_apart
 from samray.inputs.listing import fetch_images
 from samray.output import sample
 from samray.output.plan import Plan, load_plan
-from samray.output.schema import categories_of
+from samray.output.schema import categories_of, schema_of
 from samray.output.shards import done_shards
+from samray.output.where import Where
 from samray.report.overlays import Overlay, jpeg_uri, make_overlay
 from samray.report.page import Counts, Figure, Numbers, render
+from samray.report.selection import draw_selected
 
 MAX_GALLERY_BYTES: Final = 13_000_000
 """Size limit of the gallery, which keeps the page fast to open."""
@@ -53,27 +55,37 @@ def write_report(
     num_images: int = 24,
     num_first: int = 0,
     agreement: Sequence[Figure] = (),
+    where: str | None = None,
 ) -> str:
     """Write the page about output to `out` (a path or URI), by default into the output; returns its location.
 
     num_images: images in the gallery. num_first: the first so many labelled images are among them in any case.
-    agreement: figures on how well the masks fit known ones, if available.
-    Raises: ConfigError if output has no samray run, StorageError if it cannot be read.
+    agreement: figures on how well the masks fit known ones, if available. where: SQL expression; the page is then about
+    the selected images and masks alone, without failed images, and reads the columns that it names of all images.
+    Raises: ConfigError if output has no samray run or where selects nothing, StorageError if it cannot be read.
     """
     plan = load_plan(output)
     # Also of an output that is not finished: what is there is reported.
     done = sorted(done_shards(plan.output))
     if not done:
         raise ConfigError(f"{storage.redact(output)} has no finished shards yet; run samray label first")
-    footers = sample.read_footers(plan.output, done)
-    counts = _count(plan, done, footers)
-    examples = sample.examples_by_reason(plan.output, footers, EXAMPLES_PER_REASON)
     has_names = categories_of(plan.run["identity"]) is not None
     columns = (*sample.NUMBERS, "annotations.list.element.label") if has_names else sample.NUMBERS
-    drawn = list(sample.read_groups(plan.output, sample.draw_groups(footers), columns))
+    selection = None if where is None else Where(where)
+    examples: dict[str, list[tuple[str, str]]] = {}
+    if selection is None:
+        footers = sample.read_footers(plan.output, done)
+        counts = _count(plan, done, footers)
+        examples = sample.examples_by_reason(plan.output, footers, EXAMPLES_PER_REASON)
+        drawn = list(sample.read_groups(plan.output, sample.draw_groups(footers), columns))
+        chosen = _choose(drawn, num_images, num_first)
+    else:
+        counts, drawn, places = draw_selected(plan, done, selection, columns)
+        chosen = _choose(drawn, num_images, num_first)
+        chosen = {draw: places[draw][rows].tolist() for draw, rows in chosen.items()}
     numbers = _numbers([table for _, table in drawn])
-    overlays = _overlays(plan, _choose(drawn, num_images, num_first), num_images)
-    page = render(plan, len(done), counts, numbers, overlays, examples, agreement)
+    overlays = _overlays(plan, chosen, num_images, selection)
+    page = render(plan, len(done), counts, numbers, overlays, examples, agreement, where)
     uri = out or storage.join(plan.output, "_samray", "report.html")
     storage.remove_leftovers(storage.parent(uri), recursive=False)
     storage.put(uri, page.encode("utf-8"))
@@ -177,8 +189,10 @@ def _choose(
     return chosen
 
 
-def _overlays(plan: Plan, chosen: Mapping[sample.Draw, Sequence[int]], number: int) -> list[Overlay]:
-    """The images of the gallery, in output order."""
+def _overlays(
+    plan: Plan, chosen: Mapping[sample.Draw, Sequence[int]], number: int, where: Where | None = None
+) -> list[Overlay]:
+    """The images of the gallery, in output order, with the masks that where selects."""
     # Area per photo is what costs: beyond 32 photos, sides shrink with the square root of their number.
     side = round(max(_SMALL_SIDE, min(1.0, (32 / max(number, 1)) ** 0.5) * _LARGE_SIDE))
     # The run's own input settings, by which the images were found and read.
@@ -187,6 +201,8 @@ def _overlays(plan: Plan, chosen: Mapping[sample.Draw, Sequence[int]], number: i
     unreachable: list[SamrayError] = []
 
     def finish(shard: int, row: Mapping[str, Any]) -> Overlay:
+        if where is not None:
+            row = where.apply(pa.Table.from_pylist([row], schema_of(plan.run))).to_pylist()[0]
         overlay = make_overlay(row, side)
         with reading_plan:
             planned = plan.read_shard(shard)

@@ -88,8 +88,9 @@ def render(
     overlays: Sequence[Overlay],
     examples: Mapping[str, Sequence[tuple[str, str]]],
     agreement: Sequence[Figure],
+    where: str | None = None,
 ) -> str:
-    """Render the page. num_done: finished shards."""
+    """Render the page. num_done: finished shards. where: the selection that everything is about."""
     run = plan.run
     masks = run.get("config", {}).get("masks", {})
     model, checkpoint = _made_by(run)
@@ -117,7 +118,8 @@ def render(
         counts=counts,
         numbers=numbers,
         all_drawn=numbers.num_images == counts.num_images,
-        headline=_headline(plan, counts, numbers),
+        headline=_headline(plan, counts, numbers, where),
+        where=where,
         agreement=agreement,
         overlays=overlays,
         data=[_data(overlay) for overlay in overlays],
@@ -164,11 +166,12 @@ def _made_by(run: Mapping[str, Any]) -> tuple[str | None, str | None]:
     return run.get("config", {}).get("model", {}).get("name"), identity.get("model", {}).get("checkpoint_sha256")
 
 
-def _headline(plan: Plan, counts: Counts, numbers: Numbers) -> list[Figure]:
+def _headline(plan: Plan, counts: Counts, numbers: Numbers, where: str | None) -> list[Figure]:
     # Not 0, to divide by.
     labelled = max(counts.num_images - counts.num_failed, 1)
     counted, drawn = counts.share_read == 1, numbers.num_images == counts.num_images
-    unfinished = f"of {plan.num_images:,} planned" if counts.num_images != plan.num_images else ""
+    planned = "in all" if where is not None else "planned"
+    unfinished = f"of {plan.num_images:,} {planned}" if counts.num_images != plan.num_images else ""
     median = f"median {np.median(numbers.masks_per_image):.0f}" if len(numbers.masks_per_image) else ""
     figures = [
         Figure(f"{counts.num_images:,}", "images", unfinished),

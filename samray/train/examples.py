@@ -157,6 +157,7 @@ class MaskExamples:
             masks="rle",
             min_predicted_iou=config.min_predicted_iou,
             min_area=config.min_area,
+            where=config.where,
             keep_empty=False,
             image_root=config.image_root,
         )
@@ -212,6 +213,7 @@ class MaskExamples:
             f"none of the {len(self.train)} images of {where} has a mask to train on: lower data.min_area"
             f" ({config.min_area}) or data.min_predicted_iou ({config.min_predicted_iou})"
             f"{'' if config.labels is None else ', or add names to data.labels'}"
+            f"{'' if config.where is None else ', or select more masks by data.where'}"
         )
 
     def _try(self, index: int, frame: Frame, rng: np.random.Generator) -> Arrays | None:

@@ -58,6 +58,8 @@ class DataConfig(Settings):
     """Use only masks with at least this predicted_iou; null uses all."""
     labels: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Use only masks with these names, such as [dog,cat] ("object": those without a name); null uses all."""
+    where: str | None = Field(default=None, min_length=1)
+    """Use only these images and masks, in SQL, such as "area > 100 and width >= 640"; null uses all."""
     image_root: tuple[str, str] | None = None
     """Old and new start of the images' URIs, for images that moved: [s3://old,/data/new]."""
     sources: tuple[str, ...] = ()
@@ -299,9 +301,11 @@ class TrainSettings(Settings):
         plain = self.model_dump(mode="json")
         for name in ("cache", "image_root"):
             del plain["data"][name]
-        # The identity of a run that uses all masks is what it was before names existed.
+        # The identity of a run that uses all masks is what it was before these settings existed.
         if self.data.labels is None:
             del plain["data"]["labels"]
+        if self.data.where is None:
+            del plain["data"]["where"]
         for name in ("save_every_minutes", "distill_checkpoint", "encoder_checkpoint"):
             del plain["train"][name]
         return {

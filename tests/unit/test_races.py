@@ -161,7 +161,7 @@ def test_the_mark_of_another_run_is_left_alone(tmp_path: Path, monkeypatch: pyte
 
 def test_compact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_output(str(tmp_path))
-    once(monkeypatch, compact_module, "rows_between", lambda: replace(plan, 0, "another"))
+    once(monkeypatch, compact_module, "rows_at", lambda: replace(plan, 0, "another"))
     dest = str(tmp_path / "dest")
     with pytest.raises(StorageError, match="were replaced while they were read"):
         compact(plan.output, dest, 1000)
@@ -173,7 +173,7 @@ def test_compact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_compact_of_an_output_that_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_output(str(tmp_path))
-    once(monkeypatch, compact_module, "rows_between", lambda: append(plan, 12))
+    once(monkeypatch, compact_module, "rows_at", lambda: append(plan, 12))
     report = compact(plan.output, str(tmp_path / "dest"), 10**6)
     assert report.num_images == 10
     assert verify(str(tmp_path / "dest")).ok
