@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pycocotools import mask as coco_mask
 from scipy import ndimage
 
@@ -67,11 +68,16 @@ def write_synthetic_output(
     log_radius: tuple[float, float] = ALL_SCALES,
     num_shapes: int = POOL,
     photos: Sequence[str] = (),
+    name_of: Callable[[int], str] = "photos/{:07d}.jpg".format,
+    edit: Callable[[pa.Table], pa.Table] = lambda table: table,
 ) -> dict[str, Any]:
-    """Write a finished output; returns its counts. photos: URIs of existing images, used in turn."""
+    """Write a finished output; returns its counts. photos: URIs of existing images, used in turn. name_of: file names.
+
+    edit: changes the rows of a shard.
+    """
     rng = np.random.default_rng(0)
     pool = pa.array([blob(rng, log_radius) for _ in range(num_shapes)], ANNOTATION)
-    names = [f"photos/{i:07d}.jpg" for i in range(num_images)]
+    names = [name_of(i) for i in range(num_images)]
     columns: dict[str, Any] = {
         name: pa.nulls(num_images, MANIFEST_SCHEMA.field(name).type) for name in MANIFEST_SCHEMA.names
     }
@@ -81,7 +87,7 @@ def write_synthetic_output(
     config = load_config("sa1b")
     run = {"identity": config.identity(), "input": "synthetic", "config": config.model_dump(mode="json")}
     plan = write_plan(output, pa.table(columns), images_per_shard or config.output.images_per_shard, run)
-    num_bytes = 0
+    num_bytes = num_masks = 0
     for shard in range(plan.num_shards):
         rows = plan.read_shard(shard)
         chosen = pool.take(pa.array(rng.integers(0, num_shapes, rows.num_rows * masks_per_image)))
@@ -102,13 +108,17 @@ def write_synthetic_output(
             ],
             schema=SCHEMA.with_metadata(shard_metadata(plan.run)),
         )
-        stats = {"num_images": rows.num_rows, "num_masks": rows.num_rows * masks_per_image, "failures": {}}
-        num_bytes += commit_shard(plan.output, shard, table, {**stats, "stage_seconds": {"decode": 9.0, "encode": 2.0}})
+        table = edit(table)
+        num_of_shard = pc.sum(pc.list_value_length(table["annotations"])).as_py()
+        num_masks += num_of_shard
+        stats = {"num_images": rows.num_rows, "num_masks": num_of_shard, "failures": {}}
+        stats["stage_seconds"] = {"decode": 9.0, "encode": 2.0}
+        num_bytes += commit_shard(plan.output, shard, table, stats)
     mark_success(plan.output, num_images=num_images, num_failed=0)
     counts_bytes = sum(map(len, pool.field("segmentation").field("counts").to_pylist())) / num_shapes
     return {
         "images": num_images,
-        "masks": num_images * masks_per_image,
+        "masks": num_masks,
         "shards": plan.num_shards,
         "mb": num_bytes / 1e6,
         "mean_rle_bytes": counts_bytes,

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from samray.audit.run import QualityReport, quality
     from samray.config import ClusterConfig, Config, MaskConfig, ModelConfig, OutputConfig, load_config
     from samray.config.edges import EdgeConfig, EdgesConfig
     from samray.errors import ConfigError, ImageError, SamrayError, StorageError
@@ -53,6 +54,8 @@ _HOMES = {
     "LabelReport": "samray.pipeline.report",
     "export": "samray.exports.export",
     "import_": "samray.imports.import_",
+    "quality": "samray.audit.run",
+    "QualityReport": "samray.audit.run",
     "detect_edges": "samray.pipeline.edges",
     "label": "samray.pipeline.run",
     "name": "samray.pipeline.naming",
@@ -71,6 +74,8 @@ __all__ = [  # noqa: RUF022  (in the order one meets them; a test holds it equal
     "ExportReport",
     "import_",
     "ImportReport",
+    "quality",
+    "QualityReport",
     "MaskDataset",
     "read_image",
     "load_model",

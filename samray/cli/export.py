@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from samray.cli.help import Command
-from samray.cli.output import Output, WhereOption
+from samray.cli.output import Output, QualityOption, WhereOption
 from samray.text import count, two_columns
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def export(
     dest: Annotated[str, typer.Argument(metavar="DEST", help="An empty folder or prefix (local, s3://, ...).")],
     format: Annotated[str, typer.Option("--format", "-f")],
     where: WhereOption = None,
+    quality: QualityOption = None,
     partial: Annotated[bool, typer.Option("--partial", help="Export only the finished shards of OUTPUT.")] = False,
     ray: Ray = None,
     address: Address = None,
@@ -150,6 +151,7 @@ def export(
             dest,
             format=format,
             where=where,
+            quality=quality,
             partial=partial,
             ray=ray,
             address=address,

@@ -29,6 +29,7 @@ from samray.cli.help import Command, CommandWithSettings, HelpfulGroup, refuse_e
 from samray.cli.models import models_app
 from samray.cli.name import NameCommand, name
 from samray.cli.output import COMMANDS, Output
+from samray.cli.quality import quality
 from samray.config import load_config
 from samray.config.edges import EDGE_SECTIONS, load_edges_config
 from samray.errors import ConfigError, SamrayError, StorageError
@@ -287,6 +288,7 @@ for _command in [*COMMANDS, *EXPORT_COMMANDS]:
 
 evaluate_app.command(cls=InstancesCommand)(instances)
 app.command(cls=NameCommand)(name)
+app.command(cls=Command)(quality)
 evaluate_app.command(cls=OneshotCommand)(oneshot)
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(models_app, name="models")

@@ -10,12 +10,17 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from samray import storage
 from samray.text import count, two_columns
 
 Output = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or prefix of the labels (local, s3://, ...).")]
 WhereOption = Annotated[
     str | None,
     typer.Option(metavar="SQL", help='Only these images and masks, such as "area > 100 and width >= 640".'),
+]
+QualityOption = Annotated[
+    str | None,
+    typer.Option(metavar="DEST", help="Where `samray quality` wrote, for its columns in --where, if DEST was given."),
 ]
 
 
@@ -52,6 +57,7 @@ def report(
     out: Annotated[str | None, typer.Option(help="Where to write the page. [OUTPUT/_samray/report.html]")] = None,
     images: Annotated[int, typer.Option(min=0, max=200, help="Images to show with their masks.")] = 24,
     where: WhereOption = None,
+    quality: QualityOption = None,
     show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> int:
     """Write a self-contained HTML page about OUTPUT that opens in any browser, also offline.
@@ -77,11 +83,11 @@ def report(
     from samray.train.store import is_training
 
     if is_training(output):
-        if where is not None:
+        if where is not None or quality is not None:
             raise ConfigError(f"--where selects images and masks; {output} is a training, which has none")
         uri = write_train_report(output, out)
     else:
-        uri = write_report(output, out, num_images=images, where=where)
+        uri = write_report(output, out, num_images=images, where=where, quality=quality)
     Console().print(uri, highlight=False, soft_wrap=True, markup=False)
     if show and not open_page(uri):
         Console(stderr=True).print(
@@ -125,6 +131,7 @@ def compact(
     dest: Annotated[str, typer.Argument(metavar="DEST", help="An empty folder or prefix (local, s3://, ...).")],
     file_size: Annotated[int, typer.Option(min=1, metavar="MB", help="Approximate size of the files.")] = 128,
     where: WhereOption = None,
+    quality: QualityOption = None,
 ) -> int:
     """Write the rows of a finished OUTPUT to DEST, in a few large files instead of many small ones.
 
@@ -143,7 +150,7 @@ def compact(
     from rich.progress import Progress
 
     from samray.output.compact import compact as run_compact
-    from samray.output.where import Where
+    from samray.output.where import make_where
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("images", total=None)
@@ -152,7 +159,7 @@ def compact(
             dest,
             file_size * 10**6,
             lambda done, total: progress.update(task, completed=done, total=total),
-            where=None if where is None else Where(where),
+            where=make_where(where, storage.normalize(output), quality),
         )
     table = two_columns()
     table.add_row("images", f"{done.num_images:,}")

@@ -14,7 +14,7 @@ from samray.exports.formats import options_of
 from samray.exports.job import assemble, find_done, mark_finished, open_job, run_piece
 from samray.exports.pieces import Done
 from samray.output.plan import load_plan
-from samray.output.where import Where
+from samray.output.where import make_where
 from samray.pipeline.preflight import check_fan_out
 from samray.progress import ProgressView
 
@@ -62,6 +62,7 @@ def export(
     *,
     format: str,
     where: str | None = None,
+    quality: str | None = None,
     partial: bool = False,
     ray: bool | None = None,
     address: str | None = None,
@@ -71,7 +72,8 @@ def export(
     """Export output to dest, or finish an export that was begun there.
 
     format, options: as listed by `samray export --help`, with underscores: with_images=True for --with-images.
-    where: SQL expression that selects images and masks, as for --where (see `samray.output.where`).
+    where: SQL expression that selects images and masks, as for --where. quality: where the output's
+    `samray.quality` is, for its columns, if not at the default place.
     partial: export the finished shards of an unfinished output. ray: use Ray Data tasks (None: for large outputs, or if
     address names a cluster). Raises: ConfigError before anything is written, StorageError if storage cannot be reached.
     """
@@ -79,8 +81,8 @@ def export(
     checked = options_of(format, options)
     # Before OUTPUT is read and DEST claimed: a cluster that does not respond must leave nothing behind.
     check_fan_out(str(dest), ray, address)
-    selection = None if where is None else Where(where)
     plan = load_plan(str(output))
+    selection = make_where(where, plan.output, quality)
     job, pieces = open_job(plan, str(dest), format, checked, partial=partial, where=selection)
     found = find_done(job, pieces)
     report = ExportReport(storage.redact(job.dest), format, num_pieces=len(pieces), num_pieces_skipped=len(found))

@@ -123,7 +123,7 @@ def _claim(job: Job[Any], sizes: dict[int, int]) -> None:
         "versions": job.fingerprint,
     }
     if job.where is not None:
-        wanted["where"] = job.where.text
+        wanted |= job.where.to_json()
     uri = storage.join(dest, FOLDER, "export.json")
     where = storage.redact(dest)
     recorded = _read_json(uri)
@@ -138,7 +138,7 @@ def _claim(job: Job[Any], sizes: dict[int, int]) -> None:
         recorded = _read_json(uri) or {}
     if recorded.get("run") != wanted["run"]:
         raise ConfigError(f"DEST {where} has an export of another run: choose another DEST")
-    for key in ("format", "options", "categories", "where"):
+    for key in ("format", "options", "categories", "where", "quality"):
         # Options are compared as objects, too: an option that is new since then counts as its default.
         if recorded.get(key) != wanted.get(key) and not (
             key == "options" and _same_options(job.options, recorded.get(key))

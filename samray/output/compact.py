@@ -177,11 +177,12 @@ def _plan_of(
     if storage.exists(storage.join(dest, "_samray", "run.json")):
         target = load_plan(dest)
         # DEST of an earlier try: go on only if it copies the same rows of the same OUTPUT.
-        recorded, wanted = target.run.get("compacted_where"), where and where.text
+        recorded, wanted = target.run.get("compacted_where", {}), where.to_json() if where else {}
         if recorded != wanted:
             raise ConfigError(
-                f"{storage.redact(dest)} was begun with another selection (--where {recorded or 'not given'} there, "
-                f"{wanted or 'not given'} now); choose another DEST"
+                f"{storage.redact(dest)} was begun with another selection (--where "
+                f"{recorded.get('where', 'not given')} there, {wanted.get('where', 'not given')} now); choose another "
+                "DEST"
             )
         if target.run.get("compacted_from") != source or target.num_images != len(places):
             raise ConfigError(f"{storage.redact(dest)} is not empty, and not a compacted {source}; choose another DEST")
@@ -198,7 +199,7 @@ def _plan_of(
     run |= {"images_per_shard": images_per_shard, "compacted_from": source, "compacted_shards": fingerprint}
     images = plan.read_images([name for name in MANIFEST_SCHEMA.names if name != "shard"])
     if where is not None:
-        run["compacted_where"] = where.text
+        run["compacted_where"] = where.to_json()
         images = take(images, pa.array(places))
     return write_plan(dest, images, images_per_shard, run)
 

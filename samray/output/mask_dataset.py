@@ -28,7 +28,7 @@ from samray.output.plan import Plan, load_plan
 from samray.output.schema import schema_of
 from samray.output.seals import seal_of
 from samray.output.shards import shard_uri
-from samray.output.where import Bools, Where
+from samray.output.where import Bools, make_where
 from samray.rle.runs import Runs, pixels, runs_of_image
 
 Target = dict[str, Any]
@@ -120,7 +120,7 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         self.image_root = image_root and (storage.normalize(image_root[0]), storage.normalize(image_root[1]))
         self._classes = classes_of(plan)
         self.classes = [BACKGROUND, *self._classes.all(with_unnamed=True)]
-        self.where = None if where is None else Where(where)
+        self.where = make_where(where, self.output)
         if self.where is not None:
             self.where.check(schema_of(plan.run))
         self._index = index_images(plan, keep_empty=keep_empty, where=self.where)

@@ -24,9 +24,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from samray import storage
 from samray.config.base import did_you_mean
 from samray.errors import ConfigError
-from samray.output.where_nodes import Values, evaluate, parse, shown
+from samray.output.quality_columns import default_place, quality_columns, values_of
+from samray.output.where_nodes import QUALITY, Values, evaluate, parse, shown
 
 if TYPE_CHECKING:
     from sqlglot import exp
@@ -47,6 +49,17 @@ class Where:
     """A selection of images and of their masks. Small and picklable."""
 
     text: str
+    quality: str | None = None
+    """Where a `samray quality` of the output is, for the columns of quality."""
+
+    @property
+    def uses_quality(self) -> bool:
+        return any(name.startswith(QUALITY) for term in _terms(self.text) for name in term.names)
+
+    def to_json(self) -> dict[str, str]:
+        """What decides what is selected: part of the identity of what is made of the selection."""
+        own = {"where": self.text}
+        return own | {"quality": storage.redact(self.quality)} if self.quality and self.uses_quality else own
 
     def check(self, schema: pa.Schema) -> None:
         """Check the expression against the columns of an output (`schema_of`).
@@ -55,7 +68,10 @@ class Where:
         """
         images, masks = image_columns(schema), mask_columns(schema)
         for column in (column for term in _terms(self.text) for column in term.columns):
-            _check_column(column, images, masks, self.text)
+            if column[1].startswith(QUALITY):
+                self._check_quality(column[1].removeprefix(QUALITY))
+            else:
+                _check_column(column, images, masks, self.text)
         for term in _terms(self.text):
             if NUM_SELECTED in term.names and any(name in masks for name in term.names):
                 raise ConfigError(
@@ -65,11 +81,22 @@ class Where:
         # Types are found wrong on no rows as well as on many.
         self.flags(schema.empty_table())
 
+    def _check_quality(self, name: str) -> None:
+        if self.quality is None:
+            raise ConfigError(f"where: quality.{name} needs a `samray quality` of the output")
+        known = quality_columns(self.quality)
+        if name not in known:
+            raise ConfigError(
+                f"where: no column 'quality.{name}'{did_you_mean(name, known)}; columns of quality are "
+                f"{', '.join(known)} (more with `samray quality --images`)"
+            )
+
     def columns(self, schema: pa.Schema) -> list[str]:
         """The Parquet columns that `flags` needs."""
         images, masks = image_columns(schema), mask_columns(schema)
         names = {name for term in _terms(self.text) for name in term.names}
         paths = {images[name] for name in names & images.keys()}
+        paths |= {"image.image_id"} if self.uses_quality else set()
         paths |= {_MASKS + name for name in names & masks.keys()}
         if names & _COUNTS.keys() and not names & masks.keys():
             paths.add(_MASKS + "id")
@@ -90,7 +117,7 @@ class Where:
 
         table: rows with at least `columns`. Raises: ConfigError for values of types that do not go together.
         """
-        frame = _Frame(table)
+        frame = _Frame(table, self.quality)
         images = np.ones(table.num_rows, bool)
         masks = np.ones(frame.num_masks, bool)
         late = []
@@ -126,6 +153,16 @@ class Where:
         return table if images.all() else table.filter(pa.array(images))
 
 
+def make_where(text: str | None, output: str, quality: str | None = None) -> Where | None:
+    """A selection of an output; None selects all. quality: where its `samray quality` is, if not where that is by
+    default. Raises: ConfigError for quality without an expression."""
+    if text is None:
+        if quality is not None:
+            raise ConfigError("--quality is for an expression with columns of quality: use it with --where")
+        return None
+    return Where(text, default_place(output) if quality is None else storage.normalize(quality))
+
+
 def keep_masks(table: pa.Table, masks: Bools) -> pa.Table:
     """The rows with only some of their masks. masks: (M,), over all rows."""
     annotations = table["annotations"].combine_chunks()
@@ -156,7 +193,7 @@ class _Term:
 
     tree: exp.Expression
     columns: tuple[tuple[str, str], ...]
-    """(qualifier or "", name) of each column, in lower case."""
+    """(qualifier or "", name) of each column, in lower case; the name of one of quality with its qualifier."""
 
     @property
     def names(self) -> set[str]:
@@ -184,7 +221,9 @@ def _check_column(column: tuple[str, str], images: dict[str, str], masks: dict[s
     known = {"": {*images, *masks, *_COUNTS}, "image": {*images, *_COUNTS}, "annotations": {*masks}}
     if qualifier not in known:
         near = did_you_mean(qualifier, [word for word in known if word])
-        raise ConfigError(f"where: unknown table {qualifier!r}{near}; columns are those of image and annotations")
+        raise ConfigError(
+            f"where: unknown table {qualifier!r}{near}; columns are those of image, annotations and quality"
+        )
     if name in known[qualifier]:
         return
     if name in ("label", "label_score"):
@@ -201,8 +240,8 @@ def _check_column(column: tuple[str, str], images: dict[str, str], masks: dict[s
 class _Frame:
     """Columns by name, one value per image or per mask."""
 
-    def __init__(self, table: pa.Table) -> None:
-        self._table = table
+    def __init__(self, table: pa.Table, quality: str | None) -> None:
+        self._table, self._quality = table, quality
         self.num_selected: npt.NDArray[np.int64] | None = None
         self._masks: pa.StructArray | None = None
         self.parents = np.zeros(0, np.int64)
@@ -229,6 +268,9 @@ class _Frame:
             return pa.array(self._num_masks if self.num_selected is None else self.num_selected)
         if name == NUM_MASKS:
             return pa.array(self._num_masks)
+        if name.startswith(QUALITY):
+            assert self._quality is not None
+            return values_of(self._quality, name.removeprefix(QUALITY), self._image_column("image_id"))
         if name in self._table.column_names:
             return self._table[name].combine_chunks()
         values = pc.struct_field(self._table["image"].combine_chunks(), name)

@@ -20,6 +20,8 @@ Values = Any
 """A pa.Array, or a pa.Scalar that stands for all rows."""
 Columns = Callable[[str], Values]
 
+QUALITY: Final = "quality."
+"""Before the name of a column of `samray quality`."""
 MAX_CHARACTERS: Final = 10_000
 
 _COMPARISONS: Final = {
@@ -50,8 +52,14 @@ _ALLOWED: Final = (
 )
 
 
+def name_of(column: exp.Column) -> str:
+    """A column's name, in lower case; with its table only for those of quality, which may be named like others."""
+    name = column.name.lower()
+    return f"{QUALITY}{name}" if column.table.lower() == QUALITY[:-1] else name
+
+
 def parse(text: str) -> Iterator[tuple[exp.Expression, list[tuple[str, str]]]]:
-    """The terms that `and` joins, each with its columns as (qualifier or "", name), in lower case.
+    """The terms that `and` joins, each with its columns as (qualifier or "", `name_of`), in lower case.
 
     Raises: ConfigError for what is not a SQL expression or uses what is not allowed.
     """
@@ -67,7 +75,7 @@ def parse(text: str) -> Iterator[tuple[exp.Expression, list[tuple[str, str]]]]:
     except RecursionError:
         raise ConfigError("where: too many parentheses") from None
     for term in _split(tree):
-        columns = [(column.table.lower(), column.name.lower()) for column in term.find_all(exp.Column)]
+        columns = [(column.table.lower(), name_of(column)) for column in term.find_all(exp.Column)]
         yield term, columns
 
 
@@ -268,7 +276,7 @@ def _length(node: Any, of: Compute, columns: Columns) -> Values:
 
 
 _NODES: Final[dict[str, Callable[[Any, Compute, Columns], Values]]] = {
-    "Column": lambda node, of, columns: columns(node.name.lower()),
+    "Column": lambda node, of, columns: columns(name_of(node)),
     "Literal": _literal,
     "Boolean": lambda node, of, columns: pa.scalar(node.this),
     "Null": lambda node, of, columns: pa.scalar(None),

@@ -31,7 +31,7 @@ from samray.output import sample
 from samray.output.plan import Plan, load_plan
 from samray.output.schema import categories_of, schema_of
 from samray.output.shards import done_shards
-from samray.output.where import Where
+from samray.output.where import Where, make_where
 from samray.report.overlays import Overlay, jpeg_uri, make_overlay
 from samray.report.page import Counts, Figure, Numbers, render
 from samray.report.selection import draw_selected
@@ -56,12 +56,14 @@ def write_report(
     num_first: int = 0,
     agreement: Sequence[Figure] = (),
     where: str | None = None,
+    quality: str | None = None,
 ) -> str:
     """Write the page about output to `out` (a path or URI), by default into the output; returns its location.
 
     num_images: images in the gallery. num_first: the first so many labelled images are among them in any case.
     agreement: figures on how well the masks fit known ones, if available. where: SQL expression; the page is then about
     the selected images and masks alone, without failed images, and reads the columns that it names of all images.
+    quality: where its `samray quality` is, if not at the default place.
     Raises: ConfigError if output has no samray run or where selects nothing, StorageError if it cannot be read.
     """
     plan = load_plan(output)
@@ -71,7 +73,7 @@ def write_report(
         raise ConfigError(f"{storage.redact(output)} has no finished shards yet; run samray label first")
     has_names = categories_of(plan.run["identity"]) is not None
     columns = (*sample.NUMBERS, "annotations.list.element.label") if has_names else sample.NUMBERS
-    selection = None if where is None else Where(where)
+    selection = make_where(where, plan.output, quality)
     examples: dict[str, list[tuple[str, str]]] = {}
     if selection is None:
         footers = sample.read_footers(plan.output, done)
@@ -84,7 +86,7 @@ def write_report(
         chosen = _choose(drawn, num_images, num_first)
         chosen = {draw: places[draw][rows].tolist() for draw, rows in chosen.items()}
     numbers = _numbers([table for _, table in drawn])
-    overlays = _overlays(plan, chosen, num_images, selection)
+    overlays = overlays_of(plan, chosen, num_images, selection)
     page = render(plan, len(done), counts, numbers, overlays, examples, agreement, where)
     uri = out or storage.join(plan.output, "_samray", "report.html")
     storage.remove_leftovers(storage.parent(uri), recursive=False)
@@ -189,7 +191,7 @@ def _choose(
     return chosen
 
 
-def _overlays(
+def overlays_of(
     plan: Plan, chosen: Mapping[sample.Draw, Sequence[int]], number: int, where: Where | None = None
 ) -> list[Overlay]:
     """The images of the gallery, in output order, with the masks that where selects."""

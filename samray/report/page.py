@@ -95,24 +95,14 @@ def render(
     masks = run.get("config", {}).get("masks", {})
     model, checkpoint = _made_by(run)
     total, longest = sum(counts.stage_seconds.values()), max(counts.stage_seconds.values(), default=0.0)
-    # The page's policy allows this one script by its hash: text from an output can run nothing.
-    script = _template("report.js")
     changed, everything = settings_tables(run.get("config", {}))
-    # autoescape, because names of files and URIs may contain HTML.
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("samray.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"redact": storage.redact, "count": "{:,}".format}
-    return environment.get_template("report.html.j2").render(
-        style=_template("report.css"),
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    return render_page(
+        "report.html.j2",
         output=storage.redact(plan.output),
         output_name=" / ".join(storage.redact(plan.output).rpartition("//")[2].strip("/").split("/")[-2:]),
         run=run,
         model=model,
         checkpoint=checkpoint,
-        made_at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         num_shards=plan.num_shards,
         num_done=num_done,
         counts=counts,
@@ -121,10 +111,7 @@ def render(
         headline=_headline(plan, counts, numbers, where),
         where=where,
         agreement=agreement,
-        overlays=overlays,
-        data=[_data(overlay) for overlay in overlays],
-        names=_names(overlays),
-        num_shown=sum(len(overlay.masks) for overlay in overlays),
+        **gallery(overlays),
         charts=_charts(numbers, masks),
         points=_heat(numbers, masks),
         stages=[
@@ -140,6 +127,34 @@ def render(
         failures=[(reason, number, examples.get(reason, [])) for reason, number in counts.failures.most_common()],
         changed=changed,
         settings=everything,
+    )
+
+
+def gallery(overlays: Sequence[Overlay]) -> dict[str, Any]:
+    """What `gallery.html.j2` and `large.html.j2` need."""
+    return {
+        "overlays": overlays,
+        "data": [_data(overlay) for overlay in overlays],
+        "names": _names(overlays),
+        "num_shown": sum(len(overlay.masks) for overlay in overlays),
+    }
+
+
+def render_page(template: str, **values: Any) -> str:
+    """Render a page with the report's style and script."""
+    # The page's policy allows this one script by its hash: text from an output can run nothing.
+    script = _template("report.js")
+    # autoescape, because names of files and URIs may contain HTML.
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("samray.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"redact": storage.redact, "count": "{:,}".format}
+    return environment.get_template(template).render(
+        style=_template("report.css"),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        made_at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        **values,
     )
 
 
