@@ -17,6 +17,7 @@ IMAGE_ERROR_REASONS: Final = frozenset(
         "timeout",
         "unsupported",
         "not_allowed",
+        "duplicate",
         "bad_prompt",
         "out_of_memory",
         "internal",

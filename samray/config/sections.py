@@ -38,6 +38,9 @@ class InputConfig(Settings):
     allow_outside: bool = False
     """Let a list name files outside its own folder, and a remote list name servers in a private network. Only for lists
     that you trust."""
+    skip_duplicates: bool = False
+    """Label only one of several images with the same bytes; the others become rows that fail as `duplicate`. Reads the
+    images of equal or unknown size before the run starts."""
     prompts: str | None = None
     """File of user prompts, .jsonl or .parquet: clicks and boxes, one mask for each, or texts (with labels.by)."""
 
@@ -243,6 +246,15 @@ class Config(Settings):
             raise ValueError(
                 f"labels.by={by} takes no prompts, neither clicks nor boxes nor texts; leave input.prompts out. Texts "
                 f"of single images need {ways_with_own_phrases()}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_are_of_single_images(self) -> Config:
+        if self.input.skip_duplicates and self.input.prompts is not None:
+            raise ValueError(
+                "input.skip_duplicates labels one of several equal images, but input.prompts may ask each for other "
+                "masks; leave one of them out"
             )
         return self
 

@@ -17,6 +17,8 @@ import pyarrow.compute as pc
 from samray import storage
 from samray.errors import StorageError
 from samray.inputs.listing import list_images
+from samray.inputs.repeats import REASON as DUPLICATE
+from samray.inputs.repeats import mark_duplicates
 from samray.inputs.rows import take
 from samray.inputs.skipped import Skipped
 from samray.output.credentials import hide, hide_known
@@ -82,12 +84,18 @@ def compare(plan: Plan, listed: pa.Table) -> tuple[pa.Table, pa.Table]:
     for mark in ("size", "etag"):
         differs = pc.or_(differs, pc.fill_null(pc.not_equal(planned[mark], now[mark]), False))
     # Not compared: problems from lists depend on a setting, and those of links in a tar on other members.
-    differs = pc.or_(differs, pc.not_equal(pc.fill_null(planned["problem"], ""), pc.fill_null(now["problem"], "")))
+    differs = pc.or_(differs, pc.not_equal(_own_problem(planned), _own_problem(now)))
     planned, now = planned.filter(differs), now.filter(differs)
     # Id, shard and name stay; size, ETag and location become the current ones.
     unchanged = {"image_id": planned["image_id"], "shard": planned["shard"], "file_name": planned["file_name"]}
     columns = [unchanged.get(name, now[name] if name in now.schema.names else None) for name in MANIFEST_SCHEMA.names]
     return new, pa.Table.from_arrays(columns, schema=MANIFEST_SCHEMA).sort_by("shard")
+
+
+def _own_problem(rows: pa.Table) -> pa.ChunkedArray:
+    """The problem of each image; "" for none, and for duplicates, which depend on other images."""
+    problems = pc.fill_null(rows["problem"], "")
+    return pc.if_else(pc.starts_with(problems, f"{DUPLICATE}:"), "", problems)
 
 
 def join_images(
@@ -107,6 +115,8 @@ def join_images(
     Raises: ConfigError if INPUT is empty or no image id is left, StorageError.
     """
     images, skipped = list_images(input_uri, config.input)
+    if config.input.skip_duplicates:
+        images = mark_duplicates(images, config.input, plan.read_images(["uri"])["uri"])
     listed, credentials = hide(images)
     # A driver that loses the race for a number compares the same listing with the winner's plan.
     for _ in range(_MAX_TRIES):

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from samray import storage
 from samray.errors import ConfigError, NotFoundError, StorageError
 from samray.inputs.listing import list_images
+from samray.inputs.repeats import mark_duplicates
 from samray.inputs.skipped import Skipped
 from samray.output.credentials import hide
 from samray.output.identity import refuse_differences, versions
@@ -292,6 +293,8 @@ def _write_plan(
 def _list_generation(input_uri: str, config: Config, wanted: dict[str, Any]) -> tuple[Generation, pa.Table]:
     """The first generation of a plan for INPUT, and its images (`INPUT_SCHEMA`) without credentials."""
     listed, skipped = list_images(input_uri, config.input)
+    if config.input.skip_duplicates:
+        listed = mark_duplicates(listed, config.input)
     images, credentials = hide(listed)
     generation = Generation(
         0,

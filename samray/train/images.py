@@ -14,6 +14,7 @@ from samray.config import InputConfig
 from samray.errors import ConfigError, ImageError, StorageError
 from samray.inputs.decode_apart import decode_apart
 from samray.inputs.listing import check_readable, fetch_images, list_images
+from samray.inputs.repeats import mark_duplicates
 from samray.scenes.paint import Source
 from samray.scenes.scene import Scene, make_scene
 from samray.train.augment import RGB, View
@@ -78,6 +79,8 @@ class ImageExamples:
         self.where, self.limits, self.config = storage.redact(uri), limits, config
         self.seed, self.index = seed, index
         self.rows = list_images(uri, limits).images
+        if limits.skip_duplicates:
+            self.rows = mark_duplicates(self.rows, limits)
         check_readable(self.rows, uri)
         is_held_out = held_out(self.rows["uri"].to_pylist(), config.validation_fraction)
         self.train, self.heldout = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)

@@ -85,7 +85,8 @@ def record_of(row: dict[str, Any], data: bytes | ImageError) -> ImageRecord:
     """The row of an image, with the masks that the stand-in finds."""
     own = {name: row[name] for name in ("image_id", "file_name", "uri")}
     try:
-        assert isinstance(data, bytes), data
+        if isinstance(data, ImageError):
+            raise data
         pixels = decode_image(data, 10**6)
     except ImageError as error:
         return ImageRecord(**own, width=0, height=0, error=str(error))

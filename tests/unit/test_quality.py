@@ -236,7 +236,9 @@ def label_folder(root: Path, files: dict[str, bytes]) -> str:
 def test_duplicates_and_bad_images_are_found_by_their_pixels(tmp_path: Path) -> None:
     files = photographs()
     output = label_folder(tmp_path, files)
-    other = label_folder(tmp_path / "second", {"x.jpg": files["a/rocket.jpg"], "y.jpg": jpeg(np.stack([data.moon()] * 3, 2))})
+    other = label_folder(
+        tmp_path / "second", {"x.jpg": files["a/rocket.jpg"], "y.jpg": jpeg(np.stack([data.moon()] * 3, 2))}
+    )
     report = check(output, tmp_path / "dest", images=True, against=other)
     names = sorted(files)
     rows = {names[row["image_id"]]: row for row in images_of(tmp_path / "dest").to_pylist()}
