@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from samray.audit import outliers
 from samray.audit.drift import Picture, Test, find_drift, picture, windows
 from samray.audit.duplicates import first_equal, first_near, found_in
+from samray.audit.measure import null_for_nan
 from samray.audit.regions import FoundRegions
 
 Values = npt.NDArray[np.float64]
@@ -226,4 +227,4 @@ def _bools(column: Any) -> npt.NDArray[np.bool_]:
 
 
 def _cast(column: Any, kind: pa.DataType) -> Any:
-    return (pa.array(column, from_pandas=True) if isinstance(column, np.ndarray) else column).cast(kind)
+    return (null_for_nan(column) if isinstance(column, np.ndarray) else column).cast(kind)

@@ -122,10 +122,12 @@ def _measure(rows: pa.Table, shard: int, first_row: int, depth: int) -> tuple[pa
 
 
 def _column(values: Any, field: pa.Field) -> pa.Array:
-    if isinstance(values, np.ndarray):
-        # A mean of no masks is NaN, which is null in the file.
-        return pa.array(values, from_pandas=True).cast(field.type)
-    return values
+    return null_for_nan(values).cast(field.type) if isinstance(values, np.ndarray) else values
+
+
+def null_for_nan(values: npt.NDArray[Any]) -> pa.Array:
+    """A mean of no masks is NaN, which is null in a file. Without pandas, which from_pandas would import."""
+    return pa.array(values, mask=np.isnan(values) if values.dtype.kind == "f" else None)
 
 
 def prefixes(names: pa.Array, depth: int) -> pa.Array:

@@ -54,7 +54,7 @@ def quality(
 
       samray export labels/ coco/ --format coco --where "quality.same_masks_as is null and not quality.few_masks"
 
-      samray label labels/_samray/quality/review.parquet again/ masks.points_per_side=64
+      samray label labels/_samray/quality/review.parquet again/ input.allow_outside=true masks.points_per_side=64
     """
     from samray.audit.run import quality as run_quality
 

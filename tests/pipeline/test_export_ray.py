@@ -9,6 +9,7 @@ import pytest
 
 import samray
 from samray import storage
+from samray.audit import job as audit_job
 from samray.cluster.tasks import RAY_FROM_IMAGES, wants_ray
 from samray.errors import StorageError
 from samray.exports import job as export_job
@@ -49,6 +50,21 @@ def test_ray_imports_the_same_shards(local_ray: None, tmp_path: Path) -> None:
         assert verify(str(tmp_path / name), deep=True).ok
     here, fanned = (contents(str(tmp_path / name / "annotations")) for name in ("here", "ray"))
     assert here == fanned
+
+
+def test_ray_checks_quality_with_the_same_result(
+    local_ray: None, storage_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_job, "IMAGES_PER_PIECE_READ", 3)
+    plan = write_output(storage_root, NAMES, failed=(3,))
+    for name, ray in (("here", False), ("ray", True)):
+        dest = storage.join(storage_root, name)
+        report = samray.quality(plan.output, dest, images=True, ray=ray, progress=False)
+        assert (report.num_pieces, report.counts["failed"]) == (4, 1)
+    here, fanned = (contents(storage.join(storage_root, name)) for name in ("here", "ray"))
+    # The page has the time at which it was made.
+    assert here.keys() == fanned.keys()
+    assert all(here[name] == fanned[name] for name in here if not name.endswith(".html"))
 
 
 def test_an_error_in_a_task_is_the_same_sentence(local_ray: None, tmp_path: Path) -> None:
