@@ -126,7 +126,7 @@ def _column(values: Any, field: pa.Field) -> pa.Array:
 
 
 def null_for_nan(values: npt.NDArray[Any]) -> pa.Array:
-    """A mean of no masks is NaN, which is null in a file. Without pandas, which from_pandas would import."""
+    """A mean of no masks is NaN, which is null in a file."""
     return pa.array(values, mask=np.isnan(values) if values.dtype.kind == "f" else None)
 
 
