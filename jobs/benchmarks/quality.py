@@ -26,6 +26,8 @@ DRIFTING, BORDERED = 3, 7
 EVERY: Final = 1000
 """One image in so many is planted to repeat another's masks, and one to have none."""
 
+IMAGES_PER_SHARD: Final = 256
+
 CODE: Final = """
 import json, sys, samray
 run = samray.quality(*sys.argv[1:3], num_examples=0, progress=False)
@@ -121,6 +123,7 @@ def quality(images: int, masks: int, folder: Path | None) -> dict[str, Any]:
             output = f"{place}/{name}"
             if not Path(output, "_SUCCESS").exists():
                 options: dict[str, Any] = {"log_radius": (1.1, 1.7), "num_shapes": 200, "name_of": camera_name}
+                options["images_per_shard"] = IMAGES_PER_SHARD
                 write_synthetic_output(output, images, masks, edit=planter, **options)
             results[name] = _check(output, f"{place}/{name}-quality")
             if planter.plant:

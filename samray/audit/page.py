@@ -146,7 +146,7 @@ def _chart(picture: Picture) -> DriftChart:
     return DriftChart(
         f"{test.group or 'no folder'}: {WORDS[test.metric]}",
         f"{test.num_images:,} images, median {test.median:.3g}, of all others {test.median_of_others:.3g}; "
-        f"D {test.d:.2f}, PSI {test.psi:.2f}, p {test.p:.1g}",
+        f"D {test.d:.2f}, PSI {test.psi:.2f}, p {'< 1e-99' if test.p < 1e-99 else f'{test.p:.1g}'}",
         test.drifts,
         [(i * width, width, 40 * share / most) for i, share in enumerate(picture.others.tolist())],
         " ".join(f"{x:.2f},{y:.2f}" for x, y in corners),

@@ -59,6 +59,8 @@ def open_masks(data: Sequence[str], settings: TrainSettings) -> Mixture:
     if config.image_root is not None and not any(isinstance(part, MaskExamples) and part.is_moved for part in parts):
         old = storage.redact(config.image_root[0])
         raise ConfigError(f"data.image_root: no image of the DATA is below {old}")
+    if config.where is not None and not any(isinstance(part, MaskExamples) for part in parts):
+        raise ConfigError(f"data.where selects labelled images and masks, and {SCENES} have none; leave it out")
     _refuse_unknown_labels(parts, config.labels or ())
     return Mixture(parts, config.shares, seed)
 

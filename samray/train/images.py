@@ -76,6 +76,10 @@ class ImageExamples:
     """
 
     def __init__(self, uri: str, limits: InputConfig, config: DataConfig, seed: int, index: int = 0) -> None:
+        if config.where is not None:
+            raise ConfigError(
+                "data.where selects labelled images and masks, but these images have no labels; leave it out"
+            )
         self.where, self.limits, self.config = storage.redact(uri), limits, config
         self.seed, self.index = seed, index
         self.rows = list_images(uri, limits).images

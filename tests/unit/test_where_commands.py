@@ -12,12 +12,15 @@ from torch.utils.data import DataLoader
 
 import samray
 from samray.cli.main import main
+from samray.config import InputConfig
 from samray.errors import ConfigError
 from samray.output.compact import compact
 from samray.output.plan import Plan, load_plan
 from samray.output.where import Where
 from samray.report.output import write_report
+from samray.train.data import open_masks
 from samray.train.examples import MaskExamples
+from samray.train.images import ImageExamples
 from samray.train.settings import DataConfig, TrainSettings
 from tests.support.exported import export, ten_images
 from tests.support.outputs import rows_of
@@ -146,6 +149,10 @@ def test_training_uses_only_what_is_selected(plan: Plan) -> None:
     assert areas == [sorted(sum(m["area"] for m in row["annotations"]) for row in selected(plan) if row["annotations"])]
     with pytest.raises(ConfigError, match="no column 'aera'"):
         MaskExamples(plan.output, DataConfig(where="aera > 3"), seed=0)
+    with pytest.raises(ConfigError, match=r"data\.where selects labelled images and masks, and scenes have none"):
+        open_masks(["scenes"], TrainSettings(data=config))
+    with pytest.raises(ConfigError, match=r"data\.where selects labelled images and masks, but these images"):
+        ImageExamples(plan.output, InputConfig(), config, seed=0)
     # A run that was begun before this setting existed is the same run.
     assert "where" not in TrainSettings().identity()["data"]
     assert TrainSettings(data=config).identity()["data"]["where"] == WHERE
