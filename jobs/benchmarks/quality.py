@@ -176,7 +176,8 @@ def _kill(output: str, dest: str, num_pieces: int) -> dict[str, Any]:
         time.sleep(0.05)
     victim.kill()
     victim.wait()
-    return json.loads(_start(output, dest).communicate()[0].splitlines()[-1])
+    found: dict[str, Any] = json.loads(_start(output, dest).communicate()[0].splitlines()[-1])
+    return found
 
 
 def _tables(dest: str) -> dict[str, bytes]:

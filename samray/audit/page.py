@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Final
@@ -12,7 +11,7 @@ import pyarrow as pa
 
 from samray import storage
 from samray.audit.compare import MIN_OUTLIER, Comparison
-from samray.audit.drift import MAX_P, MIN_D, MIN_PSI, Picture
+from samray.audit.drift import MAX_P, MIN_D, MIN_PSI, Picture, Values
 from samray.output import sample
 from samray.output.plan import Plan
 from samray.output.shards import open_shard
@@ -154,5 +153,5 @@ def _chart(picture: Picture) -> DriftChart:
     )
 
 
-def _at(edges: Sequence[float], position: float) -> float:
+def _at(edges: Values, position: float) -> float:
     return float(edges[0] + position * (edges[-1] - edges[0]))

@@ -78,7 +78,8 @@ def _of_equal_end(images: pa.Table, rows: Ints) -> Ints:
     whole = {one["size"] for one, end in zip(some, ends, strict=True) if end is None}
     keys = [(one["size"], end) for one, end in zip(some, ends, strict=True)]
     counts = Counter(keys)
-    return rows[np.array([counts[key] > 1 or key[0] in whole for key in keys], bool)]
+    wanted: Ints = rows[np.array([counts[key] > 1 or key[0] in whole for key in keys], bool)]
+    return wanted
 
 
 def _end_of(row: dict[str, Any]) -> bytes | None:

@@ -64,8 +64,8 @@ def _scan_shard(plan: Plan, shard: int, where: Where, columns: list[str]) -> lis
                 ok.append(np.asarray(pc.equal(table["status"], "ok").to_numpy(), bool))
                 num_masks += int(lengths[selected].sum())
                 num_selected += int(masks.sum())
-            flags = (np.concatenate([np.zeros(0, bool), *parts]) for parts in (images, ok))
-            found.append(GroupSelection(shard, group, first, *flags, num_masks, num_selected))
+            all_images, all_ok = (np.concatenate([np.zeros(0, bool), *parts]) for parts in (images, ok))
+            found.append(GroupSelection(shard, group, first, all_images, all_ok, num_masks, num_selected))
             first += len(found[-1].images)
     return found
 

@@ -191,7 +191,7 @@ def mask_columns(schema: pa.Schema) -> dict[str, pa.DataType]:
 class _Term:
     """What `and` joins."""
 
-    tree: exp.Expression
+    tree: exp.Expr
     columns: tuple[tuple[str, str], ...]
     """(qualifier or "", name) of each column, in lower case; the name of one of quality with its qualifier."""
 

@@ -58,7 +58,7 @@ def name_of(column: exp.Column) -> str:
     return f"{QUALITY}{name}" if column.table.lower() == QUALITY[:-1] else name
 
 
-def parse(text: str) -> Iterator[tuple[exp.Expression, list[tuple[str, str]]]]:
+def parse(text: str) -> Iterator[tuple[exp.Expr, list[tuple[str, str]]]]:
     """The terms that `and` joins, each with its columns as (qualifier or "", `name_of`), in lower case.
 
     Raises: ConfigError for what is not a SQL expression or uses what is not allowed.
@@ -89,7 +89,7 @@ def _reason(error: Any) -> str:
     return f"{what}, at {first['highlight']!r} (character {first['col']})"
 
 
-def _split(tree: exp.Expression) -> Iterator[exp.Expression]:
+def _split(tree: exp.Expr) -> Iterator[exp.Expr]:
     from sqlglot import exp
 
     # Not recursive on the left: a long chain of `and` is a deep tree there.
@@ -120,7 +120,7 @@ _ARGUMENTS: Final = {
 `in (select ...)`, is refused rather than ignored."""
 
 
-def _check(tree: exp.Expression) -> None:
+def _check(tree: exp.Expr) -> None:
     """Raises: ConfigError for the first node that is not allowed."""
     for node in tree.walk():
         name = type(node).__name__
@@ -132,16 +132,16 @@ def _check(tree: exp.Expression) -> None:
             raise ConfigError(f"where: {shown(node)} is not allowed; an expression takes {_ALLOWED}")
 
 
-def _near(node: exp.Expression) -> str:
+def _near(node: exp.Expr) -> str:
     return did_you_mean(str(node.this), FUNCTIONS) if type(node).__name__ == "Anonymous" else ""
 
 
-def shown(node: exp.Expression) -> str:
+def shown(node: exp.Expr) -> str:
     text = str(node.sql(dialect="duckdb", normalize_functions=False))
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def evaluate(node: exp.Expression, columns: Columns) -> Values:
+def evaluate(node: exp.Expr, columns: Columns) -> Values:
     """Compute a checked tree. columns: name, in lower case -> values.
 
     Raises: ConfigError for values of types that do not go together.
@@ -158,6 +158,10 @@ Compute = Callable[[Any], Values]
 
 def _binary(function: Callable[..., Any]) -> Callable[[Any, Compute, Columns], Values]:
     return lambda node, of, columns: function(of(node.this), of(node.expression))
+
+
+def _with_text(function: Callable[..., Any]) -> Callable[[Any, Compute, Columns], Values]:
+    return lambda node, of, columns: function(of(node.this), _text(node.expression))
 
 
 def _chain(function: Callable[..., Any]) -> Callable[[Any, Compute, Columns], Values]:
@@ -305,9 +309,6 @@ _NODES: Final[dict[str, Callable[[Any, Compute, Columns], Values]]] = {
     "Coalesce": _extreme(pc.coalesce),
     **{name: _binary(function) for name, function in _COMPARISONS.items()},
     **{name: _unary(function) for name, function in _PLAIN.items()},
-    **{
-        name: (lambda node, of, columns, function=function: function(of(node.this), _text(node.expression)))
-        for name, function in _TEXT.items()
-    },
+    **{name: _with_text(function) for name, function in _TEXT.items()},
 }
 """Every node of sqlglot's that an expression may have, and how it is computed."""
