@@ -97,7 +97,9 @@ def _sam3(numbers: Sequence[int]) -> dict[int, _Finder]:
 
     def finder(n: int) -> _Finder:
         segmenter = copy.copy(most)  # the same network: it has 3 GB
-        segmenter.phrases, segmenter.texts, segmenter.text_mask = most.phrases[:n], most.texts[:n], most.text_mask[:n]
+        segmenter.phrases, segmenter.texts = most.phrases[:n], copy.copy(most.texts)
+        texts, masks = most.texts.of(())
+        segmenter.texts.common = [(texts[:n], masks[:n])]
         modules = {"image": most.model.vision_encoder, "fusion": most.model.detr_encoder}
         return _Finder(
             lambda image: list(segmenter.find(segmenter.encode(image), score_thresh=0.5, phrases_at_once=1)), modules

@@ -25,12 +25,16 @@ class Way:
     generator."""
     needs: tuple[str, ...]
     """Settings that must be given; with own_phrases, images may bring the phrases."""
-    own_phrases: bool = False
+    own_phrases: bool = True
     """Whether an image may have phrases of its own, besides or instead of `labels.phrases`."""
+    takes_clicks: bool = False
+    """Whether it also makes a mask, without a name, from each click or box of a prompt file."""
     thresholds: tuple[str, ...] = ("score_thresh",)
     """Settings that give more masks if they are lowered."""
     needs_sam: bool = True
     """Whether `model.name` makes the masks. If not, the way's own network does, and no SAM is loaded."""
+    presence: bool = False
+    """Whether it says how likely an image shows what a phrase names at all, apart from scores of single masks."""
     names_grid: bool = False
     """Whether it finds all masks, as without names, and then names them."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -47,12 +51,13 @@ WAYS: Final[Mapping[str, Way]] = {
         inputs="samray.labels.example:read_example",
         builder="samray.labels.example:build_generator",
         needs=("example", "example_mask", "name"),
+        own_phrases=False,
     ),
     "grounding_dino": Way(
         inputs="samray.labels.grounding_dino:read_inputs",
         builder="samray.labels.grounding_dino:build_generator",
         needs=("phrases",),
-        own_phrases=True,
+        takes_clicks=True,
         thresholds=("score_thresh", "text_thresh"),
         network="IDEA-Research/grounding-dino-tiny",
     ),
@@ -61,6 +66,7 @@ WAYS: Final[Mapping[str, Way]] = {
         builder="samray.labels.sam3:build_generator",
         needs=("phrases",),
         needs_sam=False,
+        presence=True,
         network="facebook/sam3",
     ),
     "fastsam": Way(
@@ -81,7 +87,6 @@ WAYS: Final[Mapping[str, Way]] = {
         inputs="samray.labels.clip:read_inputs",
         builder="samray.labels.clip:build_generator",
         needs=("phrases",),
-        own_phrases=True,
         names_grid=True,
         network=CLIP,
     ),
@@ -89,6 +94,7 @@ WAYS: Final[Mapping[str, Way]] = {
         inputs="samray.labels.sam_text:read_inputs",
         builder="samray.labels.sam_text:build_generator",
         needs=("phrases",),
+        takes_clicks=True,
         network=CLIP,
     ),
 }
@@ -96,7 +102,8 @@ WAYS: Final[Mapping[str, Way]] = {
 
 def ways_with_own_phrases() -> str:
     """The ways whose images may have phrases of their own, for messages."""
-    return " or ".join(f"labels.by={name}" for name, way in WAYS.items() if way.own_phrases)
+    *names, last = (name for name, way in WAYS.items() if way.own_phrases)
+    return f"labels.by={', '.join(names)} or {last}"
 
 
 DESIGNS: Final[Mapping[str, str]] = {
@@ -233,9 +240,10 @@ class LabelsConfig(Settings):
 
     @property
     def gives_names(self) -> bool:
-        """Whether masks get names; fastsam without phrases has masks only."""
-        brought = self.by is not None and WAYS[self.by].own_phrases  # by the images, if not here
-        return brought or self.phrases is not None or self.name is not None
+        """Whether masks get names, if no image has phrases of its own; fastsam without phrases has masks only."""
+        # Where phrases are needed, the images have them if they are not here.
+        has_names = self.phrases is not None or self.name is not None
+        return self.by is not None and (has_names or "phrases" in WAYS[self.by].needs)
 
     @property
     def finds_all(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, NamedTuple
 
@@ -52,6 +52,8 @@ class LabelledImage:
     label_scores: list[float | None] = field(default_factory=list)
     phrases: tuple[str, ...] = ()
     """As in `samray.output.schema.PHRASES`."""
+    presence: Mapping[str, float] = field(default_factory=dict)
+    """Phrase -> score, as in `samray.output.schema.PRESENCE`."""
 
     def of_masks(self, places: Sequence[int]) -> LabelledImage:
         """The image with only these masks, in this order."""
@@ -124,11 +126,17 @@ def images_of(table: pa.Table) -> Iterator[LabelledImage]:
     if masks.type.get_field_index("label") >= 0:
         columns["labels"] = masks.field("label").to_pylist()
         columns["label_scores"] = masks.field("label_score").to_pylist()
-    phrases = table["phrases"].to_pylist() if "phrases" in table.column_names else [()] * len(uris)
+    rows: list[dict[str, Any]] = [{} for _ in uris]
+    if "phrases" in table.column_names:
+        for row, phrases in zip(rows, table["phrases"].to_pylist(), strict=True):
+            row["phrases"] = tuple(phrases or ())
+    if "presence" in table.column_names:
+        for row, presence in zip(rows, table["presence"].to_pylist(), strict=True):
+            row["presence"] = {item["phrase"]: item["score"] for item in presence or ()}
     start = 0
-    for image, uri, asked, end in zip(images, uris, phrases, ends, strict=True):
+    for image, uri, row, end in zip(images, uris, rows, ends, strict=True):
         own: dict[str, Any] = {name: values[start:end] for name, values in columns.items()}
-        yield LabelledImage(**image, uri=uri, phrases=tuple(asked or ()), **own)
+        yield LabelledImage(**image, uri=uri, **row, **own)
         start = end
 
 

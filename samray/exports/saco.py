@@ -7,7 +7,8 @@ a name belong to no pair and are left out.
 The file is COCO's with these differences: `images` are pairs, whose phrase is `text_input`; the ids of annotations
 point to pairs; `bbox` ([x, y, width, height]) and `area` are fractions of the image's; the only category is "object".
 `is_instance_exhaustive` and `is_pixel_exhaustive` are 1, or SAM 3's evaluation would skip the pair: they say that each
-phrase was asked, not that a person has checked the answer. `source` is "samray".
+phrase was asked, not that a person has checked the answer. `source` is "samray". `presence_score`, if OUTPUT has one,
+says how likely the image shows what the phrase names.
 Source: facebookresearch/sam3, scripts/eval/gold/README.md.
 """
 
@@ -87,6 +88,7 @@ def _pairs(image: LabelledImage, file_name: str, classes: Classes) -> Iterator[d
             "queried_category": str(index),
             "is_instance_exhaustive": 1,
             "is_pixel_exhaustive": 1,
+            **({"presence_score": image.presence[name]} if name in image.presence else {}),
         }
 
 

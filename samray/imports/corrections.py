@@ -42,6 +42,7 @@ def record_as_it_is(row: Mapping[str, Any]) -> ImageRecord:
         error=row["error"],
         corrections=row.get("corrections"),
         phrases=row.get("phrases"),
+        presence=row.get("presence"),
     )
 
 
@@ -90,6 +91,7 @@ def corrected_record(
         annotations=[edit.kept[id] for id in sorted(edit.kept)],
         corrections=[{"id": id, "change": edit.marks[id]} for id in sorted(edit.marks)],
         phrases=row.get("phrases"),
+        presence=row.get("presence"),
     )
     return record, edit.numbers
 

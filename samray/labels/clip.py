@@ -53,9 +53,12 @@ def thresh_of(config: Config) -> float:
     return DEFAULT_SCORE_THRESH if given is None else given
 
 
-def read_inputs(config: Config) -> ClipInputs:
-    """Read the phrases and find the network. Raises: ConfigError that names the setting, StorageError."""
-    return ClipInputs(*read_phrases_and_network(config, "clip"))
+def read_inputs(config: Config, texts: Sequence[str] | None = None) -> ClipInputs:
+    """Read the phrases and find the network. texts: as of `PhraseInputs.with_texts`.
+
+    Raises: ConfigError that names the setting, StorageError.
+    """
+    return ClipInputs(*read_phrases_and_network(config, "clip")).with_texts(texts)
 
 
 def load_clip(network: Network, way: str, device: str | torch.device | None) -> ClipNetwork:
@@ -105,11 +108,11 @@ def load_namer(config: Config, inputs: PhraseInputs, device: str | torch.device 
         thresh_of(config),
         negatives=negatives,
         cutters=None if on_cpu else ThreadPoolExecutor(num_threads, thread_name_prefix="cut"),
-        embed_own=_own_embeddings(network, templates),
+        embed_own=own_embeddings(network, templates),
     )
 
 
-def _own_embeddings(network: ClipNetwork, templates: Sequence[str]) -> Callable[[str], torch.Tensor]:
+def own_embeddings(network: ClipNetwork, templates: Sequence[str]) -> Callable[[str], torch.Tensor]:
     """What gives the vector (D,) of a phrase of a single image; the most recent ones are kept."""
     embedding = lru_cache(OWN_KEPT)(lambda phrase: phrase_embeddings(network, [phrase], templates)[0])
     encoding = threading.Lock()

@@ -22,6 +22,7 @@ from samray.labels.clip import load_namer, thresh_of
 from samray.labels.networks import Network
 from samray.labels.onnx_file import OnnxNetwork, find_onnx, require_onnxruntime
 from samray.labels.phrase_inputs import PhraseInputs, read_phrases_and_network
+from samray.labels.phrases import Asked
 from samray.labels.records import limited_records
 from samray.labels.ways import MakeGenerator
 from samray.labels.yolo_masks import Image, Window, YoloMasks
@@ -30,6 +31,7 @@ from samray.masks.crops import Crop
 from samray.masks.images import check_images
 from samray.masks.records import Mask
 from samray.masks.scores import MASK_THRESHOLD, above, stability_scores
+from samray.prompts import Prompt
 from samray.rle import encode as rle
 from samray.rle.records import MaskRecord
 
@@ -54,8 +56,8 @@ class FastSamInputs:
     """The phrases and their network; None to keep all masks, without names."""
 
     @property
-    def categories(self) -> list[str]:
-        return [] if self.names is None else self.names.categories
+    def categories(self) -> list[str] | None:
+        return None if self.names is None else self.names.categories
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -72,15 +74,19 @@ class FastSamInputs:
         return [("masks", masks), finder, licence, ("chosen by", chosen), self.names.network_row()]
 
 
-def read_inputs(config: Config) -> FastSamInputs:
-    """Find the networks, run FastSAM's once, and read the phrases. Raises: ConfigError that names the setting,
-    StorageError."""
+def read_inputs(config: Config, texts: Sequence[str] | None = None) -> FastSamInputs:
+    """Find the networks, run FastSAM's once, and read the phrases. texts: as of `PhraseInputs.with_texts`.
+
+    Raises: ConfigError that names the setting, StorageError.
+    """
     import torch
 
     require_onnxruntime(_WAY)
     labels = config.labels
     assert labels.onnx is not None
-    names = None if labels.phrases is None else PhraseInputs(*read_phrases_and_network(config, "clip"))
+    names = None
+    if labels.phrases is not None or texts is not None:
+        names = PhraseInputs(*read_phrases_and_network(config, "clip")).with_texts(texts)
     finder = find_onnx(labels.onnx, _SETTING, EXPORT)
     load_finder(config, finder, torch.device("cpu")).check()
     return FastSamInputs(finder, names)
@@ -114,14 +120,18 @@ class FastSamGenerator:
         self.config, self.finder = config, finder
         if namer is not None and points_per_batch is not None:
             namer = replace(namer, crops_at_once=points_per_batch)
-        self.namer = namer
+        self.namer, self.asked = namer, Asked(() if namer is None else namer.phrases)
         self.stage_seconds = {"detect": 0.0} | ({} if namer is None else {"name": 0.0})
 
-    def generate(self, images: Sequence[Image]) -> list[list[MaskRecord]]:
+    def generate(
+        self, images: Sequence[Image], prompts: Sequence[Sequence[Prompt]] | None = None
+    ) -> list[list[MaskRecord]]:
         """The masks of each image, best confidence first; with phrases those that have a name, `label`, and its
         probability, `label_score`.
 
-        images: RGB uint8 (H, W, 3), upright, of any sizes. An image in which nothing is found has no masks.
+        images: RGB uint8 (H, W, 3), upright, of any sizes. prompts: a list of texts per image, asked of this image,
+        besides the phrases asked of all. An image in which nothing is found, or of which nothing is asked in a run
+        with phrases, has no masks.
         Raises: ValueError for invalid images, or if the network's outputs are not as expected.
         """
         check_images(images)
@@ -131,7 +141,8 @@ class FastSamGenerator:
         self.stage_seconds["detect"] += detected - started
         if self.namer is None:
             return found
-        named = [self.namer.name(image, masks) for image, masks in zip(images, found, strict=True)]
+        own = [self.asked.own(each) for each in prompts or [()] * len(images)]
+        named = [self.namer.name(image, masks, more) for image, masks, more in zip(images, found, own, strict=True)]
         self.stage_seconds["name"] += time.perf_counter() - detected
         return [[mask for mask in masks if mask["label"] is not None] for masks in named]
 

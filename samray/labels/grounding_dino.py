@@ -68,9 +68,12 @@ class DetectorInputs(PhraseInputs):
         return [("masks", f"{_WAY}, {self.phrases_in_words}"), self.network_row()]
 
 
-def read_inputs(config: Config) -> DetectorInputs:
-    """Read the phrases and find the network. Raises: ConfigError that names the setting, StorageError."""
-    return DetectorInputs(*read_phrases_and_network(config, _KIND))
+def read_inputs(config: Config, texts: Sequence[str] | None = None) -> DetectorInputs:
+    """Read the phrases and find the network. texts: as of `PhraseInputs.with_texts`.
+
+    Raises: ConfigError that names the setting, StorageError.
+    """
+    return DetectorInputs(*read_phrases_and_network(config, _KIND)).with_texts(texts)
 
 
 def build_generator(model: Sam, config: Config, inputs: DetectorInputs) -> MakeGenerator:

@@ -36,8 +36,13 @@ class PhraseInputs:
         own = {} if self.num_common is None else {"asked_of_all": self.num_common}
         return {"network_sha256": self.network.sha256, **own}
 
-    def with_texts(self, texts: Sequence[str]) -> Self:
-        """The same with phrases of single images. Raises: ConfigError if that makes too many categories."""
+    def with_texts(self, texts: Sequence[str] | None) -> Self:
+        """The same with phrases of single images; the same if texts is None: images have none.
+
+        Raises: ConfigError if that makes too many categories.
+        """
+        if texts is None:
+            return self
         known = set(map(plain, self.categories))
         categories = [*self.categories, *(text for text in texts if plain(text) not in known)]
         if len(categories) > MOST_PHRASES:

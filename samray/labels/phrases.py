@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from samray import storage
 from samray.errors import ConfigError, FileError, NotFoundError, TooLargeError
 from samray.prompts import phrase_problem
+from samray.rle.records import MaskRecord
 from samray.text import plain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from samray.prompts import Prompt
 
 MOST_PHRASES: Final = 10_000
@@ -72,6 +72,15 @@ def _checked(phrases: Iterable[str], name: str, what: str, *, skip_empty: bool =
     if len(cleaned) > MOST_PHRASES:
         raise ConfigError(f"{name} has {len(cleaned):,} phrases, expected at most {MOST_PHRASES:,}")
     return cleaned
+
+
+class FoundMasks(list[MaskRecord]):
+    """The masks of one image, and how likely it shows each phrase. A list, so that all that takes masks takes it."""
+
+    def __init__(self, masks: Iterable[MaskRecord], presence: Iterable[tuple[str, float]]) -> None:
+        """presence: all phrases asked of the image, in order, each with a score from 0 to 1."""
+        super().__init__(masks)
+        self.presence = [{"phrase": phrase, "score": score} for phrase, score in presence]
 
 
 class Asked:

@@ -5,9 +5,9 @@ Source: SAM 3 (Carion et al., "Segment Anything with Concepts", 2025), as `trans
 thing may be an instance of several. The score of an instance is the network's score for it times its presence score:
 the probability that the image shows what the phrase names at all. Instances above `score_thresh` are kept.
 
-What is computed how often: the image encoder once per image, the text encoder once per actor, because neither depends
-on the other; the encoder that fuses them and the decoder once per phrase and image. The mask decoder, which works on
-pixels, runs only for phrases that are found, and only for their instances.
+What is computed how often: the image encoder once per image, the text encoder once per phrase and actor, because
+neither depends on the other; the encoder that fuses them and the decoder once per phrase and image. The mask decoder,
+which works on pixels, runs only for phrases that are found, and only for their instances.
 """
 
 from __future__ import annotations
@@ -16,24 +16,26 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
-from samray.errors import ConfigError
+from samray.errors import ConfigError, ImageError
 from samray.labels.networks import Network, load_network, load_tokenizer, loading, opened, require_transformers
 from samray.labels.phrase_inputs import PhraseInputs, read_phrases_and_network
+from samray.labels.phrases import OWN_KEPT, Asked, FoundMasks
 from samray.labels.pixels import Pixels, read_settings
 from samray.labels.records import limited_records, named_mask
 from samray.labels.ways import MakeGenerator
 from samray.masks.images import check_images
 from samray.masks.records import Mask
 from samray.masks.stages import timed
-from samray.rle.records import MaskRecord
+from samray.prompts import Prompt
 
 if TYPE_CHECKING:
     from samray.config import Config
@@ -57,9 +59,12 @@ class SegmenterInputs(PhraseInputs):
         return [("masks", f"by SAM 3 (no other model is loaded), {self.phrases_in_words}"), self.network_row()]
 
 
-def read_inputs(config: Config) -> SegmenterInputs:
-    """Read the phrases and find the network. Raises: ConfigError that names the setting, StorageError."""
-    return SegmenterInputs(*read_phrases_and_network(config, *_KINDS))
+def read_inputs(config: Config, texts: Sequence[str] | None = None) -> SegmenterInputs:
+    """Read the phrases and find the network. texts: as of `PhraseInputs.with_texts`.
+
+    Raises: ConfigError that names the setting, StorageError.
+    """
+    return SegmenterInputs(*read_phrases_and_network(config, *_KINDS)).with_texts(texts)
 
 
 def build_generator(device: torch.device, config: Config, inputs: SegmenterInputs) -> MakeGenerator:
@@ -67,16 +72,17 @@ def build_generator(device: torch.device, config: Config, inputs: SegmenterInput
 
     Raises: ConfigError if the network is not this run's or cannot be loaded.
     """
-    segmenter = Segmenter(inputs.network, inputs.categories, device)
+    segmenter = Segmenter(inputs.network, inputs.common, device, takes_own=inputs.num_common is not None)
     return lambda points_per_batch: ConceptGenerator(config, segmenter, points_per_batch)
 
 
 @dataclass(frozen=True, slots=True)
 class Instances:
-    """What one phrase finds in an image: N instances, in the network's order."""
+    """What one phrase finds in an image: N instances, possibly none, in the network's order."""
 
-    phrase: int
-    """Its index."""
+    phrase: str
+    presence: float
+    """Probability that the image shows what the phrase names at all."""
     xyxy: Tensor
     """(N, 4) boxes as shares of the image's sides."""
     scores: Tensor
@@ -85,11 +91,69 @@ class Instances:
     """(N, h, w) probability of each pixel of the network's mask, which shows the whole image."""
 
 
-class Segmenter:
-    """SAM 3 with fixed phrases. Several threads may use it at once."""
+class Texts:
+    """Phrases as the text encoder reads them: those of every image at once, an image's own when they are needed.
+    Several threads may use it at once."""
 
-    def __init__(self, network: Network, phrases: Sequence[str], device: torch.device) -> None:
-        """Raises: ConfigError if the network is another one than in the driver or cannot be loaded."""
+    def __init__(self, model: Any, tokenizer: Any, common: Sequence[str]) -> None:
+        """model: a `Sam3Model`. Raises: ConfigError if the network cannot take a phrase."""
+        self._model, self._tokenizer = model, tokenizer
+        self.most_tokens: int = model.config.text_config.max_position_embeddings
+        for phrase in common:
+            if problem := self.problem_of(phrase):
+                raise ConfigError(f"labels.phrases: {problem}")
+        starts = range(0, len(common), _TEXTS_AT_ONCE)
+        self.common = [self._encode(common[start : start + _TEXTS_AT_ONCE]) for start in starts]
+        self._own = lru_cache(OWN_KEPT)(lambda phrase: self._encode([phrase]))
+        # Held while encoding, so that two threads with the same phrase encode it once.
+        self._lock = threading.Lock()
+
+    def problem_of(self, phrase: str) -> str | None:
+        """A sentence if the network takes fewer tokens."""
+        start_and_end = 2
+        number = len(self._tokenizer(phrase).input_ids)
+        if number <= self.most_tokens:
+            return None
+        return (
+            f"{phrase!r} has {number - start_and_end} tokens, and this network takes "
+            f"{self.most_tokens - start_and_end}; name the thing in fewer words"
+        )
+
+    def of(self, own: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings of the common phrases, then of an image's own, (P, T, C), and which of their tokens are not
+        padding, (P, T) bool. Raises: ImageError (`bad_prompt`) if the network cannot take one."""
+        for phrase in own:
+            if problem := self.problem_of(phrase):
+                raise ImageError("bad_prompt", problem)
+        with self._lock:
+            parts = [*self.common, *(self._own(phrase) for phrase in own)]
+        longest = max((texts.shape[1] for texts, _ in parts), default=0)
+        texts = [pad(texts, (0, 0, 0, longest - texts.shape[1])) for texts, _ in parts]
+        masks = [pad(mask, (0, longest - mask.shape[1])) for _, mask in parts]
+        return torch.cat(texts), torch.cat(masks)
+
+    @torch.inference_mode()
+    def _encode(self, phrases: Sequence[str]) -> tuple[Tensor, Tensor]:
+        # Padded as the processor does it, then cut to the longest phrase: padding has no influence.
+        batch = self._tokenizer(
+            list(phrases), padding="max_length", max_length=self.most_tokens, return_tensors="pt"
+        ).to(self._model.device)
+        mask = batch.attention_mask.bool()
+        longest = int(mask.sum(dim=1).max())
+        found = self._model.get_text_features(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        return found.pooler_output[:, :longest].clone(), mask[:, :longest]
+
+
+class Segmenter:
+    """SAM 3 with phrases that are asked of every image. Several threads may use it at once."""
+
+    def __init__(
+        self, network: Network, phrases: Sequence[str], device: torch.device, *, takes_own: bool = False
+    ) -> None:
+        """takes_own: whether images may have phrases of their own, for which the text encoder is kept.
+
+        Raises: ConfigError if the network is another one than in the driver or cannot be loaded.
+        """
         require_transformers(_WAY)  # here as well: the actor may run on another machine
         from transformers import CLIPTokenizer, Sam3Model
 
@@ -102,37 +166,13 @@ class Segmenter:
                 self.pixels = Pixels.from_json(read_settings(folder), side)
                 if self.pixels.resize != side:
                     raise ValueError(f"images of {self.pixels.resize} pixels a side, but the network takes {side}")
-        self.phrases, self.device = list(phrases), device
-        self.texts, self.text_mask = self._encode_texts(tokenizer)
-        # A third of the network, and used up. Boxes as prompts are not offered.
-        self.model.text_encoder = self.model.geometry_encoder = None
+        self.phrases, self.device = tuple(phrases), device
+        self.texts = Texts(self.model, tokenizer, self.phrases)
+        if not takes_own:
+            self.model.text_encoder = None  # a third of the network, and used up
+        self.model.geometry_encoder = None  # boxes as prompts are not offered
         self._mask_decoder = self.model.mask_decoder
         self.model.mask_decoder = self._postponed = Postponed()
-
-    @torch.inference_mode()
-    def _encode_texts(self, tokenizer: Any) -> tuple[Tensor, Tensor]:
-        """The phrases' embeddings (P, T, C), and which of their tokens are not padding (P, T) bool.
-
-        Raises: ConfigError if the network cannot take a phrase.
-        """
-        most = self.model.config.text_config.max_position_embeddings
-        lengths = [len(ids) for ids in tokenizer(self.phrases).input_ids]
-        for phrase, length in zip(self.phrases, lengths, strict=True):
-            if length > most:
-                raise ConfigError(
-                    f"labels.phrases: {phrase!r} has {length - 2} tokens, and this network takes {most - 2}; name the "
-                    "thing in fewer words"
-                )
-        texts, masks = [], []
-        for start in range(0, len(self.phrases), _TEXTS_AT_ONCE):
-            # Padded as the processor does it, then cut to the longest phrase: padding has no influence.
-            batch = tokenizer(
-                self.phrases[start : start + _TEXTS_AT_ONCE], padding="max_length", max_length=most, return_tensors="pt"
-            ).to(self.device)
-            found = self.model.get_text_features(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-            texts.append(found.pooler_output[:, : max(lengths)].clone())
-            masks.append(batch.attention_mask[:, : max(lengths)].bool())
-        return torch.cat(texts), torch.cat(masks)
 
     @torch.inference_mode()
     def encode(self, image: Image) -> Any:
@@ -140,20 +180,32 @@ class Segmenter:
         return self.model.get_vision_features(self.pixels.stretch(image)[None].to(self.device))
 
     @torch.inference_mode()
-    def find(self, features: Any, *, score_thresh: float, phrases_at_once: int) -> Iterator[Instances]:
-        """The instances of each phrase that is found, in the order of the phrases."""
-        for start in range(0, len(self.phrases), phrases_at_once):
-            texts, text_mask = (all[start : start + phrases_at_once] for all in (self.texts, self.text_mask))
+    def find(
+        self, features: Any, own: Sequence[str] = (), *, score_thresh: float, phrases_at_once: int
+    ) -> Iterator[Instances]:
+        """What each phrase finds, in the order of the phrases, then of own, those of this image alone.
+
+        Raises: ImageError (`bad_prompt`) if one of own has more tokens than the network takes.
+        """
+        phrases = [*self.phrases, *own]
+        if not phrases:
+            return
+        all_texts, all_masks = self.texts.of(own)
+        for start in range(0, len(phrases), phrases_at_once):
+            texts, text_mask = (all[start : start + phrases_at_once] for all in (all_texts, all_masks))
             # transformers 5.0 takes the embeddings, later versions an object that has them.
             texts.pooler_output = texts.view_as(texts)  # type: ignore[attr-defined]
             outputs = self.model(
                 vision_embeds=_repeated(features, len(texts)), text_embeds=texts, attention_mask=text_mask
             )
-            scores = outputs.pred_logits.sigmoid() * outputs.presence_logits.sigmoid()
-            for i in (scores > score_thresh).any(dim=1).nonzero().flatten().tolist():
+            presence = outputs.presence_logits.sigmoid()  # (P, 1)
+            scores = outputs.pred_logits.sigmoid() * presence
+            for i, present in enumerate(presence[:, 0].tolist()):
                 keep = scores[i] > score_thresh
-                masks = self._mask_decoder(**self._postponed.inputs_of(i, keep)).pred_masks[0].sigmoid()
-                yield Instances(start + i, outputs.pred_boxes[i, keep], scores[i, keep], masks)
+                masks = scores.new_zeros((0, 1, 1))
+                if keep.any():
+                    masks = self._mask_decoder(**self._postponed.inputs_of(i, keep)).pred_masks[0].sigmoid()
+                yield Instances(phrases[start + i], present, outputs.pred_boxes[i, keep], scores[i, keep], masks)
 
 
 def _repeated(features: Any, times: int) -> Any:
@@ -199,34 +251,45 @@ class ConceptGenerator:
         """points_per_batch: use little memory: ask one phrase at a time. None chooses by the device."""
         self.config, self.segmenter = config, segmenter
         is_frugal = points_per_batch is not None or segmenter.device.type == "cpu"
+        self.asked = Asked(segmenter.phrases)
         self.phrases_at_once = _CPU_PHRASES if is_frugal else _GPU_PHRASES
         self.stage_seconds = {"encode": 0.0, "decode": 0.0}
 
-    def generate(self, images: Sequence[Image]) -> list[list[MaskRecord]]:
-        """The masks of each image, best score first, with `label`, a phrase as the user wrote it, and `label_score`.
+    def generate(self, images: Sequence[Image], prompts: Sequence[Sequence[Prompt]] | None = None) -> list[FoundMasks]:
+        """The masks of each image, best score first, with `label`, a phrase as the user wrote it, and `label_score`;
+        and its presence scores.
 
-        SAM 3 predicts no IoU: `predicted_iou` is the score, too. images: RGB uint8 (H, W, 3), upright, of any sizes. An
-        image in which nothing is found has no masks. Raises: ValueError for invalid images.
+        SAM 3 predicts no IoU: `predicted_iou` is the score, too. images: RGB uint8 (H, W, 3), upright, of any sizes.
+        prompts: a list of texts per image, asked of this image, besides the phrases asked of all. An image in which
+        nothing is found has no masks.
+        Raises: ImageError (`bad_prompt`) for a text that the network cannot take, ValueError for invalid images.
         """
         check_images(images)
+        own = [self.asked.own(each) for each in prompts or [()] * len(images)]
         # One after the other: an image fills a GPU, and the features of many would fill its memory.
-        return [self._of_image(image) for image in images]
+        return [self._of_image(image, texts) for image, texts in zip(images, own, strict=True)]
 
     @torch.inference_mode()
-    def _of_image(self, image: Image) -> list[MaskRecord]:
+    def _of_image(self, image: Image, own: Sequence[str]) -> FoundMasks:
         thresh = self.config.labels.score_thresh
+        if not (self.segmenter.phrases or own):
+            return FoundMasks([], [])
         with self._stage("encode"):
             features = self.segmenter.encode(image)
+        presence: list[tuple[str, float]] = []
+        masks: list[Mask] = []
+        hw = (image.shape[0], image.shape[1])
         with self._stage("decode"):
-            found = self.segmenter.find(
+            for instances in self.segmenter.find(
                 features,
+                own,
                 score_thresh=SCORE_THRESH if thresh is None else thresh,
                 phrases_at_once=self.phrases_at_once,
-            )
-            hw = (image.shape[0], image.shape[1])
-            masks = [mask for instances in found for mask in self._masks(instances, hw)]
+            ):
+                presence.append((instances.phrase, instances.presence))
+                masks += self._masks(instances, hw)
         masks.sort(key=lambda mask: -mask.predicted_iou)  # stable: of equal scores the earlier phrase is first
-        return limited_records(masks, hw, self.config)
+        return FoundMasks(limited_records(masks, hw, self.config), presence)
 
     def _masks(self, instances: Instances, image_hw: tuple[int, int]) -> Iterator[Mask]:
         for probability, score in zip(instances.masks, instances.scores.tolist(), strict=True):
@@ -236,7 +299,7 @@ class ConceptGenerator:
                 whole.logit(),
                 self.config,
                 predicted_iou=score,
-                label=self.segmenter.phrases[instances.phrase],
+                label=instances.phrase,
                 label_score=score,
             )
 

@@ -8,7 +8,7 @@ predicted IoU is kept, as for a single click. The published checkpoints have no 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -20,14 +20,17 @@ from torch import Tensor
 
 from samray import storage
 from samray.errors import ConfigError
-from samray.labels.clip import load_clip
+from samray.labels.clip import load_clip, own_embeddings
 from samray.labels.networks import weights_sha256
 from samray.labels.phrase_inputs import PhraseInputs, read_phrases_and_network
+from samray.labels.phrases import Asked
 from samray.labels.records import limited_records, named_mask
 from samray.labels.ways import MakeGenerator
 from samray.labels.zero_shot import phrase_embeddings
 from samray.masks.images import check_images
+from samray.masks.prompted import PromptedGenerator, check_prompts
 from samray.masks.records import Mask
+from samray.prompts import Prompt
 from samray.rle.records import MaskRecord
 from samray.sam.checkpoints import read_clip_sha256
 from samray.sam.frames import frame_of
@@ -52,10 +55,10 @@ class TextInputs(PhraseInputs):
         return [("masks", f"{_WAY}, {self.phrases_in_words}"), self.network_row()]
 
 
-def read_inputs(config: Config) -> TextInputs:
+def read_inputs(config: Config, texts: Sequence[str] | None = None) -> TextInputs:
     """Check that the weights know text prompts, read the phrases, and find the network.
 
-    Raises: ConfigError that names the setting, StorageError.
+    texts: as of `PhraseInputs.with_texts`. Raises: ConfigError that names the setting, StorageError.
     """
     # First: without it a large network would be downloaded for nothing.
     clip_sha256 = read_clip_sha256(config.model.name, config.model.checkpoint)
@@ -65,7 +68,7 @@ def read_inputs(config: Config) -> TextInputs:
             " published checkpoints have none either. Train one: samray train LABELS WEIGHTS train.objective=text"
             f" model.name={config.model.name}, then set model.checkpoint=WEIGHTS/weights.safetensors"
         )
-    inputs = TextInputs(*read_phrases_and_network(config, "clip"))
+    inputs = TextInputs(*read_phrases_and_network(config, "clip")).with_texts(texts)
     found = weights_sha256(inputs.network)
     if found != clip_sha256:
         raise ConfigError(
@@ -82,24 +85,37 @@ def _weights_in_words(config: Config) -> str:
 
 
 def build_generator(model: Sam, config: Config, inputs: TextInputs) -> MakeGenerator:
-    """What creates the generators of an actor: the phrases are encoded once for all, and the network is let go.
+    """What creates the generators of an actor: the phrases are encoded once for all. The network is let go, unless
+    images have phrases of their own.
 
     Raises: ConfigError if the network is not this run's or cannot be loaded.
     """
     # Weights and network are those that `read_inputs` has compared, by their SHA-256.
     network = load_clip(inputs.network, _WAY, model.device)
-    texts = phrase_embeddings(network, inputs.categories, config.labels.templates).to(model.device)
-    phrases = Phrases(tuple(inputs.categories), texts)
+    templates = config.labels.templates
+    texts = phrase_embeddings(network, inputs.common, templates).to(model.device)
+    embed_own = None if inputs.num_common is None else own_embeddings(network, templates)
+    phrases = Phrases(tuple(inputs.common), texts, embed_own)
     return lambda points_per_batch: TextGenerator(model, config, phrases, points_per_batch)
 
 
 @dataclass(frozen=True, slots=True)
 class Phrases:
-    """The phrases asked for, which are encoded once for all images."""
+    """The phrases asked of every image, which are encoded once for all of them."""
 
     names: tuple[str, ...]
     embeddings: Tensor
     """(P, D), unit embeddings on the model's device."""
+    embed_own: Callable[[str], Tensor] | None = None
+    """(D,), the embedding of a phrase of a single image; None if images have none."""
+
+    def with_own(self, own: Sequence[str]) -> tuple[list[str], Tensor]:
+        """The names asked of one image, and their embeddings (P, D)."""
+        if not own:
+            return list(self.names), self.embeddings
+        assert self.embed_own is not None
+        more = torch.stack([self.embed_own(phrase) for phrase in own]).to(self.embeddings.device)
+        return [*self.names, *own], torch.cat([self.embeddings, more])
 
 
 class TextGenerator:
@@ -108,31 +124,43 @@ class TextGenerator:
     def __init__(self, model: Sam, config: Config, phrases: Phrases, points_per_batch: int | None = None) -> None:
         """points_per_batch: phrases decoded together; None chooses by the device."""
         self.model, self.config, self.phrases, self.frame = model, config, phrases, frame_of(model)
+        frugal = {} if points_per_batch is None else {"points_per_batch": points_per_batch}
+        self.asked = Asked(phrases.names)
+        self.prompted = PromptedGenerator(model, config.masks.model_copy(update=frugal))
         self.phrases_per_batch = points_per_batch or (_CPU_PHRASES if model.device.type == "cpu" else _GPU_PHRASES)
         self.stage_seconds = {"encode": 0.0, "decode": 0.0}
 
     @torch.inference_mode()
-    def generate(self, images: Sequence[Image]) -> list[list[MaskRecord]]:
+    def generate(
+        self, images: Sequence[Image], prompts: Sequence[Sequence[Prompt]] | None = None
+    ) -> list[list[MaskRecord]]:
         """The masks of each image, at most one per phrase, best score first.
 
         Each has `label`, a phrase as the user wrote it, and `label_score`, the predicted IoU.
-        images: RGB uint8 (H, W, 3), upright, of any sizes. Raises: ValueError for invalid images.
+        images: RGB uint8 (H, W, 3), upright, of any sizes. prompts: a list per image; texts are asked of this image,
+        besides the phrases asked of all. Clicks and boxes give one mask each, without a name, before the others.
+        Raises: ImageError (`bad_prompt`) for a wrong prompt, ValueError for invalid images.
         """
         check_images(images)
+        prompts = [()] * len(images) if prompts is None else prompts
+        for image, each in zip(images, prompts, strict=True):
+            check_prompts(image, each)
         with self._stage("encode"):
             embeddings = self.model.encode_images(self.model.preprocess(list(images))[0])
         records = []
         with self._stage("decode"):
-            for image, embedding in zip(images, embeddings, strict=True):
+            for image, embedding, each in zip(images, embeddings, prompts, strict=True):
                 image_hw = (image.shape[0], image.shape[1])
-                records.append(limited_records(list(self._masks(embedding[None], image_hw)), image_hw, self.config))
+                masks = list(self._masks(embedding[None], self.asked.own(each), image_hw))
+                clicked = self.prompted.masks_of(embedding[None], image_hw, each)
+                records.append(clicked + limited_records(masks, image_hw, self.config))
         return records
 
-    def _masks(self, embedding: Tensor, image_hw: tuple[int, int]) -> Iterator[Mask]:
+    def _masks(self, embedding: Tensor, own: Sequence[str], image_hw: tuple[int, int]) -> Iterator[Mask]:
         """One mask per phrase whose score is above the threshold. embedding: (1, C, h, w)."""
         thresh = self.config.labels.score_thresh
         thresh = SCORE_THRESH if thresh is None else thresh
-        names, texts = self.phrases.names, self.phrases.embeddings
+        names, texts = self.phrases.with_own(own)
         for start in range(0, len(texts), self.phrases_per_batch):
             batch = texts[start : start + self.phrases_per_batch]
             logits, iou = self.model.predict(embedding, text_embeddings=batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from samray.config.labels import WAYS, ways_with_own_phrases
@@ -23,8 +23,8 @@ class Inputs(Protocol):
     """What a way needs besides the settings: read in the driver, sent to every actor, so small and picklable."""
 
     @property
-    def categories(self) -> list[str]:
-        """The names asked for, in order."""
+    def categories(self) -> list[str] | None:
+        """The names asked for, in order; None if masks get no names."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -50,18 +50,24 @@ def read_inputs(config: Config, texts: Sequence[str] | None = None) -> Inputs | 
         return None
     if texts is None and "phrases" in WAYS[by].needs and config.labels.phrases is None:
         raise ConfigError(f"labels.by={by} needs labels.phrases")
-    inputs: Any = function_named(WAYS[by].inputs)(config)
-    found: Inputs = inputs if texts is None else inputs.with_texts(texts)
+    read = function_named(WAYS[by].inputs)
+    found: Inputs = read(config) if texts is None else read(config, texts)
     return found
 
 
-def labels_identity(config: Config, inputs: Inputs | None) -> dict[str, Any]:
+def labels_identity(config: Config, inputs: Inputs | None, begun: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The part of a run's identity that is about `labels`; empty for a run without. It has `categories` if masks get
-    names."""
+    names, and `presence` if rows get that column.
+
+    begun: the identity of the run to resume: one from before that column is finished without it.
+    """
     if inputs is None:
         return {}
-    names = {"categories": inputs.categories} if config.labels.gives_names else {}
-    return {"labels": {**config.labels.identity(), **inputs.identity, **names}}
+    names = {} if inputs.categories is None else {"categories": inputs.categories}
+    assert config.labels.by is not None
+    is_stored = begun is None or "presence" in begun.get("labels", {})
+    presence = {"presence": True} if WAYS[config.labels.by].presence and is_stored else {}
+    return {"labels": {**config.labels.identity(), **inputs.identity, **names, **presence}}
 
 
 def generator_maker(model: Sam | torch.device, config: Config, inputs: Inputs) -> MakeGenerator:

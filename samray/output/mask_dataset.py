@@ -25,7 +25,7 @@ from samray.inputs.rows import INPUT_SCHEMA
 from samray.output.classes import classes_of
 from samray.output.lookup import index_containers, index_images, read_row_group, read_shard_footer, read_uris
 from samray.output.plan import Plan, load_plan
-from samray.output.schema import schema_of
+from samray.output.schema import has_presence, schema_of
 from samray.output.seals import seal_of
 from samray.output.shards import shard_uri
 from samray.output.where import Bools, make_where
@@ -37,6 +37,7 @@ Target = dict[str, Any]
 _BOXES_ONLY: Final = ["image", "uri"] + [
     f"annotations.list.element.{name}" for name in ("bbox", "area", "predicted_iou", "stability_score")
 ]
+_PRESENCE: Final = [f"presence.list.element.{name}" for name in ("phrase", "score")]
 _NAMES: Final = [f"annotations.list.element.{name}" for name in ("label", "label_score")]
 
 BACKGROUND: Final = "__background__"
@@ -59,6 +60,8 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
     - masks: (N, H, W) bool with masks="bool"; segmentation: N COCO RLEs with masks="rle"; neither with masks="boxes",
       which does not even read the run-length strings
     - predicted_iou, stability_score: (N,) float32; label_score, too, in an output with names: NaN without a name
+    - presence: (len(classes),) float32, only in an output that has such scores (labels.by=sam3): how likely the image
+      shows the class at all; NaN if that was not asked
     - image_id: int
 
     classes: `__background__` (0, of no mask, as in torchvision), the run's names in order, and "object" for masks
@@ -120,6 +123,7 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         self.image_root = image_root and (storage.normalize(image_root[0]), storage.normalize(image_root[1]))
         self._classes = classes_of(plan)
         self.classes = [BACKGROUND, *self._classes.all(with_unnamed=True)]
+        self._has_presence = has_presence(plan.run["identity"])
         self.where = make_where(where, self.output)
         if self.where is not None:
             self.where.check(schema_of(plan.run))
@@ -161,7 +165,11 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         """The image's masks alone, without transforms; does not read the image. Raises: StorageError."""
         table, row = self._locate(range(len(self))[index])
         selected = None if self.where is None else self.where.flags(table.slice(row, 1))[1]
-        return self._target(table["annotations"][row].values, table["image"][row].as_py(), selected)
+        record = table["image"][row].as_py()
+        target = self._target(table["annotations"][row].values, record, selected)
+        if self._has_presence:
+            target["presence"] = self._presence(table["presence"][row].as_py(), record)
+        return target
 
     def uris(self) -> list[str]:
         """The URI of every image when it was labelled, in the order of the dataset. Raises: StorageError."""
@@ -200,7 +208,8 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
 
     def _read_group(self, shard: int, group: int) -> pa.Table:
         # Read the whole group for masks: the few unneeded bytes cost less than a second request.
-        columns = _BOXES_ONLY + _NAMES * bool(self._classes.names) if self.masks == "boxes" else None
+        more = _NAMES * bool(self._classes.names) + _PRESENCE * self._has_presence
+        columns = _BOXES_ONLY + more if self.masks == "boxes" else None
         if columns is not None and self.where is not None:
             schema = self._footer(shard)[0].schema.to_arrow_schema()
             columns = sorted({*columns, *self.where.columns(schema)})
@@ -252,6 +261,16 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
         """(N,) int64 class of each mask. Raises: StorageError for a name that the run did not ask for."""
         names = annotations.field("label").to_pylist() if self._classes.names else []
         return torch.tensor(self._classes.indices(names, len(annotations)), dtype=torch.int64) + 1
+
+    def _presence(self, items: Any, record: dict[str, Any]) -> Tensor:
+        """(len(classes),) float32. Raises: StorageError if the row is damaged."""
+        scores = torch.full((len(self.classes),), torch.nan)
+        try:
+            for item in items:
+                scores[self.classes.index(item["phrase"], 1)] = item["score"]
+        except (TypeError, ValueError) as error:
+            raise StorageError(_damaged(record, "a presence that is not a list of its phrases with scores")) from error
+        return scores
 
     def _check(self, annotations: pa.StructArray, record: dict[str, Any]) -> None:
         """Raises: StorageError if a field is empty or a box does not have four numbers: OUTPUT may be damaged."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -62,6 +62,10 @@ PHRASES: Final = pa.field("phrases", pa.list_(pa.string()))
 """Last column of runs in which images have phrases of their own: those asked of this image, besides the ones asked of
 every image."""
 
+PRESENCE: Final = pa.field("presence", pa.list_(pa.struct([("phrase", pa.string()), ("score", pa.float64())])))
+"""Last column of runs whose `labels.by` says how likely an image shows what a phrase names at all: one item per phrase
+asked of the image, in order, found or not. Empty if the image failed."""
+
 CHANGES: Final = ("added", "changed", "removed", "left_out")
 
 STATS_SECONDS: Final = ("device_seconds", "held_seconds", "gpu_seconds")
@@ -86,6 +90,8 @@ class ImageRecord:
     """As in `CORRECTED_SCHEMA`; only in a corrected output."""
     phrases: list[str] | None = None
     """As in `PHRASES`; only stored in runs that have that column."""
+    presence: list[dict[str, Any]] | None = None
+    """As in `PRESENCE`; only stored in runs that have that column."""
 
 
 def schema_of(run: Mapping[str, Any]) -> pa.Schema:
@@ -94,7 +100,8 @@ def schema_of(run: Mapping[str, Any]) -> pa.Schema:
     schema = CORRECTED_SCHEMA if "corrects" in identity else SCHEMA
     if categories_of(identity) is None:
         return schema
-    return named(schema) if num_common_of(identity) is None else named(schema).append(PHRASES)
+    schema = named(schema) if num_common_of(identity) is None else named(schema).append(PHRASES)
+    return schema.append(PRESENCE) if has_presence(identity) else schema
 
 
 def named(schema: pa.Schema) -> pa.Schema:
@@ -116,6 +123,17 @@ def num_common_of(identity: Mapping[str, Any]) -> int | None:
     return found
 
 
+def has_presence(identity: Mapping[str, Any]) -> bool:
+    """Whether the shards of a run have the column `PRESENCE`."""
+    return bool((identity.get("labels") or {}).get("presence"))
+
+
+def asked_of(own: Iterable[str], categories: Sequence[str], num_common: int | None) -> list[str]:
+    """All phrases that were asked of an image, in order. own: those in `PHRASES`; num_common: as of `num_common_of`."""
+    common = list(categories[:num_common])
+    return common + [phrase for phrase in own if phrase not in common]
+
+
 def count_named(table: pa.Table) -> int:
     """Number of masks with a name in rows of `schema_of` a run."""
     masks = pc.list_flatten(table["annotations"])
@@ -132,8 +150,9 @@ def check_columns(schema: pa.Schema) -> None:
         if schema.get_field_index(column.name) < 0:
             raise ValueError(f"expected one column {column.name!r}; shards have {SCHEMA.names}")
         _check_type(column.name, schema.field(column.name).type, column.type)
-    if schema.get_field_index(PHRASES.name) >= 0:
-        _check_type(PHRASES.name, schema.field(PHRASES.name).type, PHRASES.type)
+    for column in (PHRASES, PRESENCE):
+        if schema.get_field_index(column.name) >= 0:
+            _check_type(column.name, schema.field(column.name).type, column.type)
 
 
 def _check_type(name: str, kind: pa.DataType, wanted: pa.DataType) -> None:
@@ -178,6 +197,7 @@ def _row(record: ImageRecord) -> dict[str, Any]:
         "error": record.error,
         "corrections": record.corrections,
         "phrases": record.phrases or [],
+        "presence": [] if failed else record.presence or [],
     }
 
 

@@ -26,6 +26,7 @@ from samray.output.schema import (
     CORRECTED_SCHEMA,
     NAMED_ANNOTATION,
     PHRASES,
+    PRESENCE,
     SCHEMA,
     check_columns,
     named,
@@ -71,7 +72,8 @@ def shard_bytes(table: pa.Table, compression_level: int = 3) -> bytes:
     has_names = table.schema.field("annotations").type == pa.list_(NAMED_ANNOTATION)
     # Readers know only these schemas; any other is a bug of the caller.
     known = [named(schema) if has_names else schema for schema in (SCHEMA, CORRECTED_SCHEMA)]
-    known += [schema.append(PHRASES) for schema in known if has_names]
+    for column in (PHRASES, PRESENCE) if has_names else ():
+        known += [schema.append(column) for schema in known]
     assert any(table.schema.equals(schema) for schema in known), table.schema
     # Rows that were read from another file carry that file's checksum in their metadata.
     table = unsealed(table)
@@ -86,7 +88,7 @@ def shard_bytes(table: pa.Table, compression_level: int = 3) -> bytes:
         write_page_index=True,
         write_statistics=_LOOKED_UP,
         # Run-length strings never repeat.
-        use_dictionary=["status", "error", *(["annotations.list.element.label"] if has_names else [])],
+        use_dictionary=["status", "error", *_repeated_names(table.schema)],
         write_page_checksum=True,
     ) as writer:
         # Metadata can be added only while the writer is open.
@@ -96,6 +98,14 @@ def shard_bytes(table: pa.Table, compression_level: int = 3) -> bytes:
             # As one chunk: a table's chunk boundaries are not data, but would affect the pages.
             writer.write_table(table.slice(start, num_rows).combine_chunks(), row_group_size=num_rows)
     return seal(sink.getvalue())
+
+
+def _repeated_names(schema: pa.Schema) -> Iterator[str]:
+    """The Parquet columns of names, which repeat."""
+    if schema.field("annotations").type == pa.list_(NAMED_ANNOTATION):
+        yield "annotations.list.element.label"
+    if PRESENCE.name in schema.names:
+        yield "presence.list.element.phrase"
 
 
 def rows_per_group(table: pa.Table) -> int:

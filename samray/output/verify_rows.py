@@ -9,14 +9,14 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from samray.output.schema import ANNOTATIONS_PER_IMAGE, CHANGES
+from samray.output.schema import ANNOTATIONS_PER_IMAGE, CHANGES, PRESENCE, asked_of
 from samray.rle.runs import area, bbox_xywh, check_size, checked_runs
 
 PREDICTED_IOU_RANGE: Final = (-0.4, 1.4)
 """SAM's IoU prediction is unbounded; a value further than this from [0, 1] cannot come from the model."""
 
 
-_ASKED: Final = ("image", "annotations", "corrections", "phrases")
+_ASKED: Final = ("image", "annotations", "status", "corrections", "phrases", "presence")
 
 _MAY_BE_NULL: Final = ("label", "label_score")
 
@@ -72,22 +72,48 @@ def check_status(name: str, table: pa.Table) -> Iterator[str]:
 
 
 def check_asked(name: str, table: pa.Table, categories: Sequence[str], num_common: int | None) -> Iterator[str]:
-    """Check that a row's own phrases are categories, and that each of its masks has a name that was asked of it.
+    """Check that a row's own phrases are categories, that each of its masks has a name that was asked of it, and that
+    the scores in `presence`, if it has that column, are of all phrases asked.
 
     num_common: as of `num_common_of`. In a corrected output a person may have given any of the names.
     """
-    if num_common is None:
+    has_presence = PRESENCE.name in table.column_names
+    if num_common is None and not has_presence:
         return
     known, common = set(categories), set(categories[:num_common])
     rows = table.select([column for column in table.column_names if column in _ASKED]).to_pylist()
     for row in rows:
-        which, own = f"{name}: image {(row['image'] or {}).get('image_id')}", row["phrases"]
+        which = f"{name}: image {(row['image'] or {}).get('image_id')}"
+        own = row["phrases"] if num_common is not None else []
+        if has_presence:
+            # A person may have added names, which were asked of no image.
+            asked = None if "corrections" in row else asked_of(own or (), categories, num_common)
+            yield from (f"{which} {problem}" for problem in _check_presence(row, asked, known))
+        if num_common is None:
+            continue
         if own is None or not known.issuperset(own):
             yield f"{which} has the phrases {own}, expected a list of names that the run asks for"
             continue
         labels = {mask["label"] for mask in row["annotations"] or [] if mask is not None} - {None}
         if "corrections" not in row and (not_asked := labels - common - set(own)):
             yield f"{which} has a mask with the name {min(not_asked)!r}, which was not asked of this image"
+
+
+def _check_presence(row: Mapping[str, Any], asked: Sequence[str] | None, known: set[str]) -> Iterator[str]:
+    """Yield a sentence for each thing wrong with the column `presence`. asked: None if any of known may be there."""
+    items = row["presence"]
+    if items is None or None in items or any(None in item.values() for item in items):
+        yield f"has an empty field in its presence: {items}"
+        return
+    phrases = [item["phrase"] for item in items]
+    wanted = [] if row["status"] == "failed" else asked
+    if wanted is None and (len(set(phrases)) < len(phrases) or not known.issuperset(phrases)):
+        yield f"has the presence of {phrases}, expected names that the run asks for, each once"
+    elif wanted is not None and phrases != wanted:
+        yield f"has the presence of {phrases}, expected {wanted}"
+    for item in items:
+        if not 0 <= item["score"] <= 1:
+            yield f"has a score out of range: presence of {item['phrase']!r} {item['score']}, expected 0 to 1"
 
 
 def check_image(

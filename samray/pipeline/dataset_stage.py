@@ -14,10 +14,11 @@ from samray.cluster.processes import end_with_ray
 from samray.cluster.session import ensure_ray
 from samray.cluster.sizes import WHOLE_CPU_LEFT, check_fits, choose_sizes, cluster_nodes
 from samray.config import Config
+from samray.config.labels import WAYS
 from samray.errors import ConfigError, ImageError
 from samray.inputs.parquet_types import is_text
 from samray.labels.ways import read_inputs
-from samray.output.schema import ANNOTATION, NAMED_ANNOTATION
+from samray.output.schema import ANNOTATION, NAMED_ANNOTATION, PRESENCE
 from samray.pipeline.labeler import EncodedImage, ShardLabeler, build_labeler
 from samray.pipeline.metrics import ActorFigures
 from samray.prompts import Prompt
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 IMAGES_PER_BATCH = 16
 ADDED_COLUMNS = ("annotations", "status", "error")
+"""And `presence` with a way that has such scores."""
 
 
 def label_dataset(
@@ -38,7 +40,8 @@ def label_dataset(
     phrases_column: str | None = None,
     make_labeler: Callable[[Config, int], ShardLabeler] | None = None,
 ) -> Dataset:
-    """Add the columns `annotations`, `status` and `error` to ds; lazy, like every Ray Data stage.
+    """Add the columns `annotations`, `status` and `error` to ds, with labels.by=sam3 also `presence`; lazy, like every
+    Ray Data stage.
 
     The images are in the column config.input.image_column, else in `bytes` or `image`: encoded bytes, Hugging Face's
     `struct<bytes, path>`, or RGB or grey uint8 arrays. An image that cannot be labelled has status `failed` and a
@@ -94,12 +97,16 @@ class DatasetLabeler:
         end_with_ray()
         self.phrases_column = phrases_column
         self.image_column = config.input.image_column
-        self.annotation = NAMED_ANNOTATION if config.labels.gives_names else ANNOTATION
+        has_names = config.labels.gives_names or phrases_column is not None
+        self.annotation = NAMED_ANNOTATION if has_names else ANNOTATION
+        by = config.labels.by
+        self.has_presence = by is not None and WAYS[by].presence
         self.figures = ActorFigures()
         self.labeler = make_labeler(config, num_threads)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        taken = [name for name in ADDED_COLUMNS if name in batch.column_names]
+        added = (*ADDED_COLUMNS, PRESENCE.name) if self.has_presence else ADDED_COLUMNS
+        taken = [name for name in added if name in batch.column_names]
         if taken:
             raise ConfigError(f"the dataset already has columns named {', '.join(taken)}: rename or drop them")
         images = [
@@ -121,7 +128,10 @@ class DatasetLabeler:
             "annotations", pa.array([r.annotations for r in records], pa.list_(self.annotation))
         )
         batch = batch.append_column("status", pa.array(["failed" if e else "ok" for e in errors], pa.string()))
-        return batch.append_column("error", pa.array(errors, pa.string()))
+        batch = batch.append_column("error", pa.array(errors, pa.string()))
+        if not self.has_presence:
+            return batch
+        return batch.append_column(PRESENCE, pa.array([r.presence or [] for r in records], PRESENCE.type))
 
     def _images(self, batch: pa.Table) -> Iterator[bytes | np.ndarray | ImageError]:
         name = self._column(batch)

@@ -21,7 +21,7 @@ from samray.config import InputConfig
 from samray.errors import ImageError, StorageError
 from samray.inputs.child import ChildNotStarted
 from samray.inputs.decode_apart import decode_apart
-from samray.labels.phrases import distinct
+from samray.labels.phrases import FoundMasks, distinct
 from samray.output.schema import ANNOTATIONS_PER_IMAGE, ImageRecord
 from samray.pipeline.faults import DeviceFault, internal_error, is_out_of_memory, one_line, raise_if_fatal
 from samray.pipeline.groups import GPU_GROUP_IMAGES, GROUP_PIXELS, GroupSize, OutOfMemoryCount
@@ -293,6 +293,7 @@ def make_record(
         annotations=[{"id": image.image_id * ANNOTATIONS_PER_IMAGE + i, **mask} for i, mask in enumerate(found)],
         error=error,
         phrases=list(distinct(p for p in image.prompts or () if isinstance(p, Prompt)).values()),
+        presence=masks.presence if isinstance(masks, FoundMasks) else None,
     )
 
 

@@ -171,7 +171,7 @@ def _run_of(source: Plan, config: Config, labels: Inputs, fingerprint: str, begu
     settings = run.setdefault("config", {})
     settings["labels"] = config.labels.model_dump(mode="json")
     settings["output"] = {**settings.get("output", {}), "images_per_shard": per_shard}
-    return run | {"images_per_shard": per_shard, "categories": list(labels.categories)}
+    return run | {"images_per_shard": per_shard, "categories": list(labels.categories or ())}
 
 
 def _refuse_other(begun: Plan, run: Mapping[str, Any], source: str) -> None:

@@ -112,7 +112,7 @@ def plan_run(
     # Read once, here: it may change during the run, and its content is a part of the run's identity.
     prompt_file, labels = _prompts_and_labels(config)
     identity = _identity_of_dry_run(config, begun) if dry_run else run_identity(config, weights)
-    identity |= labels_identity(config, labels) | (prompt_file.identity if prompt_file else {})
+    identity |= labels_identity(config, labels, begun) | (prompt_file.identity if prompt_file else {})
     if is_new and dry_run:  # the only case without a plan in OUTPUT
         return _preview(input_uri, output_uri, config, identity, prompt_file, labels)
     check = functools.partial(_check_images, input_uri=input_uri, prompt_file=prompt_file)
@@ -148,13 +148,12 @@ def _prompts_and_labels(config: Config) -> tuple[PromptFile | None, Inputs | Non
     if prompt_file is None or labels is None:
         return prompt_file, labels
     by = config.labels.by
-    if by is not None and WAYS[by].names_grid and any(prompt.text is None for prompt in prompt_file.prompts):
+    if by is not None and not WAYS[by].takes_clicks and any(prompt.text is None for prompt in prompt_file.prompts):
         raise ConfigError(
-            f"input.prompts {storage.redact(prompt_file.uri)} has points or boxes, but labels.by={by} names all masks "
-            "of the point grid and takes texts alone; to name one mask per prompt, label without labels.by, then run "
-            "samray name"
+            f"input.prompts {storage.redact(prompt_file.uri)} has points or boxes, but labels.by={by} takes texts "
+            "alone; for one mask per click or box, each named afterwards, label without labels.by, then run samray name"
         )
-    return prompt_file.spelled(labels.categories), labels
+    return prompt_file.spelled(labels.categories or ()), labels
 
 
 def run_identity(config: Config, weights: WeightsFile | None = None) -> dict[str, Any]:

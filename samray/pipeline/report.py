@@ -221,7 +221,7 @@ def no_masks(num_images: int, config: Config) -> str:
     if config.masks_are_prompted:
         return f"{found}: {config.input.prompts} has no prompts for them"
     by = config.labels.by
-    if by is not None and not config.labels.gives_names:
+    if by is not None and not config.labels.gives_names and config.input.prompts is None:
         return f"{found}. Look at the images; a lower labels.conf_thresh gives more masks, into another OUTPUT"
     if by is not None and not config.labels.finds_all and config.labels.example is None:
         thresholds = " and ".join(f"labels.{key}" for key in WAYS[by].thresholds)

@@ -192,7 +192,7 @@ def _begin_report(planned: RunPlan, work: _Work) -> LabelReport:
         plan.num_shards,
         num_shards_skipped=plan.num_shards - len(work.todo),
         skipped=planned.skipped.redacted(),
-        num_named=0 if planned.config.labels.gives_names else None,
+        num_named=None if planned.labels is None or planned.labels.categories is None else 0,
         num_images_not_found=planned.prompts.num_unknown if planned.prompts else 0,
         gpu_price_per_hour=planned.config.cluster.gpu_price_per_hour,
     )

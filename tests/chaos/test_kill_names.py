@@ -16,7 +16,7 @@ from tests.chaos.test_kill_everything import kill, start, started, write  # noqa
 from tests.support import standin
 from tests.support.drivers import Driver, wait_until
 from tests.support.labelled import image_bytes, make_output
-from tests.support.name_operation import TEXTS, write_inputs
+from tests.support.name_operation import ASKED_ALONE, TEXTS, write_inputs
 from tests.support.naming import colour_namer
 from tests.support.outputs import expected_masks, rows_of
 
@@ -24,6 +24,8 @@ NUM_IMAGES = 12
 KILLS = (
     ("grounding_dino", "driver"),
     ("clip_labels", "actor"),  # a run whose actor is killed goes on to the end, and the next one begins
+    ("sam3", "actor"),
+    ("fastsam", "actor"),
     ("example", "actor"),
     ("named", "driver"),
     ("named", "actor"),
@@ -49,8 +51,8 @@ def test_every_image_is_named_once_whatever_is_killed(tmp_path: Path, started: l
         running = None if victim == "driver" else running
     assert started[-1].wait() == 0, started[-1].text()
 
-    for folder in ("grounding_dino", "clip_labels", "example"):
-        check_labelled(tmp_path / folder, images, TEXTS if folder == "grounding_dino" else {})
+    for folder in ("grounding_dino", "clip_labels", "sam3", "fastsam", "example"):
+        check_labelled(tmp_path / folder, images, TEXTS if folder in ASKED_ALONE else {})
     check_named(tmp_path)
 
 
@@ -68,6 +70,8 @@ def check_labelled(output: Path, images: dict[str, bytes], texts: dict[str, str]
         own = [texts[name].lower()] if name in texts else []
         assert {mask["label"] for mask in row["annotations"]} == {*(own or ["thing"])}
         assert row.get("phrases", []) == own
+        if output.name == "sam3":
+            assert [one["phrase"] for one in row["presence"]] == ["thing", *own]
     categories = json.loads((output / "_samray" / "run.json").read_text())["categories"]
     assert categories == ["thing", *(["other"] if output.name == "clip_labels" else []), *(["own"] if texts else [])]
     assert verify(str(output), deep=True).ok

@@ -17,6 +17,7 @@ from torch.nn.functional import interpolate
 from samray.config import Config
 from samray.labels.fastsam import FastSamGenerator, build_generator, read_inputs
 from samray.labels.yolo_masks import INPUT_SIDE, MAX_MASKS, Letterbox, resized
+from samray.prompts import Prompt
 from tests.support.tiny_clip import write_clip
 from tests.support.tiny_yolo import NUM_COEFFICIENTS, write_yolo
 
@@ -196,6 +197,13 @@ def test_phrases_choose_as_transformers_does(tmp_path: Path, clip: Path) -> None
     for record, i in zip(got, chosen, strict=True):
         assert (coco_mask.decode(record["segmentation"]).astype(bool) != every[i]).sum() <= 1e-4 * every[i].size
     assert masks_of(settings(network, **own, score_thresh=1.0), image) == [], "none of them"
+    # The same with phrases of the image alone, and nothing where nothing is asked.
+    few = settings(network, **{**own, "phrases": PHRASES[:1]}, score_thresh=thresh - 1e-5)
+    generator = build_generator(CPU, few, read_inputs(few, PHRASES[1:]))(None)
+    (same,) = generator.generate([image], [[Prompt(text=text) for text in PHRASES[1:]]])
+    assert [(one["label"], one["segmentation"]) for one in same] == [(one["label"], one["segmentation"]) for one in got]
+    nobody = settings(network, **{**own, "phrases": None})
+    assert build_generator(CPU, nobody, read_inputs(nobody, []))(None).generate([image]) == [[]]
     without = masks_of(settings(network, **{**own, "negatives": []}, score_thresh=0.0), image)
     assert len(without) == len(every), "without negatives each mask is like a phrase"
 

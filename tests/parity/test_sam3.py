@@ -44,13 +44,14 @@ class Case:
         with torch.no_grad():
             outputs = self.network(**inputs)
         size = inputs["original_sizes"].tolist()
+        presence = float(outputs.presence_logits.sigmoid())
         found, outer, inner = (
             self.processor.post_process_instance_segmentation(
                 outputs, threshold=self.thresh, mask_threshold=cut, target_sizes=size
             )[0]
             for cut in (0.5, 0.5 - 1e-4, 0.5 + 1e-4)
         )
-        return {**found, "outer": outer["masks"], "inner": inner["masks"]}
+        return {**found, "presence": presence, "outer": outer["masks"], "inner": inner["masks"]}
 
 
 @pytest.fixture(scope="module", params=[(3, 0.25), (5, 0.4)], ids=lambda param: f"seed {param[0]}")
@@ -75,6 +76,9 @@ def test_boxes_masks_scores_and_names_are_those_of_a_plain_script(
 
     generator.phrases_at_once = at_once
     (records,) = generator.generate([image])
+    assert [one["phrase"] for one in records.presence] == PHRASES
+    presence = [one["score"] for one in records.presence]
+    assert presence == pytest.approx([own["presence"] for own in script.values()], abs=1e-4)
     scores = [record["label_score"] for record in records]
     assert scores == sorted(scores, reverse=True)
     for phrase, own in script.items():

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import ray.data
 from PIL import Image
+from safetensors.torch import save_file
 
 from samray import storage
+from samray.cli.main import main
 from samray.config import Config, load_config
 from samray.errors import ConfigError
 from samray.exports.export import export
+from samray.labels.networks import WEIGHTS
 from samray.output.plan import load_plan
 from samray.output.schema import samray_metadata
 from samray.output.shards import read_shard, shard_uri
@@ -22,6 +25,9 @@ from samray.output.status import run_status
 from samray.output.verify import verify
 from samray.pipeline.dataset_stage import label_dataset
 from samray.pipeline.run import label
+from samray.sam.checkpoints import load_model
+from samray.sam.fetch import file_sha256
+from samray.sam.text_projection import TextProjection
 from samray.scenes.scene import make_scene
 from samray.storage.tables import read_parquet
 from samray.text import plain
@@ -99,6 +105,8 @@ def test_sam3_needs_no_sam_and_records_negatives(tmp_path: Path, local_ray: None
     assert 0 < len(found) < len(rows) * len(phrases), "some pairs of image and phrase are found, others not"
     assert all(mask["label_score"] > 0.6 for row in rows for mask in row["annotations"])
     assert not verify(output, deep=True).problems
+    assert [[one["phrase"] for one in row["presence"]] for row in rows] == [phrases] * 3
+    assert judged(output) == 1
     assert label(tmp_path / "in", output, settings("labels.score_thresh=0.6"), progress=False).num_labelled == 0
     other = write_grounding_dino(tmp_path / "other")
     with pytest.raises(ConfigError, match=r"labels\.by"):
@@ -115,6 +123,9 @@ def test_sam3_needs_no_sam_and_records_negatives(tmp_path: Path, local_ray: None
         pairs = {pair["id"]: (pair["file_name"], pair["text_input"]) for pair in saco["images"]}
         assert sorted(pairs.values()) == sorted((f"{seed}.png", phrase) for seed in range(3) for phrase in phrases)
         assert {pairs[mask["image_id"]] for mask in saco["annotations"]} == pairs_found
+        scores = {(pair["file_name"], pair["text_input"]): pair["presence_score"] for pair in saco["images"]}
+        stored = [(row["image"]["file_name"], one) for row in rows_of(where) for one in row["presence"]]
+        assert scores == {(name, one["phrase"]): one["score"] for name, one in stored}
 
 
 def test_fastsam_keeps_all_masks_or_those_that_phrases_choose(tmp_path: Path, local_ray: None) -> None:
@@ -154,9 +165,53 @@ def test_fastsam_keeps_all_masks_or_those_that_phrases_choose(tmp_path: Path, lo
     assert names <= set(phrases)
     assert not verify(chosen, deep=True).problems
     assert set(run_status(chosen).labels or {}) == set(phrases)
+    assert judged(chosen) == 1
     none = str(tmp_path / "none")
     assert not label(tmp_path / "in", none, settings(*asked, "labels.score_thresh=1.01"), progress=False).num_masks
     assert [(row["annotations"], row["status"]) for row in rows_of(none)] == [([], "ok"), ([], "ok")]
+    for format in ("coco", "saco"):  # every image, or pair of image and phrase, is a negative
+        export(none, tmp_path / format, format=format, ray=False, progress=False)
+    coco = json.loads((tmp_path / "coco" / "instances.json").read_text())
+    assert ([image["file_name"] for image in coco["images"]], coco["annotations"]) == (["0.png", "1.png"], [])
+    assert [category["name"] for category in coco["categories"]] == phrases
+    saco = json.loads((tmp_path / "saco" / "saco.json").read_text())
+    pairs = {(pair["file_name"], pair["text_input"]) for pair in saco["images"]}
+    assert pairs == {(f"{seed}.png", phrase) for seed in range(2) for phrase in phrases}
+    assert saco["annotations"] == []
+
+
+def test_sam_text_with_the_texts_of_each_image(tmp_path: Path, local_ray: None) -> None:
+    (tmp_path / "in").mkdir()
+    for seed in range(2):
+        Image.fromarray(make_scene(seed, 96).image).save(tmp_path / "in" / f"{seed}.png")
+    clip, weights = write_clip(tmp_path / "clip"), tmp_path / "w.safetensors"
+    model = load_model("tiny")
+    sha256 = bytes.fromhex(file_sha256(clip / WEIGHTS))
+    model.prompt_encoder.text_projection = TextProjection(16, model.spec.embed_dim, sha256)
+    save_file(model.state_dict(), weights)
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"file_name": "1.png", "prompts": [{"text": "red square"}]}))
+    own = [
+        "labels.by=sam_text", "labels.phrases=[cat,green thing]", f"labels.checkpoint={clip}", "cluster.max_actors=1",
+        f"model.checkpoint={weights}", f"input.prompts={tmp_path}/texts.jsonl", "cluster.num_cpus_per_actor=1",
+        "masks.mask_nms_thresh=1", "masks.min_mask_area=1",
+    ]  # fmt: skip
+    config, output = load_config(None, None, own), str(tmp_path / "out")
+    assert label(tmp_path / "in", output, config, progress=False).exit_code == 0
+    first, second = ([mask["label"] for mask in row["annotations"]] for row in rows_of(output))
+    assert set(first) <= {"cat", "green thing"}
+    assert first, "SAM answers each phrase"
+    assert "red square" in second
+    assert len(set(second)) == len(second), "one mask per phrase"
+    assert not verify(output, deep=True).problems
+    assert label(tmp_path / "in", output, config, progress=False).num_labelled == 0, "the same run"
+
+
+def judged(output: str) -> float:
+    """AP of an output's masks and names by itself."""
+    figures = Path(output).with_suffix(".json")
+    assert main(["evaluate", "instances", output, "--masks", output, "--json", str(figures), "--no-progress"]) == 0
+    found: float = json.loads(figures.read_text())["ap"]
+    return found
 
 
 def test_clip_names_with_the_texts_of_each_image(tmp_path: Path, local_ray: None) -> None:

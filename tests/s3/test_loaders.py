@@ -232,10 +232,14 @@ def _named(place: int) -> Rows:
     return [{**mask, "label": name, "label_score": None if name is None else 0.5 + place / 16} for mask, name in masks]
 
 
+def _presence(place: int) -> Rows:
+    return [{"phrase": "dog", "score": 0.25}, {"phrase": "cat", "score": place / 16}]
+
+
 @pytest.fixture(scope="module", params=["local", "s3"])
 def named(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plan]:
     """Eight images, one failed, some without masks; masks are cats, dogs, and without a name. On S3 cats were asked of
-    single images, which adds a column."""
+    single images, and rows have presence scores, which add columns."""
     import duckdb
     import fsspec
 
@@ -248,7 +252,9 @@ def named(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         return
     request.getfixturevalue("s3_server")
     duckdb.register_filesystem(fsspec.filesystem("s3"))
-    yield write(f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}", num_common=1, phrases=lambda place: ["cat"])
+    yield write(
+        f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}", num_common=1, phrases=lambda place: ["cat"], presence=_presence
+    )
     duckdb.unregister_filesystem("s3")
 
 

@@ -67,14 +67,17 @@ def write_output(
     categories: tuple[str, ...] = (),
     num_common: int | None = None,
     phrases: Callable[[int], list[str]] = lambda place: [],
+    presence: Callable[[int], list[dict[str, Any]]] | None = None,
 ) -> Plan:
     """An output below root/out, of images below root/in, on any storage. failed: places. categories: of a run that
-    names; the first num_common were asked of every image, and phrases(place) of this one."""
+    names; the first num_common were asked of every image, and phrases(place) of this one. presence: None for no such
+    column."""
     for seed, name in enumerate(names):
         storage.put(storage.join(root, "in", name), make_image(seed, (WIDTH, HEIGHT)))
     config = load_config("default", overrides=[f"output.images_per_shard={images_per_shard}", *settings])
     labels: dict[str, Any] = {"categories": list(categories)} if categories else {}
     labels |= {} if num_common is None else {"asked_of_all": num_common}
+    labels |= {} if presence is None else {"presence": True}
     identity = {**config.identity(), **({"labels": labels} if labels else {})}
     plan = make_plan(storage.join(root, "in"), storage.join(root, "out"), config, identity)
     place = 0
@@ -92,6 +95,7 @@ def write_output(
                     annotations=[] if error else masks(place),
                     error=error,
                     phrases=phrases(place),
+                    presence=None if presence is None else presence(place),
                 )
             )
             place += 1

@@ -1,8 +1,8 @@
 """The operation `names` of `tests.support.operation`: all that names, one after the other, in one Ray.
 
-FOLDER/in into FOLDER/grounding_dino, FOLDER/clip_labels and FOLDER/example, with a stand-in that names the masks of the
-stand-in labeler by the phrases asked of their image; then FOLDER/labels into FOLDER/named, which names masks by colour.
-The networks FOLDER/dino and FOLDER/clip are only hashed.
+FOLDER/in into an output per way (`STEPS`), with a stand-in that names the masks of the stand-in labeler by the phrases
+asked of their image; then FOLDER/labels into FOLDER/named, which names masks by colour. The networks FOLDER/dino,
+FOLDER/sam3 and FOLDER/clip are only hashed; FOLDER/fast.onnx is run once by each driver.
 """
 
 from __future__ import annotations
@@ -16,24 +16,30 @@ import numpy as np
 
 from samray.cluster.session import local_ray
 from samray.config import Config, load_config
+from samray.labels.phrases import FoundMasks
 from samray.pipeline.labeler import ShardLabeler
 from samray.pipeline.run import label_with
 from samray.prompts import Prompt
 from tests.support import standin
 from tests.support.naming import name_by_colour
 from tests.support.networks import write_hashed
+from tests.support.tiny_yolo import write_yolo
 
-STEPS: Final = ("grounding_dino", "clip_labels", "example", "named")
+STEPS: Final = ("grounding_dino", "clip_labels", "sam3", "fastsam", "example", "named")
 """The folders of the outputs, in their order."""
 
 TEXTS: Final = {"0001.png": "own", "0005.png": "Own"}
-"""Image -> its phrase, which no other image is asked for, with labels.by=grounding_dino."""
+"""Image -> its phrase, which no other image is asked for."""
+ASKED_ALONE: Final = ("grounding_dino", "sam3", "fastsam")
+"""The outputs whose images have those."""
 
 
 def write_inputs(root: Path) -> None:
     """The networks, the prompt file, and the example."""
     write_hashed(f"{root}/dino", "grounding-dino")
     write_hashed(f"{root}/clip", "clip")
+    write_hashed(f"{root}/sam3", "sam3")
+    write_yolo(root / "fast.onnx", size=(32, 32))
     for name in ("key.png", "mask.png"):
         (root / name).write_bytes(standin.make_image(99))
     rows = [{"file_name": name, "prompts": [{"text": text}]} for name, text in TEXTS.items()]
@@ -43,12 +49,13 @@ def write_inputs(root: Path) -> None:
 class Naming(standin.StandIn):
     """The stand-in of a labeler with names: the last phrase that is asked of an image."""
 
-    def generate(
-        self, images: list[np.ndarray], prompts: list[list[Prompt]] | None = None
-    ) -> list[list[dict[str, object]]]:
-        names = [own[-1].text if own else "thing" for own in prompts or [[]] * len(images)]
-        each = zip(super().generate(images), names, strict=True)
-        return [[{**mask, "label": name, "label_score": 0.5} for mask in masks] for masks, name in each]
+    def generate(self, images: list[np.ndarray], prompts: list[list[Prompt]] | None = None) -> list[Any]:
+        found = []
+        for masks, own in zip(super().generate(images), prompts or [[]] * len(images), strict=True):
+            asked = ["thing", *(str(prompt.text) for prompt in own)]
+            named: Any = [{**mask, "label": asked[-1], "label_score": 0.5} for mask in masks]
+            found.append(FoundMasks(named, [(phrase, 0.5) for phrase in asked]))
+        return found
 
 
 def make_labeler(config: Config, num_threads: int, seconds: float) -> ShardLabeler:
@@ -63,6 +70,14 @@ def settings(root: Path) -> dict[str, list[str]]:
             f"input.prompts={root}/texts.jsonl",
         ],
         "clip_labels": ["labels.by=clip", "labels.phrases=[thing,other]", f"labels.checkpoint={root}/clip"],
+        "sam3": [
+            "labels.by=sam3", "labels.phrases=[thing]", f"labels.checkpoint={root}/sam3",
+            f"input.prompts={root}/texts.jsonl",
+        ],
+        "fastsam": [
+            "labels.by=fastsam", f"labels.onnx={root}/fast.onnx", "labels.phrases=[thing]",
+            f"labels.checkpoint={root}/clip", f"input.prompts={root}/texts.jsonl",
+        ],
         "example": [
             "labels.by=example", f"labels.example={root}/key.png", f"labels.example_mask={root}/mask.png",
             "labels.name=thing",
@@ -72,12 +87,13 @@ def settings(root: Path) -> dict[str, list[str]]:
 
 def label_and_name(root: Path, seconds: float) -> int:
     """The operation. Returns the highest exit code."""
-    base = [f"model.checkpoint={standin.__file__}", "output.images_per_shard=2", "cluster.max_actors=1"]
+    base = ["output.images_per_shard=2", "cluster.max_actors=1", "cluster.num_cpus_per_actor=1"]
     labeler: Any = functools.partial(make_labeler, seconds=seconds)
     exit_codes = []
     with local_ray(num_cpus=2, object_store_memory=200 * 2**20):
         for folder, own in settings(root).items():
-            config = load_config(None, None, [*base, "cluster.num_cpus_per_actor=1", *own])
+            weights = [] if folder in ("sam3", "fastsam") else [f"model.checkpoint={standin.__file__}"]
+            config = load_config(None, None, [*base, *weights, *own])
             exit_codes.append(label_with(str(root / "in"), str(root / folder), config, make_labeler=labeler).exit_code)
         exit_codes.append(name_by_colour(root, seconds))
     return max(exit_codes)

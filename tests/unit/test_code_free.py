@@ -282,12 +282,18 @@ def test_shards(reader: str, plan: Plan, tmp_path: Path, mark: Path) -> None:
 
 
 @pytest.mark.parametrize("reader", ["export saco", "verify", "status", "MaskDataset", "compact"])
-@pytest.mark.parametrize("path", ["annotations.element.label", "annotations.element.segmentation.counts", "phrases"])
+@pytest.mark.parametrize(
+    "path",
+    ["annotations.element.label", "annotations.element.segmentation.counts", "phrases", "presence.element.phrase"],
+)
 def test_shards_with_names(reader: str, path: str, tmp_path: Path, mark: Path) -> None:
     def named(place: int) -> list[dict[str, Any]]:
         return [{**mask, "label": "cat", "label_score": 0.5} for mask in masks_of_place(place)]
 
-    categories: Any = {"categories": ("cat", "dog"), "num_common": 1, "phrases": lambda place: ["dog"]}
+    categories: Any = {
+        "categories": ("cat", "dog"), "num_common": 1, "phrases": lambda place: ["dog"],
+        "presence": lambda place: [{"phrase": "cat", "score": 0.5}, {"phrase": "dog", "score": 0.5}],
+    }  # fmt: skip
     plan = write_output(str(tmp_path), ["0.png", "1.png"], masks=named, **categories)
     READERS[reader](plan, tmp_path / "sound")
     pickled.plant(shards.shard_uri(plan.output, 0), path, mark)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from pycocotools.cocoeval import COCOeval
 from samray import storage
 from samray.errors import ConfigError, StorageError
 from samray.output.compact import compact
+from samray.output.mask_dataset import MaskDataset
 from samray.output.plan import Plan
 from samray.output.shards import read_shard
 from samray.output.verify import verify
@@ -229,6 +232,61 @@ def test_verify_finds_names_that_were_not_asked(tmp_path: Path, phrases: list[st
     plan = write_output(str(tmp_path), NAMES, masks=named, categories=CATEGORIES, num_common=1, phrases=wrong)
     (found,) = verify(plan.output).problems
     assert found.endswith(problem), found
+
+
+def scores_of(place: int, asked: Sequence[str]) -> list[dict[str, Any]]:
+    """A score for each phrase asked of an image."""
+    return [{"phrase": phrase, "score": (place + i) / 16} for i, phrase in enumerate(asked)]
+
+
+def test_presence_scores_are_stored_and_exported(tmp_path: Path) -> None:
+    def presence(place: int) -> list[dict[str, Any]]:
+        return scores_of(place, ["yes", *own_phrases(place)])
+
+    options: Any = {"masks": named, "failed": (5,), "categories": CATEGORIES, "num_common": 1, "phrases": own_phrases}
+    plan = write_output(str(tmp_path), NAMES, **options, presence=presence)
+    assert verify(plan.output, deep=True).problems == []
+    wanted = [[] if place == 5 else presence(place) for place in range(len(NAMES))]
+    rows = read_rows(plan.output)
+    assert [row["presence"] for row in rows] == wanted
+    features = json.loads(read_shard(plan.output, 0).schema.metadata[b"huggingface"])["info"]["features"]
+    parts = {"phrase": "string", "score": "float64"}
+    assert features["presence"] == [{name: {"dtype": kind, "_type": "Value"} for name, kind in parts.items()}]
+    compact(plan.output, str(tmp_path / "compact"), 2**20)
+    assert [row["presence"] for row in read_rows(tmp_path / "compact")] == wanted
+
+    export(plan, tmp_path / "saco", "saco")
+    pairs = json.loads((tmp_path / "saco/saco.json").read_text())["images"]
+    names = [row["image"]["file_name"] for row in rows]
+    stored = {(names[i], one["phrase"]): one["score"] for i, own in enumerate(wanted) for one in own}
+    assert {(pair["file_name"], pair["text_input"]): pair["presence_score"] for pair in pairs} == stored
+
+    for masks in ("boxes", "rle"):
+        data = MaskDataset(plan.output, images=False, masks=masks)  # type: ignore[arg-type]
+        for target, own in zip((data[i][1] for i in range(len(data))), wanted[:5] + wanted[6:], strict=True):
+            scores = dict(zip(data.classes, target["presence"].tolist(), strict=True))
+            assert {name: score for name, score in scores.items() if score == score} == {
+                one["phrase"]: one["score"] for one in own
+            }
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda own: own[1:], r"has the presence of \[.*\], expected \['yes', "),
+        (lambda own: own[::-1], r"has the presence of \[.*\], expected \['yes', "),
+        (lambda own: [{**own[0], "score": 1.5}, *own[1:]], "has a score out of range: presence of 'yes' 1.5, expected"),
+        (lambda own: [{**own[0], "score": None}, *own[1:]], "has an empty field in its presence"),
+    ],
+)
+def test_verify_finds_wrong_presence_scores(tmp_path: Path, change: Callable[[Any], Any], problem: str) -> None:
+    def presence(place: int) -> list[dict[str, Any]]:
+        own = scores_of(place, CATEGORIES)
+        return change(own) if place == 3 else own
+
+    plan = write_output(str(tmp_path), NAMES, masks=named, categories=CATEGORIES, presence=presence)
+    (found,) = verify(plan.output).problems
+    assert re.search(f"image 3 {problem}", found), found
 
 
 def test_saco_of_an_output_without_names_is_refused(tmp_path: Path) -> None:

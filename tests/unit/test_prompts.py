@@ -295,13 +295,15 @@ def test_a_path_is_no_part_of_the_settings_identity() -> None:
 def test_a_data_set_takes_no_prompts() -> None:
     with pytest.raises(ConfigError, match=r"input\.prompts is for samray\.label"):
         label_dataset(None, load_config(overrides=["input.prompts=a.jsonl"]))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"need labels\.by=grounding_dino or labels\.by=clip; got neither"):
+    ways = r"labels\.by=grounding_dino, sam3, fastsam, clip or sam_text"
+    with pytest.raises(ConfigError, match=rf"need {ways}; got neither"):
         label_dataset(None, load_config(), phrases_column="tags")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("by", [name for name, way in WAYS.items() if not way.own_phrases])
 def test_other_ways_refuse_texts(by: str) -> None:
-    labels, which = {"by": by, **dict.fromkeys(WAYS[by].needs, "x")}, r"labels\.by=grounding_dino or labels\.by=clip"
+    labels = {"by": by, **dict.fromkeys(WAYS[by].needs, "x")}
+    which = r"labels\.by=grounding_dino, sam3, fastsam, clip or sam_text"
     with pytest.raises(ConfigError, match=rf"labels\.by={by} takes no prompts.*nor texts.* need {which}"):
         Config(labels=labels, input={"prompts": "texts.jsonl"})
     with pytest.raises(ConfigError, match=rf"^phrases of single images.* need {which}; got labels\.by={by}$"):

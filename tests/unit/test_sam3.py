@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
 from samray.cli.main import main
 from samray.config import Config
-from samray.errors import ConfigError
+from samray.errors import ConfigError, ImageError
 from samray.labels.networks import WEIGHTS, Network, digest, find_network
 from samray.labels.sam3 import Segmenter, build_generator, read_inputs
 from samray.labels.ways import labels_identity
+from samray.output.schema import schema_of
+from samray.pipeline.dataset_stage import DatasetLabeler
 from samray.pipeline.labeler import EncodedImage, build_labeler
 from samray.pipeline.plan_run import run_identity
 from samray.pipeline.report import no_masks
+from samray.prompts import Prompt
 from tests.support.networks import write_sam3
 
 CPU = torch.device("cpu")
@@ -267,6 +274,73 @@ def test_threads_share_a_network_and_not_their_images(network: Path) -> None:
     assert any(alone)
 
 
+# --- phrases of single images, and presence ---------------------------------------------------------------------------
+
+
+def test_own_phrases_are_as_if_asked_of_all_and_are_encoded_once(
+    network: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Sam3Model
+
+    config = settings(network, phrases=["cat"], score_thresh=0.3)
+    inputs = read_inputs(config, ["red car", "Dog"])
+    assert (inputs.categories, inputs.identity["asked_of_all"]) == (["cat", "red car", "Dog"], 1)
+    generator = build_generator(CPU, config, inputs)(None)
+    texts: list[int] = []
+    of_texts = Sam3Model.get_text_features
+    monkeypatch.setattr(
+        Sam3Model, "get_text_features", lambda self, **own: texts.append(len(own["input_ids"])) or of_texts(self, **own)
+    )
+    prompts = [Prompt(text="red car"), Prompt(text="Dog"), Prompt(text="CAT")]
+    found = generator.generate([IMAGE, IMAGE, IMAGE], [prompts, [], prompts[1:]])
+    assert texts == [1, 1], "each own phrase once, although two images have it"
+    every = settings(network, phrases=["cat", "red car", "Dog"], score_thresh=0.3)
+    (wanted,) = build_generator(CPU, every, read_inputs(every))(None).generate([IMAGE])
+    asked = [["cat", "red car", "Dog"], ["cat"], ["cat", "Dog"]]
+    for own, phrases in zip(found, asked, strict=True):
+        assert [one["phrase"] for one in own.presence] == phrases
+        scores = {one["phrase"]: one["score"] for one in wanted.presence}
+        assert [one["score"] for one in own.presence] == pytest.approx([scores[p] for p in phrases], abs=1e-5)
+        assert [(m["label"], m["bbox"]) for m in own] == [
+            (m["label"], m["bbox"]) for m in wanted if m["label"] in phrases
+        ]
+    assert {mask["label"] for mask in wanted} & {"red car", "Dog"}
+    alone = build_generator(CPU, every, read_inputs(settings(network, phrases=None), []))(None)
+    assert alone.generate([IMAGE]) == [[]], "nothing is asked"
+    with pytest.raises(ImageError, match=r"bad_prompt: '(cat ?){40}' has 40 tokens, and this network takes 30"):
+        generator.generate([IMAGE], [[Prompt(text="cat " * 40)]])
+
+
+def test_a_run_from_before_presence_scores_is_finished_without(network: Path) -> None:
+    config = settings(network)
+    new = labels_identity(config, read_inputs(config))
+    assert new["labels"]["presence"] is True
+    old = {"labels": {key: value for key, value in new["labels"].items() if key != "presence"}}
+    assert labels_identity(config, read_inputs(config), old) == old
+    assert labels_identity(config, read_inputs(config), new) == new
+    assert schema_of({"identity": old}).names == [n for n in schema_of({"identity": new}).names if n != "presence"]
+
+
+def test_a_dataset_gets_presence_scores(network: Path) -> None:
+    config = settings(network, phrases=["cat"], score_thresh=0.3)
+    make = partial(build_labeler, labels=read_inputs(config, []))
+    batch = pa.table({"image": [png(IMAGE), b"x"], "tags": [["Dog", "cat"], None]})
+    rows = DatasetLabeler(config, 1, make, "tags")(batch).to_pylist()
+    assert [row["status"] for row in rows] == ["ok", "failed"]
+    assert [[one["phrase"] for one in row["presence"]] for row in rows] == [["cat", "Dog"], []]
+    best = {one["phrase"]: one["score"] for one in rows[0]["presence"]}
+    assert rows[0]["annotations"]
+    assert all(mask["label_score"] <= best[mask["label"]] + 1e-6 for mask in rows[0]["annotations"])
+    with pytest.raises(ConfigError, match="already has columns named presence"):
+        DatasetLabeler(config, 1, make, "tags")(batch.append_column("presence", pa.array([1, 2])))
+
+
+def png(image: np.ndarray) -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(image).save(sink, "PNG")
+    return sink.getvalue()
+
+
 def test_an_actor_loads_no_sam(network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a SAM is loaded")
@@ -277,4 +351,5 @@ def test_an_actor_loads_no_sam(network: Path, monkeypatch: pytest.MonkeyPatch) -
     (record,) = labeler.label([EncodedImage(7, "a.png", "a.png", IMAGE)]).records
     assert record.error is None
     assert {mask["label"] for mask in record.annotations} <= {"cat", "Dog"}
+    assert [one["phrase"] for one in record.presence or ()] == ["cat", "Dog"]
     assert record.annotations

@@ -17,6 +17,8 @@ from samray.labels.clip import load_clip, read_pixels
 from samray.labels.networks import WEIGHTS, find_network
 from samray.labels.sam_text import build_generator, read_inputs
 from samray.labels.zero_shot import cut_out
+from samray.masks.prompted import PromptedGenerator
+from samray.prompts import Prompt
 from samray.sam.checkpoints import load_model
 from samray.sam.fetch import file_sha256
 from samray.sam.sam import Sam
@@ -301,6 +303,23 @@ def test_each_phrase_gets_its_best_mask(clip: Path, tmp_path: Path, points_per_b
             assert record["predicted_iou"] == record["label_score"]
     strict = config_of(clip, f"model.checkpoint={tmp_path}/w.safetensors", "labels.score_thresh=1.9")
     assert build_generator(model, strict, read_inputs(strict))(None).generate(images) == [[], []]
+
+
+def test_texts_and_clicks_of_an_image_are_asked_of_it_alone(clip: Path, tmp_path: Path) -> None:
+    weights_with_projection(tmp_path / "w.safetensors", file_sha256(clip / WEIGHTS))
+    weights = (f"model.checkpoint={tmp_path}/w.safetensors", "masks.mask_nms_thresh=1")
+    every, few = config_of(clip, *weights), config_of(clip, *weights, "labels.phrases=[cat]")
+    model, image = load_model("micro", tmp_path / "w.safetensors"), make_scene(0, (48, 64)).image
+    (wanted,) = build_generator(model, every, read_inputs(every))(None).generate([image])
+    generator = build_generator(model, few, read_inputs(few, ["red square", "green thing"]))(None)
+    texts = [Prompt(text="red square"), Prompt(text="Cat."), Prompt(text="green thing")]
+    click = Prompt(points=((20, 20),), labels=(1,))
+    found, without, clicked = generator.generate([image] * 3, [texts, [], [click, *texts]])
+    assert {mask["label"]: mask["segmentation"] for mask in found} == {m["label"]: m["segmentation"] for m in wanted}
+    assert len(wanted) > 1
+    assert [mask["label"] for mask in without] == ["cat"]
+    (alone,) = PromptedGenerator(model, few.masks).generate([image], [[click]])
+    assert clicked == alone + found, "clicks first, without a name"
 
 
 def test_weights_that_know_no_text_are_refused_with_what_to_do(clip: Path, tmp_path: Path) -> None:
