@@ -108,6 +108,8 @@ def label(
       samray label s3://bucket/photos s3://bucket/labels --preset sa1b --append
 
       samray label photos/ labels/ model.name=vit_b input.prompts=clicks.jsonl
+
+      samray label photos/ labels/ model.name=vit_b labels.by=grounding_dino 'labels.phrases=[cat,fire hydrant]'
     """
     overrides, (input, output, *extra) = split_settings([input, output, *(settings or ())], ["INPUT", "OUTPUT"])
     refuse_expanded_glob([input, output, *extra])

@@ -130,10 +130,10 @@ class LabelsConfig(Settings):
 
     section: ClassVar[str] = "labels"
     by: WayName | None = None
-    """null: no names; example: what it shows; grounding_dino, sam3, fastsam (AGPL-3.0), sam_text: what phrases name;
-    clip: all, named."""
+    """How to find masks and names: by phrases (grounding_dino, sam3, fastsam (AGPL-3.0), sam_text), an example, or all
+    (clip)."""
     phrases: str | tuple[str, ...] | None = None
-    """Names to look for: a list, as in [cat,fire hydrant], or a text file with one per line: a path or URI."""
+    """Names to look for: a list, as in '[cat,fire hydrant]', or a text file with one per line: a path or URI."""
     example: str | None = None
     """Image that shows the class, for labels.by=example: a path or URI."""
     example_mask: str | None = None
@@ -162,7 +162,7 @@ class LabelsConfig(Settings):
     negatives: tuple[str, ...] = ()
     """clip, fastsam ([object,things,stuff,texture]): phrases that are not names: a mask most like one has no name."""
     relative_thresh: float = Field(default=0.5, ge=0, le=1)
-    """persam: the same between an image's least (0) and most (1) similar pixel; lower it to find more of the class."""
+    """persam: least similarity between the image's least (0) and most (1) similar pixel; lower it to find more."""
     max_instances: int = Field(default=10, ge=1, le=1000)
     """persam: most clicks per image, and so most masks. Each costs three passes of the mask decoder."""
     pick: Literal["evidence", "iou"] = "evidence"
@@ -172,7 +172,7 @@ class LabelsConfig(Settings):
     features: Literal["levels", "embedding"] = "levels"
     """persam: what is compared: levels: three of the encoder's blocks; embedding: the image embedding, as published."""
     smooth: int = Field(default=8, ge=0, le=64)
-    """persam: average similarity over the masks of a grid of points, so many per side; 0, as published, does not."""
+    """persam: average similarity over the masks of a grid with so many points per side; 0: not, as published."""
     first_version: bool = False
     """persam: measure similarity as samray's first version did, whose outputs are finished so; see labels.block."""
     block: int | None = Field(default=None, ge=0)
@@ -222,9 +222,11 @@ class LabelsConfig(Settings):
         way = WAYS[self.by]
         # Phrases may come with the images: `samray.labels.ways.read_inputs` checks them.
         needs = [key for key in way.needs if key != "phrases" or not way.own_phrases]
-        missing = [f"labels.{key}" for key in needs if getattr(self, key) is None]
+        missing = [key for key in needs if getattr(self, key) is None]
         if missing:
-            raise ValueError(f"labels.by={self.by} needs {' and '.join(missing)}")
+            what = " and ".join(f"labels.{key}" for key in missing)
+            told = " ".join((LabelsConfig.model_fields[missing[0]].description or "").rstrip(".").split())
+            raise ValueError(f"labels.by={self.by} needs {what}" + (f": {told}" if len(missing) == 1 else ""))
         return self
 
     def identity(self) -> dict[str, Any]:

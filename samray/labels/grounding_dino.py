@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 Image = npt.NDArray[np.uint8]
 
 _WAY: Final = "grounding_dino"
+_SETTING: Final = "labels.phrases: "
 _KIND: Final = "grounding-dino"
 """The `model_type` of its config.json."""
 SCORE_THRESH: Final = 0.3
@@ -184,7 +185,7 @@ class Detector:
         try:
             return self._split((*self.phrases, *own)) if own else self.parts
         except ConfigError as error:
-            raise ImageError("bad_prompt", str(error)) from error
+            raise ImageError("bad_prompt", str(error).removeprefix(_SETTING)) from error
 
     @torch.inference_mode()
     def detect(
@@ -258,7 +259,7 @@ def split_prompt(tokenizer: Any, phrases: Sequence[str], max_tokens: int, device
             position += length + 1
         if not spans:
             raise ConfigError(
-                f"labels.phrases: {phrases[first]!r} has {lengths[first]} tokens, and this network takes "
+                f"{_SETTING}{phrases[first]!r} has {lengths[first]} tokens, and this network takes "
                 f"{max_tokens - 3} of one phrase; name the thing in fewer words"
             )
         prompt = prompt_of(phrases[first : first + len(spans)])

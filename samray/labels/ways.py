@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from samray.config import Config
     from samray.sam.sam import Sam
 
+EXAMPLE = "a list, as in 'labels.phrases=[cat,fire hydrant]', or a text file with one per line"
+
 MakeGenerator = Callable[[int | None], Any]
 """Called with points_per_batch, as for `samray.pipeline.labeler.ShardLabeler`; returns a mask generator."""
 
@@ -49,7 +51,7 @@ def read_inputs(config: Config, texts: Sequence[str] | None = None) -> Inputs | 
     if by is None:
         return None
     if texts is None and "phrases" in WAYS[by].needs and config.labels.phrases is None:
-        raise ConfigError(f"labels.by={by} needs labels.phrases")
+        raise ConfigError(f"labels.by={by} needs labels.phrases, {EXAMPLE}")
     read = function_named(WAYS[by].inputs)
     found: Inputs = read(config) if texts is None else read(config, texts)
     return found

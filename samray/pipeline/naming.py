@@ -21,7 +21,7 @@ from samray import storage
 from samray.config import Config, InputConfig
 from samray.errors import ConfigError, ImageError
 from samray.inputs.decode import RGBArray
-from samray.labels.ways import Inputs, labels_identity, read_inputs
+from samray.labels.ways import EXAMPLE, Inputs, labels_identity, read_inputs
 from samray.output.append import InputChanges
 from samray.output.compact import look_at_finished, refuse_replaced, rows_between
 from samray.output.credentials import read_credentials
@@ -112,7 +112,7 @@ def plan_names(output: str, dest: str, config: Config) -> tuple[RunPlan, Plan, s
     if config.labels.by != WAY:
         raise ConfigError(f"samray name takes labels.by={WAY}, got labels.by={config.labels.by}")
     if config.labels.phrases is None:
-        raise ConfigError(f"labels.by={WAY} needs labels.phrases")
+        raise ConfigError(f"samray name needs labels.phrases, {EXAMPLE}")
     source = load_plan(output)
     where = storage.redact(source.output)
     if "edges" in source.run["identity"]:

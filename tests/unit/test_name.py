@@ -229,7 +229,7 @@ def test_a_corrected_output_keeps_its_corrections(tmp_path: Path) -> None:
 
 def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["name", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
-    assert "labels.by=clip needs labels.phrases" in capsys.readouterr().err
+    assert "samray name needs labels.phrases, a list" in capsys.readouterr().err
     assert main(["name", str(tmp_path / "a"), str(tmp_path / "b"), "labels.phrases=[cat]", "labels.grid=3"]) == 2
     assert "unknown setting labels.grid" in capsys.readouterr().err
     assert main(["name", str(tmp_path / "a"), "labels.phrases=[cat]"]) == 2
