@@ -346,6 +346,7 @@ def main() -> int:
     sub.add_argument("--steps", type=int, default=1200)
     sub.add_argument("--images", type=int, default=600, help="labelled images to train on")
     sub.add_argument("--test-images", type=int, default=200)
+    sub.add_argument("--seed", type=int, default=0, help="of both trainings; the images are always the same")
     sub.add_argument("--folder", type=Path, help="folder to keep the runs in (default: deleted)")
     sub = commands.add_parser("lora")
     sub.add_argument("--steps", type=int, default=60)

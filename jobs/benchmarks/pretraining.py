@@ -118,5 +118,6 @@ def train_here(spec: ModelSpec, data: str, output: Path, overrides: list[str]) -
         validation=lambda: mixture.validation(settings.data.validation_images, frame),
     )
     numbers = blocks(0, settings.train.steps or 0, settings.train.batch_size)
-    run_leg(learner, ({k: torch.from_numpy(v) for k, v in maker({"number": n}).items()} for n in numbers), worker)
+    shown = progress(list(numbers), f"training {spec.name}")
+    run_leg(learner, ({k: torch.from_numpy(v) for k, v in maker({"number": n}).items()} for n in shown), worker)
     return store.read_metrics()

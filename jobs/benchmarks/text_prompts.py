@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from jobs.benchmarks.measuring import progress
 from jobs.benchmarks.pretraining import train_here
 from jobs.benchmarks.text_world import HELD_OUT, KNOWN, PHRASES, paint, train_clip, write_coco
 from samray.config import load_config
@@ -39,30 +40,34 @@ FIRST_TEST_SCENE: Final = 2**45
 Bool = npt.NDArray[np.bool_]
 
 
-def text(clip_steps: int, steps: int, images: int, test_images: int, folder: Path | None = None) -> dict[str, Any]:
+def text(
+    clip_steps: int, steps: int, images: int, test_images: int, seed: int = 0, folder: Path | None = None
+) -> dict[str, Any]:
     """Mean IoU of the masks that phrases get on unseen images, against those that other phrases get.
 
     A small CLIP is trained on cut-outs and phrases; a small SAM from scratch on images and masks without a text, as
     `samray train train.objective=text`; then all phrases are asked of new images, as `labels.by=sam_text`. Things of
-    the held-out phrases are in the new images alone. folder: keeps all files.
+    the held-out phrases are in the new images alone. seed: of both trainings. folder: keeps all files.
     """
     MODELS[SMALL_SAM.name] = SMALL_SAM
     started = time.process_time()
     with tempfile.TemporaryDirectory() as temporary:
         root = folder or Path(temporary)
-        accuracy = train_clip(root / "clip", KNOWN, clip_steps)
+        accuracy = train_clip(root / "clip", KNOWN, clip_steps, seed)
         clip_s = time.process_time() - started
-        write_coco(root / "data", (paint(i, SMALL_SAM.image_size, KNOWN) for i in range(images)))
+        painted = (paint(i, SMALL_SAM.image_size, KNOWN) for i in progress(range(images), "painting images"))
+        write_coco(root / "data", painted)
         data, labels = root / "data", root / "labels"
         import_(data / "coco.json", labels, images=data / "images", images_per_shard=8, ray=False, progress=False)
         lines = train_here(SMALL_SAM, str(labels), root / "weights", [
             f"model.name={SMALL_SAM.name}", "train.objective=text", f"text.checkpoint={root / 'clip'}",
-            f"train.steps={steps}", "train.from_scratch=true", "train.layer_decay=1", "train.batch_size=8",
+            f"train.steps={steps}", f"train.seed={seed}", "train.from_scratch=true", "train.layer_decay=1", "train.batch_size=8",
             "train.learning_rate=2e-3", "train.warmup_steps=30", "train.interaction_steps=1", "train.ema_decay=0.95",
             "train.validate_every=1000000", "train.log_every=25", "data.prompts_per_image=3", "data.min_area=1",
             "data.scale_jitter=[1,1]", "data.colour_jitter=0", "data.validation_images=24",
         ])  # fmt: skip
-        scenes = [paint(FIRST_TEST_SCENE + i, SMALL_SAM.image_size, PHRASES) for i in range(test_images)]
+        numbers = range(FIRST_TEST_SCENE, FIRST_TEST_SCENE + test_images)
+        scenes = [paint(i, SMALL_SAM.image_size, PHRASES) for i in numbers]
         answers = _answers(root, [scene.image for scene in scenes])
     validation = [line for line in lines if line["kind"] == "validation"][-1]
     return {
@@ -86,7 +91,7 @@ def _answers(root: Path, images: Sequence[npt.NDArray[np.uint8]]) -> list[dict[s
     model = load_model(config.model.name, config.model.checkpoint, "cpu")
     generator = build_generator(model, config, read_inputs(config))(None)
     found = []
-    for image in images:
+    for image in progress(images, "asking all phrases"):
         (records,) = generator.generate([image])
         hw = (image.shape[0], image.shape[1])
         found.append({

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch.nn.functional import cross_entropy, normalize
 
 from jobs.benchmarks.clip_files import write_tokenizer
+from jobs.benchmarks.measuring import progress
 from samray.labels.pixels import Pixels
 from samray.labels.zero_shot import square_around
 from samray.scenes.paint import clouds
@@ -129,7 +130,9 @@ def png(image: npt.NDArray[np.uint8]) -> bytes:
 # --- a small CLIP ----------------------------------------------------------------------------------------------------
 
 
-def train_clip(folder: Path, phrases: Sequence[str], steps: int, num_scenes: int = 600) -> tuple[float, float]:
+def train_clip(
+    folder: Path, phrases: Sequence[str], steps: int, seed: int = 0, num_scenes: int = 600
+) -> tuple[float, float]:
     """Train a small CLIP on cut-outs of painted things and their phrases, and write it in the official layout.
 
     Returns the share of cut-outs of unseen scenes whose nearest one of all PHRASES is their own: of KNOWN, of HELD_OUT.
@@ -138,7 +141,7 @@ def train_clip(folder: Path, phrases: Sequence[str], steps: int, num_scenes: int
 
     words = sorted({word for phrase in PHRASES for word in phrase.split()} | {"a", "photo", "of"})
     vocabulary = write_tokenizer(folder, words, CLIP_SIDE)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = CLIPModel(_clip_config(vocabulary))
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     pixels = Pixels.from_json(json.loads((folder / "preprocessor_config.json").read_text()), CLIP_SIDE)
@@ -146,8 +149,8 @@ def train_clip(folder: Path, phrases: Sequence[str], steps: int, num_scenes: int
     texts = tokenizer([TEMPLATE.replace("{}", phrase) for phrase in phrases], padding=True, return_tensors="pt")
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(steps):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in progress(range(steps), "training CLIP"):
         chosen = torch.randint(len(squares), (_BATCH,), generator=generator)
         shown = normalize(model.get_image_features(pixels.normalise(squares[chosen].numpy())).pooler_output, dim=-1)
         said = normalize(model.get_text_features(**texts).pooler_output, dim=-1)
