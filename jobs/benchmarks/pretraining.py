@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from jobs.benchmarks.measuring import progress
 from samray.config.models import MODELS, ModelSpec, VitSpec
 from samray.scenes.scene import make_scene
 from samray.train.data import ExampleMaker, blocks, open_data

@@ -61,7 +61,8 @@ def text(
         import_(data / "coco.json", labels, images=data / "images", images_per_shard=8, ray=False, progress=False)
         lines = train_here(SMALL_SAM, str(labels), root / "weights", [
             f"model.name={SMALL_SAM.name}", "train.objective=text", f"text.checkpoint={root / 'clip'}",
-            f"train.steps={steps}", f"train.seed={seed}", "train.from_scratch=true", "train.layer_decay=1", "train.batch_size=8",
+            f"train.steps={steps}", f"train.seed={seed}", "train.from_scratch=true", "train.layer_decay=1",
+            "train.batch_size=8",
             "train.learning_rate=2e-3", "train.warmup_steps=30", "train.interaction_steps=1", "train.ema_decay=0.95",
             "train.validate_every=1000000", "train.log_every=25", "data.prompts_per_image=3", "data.min_area=1",
             "data.scale_jitter=[1,1]", "data.colour_jitter=0", "data.validation_images=24",
