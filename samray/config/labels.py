@@ -224,9 +224,11 @@ class LabelsConfig(Settings):
         needs = [key for key in way.needs if key != "phrases" or not way.own_phrases]
         missing = [key for key in needs if getattr(self, key) is None]
         if missing:
-            what = " and ".join(f"labels.{key}" for key in missing)
-            told = " ".join((LabelsConfig.model_fields[missing[0]].description or "").rstrip(".").split())
-            raise ValueError(f"labels.by={self.by} needs {what}" + (f": {told}" if len(missing) == 1 else ""))
+            problem = f"labels.by={self.by} needs {' and '.join(f'labels.{key}' for key in missing)}"
+            if len(missing) == 1:
+                description = LabelsConfig.model_fields[missing[0]].description or ""
+                problem += f": {' '.join(description.rstrip('.').split()).removeprefix(f'{self.by}: ')}"
+            raise ValueError(problem)
         return self
 
     def identity(self) -> dict[str, Any]:

@@ -124,7 +124,10 @@ def parse_value(text: str) -> Any:
         except yaml.composer.ComposerError as error:
             raise ConfigError(f"cannot read the value {text[:60]}: {error.problem}") from None
         except yaml.YAMLError:
-            raise ConfigError(f"cannot read the value {text[:200]}: a bracket or quote is not closed") from None
+            raise ConfigError(
+                f"cannot read the value {text[:200]}: a bracket or quote is not closed; in a shell, put quotes around a "
+                "setting with spaces or brackets"
+            ) from None
     loader = _StrictLoader("")
     # The tag of the text as a plain scalar: number, boolean, null or text.
     tag = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
