@@ -125,8 +125,8 @@ def parse_value(text: str) -> Any:
             raise ConfigError(f"cannot read the value {text[:60]}: {error.problem}") from None
         except yaml.YAMLError:
             raise ConfigError(
-                f"cannot read the value {text[:200]}: a bracket or quote is not closed; in a shell, put quotes around a "
-                "setting with spaces or brackets"
+                f"cannot read the value {text[:200]}: a bracket or quote is not closed; in a shell, put quotes around "
+                "a setting with spaces or brackets"
             ) from None
     loader = _StrictLoader("")
     # The tag of the text as a plain scalar: number, boolean, null or text.
