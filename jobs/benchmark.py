@@ -12,7 +12,7 @@
     python jobs/benchmark.py start               seconds until `samray.label` has labelled one image
     python jobs/benchmark.py export              memory and seconds of `samray.export`, killed half-way and resumed
     python jobs/benchmark.py report              seconds, memory and page size of `samray report` on 100,000 images
-    python jobs/benchmark.py quality             `samray quality` on 1,000,000 rows, clean and with planted faults
+    python jobs/benchmark.py quality             `samray quality` on 1,000,000 rows, and on others with planted faults
     python jobs/benchmark.py extract PARQUET DIR writes the photographs of a Parquet file with a `jpeg` column as files
     python jobs/benchmark.py read                bytes read from S3 for one image of 100,000, and for an index
     python jobs/benchmark.py train DATA...       `samray train` and a plain PyTorch loop, same model and batches
@@ -316,6 +316,7 @@ def main() -> int:
     sub.add_argument("--folder", type=Path, help="folder to keep the outputs in (default: deleted)")
     sub = commands.add_parser("quality")
     sub.add_argument("--images", type=int, default=1_000_000)
+    sub.add_argument("--planted-images", type=int, default=100_000, help="images of the output with planted faults")
     sub.add_argument("--masks", type=int, default=20, help="masks per image")
     sub.add_argument("--folder", type=Path, help="folder to keep the outputs in (default: deleted)")
     sub = commands.add_parser("extract")

@@ -112,19 +112,19 @@ def camera_name(number: int) -> str:
     return f"camera-{number % CAMERAS}/{number:07d}.jpg"
 
 
-def quality(images: int, masks: int, folder: Path | None) -> dict[str, Any]:
+def quality(images: int, planted_images: int, masks: int, folder: Path | None) -> dict[str, Any]:
     """Time and peak memory of a check of a clean output, and of one with planted faults that is killed and resumed."""
     from jobs.synthetic_output import write_synthetic_output
 
     with tempfile.TemporaryDirectory() if folder is None else contextlib.nullcontext(str(folder)) as place:
-        results: dict[str, Any] = {"images": images, "masks_per_image": masks}
-        for name in ("clean", "planted"):
+        results: dict[str, Any] = {"masks_per_image": masks}
+        for name, number in (("planted", planted_images), ("clean", images)):
             planter = Planter(plant=name == "planted")
             output = f"{place}/{name}"
             if not Path(output, "_SUCCESS").exists():
                 options: dict[str, Any] = {"log_radius": (1.1, 1.7), "num_shapes": 200, "name_of": camera_name}
                 options["images_per_shard"] = IMAGES_PER_SHARD
-                write_synthetic_output(output, images, masks, edit=planter, **options)
+                write_synthetic_output(output, number, masks, edit=planter, **options)
             results[name] = _check(output, f"{place}/{name}-quality")
             if planter.plant:
                 results["planted_repeats"], results["planted_empty"] = planter.num_repeats, planter.num_empty
@@ -139,15 +139,17 @@ def _start(output: str, dest: str) -> subprocess.Popen[str]:
 
 def _check(output: str, dest: str) -> dict[str, Any]:
     process = _start(output, dest)
-    with _watched(process.pid) as peak:
+    with _watched(process.pid) as used:
         found = json.loads(process.communicate()[0].splitlines()[-1])
-    return {**found, "peak_mb": peak[0] / 1e6}
+    return {**found, **used}
 
 
 @contextlib.contextmanager
-def _watched(pid: int) -> Iterator[list[float]]:
-    """The largest proportional set size of a process and its children, in bytes: shared memory counts once."""
-    peak, stop = [0.0], threading.Event()
+def _watched(pid: int) -> Iterator[dict[str, float]]:
+    """What a process and its children use: the largest sum of their proportional set sizes, in which shared memory
+    counts once, and CPU seconds, which other processes on the machine do not change."""
+    used, stop = {"peak_mb": 0.0, "cpu_seconds": 0.0}, threading.Event()
+    cpu: dict[int, float] = {}
 
     def watch() -> None:
         while not stop.wait(0.5):
@@ -157,12 +159,13 @@ def _watched(pid: int) -> Iterator[list[float]]:
                 for process in (parent, *parent.children(recursive=True)):
                     with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                         total += process.memory_full_info().pss
-            peak[0] = max(peak[0], total)
+                        cpu[process.pid] = sum(process.cpu_times()[:2])
+            used.update(peak_mb=max(used["peak_mb"], total / 1e6), cpu_seconds=sum(cpu.values()))
 
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        yield peak
+        yield used
     finally:
         stop.set()
         thread.join()
