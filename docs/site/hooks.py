@@ -112,10 +112,17 @@ def presets() -> str:
 
 def models() -> str:
     rows = [
-        (f"`{m.name}`", f"{m.parameters / 1e6:.1f} M", f"{m.size_mb:,.1f} MB" if m.size_mb else "", m.licence, m.source)
+        (
+            f"`{m.name}`",
+            f"{m.parameters / 1e6:.1f} M",
+            f"{m.size_mb:,.1f} MB" if m.size_mb else "",
+            m.licence,
+            m.verified_by,
+            m.source,
+        )
         for m in list_models()
     ]
-    return table(("name", "parameters", "file", "licence", "from"), rows)
+    return table(("name", "parameters", "file", "licence", "verified by", "from"), rows)
 
 
 # --- API, errors, files -----------------------------------------------------------------------------------------------

@@ -192,13 +192,16 @@ def reference_masks(
 
 
 def transformers_sam(spec: ModelSpec) -> Any:
-    """transformers' SamModel of this row, with weights as it makes them; its plain attention, not a fused one."""
+    """transformers' SamModel or SamHQModel of this row, with weights as it makes them; its plain attention, not a fused
+    one."""
     transformers = pytest.importorskip(
         "transformers", reason="NOTHING is compared with transformers, which is not installed"
     )
     encoder = spec.encoder
     assert isinstance(encoder, VitSpec)
-    config = transformers.SamConfig(
+    kind, decoder = ("SamHQ", {"vit_dim": spec.decoder.hq_dim}) if spec.decoder.hq_dim else ("Sam", {})
+    config = getattr(transformers, f"{kind}Config")(
+        mask_decoder_config=decoder,
         vision_config={
             "hidden_size": encoder.dim,
             "num_hidden_layers": encoder.depth,
@@ -210,7 +213,7 @@ def transformers_sam(spec: ModelSpec) -> Any:
         prompt_encoder_config={"image_size": spec.image_size},
     )
     config._attn_implementation = "eager"
-    return transformers.SamModel(config).eval()
+    return getattr(transformers, f"{kind}Model")(config).eval()
 
 
 def transformers_sam2(spec: ModelSpec, kind: str = "Sam2") -> Any:

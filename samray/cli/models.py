@@ -30,18 +30,20 @@ def models(context: typer.Context) -> int:
 
     rows = list_models()
     table = Table(box=None, pad_edge=False)
-    for title in ("name", "parameters", "file", "licence", "here", "from"):
+    for title in ("name", "parameters", "file", "licence", "here", "verified by", "from"):
         table.add_column(title, justify="right" if title in ("parameters", "file") else "left")
     for row in rows:
-        here = "[green]yes[/green]" if row.present else "no" if row.url else "[red]missing[/red]"
+        here = "[green]yes[/green]" if row.present else "no" if row.url or row.gated else "[red]missing[/red]"
         size = f"{row.size_mb:,.1f} MB" if row.size_mb else ""
-        table.add_row(row.name, f"{row.parameters / 1e6:.1f} M", size, row.licence, here, row.source)
+        table.add_row(row.name, f"{row.parameters / 1e6:.1f} M", size, row.licence, here, row.verified_by, row.source)
     console = Console()
     console.print(table)
     console.print("\nweights", style="bold")
+    width = max(len(row.name) for row in rows)
     for row in rows:
-        if row.present or row.url:
-            console.print(f"  {row.name:8}  {row.present or row.url}", highlight=False, soft_wrap=True, markup=False)
+        where = row.present or row.url or (row.gated and f"gated; get {row.file_name} from {row.gated}")
+        if where:
+            console.print(f"  {row.name:{width}}  {where}", highlight=False, soft_wrap=True, markup=False)
     return 0
 
 

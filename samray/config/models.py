@@ -98,6 +98,9 @@ class DecoderVariant:
     """A single mask that is not stable is replaced by the best of the other three."""
     pad_boxes: bool = False
     """The "not a point" token is appended to boxes, too."""
+    hq_dim: int = 0
+    """Channels of the encoder's early features, of which one more token makes a mask that is added to the others; 0:
+    none (SAM-HQ). Of the three masks of an ambiguous prompt only the best one is decoded, as published."""
 
 
 SAM2_DECODER = DecoderVariant(
@@ -131,7 +134,11 @@ class ModelSpec:
     """The published file; for `tiny` the file inside this package."""
     url: str | None = None
     sha256: str | None = None
+    """Digest of the file, from its publisher or a project that can be named; None: it is verified by size and keys."""
+    gated: str | None = None
+    """Page where the user gets the file, after agreeing to its licence; samray does not download it."""
     size_mb: float = 0.0
+    """As published; for a row without a digest the file's size must be within 1% of it."""
     licence: str = APACHE
     source: str = ""
     core_seconds: tuple[float, float] | None = None
@@ -148,6 +155,17 @@ class ModelSpec:
         """Side h = w of the embedding grid."""
         return self.image_size // self.stride
 
+
+MOBILE_SAM_VIT = TinyVitSpec(
+    dims=(64, 128, 160, 320),
+    depths=(2, 2, 6, 2),
+    num_heads=(2, 4, 5, 10),
+    windows=(7, 7, 14, 7),
+    strides=(2, 2, 1),
+)
+VIT_B = VitSpec(dim=768, depth=12, num_heads=12, global_blocks=(2, 5, 8, 11))
+VIT_L = VitSpec(dim=1024, depth=24, num_heads=16, global_blocks=(5, 11, 17, 23))
+VIT_H = VitSpec(dim=1280, depth=32, num_heads=16, global_blocks=(7, 15, 23, 31))
 
 _HIERAS: dict[str, tuple[str, HieraSpec]] = {
     "t": ("tiny", HieraSpec(dim=96, num_heads=1, depths=(1, 2, 7, 2), global_blocks=(5, 7, 9))),
@@ -185,6 +203,33 @@ def _sam2(version: str, size: str, megabytes: float, sha256: str) -> ModelSpec:
     )
 
 
+_HQ_ENCODERS: dict[str, EncoderSpec] = {
+    "tiny": MOBILE_SAM_VIT,
+    "b": VIT_B,
+    "l": VIT_L,
+    "h": VIT_H,
+}
+"""The encoders of SAM-HQ: size in the name of the file -> encoder, which is that of MobileSAM or SAM."""
+
+
+def _sam_hq(size: str, hq_dim: int, megabytes: float, sha256: str | None = None) -> ModelSpec:
+    """A row of SAM-HQ."""
+    file_name = f"sam_hq_vit_{size}.pth"
+    return ModelSpec(
+        name=f"sam_hq_vit_{size[0]}",
+        image_size=1024,
+        encoder=_HQ_ENCODERS[size],
+        decoder=DecoderVariant(hq_dim=hq_dim),
+        family="SAM-HQ",
+        masks_preset="sam_hq",
+        file_name=file_name,
+        url=f"https://huggingface.co/lkeab/hq-sam/resolve/main/{file_name}",
+        sha256=sha256,
+        size_mb=megabytes,
+        source="SAM-HQ (Ke et al., 2023)",
+    )
+
+
 _SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 _SAM_SOURCE = "Meta, Segment Anything (2023)"
 
@@ -213,13 +258,7 @@ MODELS: dict[str, ModelSpec] = {
         ModelSpec(
             name="vit_t",
             image_size=1024,
-            encoder=TinyVitSpec(
-                dims=(64, 128, 160, 320),
-                depths=(2, 2, 6, 2),
-                num_heads=(2, 4, 5, 10),
-                windows=(7, 7, 14, 7),
-                strides=(2, 2, 1),
-            ),
+            encoder=MOBILE_SAM_VIT,
             file_name="mobile_sam.pt",
             url="https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/master/weights/mobile_sam.pt",
             sha256="6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
@@ -230,7 +269,7 @@ MODELS: dict[str, ModelSpec] = {
         ModelSpec(
             name="vit_b",
             image_size=1024,
-            encoder=VitSpec(dim=768, depth=12, num_heads=12, global_blocks=(2, 5, 8, 11)),
+            encoder=VIT_B,
             file_name="sam_vit_b_01ec64.pth",
             url=_SAM_URL + "sam_vit_b_01ec64.pth",
             sha256="ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
@@ -241,7 +280,7 @@ MODELS: dict[str, ModelSpec] = {
         ModelSpec(
             name="vit_l",
             image_size=1024,
-            encoder=VitSpec(dim=1024, depth=24, num_heads=16, global_blocks=(5, 11, 17, 23)),
+            encoder=VIT_L,
             file_name="sam_vit_l_0b3195.pth",
             url=_SAM_URL + "sam_vit_l_0b3195.pth",
             sha256="3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
@@ -252,7 +291,7 @@ MODELS: dict[str, ModelSpec] = {
         ModelSpec(
             name="vit_h",
             image_size=1024,
-            encoder=VitSpec(dim=1280, depth=32, num_heads=16, global_blocks=(7, 15, 23, 31)),
+            encoder=VIT_H,
             file_name="sam_vit_h_4b8939.pth",
             url=_SAM_URL + "sam_vit_h_4b8939.pth",
             sha256="a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
@@ -270,6 +309,12 @@ MODELS: dict[str, ModelSpec] = {
         _sam2("2", "s", 184.3, "95949964d4e548409021d47b22712d5f1abf2564cc0c3c765ba599a24ac7dce3"),
         _sam2("2", "b+", 323.5, "d0bb7f236400a49669ffdd1be617959a8b1d1065081789d7bbff88eded3a8071"),
         _sam2("2", "l", 898.0, "7442e4e9b732a508f80e141e7c2913437a3610ee0c77381a66658c3a445df87b"),
+        # The two digests are those of geti-instant-learn (open-edge-platform/geti-instant-learn,
+        # library/src/instantlearn/utils/constants.py); that of ViT-H is in refiners (finegrain-ai/refiners), too.
+        _sam_hq("tiny", 160, 42.5, "0f32c075ccdd870ae54db2f7630e7a0878ede5a2b06d05d6fe02c65a82fb7196"),
+        _sam_hq("b", 768, 379.0),
+        _sam_hq("l", 1024, 1250.0),
+        _sam_hq("h", 1280, 2570.9, "a7ac14a085326d9fa6199c8c698c4f0e7280afdbb974d2c4660ec60877b45e35"),
     )
 }
 

@@ -39,6 +39,11 @@ class ModelRow:
     licence: str
     source: str
     url: str | None
+    file_name: str
+    gated: str | None
+    """Page where the user gets the file, which samray does not download."""
+    verified_by: str
+    """How the published file is verified: SHA-256, or size and keys."""
     present: Path | None
     """Path of its weights on this machine (not verified), or None."""
 
@@ -212,7 +217,9 @@ def resolve_checkpoint(name: str = "tiny", checkpoint: str | Path | None = None)
     spec = find_spec(name)
     if checkpoint is not None:
         return resolve_given(str(checkpoint))
-    if spec.url is None or spec.sha256 is None:
+    if spec.gated is not None:
+        return _user_supplied(spec)
+    if spec.url is None:
         path = _embedded_path(spec)
         if not path.is_file():
             raise ConfigError(
@@ -221,13 +228,24 @@ def resolve_checkpoint(name: str = "tiny", checkpoint: str | Path | None = None)
             )
         return path
     try:
-        return fetch.fetch_published(spec.file_name, spec.url, spec.sha256)
+        return fetch.fetch_published(spec.file_name, spec.url, spec.sha256, spec.size_mb)
     except StorageError as error:
         raise ConfigError(
             f"the weights of {name} are not on this machine and downloading them failed: {error}. Get {spec.url} "
             f"({spec.size_mb:,.0f} MB) elsewhere and copy it to {fetch.published_path(spec.file_name)}, or set "
             "model.checkpoint to a file or URI that this machine can read"
         ) from error
+
+
+def _user_supplied(spec: ModelSpec) -> Path:
+    """The file that the user put into the cache. Raises: ConfigError if there is none."""
+    path = fetch.published_path(spec.file_name)
+    if not path.is_file():
+        raise ConfigError(
+            f"the weights of {spec.name} are gated, and samray does not download them: get {spec.file_name} from "
+            f"{spec.gated}, and set model.checkpoint to it or copy it to {path}"
+        )
+    return path
 
 
 def checkpoint_sha256(name: str = "tiny", checkpoint: str | Path | None = None) -> str:
@@ -239,7 +257,8 @@ def list_models() -> list[ModelRow]:
     """Every known model and whether its weights are on this machine."""
     rows = []
     for spec in MODELS.values():
-        path = _embedded_path(spec) if spec.url is None else fetch.published_path(spec.file_name)
+        is_embedded = spec.url is None and spec.gated is None
+        path = _embedded_path(spec) if is_embedded else fetch.published_path(spec.file_name)
         rows.append(
             ModelRow(
                 name=spec.name,
@@ -248,6 +267,9 @@ def list_models() -> list[ModelRow]:
                 licence=spec.licence,
                 source=spec.source,
                 url=spec.url,
+                file_name=spec.file_name,
+                gated=spec.gated,
+                verified_by="" if is_embedded else "SHA-256" if spec.sha256 is not None else "size and keys",
                 present=path if path.is_file() else None,
             )
         )

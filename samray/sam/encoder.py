@@ -18,6 +18,8 @@ class Features(NamedTuple):
     """(B, C, h, w)."""
     high_res: tuple[Tensor, Tensor] | None = None
     """(B, C / 8, 4h, 4w) and (B, C / 4, 2h, 2w), which the decoder adds as it upscales; None if it adds nothing."""
+    early: Tensor | None = None
+    """(B, D, h, w) from an early block, for a decoder with `hq_dim` D; otherwise None."""
 
 
 class ImageEncoder(nn.Module):
@@ -56,7 +58,10 @@ def packed(features: Features) -> Tensor:
 
     Channels: C of the embedding, then the C / 4 features of a cell's four quarters (y, x), then the C / 8 features of
     its sixteen sixteenths (y, x of the quarter, y, x within it): the order in which `MaskDecoder.upscale` makes them.
+    Or, after the embedding, the D early ones.
     """
+    if features.early is not None:
+        return torch.cat([features.embedding, features.early], dim=1)
     if features.high_res is None:
         return features.embedding
     s0, s1 = features.high_res

@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock
@@ -26,9 +26,12 @@ from samray.errors import ConfigError, StorageError
 
 _log = logging.getLogger(__name__)
 
+Check = Callable[[Path], str | None]
+
 _PIECE_BYTES = 32 * 1024 * 1024
 _MAX_TRIES = 3
 _SMALL_FILE_BYTES = 32 * 1024 * 1024  # fast to hash: not worth a cache entry
+_SIZE_TOLERANCE = 0.01  # sizes are published with three digits
 
 
 def cache_dir() -> Path:
@@ -41,21 +44,32 @@ def published_path(file_name: str) -> Path:
     return cache_dir() / "checkpoints" / file_name
 
 
-def fetch_published(file_name: str, url: str, sha256: str) -> Path:
-    """The published file in the cache, downloaded if missing, and always verified.
+def fetch_published(file_name: str, url: str, sha256: str | None, size_mb: float) -> Path:
+    """The published file in the cache, downloaded if missing, and always verified: by digest, or by size if sha256 is
+    None.
 
-    Raises ConfigError if its digest is wrong, and StorageError if it cannot be downloaded.
+    Raises ConfigError if digest or size is wrong, and StorageError if it cannot be downloaded.
     """
     path = published_path(file_name)
     # Verified below in any case: the file may have been there already, put there manually.
-    _fetch(url, path, sha256)
-    found = file_sha256(path)
-    if found != sha256:
+    _fetch(url, path, lambda part: _mismatch(part, sha256, size_mb))
+    if mismatch := _mismatch(path, sha256, size_mb):
         raise ConfigError(
-            f"{path} is not the published {file_name}: expected SHA-256 {sha256}, found {found}; "
+            f"{path} is not the published {file_name}: {mismatch}; "
             "delete it and run again, or set model.checkpoint to it if it differs on purpose"
         )
     return path
+
+
+def _mismatch(path: Path, sha256: str | None, size_mb: float) -> str | None:
+    """What was expected of a published file and what it has; None if it is as expected."""
+    if sha256 is not None:
+        found = file_sha256(path)
+        return None if found == sha256 else f"expected SHA-256 {sha256}, found {found}"
+    size = path.stat().st_size / 1e6
+    if abs(size - size_mb) <= _SIZE_TOLERANCE * size_mb:
+        return None
+    return f"expected {size_mb:,.1f} MB, found {size:,.1f} MB"
 
 
 def fetch_remote(uri: str) -> Path:
@@ -152,7 +166,7 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _fetch(uri: str, path: Path, expected_sha256: str | None = None, version: str | None = None) -> None:
+def _fetch(uri: str, path: Path, mismatch: Check | None = None, version: str | None = None) -> None:
     """Create `path`. Files appear complete, so an existing file needs no lock and no writable folder."""
     if path.exists():
         return
@@ -160,22 +174,20 @@ def _fetch(uri: str, path: Path, expected_sha256: str | None = None, version: st
     with _locked(path):
         # Look again: another process may have finished while this one waited for the lock.
         if not path.exists():
-            _download(uri, path, expected_sha256, version)
+            _download(uri, path, mismatch, version)
 
 
-def _download(uri: str, path: Path, expected_sha256: str | None, version: str | None) -> None:
+def _download(uri: str, path: Path, mismatch: Check | None, version: str | None) -> None:
     """Download `uri` next to `path` and rename it when complete; the caller holds the lock.
 
-    Raises: _Replaced if the object's version has changed: parts of two versions would be mixed.
+    mismatch: says what is wrong with the downloaded file, or None. Raises: _Replaced if the object's version has changed: parts of two versions would be mixed.
     """
     part = path.with_name(path.name + ".part")
     _log.info("downloading %s to %s", storage.redact(uri), path)
     try:
         _stream(uri, part)
-        if expected_sha256 is not None and (found := file_sha256(part)) != expected_sha256:
-            raise ConfigError(
-                f"{storage.redact(uri)} was damaged or changed: expected SHA-256 {expected_sha256}, found {found}"
-            )
+        if mismatch is not None and (wrong := mismatch(part)):
+            raise ConfigError(f"{storage.redact(uri)} was damaged or changed: {wrong}")
         # The pieces are separate requests: together they are one file only if the object stayed the same.
         if version is not None and (_version(uri) != version or not _is_same_again(uri, part)):
             raise _Replaced

@@ -158,12 +158,16 @@ class PatchEmbed(nn.Module):
 
 
 class ImageEncoderViT(ImageEncoder):
-    """(B, 3, S, S) normalised pixels -> (B, C, S / patch, S / patch)."""
+    """(B, 3, S, S) normalised pixels -> (B, C, S / patch, S / patch).
+
+    gives_early: also give the features after the first global block, as SAM-HQ uses them.
+    """
 
     stem = ("patch_embed", "pos_embed")
 
-    def __init__(self, spec: VitSpec, image_size: int, out_channels: int) -> None:
+    def __init__(self, spec: VitSpec, image_size: int, out_channels: int, *, gives_early: bool = False) -> None:
         super().__init__()
+        self.early_block = min(spec.global_blocks) if gives_early else -1
         grid = image_size // spec.patch
         self.patch_embed = PatchEmbed(spec.patch, spec.dim)
         # Learned for one grid, which is why a ViT takes only its own input size.
@@ -176,9 +180,12 @@ class ImageEncoderViT(ImageEncoder):
 
     def features(self, pixels: Tensor) -> Features:
         x = self.patch_embed(pixels) + self.pos_embed
-        for block in self.blocks:
+        early = None
+        for i, block in enumerate(self.blocks):
             x = block(x)
-        return Features(self.neck(x.permute(0, 3, 1, 2)))
+            if i == self.early_block:
+                early = x.permute(0, 3, 1, 2)
+        return Features(self.neck(x.permute(0, 3, 1, 2)), early=early)
 
     def block_names(self) -> list[tuple[str, ...]]:
         return [(f"blocks.{i}",) for i in range(len(self.blocks))]
@@ -187,4 +194,4 @@ class ImageEncoderViT(ImageEncoder):
 def build_encoder(spec: ModelSpec) -> ImageEncoderViT:
     """The ViT of a model's row."""
     assert isinstance(spec.encoder, VitSpec)
-    return ImageEncoderViT(spec.encoder, spec.image_size, spec.embed_dim)
+    return ImageEncoderViT(spec.encoder, spec.image_size, spec.embed_dim, gives_early=spec.decoder.hq_dim > 0)

@@ -67,8 +67,9 @@ META_SAM: Final = Layout(
     marker=re.compile(r""),
     # MobileSAM's: TinyViT's classifier, and tables derived from the window size.
     unused=re.compile(r"^image_encoder\.(norm_head|head)\.|\.attention_bias_idxs$"),
+    renames=((r"^mask_decoder\.(hf_|compress_vit_feat|embedding_)", r"mask_decoder.hq.\1"),),
 )
-"""Meta's SAM, MobileSAM, and samray's own files."""
+"""Meta's SAM, MobileSAM, SAM-HQ, and samray's own files."""
 
 HF_SAM: Final = Layout(
     marker=re.compile(r"^(vision_encoder|shared_image_embedding)\."),
@@ -80,9 +81,20 @@ HF_SAM: Final = Layout(
         (r"^vision_encoder\.neck\.layer_norm2\.", "image_encoder.neck.3."),
         (r"^vision_encoder\.layers\.", "image_encoder.blocks."),
         (r"^vision_encoder\.", "image_encoder."),
+        (r"^mask_decoder\.hq_token\.", "mask_decoder.hq.hf_token."),
+        (r"^mask_decoder\.hq_mask_mlp\.layers\.0\.", "mask_decoder.hq.hf_mlp.layers.1."),
+        (r"^mask_decoder\.hq_mask_mlp\.proj_in\.", "mask_decoder.hq.hf_mlp.layers.0."),
+        (r"^mask_decoder\.hq_mask_mlp\.proj_out\.", "mask_decoder.hq.hf_mlp.layers.2."),
+        (r"^mask_decoder\.compress_vit_", "mask_decoder.hq.compress_vit_feat."),
+        (r"^mask_decoder\.encoder_", "mask_decoder.hq.embedding_encoder."),
+        (r"^mask_decoder\.mask_(conv|norm)", r"mask_decoder.hq.embedding_maskfeature.\1"),
+        (r"^(mask_decoder\.hq\.\w+\.)conv1\.", r"\g<1>0."),
+        (r"^(mask_decoder\.hq\.\w+\.)norm\.", r"\g<1>1."),
+        (r"^(mask_decoder\.hq\.\w+\.)conv2\.", r"\g<1>3."),
         *_HF_PROMPTS_AND_DECODER,
     ),
 )
+"""Hugging Face's SAM and SAM-HQ."""
 
 # Video: memory, object pointers, and the score of an object's presence, which an image's masks do not depend on.
 META_SAM2: Final = Layout(

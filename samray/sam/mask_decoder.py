@@ -1,19 +1,21 @@
 """The mask decoder: tokens and image tokens to mask logits and predicted IoUs.
 
 Source: SAM paper, appendix A, "Mask decoder"; `segment_anything.modeling.mask_decoder` (same parameter names and
-numbers); for SAM 2's variant `sam2.modeling.sam.mask_decoder`. Predicted IoUs depend only on the tokens, so the decoder
-has two parts: `run` gives the IoUs, and `upscale` computes the logits of only the masks that are needed.
+numbers); for SAM 2's variant `sam2.modeling.sam.mask_decoder`, for SAM-HQ's see `samray.sam.hq`. Predicted IoUs depend
+only on the tokens, so the decoder has two parts: `run` gives the IoUs, and `upscale` computes the logits of only the
+masks that are needed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from samray.sam.heads import MlpHead, double_twice, norm_of_cells
+from samray.sam.hq import HqHead
 from samray.sam.image_encoder import LayerNorm2d
 from samray.sam.spec import ModelSpec
 from samray.sam.transformer import Guidance, ImageTokens, TwoWayTransformer
@@ -25,23 +27,12 @@ _STABILITY_THRESH = 0.98
 """`dynamic_multimask`: IoU of the mask cut at plus and minus delta logits, from which on it is stable (`sam2`)."""
 
 
-class MlpHead(nn.Module):
-    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, depth: int) -> None:
-        super().__init__()
-        dims = [in_dim, *[hidden_dim] * (depth - 1), out_dim]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
-
-    def forward(self, x: Tensor) -> Tensor:
-        *hidden, last = self.layers
-        for layer in hidden:
-            x = F.relu(layer(x))
-        out: Tensor = last(x)
-        return out
-
-
 @dataclass(frozen=True, slots=True)
 class DecoderState:
-    """State between the two parts: mask_tokens (N, 4, C), keys (N, L, C) image tokens per prompt, iou (N, 4)."""
+    """State between the two parts: mask_tokens (N, 4, C), keys (N, L, C) image tokens per prompt, iou (N, 4).
+
+    With `hq_dim`, mask_tokens are (N, 5, C): the HQ token is the last.
+    """
 
     mask_tokens: Tensor
     keys: Tensor
@@ -67,59 +58,94 @@ class MaskDecoder(nn.Module):
         )
         self.output_hypernetworks_mlps = nn.ModuleList(MlpHead(dim, dim, dim // 8, 3) for _ in range(NUM_MASK_TOKENS))
         self.iou_prediction_head = MlpHead(dim, spec.iou_hidden_dim, NUM_MASK_TOKENS, 3)
+        if self.variant.hq_dim:
+            self.hq = HqHead(dim, self.variant.hq_dim)
+
+    def image_features(self, embeddings: Tensor) -> Tensor | None:
+        """What upscaling adds for each image, from the whole output of the encoder as tokens (B, L, C + ...)."""
+        dim = self.mask_tokens.embedding_dim
+        if embeddings.shape[-1] == dim:
+            return None
+        further = embeddings[..., dim:]
+        return self.hq.image_features(embeddings[..., :dim], further) if self.variant.hq_dim else further
 
     def run(self, image: ImageTokens, sparse: Tensor, guidance: Guidance | None = None) -> DecoderState:
         """sparse: (B, N, P, C) prompt tokens, for N prompts on each of B images. The state's N is B * N."""
         b, n = sparse.shape[:2]
-        # Order of tokens: the object's score if the model has it, predicted IoU, four masks, then the prompt's.
+        # Order of tokens: the object's score if the model has it, predicted IoU, four masks, HQ, then the prompt's.
         output_tokens = [self.iou_token.weight, self.mask_tokens.weight]
         if self.variant.object_score_token:
             output_tokens.insert(0, self.obj_score_token.weight)
         first = len(output_tokens) - 2
+        if self.variant.hq_dim:
+            output_tokens.append(self.hq.hf_token.weight)
+        end = sum(map(len, output_tokens))
         tokens = torch.cat([torch.cat(output_tokens).to(sparse.dtype).expand(b, n, -1, -1), sparse], dim=2)
         x, keys = self.transformer(image, tokens, guidance)
         iou = self.iou_prediction_head(x[:, first])
         if self.variant.sigmoid_iou:
             iou = iou.sigmoid()
-        return DecoderState(x[:, first + 1 : first + 1 + NUM_MASK_TOKENS], keys, iou)
+        return DecoderState(x[:, first + 1 : end], keys, iou)
 
-    def hyper(self, mask_tokens: Tensor, masks: slice) -> Tensor:
-        """The weights that turn upscaled features into masks: (N, 4, C) -> (N, M, C / 8) for the given mask tokens."""
+    def best(self, iou: Tensor) -> Tensor | None:
+        """The masks to decode of these: (N, M) predicted IoUs -> (N, 1) indices of the best, with `hq_dim`; None: all.
+
+        SAM-HQ gives one mask for a prompt, also for an ambiguous one.
+        """
+        return iou.argmax(dim=1, keepdim=True) if self.variant.hq_dim and iou.shape[1] > 1 else None
+
+    def hyper(self, mask_tokens: Tensor, masks: slice, best: Tensor | None = None) -> Tensor:
+        """The weights that turn upscaled features into masks: (N, 4, C) -> (N, M, C / 8) for the given mask tokens.
+
+        best: (N, 1) which one of them, see `best`; M is then 1. With `hq_dim`, the weights of the HQ mask are appended.
+        """
         # Only for the masks asked for: each mask token has an MLP of its own.
         numbers = range(*masks.indices(NUM_MASK_TOKENS))
-        return torch.stack([self.output_hypernetworks_mlps[i](mask_tokens[:, i]) for i in numbers], dim=1)
+        weights = torch.stack([self.output_hypernetworks_mlps[i](mask_tokens[:, i]) for i in numbers], dim=1)
+        if best is not None:
+            weights = weights.gather(1, best[..., None].expand(-1, -1, weights.shape[-1]))
+        return torch.cat([weights, self.hq.hf_mlp(mask_tokens[:, -1:])], dim=1) if self.variant.hq_dim else weights
 
     def upscale(self, keys: Tensor, hyper: Tensor, fine: Tensor | None = None) -> Tensor:
         """Mask logits at four times the embedding grid.
 
-        keys: (N, L, C); hyper: (N, M, C / 8); fine: (B, L, ...) as `ImageTokens.fine`, for N / B prompts each. Returns
-        (N, M, 4h, 4w). The 2x2 transposed convolutions have stride 2, so each is a matrix product per cell. Cells are
-        rearranged to image order last, when only M channels of C / 8 are left.
+        keys: (N, L, C); hyper: (N, M, C / 8) as `hyper` gives them; fine: (B, L, ...) as `ImageTokens.fine`, for N / B
+        prompts each. Returns (N, M, 4h, 4w). Cells are rearranged to image order last, when only M channels of C / 8
+        are left.
         """
-        conv1, norm, _, conv2, _ = self.output_upscaling
-        assert isinstance(norm, LayerNorm2d)
-        assert isinstance(conv1, nn.ConvTranspose2d)
-        assert isinstance(conv2, nn.ConvTranspose2d)
-        assert conv1.bias is not None
-        assert conv2.bias is not None
-        n, cells, _ = keys.shape
-        weight1 = conv1.weight.permute(0, 2, 3, 1).flatten(1)  # (C, 2 * 2 * C / 4)
-        x = F.linear(keys, weight1.T, conv1.bias.repeat(4)).view(n, cells * 4, len(norm.weight))  # (N, 4 L, C / 4)
+        high_res = fine if self.variant.hq_dim == 0 else None
         # In `packed` order: the features of the first doubling, then those of the second.
-        split = 4 * x.shape[-1]
-        if fine is not None and self.variant.high_res_before_norm:
-            x = _add_per_image(x, fine[..., :split])
-        x = F.layer_norm(x, (len(norm.weight),), norm.weight, norm.bias, norm.eps)
-        if fine is not None and not self.variant.high_res_before_norm:
-            x = _add_per_image(x, fine[..., :split])
-        x = F.gelu(x)
-        weight2 = conv2.weight.permute(0, 2, 3, 1).flatten(1)  # (C / 4, 2 * 2 * C / 8)
-        x = F.linear(x, weight2.T, conv2.bias.repeat(4)).view(n, cells * 16, hyper.shape[-1])  # (N, 16 L, C / 8)
-        x = F.gelu(x if fine is None else _add_per_image(x, fine[..., split:]))
-        masks = torch.bmm(hyper.to(x.dtype), x.transpose(1, 2))  # (N, M, h * w * 2 * 2 * 2 * 2)
-        g, m = self.grid, masks.shape[1]
-        masks = masks.view(n, m, g, g, 2, 2, 2, 2)  # h, w, then (y, x) of the first and of the second doubling
-        return masks.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(n, m, 4 * g, 4 * g)
+        split = 4 * (keys.shape[-1] // 4)
+
+        def normed(x: Tensor, norm: LayerNorm2d) -> Tensor:
+            if high_res is None:
+                return norm_of_cells(x, norm)
+            if self.variant.high_res_before_norm:
+                return norm_of_cells(_add_per_image(x, high_res[..., :split]), norm)
+            return _add_per_image(norm_of_cells(x, norm), high_res[..., :split])
+
+        x = double_twice(keys, self.output_upscaling, normed)  # (N, 16 L, C / 8)
+        x = F.gelu(x if high_res is None else _add_per_image(x, high_res[..., split:]))
+        if self.variant.hq_dim:
+            return self._with_hq(x, hyper, fine)
+        return self._in_image_order(torch.bmm(hyper.to(x.dtype), x.transpose(1, 2)))
+
+    def _with_hq(self, x: Tensor, hyper: Tensor, fine: Tensor | None) -> Tensor:
+        """The masks of upscaled features x (N, 16 L, C / 8), each plus the HQ mask, whose weights are the last."""
+        assert fine is not None
+        hyper, hq = hyper.to(x.dtype).split([hyper.shape[1] - 1, 1], dim=1)
+        masks = torch.bmm(hyper, x.transpose(1, 2))
+        # (B, N / B, C / 8) by (B, 16 L, C / 8): the prompts of an image are rows of one product.
+        features = fine.view(len(fine), x.shape[1], -1).to(x.dtype)
+        of_image = hq.reshape(len(fine), -1, hq.shape[-1]) @ features.transpose(1, 2)
+        masks = self._in_image_order(masks + of_image.view(x.shape[0], 1, -1))
+        return masks + self.hq.refined_masks(self._in_image_order(x.transpose(1, 2)), hq)
+
+    def _in_image_order(self, x: Tensor) -> Tensor:
+        """(N, M, 16 L), the pixels of one cell after the other -> (N, M, 4h, 4w)."""
+        n, m, g = x.shape[0], x.shape[1], self.grid
+        x = x.reshape(n, m, g, g, 2, 2, 2, 2)  # h, w, then (y, x) of the first and of the second doubling
+        return x.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(n, m, 4 * g, 4 * g)
 
     def single(self, logits: Tensor, iou: Tensor) -> tuple[Tensor, Tensor]:
         """One mask per prompt. logits: (N, 4, 4h, 4w), iou: (N, 4) of all mask tokens. Returns (N, 1, ...) of each.

@@ -83,6 +83,9 @@ class Sam(nn.Module):
         """
         self.image_encoder.to(dtype)
         self.mask_decoder.output_upscaling.to(dtype)
+        if self.spec.decoder.hq_dim:
+            for part in ("compress_vit_feat", "embedding_encoder", "embedding_maskfeature"):
+                self.mask_decoder.hq.get_submodule(part).to(dtype)
         # norm4 is the only norm of a block that works on image tokens; the others are for the prompt's few tokens.
         for block in self.mask_decoder.transformer.blocks():
             block.norm4.to(dtype)
@@ -122,7 +125,7 @@ class Sam(nn.Module):
     def encode_images(self, pixels: Tensor) -> Tensor:
         """pixels: (B, 3, S, S) from `preprocess`. Returns the embeddings (B, C, h, w).
 
-        High-resolution features are appended as further channels (`packed`); `prepare_decoder` separates them.
+        High-resolution or early features are appended as further channels (`packed`); `prepare_decoder` separates them.
         """
         with exact_convolutions(self.device):
             out: Tensor = self.image_encoder(pixels)
@@ -133,19 +136,22 @@ class Sam(nn.Module):
     ) -> ImageTokens:
         """Compute once what all prompts of these images share.
 
-        embeddings: (B, C, h, w). mask_input: (B, 1, 4h, 4w) logits, or None for no mask prompt. has_mask: (1,) float,
-        0 to ignore mask_input, for a graph without branches; None is 1.
+        embeddings: (B, C, h, w). mask_input: logits (B, 1, 4h, 4w), or (B * N, 1, 4h, 4w) for N prompts on each image,
+        which become N "images" with one prompt each; None for no mask prompt. has_mask: (1,) float, 0 to ignore
+        mask_input, for a graph without branches; None is 1.
         """
         encoder, channels = self.prompt_encoder, self.spec.embed_dim
-        fine = _tokens(embeddings[:, channels:]) if embeddings.shape[1] > channels else None
+        packed = _tokens(embeddings)
+        src = packed[..., :channels]
         with exact_convolutions(self.device):
-            # Without a mask prompt one learned vector is added to every cell: (1, C), else (B, L, C).
+            fine = self.mask_decoder.image_features(packed)
+            # Without a mask prompt one learned vector is added to every cell: (1, C), else (B * N, L, C).
             dense = encoder.no_mask_embed.weight if mask_input is None else _tokens(encoder.encode_masks(mask_input))
         if has_mask is not None:
             dense = has_mask * dense + (1 - has_mask) * encoder.no_mask_embed.weight
-        return self.mask_decoder.transformer.prepare(
-            _tokens(embeddings[:, :channels]) + dense, encoder.dense_positions(), fine, self.dtype
-        )
+        each = 1 if mask_input is None else len(mask_input) // max(len(src), 1)
+        src = src if each == 1 else src.repeat_interleave(each, dim=0)
+        return self.mask_decoder.transformer.prepare(src + dense, encoder.dense_positions(), fine, self.dtype)
 
     # --- prompts to masks --------------------------------------------------------------------------------------------
 
@@ -162,13 +168,14 @@ class Sam(nn.Module):
 
         context: the images (`prepare_decoder(embeddings)`, or `[i]` of it for one). points: (N, P, 2) float xy, input
         frame, N / B per image, image by image. labels: (N, P). Kept masks are in prompt order. min_iou None keeps
-        all N * M of them; M is 3, or 1 without `multimask`: the single mask as it is, without `dynamic_multimask`.
+        all N * M of them; M is 3 (with `hq_dim` only the best of them), or 1 without `multimask`: the single mask as
+        it is, without `dynamic_multimask`.
         """
         num, chunk = len(points), self._chunk(context, _CPU_CHUNK_BYTES)
         each = num // len(context)
         assert each * len(context) == num, "each image needs the same number of prompts"
         if num == 0:
-            return self._nothing_decoded(3 if multimask else 1)
+            return self._nothing_decoded(3 if multimask and not self.spec.decoder.hq_dim else 1)
         # One pass for all images; or chunks that each belong to one image, because `run` needs the same number of
         # prompts for every image of its context.
         work = [(context, 0, num)]
@@ -197,12 +204,15 @@ class Sam(nn.Module):
     ) -> Decoded:
         decoder = self.mask_decoder
         all_iou = state.iou[:, masks].float()
+        best = decoder.best(all_iou)
+        if best is not None:
+            all_iou = all_iou.gather(1, best)
         # Strictly above, as in the reference. `nonzero` waits for the GPU, but what is dropped is never upscaled.
         keep = torch.ones_like(all_iou, dtype=torch.bool) if min_iou is None else all_iou > min_iou
         prompt, mask = keep.nonzero(as_tuple=True)
         # A prompt with a kept mask is upscaled once; only its kept masks are returned.
         alive = keep.any(dim=1).nonzero()[:, 0]
-        hyper = decoder.hyper(state.mask_tokens[alive], masks)
+        hyper = decoder.hyper(state.mask_tokens[alive], masks, None if best is None else best[alive])
         size, each, fine = self._chunk(context, _CPU_UPSCALE_BYTES), len(all_iou) // len(context), context.fine
         logits = []
         for batch, weights in zip(alive.split(size), hyper.split(size), strict=True):
@@ -233,7 +243,7 @@ class Sam(nn.Module):
 
         embedding: (1, C, h, w). points: (N, P, 2) and labels: (N, P); boxes_xyxy: (N, 4); all in the input frame.
         mask_input: (N, 1, 4h, 4w) low-res logits. text_embeddings: (N, D), see `PromptEncoder.encode_texts`. Returns
-        logits (N, M, 4h, 4w) and predicted IoU (N, M); M is 3 or 1.
+        logits (N, M, 4h, 4w) and predicted IoU (N, M); M is 3 or 1, with `hq_dim` 1.
         """
         prompts = [p for p in (points, boxes_xyxy, mask_input, text_embeddings) if p is not None]
         if not prompts:
@@ -254,21 +264,32 @@ class Sam(nn.Module):
         )
         if mask_input is None:
             context, tokens = self.prepare_decoder(embedding), tokens[None]
-        else:  # every prompt has its own image tokens: N "images" with one prompt each
-            context, tokens = self.prepare_decoder(embedding.expand(n, -1, -1, -1), mask_input), tokens[:, None]
-        logits, iou = self.decode_tokens(context, tokens, self._masks_needed(multimask), guidance)
+        else:  # every prompt has its own image tokens
+            context, tokens = self.prepare_decoder(embedding, mask_input), tokens[:, None]
+        masks = self._masks_needed(multimask)
+        logits, iou = self.decode_tokens(context, tokens, masks, guidance, choose=multimask)
         return (logits, iou) if multimask else self.mask_decoder.single(logits, iou)
 
     def decode_tokens(
-        self, context: ImageTokens, tokens: Tensor, masks: slice, guidance: Guidance | None = None
+        self,
+        context: ImageTokens,
+        tokens: Tensor,
+        masks: slice,
+        guidance: Guidance | None = None,
+        *,
+        choose: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """The given ones of the four masks for N prompts on each of B images.
 
-        tokens: (B, N, P, C) of the prompts. Returns logits (B * N, M, 4h, 4w) and predicted IoU (B * N, M), float32.
+        tokens: (B, N, P, C) of the prompts. choose: with `hq_dim` only the best of them. Returns logits (B * N, M, 4h,
+        4w) and predicted IoU (B * N, M), float32.
         """
         state = self.mask_decoder.run(context, tokens, guidance)
-        logits = self.mask_decoder.upscale(state.keys, self.mask_decoder.hyper(state.mask_tokens, masks), context.fine)
-        return logits.float(), state.iou[:, masks].float()
+        iou = state.iou[:, masks].float()
+        best = self.mask_decoder.best(iou) if choose else None
+        hyper = self.mask_decoder.hyper(state.mask_tokens, masks, best)
+        logits = self.mask_decoder.upscale(state.keys, hyper, context.fine).float()
+        return logits, iou if best is None else iou.gather(1, best)
 
     def _masks_needed(self, multimask: bool) -> slice:
         """The mask tokens to decode: three, or the single one, or all to choose the single one from."""
@@ -286,8 +307,8 @@ class Sam(nn.Module):
         """
         b, n = sparse.shape[:2]
         if mask_input is not None:
-            # As in `predict`: a mask prompt changes the image tokens, so every prompt becomes an image of its own.
-            embeddings, sparse = embeddings.repeat_interleave(n, dim=0), sparse.flatten(0, 1)[:, None]
+            # As in `predict`: a mask prompt changes the image tokens, so every prompt has its own.
+            sparse = sparse.flatten(0, 1)[:, None]
         context = self.prepare_decoder(embeddings, mask_input)
         state = self.mask_decoder.run(context, sparse)
         hyper = self.mask_decoder.hyper(state.mask_tokens, slice(None))

@@ -15,6 +15,9 @@ from samray.sam.image_encoder import make_neck, merge_windows, partition_windows
 from samray.sam.spec import ModelSpec, TinyVitSpec
 
 
+_EARLY_STAGES = 2  # stages before SAM-HQ's early features
+
+
 class ConvNorm(nn.Sequential):
     """A convolution without bias and a batch norm, named `c` and `bn`."""
 
@@ -158,13 +161,16 @@ class FineFeatures(nn.Module):
 
 
 class TinyViT(ImageEncoder):
-    """(B, 3, S, S) normalised pixels -> (B, C, S / stride, S / stride), and high-res features with `fine_features`."""
+    """(B, 3, S, S) normalised pixels -> (B, C, S / stride, S / stride), and high-res features with `fine_features`.
+
+    gives_early: also give what the third stage begins with, as the light SAM-HQ uses it; it must have the last grid.
+    """
 
     stem = ("patch_embed",)
 
-    def __init__(self, spec: TinyVitSpec, out_channels: int) -> None:
+    def __init__(self, spec: TinyVitSpec, out_channels: int, *, gives_early: bool = False) -> None:
         super().__init__()
-        self.depths = spec.depths
+        self.depths, self.gives_early = spec.depths, gives_early
         self.patch_embed = PatchEmbed(spec.dims[0])
         self.layers = nn.ModuleList()
         for i, (dim, depth, heads, window) in enumerate(
@@ -181,7 +187,7 @@ class TinyViT(ImageEncoder):
 
     def features(self, pixels: Tensor) -> Features:
         x = self.patch_embed(pixels.contiguous(memory_format=torch.channels_last))
-        features = []
+        features, early = [], None
         for stage in self.layers:
             assert isinstance(stage, Stage)
             for block in stage.blocks:
@@ -189,7 +195,9 @@ class TinyViT(ImageEncoder):
             # Before the merging: at strides 4 and 8, as fine as the decoder's two doublings need.
             features.append(x)
             x = stage.downsample(x) if hasattr(stage, "downsample") else x
-        return Features(self.neck(x), self.fine(*features[:2]) if hasattr(self, "fine") else None)
+            if self.gives_early and len(features) == _EARLY_STAGES:
+                early = x
+        return Features(self.neck(x), self.fine(*features[:2]) if hasattr(self, "fine") else None, early)
 
     def block_names(self) -> list[tuple[str, ...]]:
         """What merges patches after a stage belongs to the stage's last block."""
@@ -203,4 +211,4 @@ class TinyViT(ImageEncoder):
 def build_encoder(spec: ModelSpec) -> TinyViT:
     """The TinyViT of a model's row."""
     assert isinstance(spec.encoder, TinyVitSpec)
-    return TinyViT(spec.encoder, spec.embed_dim)
+    return TinyViT(spec.encoder, spec.embed_dim, gives_early=spec.decoder.hq_dim > 0)

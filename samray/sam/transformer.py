@@ -160,7 +160,9 @@ class ImageTokens:
     pe_keys: list[Tensor]
     pe_queries: list[Tensor]
     fine: Tensor | None = None
-    """(B, L, 4 * C / 4 + 16 * C / 8) features added during upscaling, from encoders that provide them."""
+    """(B, L, 4 * C / 4 + 16 * C / 8) features added during upscaling, from encoders that provide them; or, with
+    `hq_dim`, (B, L, 16 * C / 8) of the HQ mask. If each of N prompts has its own image tokens (B = N), still one row
+    for each image."""
 
     def __len__(self) -> int:
         return self.src.shape[0]
@@ -168,6 +170,7 @@ class ImageTokens:
     def __getitem__(self, i: int) -> ImageTokens:
         """Image i alone, as a batch of one."""
         one = slice(i, i + 1)
+        assert self.fine is None or len(self.fine) == len(self), "prompts with their own image tokens have no number i"
         return ImageTokens(
             self.src[one],
             self.read_keys[one],

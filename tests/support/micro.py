@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from samray.sam.spec import MODELS, HieraSpec, TinyVitSpec, VitSpec
+from samray.sam.spec import MODELS, DecoderVariant, HieraSpec, TinyVitSpec, VitSpec
 from samray.train.data import ExampleMaker, blocks, open_data
 from samray.train.examples import Frame
 from samray.train.learner import Learner
@@ -36,6 +36,21 @@ MICRO_SAM2 = replace(
     iou_hidden_dim=32,
 )
 """SAM 2.1 with all of its parts."""
+MICRO_HQ = replace(
+    MICRO_VIT,
+    name="micro_sam_hq",
+    decoder=DecoderVariant(hq_dim=16),
+    family="SAM-HQ",
+)
+MICRO_HQ_TINY = replace(
+    MICRO,
+    name="micro_sam_hq_tiny",
+    encoder=TinyVitSpec(
+        dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), windows=(8, 8, 4, 4), strides=(2, 2, 1)
+    ),
+    decoder=DecoderVariant(hq_dim=24),
+    family="SAM-HQ",
+)
 FRAME = Frame(64, 16)
 CPU = torch.device("cpu")
 

@@ -56,7 +56,7 @@ def test_default_preset_is_the_reference_and_sa1b_is_the_paper() -> None:
 
 
 def test_every_preset_loads_and_is_found() -> None:
-    assert preset_names() == ["default", "fast", "sa1b", "sam2", "tiny"]
+    assert preset_names() == ["default", "fast", "sa1b", "sam2", "sam_hq", "tiny"]
     for name in preset_names():
         assert isinstance(load_config(name), Config)
         assert preset_path(name).is_file()
