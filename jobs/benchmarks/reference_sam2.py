@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from jobs.benchmarks.reference import _batched_nms, _box_area
-from samray.sam.formats import renamed
-from samray.sam.layouts import META_SAM2
+from samray.sam.layouts import META_SAM2, renamed
 from samray.sam.spec import HieraSpec, ModelSpec
 
 

@@ -1,159 +1,40 @@
 """The models samray knows: one table, one row per model. Every variant is a row here, never a class.
 
 Settings, help, `samray models`, the estimate of a run's time and the tests take names and figures from here, so this
-module imports neither torch nor anything else of samray.
+module imports neither torch nor anything else of samray but the specs.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from samray.config.model_specs import (
+    DecoderVariant,
+    EncoderSpec,
+    HieraSpec,
+    ModelSpec,
+    RepVitSpec,
+    RopeVitSpec,
+    TinyVitSpec,
+    VitSpec,
+)
 
-APACHE = "Apache-2.0"
-
-
-class EncoderSpec(Protocol):
-    """The numbers of an image encoder, and where it is built: frozen, so that it can be compared and hashed."""
-
-    builder: ClassVar[str]
-    """`module:function`, called with the ModelSpec; it returns a `samray.sam.encoder.ImageEncoder`."""
-    takes_any_size: ClassVar[bool]
-    """Whether the weights fit any input side that is a multiple of the stride."""
-
-    @property
-    def stride(self) -> int:
-        """Input pixels per embedding cell."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VitSpec:
-    """A plain ViT with windowed attention and a few global blocks (SAM paper, appendix A, "Image encoder")."""
-
-    builder: ClassVar[str] = "samray.sam.image_encoder:build_encoder"
-    takes_any_size: ClassVar[bool] = False  # positions are learnt for one size
-    dim: int
-    depth: int
-    num_heads: int
-    global_blocks: tuple[int, ...]
-    """Blocks that attend over the whole grid; all others attend within windows."""
-    window: int = 14
-    patch: int = 16
-
-    @property
-    def stride(self) -> int:
-        return self.patch
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TinyVitSpec:
-    """TinyViT: one convolutional stage, then stages of windowed attention with a depthwise convolution (MobileSAM)."""
-
-    builder: ClassVar[str] = "samray.sam.tiny_vit:build_encoder"
-    takes_any_size: ClassVar[bool] = True
-    dims: tuple[int, ...]
-    depths: tuple[int, ...]
-    num_heads: tuple[int, ...]
-    windows: tuple[int, ...]
-    strides: tuple[int, ...]
-    """What the merging after stage i shrinks the grid by; one entry fewer than stages. The stem shrinks by 4."""
-    fine_features: bool = False
-    """Hand the first two stages' features to the decoder's upscaling, as SAM 2 does: sharp edges from a small model."""
-
-    @property
-    def stride(self) -> int:
-        return 4 * math.prod(self.strides)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HieraSpec:
-    """Hiera: stages that halve the grid and double the width, windowed attention, a few global blocks (SAM 2)."""
-
-    builder: ClassVar[str] = "samray.sam.hiera:build_encoder"
-    takes_any_size: ClassVar[bool] = False  # windows and positions fit the published size
-    dim: int
-    """Width of the first stage; each following stage doubles it."""
-    num_heads: int
-    """Attention heads of the first stage; each following stage doubles them."""
-    depths: tuple[int, ...]
-    global_blocks: tuple[int, ...]
-    """Blocks that attend over the whole grid, counted over all stages; all others attend within windows."""
-    windows: tuple[int, ...] = (8, 4, 14, 7)
-    positions: int = 7
-    """Side of the learned grid of positions, which is interpolated to the input's."""
-    stride: ClassVar[int] = 16
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DecoderVariant:
-    """How a mask decoder differs from SAM's. The defaults are SAM's."""
-
-    object_score_token: bool = False
-    """One more output token, before the others: whether the object is in the image."""
-    sigmoid_iou: bool = False
-    """Predicted IoUs go through a sigmoid."""
-    high_res_before_norm: bool = False
-    """High-resolution features are added before the norm of the first doubling, not after it."""
-    dynamic_multimask: bool = False
-    """A single mask that is not stable is replaced by the best of the other three."""
-    pad_boxes: bool = False
-    """The "not a point" token is appended to boxes, too."""
-    hq_dim: int = 0
-    """Channels of the encoder's early features, of which one more token makes a mask that is added to the others; 0:
-    none (SAM-HQ). Of the three masks of an ambiguous prompt only the best one is decoded, as published."""
-
+__all__ = [
+    "MODELS",
+    "DecoderVariant",
+    "EncoderSpec",
+    "HieraSpec",
+    "ModelSpec",
+    "RepVitSpec",
+    "RopeVitSpec",
+    "TinyVitSpec",
+    "VitSpec",
+    "model_names",
+    "teacher_names",
+]
 
 SAM2_DECODER = DecoderVariant(
     object_score_token=True, sigmoid_iou=True, high_res_before_norm=True, dynamic_multimask=True, pad_boxes=True
 )
 """Source: `sam2` 1.1, `build_sam2` with its default post-processing."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSpec:
-    """One row: what builds a Sam, and where its published weights are."""
-
-    name: str
-    image_size: int
-    """Side S of the square input, pixels."""
-    frame: Literal["pad", "square"] = "pad"
-    """How an image gets into the square, see `samray.sam.frames`."""
-    encoder: EncoderSpec
-    embed_dim: int = 256
-    """C: channels of the image embedding and of the decoder."""
-    decoder_heads: int = 8
-    decoder_mlp_dim: int = 2048
-    iou_hidden_dim: int = 256
-    mask_in_chans: int = 16
-    decoder: DecoderVariant = DecoderVariant()
-    family: str = "SAM"
-    """The published model family, for messages."""
-    masks_preset: str | None = None
-    """Preset with the family's own mask settings; None is the preset named like the model, if there is one."""
-    file_name: str = ""
-    """The published file; for `tiny` the file inside this package."""
-    url: str | None = None
-    sha256: str | None = None
-    """Digest of the file, from its publisher or a project that can be named; None: it is verified by size and keys."""
-    gated: str | None = None
-    """Page where the user gets the file, after agreeing to its licence; samray does not download it."""
-    size_mb: float = 0.0
-    """As published; for a row without a digest the file's size must be within 1% of it."""
-    licence: str = APACHE
-    source: str = ""
-    core_seconds: tuple[float, float] | None = None
-    """Rough seconds of one CPU core for a pass of the image encoder and for a prompt: float32, random weights, one AMD
-    EPYC core with AVX-512. For the plan's estimate only. None if they were not measured."""
-
-    @property
-    def stride(self) -> int:
-        """Input pixels per embedding cell."""
-        return self.encoder.stride
-
-    @property
-    def grid(self) -> int:
-        """Side h = w of the embedding grid."""
-        return self.image_size // self.stride
 
 
 MOBILE_SAM_VIT = TinyVitSpec(
@@ -227,6 +108,26 @@ def _sam_hq(size: str, hq_dim: int, megabytes: float, sha256: str | None = None)
         sha256=sha256,
         size_mb=megabytes,
         source="SAM-HQ (Ke et al., 2023)",
+    )
+
+
+def _sam3_tracker() -> ModelSpec:
+    """The row of SAM 3's interactive part, which it calls its tracker."""
+    return ModelSpec(
+        name="sam3",
+        image_size=1008,
+        frame="square",
+        pixel_mean=(127.5, 127.5, 127.5),
+        pixel_std=(127.5, 127.5, 127.5),
+        encoder=RopeVitSpec(dim=1024, depth=32, num_heads=16, mlp_dim=4736, global_blocks=(7, 15, 23, 31)),
+        decoder=SAM2_DECODER,
+        family="SAM 3",
+        masks_preset="sam2",
+        file_name="sam3.pt",
+        gated="https://huggingface.co/facebook/sam3",
+        size_mb=3450.0,
+        licence="SAM License",
+        source="Meta, SAM 3 (2025), its tracker",
     )
 
 
@@ -315,6 +216,22 @@ MODELS: dict[str, ModelSpec] = {
         _sam_hq("b", 768, 379.0),
         _sam_hq("l", 1024, 1250.0),
         _sam_hq("h", 1280, 2570.9, "a7ac14a085326d9fa6199c8c698c4f0e7280afdbb974d2c4660ec60877b45e35"),
+        ModelSpec(
+            name="edgetam",
+            image_size=1024,
+            frame="square",
+            encoder=RepVitSpec(dims=(48, 96, 192, 384), depths=(2, 2, 14, 2)),
+            decoder=SAM2_DECODER,
+            family="EdgeTAM",
+            masks_preset="sam2",  # the settings of its own SAM2AutomaticMaskGenerator
+            file_name="edgetam.pt",
+            url="https://raw.githubusercontent.com/facebookresearch/EdgeTAM/main/checkpoints/edgetam.pt",
+            # Meta publishes no digest. This is that of BoxMOT (mikel-brostrom/boxmot).
+            sha256="ed2d4850b8792c239689b043c47046ec239b6e808a3d9b6ae676c803fd8780df",
+            size_mb=56.1,
+            source="Meta, EdgeTAM (2025)",
+        ),
+        _sam3_tracker(),
     )
 }
 

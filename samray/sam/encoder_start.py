@@ -18,7 +18,8 @@ from torch import Tensor
 from samray.errors import ConfigError
 from samray.sam import fetch
 from samray.sam.checkpoints import key_problems, resolve_given
-from samray.sam.formats import read_tensors, renamed
+from samray.sam.formats import read_tensors
+from samray.sam.layouts import renamed
 from samray.sam.sam import Sam
 from samray.sam.spec import VitSpec
 

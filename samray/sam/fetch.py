@@ -180,7 +180,8 @@ def _fetch(uri: str, path: Path, mismatch: Check | None = None, version: str | N
 def _download(uri: str, path: Path, mismatch: Check | None, version: str | None) -> None:
     """Download `uri` next to `path` and rename it when complete; the caller holds the lock.
 
-    mismatch: says what is wrong with the downloaded file, or None. Raises: _Replaced if the object's version has changed: parts of two versions would be mixed.
+    mismatch: says what is wrong with the downloaded file, or None. Raises: _Replaced if the object's version has
+    changed: parts of two versions would be mixed.
     """
     part = path.with_name(path.name + ".part")
     _log.info("downloading %s to %s", storage.redact(uri), path)

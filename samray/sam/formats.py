@@ -9,8 +9,6 @@ never from its extension. Nothing in a file is executed: safetensors has only te
 from __future__ import annotations
 
 import pickle
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from samray.errors import ConfigError
-from samray.sam.layouts import HF_SAM, HF_SHARED_POSITIONS, HF_TIED_POSITIONS, family_of, layout_of
+from samray.sam.layouts import HF_SAM, HF_SHARED_POSITIONS, HF_TIED_POSITIONS, layout_of, renamed
 
 _ZIP_MAGIC = b"PK\x03\x04"  # torch.save since PyTorch 1.6
 _PICKLE_MAGIC = b"\x80"  # older torch.save
@@ -47,15 +45,17 @@ def to_meta_names(state: dict[str, Tensor], path: Path) -> StateDict:
 
     Raises: ConfigError if a file has the table of positions twice, with different values.
     """
-    layout, family = layout_of(state), family_of(state)
-    state = {key: value for key, value in state.items() if not layout.unused.search(key)}
-    tied = state.pop(HF_TIED_POSITIONS, None)
-    if tied is not None and not torch.equal(state.setdefault(HF_SHARED_POSITIONS, tied), tied):
-        # If the two differ, neither is certain.
-        raise ConfigError(
-            f"{path}: {HF_SHARED_POSITIONS} and {HF_TIED_POSITIONS} differ; SAM has one table of positions"
-        )
-    named = StateDict({renamed(key, layout.renames): value for key, value in layout.split(state).items()})
+    layout = layout_of(state)
+    family = layout.family(state)
+    tied = next((key for key in state if renamed(key, layout.prefixes) == HF_TIED_POSITIONS), None)
+    if tied is not None:
+        state = dict(state)
+        shared = tied.removesuffix(HF_TIED_POSITIONS) + HF_SHARED_POSITIONS
+        value = state.pop(tied)
+        if not torch.equal(state.setdefault(shared, value), value):
+            # If the two differ, neither is certain.
+            raise ConfigError(f"{path}: {shared} and {tied} differ; SAM has one table of positions")
+    named = StateDict(layout.named(state))
     named.family = family
     return named
 
@@ -63,13 +63,6 @@ def to_meta_names(state: dict[str, Tensor], path: Path) -> StateDict:
 def meta_name(key: str) -> str:
     """Meta's name for a tensor's name in a Hugging Face checkpoint of SAM."""
     return renamed(key, HF_SAM.renames)
-
-
-def renamed(key: str, renames: Iterable[tuple[str, str]]) -> str:
-    """The name after all substitutions (pattern, replacement), in their order."""
-    for pattern, name in renames:
-        key = re.sub(pattern, name, key)
-    return key
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

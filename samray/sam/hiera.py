@@ -1,8 +1,7 @@
-"""SAM 2's image encoder: Hiera with a feature pyramid, whose two finest levels serve the decoder's upscaling.
+"""SAM 2's image encoder: Hiera with a feature pyramid.
 
-Source: SAM 2 (Ravi et al., 2024); `sam2.modeling.backbones.hieradet` and `image_encoder` (parameter names as there, see
-`samray.sam.layouts`). The published form makes a map of C channels for every level and reduces the two finest to
-C / 8 and C / 4; here both 1x1 convolutions are one, and the full maps, 64 MB for the finest, are never made.
+Source: SAM 2 (Ravi et al., 2024); `sam2.modeling.backbones.hieradet` (parameter names as there, see
+`samray.sam.layouts`).
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samray.sam.encoder import Features, ImageEncoder
+from samray.sam.encoder import Features
 from samray.sam.image_encoder import merge_windows, partition_windows
+from samray.sam.pyramid import PyramidEncoder
 from samray.sam.spec import HieraSpec, ModelSpec
-from samray.sam.tiny_vit import FineFeatures
 
 
 class PatchEmbed(nn.Module):
@@ -95,7 +94,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class HieraEncoder(ImageEncoder):
+class HieraEncoder(PyramidEncoder):
     """(B, 3, S, S) normalised pixels -> (B, C, S / 16, S / 16), and high-res features."""
 
     stem = ("patch_embed", "pos_embed")
@@ -116,11 +115,7 @@ class HieraEncoder(ImageEncoder):
                 window = 0 if len(self.blocks) in spec.global_blocks else spec.windows[stage - enters]
                 heads = spec.num_heads * 2**stage
                 self.blocks.append(Block(dims[stage - enters], dims[stage], heads, window, pools=enters))
-        # From the coarsest level to the finest, as published.
-        self.neck = nn.ModuleList(nn.Conv2d(dim, out_channels, kernel_size=1) for dim in reversed(dims))
-        self.fine = FineFeatures((out_channels, out_channels), out_channels)
-        # What SAM 2 adds to an image without a past.
-        self.no_mem_embed = nn.Parameter(torch.zeros(1, 1, out_channels))
+        self.add_neck(dims, out_channels)
 
     def features(self, pixels: Tensor) -> Features:
         x = self.patch_embed(pixels)
@@ -131,14 +126,7 @@ class HieraEncoder(ImageEncoder):
             for _ in range(depth):
                 x = next(blocks)(x)
             levels.append(x.permute(0, 3, 1, 2))
-        coarsest, coarse, middle, finest = self.neck
-        top = F.interpolate(coarsest(levels[3]).float(), scale_factor=2, mode="nearest")
-        embedding = coarse(levels[2]) + top.to(x.dtype) + self.no_mem_embed.view(1, -1, 1, 1)
-        s0, s1 = (
-            _composed(a, b, y)
-            for a, b, y in ((finest, self.fine.conv_s0, levels[0]), (middle, self.fine.conv_s1, levels[1]))
-        )
-        return Features(embedding, (s0, s1))
+        return self.pyramid(levels)
 
     def positions(self, height: int, width: int) -> Tensor:
         """(1, H, W, dim): a coarse grid, interpolated, plus one window's positions, repeated."""
@@ -148,16 +136,6 @@ class HieraEncoder(ImageEncoder):
 
     def block_names(self) -> list[tuple[str, ...]]:
         return [(f"blocks.{i}",) for i in range(len(self.blocks))]
-
-
-def _composed(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
-    """second(first(x)) of two 1x1 convolutions, as one."""
-    assert isinstance(first, nn.Conv2d)
-    assert isinstance(second, nn.Conv2d)
-    outer, inner = second.weight[:, :, 0, 0], first.weight[:, :, 0, 0]
-    assert first.bias is not None
-    assert second.bias is not None
-    return F.conv2d(x, (outer @ inner)[:, :, None, None], outer @ first.bias + second.bias)
 
 
 def build_encoder(spec: ModelSpec) -> HieraEncoder:

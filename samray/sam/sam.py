@@ -24,10 +24,6 @@ from samray.sam.transformer import Guidance, ImageTokens
 
 __all__ = ["Decoded", "Sam", "input_size"]
 
-# ImageNet's mean and standard deviation of R, G and B, times 255, as in the reference.
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
-
 # Prompts decoded together on a CPU, by the size of their image tokens, (prompts, L, C). Upscaling needs sixteen times
 # as much; blocks beyond malloc's limit would be newly mapped from the system each time.
 _CPU_CHUNK_BYTES = 8 * 1024 * 1024
@@ -63,8 +59,8 @@ class Sam(nn.Module):
         )
         self.mask_decoder = MaskDecoder(spec)
         # Not in the state: published checkpoints do not have them.
-        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_mean", torch.tensor(spec.pixel_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(spec.pixel_std).view(3, 1, 1), persistent=False)
 
     @property
     def device(self) -> torch.device:

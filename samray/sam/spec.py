@@ -6,6 +6,26 @@ M masks of a prompt, K kept masks, C embedding channels, (h, w) the embedding gr
 
 from __future__ import annotations
 
-from samray.config.models import MODELS, DecoderVariant, EncoderSpec, HieraSpec, ModelSpec, TinyVitSpec, VitSpec
+from samray.config.model_specs import (
+    DecoderVariant,
+    EncoderSpec,
+    HieraSpec,
+    ModelSpec,
+    RepVitSpec,
+    RopeVitSpec,
+    TinyVitSpec,
+    VitSpec,
+)
+from samray.config.models import MODELS
 
-__all__ = ["MODELS", "DecoderVariant", "EncoderSpec", "HieraSpec", "ModelSpec", "TinyVitSpec", "VitSpec"]
+__all__ = [
+    "MODELS",
+    "DecoderVariant",
+    "EncoderSpec",
+    "HieraSpec",
+    "ModelSpec",
+    "RepVitSpec",
+    "RopeVitSpec",
+    "TinyVitSpec",
+    "VitSpec",
+]

@@ -14,7 +14,6 @@ from samray.sam.encoder import Features, ImageEncoder
 from samray.sam.image_encoder import make_neck, merge_windows, partition_windows
 from samray.sam.spec import ModelSpec, TinyVitSpec
 
-
 _EARLY_STAGES = 2  # stages before SAM-HQ's early features
 
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from samray.sam.checkpoints import build
+from samray.sam.formats import to_meta_names
+from samray.sam.sam import Sam
 from samray.sam.spec import MODELS, ModelSpec, VitSpec
 
 TOLERANCE = 1e-4
@@ -78,3 +83,44 @@ def prompts_of(kinds: str, num_prompts: int, size: int, grid: int, seed: int = 4
     if "masks" in kinds:
         prompts["mask_input"] = 4 * torch.randn(num_prompts, 1, 4 * grid, 4 * grid, generator=generator)
     return prompts
+
+
+@torch.no_grad()
+def tie_positions(model: Any) -> Any:
+    """A model of transformers with its two copies of the table of positions alike, and nothing of it zero."""
+    model.prompt_encoder.shared_embedding.positional_embedding.copy_(model.shared_image_embedding.positional_embedding)
+    generator = torch.Generator().manual_seed(9)
+    for name, value in model.named_parameters():
+        if "pos_embed" in name or "position_embeddings" in name or name == "no_memory_embedding":
+            value.normal_(generator=generator)
+    return model
+
+
+@torch.no_grad()
+def assert_prompts(
+    kinds: str, multimask: bool, ours: Sam, packed: Tensor, reference: Any, embeddings: list[Tensor]
+) -> None:
+    """Six prompts on one image: samray's masks and scores are those of a model like transformers' Sam2Model.
+
+    packed: samray's embedding; embeddings: transformers' list of them.
+    """
+    num = 6
+    prompts = prompts_of(kinds, num, ours.spec.image_size, ours.spec.grid)
+    points, labels, boxes = prompts.get("points"), prompts.get("labels"), prompts.get("boxes_xyxy")
+    # transformers takes a mask per image, so its prompts become a batch of one prompt each.
+    expected = reference(
+        image_embeddings=[x.expand(num, -1, -1, -1) for x in embeddings],
+        input_points=None if points is None else points[:, None],
+        input_labels=None if labels is None else labels[:, None],
+        input_boxes=None if boxes is None else boxes[:, None],
+        input_masks=prompts.get("mask_input"),
+        multimask_output=multimask,
+    )
+    logits, iou = ours.predict(packed, **prompts, multimask=multimask)
+    assert_close(logits, expected.pred_masks[:, 0])
+    assert_close(iou, expected.iou_scores[:, 0])
+
+
+def from_transformers(spec: ModelSpec, model: Any) -> Sam:
+    """The same weights, by the names in transformers' files."""
+    return build(spec, to_meta_names(dict(model.state_dict()), Path("transformers")), "transformers")

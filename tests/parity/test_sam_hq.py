@@ -1,12 +1,12 @@
 """SAM-HQ's networks against `transformers` 5.23 with the same seeded random weights, float32, on the CPU.
 
-Bound as in `test_networks.py`: the largest difference is at most 1e-4 of the largest value. Embedding and early features
-of ViT-B, ViT-L and ViT-H with their true widths at 256 pixels, with two blocks; with `SAMRAY_FULL_SIZES=1`, all blocks
-at 1024 pixels. Prompts at the true width of prompt encoder and decoder.
+Bound as in `test_networks.py`: the largest difference is at most 1e-4 of the largest value. Embedding and early
+features of ViT-B, ViT-L and ViT-H with their true widths at 256 pixels, with three blocks; with `SAMRAY_FULL_SIZES=1`,
+all blocks at 1024 pixels. Prompts at the true width of prompt encoder and decoder.
 
-Where `transformers` differs from the authors' `segment_anything_hq`, samray follows the authors: an ambiguous prompt has
-one mask, the one with the highest predicted IoU, where `transformers` gives all three, ordered by it. `transformers` has
-no light SAM-HQ: its TinyViT is compared with MobileSAM's own module, and its decoder is the same as here.
+Where `transformers` differs from the authors' `segment_anything_hq`, samray follows the authors: an ambiguous prompt
+has one mask, the one with the highest predicted IoU, where `transformers` gives all three, ordered by it.
+`transformers` has no light SAM-HQ: its TinyViT is compared with MobileSAM's own module; its decoder is the same.
 """
 
 from __future__ import annotations
@@ -143,7 +143,11 @@ def test_batches_of_images_against_transformers(small: ModelSpec, our_small: Sam
     with_masks, _ = our_small.decode_batch(embeddings, tokens, masks)
     for i in range(2):
         alone, _ = our_small.predict(
-            embeddings[i : i + 1], points[i], labels[i], mask_input=masks.view(2, 3, *masks.shape[1:])[i], multimask=False
+            embeddings[i : i + 1],
+            points[i],
+            labels[i],
+            mask_input=masks.unflatten(0, (2, 3))[i],
+            multimask=False,
         )
         assert_close(with_masks[i, :, :1], alone)
 

@@ -16,7 +16,7 @@ from samray.masks import MaskGenerator
 from samray.masks.prompted import PromptedGenerator
 from samray.prompts import Prompt
 from samray.sam.checkpoints import check_checkpoint, list_models, load_model
-from samray.sam.hiera import _composed
+from samray.sam.pyramid import composed
 from samray.sam.sam import Sam
 from samray.sam.spec import MODELS, ModelSpec
 from tests.support.micro import MICRO_SAM2, MICRO_VIT
@@ -129,7 +129,7 @@ def test_mask_settings_follow_the_family() -> None:
 def test_two_convolutions_as_one(sam: Sam) -> None:
     first, second = sam.image_encoder.neck[3], sam.image_encoder.fine.conv_s0  # type: ignore[index, union-attr]
     x = torch.randn(2, 8, 4, 4)
-    torch.testing.assert_close(_composed(first, second, x), second(conv2d(x, first.weight, first.bias)))
+    torch.testing.assert_close(composed(first, second, x), second(conv2d(x, first.weight, first.bias)))
 
 
 def test_a_stage_halves_the_grid_and_blocks_are_named(sam: Sam) -> None:
