@@ -1,15 +1,17 @@
-"""The later families in `transformers`, without torchvision, which has no CPU build for every torch.
+"""Published implementations of the later families, without torchvision, which has no CPU build for every torch.
 
-EdgeTAM's backbone is timm's, of which only RepViT is imported, past timm's own `__init__`, which imports every model.
+Of timm and of SAM-HQ's own package only a few modules are imported, past their `__init__`, which would import all.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import importlib
 import importlib.util
+import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,30 +22,77 @@ import torch
 from samray.sam.spec import ModelSpec, RepVitSpec, RopeVitSpec
 
 TIMM = "timm==1.0.31"
+SAM_HQ = "segment_anything_hq==0.3"
 
 
-@functools.cache
-def timm_repvit() -> Any:
-    """timm's module of RepViT; the test is skipped if timm is not installed."""
-    found = importlib.util.find_spec("timm")
-    if found is None or found.origin is None:
-        pytest.skip(f"NOTHING is compared with timm, which is not installed: pip install --no-deps {TIMM}")
-    root = Path(found.origin).parent
-    packages = {"timm": root, "timm.models": root / "models"}
-    stand_ins = {name: types.ModuleType(name) for name in (*packages, "timm.data", "torchvision", "torchvision.ops")}
-    for name, folder in packages.items():
-        stand_ins[name].__path__ = [str(folder)]
-    vars(stand_ins["timm"])["__version__"] = TIMM
-    vars(stand_ins["timm.data"]).update(IMAGENET_DEFAULT_MEAN=None, IMAGENET_DEFAULT_STD=None)
-    for name, taken in (
-        ("torchvision.ops.misc", {"FrozenBatchNorm2d": torch.nn.Module}),
-        ("torchvision.models", {}),
-        ("torchvision.models.feature_extraction", {"create_feature_extractor": None, "get_graph_node_names": None}),
-    ):
+@contextlib.contextmanager
+def installed(requirement: str, folder: Path) -> Iterator[None]:
+    """A package without its dependencies, if it is not installed: in this folder, for as long as the block runs.
+
+    The test is skipped if it cannot be installed.
+    """
+    if importlib.util.find_spec(requirement.partition("==")[0]) is not None:
+        yield
+        return
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-compile", "--target", str(folder),
+            requirement,
+        ],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        pytest.skip(f"{requirement} cannot be installed, so NOTHING is compared with it: {done.stderr[-500:]}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield
+
+
+def _past_init(package: str, parts: tuple[str, ...], modules: tuple[str, ...]) -> list[Any]:
+    """Modules of an installed package, without running the `__init__` of the package and of these parts of it."""
+    found = importlib.util.find_spec(package)
+    assert found is not None
+    assert found.origin is not None
+    stand_ins = {name: types.ModuleType(name) for name in (package, *(f"{package}.{part}" for part in parts))}
+    for name, module in stand_ins.items():
+        module.__path__ = [str(Path(found.origin).parent / name.partition(".")[2].replace(".", "/"))]
+    vars(stand_ins[package])["__version__"] = ""
+    with mock.patch.dict(sys.modules, stand_ins | _taken()):
+        return [importlib.import_module(f"{package}.{module}") for module in modules]
+
+
+def _taken() -> dict[str, types.ModuleType]:
+    """Stand-ins for what is imported and not used."""
+    modules = {
+        "timm.data": {"IMAGENET_DEFAULT_MEAN": None, "IMAGENET_DEFAULT_STD": None},
+        "torchvision": {},
+        "torchvision.ops": {},
+        "torchvision.ops.misc": {"FrozenBatchNorm2d": torch.nn.Module},
+        "torchvision.models": {},
+        "torchvision.models.feature_extraction": {"create_feature_extractor": None, "get_graph_node_names": None},
+    }
+    stand_ins = {}
+    for name, taken in modules.items():
         stand_ins[name] = types.ModuleType(name)
         vars(stand_ins[name]).update(taken)
-    with mock.patch.dict(sys.modules, stand_ins):
-        return importlib.import_module("timm.models.repvit")
+    return stand_ins
+
+
+def authors_decoder(spec: ModelSpec) -> Any:
+    """The mask decoder of SAM-HQ's authors for this row."""
+    decoder, transformer = _past_init(
+        "segment_anything_hq", ("modeling",), ("modeling.mask_decoder_hq", "modeling.transformer")
+    )
+    two_way = transformer.TwoWayTransformer(
+        depth=2, embedding_dim=spec.embed_dim, mlp_dim=spec.decoder_mlp_dim, num_heads=spec.decoder_heads
+    )
+    made = decoder.MaskDecoderHQ(
+        transformer_dim=spec.embed_dim,
+        transformer=two_way,
+        iou_head_hidden_dim=spec.iou_hidden_dim,
+        vit_dim=spec.decoder.hq_dim,
+    )
+    return made.eval()
 
 
 def _transformers() -> Any:
@@ -57,7 +106,7 @@ def _sizes(spec: ModelSpec) -> list[list[int]]:
 def transformers_edgetam(spec: ModelSpec) -> Any:
     """transformers' EdgeTamModel of this row, with weights as it makes them."""
     transformers = _transformers()
-    repvit = timm_repvit()
+    (repvit,) = _past_init("timm", ("models",), ("models.repvit",))
     wrapper = importlib.import_module("transformers.models.timm_wrapper.modeling_timm_wrapper")
     encoder = spec.encoder
     assert isinstance(encoder, RepVitSpec)

@@ -43,7 +43,7 @@ class ModelRow:
     gated: str | None
     """Page where the user gets the file, which samray does not download."""
     verified_by: str
-    """How the published file is verified: SHA-256, or size and keys."""
+    """How the published file is verified: SHA-256, or size and keys; only keys for a file that the user supplies."""
     present: Path | None
     """Path of its weights on this machine (not verified), or None."""
 
@@ -269,11 +269,18 @@ def list_models() -> list[ModelRow]:
                 url=spec.url,
                 file_name=spec.file_name,
                 gated=spec.gated,
-                verified_by="" if is_embedded else "SHA-256" if spec.sha256 is not None else "size and keys",
+                verified_by=_verified_by(spec),
                 present=path if path.is_file() else None,
             )
         )
     return rows
+
+
+def _verified_by(spec: ModelSpec) -> str:
+    """How a published file is verified; "" for weights that are embedded."""
+    if spec.sha256 is not None:
+        return "SHA-256"
+    return "keys" if spec.gated is not None else "size and keys" if spec.url is not None else ""
 
 
 def _embedded_path(spec: ModelSpec) -> Path:

@@ -10,6 +10,7 @@ decoder's low-res logits.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -95,10 +96,13 @@ def pack(
 
 
 def area_downsample(masks: Bool, side: int) -> npt.NDArray[np.uint8]:
-    """masks: (N, S, S) with S a multiple of `side`. Returns (N, side, side) uint8, 255 times the covered fraction."""
+    """masks: (N, S, S). Returns (N, side, side) uint8, 255 times the covered fraction."""
     n, size, _ = masks.shape
+    # A cell of 3.5 pixels, as SAM 3 has them, has 7 halves of pixels.
+    parts = math.lcm(size, side) // size
+    if parts > 1:
+        masks, size = masks.repeat(parts, axis=1).repeat(parts, axis=2), size * parts
     cell = size // side
-    assert cell * side == size, "the input side is a multiple of the low-res side"
     # (N, side, cell, side, cell). 255 times the pixels of a cell fits into 16 bits up to cells of 16 x 16.
     cells = masks.reshape(n, side, cell, side, cell).sum(axis=(2, 4), dtype=np.uint16)
     share: npt.NDArray[np.uint8] = (cells * 255 // (cell * cell)).astype(np.uint8)

@@ -4,14 +4,20 @@ Bound as in `test_networks.py`: the largest difference is at most 1e-4 of the la
 features of ViT-B, ViT-L and ViT-H with their true widths at 256 pixels, with three blocks; with `SAMRAY_FULL_SIZES=1`,
 all blocks at 1024 pixels. Prompts at the true width of prompt encoder and decoder.
 
-Where `transformers` differs from the authors' `segment_anything_hq`, samray follows the authors: an ambiguous prompt
-has one mask, the one with the highest predicted IoU, where `transformers` gives all three, ordered by it.
+Where `transformers` differs from the authors' `segment_anything_hq`, samray follows the authors, whose own decoder the
+last test compares with samray's:
+
+- `transformers` 5.23 upscales the image tokens that go into the two-way transformer, not those that come out of it. The
+  tests put the latter in their place.
+- an ambiguous prompt has one mask, the one with the highest predicted IoU; `transformers` gives all three, ordered.
+
 `transformers` has no light SAM-HQ: its TinyViT is compared with MobileSAM's own module; its decoder is the same.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +27,29 @@ import torch
 from torch import Tensor
 
 from jobs.benchmarks.reference import build_tiny_vit, transformers_sam
-from samray.sam.checkpoints import build, load_model
-from samray.sam.formats import to_meta_names
+from jobs.benchmarks.reference_families import SAM_HQ, authors_decoder, installed
+from samray.sam.checkpoints import load_model
 from samray.sam.image_encoder import ImageEncoderViT
 from samray.sam.sam import Sam
 from samray.sam.spec import MODELS, ModelSpec, TinyVitSpec, VitSpec
 from samray.sam.tiny_vit import TinyViT
-from tests.parity.common import assert_close, pixels_of, prompts_of, randomize, smaller
+from tests.parity.common import (
+    assert_close,
+    from_transformers,
+    pixels_of,
+    prompts_of,
+    randomize,
+    smaller,
+    tie_positions,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _authors_package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """segment_anything_hq in a folder of its own: it would bring torchvision."""
+    with installed(SAM_HQ, tmp_path_factory.mktemp("sam_hq")):
+        yield
+
 
 FULL = os.environ.get("SAMRAY_FULL_SIZES") == "1"
 SIZES = ["sam_hq_vit_b", "sam_hq_vit_l", "sam_hq_vit_h"]
@@ -35,17 +57,14 @@ KINDS = ["points", "padded", "boxes", "points+boxes", "masks", "points+masks", "
 
 
 def hf_model(spec: ModelSpec, seed: int) -> Any:
-    """transformers' SamHQModel of this row with seeded weights."""
+    """transformers' SamHQModel of this row with seeded weights, corrected as said above."""
     model = transformers_sam(spec)
     randomize(model, seed)
-    with torch.no_grad():  # the tied copy
-        tied = model.prompt_encoder.shared_embedding.positional_embedding
-        tied.copy_(model.shared_image_embedding.positional_embedding)
-    return model
-
-
-def from_hf(spec: ModelSpec, model: Any) -> Sam:
-    return build(spec, to_meta_names(dict(model.state_dict()), Path("transformers")), "transformers")
+    keys: list[Tensor] = []
+    decoder = model.mask_decoder
+    decoder.transformer.register_forward_hook(lambda _, __, out: keys.append(out[1]))
+    decoder.upscale_conv1.register_forward_pre_hook(lambda _, x: keys.pop().transpose(-1, -2).reshape(x[0].shape))
+    return tie_positions(model)
 
 
 @torch.no_grad()
@@ -59,7 +78,7 @@ def test_encoders_against_transformers(name: str) -> None:
     reference = hf_model(spec, seed=1)
     pixels = pixels_of(spec, 1)
     embedding, early = reference.get_image_embeddings(pixels)
-    model = from_hf(spec, reference)
+    model = from_transformers(spec, reference)
     assert isinstance(model.image_encoder, ImageEncoderViT)
     ours = model.image_encoder.features(pixels)
     assert_close(ours.embedding, embedding)
@@ -79,7 +98,7 @@ def hf_small(small: ModelSpec) -> Any:
 
 @pytest.fixture(scope="module")
 def our_small(small: ModelSpec, hf_small: Any) -> Sam:
-    return from_hf(small, hf_small)
+    return from_transformers(small, hf_small)
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +196,28 @@ def test_the_light_encoder_against_mobile_sam() -> None:
     features = encoder.features(pixels)
     assert features.early is not None
     assert_close(features.early, x.transpose(1, 2).unflatten(2, (64, 64)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("multimask", [True, False])
+def test_masks_against_the_authors_decoder(multimask: bool, small: ModelSpec, our_small: Sam) -> None:
+    """The same features and prompt tokens for both."""
+    reference = authors_decoder(small)
+    own = {key.replace("hq.", ""): value for key, value in our_small.mask_decoder.state_dict().items()}
+    reference.load_state_dict(own, strict=True)
+    packed = our_small.encode_images(pixels_of(small, 1))
+    embedding, early = packed.split([small.embed_dim, small.decoder.hq_dim], dim=1)
+    prompts = prompts_of("points", 6, small.image_size, small.grid)
+    encoder, grid = our_small.prompt_encoder, (small.grid, small.grid)
+    expected, expected_iou = reference(
+        image_embeddings=embedding,
+        image_pe=encoder.dense_positions().T.unflatten(1, grid)[None],
+        sparse_prompt_embeddings=encoder.encode_points(prompts["points"], prompts["labels"]),
+        dense_prompt_embeddings=encoder.no_mask_embed.weight.view(1, -1, 1, 1).expand(6, -1, *grid),
+        multimask_output=multimask,
+        hq_token_only=False,
+        interm_embeddings=[early.permute(0, 2, 3, 1)],
+    )
+    logits, iou = our_small.predict(packed, prompts["points"], prompts["labels"], multimask=multimask)
+    assert_close(logits, expected)
+    assert_close(iou, expected_iou)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from samray.sam.spec import MODELS, DecoderVariant, HieraSpec, TinyVitSpec, VitSpec
+from samray.sam.spec import MODELS, DecoderVariant, HieraSpec, RepVitSpec, RopeVitSpec, TinyVitSpec, VitSpec
 from samray.train.data import ExampleMaker, blocks, open_data
 from samray.train.examples import Frame
 from samray.train.learner import Learner
@@ -51,6 +51,23 @@ MICRO_HQ_TINY = replace(
     decoder=DecoderVariant(hq_dim=24),
     family="SAM-HQ",
 )
+MICRO_EDGETAM = replace(
+    MICRO_SAM2,
+    name="micro_edgetam",
+    encoder=RepVitSpec(dims=(8, 16, 24, 32), depths=(1, 1, 2, 1)),
+    family="EdgeTAM",
+)
+MICRO_SAM3 = replace(
+    MICRO_SAM2,
+    name="micro_sam3",
+    image_size=56,
+    pixel_mean=MODELS["sam3"].pixel_mean,
+    pixel_std=MODELS["sam3"].pixel_std,
+    encoder=RopeVitSpec(dim=16, depth=3, num_heads=2, mlp_dim=24, global_blocks=(1,), window=3, patch=14, positions=3),
+    family="SAM 3",
+)
+"""A grid of 4 x 4: windows and learned positions do not divide it."""
+FAMILIES = (MICRO_SAM2, MICRO_HQ, MICRO_HQ_TINY, MICRO_EDGETAM, MICRO_SAM3)
 FRAME = Frame(64, 16)
 CPU = torch.device("cpu")
 

@@ -42,4 +42,10 @@ def meta_state(state: Mapping[str, Tensor], *, version: str = "2.1") -> dict[str
 def random_state(spec: ModelSpec, seed: int = 0) -> dict[str, Tensor]:
     """Seeded weights with samray's names, none of them zero."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(value.shape, generator=generator) / 8 for name, value in Sam(spec).state_dict().items()}
+    state = {}
+    for name, value in Sam(spec).state_dict().items():
+        if value.is_floating_point():
+            noise = torch.randn(value.shape, generator=generator) / 8
+            value = 1 + noise.abs() if name.endswith("running_var") else noise
+        state[name] = value
+    return state

@@ -323,6 +323,35 @@ def test_a_damaged_download_is_refused_and_not_kept(server: Server, published: M
     assert cached() == []
 
 
+def test_without_a_digest_the_size_is_verified_and_the_keys(
+    server: Server, published: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    megabytes = len(server.data) / 1e6
+    spec = dataclasses.replace(published, sha256=None, size_mb=megabytes * 1.005)
+    monkeypatch.setitem(MODELS, "small_vit", spec)
+    load_model("small_vit")
+    assert cached() == ["sam_small.pth"]
+    assert checkpoint_sha256("small_vit") == hashlib.sha256(server.data).hexdigest()
+    fetch.published_path("sam_small.pth").write_bytes(server.data[:-5000])
+    with pytest.raises(
+        ConfigError, match=r"is not the published sam_small\.pth: expected 0\.\d MB, found .* delete it"
+    ):
+        resolve_checkpoint("small_vit")
+    # As large, and another model: nothing but its keys tells.
+    monkeypatch.setitem(MODELS, "deeper_vit", dataclasses.replace(DEEPER, url=server.url, size_mb=megabytes))
+    with pytest.raises(ConfigError, match=r"does not fit deeper_vit: .* missing keys"):
+        load_model("deeper_vit")
+
+
+def test_a_download_of_another_size_is_not_kept(
+    server: Server, published: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODELS, "small_vit", dataclasses.replace(published, sha256=None, size_mb=9.0))
+    with pytest.raises(ConfigError, match=r"was damaged or changed: expected 9\.0 MB, found"):
+        load_model("small_vit")
+    assert cached() == []
+
+
 def test_a_file_put_there_by_hand_is_used_and_verified(server: Server, published: ModelSpec) -> None:
     path = fetch.published_path("sam_small.pth")
     path.parent.mkdir(parents=True)

@@ -48,6 +48,10 @@ def test_area_downsample_gives_the_covered_share():
     masks[0, :4, :4] = True
     masks[0, 4:6, 4:8] = True
     assert area_downsample(masks, 2).tolist() == [[[255, 0], [0, 127]]]
+    # Cells of one and a half pixels: the middle row and column are shared.
+    three = np.zeros((1, 3, 3), bool)
+    three[0, 0, 0] = three[0, 1, 1] = True
+    assert area_downsample(three, 2).tolist() == [[[255 * 5 // 9, 255 // 9], [255 // 9, 255 // 9]]]
 
 
 # --- labelled images --------------------------------------------------------------------------------------------------
