@@ -63,7 +63,7 @@ def _past_init(package: str, parts: tuple[str, ...], modules: tuple[str, ...]) -
 
 def _taken() -> dict[str, types.ModuleType]:
     """Stand-ins for what is imported and not used."""
-    modules = {
+    modules: dict[str, dict[str, Any]] = {
         "timm.data": {"IMAGENET_DEFAULT_MEAN": None, "IMAGENET_DEFAULT_STD": None},
         "torchvision": {},
         "torchvision.ops": {},

@@ -32,7 +32,7 @@ def double_twice(cells: Tensor, layers: nn.Sequential, normed: Callable[..., Ten
     place of the norm, called with its input and the norm. Returns (N, 16 L, E): for each cell its sixteen pixels,
     (y, x) of the quarter, then (y, x) within it. Each convolution is a matrix product per cell, because none overlap.
     """
-    conv1, norm, _, conv2 = layers[:4]
+    conv1, norm, _, conv2 = list(layers)[:4]
     assert isinstance(norm, LayerNorm2d)
     assert isinstance(conv1, nn.ConvTranspose2d)
     assert isinstance(conv2, nn.ConvTranspose2d)

@@ -50,11 +50,12 @@ class HqHead(nn.Module):
         n, _, height, width = upscaled.shape
         x = F.gelu(norm(first(upscaled)))
         hyper = hyper.to(x.dtype)
-        # The convolution's nine kernel positions, as seen from a pixel that gives: `fold` adds what each pixel gives to
-        # its neighbours, so the kernel is mirrored.
+        # What each pixel gives to its nine neighbours, for which the kernel is mirrored, is added up by a transposed
+        # convolution: `fold` does the same, but cannot be exported.
         kernel = torch.einsum("nmc,cdyx->nyxd", hyper, last.weight).flip(1, 2).flatten(1, 2)  # (N, 9, C / 4)
-        given = torch.bmm(kernel, x.flatten(2))
-        masks = F.fold(given, (height, width), kernel_size=3, padding=1)
+        given = torch.bmm(kernel, x.flatten(2)).view(n, 9, height, width)
+        places = torch.eye(9, dtype=x.dtype, device=x.device).view(9, 1, 3, 3)
+        masks = F.conv_transpose2d(given, places, padding=1)
         return masks + (hyper @ last.bias).view(n, 1, 1, 1)
 
 

@@ -26,7 +26,7 @@ from samray.errors import ConfigError, SamrayError
 from samray.sam import fetch
 from samray.sam.checkpoints import WeightsFile, load_model
 from samray.sam.onnx_graphs import Graph, Port, graphs_of
-from samray.sam.sam import PIXEL_MEAN, PIXEL_STD, Sam
+from samray.sam.sam import Sam
 from samray.scenes.photographs import photograph_files
 
 OPSET: Final = 20
@@ -211,7 +211,7 @@ def encoder_input(sam: Sam, graph: Graph, image: npt.NDArray[np.uint8]) -> Array
     """image: (H, W, 3) RGB. Returns what the encoder takes, made as NAME.json says."""
     pixels: Array = sam.resize(image).astype(np.float32)
     if not sam.frame.is_padded:
-        mean, std = np.array(PIXEL_MEAN), np.array(PIXEL_STD)
+        mean, std = np.array(sam.spec.pixel_mean), np.array(sam.spec.pixel_std)
         pixels = ((pixels - mean) / std).transpose(2, 0, 1)[None].astype(np.float32)
     return {graph.inputs[0].name: np.ascontiguousarray(pixels)}
 
@@ -337,8 +337,8 @@ def description(sam: Sam, digests: Mapping[str, str]) -> dict[str, Any]:
         "image_size": spec.image_size,
         "frame": spec.frame,
         "colours": "RGB",
-        "mean": list(PIXEL_MEAN),
-        "std": list(PIXEL_STD),
+        "mean": list(spec.pixel_mean),
+        "std": list(spec.pixel_std),
         "normalised_by": "the encoder" if sam.frame.is_padded else "the caller",
         "steps": list(_PADDED_STEPS if sam.frame.is_padded else _SQUARE_STEPS),
     }

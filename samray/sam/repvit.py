@@ -24,8 +24,9 @@ class ConvNorm(tiny_vit.ConvNorm):
     """A convolution without bias and a batch norm, which are one convolution if the norm does not learn."""
 
     def is_folded(self, x: Tensor) -> bool:
-        """Whether to fold for this input. On a GPU the many small operations on weights would cost more."""
-        return x.device.type == "cpu" and not self[1].training
+        """Whether to fold for this input. On a GPU the many small operations on weights would cost more, and an exported
+        graph needs constant weights."""
+        return x.device.type == "cpu" and not self[1].training and not torch.jit.is_tracing()
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the one convolution."""
@@ -41,7 +42,8 @@ class ConvNorm(tiny_vit.ConvNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_folded(x):
-            return super().forward(x)
+            out: Tensor = self[1](self[0](x))
+            return out
         conv = self[0]
         assert isinstance(conv, nn.Conv2d)
         return F.conv2d(x, *self.folded(), stride=conv.stride, padding=conv.padding, groups=conv.groups)

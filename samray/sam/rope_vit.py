@@ -112,7 +112,7 @@ class RopeVitEncoder(ImageEncoder):
 
     def __init__(self, spec: RopeVitSpec, image_size: int, out_channels: int) -> None:
         super().__init__()
-        grid = image_size // spec.patch
+        grid, self.side = image_size // spec.patch, spec.positions
         self.patch_embed = nn.Conv2d(3, spec.dim, kernel_size=spec.patch, stride=spec.patch, bias=False)
         self.pos_embed = nn.Parameter(torch.zeros(1, spec.positions**2, spec.dim))
         self.ln_pre = nn.LayerNorm(spec.dim, eps=1e-5)
@@ -139,7 +139,7 @@ class RopeVitEncoder(ImageEncoder):
 
     def positions(self, height: int, width: int) -> Tensor:
         """(1, H, W, dim): the learned grid, repeated and cut off."""
-        side = round(self.pos_embed.shape[1] ** 0.5)
+        side = self.side
         grid = self.pos_embed.view(1, side, side, -1)
         return grid.tile(1, -(-height // side), -(-width // side), 1)[:, :height, :width]
 

@@ -27,9 +27,13 @@ from samray.sam.onnx_graphs import Graph, graphs_of
 from samray.sam.sam import Sam
 from samray.sam.spec import MODELS, ModelSpec
 from samray.scenes.photographs import photograph_files
-from tests.support.micro import MICRO, MICRO_SAM2, MICRO_VIT
+from tests.support.micro import MICRO, MICRO_EDGETAM, MICRO_HQ, MICRO_SAM2, MICRO_SAM3, MICRO_VIT
+from tests.support.sam2_files import random_state
 
-SPECS = {"vit": MICRO_VIT, "fine features": MICRO, "sam2": MICRO_SAM2}
+SPECS = {
+    "vit": MICRO_VIT, "fine features": MICRO, "sam2": MICRO_SAM2, "sam_hq": MICRO_HQ, "edgetam": MICRO_EDGETAM,
+    "sam3": MICRO_SAM3,
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -50,12 +54,25 @@ def written(sam: Sam, folder: Path, **options: Any) -> tuple[Graph, Graph, Any, 
 
 
 @pytest.mark.parametrize(
-    ("kind", "single_mask"), [("vit", False), ("fine features", True), ("sam2", False), ("sam2", True)]
+    ("kind", "single_mask"),
+    [
+        ("vit", False),
+        ("fine features", True),
+        ("sam2", False),
+        ("sam2", True),
+        ("sam_hq", True),
+        ("edgetam", False),
+        ("sam3", True),
+    ],
 )
 def test_prompts_give_what_the_model_gives(kind: str, single_mask: bool, tmp_path: Path) -> None:
     """The same files for other numbers of prompts and points, other shapes of images, and with a mask prompt."""
     spec: ModelSpec = SPECS[kind]
-    sam = random_sam(spec)
+    if kind in ("sam_hq", "edgetam", "sam3"):
+        sam = Sam(spec).eval().requires_grad_(False)
+        sam.load_state_dict(random_state(spec))
+    else:
+        sam = random_sam(spec)
     encoder, decoder, encode, decode = written(sam, tmp_path, single_mask=single_mask)
     rng = np.random.default_rng(0)
     for original_hw, num_prompts, num_points, has_mask in (((90, 60), 1, 1, 0), ((50, 77), 3, 4, 1)):
