@@ -24,9 +24,11 @@ class ConvNorm(tiny_vit.ConvNorm):
     """A convolution without bias and a batch norm, which are one convolution if the norm does not learn."""
 
     def is_folded(self, x: Tensor) -> bool:
-        """Whether to fold for this input. On a GPU the many small operations on weights would cost more, and an exported
-        graph needs constant weights."""
-        return x.device.type == "cpu" and not self[1].training and not torch.jit.is_tracing()
+        """Whether to fold for this input.
+
+        On a GPU the many small operations on weights would cost more, and an exported graph needs constant weights.
+        """
+        return x.device.type == "cpu" and not self[1].training and not torch.onnx.is_in_onnx_export()
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the one convolution."""
