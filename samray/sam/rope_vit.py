@@ -112,12 +112,12 @@ class RopeVitEncoder(ImageEncoder):
 
     def __init__(self, spec: RopeVitSpec, image_size: int, out_channels: int) -> None:
         super().__init__()
-        grid, self.side = image_size // spec.patch, spec.positions
+        self.grid, self.side = image_size // spec.patch, spec.positions
         self.patch_embed = nn.Conv2d(3, spec.dim, kernel_size=spec.patch, stride=spec.patch, bias=False)
         self.pos_embed = nn.Parameter(torch.zeros(1, spec.positions**2, spec.dim))
         self.ln_pre = nn.LayerNorm(spec.dim, eps=1e-5)
         self.blocks = nn.ModuleList(
-            Block(spec, 0 if i in spec.global_blocks else spec.window, grid) for i in range(spec.depth)
+            Block(spec, 0 if i in spec.global_blocks else spec.window, self.grid) for i in range(spec.depth)
         )
         self.neck = nn.ModuleList(Level(spec.dim, out_channels, number) for number in range(_LEVELS))
         self.fine = FineFeatures((out_channels, out_channels), out_channels)
@@ -126,7 +126,7 @@ class RopeVitEncoder(ImageEncoder):
 
     def features(self, pixels: Tensor) -> Features:
         x = self.patch_embed(pixels).permute(0, 2, 3, 1)
-        x = self.ln_pre(x + self.positions(x.shape[1], x.shape[2]))
+        x = self.ln_pre(x + self.positions())
         for block in self.blocks:
             x = block(x)
         x = x.permute(0, 3, 1, 2)
@@ -137,11 +137,11 @@ class RopeVitEncoder(ImageEncoder):
         s1 = composed(middle.get_submodule("proj2"), self.fine.conv_s1, middle(x))
         return Features(embedding, (s0, s1))
 
-    def positions(self, height: int, width: int) -> Tensor:
+    def positions(self) -> Tensor:
         """(1, H, W, dim): the learned grid, repeated and cut off."""
-        side = self.side
-        grid = self.pos_embed.view(1, side, side, -1)
-        return grid.tile(1, -(-height // side), -(-width // side), 1)[:, :height, :width]
+        times = -(-self.grid // self.side)
+        grid = self.pos_embed.view(1, self.side, self.side, -1)
+        return grid.tile(1, times, times, 1)[:, : self.grid, : self.grid]
 
     def block_names(self) -> list[tuple[str, ...]]:
         return [(f"blocks.{i}",) for i in range(len(self.blocks))]
