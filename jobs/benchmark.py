@@ -5,6 +5,7 @@
     python jobs/benchmark.py sam2                the same for SAM 2, against the package sam2 and transformers' networks
     python jobs/benchmark.py core                CPU seconds of an encoder's pass and of a prompt, as plans estimate
     python jobs/benchmark.py tiles PHOTOS        scoring and run lengths in open tiles only, and of whole masks
+    python jobs/benchmark.py embeddings PHOTOS   masks from stored embeddings: agreement, bytes per image, seconds
     python jobs/benchmark.py decode PHOTOS       JPEG decoding by Pillow and others, and whether pixels agree
     python jobs/benchmark.py memory              peak memory of the mask generator on one 12-megapixel image
     python jobs/benchmark.py pipeline PHOTOS     `samray.label` and the bare MaskGenerator on the same images
@@ -44,6 +45,7 @@ from jobs.benchmarks import (  # noqa: E402
     adapters,
     compare,
     core_cost,
+    embeddings,
     outputs,
     peers,
     phrases,
@@ -293,6 +295,13 @@ def main() -> int:
     sub.add_argument("--num-images", type=int, default=6)
     sub.add_argument("--points", type=int, default=24, help="points per side")
     sub.add_argument("--rounds", type=int, default=3)
+    sub = commands.add_parser("embeddings")
+    sub.add_argument("photos", type=Path)
+    sub.add_argument("settings", nargs="*", default=[], help="masks.key=value")
+    sub.add_argument("--model", dest="model_name", default="tiny", choices=list(MODELS))
+    sub.add_argument("--checkpoint", help="weights (default: embedded or seeded random ones)")
+    sub.add_argument("--image-hw", nargs=2, type=int, default=(1200, 1800), metavar=("H", "W"))
+    sub.add_argument("--num-images", type=int, default=10)
     sub = commands.add_parser("memory")
     sub.add_argument("--model", dest="model_name", default="vit_b", choices=list(MODELS))
     sub.add_argument("--megapixels", type=float, default=12.0)
@@ -370,6 +379,7 @@ def main() -> int:
         "core": core_cost.core,
         "memory": memory,
         "tiles": tiling.tiling,
+        "embeddings": embeddings.embeddings,
         "pipeline": pipeline,
         "export": outputs.export,
         "report": outputs.report,

@@ -12,16 +12,20 @@ if TYPE_CHECKING:
     from samray.audit.run import QualityReport, quality
     from samray.config import ClusterConfig, Config, MaskConfig, ModelConfig, OutputConfig, load_config
     from samray.config.edges import EdgeConfig, EdgesConfig
+    from samray.config.embed import EmbedConfig
     from samray.errors import ConfigError, ImageError, SamrayError, StorageError
     from samray.exports.export import ExportReport, export
     from samray.imports.import_ import import_
     from samray.masks.edges import EdgeGenerator
     from samray.masks.generator import MaskGenerator
     from samray.masks.prompted import PromptedGenerator
+    from samray.output.embeddings import Embedding, read_embedding
     from samray.output.lookup import read_image
     from samray.output.mask_dataset import MaskDataset
     from samray.pipeline.dataset_stage import label_dataset
     from samray.pipeline.edges import detect_edges
+    from samray.pipeline.embed import embed
+    from samray.pipeline.label_from import label_from
     from samray.pipeline.naming import name
     from samray.pipeline.report import ImportReport, LabelReport
     from samray.pipeline.run import label
@@ -36,10 +40,13 @@ _HOMES = {
     "ModelConfig": "samray.config",
     "OutputConfig": "samray.config",
     "ClusterConfig": "samray.config",
+    "EmbedConfig": "samray.config.embed",
     "EdgeConfig": "samray.config.edges",
     "EdgesConfig": "samray.config.edges",
     "load_config": "samray.config",
     "read_image": "samray.output.lookup",
+    "read_embedding": "samray.output.embeddings",
+    "Embedding": "samray.output.embeddings",
     "MaskDataset": "samray.output.mask_dataset",
     "ConfigError": "samray.errors",
     "ImageError": "samray.errors",
@@ -58,6 +65,8 @@ _HOMES = {
     "QualityReport": "samray.audit.run",
     "detect_edges": "samray.pipeline.edges",
     "label": "samray.pipeline.run",
+    "label_from": "samray.pipeline.label_from",
+    "embed": "samray.pipeline.embed",
     "name": "samray.pipeline.naming",
     "label_dataset": "samray.pipeline.dataset_stage",
     "load_model": "samray.sam.checkpoints",
@@ -68,6 +77,8 @@ __all__ = [  # noqa: RUF022  (in the order one meets them; a test holds it equal
     "label",
     "label_dataset",
     "LabelReport",
+    "label_from",
+    "embed",
     "name",
     "detect_edges",
     "export",
@@ -78,6 +89,8 @@ __all__ = [  # noqa: RUF022  (in the order one meets them; a test holds it equal
     "QualityReport",
     "MaskDataset",
     "read_image",
+    "read_embedding",
+    "Embedding",
     "load_model",
     "MaskGenerator",
     "PromptedGenerator",
@@ -90,6 +103,7 @@ __all__ = [  # noqa: RUF022  (in the order one meets them; a test holds it equal
     "ClusterConfig",
     "EdgesConfig",
     "EdgeConfig",
+    "EmbedConfig",
     "load_config",
     "SamrayError",
     "ConfigError",

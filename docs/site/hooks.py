@@ -21,6 +21,7 @@ from samray.cli.help import EXIT_CODES
 from samray.config import SECTIONS, Sections, preset_names, preset_path, setting_rows
 from samray.config.base import as_typed
 from samray.config.edges import EDGE_SECTIONS
+from samray.config.embed import EMBED_SECTIONS
 from samray.config.names import NAME_SECTIONS
 from samray.sam.checkpoints import list_models
 from samray.train.settings import TRAIN_SECTIONS
@@ -168,6 +169,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "commands": commands,
     "settings": lambda: settings_tables(SECTIONS),
     "edge-settings": lambda: settings_tables({"edges": EDGE_SECTIONS["edges"]}),
+    "embed-settings": lambda: settings_tables({"output": EMBED_SECTIONS["output"]}),
     "name-settings": lambda: settings_tables({"labels": NAME_SECTIONS["labels"], "model": NAME_SECTIONS["model"]}),
     "train-settings": lambda: settings_tables(TRAIN_SECTIONS),
     "presets": presets,

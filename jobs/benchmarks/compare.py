@@ -63,7 +63,7 @@ def generator(
                     result[f"{engine} / samray"] = {key: result[engine][key] / ours[key] for key in _RATIOS}
             for engine in able if "samray" in able else []:
                 if engine in ("samray-bfloat16", "segment-anything", "sam2"):
-                    result[f"agreement with {engine}"] = _agreement(
+                    result[f"agreement with {engine}"] = agreement_of(
                         runs["samray"][-1]["masks"], runs[engine][-1]["masks"], engine
                     )
             if stages:
@@ -237,7 +237,7 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {**medians, **rates, "masks": num_masks, "all_seconds": [round(run["seconds"], 3) for run in runs]}
 
 
-def _agreement(ours: list[list[dict[str, Any]]], theirs: list[list[dict[str, Any]]], engine: str) -> dict[str, Any]:
+def agreement_of(ours: list[list[dict[str, Any]]], theirs: list[list[dict[str, Any]]], engine: str) -> dict[str, Any]:
     """Similarity of two engines' masks: counts, identical RLEs, and each mask's IoU with its best match."""
     from pycocotools import mask as coco_mask
 

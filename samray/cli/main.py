@@ -5,22 +5,15 @@ Heavy modules are imported inside the commands, which keeps `samray --help` fast
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
-import signal
-import sys
-import threading
-import traceback
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from samray import __version__, storage
+from samray import __version__
 from samray.cli import evaluate_edges  # noqa: F401  (adds its command)
+from samray.cli.embed import EmbedCommand, embed, label_from
 from samray.cli.evaluate import evaluate_app
 from samray.cli.evaluate_instances import InstancesCommand, instances
 from samray.cli.evaluate_oneshot import OneshotCommand, oneshot
@@ -30,13 +23,11 @@ from samray.cli.models import models_app
 from samray.cli.name import NameCommand, name
 from samray.cli.output import COMMANDS, Output
 from samray.cli.quality import quality
+from samray.cli.running import fail, run_and_print
 from samray.config import load_config
 from samray.config.edges import EDGE_SECTIONS, load_edges_config
 from samray.errors import ConfigError, SamrayError, StorageError
 from samray.train.settings import TRAIN_SECTIONS, load_train_settings
-
-if TYPE_CHECKING:
-    from samray.pipeline.report import LabelReport
 
 app = typer.Typer(
     name="samray",
@@ -90,6 +81,9 @@ def label(
     redo_changed: RedoChanged = False,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join; same as cluster.address=...")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and exit; writes nothing.")] = False,
+    from_: Annotated[
+        bool, typer.Option("--from", help="INPUT is an output with embeddings: label from them, without the images.")
+    ] = False,
     no_progress: Annotated[bool, typer.Option("--no-progress", help="Do not show progress.")] = False,
 ) -> int:
     """Find the objects in every image of INPUT and write their masks to OUTPUT.
@@ -110,6 +104,8 @@ def label(
       samray label photos/ labels/ model.name=vit_b input.prompts=clicks.jsonl
 
       samray label photos/ labels/ model.name=vit_b labels.by=grounding_dino 'labels.phrases=[cat,fire hydrant]'
+
+      samray label --from labels/ more/ masks.points_per_side=48 masks.pred_iou_thresh=0.5
     """
     overrides, (input, output, *extra) = split_settings([input, output, *(settings or ())], ["INPUT", "OUTPUT"])
     refuse_expanded_glob([input, output, *extra])
@@ -117,6 +113,9 @@ def label(
     if address is not None:
         overrides.append(f"cluster.address={address}")
     resolved = load_config(preset, config, overrides)
+    if from_:
+        others = {"--append": append, "--redo-changed": redo_changed, "--dry-run": dry_run}
+        return label_from(input, output, resolved, others=others, retry_failed=retry_failed, progress=not no_progress)
     from samray.cli.plan_view import print_plan
     from samray.pipeline.plan_run import plan_run
 
@@ -126,20 +125,7 @@ def label(
     from samray.pipeline.run import label_with
 
     start = functools.partial(label_with, retry_failed=retry_failed, append=append, redo_changed=redo_changed)
-    return _run(functools.partial(start, input, output, resolved, progress=not no_progress))
-
-
-def _run(start: Callable[..., LabelReport]) -> int:
-    """Call start(on_plan=...), and print the plan and the report. Returns the exit code."""
-    from samray.cli.plan_view import print_plan
-    from samray.pipeline.report import print_report
-
-    try:
-        report = start(on_plan=print_plan)
-    except KeyboardInterrupt:  # pressed before the run handles it, or pressed twice
-        return _fail("interrupted; run the same command to resume", 130)
-    print_report(report)
-    return report.exit_code
+    return run_and_print(functools.partial(start, input, output, resolved, progress=not no_progress))
 
 
 class EdgesCommand(CommandWithSettings):
@@ -183,7 +169,7 @@ def edges(
     from samray.pipeline.edges import detect_edges_with
 
     start = functools.partial(detect_edges_with, retry_failed=retry_failed, append=append, redo_changed=redo_changed)
-    return _run(functools.partial(start, input, output, resolved, progress=not no_progress))
+    return run_and_print(functools.partial(start, input, output, resolved, progress=not no_progress))
 
 
 class TrainCommand(CommandWithSettings):
@@ -239,7 +225,7 @@ def train(
     try:
         report = run_train(places[:-1], places[-1], resolved, progress=not no_progress)
     except KeyboardInterrupt:  # pressed before the run handles it, or pressed twice
-        return _fail("interrupted; run the same command to resume", 130)
+        return fail("interrupted; run the same command to resume", 130)
     print_train_report(report)
     return report.exit_code
 
@@ -291,6 +277,7 @@ for _command in [*COMMANDS, *EXPORT_COMMANDS]:
 evaluate_app.command(cls=InstancesCommand)(instances)
 app.command(cls=NameCommand)(name)
 app.command(cls=Command)(quality)
+app.command(cls=EmbedCommand)(embed)
 evaluate_app.command(cls=OneshotCommand)(oneshot)
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(models_app, name="models")
@@ -311,40 +298,16 @@ def main(argv: list[str] | None = None) -> int:
         code = app(argv, prog_name="samray", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", 130)
+        return fail("interrupted", 130)
     except ConfigError as error:
-        return _fail(str(error), 2)
+        return fail(str(error), 2)
     except StorageError as error:
-        return _fail(str(error), 3)
+        return fail(str(error), 3)
     except SamrayError as error:
-        return _fail(str(error), 1)
+        return fail(str(error), 1)
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
             usage = error.format_message()
-            return _fail(f"{usage.rstrip('.')} (see samray --help)", 2) if usage else 2
+            return fail(f"{usage.rstrip('.')} (see samray --help)", 2) if usage else 2
         text = " ".join(str(error).split()) or "no message"
-        return _fail(f"unexpected {type(error).__name__}: {text} (set SAMRAY_DEBUG=1 for a traceback)", 1)
-
-
-def _fail(message: str, exit_code: int) -> int:
-    if os.environ.get("SAMRAY_DEBUG", "") not in ("", "0") and sys.exc_info()[0] is not None:
-        # A traceback may quote URIs with credentials.
-        print(storage.redact_error(traceback.format_exc()), end="", file=sys.stderr)
-    console = Console(stderr=True)
-    with _no_interrupts():
-        console.print("samray: ", style="bold red", end="")
-        console.print(storage.redact_error(message), markup=False, highlight=False, soft_wrap=True)
-    return exit_code
-
-
-@contextlib.contextmanager
-def _no_interrupts() -> Iterator[None]:
-    """Ignore Ctrl-C while the reason for the exit is printed; otherwise a second one shows a traceback instead."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+        return fail(f"unexpected {type(error).__name__}: {text} (set SAMRAY_DEBUG=1 for a traceback)", 1)

@@ -43,7 +43,10 @@ def print_plan(planned: RunPlan) -> None:
     ]
     sha256 = plan.run["identity"]["model"].get("checkpoint_sha256")
     output = plan.output if planned.preview is None else planned.preview.output_uri
-    masks = [("masks", _masks(planned.config))] if planned.config.labels.finds_all else []
+    finds_all = planned.config.labels.finds_all and planned.config.finds_masks
+    masks = [("masks", masks_in_words(planned.config))] if finds_all else []
+    if planned.config.output.embeddings != "none":
+        masks.append(("embeddings", f"stored as {planned.config.output.embeddings}"))
     masks += [] if planned.labels is None else planned.labels.plan_rows(planned.config)
     _print(rows, masks, output, planned.config, sha256, plan.num_images - num_done)
 
@@ -104,7 +107,7 @@ def _print(
 ) -> None:
     rows = [
         *rows,
-        *_model(config, checkpoint_sha256),
+        *model_rows(config, checkpoint_sha256),
         *masks,
         *cost_rows(config, num_images),
         ("runs on", _where(config)),
@@ -116,7 +119,7 @@ def _print(
     Console(stderr=True, highlight=False).print(table, soft_wrap=True)
 
 
-def _model(config: Config, checkpoint_sha256: str | None) -> list[tuple[str, str]]:
+def model_rows(config: Config, checkpoint_sha256: str | None) -> list[tuple[str, str]]:
     """The SAM that makes the masks, if one does."""
     if not config.labels.needs_sam:
         return []
@@ -135,8 +138,9 @@ def cost_rows(config: Config, num_images: int) -> list[tuple[str, str]]:
     """
     rows = []
     if config.labels.finds_all and not config.masks_are_prompted:
-        passes, prompts = work_per_image(config.masks)
-        rows.append(("work", f"{count(prompts, 'prompt')} per image, image encoder run {count(passes, 'time')}"))
+        passes, prompts = work_per_image(config.masks) if config.finds_masks else (1, 0)
+        asked = f"{count(prompts, 'prompt')} per image, " if config.finds_masks else ""
+        rows.append(("work", f"{asked}image encoder run {count(passes, 'time')}"))
         each = _cpu_seconds(config, passes, prompts)
         if each is not None and num_images:
             seconds = each * num_images
@@ -181,7 +185,8 @@ def _cpu_seconds(config: Config, passes: int, prompts: int) -> float | None:
     return (passes * encode + prompts * decode) / allowed_cpus()
 
 
-def _masks(config: Config) -> str:
+def masks_in_words(config: Config) -> str:
+    """What makes the masks, and which are kept."""
     if config.masks_are_prompted:
         return f"one for each prompt of {config.input.prompts}"
     masks = config.masks

@@ -57,6 +57,8 @@ class EdgesConfig(Config):
     def _masks_follow_the_edges(self) -> EdgesConfig:
         if self.input.prompts is not None:
             raise ValueError("input.prompts does not apply to edges: the prompts are a grid, edges.points_per_side")
+        if self.output.embeddings != "none":
+            raise ValueError("output.embeddings does not apply to edges; samray embed stores embeddings")
         self.__dict__["masks"] = self.edges.masks().for_model(self.model.name)  # frozen, but not in use yet
         return self
 

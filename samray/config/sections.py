@@ -175,6 +175,8 @@ class OutputConfig(Settings):
     """Images per Parquet shard. A shard is the unit of work, retry and resume."""
     compression_level: int = Field(default=3, ge=1, le=22)
     """zstd compression level of the shards."""
+    embeddings: Literal["none", "float16", "int8", "float32"] = "none"
+    """Also store image embeddings, for `samray label --from` and other decoders; int8 takes a quarter of float32."""
     max_failed_fraction: float = Field(default=0.1, ge=0, le=1)
     """Exit with an error if more than this fraction of the images could not be labelled."""
 
@@ -225,6 +227,8 @@ class Config(Settings):
     """All settings of a run. Mask settings that are not given follow the model."""
 
     model_config = ConfigDict(strict=False)  # a section may be given as a mapping
+    finds_masks: ClassVar[bool] = True
+    """Whether the command makes masks."""
 
     input: InputConfig = InputConfig()
     model: ModelConfig = ModelConfig()
@@ -259,6 +263,15 @@ class Config(Settings):
         return self
 
     @model_validator(mode="after")
+    def _embeddings_of_sam(self) -> Config:
+        if self.output.embeddings != "none" and self.labels.by is not None:
+            raise ValueError(
+                f"output.embeddings does not apply with labels.by={self.labels.by}; leave one of them out, or store "
+                "the embeddings apart with samray embed"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _no_model_without_use(self) -> Config:
         used = ModelConfig(device=self.model.device)
         if not self.labels.needs_sam and self.model != used:
@@ -284,7 +297,9 @@ class Config(Settings):
         that does not have it."""
         plain = {"input": InputConfig(), "masks": MaskConfig().for_model(self.sam_name), "output": OutputConfig()}
         # A run without names does not record settings of names.
-        return {**self.model_copy(update=plain).identity(), "labels": LabelsConfig().identity()}
+        defaults = {**self.model_copy(update=plain).identity(), "labels": LabelsConfig().identity()}
+        defaults["output"]["embeddings"] = OutputConfig().embeddings
+        return defaults
 
     def as_begun(self, identity: Mapping[str, Any]) -> Config:
         """These settings, adjusted to resume the run with that identity.
@@ -314,9 +329,11 @@ class Config(Settings):
         del plain["masks"]["points_per_batch"]
         for name in ("prompts", "allow_outside", "decode_timeout_s"):
             del plain["input"][name]
+        # As before there was such a setting: an older samray can go on with an output without embeddings.
+        output = ("images_per_shard", *(("embeddings",) if self.output.embeddings != "none" else ()))
         return {
             "input": plain["input"],
             "model": {key: plain["model"][key] for key in model},
             "masks": plain["masks"],
-            "output": {"images_per_shard": plain["output"]["images_per_shard"]},
+            "output": {key: plain["output"][key] for key in output},
         }

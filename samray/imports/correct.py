@@ -261,6 +261,7 @@ def _plan(
     something else."""
     run = copy.deepcopy({key: value for key, value in plan.run.items() if key not in ("generation", "num_images")})
     run["identity"]["output"] = {"images_per_shard": per_shard}
+    run.get("config", {}).get("output", {}).pop("embeddings", None)  # they are not copied
     run["identity"]["corrects"] = {
         "output": storage.redact(plan.output),
         "shards": fingerprint,

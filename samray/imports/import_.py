@@ -69,7 +69,8 @@ def import_(
             raise ConfigError(
                 f"--{name.replace('_', '-')} needs --corrects: it describes the export that was corrected"
             )
-    per_shard = OutputConfig(**({} if images_per_shard is None else {"images_per_shard": images_per_shard}))
+    size: dict[str, Any] = {} if images_per_shard is None else {"images_per_shard": images_per_shard}
+    per_shard = OutputConfig(**size)
     root = None if images is None else storage.normalize(str(images))
     started = time.monotonic()
     job = _Job(open_source(str(source), format), str(output), root, allow_outside, ray, address)

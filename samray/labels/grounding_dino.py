@@ -329,7 +329,7 @@ class GroundedGenerator:
         check_images(images)
         prompts = [()] * len(images) if prompts is None else prompts
         for image, each in zip(images, prompts, strict=True):
-            check_prompts(image, each)
+            check_prompts(image.shape[:2], each)
         own = [self.asked.own(each) for each in prompts]
         with self._stage("detect"):
             boxes = [self._detect(image, texts) for image, texts in zip(images, own, strict=True)]

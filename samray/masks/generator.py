@@ -8,11 +8,8 @@ low-res logits. With the same weights the result equals `segment_anything.SamAut
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, zip_longest
 from typing import TypeVar
@@ -33,6 +30,7 @@ from samray.masks.pixels import measure, run_lengths
 from samray.masks.points import Float64, point_grids
 from samray.masks.records import Mask, apply_limits, to_record, wanted_areas
 from samray.masks.regions import remove_small_regions
+from samray.masks.stages import StageClock
 from samray.rle import encode as rle
 from samray.rle.encode import Counts
 from samray.rle.records import MaskRecord
@@ -88,10 +86,12 @@ class MaskGenerator:
             )
         else:
             self._grids = [np.asarray(grid, dtype=np.float64).reshape(-1, 2) for grid in config.point_grids]
-        self.stage_seconds = dict.fromkeys(STAGES, 0.0)
+        self._clock = StageClock(STAGES, model.device)
+        self.stage_seconds = self._clock.seconds
+        self._stage = self._clock.stage
         self.overlaps = model.device.type != "cpu"
-        self._booking = threading.Lock()  # finishing threads count time, too
-        self._queued: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self.keep_embedding: Callable[[int, Tensor], None] | None = None
+        """If set, called with the index of each image and the embedding (C, h, w) of the whole image."""
 
     @property
     def frame(self) -> Frame:
@@ -114,12 +114,46 @@ class MaskGenerator:
         """
         check_images(images)
         views = [view for i, image in enumerate(images) for view in self._views(i, image)]
+        return self._finish_views(lambda host: self._encoded(images, views, host), finish)
+
+    @torch.inference_mode()
+    def encode(self, images: list[Image]) -> list[Tensor]:
+        """The embedding (C, h, w) of each whole image, on the model's device. Raises ValueError for invalid images."""
+        check_images(images)
+        views = [self._whole(i, _hw(image)) for i, image in enumerate(images)]
+        with self._host_executor() as host:
+            encoded = [embedding for _, batch in self._encoded(images, views, host) for embedding in batch]
+        self._clock.read_queued()
+        return encoded
+
+    @torch.inference_mode()
+    def generate_from(self, embeddings: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[list[MaskRecord]]:
+        """`generate` without the encoder, for settings without crops.
+
+        embeddings: (C, h, w) each, as `keep_embedding` gets them; sizes: (H, W) of their images. The same embeddings
+        give the same masks as `generate`.
+        """
+        if self.config.crop_n_layers:
+            raise ValueError("masks.crop_n_layers needs the encoder, for the embeddings of the crops")
+        views = [self._whole(i, hw) for i, hw in enumerate(sizes)]
+
+        def batches(_: Executor) -> Iterator[tuple[list[_View], Tensor]]:
+            for batch in self._batches(views):
+                stacked = torch.stack([embeddings[view.image_index] for view in batch])
+                yield batch, stacked.to(self.model.device, self.model.dtype)
+
+        return self._finish_views(batches, self._process_image)
+
+    def _finish_views(
+        self,
+        encoded: Callable[[Executor], Iterator[tuple[list[_View], Tensor]]],
+        finish: Callable[[Candidates, tuple[int, int]], T],
+    ) -> list[T]:
+        """encoded(host): batches of views with their embeddings (B, C, h, w), image by image."""
         results: list[Future[T]] = []
         image_candidates: list[Candidates] = []
         with self._host_executor() as host:
-            for batch, pixels in self._preprocessed(images, views, host):
-                with self._stage("encode", queued=True):
-                    embeddings = self.model.encode_images(pixels)
+            for batch, embeddings in encoded(host):
                 for view, candidates in zip(batch, self._process_crops(embeddings, batch), strict=True):
                     image_candidates.append(candidates)
                     if view.is_last:
@@ -129,7 +163,7 @@ class MaskGenerator:
             finished = []
             while results:  # the traceback of a failed result must not keep the result's memory alive
                 finished.append(results.pop().result())
-        self._ask_for_times()
+        self._clock.read_queued()
         return finished
 
     # --- crops and their embeddings -----------------------------------------------------------------------------------
@@ -142,13 +176,32 @@ class MaskGenerator:
         crops = self._crops(image_hw)
         return [_View(image_index, image_hw, j, crop, j == len(crops) - 1) for j, crop in enumerate(crops)]
 
+    def _whole(self, image_index: int, image_hw: tuple[int, int]) -> _View:
+        """The whole image as its only view."""
+        return _View(image_index, image_hw, 0, self._crops(image_hw)[0], is_last=True)
+
+    def _encoded(self, images: list[Image], views: list[_View], host: Executor) -> Iterator[tuple[list[_View], Tensor]]:
+        """Yield batches of views with their embeddings."""
+        for batch, pixels in self._preprocessed(images, views, host):
+            with self._stage("encode", queued=True):
+                embeddings = self.model.encode_images(pixels)
+            if self.keep_embedding is not None:
+                for view, embedding in zip(batch, embeddings, strict=True):
+                    if view.crop_index == 0:  # the whole image
+                        self.keep_embedding(view.image_index, embedding)
+            yield batch, embeddings
+
+    def _batches(self, views: list[_View]) -> list[list[_View]]:
+        """Views that are encoded together."""
+        pixels = _CPU_ENCODE_PIXELS if self.model.device.type == "cpu" else _GPU_ENCODE_PIXELS
+        size = 1 if self.frugal else min(max(pixels // self.frame.size**2, 1), _MAX_ENCODE_BATCH)
+        return [views[start : start + size] for start in range(0, len(views), size)]
+
     def _preprocessed(
         self, images: list[Image], views: list[_View], host: Executor
     ) -> Iterator[tuple[list[_View], Tensor]]:
         """Yield batches of views for the encoder with their pixels; prepares the next batch in the background."""
-        pixels = _CPU_ENCODE_PIXELS if self.model.device.type == "cpu" else _GPU_ENCODE_PIXELS
-        size = 1 if self.frugal else min(max(pixels // self.frame.size**2, 1), _MAX_ENCODE_BATCH)
-        batches = [views[start : start + size] for start in range(0, len(views), size)]
+        batches = self._batches(views)
 
         def resize(batch: list[_View]) -> list[Resized]:
             with self._stage("preprocess"):
@@ -330,35 +383,6 @@ class MaskGenerator:
     def _host_executor(self) -> Executor:
         """Executor for the host's work: inline on a CPU; with a GPU in threads, while the GPU continues."""
         return ThreadPoolExecutor(2) if self.overlaps else InlineExecutor()  # resizing, finishing
-
-    @contextmanager
-    def _stage(self, name: str, *, queued: bool = False) -> Iterator[None]:
-        """Add the time to a stage. queued: for asynchronous GPU work, whose times are read at the end."""
-        if queued and self.model.device.type == "cuda":
-            marks = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            stream = torch.cuda.current_stream(self.model.device)
-            marks[0].record(stream)  # queued behind earlier work; waits for nothing
-            try:
-                yield
-            finally:
-                marks[1].record(stream)
-                self._queued.append((name, *marks))
-            return
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._book(name, time.perf_counter() - start)
-
-    def _book(self, name: str, seconds: float) -> None:
-        with self._booking:
-            self.stage_seconds[name] += seconds
-
-    def _ask_for_times(self) -> None:
-        while self._queued:
-            name, start, end = self._queued.pop()
-            end.synchronize()  # an event has no time until the GPU reaches it
-            self._book(name, start.elapsed_time(end) / 1000)
 
 
 def _hw(image: Image) -> tuple[int, int]:

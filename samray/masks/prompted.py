@@ -7,7 +7,7 @@ because the user asked for each mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Final
 
@@ -51,6 +51,8 @@ class PromptedGenerator:
         self.frame = frame_of(model)
         self.config = (config or MaskConfig()).for_model(model.spec.name)
         self.stage_seconds = dict.fromkeys(STAGES, 0.0)
+        self.keep_embedding: Callable[[int, Tensor], None] | None = None
+        """If set, called with the index and the embedding (C, h, w) of each image, also of those without prompts."""
 
     @torch.inference_mode()
     def generate(self, images: Sequence[Image], prompts: Sequence[Sequence[Prompt]]) -> list[list[MaskRecord]]:
@@ -67,16 +69,11 @@ class PromptedGenerator:
             raise ValueError(
                 "prompts takes a list per image, as in generate([image], [[prompt]]); got prompts themselves"
             )
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images, but prompts for {len(prompts)}")
-        # All are checked first: a bad prompt costs no work on the images before it.
-        for image, own in zip(images, prompts, strict=True):
-            check_prompts(image, own)
-            if texts := [prompt.text for prompt in own if prompt.text is not None]:
-                raise ValueError(f"the prompt {texts[0]!r} is a text, which needs samray.label with labels.by")
+        sizes = [image.shape[:2] for image in images]
+        _check_all(sizes, prompts)
         found: list[list[MaskRecord]] = [[] for _ in images]
         # Images without prompts are not encoded.
-        asked = [i for i, own in enumerate(prompts) if own]
+        asked = [i for i, own in enumerate(prompts) if own or self.keep_embedding is not None]
         size = _CPU_IMAGES if self.model.device.type == "cpu" else _GPU_IMAGES
         for start in range(0, len(asked), size):
             batch = asked[start : start + size]
@@ -85,8 +82,21 @@ class PromptedGenerator:
             with self._stage("encode"):
                 embeddings = self.model.encode_images(pixels)
             for i, embedding in zip(batch, embeddings, strict=True):
-                found[i] = self.masks_of(embedding[None], images[i].shape[:2], prompts[i])
+                if self.keep_embedding is not None:
+                    self.keep_embedding(i, embedding)
+                found[i] = self.masks_of(embedding[None], sizes[i], prompts[i])
         return found
+
+    @torch.inference_mode()
+    def generate_from(
+        self, embeddings: Sequence[Tensor], sizes: Sequence[tuple[int, ...]], prompts: Sequence[Sequence[Prompt]]
+    ) -> list[list[MaskRecord]]:
+        """`generate` without the encoder. embeddings: (C, h, w) each, as `keep_embedding` gets them; sizes: (H, W) of
+        their images. Raises: as `generate`."""
+        _check_all(sizes, prompts)
+        model = self.model
+        each = zip(embeddings, sizes, prompts, strict=True)
+        return [self.masks_of(e[None].to(model.device, model.dtype), hw, own) for e, hw, own in each]
 
     def masks_of(self, embedding: Tensor, image_hw: tuple[int, ...], prompts: Sequence[Prompt]) -> list[MaskRecord]:
         """The masks of one image, after `check_prompts`; texts are left to the caller. embedding: (1, C, h, w)."""
@@ -157,10 +167,20 @@ class PromptedGenerator:
         return timed(self.stage_seconds, name, self.model.device)
 
 
-def check_prompts(image: Image, prompts: Sequence[Prompt]) -> None:
+def _check_all(sizes: Sequence[tuple[int, ...]], prompts: Sequence[Sequence[Prompt]]) -> None:
+    """Check all prompts before any work. Raises: ImageError (`bad_prompt`), ValueError."""
+    if len(sizes) != len(prompts):
+        raise ValueError(f"{len(sizes)} images, but prompts for {len(prompts)}")
+    for image_hw, own in zip(sizes, prompts, strict=True):
+        check_prompts(image_hw, own)
+        if texts := [prompt.text for prompt in own if prompt.text is not None]:
+            raise ValueError(f"the prompt {texts[0]!r} is a text, which needs samray.label with labels.by")
+
+
+def check_prompts(image_hw: tuple[int, ...], prompts: Sequence[Prompt]) -> None:
     """Raises: ImageError (`bad_prompt`) that names the first prompt outside the image."""
     for index, prompt in enumerate(prompts):
-        problem = prompt.problem_in(width=image.shape[1], height=image.shape[0])
+        problem = prompt.problem_in(width=image_hw[1], height=image_hw[0])
         if problem is not None:
             raise ImageError("bad_prompt", f"prompts[{index}]: {problem}")
 

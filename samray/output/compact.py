@@ -196,6 +196,8 @@ def _plan_of(
     run = copy.deepcopy({key: value for key, value in plan.run.items() if key not in ("generation", "num_images")})
     for settings in (run["identity"], run.get("config", {})):
         settings.setdefault("output", {})["images_per_shard"] = images_per_shard
+        # Embeddings are not copied: they would be most of the bytes, and OUTPUT has them.
+        settings["output"].pop("embeddings", None)
     run |= {"images_per_shard": images_per_shard, "compacted_from": source, "compacted_shards": fingerprint}
     images = plan.read_images([name for name in MANIFEST_SCHEMA.names if name != "shard"])
     if where is not None:
@@ -219,7 +221,7 @@ def rows_at(
     tables, sums = [], Counter[str]()
     stage_seconds: Counter[str] = Counter()
     number = len(places)
-    for shard, rows in _by_shard(starts, places):
+    for shard, rows in rows_by_shard(starts, places):
         count = len(rows)
         table, stats = _read_slice(plan, shard, int(rows[0]), int(rows[-1] - rows[0]) + 1)
         if count < table.num_rows:
@@ -243,7 +245,7 @@ def rows_at(
     }
 
 
-def _by_shard(starts: list[int], places: npt.NDArray[np.int64]) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+def rows_by_shard(starts: list[int], places: npt.NDArray[np.int64]) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
     """The shards that have images of these places, each with their rows in it."""
     shards = np.searchsorted(starts, places, side="right") - 1
     for shard in np.unique(shards).tolist():

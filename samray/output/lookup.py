@@ -41,7 +41,7 @@ def read_image(output: str, image_id: int) -> dict[str, Any]:
     """
     plan = load_plan(output)
     where = storage.redact(plan.output)
-    for shard, is_planned in _shards_of(plan, image_id):
+    for shard, is_planned in shards_of(plan, image_id):
         uri = shard_uri(plan.output, shard)
         try:
             row = _find(plan.output, shard, image_id)
@@ -64,7 +64,7 @@ def _find(output: str, shard: int, image_id: int) -> dict[str, Any] | None:
     uri = shard_uri(output, shard)
     size = storage.file_size(uri)
     footer = read_shard_footer(output, shard, size)
-    groups = _groups_with(footer, "image.image_id", image_id)
+    groups = groups_with(footer, "image.image_id", image_id)
     # Mostly one group. Of several, the id column alone tells which has the image, without reading masks.
     for group in groups:
         if len(groups) > 1 and _row_of(read_row_group(uri, size, footer, group, ["image.image_id"]), image_id) < 0:
@@ -76,7 +76,7 @@ def _find(output: str, shard: int, image_id: int) -> dict[str, Any] | None:
     return None
 
 
-def _shards_of(plan: Plan, image_id: int) -> Iterator[tuple[int, bool]]:
+def shards_of(plan: Plan, image_id: int) -> Iterator[tuple[int, bool]]:
     """Shards that may have an image, and whether the plan is certain about it."""
     for generation in plan.generations:
         uri = manifest_uri(plan.output, generation.number)
@@ -85,7 +85,7 @@ def _shards_of(plan: Plan, image_id: int) -> Iterator[tuple[int, bool]]:
         with reraise_damaged(uri):
             check_manifest(footer.schema.to_arrow_schema())
         shards = statistics(footer, "shard")
-        for group in _groups_with(footer, "image_id", image_id):
+        for group in groups_with(footer, "image_id", image_id):
             shard = shards[group]
             if shard is not None and shard.has_min_max and shard.min == shard.max:
                 yield int(shard.min), False  # for a shard this large, its own footer is faster to read
@@ -101,7 +101,7 @@ def _row_of(table: pa.Table, image_id: int) -> int:
     return int(pc.index(pc.struct_field(table["image"], "image_id"), image_id).as_py())
 
 
-def _groups_with(footer: pq.FileMetaData, column: str, value: Any) -> list[int]:
+def groups_with(footer: pq.FileMetaData, column: str, value: Any) -> list[int]:
     """The row groups that may have a value, according to their statistics."""
     groups = []
     for group, bounds in enumerate(statistics(footer, column)):

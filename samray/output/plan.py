@@ -333,5 +333,5 @@ def _refuse_other_run(plan: Plan, wanted: dict[str, Any], joining: bool, default
         recorded["input_uri"] = wanted["input_uri"]
     if joining or plan.run.get("compacted_from"):
         # A new generation uses this run's shard size; compacting may have changed it in the older ones.
-        recorded["output"] = wanted["output"]
+        recorded["output"] = {**recorded.get("output", {}), "images_per_shard": wanted["output"]["images_per_shard"]}
     refuse_differences(plan.output, recorded, wanted, defaults)

@@ -92,6 +92,8 @@ class ImageRecord:
     """As in `PHRASES`; only stored in runs that have that column."""
     presence: list[dict[str, Any]] | None = None
     """As in `PRESENCE`; only stored in runs that have that column."""
+    embedding: dict[str, Any] | None = None
+    """A row of `samray.output.embeddings.SCHEMA`, which is stored apart."""
 
 
 def schema_of(run: Mapping[str, Any]) -> pa.Schema:

@@ -26,6 +26,7 @@ from samray.output.append import stale_shards
 from samray.output.plan import Plan, load_plan
 from samray.output.schema import categories_of, count_named, num_common_of, reason_of, samray_metadata, schema_of
 from samray.output.seals import is_intact, seal_of
+from samray.output.verify_embeddings import check_embeddings, check_names, has_embeddings
 from samray.output.verify_rows import check_asked, check_image, check_planned, check_status
 from samray.storage.tables import open_parquet
 
@@ -86,6 +87,8 @@ def verify(output: str, deep: bool = False) -> VerifyReport:
         if more > 0:
             report.problems.append(f"{shards.shard_name(shard)}: {more} more problems")
     report.problems += images.duplicates(plan)
+    if has_embeddings(plan):
+        report.problems += check_names(plan)
     report.problems += _check_changed(plan, done)
     report.problems += _check_success(plan, report.num_shards, success)
     return report
@@ -177,6 +180,10 @@ def _check_shard(plan: Plan, shard: int, deep: bool, success: shards.Success | N
     # Two columns only: the shard's masks must not stay in memory until all shards are checked.
     checked.columns = pa.table({"image_id": pc.struct_field(table["image"], "image_id"), "uri": table["uri"]})
     checked.problems += _check_rows(plan, shard, file, table, deep)
+    if has_embeddings(plan):
+        rows = zip(table["image"].to_pylist(), table["status"].to_pylist(), strict=True)
+        sizes = {image["image_id"]: (image["height"], image["width"]) for image, status in rows if status == "ok"}
+        checked.problems += check_embeddings(plan, shard, sizes, deep)
     return checked
 
 

@@ -19,6 +19,7 @@ from samray.errors import ImageError, SamrayError
 from samray.inputs.child import ChildNotStarted
 from samray.inputs.listing import fetch_images
 from samray.output.credentials import reveal
+from samray.output.embedding_files import EmbeddingWriter
 from samray.output.schema import records_to_table
 from samray.pipeline.alone import LonelyLabeler
 from samray.pipeline.attempts import ShardAttempts
@@ -92,8 +93,9 @@ class LabelActor:
         attempts = ShardAttempts(self.plan.output, shard, self.run_id)
         attempts.begin()
         images, places = self._unpack(shard, batch)
+        writer = self._embedding_writer(shard, places, retry)
         try:
-            done = self._label(images, attempts, functools.partial(self._advance, shard))
+            done = self._label(images, attempts, functools.partial(self._advance, shard, writer))
         except Abandoned:
             # A cancelled attempt is no evidence against its images.
             attempts.forget()
@@ -105,6 +107,8 @@ class LabelActor:
             os._exit(1)
         # Measured in another process, and sent along with the images.
         done.stage_seconds["fetch"] = batch["fetch_s"].to_pylist()[0]
+        if writer is not None:
+            done.stage_seconds["embeddings"], done.embedding_bytes = writer.seconds, writer.num_bytes
         done = self.figures.finish(done, self.labeler.num_workers)
         return self._row(
             {
@@ -140,7 +144,17 @@ class LabelActor:
         except ray.exceptions.RayError:
             return True  # without the state actor there is no progress display, but work goes on
 
-    def _advance(self, shard: int, batch: Labelled) -> None:
+    def _embedding_writer(self, shard: int, places: list[int], retry: bool) -> EmbeddingWriter | None:
+        """What stores the embeddings of a shard, if the run wants them."""
+        if self.config.output.embeddings == "none":
+            return None
+        level = self.config.output.compression_level
+        return EmbeddingWriter(self.plan, shard, places, retry=retry, compression_level=level)
+
+    def _advance(self, shard: int, writer: EmbeddingWriter | None, batch: Labelled) -> None:
+        # As they come, and all before the row of the shard is returned: a finished shard has all of its embeddings.
+        if writer is not None:
+            writer.add(batch.records)
         self.figures.add(batch, self.labeler.num_workers)
         try:
             # Waits for the answer once per group of images: that is how an actor learns that it shall stop.

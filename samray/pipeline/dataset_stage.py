@@ -54,6 +54,8 @@ def label_dataset(
     config = config or Config()
     if config.input.prompts is not None:
         raise ConfigError("input.prompts is for samray.label: the images of a dataset have no names to match")
+    if config.output.embeddings != "none":
+        raise ConfigError("output.embeddings is for samray.label: a dataset has no output to store them next to")
     if make_labeler is None:  # every actor must load the weights that this machine has
         labels = read_inputs(config, None if phrases_column is None else [])
         own = config.model

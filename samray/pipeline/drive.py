@@ -62,6 +62,8 @@ class Run:
     """What the labelling of names needs; None to find masks without names."""
     make_labeler: MakeLabeler | None
     """None for the labeler of config's model."""
+    reads_images: bool = True
+    """Whether the fetch stage reads the images; if not, the labeler has them from elsewhere."""
     committed: set[int] = field(default_factory=set)
     """Shards of todo committed so far."""
 

@@ -131,8 +131,13 @@ def _read_task(table: pa.Table) -> ray.data.ReadTask:
     return ray.data.ReadTask(lambda: [table], metadata, SOURCE)
 
 
-def fetch_shard(batch: pa.Table, *, plan: Plan, config: Config, retry_failed: bool) -> pa.Table:
-    """Stage 2. One row of SOURCE in, one row of FETCHED out: for each image its bytes, or why there are none."""
+def fetch_shard(
+    batch: pa.Table, *, plan: Plan, config: Config, retry_failed: bool, reads_images: bool = True
+) -> pa.Table:
+    """Stage 2. One row of SOURCE in, one row of FETCHED out: for each image its bytes, or why there are none.
+
+    reads_images: False to leave the images to the labeler.
+    """
     storage.configure(config.storage)
     end_with_ray()
     (source,) = batch.to_pylist()
@@ -150,7 +155,7 @@ def fetch_shard(batch: pa.Table, *, plan: Plan, config: Config, retry_failed: bo
         rows = table.take(part)
         # Sizes of the listing; unknown ones count as soon as they are read.
         known = [row["size"] or 0 for row in rows.select(["size"]).to_pylist()]
-        ahead = num_bytes + sum(known) <= MAX_BYTES_AHEAD
+        ahead = reads_images and num_bytes + sum(known) <= MAX_BYTES_AHEAD
         sample = functools.partial(sample_files, plan, credentials)
         fetched = fetch_images(reveal(rows, credentials), config.input, sample) if ahead else [None] * len(part)
         num_bytes += sum(len(data) for data in fetched if isinstance(data, bytes))

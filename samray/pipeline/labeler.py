@@ -22,9 +22,11 @@ from samray.errors import ImageError, StorageError
 from samray.inputs.child import ChildNotStarted
 from samray.inputs.decode_apart import decode_apart
 from samray.labels.phrases import FoundMasks, distinct
+from samray.output.embeddings import make_row
 from samray.output.schema import ANNOTATIONS_PER_IMAGE, ImageRecord
 from samray.pipeline.faults import DeviceFault, internal_error, is_out_of_memory, one_line, raise_if_fatal
 from samray.pipeline.groups import GPU_GROUP_IMAGES, GROUP_PIXELS, GroupSize, OutOfMemoryCount
+from samray.pipeline.kept import EmbeddingKeeper, WithEmbedding
 from samray.pipeline.metrics import reserved_gpus
 from samray.pipeline.report import Labelled
 from samray.prompts import Prompt
@@ -278,12 +280,16 @@ def masks_of(generator: MaskSource, work: list[Work]) -> list[list[MaskRecord]]:
 
 
 def make_record(
-    image: EncodedImage, decoded: np.ndarray | ImageError, masks: list[MaskRecord] | ImageError
+    image: EncodedImage, decoded: np.ndarray | ImageError, result: list[MaskRecord] | WithEmbedding | ImageError
 ) -> ImageRecord:
     """The row of one image."""
     height, width = decoded.shape[:2] if isinstance(decoded, np.ndarray) else (0, 0)
-    error = str(masks) if isinstance(masks, ImageError) else None
-    found = [] if isinstance(masks, ImageError) else masks
+    error = str(result) if isinstance(result, ImageError) else None
+    embedding = None
+    if isinstance(result, WithEmbedding):
+        embedding = make_row(image.image_id, (height, width), result.input_hw, result.maps, result.dtype)
+        result = result.masks
+    found = [] if isinstance(result, ImageError) else result
     return ImageRecord(
         image_id=image.image_id,
         width=width,
@@ -293,7 +299,8 @@ def make_record(
         annotations=[{"id": image.image_id * ANNOTATIONS_PER_IMAGE + i, **mask} for i, mask in enumerate(found)],
         error=error,
         phrases=list(distinct(p for p in image.prompts or () if isinstance(p, Prompt)).values()),
-        presence=masks.presence if isinstance(masks, FoundMasks) else None,
+        presence=found.presence if isinstance(found, FoundMasks) else None,
+        embedding=embedding,
     )
 
 
@@ -334,8 +341,10 @@ def build_labeler(
         if frugal:
             masks = masks.model_copy(update={"points_per_batch": points_per_batch})
         if config.input.prompts is not None:
-            return PromptedGenerator(model, masks)
-        return MaskGenerator(model, masks, frugal=frugal)
+            generator: MaskGenerator | PromptedGenerator = PromptedGenerator(model, masks)
+        else:
+            generator = MaskGenerator(model, masks, frugal=frugal)
+        return generator if config.output.embeddings == "none" else EmbeddingKeeper(generator, config.output.embeddings)
 
     return shard_labeler(config, num_threads, checkpoint_sha256, make_generator, adapter_sha256=adapter_sha256)
 

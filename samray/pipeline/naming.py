@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 """A row of an output, from `pa.Table.to_pylist`."""
 
+_NOT_MASKS: Final = {"edges": "edge maps", "embed": "embeddings"}
 WAY: Final = "clip"
 """The only way that names masks which exist already."""
 
@@ -115,9 +116,12 @@ def plan_names(output: str, dest: str, config: Config) -> tuple[RunPlan, Plan, s
         raise ConfigError(f"samray name needs labels.phrases, {EXAMPLE}")
     source = load_plan(output)
     where = storage.redact(source.output)
-    if "edges" in source.run["identity"]:
-        raise ConfigError(f"{where} has edge maps and no masks: there is nothing to name")
-    _check_apart(source, storage.normalize(dest))
+    task = source.run["identity"].get("task")
+    if task in _NOT_MASKS:
+        raise ConfigError(f"{where} has {_NOT_MASKS[task]} and no masks: there is nothing to name")
+    if config.output.embeddings != "none":
+        raise ConfigError("output.embeddings does not apply to samray name, which makes none; OUTPUT keeps its own")
+    check_apart_from(source, storage.normalize(dest))
     check_writable(dest, "_samray", FOLDER)
     fingerprint, _ = look_at_finished(source)
     labels = read_inputs(config)
@@ -148,9 +152,10 @@ def plan_names(output: str, dest: str, config: Config) -> tuple[RunPlan, Plan, s
     return planned, source, fingerprint
 
 
-def _check_apart(source: Plan, dest: str) -> None:
+def check_apart_from(source: Plan, dest: str) -> None:
+    """Raises: ConfigError if DEST is OUTPUT or inside it, or has something that is not an output."""
     if dest == source.output:
-        raise ConfigError("DEST and OUTPUT must be different folders: names are written into a new output")
+        raise ConfigError("DEST and OUTPUT must be different folders: a new output is written")
     if storage.join(dest, "").startswith(storage.join(source.output, FOLDER, "")):
         raise ConfigError(f"DEST must not be inside OUTPUT/{FOLDER}, where readers look for shards")
     if not storage.exists(storage.join(dest, "_samray", "run.json")) and done_shards(dest):
@@ -170,7 +175,7 @@ def _run_of(source: Plan, config: Config, labels: Inputs, fingerprint: str, begu
     identity["names"] = {"output": storage.redact(source.output), "shards": fingerprint}
     settings = run.setdefault("config", {})
     settings["labels"] = config.labels.model_dump(mode="json")
-    settings["output"] = {**settings.get("output", {}), "images_per_shard": per_shard}
+    settings["output"] = {**settings.get("output", {}), "images_per_shard": per_shard, "embeddings": "none"}
     return run | {"images_per_shard": per_shard, "categories": list(labels.categories or ())}
 
 

@@ -27,7 +27,8 @@ def check_label(
     """
     if is_new:
         check_apart(input_uri, output_uri)
-    check_writable(output_uri, "_samray", "annotations")
+    embeddings = () if config.output.embeddings == "none" else ("embeddings",)
+    check_writable(output_uri, "_samray", "annotations", *embeddings)
     if weights is not None:
         weights.check()
     check_ray(config, with_model=with_model)

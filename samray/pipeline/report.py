@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.console import Console
@@ -34,6 +34,8 @@ class Labelled:
     """The same without the threads, times the actor's GPUs: the GPU time to pay for."""
     encoded_bytes: int = 0
     """Bytes of the images that came encoded."""
+    embedding_bytes: int = 0
+    """Size of the embedding files; for a shard in a run only."""
     batch_images: int = 0
     """Images passed to the mask generator."""
     batch_room: int = 0
@@ -41,7 +43,8 @@ class Labelled:
 
     def add(self, batch: Labelled) -> None:
         """Append a batch."""
-        self.records += batch.records
+        # Embeddings are only in the batch: those of a shard may not fit into memory.
+        self.records += [r if r.embedding is None else replace(r, embedding=None) for r in batch.records]
         self.device_seconds += batch.device_seconds
         self.encoded_bytes += batch.encoded_bytes
         self.batch_images += batch.batch_images
@@ -65,6 +68,8 @@ class ShardSummary:
     """As in `Labelled`."""
     num_named: int = 0
     """Masks with a name."""
+    embedding_bytes: int = 0
+    """Size of the embedding files."""
 
     @classmethod
     def of(cls, shard: int, done: Labelled) -> ShardSummary:
@@ -79,6 +84,7 @@ class ShardSummary:
             device_seconds=done.device_seconds,
             held_seconds=done.held_seconds,
             gpu_seconds=done.gpu_seconds,
+            embedding_bytes=done.embedding_bytes,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,6 +132,8 @@ class LabelReport(WithFailures):
     """Masks of this run."""
     num_named: int | None = None
     """Those with a name; null in a run without names."""
+    embedding_bytes: int = 0
+    """Size of the embedding files of this run."""
     num_missing_shards: int = 0
     num_images_not_found: int = 0
     """Images in a prompt file (`input.prompts`) that the plan does not have."""
@@ -147,6 +155,8 @@ class LabelReport(WithFailures):
     """A likely problem in a successful run, as a sentence."""
     maps: str | None = None
     """Folder of the edge maps of `samray.detect_edges`."""
+    only_embeddings: bool = False
+    """Whether it is the result of `samray.embed`, which looks for no masks."""
 
     @property
     def images_per_s(self) -> float:
@@ -175,6 +185,7 @@ class LabelReport(WithFailures):
         self.num_masks += summary.num_masks
         if self.num_named is not None:
             self.num_named += summary.num_named
+        self.embedding_bytes += summary.embedding_bytes
         self.device_seconds += summary.device_seconds
         self.held_seconds += summary.held_seconds
         self.gpu_seconds += summary.gpu_seconds
@@ -264,10 +275,13 @@ def print_report(report: LabelReport, console: Console | None = None) -> None:
     if report.num_labelled:
         rate = f"{report.images_per_s:.2f} images/s including the start of Ray"
         table.add_row("labelled now", f"{report.num_labelled} in {duration(report.wall_s)}, {rate}")
-        # Edge maps have no masks to count.
-        if report.maps is None:
+        # Edge maps and embeddings have no masks to count.
+        if report.maps is None and not report.only_embeddings:
             names = "" if report.num_named is None else f", {report.num_named} with a name"
             table.add_row("masks", f"{report.num_masks}, {report.num_masks / report.num_labelled:.1f} per image{names}")
+        if report.embedding_bytes:
+            each = report.embedding_bytes / report.num_labelled / 1e6
+            table.add_row("embeddings", f"{report.embedding_bytes / 1e6:,.1f} MB, {each:.2f} MB per image")
     if report.num_failed:
         reasons = ", ".join(f"{number} {reason}" for reason, number in report.failures.items())
         table.add_row("failed images", f"{report.num_failed}: {reasons}")
@@ -308,7 +322,7 @@ def _next_commands(report: LabelReport) -> list[str]:
     if report.num_missing_shards:
         return ["run the same command to label the missing images"]
     commands = [f"samray verify {report.output}"]
-    if report.maps is None:
+    if report.maps is None and not report.only_embeddings:
         commands.append(f"samray report {report.output}")
     if report.num_failed:
         commands.insert(0, "add --retry-failed to the same command to retry the failed images")

@@ -115,13 +115,14 @@ def finish_run(
     retry_failed: bool = False,
     progress: bool = True,
     make_labeler: MakeLabeler | None = None,
+    reads_images: bool = True,
     before_success: Callable[[], None] = lambda: None,
 ) -> LabelReport:
     """Run what is left of a planned run.
 
     check: called if there is work and the plan is not checked yet; raises ConfigError if it cannot be done.
-    credentials(shards): as `read_credentials`. before_success: called before the output is marked as finished; may
-    raise. Raises: what these raise, StorageError.
+    credentials(shards): as `read_credentials`. reads_images: whether the labeler is given the images' bytes.
+    before_success: called before the output is marked as finished; may raise. Raises: what these raise, StorageError.
     """
     work = _find_work(planned, retry_failed)
     report = _begin_report(planned, work)
@@ -146,6 +147,7 @@ def finish_run(
                 history=work.history,
                 view=view,
                 make_labeler=make_labeler,
+                reads_images=reads_images,
             )
             stopped_by = _run_on_ray(run)
             # Retried shards exist before and after, so a listing cannot show which of them are still to be done.
@@ -242,7 +244,12 @@ def build_pipeline(run: Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
     # A fixed number of fetch tasks bounds how far reading is ahead of labelling.
     fetched = shards.map_batches(
         fetch_shard,
-        fn_kwargs={"plan": run.plan, "config": run.config, "retry_failed": run.retry_failed},
+        fn_kwargs={
+            "plan": run.plan,
+            "config": run.config,
+            "retry_failed": run.retry_failed,
+            "reads_images": run.reads_images,
+        },
         compute=ray.data.TaskPoolStrategy(size=sizes.num_fetch_tasks),
         num_cpus=IO_CPUS,
         **one_shard,

@@ -71,3 +71,16 @@ def packed(features: Features) -> Tensor:
     quarters = s0.view(b, -1, h // 2, 2, 2, w // 2, 2, 2).permute(0, 3, 6, 4, 7, 1, 2, 5)
     cells = [part.reshape(b, -1, h // 2, w // 2) for part in (halves, quarters)]
     return torch.cat([features.embedding, *cells], dim=1)
+
+
+def unpacked(tensor: Tensor, channels: int) -> Features:
+    """The inverse of `packed`. channels: C of the embedding."""
+    if tensor.shape[1] == channels:
+        return Features(tensor)
+    b, _, h, w = tensor.shape
+    embedding, halves, quarters = tensor.split([channels, channels, 2 * channels], dim=1)
+    # (B, y, x, C / 4, h, w) -> (B, C / 4, h, y, w, x)
+    s1 = halves.reshape(b, 2, 2, -1, h, w).permute(0, 3, 4, 1, 5, 2).reshape(b, -1, 2 * h, 2 * w)
+    # (B, y, x, y, x, C / 8, h, w) -> (B, C / 8, h, y, y, w, x, x)
+    s0 = quarters.reshape(b, 2, 2, 2, 2, -1, h, w).permute(0, 5, 6, 1, 3, 7, 2, 4).reshape(b, -1, 4 * h, 4 * w)
+    return Features(embedding, (s0, s1))

@@ -1,4 +1,5 @@
-"""kill -9 inside `samray label` with names, by each way, and inside `samray name`: every image has its row, once."""
+"""kill -9 inside `samray label` with names, by each way, and inside `samray name`: every image has its row, once; and
+inside `samray embed` and `samray label --from`, which share the start of Ray: every embedding is there once, too."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import samray
 from samray.output.shards import done_shards
 from samray.output.verify import verify
 from tests.chaos.test_kill_everything import kill, start, started, write  # noqa: F401  (a fixture)
@@ -27,6 +29,8 @@ KILLS = (
     ("sam3", "actor"),
     ("fastsam", "actor"),
     ("example", "actor"),
+    ("embedded", "actor"),
+    ("relabelled", "driver"),
     ("named", "driver"),
     ("named", "actor"),
 )
@@ -54,6 +58,7 @@ def test_every_image_is_named_once_whatever_is_killed(tmp_path: Path, started: l
     for folder in ("grounding_dino", "clip_labels", "sam3", "fastsam", "example"):
         check_labelled(tmp_path / folder, images, TEXTS if folder in ASKED_ALONE else {})
     check_named(tmp_path)
+    check_embedded(tmp_path, images)
 
 
 def done(output: Path) -> int:
@@ -75,6 +80,23 @@ def check_labelled(output: Path, images: dict[str, bytes], texts: dict[str, str]
     categories = json.loads((output / "_samray" / "run.json").read_text())["categories"]
     assert categories == ["thing", *(["other"] if output.name == "clip_labels" else []), *(["own"] if texts else [])]
     assert verify(str(output), deep=True).ok
+
+
+def check_embedded(root: Path, images: dict[str, bytes]) -> None:
+    output = str(root / "embedded")
+    assert verify(output, deep=True).ok
+    # One file per shard, each named by the plan: no image is in two of them.
+    assert len(list((root / "embedded" / "embeddings").iterdir())) == NUM_IMAGES / 2
+    for row in rows_of(output):
+        pixels = np.asarray(Image.open(io.BytesIO(images[row["image"]["file_name"]])).convert("RGB"))
+        stored = samray.read_embedding(output, row["image"]["image_id"]).image_embeddings
+        assert np.array_equal(stored[0], pixels.transpose(2, 0, 1))
+    rows = rows_of(str(root / "relabelled"))
+    assert sorted(row["image"]["file_name"] for row in rows) == sorted(images)
+    for row in rows:
+        wanted = expected_masks(images[row["image"]["file_name"]])
+        assert [mask["segmentation"] for mask in row["annotations"]] == [mask["segmentation"] for mask in wanted]
+    assert verify(str(root / "relabelled"), deep=True).ok
 
 
 def check_named(root: Path) -> None:

@@ -1,8 +1,9 @@
-"""The operation `names` of `tests.support.operation`: all that names, one after the other, in one Ray.
+"""The operation `names` of `tests.support.operation`: all that names or embeds, one after the other, in one Ray.
 
 FOLDER/in into an output per way (`STEPS`), with a stand-in that names the masks of the stand-in labeler by the phrases
-asked of their image; then FOLDER/labels into FOLDER/named, which names masks by colour. The networks FOLDER/dino,
-FOLDER/sam3 and FOLDER/clip are only hashed; FOLDER/fast.onnx is run once by each driver.
+asked of their image; then FOLDER/in into FOLDER/embedded, and that into FOLDER/relabelled
+(`tests.support.embed_operation`); then FOLDER/labels into FOLDER/named, which names masks by colour. The networks
+FOLDER/dino, FOLDER/sam3 and FOLDER/clip are only hashed; FOLDER/fast.onnx is run once by each driver.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from samray.pipeline.labeler import ShardLabeler
 from samray.pipeline.run import label_with
 from samray.prompts import Prompt
 from tests.support import standin
+from tests.support.embed_operation import embed_and_label
 from tests.support.naming import name_by_colour
 from tests.support.networks import write_hashed
 from tests.support.tiny_yolo import write_yolo
 
-STEPS: Final = ("grounding_dino", "clip_labels", "sam3", "fastsam", "example", "named")
+STEPS: Final = ("grounding_dino", "clip_labels", "sam3", "fastsam", "example", "embedded", "relabelled", "named")
 """The folders of the outputs, in their order."""
 
 TEXTS: Final = {"0001.png": "own", "0005.png": "Own"}
@@ -95,5 +97,6 @@ def label_and_name(root: Path, seconds: float) -> int:
             weights = [] if folder in ("sam3", "fastsam") else [f"model.checkpoint={standin.__file__}"]
             config = load_config(None, None, [*base, *weights, *own])
             exit_codes.append(label_with(str(root / "in"), str(root / folder), config, make_labeler=labeler).exit_code)
+        exit_codes.append(embed_and_label(root, seconds))
         exit_codes.append(name_by_colour(root, seconds))
     return max(exit_codes)

@@ -12,6 +12,7 @@ import typer
 from samray.cli import main as cli
 from samray.cli.help import split_settings
 from samray.config import load_config
+from samray.config.embed import EMBED_SECTIONS, load_embed_config
 from samray.config.names import NAME_SECTIONS, load_names_config
 from samray.train.settings import TRAIN_SECTIONS, load_train_settings
 from tests.support import REPOSITORY
@@ -75,6 +76,8 @@ def parse(line: str) -> None:
         load_train_settings(None, overrides)
     elif sections is NAME_SECTIONS:
         load_names_config(None, overrides)
+    elif sections is EMBED_SECTIONS:
+        load_embed_config(None, overrides)
     else:
         load_config(context.params.get("preset"), None, overrides)
 

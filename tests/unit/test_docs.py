@@ -24,6 +24,7 @@ from samray.cli import main as cli
 from samray.cli import status_view
 from samray.config import SECTIONS, setting_rows
 from samray.config.edges import EDGE_SECTIONS
+from samray.config.embed import EMBED_SECTIONS
 from samray.config.names import NAME_SECTIONS
 from samray.output.status import Status
 from samray.text import cost_in_words
@@ -147,7 +148,7 @@ def test_the_reference_has_every_command_setting_name_and_error(site: dict[Path,
     )
     for name in command_names():
         assert f" {name} " in commands, name
-    for sections in (SECTIONS, EDGE_SECTIONS, NAME_SECTIONS, TRAIN_SECTIONS):
+    for sections in (SECTIONS, EDGE_SECTIONS, EMBED_SECTIONS, NAME_SECTIONS, TRAIN_SECTIONS):
         for section in sections:
             for row in setting_rows(section, sections):
                 assert row.name in settings

@@ -1,0 +1,387 @@
+"""`samray label --from`: the main job on the embeddings that an output has. Neither images nor the encoder are needed.
+
+DEST is an output of its own: the images and ids of OUTPUT in the same order, and one Parquet file per shard, whose
+existence is the only mark that the shard is done. A labelling actor reads the embeddings of its images from OUTPUT.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from samray import storage
+from samray.config import Config, InputConfig
+from samray.errors import ConfigError, ImageError, NotFoundError, StorageError
+from samray.inputs.prompt_file import PromptFile
+from samray.output.append import InputChanges
+from samray.output.compact import look_at_finished, refuse_replaced, rows_by_shard
+from samray.output.destination import check_writable
+from samray.output.embeddings import RowReader, kind_of, maps_of
+from samray.output.identity import refuse_differences
+from samray.output.manifests import MANIFEST_SCHEMA
+from samray.output.plan import Plan, load_plan, write_plan
+from samray.output.schema import ImageRecord
+from samray.output.shards import FOLDER, read_shard
+from samray.pipeline.kept import packed_embedding
+from samray.pipeline.labeler import EncodedImage, ShardLabeler, shard_labeler
+from samray.pipeline.naming import check_apart_from
+from samray.pipeline.plan_run import RunPlan, finished_shards
+from samray.pipeline.preflight import check_ray
+from samray.pipeline.report import LabelReport, no_masks
+from samray.pipeline.run import finish_run
+from samray.rle.records import MaskRecord
+from samray.sam.checkpoints import WeightsFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from samray.inputs.decode import RGBArray
+    from samray.masks.generator import MaskGenerator
+    from samray.masks.prompted import PromptedGenerator
+    from samray.pipeline.labeler import MakeLabeler
+    from samray.sam.sam import Sam
+
+Row = dict[str, Any]
+"""The image, status and error of a row of OUTPUT, and where its embedding is: its `shard` and `place`."""
+
+
+def label_from(
+    output: str | Path,
+    dest: str | Path,
+    config: Config | None = None,
+    *,
+    retry_failed: bool = False,
+    progress: bool = True,
+) -> LabelReport:
+    """Label the images of a finished output again from its embeddings, into a new output dest; or finish that.
+
+    The masks are those of `samray.label` with the same settings: with float32 embeddings exactly, else nearly. The
+    model is the one that made the embeddings, with its weights and dtype if config does not give them. Settings that
+    need the images are refused: crops, names and `input` except prompts. retry_failed: also the images that failed in
+    finished shards of dest.
+    Raises ConfigError before anything starts, StorageError if storage is unavailable or output changed meanwhile.
+    """
+    report = label_from_with(output, dest, config or Config(), retry_failed=retry_failed, progress=progress)
+    if report.warning:
+        warnings.warn(report.warning, stacklevel=2)
+    return report
+
+
+def label_from_with(
+    output: str | Path,
+    dest: str | Path,
+    config: Config,
+    *,
+    make_labelers: Callable[[Plan, int], MakeLabeler] | None = None,
+    on_plan: Callable[[RunPlan], None] = lambda planned: None,
+    **options: Any,
+) -> LabelReport:
+    """`label_from`, with make_labelers(plan of output, images per shard of dest) to create what makes the labelers; by
+    default with the model of output. on_plan is called with the plan before anything is started."""
+    started = time.monotonic()
+    with_model = make_labelers is None
+    planned, source, fingerprint = plan_label_from(str(output), str(dest), config, with_model=with_model)
+    on_plan(planned)
+    plan = planned.plan
+    report = finish_run(
+        planned,
+        check=lambda: _check(planned.config, planned.weights, with_model),
+        credentials=lambda shards: {},
+        make_labeler=(make_labelers or StoredLabelers)(source, plan.generations[0].images_per_shard),
+        reads_images=False,
+        # At the end: a shard of OUTPUT could be replaced at any time before.
+        before_success=lambda: refuse_replaced(source, fingerprint, plan.output),
+        **options,
+    )
+    report.wall_s = time.monotonic() - started
+    if report.num_labelled and not report.num_masks:
+        report.warning = no_masks(report.num_labelled, planned.config)
+    return report
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+def plan_label_from(output: str, dest: str, config: Config, *, with_model: bool = True) -> tuple[RunPlan, Plan, str]:
+    """Write the plan of DEST, or use the one that is there. Returns it, OUTPUT's plan, and the latter's fingerprint.
+
+    Raises: ConfigError, before anything is written, if OUTPUT is not finished or has no embeddings, the model is not
+    the one that made them, a setting needs the images, or DEST has something else; StorageError.
+    """
+    storage.configure(config.storage)
+    source = load_plan(output)
+    where = storage.redact(source.output)
+    if kind_of(source.run["identity"]) == "none":
+        raise ConfigError(
+            f"{where} has no embeddings: label it with output.embeddings, or use samray embed, then --from its output"
+        )
+    _refuse_settings(config)
+    check_apart_from(source, storage.normalize(dest))
+    check_writable(dest, "_samray", FOLDER)
+    fingerprint, _ = look_at_finished(source)
+    config = _of_the_same_model(config, source)
+    weights = WeightsFile(config.model.name, config.model.checkpoint, config.model.adapter)
+    _refuse_other_weights(weights, source)
+    dest = storage.normalize(dest)
+    begun = load_plan(dest) if storage.exists(storage.join(dest, "_samray", "run.json")) else None
+    if begun is not None:
+        config = config.as_begun(begun.run["identity"])
+    prompt_file = None if config.input.prompts is None else PromptFile.read(config.input.prompts)
+    run = _run_of(source, config, weights, fingerprint, prompt_file, begun)
+    images = source.read_images([name for name in MANIFEST_SCHEMA.names if name != "shard"])
+    prompts = prompt_file.match(images) if prompt_file else None
+    if begun is None:
+        _check(config, weights if with_model else None, with_model)
+        plan = write_plan(dest, images, run["images_per_shard"], run)
+    else:
+        _refuse_other(begun, run, where, config)
+        plan = begun
+    storage.remove_leftovers(dest)
+    planned = RunPlan(
+        plan=plan,
+        config=config,
+        weights=weights if with_model else None,
+        is_new=begun is None,
+        is_checked=begun is None,
+        changes=InputChanges(),
+        prompts=prompts,
+        labels=None,
+        versions=finished_shards(plan),
+    )
+    return planned, source, fingerprint
+
+
+def _check(config: Config, weights: WeightsFile | None, with_model: bool) -> None:
+    if weights is not None:
+        weights.check()
+    check_ray(config, with_model=with_model)
+
+
+def _refuse_settings(config: Config) -> None:
+    """Raises: ConfigError for settings that need the images or the encoder."""
+    if config.masks.crop_n_layers:
+        raise ConfigError(
+            "masks.crop_n_layers needs the encoder, because an output has no embeddings of crops: leave it out, or "
+            "label the images themselves"
+        )
+    if config.labels.by is not None:
+        raise ConfigError(
+            f"labels.by={config.labels.by} needs the images, and --from reads only embeddings: leave it out, and name "
+            "the masks afterwards with samray name"
+        )
+    if config.output.embeddings != "none":
+        raise ConfigError("output.embeddings does not apply to --from: its embeddings are those of OUTPUT")
+    given = [key for key in InputConfig.model_fields if key != "prompts" and key in config.input.model_fields_set]
+    if given:
+        raise ConfigError(
+            f"input.{given[0]} does not apply to --from, which reads no images; of input only prompts does"
+        )
+
+
+def _refuse_other_weights(weights: WeightsFile, source: Plan) -> None:
+    """Raises: ConfigError if these weights, with their adapter, are not those that made the embeddings of OUTPUT."""
+    for setting, key in (("checkpoint", "checkpoint_sha256"), ("adapter", "adapter_sha256")):
+        here, there = weights.identity.get(key), source.run["identity"]["model"].get(key)
+        if here != there:
+            raise ConfigError(
+                f"model.{setting} is not the one that made the embeddings of {storage.redact(source.output)}: SHA-256 "
+                f"{(here or 'none')[:12]}, there {(there or 'none')[:12]}; set model.{setting} to that run's"
+            )
+
+
+def _of_the_same_model(config: Config, source: Plan) -> Config:
+    """The settings with the model of OUTPUT where none is given, and its input. Raises: ConfigError for another
+    model."""
+    identity, given = source.run["identity"], config.model.model_fields_set
+    there = {key: identity["model"][key] for key in ("name", "dtype")}
+    there |= {key: source.run.get("config", {}).get("model", {}).get(key) for key in ("checkpoint", "adapter")}
+    if "name" in given and config.model.name != there["name"]:
+        raise ConfigError(
+            f"model.name={config.model.name} cannot use the embeddings of {storage.redact(source.output)}, which "
+            f"{there['name']} made; leave model.name out"
+        )
+    model = config.model.model_copy(update={key: value for key, value in there.items() if key not in given})
+    # Sizes and limits of the images are those of OUTPUT's run.
+    own = {"prompts": config.input.prompts, "skip_duplicates": False}  # INPUT is not listed: its rows say which failed
+    settings = InputConfig(**{**identity.get("input", {}), **own})
+    # Made anew: mask settings that are not given follow the model.
+    sections = {name: getattr(config, name) for name in type(config).model_fields}
+    return Config(**{**sections, "model": model, "input": settings})
+
+
+def _run_of(
+    source: Plan, config: Config, weights: WeightsFile, fingerprint: str, prompts: PromptFile | None, begun: Plan | None
+) -> dict[str, Any]:
+    """The run.json of DEST."""
+    given = "images_per_shard" in config.output.model_fields_set
+    per_shard = config.output.images_per_shard if given else (begun or source).generations[0].images_per_shard
+    identity = config.identity()
+    identity["model"] |= weights.identity
+    identity["output"] = {"images_per_shard": per_shard}
+    identity |= prompts.identity if prompts else {}
+    identity["input_uri"] = source.run["identity"]["input_uri"]
+    stored = kind_of(source.run["identity"])
+    identity["from"] = {"output": storage.redact(source.output), "embeddings": stored, "shards": fingerprint}
+    settings = config.model_dump(mode="json")
+    settings["output"]["images_per_shard"] = per_shard
+    return {
+        "identity": identity,
+        "input": identity["input_uri"],
+        "config": settings,
+        "images_per_shard": per_shard,
+    }
+
+
+def _refuse_other(begun: Plan, run: Mapping[str, Any], source: str, config: Config) -> None:
+    """Raises: ConfigError if DEST has other masks, or is not made from embeddings."""
+    there, dest = begun.run["identity"].get("from"), storage.redact(begun.output)
+    if not isinstance(there, dict) or there.get("output") != source:
+        raise ConfigError(f"{dest} has another output, and not masks from {source}: choose another DEST")
+    if there.get("shards") != run["identity"]["from"]["shards"]:
+        raise ConfigError(
+            f"shards of {source} have been replaced since {dest} was begun, which would mix masks of old embeddings "
+            "with new ones; choose another DEST"
+        )
+    refuse_differences(begun.output, begun.run["identity"], run["identity"], config.default_identity())
+
+
+# --- in the actors ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StoredLabelers:
+    """Makes the labelers of a run, in its actors."""
+
+    source: Plan
+    """The plan of OUTPUT."""
+    images_per_shard: int
+    """Images per shard of DEST."""
+
+    def __call__(self, config: Config, num_threads: int) -> ShardLabeler:
+        """Raises: as `shard_labeler`."""
+        from samray.masks.generator import MaskGenerator
+        from samray.masks.prompted import PromptedGenerator
+
+        def make_generator(model: Sam, points_per_batch: int | None) -> StoredGenerator:
+            masks, frugal = config.masks, points_per_batch is not None
+            if frugal:  # a retry after running out of memory
+                masks = masks.model_copy(update={"points_per_batch": points_per_batch})
+            if config.input.prompts is not None:
+                return StoredGenerator(PromptedGenerator(model, masks))
+            return StoredGenerator(MaskGenerator(model, masks, frugal=frugal))
+
+        model = self.source.run["identity"]["model"]
+        digests = {key: model.get(key) for key in ("checkpoint_sha256", "adapter_sha256")}
+
+        def make(*args: Any, **options: Any) -> StoredLabeler:
+            return StoredLabeler(self.source, self.images_per_shard, *args, **options)
+
+        return shard_labeler(config, num_threads, make_generator=make_generator, make=make, **digests)
+
+
+class Stored:
+    """The embedding of an image, from when it is read until its masks are done."""
+
+    def __init__(self) -> None:
+        self.embedding: Tensor | None = None
+
+
+class StoredGenerator:
+    """Makes masks from embeddings, which come as the first of an image's prompts."""
+
+    def __init__(self, generator: MaskGenerator | PromptedGenerator) -> None:
+        self._generator: Any = generator
+        self.stage_seconds = generator.stage_seconds
+
+    def generate(self, images: Sequence[RGBArray], prompts: Sequence[list[Any]] = ()) -> list[list[MaskRecord]]:
+        """images: of the right size, whatever their pixels. Raises: ImageError (`bad_prompt`)."""
+        if not (prompts and prompts[0] and isinstance(prompts[0][0], Stored)):
+            # The built-in image of `alone`, of which there is no embedding.
+            return list(self._generator.generate(images, *([prompts] if prompts else [])))
+        embeddings = [own[0].embedding for own in prompts]
+        sizes = [image.shape[:2] for image in images]
+        from samray.masks.prompted import PromptedGenerator
+
+        if isinstance(self._generator, PromptedGenerator):
+            return self._generator.generate_from(embeddings, sizes, [own[1:] for own in prompts])
+        return list(self._generator.generate_from(embeddings, sizes))
+
+
+class StoredLabeler(ShardLabeler):
+    """Takes sizes and embeddings of images from OUTPUT instead of reading them."""
+
+    def __init__(self, source: Plan, images_per_shard: int, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._source, self._images_per_shard, self._starts = source, images_per_shard, source.starts()
+        self._reader = RowReader(source.output)
+        self._shard: int | None = None
+        self._rows: dict[int, Row] = {}
+        """image_id -> row, of the shard in work."""
+
+    def label(self, images: Sequence[EncodedImage], *args: Any, **options: Any) -> Any:
+        """As of `ShardLabeler`. Raises: also StorageError if OUTPUT cannot be read."""
+        for shard in {image.shard for image in images if image.shard is not None}:
+            self._look_at(shard)
+        ready = [i if i.shard is None else replace(i, prompts=[Stored(), *(i.prompts or [])]) for i in images]
+        return super().label(ready, *args, **options)
+
+    def _look_at(self, shard: int) -> None:
+        """Read which images of a shard of DEST there are, by position: OUTPUT may have shards of another size."""
+        if shard == self._shard:
+            return
+        start = shard * self._images_per_shard
+        number = min(self._images_per_shard, self._starts[-1] - start)
+        rows: dict[int, Row] = {}
+        for of, places in rows_by_shard(self._starts, np.arange(start, start + number)):
+            first = int(places[0])
+            part = read_shard(self._source.output, of, ["image", "status", "error"]).slice(first, len(places))
+            for place, row in enumerate(part.to_pylist(), first):
+                rows[row["image"]["image_id"]] = {**row, "shard": of, "place": place}
+        self._rows, self._shard = rows, shard
+
+    def decode(self, image: EncodedImage) -> np.ndarray | ImageError:
+        """Pixels without a value, of the right size; reads the embedding if the image waits for it.
+
+        Raises: StorageError if OUTPUT lacks it.
+        """
+        if image.shard is None:  # the built-in image of `alone`
+            return super().decode(image)
+        self._look_at(image.shard)
+        row = self._rows[image.image_id]
+        if row["status"] == "failed":
+            return ImageError.parse(row["error"])
+        hw = row["image"]["height"], row["image"]["width"]
+        if image.prompts and isinstance(image.prompts[0], Stored):
+            image.prompts[0].embedding = self._read(row, hw)
+        return np.broadcast_to(np.zeros(3, np.uint8), (*hw, 3))
+
+    def _read(self, row: Row, hw: tuple[int, int]) -> Tensor:
+        image_id, where = row["image"]["image_id"], storage.redact(self._source.output)
+        try:
+            stored = self._reader.read(row["shard"], row["place"], image_id)
+            if stored is None or (stored["height"], stored["width"]) != hw:
+                raise StorageError(
+                    f"{where} has no embedding of image {image_id}; `samray verify {where}` shows details"
+                )
+            return packed_embedding(maps_of(stored))
+        except NotFoundError as error:
+            raise StorageError(
+                f"{where} lacks an embedding file: {error}; `samray verify {where}` shows all"
+            ) from error
+        except (ValueError, KeyError) as error:
+            raise StorageError(f"{where} has a damaged embedding of image {image_id}: {error}") from error
+
+    def record(self, image: EncodedImage, decoded: np.ndarray | ImageError, result: Any) -> ImageRecord:
+        """The new row; an image that failed in OUTPUT stays as it is there."""
+        if image.prompts and isinstance(image.prompts[0], Stored):
+            image.prompts[0].embedding = None  # those of a whole shard may not fit into memory
+        row = self._rows.get(image.image_id)
+        if image.shard is not None and row is not None and row["status"] == "failed":
+            return ImageRecord(**row["image"], uri=image.uri, error=row["error"])
+        return super().record(image, decoded, result)
