@@ -144,7 +144,7 @@ class TextGenerator:
         check_images(images)
         prompts = [()] * len(images) if prompts is None else prompts
         for image, each in zip(images, prompts, strict=True):
-            check_prompts(image, each)
+            check_prompts(image.shape[:2], each)
         with self._stage("encode"):
             embeddings = self.model.encode_images(self.model.preprocess(list(images))[0])
         records = []

@@ -93,5 +93,6 @@ class EmbedLabelers:
             # A given number means a retry after running out of memory.
             return Embedder(MaskGenerator(model, frugal=points_per_batch is not None), config.output.embeddings)
 
-        digests = {"checkpoint_sha256": self.checkpoint_sha256, "adapter_sha256": self.adapter_sha256}
-        return shard_labeler(config, num_threads, make_generator=make_generator, **digests)
+        return shard_labeler(
+            config, num_threads, self.checkpoint_sha256, make_generator, adapter_sha256=self.adapter_sha256
+        )

@@ -277,12 +277,12 @@ class StoredLabelers:
             return StoredGenerator(MaskGenerator(model, masks, frugal=frugal))
 
         model = self.source.run["identity"]["model"]
-        digests = {key: model.get(key) for key in ("checkpoint_sha256", "adapter_sha256")}
+        weights, adapter = model.get("checkpoint_sha256"), model.get("adapter_sha256")
 
         def make(*args: Any, **options: Any) -> StoredLabeler:
             return StoredLabeler(self.source, self.images_per_shard, *args, **options)
 
-        return shard_labeler(config, num_threads, make_generator=make_generator, make=make, **digests)
+        return shard_labeler(config, num_threads, weights, make_generator, make, adapter_sha256=adapter)
 
 
 class Stored:
