@@ -16,7 +16,7 @@ Values = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 FLOORS: Final = {
-    "num_masks": 0.15,
+    "num_masks": 0.5,
     "covered": 0.15,
     "log_area": 0.05,
     "predicted_iou": 0.01,
@@ -25,12 +25,13 @@ FLOORS: Final = {
     "brightness": 4.0,
     "contrast": 4.0,
 }
-"""Smallest sigma of a metric; num_masks, covered and sharpness as natural logarithms."""
-LOGARITHMIC: Final = ("num_masks", "covered", "sharpness")
+"""Smallest sigma of a metric: of num_masks as square root, whose sigma is 0.5 for a Poisson distribution of any mean;
+of covered and sharpness as natural logarithms."""
+LOGARITHMIC: Final = ("covered", "sharpness")
 
 GROUP_IMAGES: Final = 500
 """Prefixes with fewer images are compared with the whole output."""
-MIN_Z: Final = 5.0
+MIN_Z: Final = 6.0
 """An image has few or many masks from this distance on."""
 MIN_EXPECTED: Final = 5
 """An image without masks is suspicious if the median image has at least this many."""
@@ -42,7 +43,7 @@ _TENTH: Final = 1.2815515655446004
 def distances(name: str, values: Values, group_of: npt.NDArray[np.int64], num_groups: int) -> tuple[Values, Values]:
     """(N,) signed distance of each image from those that it is compared with, and (N,) their median, in the metric's
     own unit; both NaN without a value."""
-    scaled = np.log1p(values) if name in LOGARITHMIC else values
+    scaled = np.sqrt(values) if name == "num_masks" else np.log1p(values) if name in LOGARITHMIC else values
     median = np.full(len(values), np.nan)
     low, high = median.copy(), median.copy()
     has = np.isfinite(scaled)
@@ -56,6 +57,8 @@ def distances(name: str, values: Values, group_of: npt.NDArray[np.int64], num_gr
         low[own], median[own], high[own] = np.quantile(scaled[own][has[own]], [0.1, 0.5, 0.9])[:, None]
     sigma = np.where(scaled >= median, high - median, median - low) / _TENTH
     z = (scaled - median) / np.maximum(sigma, FLOORS[name])
+    if name == "num_masks":
+        return z, median**2
     return z, np.expm1(median) if name in LOGARITHMIC else median
 
 

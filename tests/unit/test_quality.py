@@ -22,6 +22,7 @@ from samray.audit import job as audit_job
 from samray.audit import run as audit_run
 from samray.audit.drift import find_drift, holm, windows
 from samray.audit.duplicates import MAX_DISTANCE, first_equal, first_near, found_in
+from samray.audit.outliers import distances, few_and_many
 from samray.cli.main import main
 from samray.config import InputConfig, load_config
 from samray.errors import ConfigError
@@ -290,6 +291,17 @@ def test_near_duplicates_are_those_of_every_pair() -> None:
 def flips(rng: np.random.Generator, number: int) -> np.ndarray:
     masks = [sum(1 << int(bit) for bit in rng.choice(64, number, replace=False)) for _ in range(60)]
     return np.array(masks, np.uint64)
+
+
+def test_numbers_of_masks_that_vary_much_are_no_alarm() -> None:
+    rng = np.random.default_rng(5)
+    # As of 200,000 images: a share of 20 possible masks that differs by image, a wide Poisson, always 20.
+    for counts in (rng.binomial(20, rng.uniform(0.5, 1, 200_000)), rng.poisson(60, 200_000), np.full(200_000, 20)):
+        planted = counts.astype(float)
+        planted[[7, 8]] = 0, 1000
+        z, median = distances("num_masks", planted, np.zeros(200_000, np.int64), 1)
+        few, many = few_and_many(planted, z, median)
+        assert (np.flatnonzero(few).tolist(), np.flatnonzero(many).tolist()) == ([7], [8])
 
 
 def test_equal_hashes_are_found() -> None:
