@@ -338,7 +338,9 @@ def test_without_a_digest_the_size_is_verified_and_the_keys(
     ):
         resolve_checkpoint("small_vit")
     # As large, and another model: nothing but its keys tells.
-    monkeypatch.setitem(MODELS, "deeper_vit", dataclasses.replace(DEEPER, url=server.url, size_mb=megabytes))
+    monkeypatch.setitem(
+        MODELS, "deeper_vit", dataclasses.replace(DEEPER, file_name="deeper.pth", url=server.url, size_mb=megabytes)
+    )
     with pytest.raises(ConfigError, match=r"does not fit deeper_vit: .* missing keys"):
         load_model("deeper_vit")
 

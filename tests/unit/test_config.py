@@ -209,7 +209,7 @@ def test_unknown_preset_names_the_nearest() -> None:
     message = refusal(preset="sa1")
     assert "'sa1'" in message
     assert "did you mean sa1b?" in message
-    assert "default, fast, sa1b, sam2, tiny" in message
+    assert "default, fast, sa1b, sam2, sam_hq, tiny" in message
 
 
 @pytest.mark.parametrize(

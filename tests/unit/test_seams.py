@@ -115,8 +115,8 @@ def test_a_model_is_a_file_and_a_row(toy_model: None, tmp_path: Path, capsys: py
     assert main(["models"]) == 0
     assert re.search(r"toy .* MIT", said(capsys))
     assert main(["label", "--help"]) == 0
-    assert "sam2_l, toy" in said(capsys)
-    with pytest.raises(ConfigError, match=r"one of tiny, vit_t, .*sam2_l, toy"):
+    assert "sam3, toy" in said(capsys)
+    with pytest.raises(ConfigError, match=r"one of tiny, vit_t, .*sam3, toy"):
         load_config(None, None, ["model.name=to"])
     assert load_config(None, None, ["model.name=toy"]).identity()["model"]["name"] == "toy"
     (tmp_path / "in").mkdir()
