@@ -142,7 +142,7 @@ def _make_job(
         else random_sam(MODELS[name], image=images[0])
     )
     grid = {} if points == MaskConfig().points_per_side else {"points_per_side": points}
-    settings = (_preset_of(name) if checkpoint else typical_settings(model, images[0], points)) | grid
+    settings = (_preset_of(name) if checkpoint else _typical_settings(model, images[0], points)) | grid
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "weights.safetensors")
     paths = []
     for i, image in enumerate(images):
@@ -159,7 +159,7 @@ def _preset_of(name: str) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def typical_settings(model: Sam, image: Any, points: int) -> dict[str, float]:
+def _typical_settings(model: Sam, image: Any, points: int) -> dict[str, float]:
     """Make random weights keep as many candidates as published ones: shifts the predicted IoUs to put a third above
     0.88, and returns thresholds of stability and NMS that keep 600 and then about 100. If the boxes are so similar that
     NMS can keep only far fewer or all, it keeps all.

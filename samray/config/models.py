@@ -63,6 +63,10 @@ _HIERAS: dict[str, tuple[str, HieraSpec]] = {
 """The sizes of SAM 2: suffix of the name -> word in the name of the file, encoder."""
 
 
+_SAM2_ENCODER_SECONDS = {"t": 3.8, "s": 4.4, "b+": 8.6}
+"""As `core_seconds`: `python jobs/benchmark.py core`. The large one was not measured."""
+
+
 def _sam2(version: str, size: str, megabytes: float, sha256: str) -> ModelSpec:
     """A row of SAM 2 or 2.1. Both have the same networks; their weights differ."""
     word, encoder = _HIERAS[size]
@@ -81,6 +85,7 @@ def _sam2(version: str, size: str, megabytes: float, sha256: str) -> ModelSpec:
         sha256=sha256,
         size_mb=megabytes,
         source=f"Meta, SAM {version} (2024)",
+        core_seconds=(_SAM2_ENCODER_SECONDS[size], 0.06) if size in _SAM2_ENCODER_SECONDS else None,
     )
 
 
