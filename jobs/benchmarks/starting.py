@@ -22,6 +22,7 @@ import contextlib, sys
 from samray.cluster import session
 if sys.argv[3] != "without":
     session.without_agents = contextlib.nullcontext
+    session._IDLE_MS = "1000"
 if sys.argv[3] == "with agents and helpers":
     session.without_helpers = contextlib.nullcontext
 import samray
@@ -34,6 +35,7 @@ def start(rounds: int) -> dict[str, Any]:
     """Wall and CPU seconds of `samray.label` on one image and one point, in three ways.
 
     With Ray's agents and Ray Data's helper actors, with agents alone, and without both, as samray starts a private Ray.
+    Only in the last way do idle workers stay, for the next stage to use.
 
     CPU time is that of the process and all that it starts, as last seen: what a process uses in its last 50 ms is
     missing.
