@@ -23,6 +23,9 @@ _baseline = Leftovers()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Workers share the cores: threads of torch in each would wait for one another. Before anything imports torch.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = private_temporary_folder()
     context.__enter__()
     config.add_cleanup(lambda: context.__exit__(None, None, None))

@@ -39,8 +39,8 @@ class InputConfig(Settings):
     """Let a list name files outside its own folder, and a remote list name servers in a private network. Only for lists
     that you trust."""
     skip_duplicates: bool = False
-    """Label only one of several images with the same bytes; the others become rows that fail as `duplicate`. Reads the
-    images of equal or unknown size before the run starts."""
+    """Label one of several images with the same bytes; the others fail as `duplicate`. Reads images of equal size
+    first."""
     prompts: str | None = None
     """File of user prompts, .jsonl or .parquet: clicks and boxes, one mask for each, or texts (with labels.by)."""
 
