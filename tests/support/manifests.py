@@ -95,7 +95,8 @@ class Commands:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self.capsys = capsys
         self.begun: list[tuple[str, str, Config]] = []
-        monkeypatch.setattr("samray.pipeline.run.label_with", self._label)
+        for function in ("run.label_with", "label_from.label_from_with"):
+            monkeypatch.setattr(f"samray.pipeline.{function}", self._label)
         monkeypatch.setattr("samray.cli.demo.run_demo", self._demo)
         monkeypatch.setattr("samray.cli.demo_train.train_demo", self._demo)
 

@@ -186,7 +186,7 @@ def test_validation_masks_the_same_patches_each_time():
 
 def test_what_does_not_fit_is_refused():
     for overrides, message in (
-        (["model.name=tiny"], "one of vit_b, vit_l, vit_h, plain"),
+        (["model.name=tiny"], "one of vit_b, vit_l, vit_h, sam_hq_vit_b, sam_hq_vit_l, sam_hq_vit_h, plain"),
         (["model.checkpoint=x.pth"], "leave model.checkpoint at null"),
         (["train.trainable=decoder"], r"train.trainable = 'decoder' is not allowed with train.objective=mae"),
         (["train.drop_path=0.1"], r"train.drop_path = 0.1 is not allowed"),

@@ -65,7 +65,6 @@ IMAGES_SQL = "select unnest(image), uri, status, error, len(annotations) num_mas
 def engine() -> duckdb.DuckDBPyConnection:
     connection = duckdb.connect()
     connection.register("rows_table", ROWS)
-    connection.execute("set error_on_division_by_zero=false")
     return connection
 
 
@@ -93,8 +92,6 @@ OF_MASKS = [
     "len(point_coords) = 1",
     "area % 7 = 3 and area // 7 % 2 = 0",
     "-area // 7 = -5 or -area % 7 = -1",
-    "area % (area - area) is null",
-    "10 / (area - area) is null",
     "abs(-area) > 100 and sqrt(area) < 80 and ln(area) > 2 and log10(area) < 3.7",
     "greatest(area, 100, width) > 4000 and least(bbox[3], bbox[4]) > 20",
     "coalesce(predicted_iou, 0.0) < 0.1",
@@ -129,6 +126,15 @@ def test_masks_are_those_that_duckdb_selects(engine: duckdb.DuckDBPyConnection, 
     masks = Where(text).apply(ROWS)["annotations"].combine_chunks().flatten()
     assert masks.field("id").to_pylist() == wanted
     assert 0 <= len(wanted) < len(ROWS["annotations"].combine_chunks().flatten()) or "area >= 0" in text
+
+
+@pytest.mark.parametrize("text", ["area % (area - area)", "10 / (area - area)", "area // (area - area)", "1.5 / 0"])
+def test_a_division_by_zero_is_null(text: str) -> None:
+    """DuckDB has an error, infinity or null, by version and operator: a job over millions of masks must not end of one."""
+    num_masks = len(ROWS["annotations"].combine_chunks().flatten())
+    for test, number in ((f"({text}) is null", num_masks), (f"({text}) > 0", 0)):
+        selected = Where(f"area >= 0 and {test}").apply(ROWS)["annotations"].combine_chunks().flatten()
+        assert len(selected) == number
 
 
 @pytest.mark.parametrize("text", OF_IMAGES)
