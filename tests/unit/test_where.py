@@ -130,7 +130,7 @@ def test_masks_are_those_that_duckdb_selects(engine: duckdb.DuckDBPyConnection, 
 
 @pytest.mark.parametrize("text", ["area % (area - area)", "10 / (area - area)", "area // (area - area)", "1.5 / 0"])
 def test_a_division_by_zero_is_null(text: str) -> None:
-    """DuckDB has an error, infinity or null, by version and operator: a job over millions of masks must not end of one."""
+    """DuckDB has an error, infinity or null, by version and operator: a long job must not end of it."""
     num_masks = len(ROWS["annotations"].combine_chunks().flatten())
     for test, number in ((f"({text}) is null", num_masks), (f"({text}) > 0", 0)):
         selected = Where(f"area >= 0 and {test}").apply(ROWS)["annotations"].combine_chunks().flatten()
