@@ -32,9 +32,11 @@ FOLDER: Final = "embeddings"
 IMAGES_PER_FILE: Final = 16
 """Part of the format: it tells which file an image is in. 32 MB of SAM's embeddings in float16, 128 MB of SAM 2's."""
 
-EMBEDDING, HIGH_RES_0, HIGH_RES_1 = "image_embeddings", "high_res_feats_0", "high_res_feats_1"
-NAMES: Final = (EMBEDDING, HIGH_RES_0, HIGH_RES_1)
-"""Names of feature maps: (C, h, w), and for models whose decoder adds them (C / 8, 4h, 4w) and (C / 4, 2h, 2w)."""
+EMBEDDING: Final = "image_embeddings"
+HIGH_RES: Final = ("high_res_feats_0", "high_res_feats_1")
+EARLY: Final = "early_features"
+"""Names of feature maps: (C, h, w); for models whose decoder adds them (C / 8, 4h, 4w) and (C / 4, 2h, 2w); for SAM-HQ
+(D, h, w)."""
 
 SCHEMA: Final = pa.schema(
     [
@@ -62,7 +64,7 @@ SCHEMA: Final = pa.schema(
 _DTYPES: Final[Mapping[str, npt.DTypeLike]] = {"float32": "<f4", "float16": "<f2", "int8": "i1"}
 
 Maps = dict[str, npt.NDArray[np.float32]]
-"""Name -> feature map (channels, height, width), see `NAMES`."""
+"""Name -> feature map (channels, height, width), see `EARLY`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +74,8 @@ class Embedding:
     image_id: int
     features: dict[str, npt.NDArray[np.float32]]
     """Inputs of the decoder by name: `image_embeddings` (1, C, h, w); for SAM 2 and the embedded model, which have
-    them, also `high_res_feats_0` (1, C / 8, 4h, 4w) and `high_res_feats_1` (1, C / 4, 2h, 2w)."""
+    them, also `high_res_feats_0` (1, C / 8, 4h, 4w) and `high_res_feats_1` (1, C / 4, 2h, 2w); for SAM-HQ also
+    `early_features` (1, D, h, w)."""
     original_hw: tuple[int, int]
     """Size of the upright image in pixels: that of its masks."""
     input_hw: tuple[int, int]
@@ -109,9 +112,11 @@ class Embedding:
 def _packed(features: Maps) -> npt.NDArray[np.float32]:
     """(1, C + ..., h, w): `samray.sam.encoder.packed`, without torch."""
     embedding, (_, _, h, w) = features[EMBEDDING], features[EMBEDDING].shape
-    if HIGH_RES_0 not in features:
+    if EARLY in features:
+        return np.concatenate([embedding, features[EARLY]], axis=1)
+    if HIGH_RES[0] not in features:
         return embedding
-    s0, s1 = features[HIGH_RES_0], features[HIGH_RES_1]
+    s0, s1 = (features[name] for name in HIGH_RES)
     halves = s1.reshape(1, -1, h, 2, w, 2).transpose(0, 3, 5, 1, 2, 4).reshape(1, -1, h, w)
     quarters = s0.reshape(1, -1, h, 2, 2, w, 2, 2).transpose(0, 3, 6, 4, 7, 1, 2, 5).reshape(1, -1, h, w)
     return np.concatenate([embedding, halves, quarters], axis=1)

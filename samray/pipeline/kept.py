@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from samray.output.embeddings import NAMES, Maps
+from samray.output.embeddings import EARLY, EMBEDDING, HIGH_RES, Maps
 from samray.rle.records import MaskRecord
 
 if TYPE_CHECKING:
@@ -84,9 +84,11 @@ def with_embedding(
     from samray.sam.encoder import unpacked
     from samray.sam.frames import frame_of
 
-    features = unpacked(embedding[None].float().cpu(), model.spec.embed_dim)
-    tensors = (features.embedding, *(features.high_res or ()))
-    maps = {name: tensor[0].contiguous().numpy() for name, tensor in zip(NAMES, tensors, strict=False)}
+    features = unpacked(embedding[None].float().cpu(), model.spec.embed_dim, model.spec.decoder.hq_dim)
+    tensors = {EMBEDDING: features.embedding, **dict(zip(HIGH_RES, features.high_res or (), strict=False))}
+    if features.early is not None:
+        tensors[EARLY] = features.early
+    maps = {name: tensor[0].contiguous().numpy() for name, tensor in tensors.items()}
     return WithEmbedding(masks, maps, frame_of(model).input_hw((image.shape[0], image.shape[1])), dtype)
 
 
@@ -96,5 +98,7 @@ def packed_embedding(maps: Maps) -> Tensor:
 
     from samray.sam.encoder import Features, packed
 
-    embedding, *high_res = (torch.from_numpy(maps[name])[None] for name in NAMES if name in maps)
-    return packed(Features(embedding, (high_res[0], high_res[1]) if high_res else None))[0]
+    tensors = {name: torch.from_numpy(values)[None] for name, values in maps.items()}
+    s0, s1 = (tensors.get(name) for name in HIGH_RES)
+    high_res = None if s0 is None or s1 is None else (s0, s1)
+    return packed(Features(tensors[EMBEDDING], high_res, tensors.get(EARLY)))[0]

@@ -73,10 +73,12 @@ def packed(features: Features) -> Tensor:
     return torch.cat([features.embedding, *cells], dim=1)
 
 
-def unpacked(tensor: Tensor, channels: int) -> Features:
-    """The inverse of `packed`. channels: C of the embedding."""
+def unpacked(tensor: Tensor, channels: int, early: int = 0) -> Features:
+    """The inverse of `packed`. channels: C of the embedding; early: D of the early features, 0 if there are none."""
     if tensor.shape[1] == channels:
         return Features(tensor)
+    if early:
+        return Features(tensor[:, :channels], early=tensor[:, channels:])
     b, _, h, w = tensor.shape
     embedding, halves, quarters = tensor.split([channels, channels, 2 * channels], dim=1)
     # (B, y, x, C / 4, h, w) -> (B, C / 4, h, y, w, x)

@@ -20,9 +20,10 @@ from samray.config.edges import load_edges_config
 from samray.config.embed import EmbedConfig, load_embed_config
 from samray.errors import ConfigError, ImageError, StorageError
 from samray.inputs.decode import decode_image
+from samray.masks.generator import MaskGenerator
 from samray.output import embedding_files, embeddings
 from samray.output.compact import compact
-from samray.output.embeddings import IMAGES_PER_FILE, file_uri, make_row, maps_of, read_file
+from samray.output.embeddings import IMAGES_PER_FILE, embedding_of, file_uri, make_row, maps_of, read_file
 from samray.output.manifests import Generation, create_generation
 from samray.output.plan import Plan, load_plan, make_plan
 from samray.output.schema import records_to_table
@@ -30,6 +31,7 @@ from samray.output.shards import commit_shard, done_shards, mark_success, read_s
 from samray.output.verify import verify
 from samray.pipeline import label_from as relabelling
 from samray.pipeline.alone import answer_with
+from samray.pipeline.kept import packed_embedding, with_embedding
 from samray.pipeline.label_from import StoredLabelers, plan_label_from
 from samray.pipeline.labeler import build_labeler
 from samray.pipeline.plan_run import run_identity
@@ -39,13 +41,13 @@ from samray.sam.sam import Sam
 from samray.sam.spec import MODELS, ModelSpec
 from tests.support.embedded import begin, config_of, do_shard, finish, images_of, labeler_of, write_weights
 from tests.support.labelled import BLACK, BROKEN, image_bytes
-from tests.support.micro import MICRO, MICRO_SAM2
+from tests.support.micro import MICRO, MICRO_HQ, MICRO_HQ_TINY, MICRO_SAM2
 from tests.support.standin import make_image
 
 
 @pytest.fixture(autouse=True)
 def micro_models(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for spec in (MICRO, MICRO_FINE, MICRO_SAM2):
+    for spec in (MICRO, MICRO_FINE, MICRO_SAM2, MICRO_HQ, MICRO_HQ_TINY):
         monkeypatch.setitem(MODELS, spec.name, spec)
     monkeypatch.setattr(relabelling, "check_ray", lambda *_, **__: None)
     threads = torch.get_num_threads()
@@ -105,6 +107,22 @@ def test_high_resolution_features_are_separated_as_they_were_packed() -> None:
     assert torch.equal(again.high_res[0], s0)
     assert torch.equal(again.high_res[1], s1)
     assert unpacked(embedding, 32) == Features(embedding)
+
+
+@pytest.mark.parametrize("spec", [MICRO_HQ, MICRO_HQ_TINY], ids=lambda spec: spec.name)
+def test_sam_hqs_early_features_are_stored_with_the_embedding(spec: ModelSpec) -> None:
+    torch.manual_seed(0)
+    sam, image = Sam(spec).eval().requires_grad_(False), decode_image(make_image(1, (40, 16)), 10**6)
+    (encoded,) = MaskGenerator(sam).encode([image])
+    kept = with_embedding(sam, image, [], encoded, "float32")
+    row = make_row(7, (16, 40), kept.input_hw, kept.maps, kept.dtype)
+    assert {one["name"]: one["shape"][0] for one in row["features"]} == {
+        "image_embeddings": spec.embed_dim,
+        "early_features": spec.decoder.hq_dim,
+    }
+    assert torch.equal(packed_embedding(maps_of(row)), encoded)
+    found = embedding_of(row, {"model": {"name": spec.name, "checkpoint_sha256": "0" * 64}}, "file")
+    assert np.array_equal(found.onnx_inputs["image_embeddings"][0], encoded.numpy())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
