@@ -82,10 +82,12 @@ class MaskDecoder(nn.Module):
         end = sum(map(len, output_tokens))
         tokens = torch.cat([torch.cat(output_tokens).to(sparse.dtype).expand(b, n, -1, -1), sparse], dim=2)
         x, keys = self.transformer(image, tokens, guidance)
-        iou = self.iou_prediction_head(x[:, first])
-        if self.variant.sigmoid_iou:
-            iou = iou.sigmoid()
-        return DecoderState(x[:, first + 1 : end], keys, iou)
+        return DecoderState(x[:, first + 1 : end], keys, self.predicted_iou(x[:, first]))
+
+    def predicted_iou(self, token: Tensor) -> Tensor:
+        """(N, C) of the token for it, behind the transformer -> (N, 4)."""
+        iou: Tensor = self.iou_prediction_head(token)
+        return iou.sigmoid() if self.variant.sigmoid_iou else iou
 
     def best(self, iou: Tensor) -> Tensor | None:
         """The masks to decode of these: (N, M) predicted IoUs -> (N, 1) indices of the best, with `hq_dim`; None: all.

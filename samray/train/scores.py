@@ -51,7 +51,7 @@ class ScoreLoss(StepLoss):
         rounds = self._remember(batch, step, generator)
         total = len(self.memory["ious"])
         pick = torch.randint(total, (min(total, SAMPLE_PROMPTS),), generator=generator, device=generator.device)
-        predicted = self.sam.mask_decoder.iou_prediction_head(self.memory["tokens"][pick])
+        predicted = self.sam.mask_decoder.predicted_iou(self.memory["tokens"][pick])
         ious = self.memory["ious"][pick]
         error = (predicted - ious).square().sum(dim=1).mean()
         loss = error + RANKING_WEIGHT * ranking_loss(predicted[:, 1:], ious[:, 1:])

@@ -23,7 +23,7 @@ from samray.train.loop import Worker, run_leg, save_all
 from samray.train.run import full_identity
 from samray.train.settings import TrainConfig
 from samray.train.store import METRICS_FILE, WEIGHTS_FILE, Position, Store
-from tests.support.micro import CPU, FRAME, MICRO, batches_of, learner_of, settings_of
+from tests.support.micro import CPU, FRAME, MICRO, MICRO_SAM2, batches_of, learner_of, settings_of
 
 pytestmark = pytest.mark.usefixtures("micro_model")
 
@@ -85,6 +85,19 @@ def test_the_head_of_ious_learns_to_rank_masks_that_stay_as_they_are():
     assert len({found["iou_oracle"] for found in history}) == 1
     assert learner.step_loss is not None
     assert learner.step_loss.memory["ious"].shape == (40 * 3 * 2 * 4, 4)  # steps, rounds, images, prompts
+
+
+def test_the_head_of_ious_learns_scores_as_the_decoder_gives_them():
+    """Those of SAM 2 go through a sigmoid."""
+    learner = learner_of("train.trainable=iou_head", spec=MICRO_SAM2)
+    last = learner.sam.mask_decoder.iou_prediction_head.layers[-1]
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.fill_(2.0)
+    batch = next(batches_of(settings_of()))
+    # Nothing has an IoU above 0 with an empty mask.
+    batch["targets"] = torch.zeros_like(batch["targets"])
+    assert learner.step(batch)["score_loss"] == pytest.approx(4 * torch.tensor(2.0).sigmoid().item() ** 2)
 
 
 def test_what_the_head_of_ious_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch):
