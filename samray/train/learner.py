@@ -104,6 +104,11 @@ def check_settings(settings: TrainSettings) -> ModelSpec:
                     f"train.distill_from = {teacher.name!r} does not fit {spec.name}: its embeddings have {wanted}"
                     f" {what}, those of {spec.name} {own}"
                 )
+        if teacher.decoder != spec.decoder:
+            raise ConfigError(
+                f"train.distill_from = {teacher.name!r} does not fit {spec.name}: the mask decoder is copied from the"
+                f" teacher, and {teacher.name} ({teacher.family}) has another one than {spec.name} ({spec.family})"
+            )
         if teacher.name == spec.name or config.first_fraction > 0:
             raise ConfigError("train.distill_from must differ from model.name, and needs train.first_fraction=0")
     objective_of(settings).check(spec)

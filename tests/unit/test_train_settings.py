@@ -1,11 +1,15 @@
 """The trainer's settings: what they are taken from, the words of every refusal, and what they make of a cluster."""
 
 import math
+from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
 import pytest
 
+from samray.config.models import MODELS, teacher_names
 from samray.errors import ConfigError
+from samray.sam.checkpoints import _shapes as shapes_of
 from samray.train.learner import check_settings
 from samray.train.settings import load_train_settings
 from samray.train.sizes import choose_sizes
@@ -47,6 +51,9 @@ def test_wrong_settings_are_told_in_words(override: str, message: str):
         ("vit_b", "train.first_fraction=0.5", "needs a model with a TinyViT"),
         ("tiny", "train.distill_from=vit_h", "have 256 channels, those of tiny 128"),
         ("vit_h", "train.distill_from=vit_h", "must differ from model.name"),
+        ("vit_t", "train.distill_from=sam2.1_l", r"sam2\.1_l \(SAM 2\.1\) has another one than vit_t \(SAM\)"),
+        ("sam_hq_vit_t", "train.distill_from=vit_h", r"vit_h \(SAM\) has another one than sam_hq_vit_t \(SAM-HQ\)"),
+        ("sam_hq_vit_t", "train.distill_from=sam_hq_vit_h", r"sam_hq_vit_h \(SAM-HQ\) has another one than"),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_refused(model: str, override: str, message: str):
@@ -54,6 +61,27 @@ def test_settings_that_do_not_fit_the_model_are_refused(model: str, override: st
         check_settings(load_train_settings(None, [f"model.name={model}", override]))
     with pytest.raises(ConfigError, match=r"multiple of 16"):
         check_settings(load_train_settings(None, ["train.first_fraction=0.5", "train.first_image_size=100"]))
+
+
+def test_a_teacher_has_what_is_copied_from_it_and_takes_the_same_pixels():
+    settings, accepted = load_train_settings(), []
+    for student, teacher in product(MODELS.values(), map(MODELS.get, teacher_names())):
+        assert teacher is not None
+        changed = {
+            "model": settings.model.model_copy(update={"name": student.name}),
+            "train": settings.train.model_copy(update={"distill_from": teacher.name}),
+        }
+        with suppress(ConfigError):
+            check_settings(settings.model_copy(update=changed))
+            accepted.append((student.name, teacher.name))
+            same = [(spec.frame, spec.pixel_mean, spec.pixel_std, spec.image_size) for spec in (student, teacher)]
+            assert same[0] == same[1]
+            copied = [
+                {name: shape for name, shape in shapes_of(spec).items() if not name.startswith("image_encoder.")}
+                for spec in (student, teacher)
+            ]
+            assert copied[0] == copied[1]
+    assert {("vit_t", "vit_h"), ("edgetam", "sam2.1_l"), ("sam2.1_t", "sam2_l")} <= set(accepted)
 
 
 def test_lists_are_taken_from_files_and_the_command_line(tmp_path: Path):
