@@ -15,11 +15,18 @@ class Monitor:
         self.stopping = False
         self.num_starts = 0
         self.problem: SamrayError | None = None
+        self.failure: SamrayError | None = None
 
-    def begin(self) -> int:
-        """The first worker starts; returns its number of starts since the last step."""
+    def begin(self) -> tuple[int, SamrayError | None]:
+        """The first worker starts; returns its number of starts since the last step, and the error with which a worker
+        of the start before this one ended; None if it died without a word."""
         self.num_starts += 1
-        return self.num_starts
+        failure, self.failure = self.failure, None
+        return self.num_starts, failure
+
+    def fail(self, failure: SamrayError) -> None:
+        """Report an error after which the workers are started again."""
+        self.failure = self.failure or failure
 
     def give_up(self, problem: SamrayError) -> None:
         """Report an error that a retry would not fix."""
@@ -33,7 +40,7 @@ class Monitor:
         """Report the current state; returns whether to stop."""
         self.line = line
         # Deaths before a finished step no longer count.
-        self.num_starts = 0
+        self.num_starts, self.failure = 0, None
         return self.stopping
 
     def stop(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import traceback
 from typing import TYPE_CHECKING, Any, Final, TypedDict, cast
 
 from samray.cluster.processes import end_with_ray
@@ -50,25 +51,47 @@ def work(arguments: dict[str, Any]) -> None:
     import ray
     import ray.train
 
-    from samray.cluster.errors import plain_error
-
     end_with_ray()
     monitor = arguments["monitor"]
     # The workers start together, so the first one counts for all.
-    if ray.train.get_context().get_world_rank() == 0 and ray.get(monitor.begin.remote()) > MAX_STARTS:
-        problem = SamrayError(
-            f"the training worker died {MAX_STARTS} times before its first step, most often for lack of memory for"
-            " model and batch (lower train.batch_size, or use a smaller model.name); see Ray's log of the worker"
-        )
-        ray.get(monitor.give_up.remote(problem))
-        raise problem
+    if ray.train.get_context().get_world_rank() == 0:
+        num_starts, failure = ray.get(monitor.begin.remote())
+        if num_starts > MAX_STARTS:
+            problem = failure or _died()
+            ray.get(monitor.give_up.remote(problem))
+            raise problem
     try:
         _train_leg(cast(LegArguments, arguments))
     except Exception as error:
-        plain = plain_error(error)
+        plain = _plain(error)
         if isinstance(plain, ConfigError):  # Ray Train would start the workers again, with the same settings
             ray.get(monitor.give_up.remote(ConfigError(str(plain))))
+        else:
+            ray.get(monitor.fail.remote(SamrayError(str(plain))))
         raise
+
+
+def _plain(error: Exception) -> BaseException:
+    """As the driver shows it."""
+    import ray
+
+    from samray.cluster.errors import plain_error
+
+    is_rays = isinstance(error, ray.exceptions.RayError)
+    if isinstance(error, SamrayError) and not is_rays:
+        return error
+    plain = plain_error(error)
+    if is_rays or plain.__cause__ is not error:
+        return plain
+    # Not from another process: the message is without a type, and alone may say nothing, as that of a KeyError.
+    return plain_error(RuntimeError("".join(traceback.format_exception_only(error))))
+
+
+def _died() -> SamrayError:
+    return SamrayError(
+        f"the training worker died {MAX_STARTS} times before its first step, most often for lack of memory for"
+        " model and batch (lower train.batch_size, or use a smaller model.name); see Ray's log of the worker"
+    )
 
 
 def _train_leg(arguments: LegArguments) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,8 +26,9 @@ from samray import storage
 from samray.cli.main import main
 from samray.cluster.sizes import data_settings
 from samray.config import ClusterConfig
-from samray.errors import ConfigError
+from samray.errors import ConfigError, SamrayError, StorageError
 from samray.sam.spec import MODELS
+from samray.train import worker as training_worker
 from samray.train.data import ExampleMaker, example_stream, open_data
 from samray.train.examples import Frame
 from samray.train.learner import Learner, Means, frame_of
@@ -159,6 +162,36 @@ class _Noted:
 
     def validation(self, limit: int, frame: Frame) -> Iterator[Any]:
         yield from ()
+
+
+@pytest.mark.parametrize(
+    ("error", "told_at", "message"),
+    [
+        (ConfigError("the weights are others here"), 1, "the weights are others here"),
+        (StorageError("8 images cannot be used"), 4, "8 images cannot be used"),
+        (KeyError("points"), 4, r"the run ended early: KeyError: 'points'; run the same command to resume"),
+        (None, 4, "the training worker died 3 times before its first step"),
+    ],
+)
+def test_the_driver_hears_why_workers_end_before_a_step(
+    error: Exception | None, told_at: int, message: str, local_ray: None, monkeypatch: pytest.MonkeyPatch
+):
+    """Another try is for what another try may help. None: killed."""
+    monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
+    monitor = ray.remote(Monitor).options(num_cpus=0).remote()
+
+    def leg(arguments: Any) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(training_worker, "_train_leg", leg)
+    for _ in range(told_at):
+        assert ray.get(monitor.why_given_up.remote()) is None
+        with contextlib.suppress(SamrayError, KeyError):
+            training_worker.work({"monitor": monitor})
+    told = ray.get(monitor.why_given_up.remote())
+    assert re.match(message, str(told))
+    assert isinstance(told, ConfigError) == isinstance(error, ConfigError)
 
 
 def test_examples_are_made_when_they_are_due_and_not_long_before(tmp_path: Path, local_ray: None):
