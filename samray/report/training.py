@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 
 from samray import storage
+from samray.config import ModelConfig
 from samray.errors import ConfigError
 from samray.report.page import Figure, settings_tables
 from samray.text import duration
@@ -50,8 +51,11 @@ def write_train_report(output: str, out: str | None = None) -> str:
 def _render(store: Store, run: Mapping[str, Any], position: Position, lines: Sequence[dict[str, Any]]) -> str:
     settings = run["settings"]
     config = TrainConfig(**settings["train"])
+    # For the next command.
+    model = ModelConfig().model_copy(update={"checkpoint": settings["model"].get("checkpoint")})
     # Older trainings have no section `text`.
-    objective = objective_of(TrainSettings(train=config, text=TextConfig(**settings.get("text", {}))))
+    text = TextConfig(**settings.get("text", {}))
+    objective = objective_of(TrainSettings(train=config, text=text, model=model))
     validations = [line for line in lines if line["kind"] == "validation"]
     changed, everything = settings_tables(settings, TRAIN_SECTIONS)
     environment = jinja2.Environment(

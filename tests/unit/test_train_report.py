@@ -65,3 +65,12 @@ def test_after_a_single_line_there_is_one(training: Path, tmp_path: Path):
     page = Path(write_train_report(str(training), str(tmp_path / "page.html"))).read_text()
     assert "No images were held out" in page
     assert "0% done" in page
+
+
+def test_the_next_command_of_an_adapter_names_the_weights_that_it_was_trained_on(training: Path, tmp_path: Path):
+    run = json.loads((training / "train.json").read_text())
+    run["settings"]["train"] |= {"trainable": "lora", "from_scratch": False}
+    run["settings"]["model"]["checkpoint"] = "/weights/base.pth"
+    (training / "train.json").write_text(json.dumps(run))
+    page = Path(write_train_report(str(training), str(tmp_path / "page.html"))).read_text()
+    assert f"model.checkpoint=/weights/base.pth model.adapter={training}/adapter.safetensors" in page
