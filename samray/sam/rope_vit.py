@@ -30,11 +30,13 @@ Rotation = tuple[Tensor, Tensor]
 def rotation(side: int, step: float, head_dim: int, device: torch.device) -> Rotation:
     """The rotation at each position of a grid, row by row, `step` apart: angles of x, then of y, in float32."""
     quarter = head_dim // 4
-    frequencies = _THETA ** (-torch.arange(quarter, dtype=torch.float32) / quarter)
-    steps = torch.arange(side, dtype=torch.float32) * step
-    y, x = torch.meshgrid(steps, steps, indexing="ij")
-    angles = torch.cat([xy.flatten()[:, None] * frequencies for xy in (x, y)], dim=1)
-    return angles.cos().to(device), angles.sin().to(device)
+    # Kept for later calls: autograd cannot use what was made in inference mode.
+    with torch.inference_mode(False):
+        frequencies = _THETA ** (-torch.arange(quarter, dtype=torch.float32) / quarter)
+        steps = torch.arange(side, dtype=torch.float32) * step
+        y, x = torch.meshgrid(steps, steps, indexing="ij")
+        angles = torch.cat([xy.flatten()[:, None] * frequencies for xy in (x, y)], dim=1)
+        return angles.cos().to(device), angles.sin().to(device)
 
 
 def rotated(x: Tensor, by: Rotation) -> Tensor:

@@ -20,6 +20,7 @@ from samray.masks.generator import MaskGenerator
 from samray.masks.prompted import PromptedGenerator
 from samray.prompts import Prompt
 from samray.sam.checkpoints import check_checkpoint, list_models, load_model, resolve_checkpoint
+from samray.sam.rope_vit import rotation
 from samray.sam.sam import Sam
 from samray.sam.spec import MODELS, ModelSpec
 from samray.train.examples import Frame
@@ -155,6 +156,18 @@ def test_an_ambiguous_prompt_of_sam_hq_has_the_best_of_its_masks() -> None:
     torch.testing.assert_close(decoded.logits, expected)
 
 
+def test_images_of_which_no_mask_is_kept(sam: Sam) -> None:
+    """Several at once, as crops with few points are."""
+    size = sam.image_size
+    context = sam.prepare_decoder(sam.encode_images(torch.randn(2, 3, size, size)))
+    points, labels = torch.rand(6, 1, 2) * size, torch.ones(6, 1, dtype=torch.int64)
+    whole = sam.decode_points(context, points, labels)
+    none = sam.decode_points(context, points, labels, min_iou=float(whole.all_iou.max()))
+    assert none.logits.shape == (0, *whole.logits.shape[1:])
+    assert len(none.iou) == len(none.prompt_index) == len(none.mask_index) == 0
+    torch.testing.assert_close(none.all_iou, whole.all_iou)
+
+
 def test_the_image_side_in_bfloat16(sam: Sam) -> None:
     """Masks stay near those of float32."""
     size = sam.image_size
@@ -180,6 +193,19 @@ def test_its_decoder_learns(spec: ModelSpec) -> None:
     if spec.decoder.hq_dim:
         parts = {name.split(".")[2] for name in changed if name.startswith("mask_decoder.hq.")}
         assert parts == {"hf_token", "hf_mlp", "compress_vit_feat", "embedding_encoder", "embedding_maskfeature"}
+
+
+@pytest.mark.usefixtures("micro_model")
+def test_all_of_it_learns_after_an_evaluation(spec: ModelSpec) -> None:
+    """Whose inference mode must leave nothing behind."""
+    rotation.cache_clear()
+    learner = learner_of("train.warmup_steps=1", spec=spec)
+    assert learner.average is not None
+    with torch.inference_mode():
+        learner.average.encode_images(torch.zeros(1, 3, spec.image_size, spec.image_size))
+    frame = Frame(spec.image_size, 4 * spec.grid, spec.frame == "pad")
+    learner.step(next(batches_of(settings_of(), frame)))
+    assert not [name for name, parameter in learner.sam.image_encoder.named_parameters() if parameter.grad is None]
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
