@@ -7,7 +7,7 @@ Source: `segment_anything.modeling.sam` and `predictor`, without the predictor's
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -208,6 +208,9 @@ class Sam(nn.Module):
         prompt, mask = keep.nonzero(as_tuple=True)
         # A prompt with a kept mask is upscaled once; only its kept masks are returned.
         alive = keep.any(dim=1).nonzero()[:, 0]
+        if len(alive) == 0:  # without prompts and images SAM-HQ's shapes are not determined
+            none = self._nothing_decoded(all_iou.shape[1])
+            return replace(none, all_iou=all_iou)
         hyper = decoder.hyper(state.mask_tokens[alive], masks, None if best is None else best[alive])
         size, each, fine = self._chunk(context, _CPU_UPSCALE_BYTES), len(all_iou) // len(context), context.fine
         logits = []
