@@ -8,7 +8,7 @@ Source: Hu et al., "LoRA" (2021), section 4.1; the tensors' names are those of `
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from samray.errors import ConfigError
 
 SETTING: Final = "model.adapter"
+FILE_NAME: Final = "adapter.safetensors"
+"""In the OUTPUT of a training."""
 FORMAT: Final = "samray-lora"
 """Value of `format` in the metadata."""
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -72,9 +74,14 @@ def metadata(model: str, base_sha256: str, scale: float) -> dict[str, str]:
     return {"format": FORMAT, "model": model, "base_sha256": base_sha256, "scale": repr(scale)}
 
 
+def is_adapter(names: Iterable[str]) -> bool:
+    """Whether tensors with these names are an adapter."""
+    return any(name.endswith(_A) for name in names)
+
+
 def read_adapter(path: Path) -> Adapter:
     """Raises: ConfigError if the file is not an adapter."""
-    advice = "`samray train train.trainable=lora` writes one, adapter.safetensors"
+    advice = f"`samray train train.trainable=lora` writes one, {FILE_NAME}"
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             info = file.metadata() or {}

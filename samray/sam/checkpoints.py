@@ -166,6 +166,8 @@ def _refuse_misfit(spec: ModelSpec, state: Mapping[str, Tensor], origin: str) ->
     problems = key_problems(_expected(spec, state), state)
     if not problems and family in (None, spec.family):
         return
+    if adapters.is_adapter(state):
+        raise ConfigError(f"{origin} is a LoRA adapter, not weights: set {adapters.SETTING} to it")
     # The file may be another model's: look for the one that it fits, for the message.
     fits = [
         other
@@ -296,10 +298,11 @@ def resolve_given(checkpoint: str, setting: str = "model.checkpoint") -> Path:
             raise ConfigError(f"{setting}: {error}") from error
     path = Path(storage.normalize(checkpoint))
     if path.is_dir():
-        for file_name in _HF_FILES:
+        names = (adapters.FILE_NAME,) if setting == adapters.SETTING else _HF_FILES
+        for file_name in names:
             if (path / file_name).is_file():
                 return path / file_name
-        raise ConfigError(f"{setting}: the folder {path} has neither {' nor '.join(_HF_FILES)}")
+        raise ConfigError(f"{setting}: the folder {path} has no {' and no '.join(names)}")
     if not path.is_file():
         raise ConfigError(f"{setting}: the file {path} does not exist")
     return path

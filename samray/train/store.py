@@ -32,12 +32,13 @@ from torch import Tensor
 from samray import storage
 from samray.errors import ConfigError, NotFoundError, StorageError
 from samray.output.identity import refuse_differences, versions
+from samray.sam import adapter
 from samray.storage.redaction import redact_json
 from samray.storage.strict_json import parse_json
 from samray.train.settings import LORA, TrainConfig
 
 RUN_FILE, WEIGHTS_FILE, POSITION_FILE = "train.json", "weights.safetensors", "position.json"
-ADAPTER_FILE = "adapter.safetensors"
+ADAPTER_FILE = adapter.FILE_NAME
 METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
 _STATE_NAME = re.compile(r"state-(\d{8,})\.pt")
 _CHUNK_BYTES = 16 * 2**20

@@ -120,7 +120,7 @@ def test_a_hugging_face_folder_is_found_by_its_file(tmp_path: Path) -> None:
     assert resolve_checkpoint("small_vit", tmp_path) == tmp_path / "model.safetensors"
     assert resolve_checkpoint("small_vit", f"file://{tmp_path}") == tmp_path / "model.safetensors"
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"has neither model\.safetensors nor pytorch_model\.bin"):
+    with pytest.raises(ConfigError, match=r"has no model\.safetensors and no pytorch_model\.bin"):
         resolve_checkpoint("small_vit", tmp_path)
 
 

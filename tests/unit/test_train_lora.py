@@ -207,6 +207,17 @@ def test_settings_without_a_fixed_base_are_refused(override: str) -> None:
         load_train_settings(None, ["train.trainable=lora", override])
 
 
+def test_an_adapter_is_found_in_its_folder_and_is_not_weights(base: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint, output = base(), tmp_path / "out"
+    adapter = saved(learner_for(MICRO, checkpoint), output)
+    assert WeightsFile("micro", checkpoint, output).adapter_sha256 == file_sha256(adapter)
+    with pytest.raises(ConfigError, match=r"is a LoRA adapter, not weights: set model\.adapter to it"):
+        load_model("micro", adapter)
+    adapter.unlink()
+    with pytest.raises(ConfigError, match=r"model\.adapter: the folder .* has no adapter\.safetensors"):
+        load_model("micro", checkpoint, adapter=output)
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'samray\[lora\]'"):
