@@ -67,7 +67,8 @@ def work(arguments: dict[str, Any]) -> None:
         if isinstance(plain, ConfigError):  # Ray Train would start the workers again, with the same settings
             ray.get(monitor.give_up.remote(ConfigError(str(plain))))
         else:
-            ray.get(monitor.fail.remote(SamrayError(str(plain))))
+            with contextlib.suppress(ray.exceptions.RayError):  # if Ray is ending, too
+                ray.get(monitor.fail.remote(SamrayError(str(plain))))
         raise
 
 
