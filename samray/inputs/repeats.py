@@ -32,21 +32,18 @@ _IMAGES_AT_ONCE: Final = 64
 Ints = npt.NDArray[np.int64]
 
 
-def mark_duplicates(images: pa.Table, config: InputConfig, planned: pa.ChunkedArray | None = None) -> pa.Table:
+def mark_duplicates(images: pa.Table, config: InputConfig, order: Ints | None = None) -> pa.Table:
     """Give each repetition of an earlier image a problem, with which it becomes a failed row that names the other one.
 
-    images: `INPUT_SCHEMA`. planned: URIs of images that the output already has, which come before all others. Raises:
-    StorageError if storage as a whole fails.
+    images: `INPUT_SCHEMA`. order: (N,), of equal images the one with the smallest number stays; None: the first row.
+    Raises: StorageError if storage as a whole fails.
     """
     rows = _of_equal_size(images)
     digests = _digests(images, _of_equal_end(images, rows), config)
     first: dict[bytes, int] = {}
-    known = np.zeros(images.num_rows, bool)
-    if planned is not None:
-        known = np.asarray(pc.is_in(images["uri"], value_set=planned).to_numpy(), bool)
-    # Of equal images the first stays; of those that the output has already, the first of these.
+    order = np.zeros(images.num_rows, np.int64) if order is None else order
     problems: dict[int, str] = {}
-    for row in sorted(digests, key=lambda row: (not known[row], row)):
+    for row in sorted(digests, key=lambda row: (order[row], row)):
         original = first.setdefault(digests[row], row)
         if original != row:
             uri = storage.redact(images["uri"][original].as_py())

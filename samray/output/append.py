@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -85,6 +87,8 @@ def compare(plan: Plan, listed: pa.Table) -> tuple[pa.Table, pa.Table]:
         differs = pc.or_(differs, pc.fill_null(pc.not_equal(planned[mark], now[mark]), False))
     # Not compared: problems from lists depend on a setting, and those of links in a tar on other members.
     differs = pc.or_(differs, pc.not_equal(_own_problem(planned), _own_problem(now)))
+    # What it repeated is gone, or has changed: without this the image would be labelled nowhere.
+    differs = pc.or_(differs, pc.and_not(_is_duplicate(planned), _is_duplicate(now)))
     planned, now = planned.filter(differs), now.filter(differs)
     # Id, shard and name stay; size, ETag and location become the current ones.
     unchanged = {"image_id": planned["image_id"], "shard": planned["shard"], "file_name": planned["file_name"]}
@@ -94,8 +98,19 @@ def compare(plan: Plan, listed: pa.Table) -> tuple[pa.Table, pa.Table]:
 
 def _own_problem(rows: pa.Table) -> pa.ChunkedArray:
     """The problem of each image; "" for none, and for duplicates, which depend on other images."""
-    problems = pc.fill_null(rows["problem"], "")
-    return pc.if_else(pc.starts_with(problems, f"{DUPLICATE}:"), "", problems)
+    return pc.if_else(_is_duplicate(rows), "", pc.fill_null(rows["problem"], ""))
+
+
+def _is_duplicate(rows: pa.Table) -> pa.ChunkedArray:
+    return pc.starts_with(pc.fill_null(rows["problem"], ""), f"{DUPLICATE}:")
+
+
+def _order(plan: Plan, images: pa.Table) -> npt.NDArray[np.int64]:
+    """(N,), for `mark_duplicates`: first the images that the plan labels, then its duplicates, then new ones."""
+    planned = plan.read_images(["uri", "problem"])
+    at = pc.index_in(hide(images)[0]["uri"], value_set=hide_known(planned["uri"]))
+    is_duplicate = pc.cast(_is_duplicate(planned), pa.int64()).take(at)
+    return np.asarray(pc.fill_null(is_duplicate, 2).to_numpy(), np.int64)
 
 
 def join_images(
@@ -116,7 +131,7 @@ def join_images(
     """
     images, skipped = list_images(input_uri, config.input)
     if config.input.skip_duplicates:
-        images = mark_duplicates(images, config.input, plan.read_images(["uri"])["uri"])
+        images = mark_duplicates(images, config.input, _order(plan, images))
     listed, credentials = hide(images)
     # A driver that loses the race for a number compares the same listing with the winner's plan.
     for _ in range(_MAX_TRIES):

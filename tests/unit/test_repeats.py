@@ -31,9 +31,9 @@ def put(folder: Path, **files: bytes) -> str:
     return str(folder)
 
 
-def marked(folder: str, **options: Any) -> dict[str, str]:
+def marked(folder: str) -> dict[str, str]:
     """File name -> the image that it repeats."""
-    images = mark_duplicates(list_images(folder, InputConfig()).images, InputConfig(), **options)
+    images = mark_duplicates(list_images(folder, InputConfig()).images, InputConfig())
     return {
         row["file_name"].removesuffix(".png"): row["problem"].rpartition("/")[2].partition(".png")[0]
         for row in images.to_pylist()
@@ -121,6 +121,18 @@ def test_appended_images_are_compared_with_those_of_the_output(tmp_path: Path, c
     found = errors(plan)
     assert {name for name, error in found.items() if error} == {"a.png", "d.png", "e.png"}
     assert "/in/b.png" in (found["a.png"] or "")
+    _, news = join_images(plan, folder, config, config.identity(), append=True, redo_changed=True)
+    assert (news.num_new, news.num_changed) == (0, 0)
+
+
+def test_what_repeats_an_image_that_has_changed_is_labelled(tmp_path: Path, config: Config) -> None:
+    labelled(tmp_path, config)
+    folder = put(tmp_path / "in", b=make_image(4, (50, 40)))
+    plan, news = join_images(
+        load_plan(str(tmp_path / "out")), folder, config, config.identity(), append=False, redo_changed=True
+    )
+    assert (news.num_new, news.num_changed) == (0, 2)
+    assert plan.read_images(["problem"])["problem"].null_count == plan.num_images
 
 
 def test_prompts_of_equal_images_may_differ() -> None:
