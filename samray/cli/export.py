@@ -174,8 +174,8 @@ def _print_export(report: ExportReport) -> None:
     if report.num_failed:
         table.add_row("left out", f"{count(report.num_failed, 'failed image')}")
     if report.num_images_not_selected or report.num_masks_not_selected:
-        number = f"{count(report.num_images_not_selected, 'image')} and {count(report.num_masks_not_selected, 'mask')}"
-        table.add_row("not selected", f"{number} of others, by --where")
+        masks = f"{count(report.num_masks_not_selected, 'mask')} of the images that are exported"
+        table.add_row("not selected", f"{count(report.num_images_not_selected, 'image')}, and {masks} (--where)")
     if report.num_unreadable:
         table.add_row(
             "not copied",

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
+from samray.errors import ConfigError
 from samray.exports import review
 from samray.exports.base import IMAGES_PER_PIECE, ExportOptions, Format
 from samray.exports.images import LabelledImage, images_of
@@ -72,6 +73,16 @@ class CocoOptions(ExportOptions):
     def for_review(self) -> bool:
         """Whether the file is for an annotator, who corrects the masks and adds missing ones."""
         return self.confident is not None or self.stable is not None
+
+
+def check(job: Job[CocoOptions]) -> None:
+    """Raises: ConfigError if a file for an annotator would lack masks that `samray import --corrects` misses."""
+    if job.options.for_review and job.where is not None and job.where.selects_masks:
+        raise ConfigError(
+            "--confident and --stable make a file for an annotator, and samray import --corrects would take the masks "
+            "that --where drops for masks that the annotator removed: use columns of the image alone, or first "
+            "samray compact --where, then export and correct its DEST"
+        )
 
 
 def write(job: Job[CocoOptions], piece: Piece, tables: Iterable[pa.Table]) -> Files:
@@ -178,4 +189,5 @@ FORMAT: Final = Format(
     names_files=lambda options: options.with_images,
     assembled=assembled,
     chunks=chunks,
+    check=check,
 )

@@ -24,6 +24,7 @@ from samray.exports.images import LabelledImage, images_of
 from samray.exports.photos import photos_of
 from samray.exports.pieces import LeftOut, coco_file
 from samray.output.classes import UNNAMED, Classes, classes_of
+from samray.output.where import drops_masks
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,11 +41,16 @@ class SacoOptions(ExportOptions):
 
 
 def check(job: Job[SacoOptions]) -> None:
-    """Raises: ConfigError if OUTPUT has no names, and so no phrases."""
+    """Raises: ConfigError if OUTPUT has no names, and so no phrases, or if a selection has dropped masks."""
     classes = classes_of(job.plan)
     if not classes.names:
         raise ConfigError(
             f"{classes.where} has no names, so there are no phrases to pair images with: label with labels.by"
+        )
+    if drops_masks(job.where, job.plan.run):
+        raise ConfigError(
+            "a pair without masks says that the image does not show its phrase, so --format saco takes no --where that "
+            "drops masks, neither now nor in samray compact: use columns of the image alone"
         )
 
 

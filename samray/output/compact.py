@@ -15,7 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,9 @@ from samray.output.shards import (
     shard_versions,
 )
 from samray.output.where import Where
+
+_LEAST_IMAGE_BYTES: Final = 100
+"""About what the URI and the name of an image without masks take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +82,9 @@ def compact(
     # An unfinished OUTPUT is refused before DEST is written.
     fingerprint, num_bytes = look_at_finished(plan)
     places, share = _places(plan, where)
-    bytes_per_image = share * num_bytes / plan.num_images
-    images_per_shard = max(1, min(int(file_bytes // max(bytes_per_image, 1e-9)), len(places)))
+    # Not less, however few masks are selected: a file's rows are in memory together.
+    bytes_per_image = max(share * num_bytes / plan.num_images, _LEAST_IMAGE_BYTES)
+    images_per_shard = max(1, min(int(file_bytes // bytes_per_image), len(places)))
     target = _plan_of(plan, dest, images_per_shard, fingerprint, places, where)
     # Temporary files of a compaction that was killed.
     storage.remove_leftovers(dest)
@@ -177,7 +181,7 @@ def _plan_of(
     if storage.exists(storage.join(dest, "_samray", "run.json")):
         target = load_plan(dest)
         # DEST of an earlier try: go on only if it copies the same rows of the same OUTPUT.
-        recorded, wanted = target.run.get("compacted_where", {}), where.to_json() if where else {}
+        recorded, wanted = target.run.get("compacted_where", {}), _selection(plan, where)
         if recorded != wanted:
             raise ConfigError(
                 f"{storage.redact(dest)} was begun with another selection (--where "
@@ -199,11 +203,18 @@ def _plan_of(
         # Embeddings are not copied: they would be most of the bytes, and OUTPUT has them.
         settings["output"].pop("embeddings", None)
     run |= {"images_per_shard": images_per_shard, "compacted_from": source, "compacted_shards": fingerprint}
+    if selection := _selection(plan, where):
+        run["compacted_where"] = selection
     images = plan.read_images([name for name in MANIFEST_SCHEMA.names if name != "shard"])
     if where is not None:
-        run["compacted_where"] = where.to_json()
         images = take(images, pa.array(places))
     return write_plan(dest, images, images_per_shard, run)
+
+
+def _selection(plan: Plan, where: Where | None) -> dict[str, Any]:
+    """What DEST records of the selection; `of`: that of OUTPUT, if OUTPUT is a compacted selection itself."""
+    before = plan.run.get("compacted_where")
+    return {**(where.to_json() if where else {}), **({"of": before} if before else {})}
 
 
 def rows_between(plan: Plan, starts: list[int], start: int, number: int) -> tuple[pa.Table, dict[str, Any]]:

@@ -7,13 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from samray import storage
-from samray.errors import NotFoundError, StorageError
-from samray.output.embeddings import AGAIN, IMAGES_PER_FILE, file_bytes, file_uri
+from samray.errors import NotFoundError
+from samray.output.embeddings import IMAGES_PER_FILE, file_bytes, file_uri, read_file, read_generation_of
 from samray.output.plan import Plan
-from samray.output.schema import ImageRecord, samray_metadata
-from samray.output.seals import is_intact
-from samray.output.shards import reraise_damaged, shard_uri
-from samray.storage.tables import open_parquet
+from samray.output.schema import ImageRecord
 
 
 class EmbeddingWriter:
@@ -49,45 +46,28 @@ class EmbeddingWriter:
 
     def _write(self, file: int) -> None:
         uri = file_uri(self._plan.output, self._shard, file)
-        data = file_bytes(self._rows, self._plan.run, self._level)
-        if self._retry or not storage.put_new(uri, data):
-            data = self._update(uri, file, data)
+        rows = self._rows
+        if self._retry:
+            # The other rows of the file stay as they are, and the order is the plan's.
+            rows = [*self._others(file), *rows]
+            rows.sort(key=lambda row: self._ids.index(row["image_id"]))
+        data = file_bytes(rows, self._plan.run, self._level)
         self.num_bytes += len(data)
-
-    def _update(self, uri: str, file: int, data: bytes) -> bytes:
-        """Write a file that exists. data: with the new rows only; returns what the file has now."""
-        if not self._retry and storage.exists(shard_uri(self._plan.output, self._shard)):
-            return data  # another attempt has finished the shard: its embeddings stay with its rows
-        # Left by an attempt that was killed, or by another one at work. Nobody has read it unless the shard is there.
-        # Equal in most cases; but an image may have failed there, or have changed since.
-        try:
-            there = storage.read_bytes(uri)
-        except NotFoundError:  # deleted: `verify` names the images that are missing
-            there = b""
-        others = self._others(uri, file, there) if there else []
-        if others:
-            rows = sorted([*others, *self._rows], key=lambda row: self._ids.index(row["image_id"]))
-            data = file_bytes(rows, self._plan.run, self._level)
-        if data != there:
+        if self._retry:
             storage.put(uri, data)
-        return data
+        elif not storage.put_new(uri, data) and self._is_outdated(file):
+            # Left by a run that was killed before an image changed; nobody has read it, for the shard is not there.
+            storage.put(uri, data)
 
-    def _others(self, uri: str, file: int, there: bytes) -> list[dict[str, Any]]:
-        """The rows to keep of a file: of images that are not redone, or failed now and have not changed since.
+    def _others(self, file: int) -> list[dict[str, Any]]:
+        try:
+            return [
+                row for row in read_file(self._plan.output, self._shard, file) if row["image_id"] not in self._redone
+            ]
+        except NotFoundError:  # deleted: `verify` names the images that are missing
+            return []
 
-        Raises: StorageError if a finished shard's file cannot be kept.
-        """
-        made_by: dict[str, Any] = {}
-        if is_intact(there):
-            with reraise_damaged(uri):
-                table = open_parquet(there).read()
-                made_by = samray_metadata(table.schema)
-        # One of a run that was here before, with other weights or images, counts as damaged.
-        if made_by.get("identity") != self._plan.run["identity"]:
-            if self._retry:
-                raise StorageError(f"{storage.redact(uri)} is damaged, or another run wrote it; {AGAIN}")
-            return []  # all of its images are here
-        changed = self._plan.changed_images(self._shard, after=made_by.get("generation", 0)) & self._redone
-        leave = changed.union(row["image_id"] for row in self._rows)
-        keep = set(self._ids[file * IMAGES_PER_FILE : (file + 1) * IMAGES_PER_FILE]) - leave
-        return [row for row in table.to_pylist() if row["image_id"] in keep]
+    def _is_outdated(self, file: int) -> bool:
+        """Whether an image has changed since the file was written."""
+        made_by = read_generation_of(self._plan.output, self._shard, file)
+        return not self._redone.isdisjoint(self._plan.changed_images(self._shard, after=made_by))

@@ -3,7 +3,7 @@
 OUTPUT/embeddings/shard-000000-000.parquet has the embeddings of the first `IMAGES_PER_FILE` images of shard 0, and so
 on: one row per image that was labelled, one row group per row, so that a reader fetches one image by a range. All files
 of a shard are written before the shard itself, whose existence remains the only mark that it is done. Each file is
-created once; what a killed attempt left is replaced if it differs, as long as the shard is not there.
+created once, as a shard is.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ from samray.storage.tables import open_parquet
 FOLDER: Final = "embeddings"
 IMAGES_PER_FILE: Final = 16
 """Part of the format: it tells which file an image is in. 32 MB of SAM's embeddings in float16, 128 MB of SAM 2's."""
-AGAIN: Final = "delete the shard of its images, and run the same command again"
-"""What to do about a file that is missing or wrong."""
 
 EMBEDDING: Final = "image_embeddings"
 HIGH_RES: Final = ("high_res_feats_0", "high_res_feats_1")
@@ -149,8 +147,7 @@ def make_row(
 
 
 def maps_of(row: Mapping[str, Any]) -> Maps:
-    """The feature maps of a row of `SCHEMA`. Raises: ValueError or TypeError if they do not fit their shapes, or each
-    other."""
+    """The feature maps of a row of `SCHEMA`. Raises: ValueError if they do not fit their shapes."""
     if row["dtype"] not in _DTYPES:
         raise ValueError(f"embeddings of the type {row['dtype']!r}; known are {', '.join(_DTYPES)}")
     maps = {}
@@ -160,22 +157,7 @@ def maps_of(row: Mapping[str, Any]) -> Maps:
             with np.errstate(invalid="ignore"):  # damage: `verify` looks for values that are not finite
                 values *= np.asarray(feature["scale"], np.float32)[:, None, None]
         maps[feature["name"]] = values
-    _check_shapes({name: values.shape for name, values in maps.items()})
     return maps
-
-
-def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises: ValueError if the maps are not those of one image."""
-    if len(shapes.get(EMBEDDING, ())) != 3:
-        raise ValueError(f"no {EMBEDDING} of the shape (C, h, w)")
-    c, h, w = shapes[EMBEDDING]
-    further: dict[str, tuple[int, ...]] = dict(
-        zip(HIGH_RES, ((c // 8, 4 * h, 4 * w), (c // 4, 2 * h, 2 * w)), strict=True)
-    )
-    if EARLY in shapes:
-        further = {EARLY: (*shapes[EARLY][:1], h, w)}
-    if len(shapes) > 1 and shapes != {EMBEDDING: (c, h, w), **further}:
-        raise ValueError(f"feature maps that do not fit each other: {dict(shapes)}")
 
 
 def _encode(values: npt.NDArray[np.float32], dtype: str) -> tuple[bytes, list[float] | None]:
@@ -238,28 +220,28 @@ def read_file(output: str, shard: int, file: int) -> list[dict[str, Any]]:
         return rows
 
 
-class RowReader:
-    """Reads rows of embeddings by ranges; keeps the footer of the last file. For several threads."""
+def read_generation_of(output: str, shard: int, file: int) -> int:
+    """Generation of the plan for which a file was written. Raises: NotFoundError, StorageError."""
+    uri = file_uri(output, shard, file)
+    footer = read_footer(uri, storage.file_size(uri))
+    with reraise_damaged(uri):
+        return int(samray_metadata(footer.schema.to_arrow_schema()).get("generation", 0))
 
-    def __init__(self, plan: Plan) -> None:
-        self._output, self._identity = plan.output, plan.run["identity"]
+
+class RowReader:
+    """Reads rows of embeddings by ranges; keeps the footers of the last shard. For several threads."""
+
+    def __init__(self, output: str) -> None:
+        self._output = output
         self._footers: tuple[str, int | None, pq.FileMetaData] | None = None
 
     def read(self, shard: int, place: int, image_id: int) -> dict[str, Any] | None:
-        """The row of an image, at this place of its shard; None if it has none.
-
-        Raises: NotFoundError, StorageError, also if another run wrote the file.
-        """
+        """The row of an image, at this place of its shard; None if it has none. Raises: NotFoundError, StorageError."""
         uri = file_uri(self._output, shard, place // IMAGES_PER_FILE)
         known = self._footers
         if known is None or known[0] != uri:
             size = storage.file_size(uri)
-            known = (uri, size, read_footer(uri, size))
-            with reraise_damaged(uri):
-                identity = samray_metadata(known[2].schema.to_arrow_schema()).get("identity")
-            if identity != self._identity:  # its weights may be others
-                raise StorageError(f"{storage.redact(uri)} was written by a run with other settings; {AGAIN}")
-            self._footers = known
+            known = self._footers = (uri, size, read_footer(uri, size))
         _, size, footer = known
         with reraise_damaged(uri):
             groups = groups_with(footer, "image_id", image_id)
@@ -286,7 +268,7 @@ def read_embedding(output: str, image_id: int) -> Embedding:
             continue
         place = ids.index(image_id)
         try:
-            row = RowReader(plan).read(shard, place, image_id)
+            row = RowReader(plan.output).read(shard, place, image_id)
         except NotFoundError as error:
             name = file_name(shard, place // IMAGES_PER_FILE)
             raise ConfigError(

@@ -5,6 +5,9 @@ They are joined by image_id, so they also fit an output that was compacted or co
 
 from __future__ import annotations
 
+import hashlib
+import threading
+from contextlib import suppress
 from functools import lru_cache
 from typing import Final
 
@@ -19,54 +22,80 @@ from samray.storage.tables import open_parquet, read_parquet
 IMAGES_FOLDER: Final = "images"
 """Folder of DEST with a row per image."""
 
+_reading: Final = threading.Lock()
+
 
 def default_place(output: str) -> str:
     """Where `samray quality` writes if it is not given a DEST."""
     return storage.join(output, "_samray", "quality")
 
 
-@lru_cache(4)
-def quality_columns(place: str) -> dict[str, pa.DataType]:
-    """The columns of a finished check. Raises: ConfigError if there is none, StorageError."""
-    names = _files(place)
-    with storage.open_read(storage.join(place, IMAGES_FOLDER, names[0])) as stream:
-        schema = open_parquet(stream).schema_arrow
-    return {field.name: field.type for field in schema}
-
-
-@lru_cache(4)
-def read_quality(place: str, columns: tuple[str, ...]) -> tuple[npt.NDArray[np.int64], pa.Table]:
-    """Ascending ids of all images of a check, and these columns in that order. Raises: StorageError."""
-    tables = []
-    for name in _files(place):
-        try:
-            data = storage.read_bytes(storage.join(place, IMAGES_FOLDER, name))
-            tables.append(read_parquet(data, ["image_id", *columns]))
-        except (pa.ArrowException, ValueError) as error:
-            raise StorageError(
-                f"{storage.redact(storage.join(place, IMAGES_FOLDER, name))} is damaged: {error}"
-            ) from error
-    table = pa.concat_tables(tables).combine_chunks()
-    ids = table["image_id"].to_numpy()
-    order = np.argsort(ids, kind="stable")
-    return ids[order], table.select(list(columns)).take(pa.array(order)).combine_chunks()
-
-
-def _files(place: str) -> list[str]:
+def quality_digest(place: str) -> str:
+    """A digest of what a finished check found and of what it was made. Raises: ConfigError if there is none,
+    StorageError."""
     try:
         # Written last: without it the check is not finished.
-        storage.read_bytes(storage.join(place, "quality.json"))
+        found = storage.read_bytes(storage.join(place, "quality.json"))
     except NotFoundError as error:
         raise ConfigError(
             f"where: {storage.redact(place)} has no finished `samray quality`, whose columns are those of quality"
         ) from error
-    return sorted(name for name in storage.list_names(storage.join(place, IMAGES_FOLDER)) if not name.startswith("."))
+    with suppress(NotFoundError):
+        # Settings and fingerprints of the shards: counts alone may be equal by chance.
+        found += storage.read_bytes(storage.join(place, "_quality", "quality.json"))
+    return hashlib.sha256(found).hexdigest()
 
 
-def values_of(place: str, column: str, image_ids: pa.Array) -> pa.Array:
-    """The values of a column for these images; null for an image that was not checked. Raises: StorageError."""
-    ids, table = read_quality(place, (column,))
+@lru_cache(4)
+def quality_columns(place: str, digest: str) -> dict[str, pa.DataType]:
+    """The columns of a finished check. digest: its `quality_digest`, so that another check in its place is read anew.
+    Raises: StorageError."""
+    uri = _files(place)[0]
+    try:
+        with storage.open_read(uri) as stream:
+            schema = open_parquet(stream).schema_arrow
+    except (pa.ArrowException, ValueError) as error:
+        raise StorageError(f"{storage.redact(uri)} is damaged: {error}") from error
+    return {field.name: field.type for field in schema}
+
+
+def values_of(place: str, digest: str, column: str, image_ids: pa.Array) -> pa.Array:
+    """The values of a column for these images; null for an image that was not checked. digest: as of
+    `quality_columns`. Raises: StorageError."""
+    with _reading:  # so that several threads read a column once
+        ids, order = _ids(place, digest)
+        values = _column(place, digest, column)
     wanted = np.asarray(image_ids.fill_null(-1).to_numpy(zero_copy_only=False), np.int64)
     at = np.searchsorted(ids, wanted).clip(max=max(len(ids) - 1, 0))
     found = ids[at] == wanted if len(ids) else np.zeros(len(wanted), bool)
-    return table[column].combine_chunks().take(pa.array(at, mask=~found))
+    return values.take(pa.array(order[at] if len(ids) else at, mask=~found))
+
+
+@lru_cache(2)
+def _ids(place: str, digest: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Ascending ids of all images of a check, and the row of each."""
+    ids = _column(place, digest, "image_id").to_numpy()
+    order = np.argsort(ids, kind="stable")
+    return ids[order], order
+
+
+@lru_cache(64)
+def _column(place: str, digest: str, column: str) -> pa.Array:
+    """A column of all images of a check, in the order of the files. As many are kept as an expression may name: they
+    are needed again for each few rows."""
+    tables = []
+    for uri in _files(place):
+        try:
+            tables.append(read_parquet(storage.read_bytes(uri), [column]))
+        except (pa.ArrowException, ValueError) as error:
+            raise StorageError(f"{storage.redact(uri)} is damaged: {error}") from error
+    return pa.concat_tables(tables)[column].combine_chunks()
+
+
+def _files(place: str) -> list[str]:
+    names = sorted(name for name in storage.list_names(storage.join(place, IMAGES_FOLDER)) if not name.startswith("."))
+    if not names:
+        raise StorageError(
+            f"{storage.redact(place)} has no table of images any more; delete it and run samray quality again"
+        )
+    return [storage.join(place, IMAGES_FOLDER, name) for name in names]

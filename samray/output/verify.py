@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from samray import storage
-from samray.errors import NotFoundError, StorageError, UnavailableError
+from samray.errors import NotFoundError, StorageError
 from samray.output import manifests as generations
 from samray.output import shards
 from samray.output.append import stale_shards
@@ -181,21 +181,10 @@ def _check_shard(plan: Plan, shard: int, deep: bool, success: shards.Success | N
     checked.columns = pa.table({"image_id": pc.struct_field(table["image"], "image_id"), "uri": table["uri"]})
     checked.problems += _check_rows(plan, shard, file, table, deep)
     if has_embeddings(plan):
-        checked.problems += _check_embeddings(plan, shard, table, deep)
-    return checked
-
-
-def _check_embeddings(plan: Plan, shard: int, table: pa.Table, deep: bool) -> Iterator[str]:
-    name = shards.shard_name(shard)
-    try:
         rows = zip(table["image"].to_pylist(), table["status"].to_pylist(), strict=True)
-        ok = [image for image, status in rows if image is not None and status == "ok"]
-        sizes = {image["image_id"]: (image["height"], image["width"]) for image in ok}
-        yield from check_embeddings(plan, shard, sizes, deep)
-    except UnavailableError:
-        raise
-    except Exception as error:  # damage of any kind, as in `_check_rows`
-        yield f"{name}: its embeddings cannot be checked ({type(error).__name__}: {storage.redact_error(error)})"
+        sizes = {image["image_id"]: (image["height"], image["width"]) for image, status in rows if status == "ok"}
+        checked.problems += check_embeddings(plan, shard, sizes, deep)
+    return checked
 
 
 def _check_rows(plan: Plan, shard: int, file: pq.ParquetFile, table: pa.Table, deep: bool) -> Iterator[str]:

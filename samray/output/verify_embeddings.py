@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +11,7 @@ import pyarrow as pa
 from samray import storage
 from samray.errors import NotFoundError, StorageError
 from samray.output.embeddings import (
-    AGAIN,
+    EMBEDDING,
     FOLDER,
     IMAGES_PER_FILE,
     SCHEMA,
@@ -25,6 +25,8 @@ from samray.output.plan import Plan
 from samray.output.schema import samray_metadata
 from samray.output.seals import is_intact
 from samray.storage.tables import open_parquet
+
+_AGAIN: Final = "delete the shard of these images, too, and run the same command again"
 
 
 def has_embeddings(plan: Plan) -> bool:
@@ -58,10 +60,10 @@ def _check_file(
     try:
         data = storage.read_bytes(file_uri(plan.output, shard, file))
     except NotFoundError:
-        yield f"{name} is missing; {AGAIN}"
+        yield f"{name} is missing; {_AGAIN}"
         return
     if not is_intact(data):
-        yield f"{name} is damaged: its checksum does not match; {AGAIN}"
+        yield f"{name} is damaged: its checksum does not match; {_AGAIN}"
         return
     try:
         table = open_parquet(data).read()
@@ -77,7 +79,7 @@ def _check_file(
     have = table["image_id"].to_pylist()
     wanted = [image_id for image_id in ids if image_id in sizes]
     for image_id in sorted(set(wanted) - set(have)):
-        yield f"{name}: image {image_id} has no embedding; {AGAIN}"
+        yield f"{name}: image {image_id} has no embedding"
     # An image that failed when it was redone may have one left: its row says that it failed.
     if [image_id for image_id in ids if image_id in set(have)] != have:
         yield f"{name} has images twice, in another order than the plan, or of other files: {have}"
@@ -101,6 +103,8 @@ def _check_row(
     except StorageError as error:
         yield str(error)
         return
+    if EMBEDDING not in embedding.features:
+        yield f"{which} has no {EMBEDDING}"
     for feature, values in embedding.features.items():
         if not np.isfinite(values).all():
             yield f"{which} has values in {feature} that are not finite"

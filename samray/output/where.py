@@ -15,7 +15,8 @@ quoting of SQL better than a parser of our own. A text that is not on the list c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,8 +27,8 @@ import pyarrow.compute as pc
 
 from samray import storage
 from samray.config.base import did_you_mean
-from samray.errors import ConfigError
-from samray.output.quality_columns import default_place, quality_columns, values_of
+from samray.errors import ConfigError, StorageError
+from samray.output.quality_columns import default_place, quality_columns, quality_digest, values_of
 from samray.output.where_nodes import QUALITY, Values, evaluate, parse, shown
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Where:
     text: str
     quality: str | None = None
     """Where a `samray quality` of the output is, for the columns of quality."""
+    digest: str = ""
+    """Its `quality_digest`, if the expression uses it."""
 
     @property
     def uses_quality(self) -> bool:
@@ -58,8 +61,11 @@ class Where:
 
     def to_json(self) -> dict[str, str]:
         """What decides what is selected: part of the identity of what is made of the selection."""
-        own = {"where": self.text}
-        return own | {"quality": storage.redact(self.quality)} if self.quality and self.uses_quality else own
+        own = {"where": storage.redact(self.text)}
+        if not (self.quality and self.uses_quality):
+            return own
+        # With the digest: a job must not go on with the columns of a later check in the same place.
+        return own | {"quality": f"{storage.redact(self.quality)}, SHA-256 {self.digest[:16]}"}
 
     def check(self, schema: pa.Schema) -> None:
         """Check the expression against the columns of an output (`schema_of`).
@@ -79,12 +85,15 @@ class Where:
                     f"with a column of the masks, as in {shown(term.tree)}"
                 )
         # Types are found wrong on no rows as well as on many.
-        self.flags(schema.empty_table())
+        try:
+            self.flags(schema.empty_table())
+        except RecursionError:
+            raise ConfigError("where: too many operations within one term") from None
 
     def _check_quality(self, name: str) -> None:
         if self.quality is None:
             raise ConfigError(f"where: quality.{name} needs a `samray quality` of the output")
-        known = quality_columns(self.quality)
+        known = quality_columns(self.quality, self.digest)
         if name not in known:
             raise ConfigError(
                 f"where: no column 'quality.{name}'{did_you_mean(name, known)}; columns of quality are "
@@ -117,7 +126,7 @@ class Where:
 
         table: rows with at least `columns`. Raises: ConfigError for values of types that do not go together.
         """
-        frame = _Frame(table, self.quality)
+        frame = _Frame(table, self.quality, self.digest)
         images = np.ones(table.num_rows, bool)
         masks = np.ones(frame.num_masks, bool)
         late = []
@@ -155,12 +164,25 @@ class Where:
 
 def make_where(text: str | None, output: str, quality: str | None = None) -> Where | None:
     """A selection of an output; None selects all. quality: where its `samray quality` is, if not where that is by
-    default. Raises: ConfigError for quality without an expression."""
+    default. Raises: ConfigError for quality without an expression, a wrong expression, or a check that is not there;
+    StorageError."""
     if text is None:
         if quality is not None:
             raise ConfigError("--quality is for an expression with columns of quality: use it with --where")
         return None
-    return Where(text, default_place(output) if quality is None else storage.normalize(quality))
+    where = Where(text, default_place(output) if quality is None else storage.normalize(quality))
+    return replace(where, digest=quality_digest(str(where.quality))) if where.uses_quality else where
+
+
+def drops_masks(where: Where | None, run: Mapping[str, Any]) -> bool:
+    """Whether a selection may have dropped masks of its images: where, or one that a compacted output (`Plan.run`) was
+    made with."""
+    texts = [] if where is None else [where.text]
+    before = run.get("compacted_where")
+    while before:
+        texts += [before["where"]] if "where" in before else []
+        before = before.get("of")
+    return any(Where(text).selects_masks for text in texts)
 
 
 def keep_masks(table: pa.Table, masks: Bools) -> pa.Table:
@@ -240,8 +262,8 @@ def _check_column(column: tuple[str, str], images: dict[str, str], masks: dict[s
 class _Frame:
     """Columns by name, one value per image or per mask."""
 
-    def __init__(self, table: pa.Table, quality: str | None) -> None:
-        self._table, self._quality = table, quality
+    def __init__(self, table: pa.Table, quality: str | None, digest: str) -> None:
+        self._table, self._quality, self._digest = table, quality, digest
         self.num_selected: npt.NDArray[np.int64] | None = None
         self._masks: pa.StructArray | None = None
         self.parents = np.zeros(0, np.int64)
@@ -259,6 +281,8 @@ class _Frame:
     def column(self, name: str, *, of_masks: bool) -> Values:
         if name in _MASK_NAMES:
             assert self._masks is not None
+            if self._masks.type.get_field_index(name) < 0:
+                raise StorageError(f"masks of a shard have no {name!r}; `samray verify` shows which")
             return self._masks.field(name)
         column = self._image_column(name)
         return column.take(pa.array(self.parents)) if of_masks else column
@@ -270,7 +294,8 @@ class _Frame:
             return pa.array(self._num_masks)
         if name.startswith(QUALITY):
             assert self._quality is not None
-            return values_of(self._quality, name.removeprefix(QUALITY), self._image_column("image_id"))
+            ids = self._image_column("image_id")
+            return values_of(self._quality, self._digest, name.removeprefix(QUALITY), ids)
         if name in self._table.column_names:
             return self._table[name].combine_chunks()
         values = pc.struct_field(self._table["image"].combine_chunks(), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import TYPE_CHECKING, Any, Final
@@ -148,7 +149,7 @@ def evaluate(node: exp.Expr, columns: Columns) -> Values:
     """
     try:
         return _NODES[type(node).__name__](node, lambda part: evaluate(part, columns), columns)
-    except (pa.ArrowException, TypeError) as error:
+    except (pa.ArrowException, TypeError, OverflowError) as error:
         # pyarrow names functions and types, the reader knows the expression.
         raise ConfigError(f"where: {shown(node)} does not fit the types of its columns: {error}") from None
 
@@ -191,9 +192,14 @@ def _text(node: Any) -> str:
 
 
 def _matches(node: Any, of: Compute, columns: Columns) -> Values:
-    # Without an escape character, as in DuckDB.
-    pattern = _text(node.expression).replace("\\", "\\\\")
-    found = pc.match_like(of(node.this), pattern, ignore_case=type(node).__name__ == "ILike")
+    pattern, ignore_case = _text(node.expression), type(node).__name__ == "ILike"
+    if "\\" in pattern:
+        # Without an escape character, as in DuckDB. Arrow's has one, and takes it literally in some patterns.
+        wild = {"%": ".*", "_": "."}
+        regex = "".join(wild.get(character) or re.escape(character) for character in pattern)
+        found = pc.match_substring_regex(of(node.this), f"(?s)^{regex}$", ignore_case=ignore_case)
+    else:
+        found = pc.match_like(of(node.this), pattern, ignore_case=ignore_case)
     return pc.invert(found) if node.args.get("negate") else found
 
 
@@ -289,9 +295,10 @@ _NODES: Final[dict[str, Callable[[Any, Compute, Columns], Values]]] = {
     "Or": _chain(pc.or_kleene),
     "Not": _unary(pc.invert),
     "Neg": _unary(pc.negate),
-    "Add": _binary(pc.add),
-    "Sub": _binary(pc.subtract),
-    "Mul": _binary(pc.multiply),
+    # As in DuckDB a whole number beyond 64 bits is an error: the others would wrap around.
+    "Add": _binary(pc.add_checked),
+    "Sub": _binary(pc.subtract_checked),
+    "Mul": _binary(pc.multiply_checked),
     "Div": _divide,
     "IntDiv": lambda node, of, columns: _quotient(node, of, columns)[2],
     "Mod": _remainder,

@@ -22,9 +22,10 @@ from samray import storage
 from samray.errors import ConfigError, StorageError
 from samray.output.compact import compact
 from samray.output.mask_dataset import MaskDataset
-from samray.output.plan import Plan
+from samray.output.plan import Plan, load_plan
 from samray.output.shards import read_shard
 from samray.output.verify import verify
+from samray.output.where import Where
 from tests.support.exported import NAMES, export
 from tests.support.handmade import decoded, masks_of_place, read_rows, write_output
 
@@ -164,6 +165,17 @@ def test_an_export_begun_without_names_is_not_continued_with_them(plan: Plan, tm
     Path(uri).write_text(json.dumps(recorded))
     with pytest.raises(ConfigError, match=r"has a different export \(categories: None there, \['yes', 'object'"):
         export(plan, tmp_path / "coco", "coco")
+
+
+def test_saco_makes_no_negatives_of_masks_that_a_selection_drops(plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not show its phrase"):
+        export(plan, tmp_path / "saco", "saco", where="label_score > 0.3")
+    some = str(tmp_path / "some")
+    compact(plan.output, some, 10**6, where=Where("label_score > 0.3"))
+    compact(some, str(tmp_path / "again"), 10**6, where=Where("width > 0"))
+    with pytest.raises(ConfigError, match="does not show its phrase"):
+        export(load_plan(str(tmp_path / "again")), tmp_path / "saco", "saco")
+    assert export(plan, tmp_path / "saco", "saco", where="width > 0").num_images == 9
 
 
 def test_saco_has_a_pair_per_image_and_phrase(plan: Plan, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from samray.errors import ConfigError
-from samray.output.schema import CORRECTED_SCHEMA, SCHEMA, named
+from samray.errors import ConfigError, StorageError
+from samray.output.schema import ANNOTATION, CORRECTED_SCHEMA, SCHEMA, named
 from samray.output.where import Where
 
 SCHEMA_WITH_NAMES = named(SCHEMA)
@@ -218,6 +218,8 @@ def test_terms_select_masks_or_images() -> None:
         ("(" * 4000 + "area > 3" + ")" * 4000, "too many parentheses"),
         ("area > 3 and " * 1000 + "area > 3", "more than the 10,000 allowed"),
         ("area = 99999999999999999999", "too large"),
+        ("bbox[5000000000] > 3", "does not fit"),
+        ("area" + " + 1" * 2000 + " > 3", "too many operations"),
     ],
 )
 def test_a_wrong_expression_is_one_sentence(text: str, message: str) -> None:
@@ -234,6 +236,36 @@ def test_columns_are_those_of_the_output() -> None:
     Where("corrections is not null").check(CORRECTED_SCHEMA)
     with pytest.raises(ConfigError, match="no column 'corrections'"):
         Where("corrections is not null").check(SCHEMA)
+
+
+def test_a_number_too_large_is_an_error_and_wraps_around_nowhere() -> None:
+    assert Where("width * height * 9 > 0").apply(ROWS).num_rows > 0
+    most = 2**63 - 1
+    for text in (f"width * {most} > 0", f"width + {most} > 0", f"-9 - {most} < width"):
+        with pytest.raises(ConfigError, match="overflow"):
+            Where(text).apply(ROWS)
+
+
+def test_masks_without_a_column_that_the_run_has_are_damage() -> None:
+    masks = pa.array([[]] * len(ROWS), pa.list_(ANNOTATION))
+    plain = ROWS.drop_columns(["annotations"]).append_column("annotations", masks)
+    with pytest.raises(StorageError, match="have no 'label'"):
+        Where("label = 'dog'").apply(plain)
+
+
+def test_credentials_in_an_expression_are_not_recorded() -> None:
+    assert "secret" not in str(Where("uri like 'https://me:secret@host/%'").to_json())
+
+
+@pytest.mark.parametrize("pattern", ["%a\\b%", "a\\b", "%\\%%", "%a\\b", "a\\b%", "a\\_ c#%", "A\\%"])
+def test_a_backslash_is_a_character(engine: duckdb.DuckDBPyConnection, pattern: str) -> None:
+    names = ["a\\b", "xa\\by", "ab", "x\\%y", "a\\- c#", "a\\b\nc"]
+    rows = [{**row, "uri": name} for row, name in zip(ROWS.to_pylist(), names, strict=False)]
+    found = Where(f"uri like '{pattern}'").apply(pa.Table.from_pylist(rows, SCHEMA_WITH_NAMES))
+    wanted = engine.execute(
+        f"select name from (select unnest($1) name) where name like '{pattern}'", [names]
+    ).fetchall()
+    assert found["uri"].to_pylist() == [name for (name,) in wanted]
 
 
 def test_only_the_columns_named_are_read() -> None:

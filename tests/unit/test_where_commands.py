@@ -70,6 +70,13 @@ def test_another_expression_needs_another_dest(plan: Plan, tmp_path: Path) -> No
             export(plan, tmp_path / "coco", "coco", where=other)
 
 
+def test_masks_are_not_dropped_from_what_an_annotator_corrects(plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="for masks that the annotator removed"):
+        export(plan, tmp_path / "coco", "coco", where=WHERE, confident=0.1)
+    assert not (tmp_path / "coco").exists()
+    assert export(plan, tmp_path / "coco", "coco", where="width > 0", confident=0.1).num_images > 0
+
+
 def test_a_wrong_expression_claims_nothing(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dest = tmp_path / "dest"
     for command in (
@@ -95,6 +102,7 @@ def test_a_compacted_selection_is_a_sound_output(plan: Plan, tmp_path: Path) -> 
     # It is exported, loaded and compacted like any other.
     assert compact(dest, str(tmp_path / "again"), 10**6).num_files == 1
     assert rows_of(str(tmp_path / "again")) == selected(plan)
+    assert compact(dest, str(tmp_path / "again"), 10**6).num_files_skipped == 1
     assert export(load_plan(dest), tmp_path / "coco", "coco").num_images == len(selected(plan))
 
 
