@@ -122,7 +122,11 @@ def compare(measured: pa.Table, against: pa.Table | None, regions: FoundRegions)
     }
     schema = pa.schema([*IMAGES, *(one for one in PIXELS if one.name in columns)])
     table = pa.Table.from_arrays([_cast(columns[one.name], one.type) for one in schema], schema=schema)
-    return Comparison(table, tests, regions, _pictures(tests, metrics, groupings), _count(table, tests, regions, ok))
+    counts = _count(table, tests, regions, ok)
+    if "perceptual_hash" in measured.column_names:
+        # Without pixels now, though they were labelled: nothing that --images looks for can be found in them.
+        counts["unreadable"] = int((ok & ~_hashes(measured, "perceptual_hash")[1]).sum())
+    return Comparison(table, tests, regions, _pictures(tests, metrics, groupings), counts)
 
 
 def _pictures(tests: Sequence[Test], metrics: Mapping[str, Values], groupings: Mapping[str, Any]) -> list[Picture]:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from samray import __version__, storage
 from samray.audit.measure import measure_shards
-from samray.errors import ConfigError, NotFoundError
+from samray.errors import ConfigError, NotFoundError, StorageError
 from samray.output.compact import look_at_finished
 from samray.output.plan import Plan
 from samray.storage.strict_json import parse_json
@@ -117,10 +117,12 @@ def _claim(job: Job) -> None:
         if recorded.get(key) != value:
             raise ConfigError(
                 f"DEST {where} has a different check ({key}: {recorded.get(key)} there, {value} now): choose another "
-                "DEST"
+                "DEST, or delete that one"
             )
     if recorded.get("shards") != job.fingerprints:
-        raise ConfigError(f"the labels have changed since the check in {where} was begun: choose another DEST")
+        raise ConfigError(
+            f"the labels have changed since the check in {where} was begun: choose another DEST, or delete that one"
+        )
 
 
 def _read_json(uri: str) -> dict[str, Any] | None:
@@ -144,6 +146,12 @@ def run_piece(job: Job, piece: Piece) -> Piece:
     plan = job.plans[piece.source]
     found = measure_shards(plan.output, list(piece.shards), job.depth)
     images = found.images
+    if images.num_rows != piece.num_images:
+        # Images are found again by their place in the plan.
+        raise StorageError(
+            f"shards {piece.shards[0]} to {piece.shards[-1]} of {storage.redact(plan.output)} have {images.num_rows} "
+            f"rows, expected {piece.num_images} as planned; `samray verify` shows details"
+        )
     if job.images:
         from samray.audit.pixels import measure_pixels
 

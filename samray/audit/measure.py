@@ -131,8 +131,9 @@ def null_for_nan(values: npt.NDArray[Any]) -> pa.Array:
 
 
 def prefixes(names: pa.Array, depth: int) -> pa.Array:
-    """The first `depth` folders of each name: `a/b` for a/b/c.jpg with 2; "" without a folder."""
-    return pc.fill_null(pc.replace_substring_regex(names, rf"^((?:[^/]+/){{0,{depth}}}).*$", r"\1"), "")
+    """The first `depth` folders of each name: `a/b/` for a/b/c.jpg with 2; "" without a folder."""
+    # s: names may have line breaks.
+    return pc.fill_null(pc.replace_substring_regex(names, rf"(?s)^((?:[^/]+/){{0,{depth}}}).*$", r"\1"), "")
 
 
 def boxes_of(boxes: pa.Array) -> Floats:

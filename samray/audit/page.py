@@ -36,6 +36,7 @@ FINDINGS: Final = {
     "duplicate_of": ("exact duplicates", "the same bytes as another image"),
     "near_duplicate_of": ("near duplicates", "perceptual hashes at most 3 bits apart"),
     "in_against": ("images are in the other output", ""),
+    "unreadable": ("images cannot be read any more", "their pixels were not checked"),
     "is_blank": ("blank images", ""),
     "is_dark": ("dark images", ""),
     "is_blurred": ("blurred images", ""),

@@ -8,7 +8,7 @@ of the output keeps the regions that enough of its images with the same prefix h
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
@@ -32,6 +32,10 @@ MIN_SHARE: Final = 0.1
 _PIECE_IMAGES: Final = 3
 _PIECE_SHARE: Final = MIN_SHARE / 2
 """The same for a piece: lower, because images with a region need not be spread evenly."""
+
+MASKS_AT_ONCE: Final = 4_000_000
+"""Masks of regions that are in memory together, about 100 bytes each: of a camera that does not move, nearly all masks
+repeat."""
 
 REPEATS: Final = pa.schema(
     [("prefix", pa.string()), ("region", pa.uint64()), ("image", pa.int32())] + [(side, pa.float32()) for side in SIDES]
@@ -115,17 +119,47 @@ class FoundRegions:
     """One image that shows each region."""
 
 
-def find_regions(pieces: Iterable[tuple[pa.Table, int]], num_of_prefix: Mapping[str, int]) -> FoundRegions:
-    """The regions that enough images have. pieces: `REPEATS`, and the images before the piece. num_of_prefix: prefix ->
-    its images with masks."""
-    parts = [(table, table["image"].to_numpy().astype(np.int64) + before) for table, before in pieces]
-    table = pa.concat_tables([REPEATS.empty_table(), *(part for part, _ in parts)])
-    image = np.concatenate([np.zeros(0, np.int64), *(images for _, images in parts)])
+Pieces = Callable[[], Iterable[tuple[pa.Table, int]]]
+"""`REPEATS` of each piece, and the images before the piece; called again for each part that fits into memory."""
+_Found = dict[tuple[Any, ...], tuple[dict[str, Any], npt.NDArray[np.int64]]]
+"""Prefix and rough place of a region -> its row, and the images with it."""
+
+
+def find_regions(pieces: Pieces, num_of_prefix: Mapping[str, int]) -> FoundRegions:
+    """The regions that enough images have. num_of_prefix: prefix -> its images with masks."""
+    num_parts = sum(table.num_rows for table, _ in pieces()) // MASKS_AT_ONCE + 1
+    found: _Found = {}
+    for part in range(num_parts):
+        _add_regions(found, *_part(pieces(), part, num_parts), num_of_prefix)
+    rows = sorted(
+        found.values(), key=lambda one: (-one[0]["num_images"], one[0]["prefix"], *(one[0][side] for side in SIDES))
+    )
+    return FoundRegions(
+        pa.Table.from_pylist([record for record, _ in rows], schema=REGIONS),
+        np.concatenate([np.zeros(0, np.int64), *(images for _, images in rows)]),
+        [int(images[0]) for _, images in rows],
+    )
+
+
+def _part(pieces: Iterable[tuple[pa.Table, int]], part: int, num_parts: int) -> tuple[pa.Table, npt.NDArray[np.int64]]:
+    """The masks of a part of the regions, each region whole, and the image of each mask."""
+    tables, images = [REPEATS.empty_table()], [np.zeros(0, np.int64)]
+    for table, before in pieces:
+        chosen = table["region"].to_numpy() % np.uint64(num_parts) == np.uint64(part)
+        table = table.filter(pa.array(chosen))
+        tables.append(table)
+        images.append(table["image"].to_numpy().astype(np.int64) + before)
+    return pa.concat_tables(tables), np.concatenate(images)
+
+
+def _add_regions(
+    found: _Found, table: pa.Table, image: npt.NDArray[np.int64], num_of_prefix: Mapping[str, int]
+) -> None:
+    """table: `REPEATS`; image: (M,) of each mask, in the order of the output."""
     regions, inverse = np.unique(table["region"].to_numpy(), return_inverse=True)
     order = np.argsort(inverse, kind="stable")
     stops = np.searchsorted(inverse[order], np.arange(len(regions) + 1))
     shapes = np.column_stack([table[name].to_numpy() for name in SIDES])
-    found: dict[tuple[Any, ...], tuple[dict[str, Any], npt.NDArray[np.int64]]] = {}
     for start, stop in pairwise(stops.tolist()):
         masks = order[start:stop]
         images = np.unique(image[masks])
@@ -140,9 +174,3 @@ def find_regions(pieces: Iterable[tuple[pa.Table, int]], num_of_prefix: Mapping[
         key = (prefix, *np.round(shape * (GRID / 4)).tolist())
         if key not in found or len(found[key][1]) < len(images):
             found[key] = (record, images)
-    rows = sorted(found.values(), key=lambda one: (-one[0]["num_images"], one[0]["prefix"], one[0]["x0"]))
-    return FoundRegions(
-        pa.Table.from_pylist([record for record, _ in rows], schema=REGIONS),
-        np.concatenate([np.zeros(0, np.int64), *(images for _, images in rows)]),
-        [int(images[0]) for _, images in rows],
-    )

@@ -31,6 +31,7 @@ from samray.progress import ProgressView
 
 MAX_REVIEW: Final = 1000
 """Images in DEST/review.parquet."""
+MAX_DEPTH: Final = 100
 
 GROUPS: Final = pa.schema(
     [("kind", pa.string()), ("group", pa.string()), ("metric", pa.string()), ("num_images", pa.int64())]
@@ -75,8 +76,8 @@ def quality(
     started = time.monotonic()
     own = load_plan(str(output))
     place = default_place(own.output) if dest is None else storage.normalize(str(dest))
-    if prefix_depth < 1:
-        raise ConfigError(f"prefix_depth={prefix_depth} must be 1 or more")
+    if not 1 <= prefix_depth <= MAX_DEPTH:
+        raise ConfigError(f"prefix_depth={prefix_depth} must be from 1 to {MAX_DEPTH}")
     if images:
         check_extra()
     check_fan_out(place, ray, address)
@@ -121,8 +122,10 @@ def _compare(job: Job, own: list[Piece], pieces: Sequence[Piece]) -> tuple[Compa
     others = [read_measured(job, piece) for piece in pieces if piece.source == AGAINST]
     with_masks = measured.filter(pc.greater(measured["num_masks"], 0))["prefix"].value_counts()
     num_of_prefix = {one["values"]: one["counts"] for one in with_masks.to_pylist()}
-    repeats = ((read_measured(job, piece, "-repeats"), start) for piece, start in zip(own, starts, strict=False))
-    regions = find_regions(repeats, num_of_prefix)
+    regions = find_regions(
+        lambda: ((read_measured(job, piece, "-repeats"), start) for piece, start in zip(own, starts, strict=False)),
+        num_of_prefix,
+    )
     return compare(measured, pa.concat_tables(others) if others else None, regions), starts
 
 

@@ -31,7 +31,8 @@ def quality(
         str | None, typer.Option(metavar="OUTPUT2", help="A second output, in which to look for the same images.")
     ] = None,
     prefix_depth: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Folders of a file name that make a group, such as a camera.")
+        int,
+        typer.Option(min=1, max=100, metavar="N", help="Folders of a file name that make a group, such as a camera."),
     ] = 1,
     examples: Annotated[int, typer.Option(min=0, max=200, help="Worst images to show on the page.")] = 24,
     ray: Ray = None,

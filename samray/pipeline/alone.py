@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from samray import storage
-from samray.errors import ImageError, StorageError
+from samray.errors import ImageError
 from samray.inputs.child import Answer, Child, ChildDied, ChildNotStarted, how_it_ended, is_to_blame
 from samray.pipeline.attempts import ShardAttempts
 from samray.pipeline.labeler import EncodedImage, ShardLabeler, make_record
@@ -63,7 +62,7 @@ class LonelyLabeler:
     ) -> Labelled:
         """Like `ShardLabeler.label`, but marks each image while it is in progress.
 
-        Raises ChildNotStarted if no child can label even the built-in image; StorageError.
+        Raises ChildNotStarted if no child can label even the built-in image.
         """
         done = Labelled()
         for index, image in enumerate(images):
@@ -73,11 +72,7 @@ class LonelyLabeler:
             else:
                 # Marked before and unmarked after: if this process dies, too, the mark is what remains.
                 attempts.mark(index)
-                try:
-                    batch = self._label_one(image)
-                except StorageError:  # ends the run, and is no evidence against the image
-                    attempts.unmark(index)
-                    raise
+                batch = self._label_one(image)
                 attempts.unmark(index)
             done.add(batch)
             on_progress(batch)
@@ -102,9 +97,7 @@ class LonelyLabeler:
             child = self._child = self._child or self._start()
             try:
                 answer, _ = child.ask(request, timeout_s=self._timeout_s)
-                labelled: Labelled | StorageError = pickle.loads(answer)
-                if isinstance(labelled, StorageError):
-                    raise labelled
+                labelled: Labelled = pickle.loads(answer)
                 return labelled
             except ChildDied as death:
                 logger.warning("%s at image %s", death, image.uri)
@@ -132,7 +125,6 @@ def _failed(image: EncodedImage, error: ImageError) -> Labelled:
 def answer_with(setup: bytes) -> Callable[[bytes], Answer]:
     """The child's side; see `child.Child`. It is ready once it has labelled the built-in image."""
     config, make_labeler = pickle.loads(setup)
-    storage.configure(config.storage)  # some labelers read OUTPUT
     labeler = make_labeler(config, 1)
     # A run with prompts needs one to label anything: a click in the middle of the object. Texts need no answer.
     click = [Prompt.parse({"points": [[20, 20]], "labels": [1]})] if config.labels.by is None else []
@@ -141,10 +133,7 @@ def answer_with(setup: bytes) -> Callable[[bytes], Answer]:
 
     def answer(request: bytes) -> Answer:
         batches: list[Labelled] = []  # of which there is one; unlike the sum of all, it has the embedding
-        try:
-            labeler.label([pickle.loads(request)], batches.append)
-        except StorageError as error:  # otherwise it would look like a crash at this image
-            return pickle.dumps(error), None
+        labeler.label([pickle.loads(request)], batches.append)
         return pickle.dumps(batches[0]), None
 
     return answer

@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from samray.errors import ImageError
 from samray.output.embeddings import EARLY, EMBEDDING, HIGH_RES, Maps
 from samray.rle.records import MaskRecord
 
@@ -83,10 +80,7 @@ class Embedder:
 def with_embedding(
     model: Sam, image: RGBArray, masks: list[MaskRecord], embedding: Tensor, dtype: str
 ) -> WithEmbedding:
-    """embedding: (C + ..., h, w) as `Sam.encode_images` gives it for one image, on any device.
-
-    Raises: ImageError if it has values that are not finite, which no decoder can use.
-    """
+    """embedding: (C + ..., h, w) as `Sam.encode_images` gives it for one image, on any device."""
     from samray.sam.encoder import unpacked
     from samray.sam.frames import frame_of
 
@@ -95,13 +89,6 @@ def with_embedding(
     if features.early is not None:
         tensors[EARLY] = features.early
     maps = {name: tensor[0].contiguous().numpy() for name, tensor in tensors.items()}
-    if not all(np.isfinite(values).all() for values in maps.values()):
-        dtype_there = str(model.dtype).removeprefix("torch.")
-        raise ImageError(
-            "internal",
-            f"the encoder makes values of this image that are not finite, in {dtype_there}: set model.dtype=float32, "
-            "or check the weights",
-        )
     return WithEmbedding(masks, maps, frame_of(model).input_hw((image.shape[0], image.shape[1])), dtype)
 
 

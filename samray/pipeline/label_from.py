@@ -8,32 +8,47 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from samray import storage
 from samray.config import Config, InputConfig
-from samray.errors import ConfigError
+from samray.errors import ConfigError, ImageError, NotFoundError, StorageError
 from samray.inputs.prompt_file import PromptFile
 from samray.output.append import InputChanges
-from samray.output.compact import look_at_finished, refuse_replaced
+from samray.output.compact import look_at_finished, refuse_replaced, rows_by_shard
 from samray.output.destination import check_writable
-from samray.output.embeddings import kind_of
+from samray.output.embeddings import RowReader, kind_of, maps_of
 from samray.output.identity import refuse_differences
 from samray.output.manifests import MANIFEST_SCHEMA
 from samray.output.plan import Plan, load_plan, write_plan
-from samray.output.shards import FOLDER
+from samray.output.schema import ImageRecord
+from samray.output.shards import FOLDER, read_shard
+from samray.pipeline.kept import packed_embedding
+from samray.pipeline.labeler import EncodedImage, ShardLabeler, shard_labeler
 from samray.pipeline.naming import check_apart_from
 from samray.pipeline.plan_run import RunPlan, finished_shards
 from samray.pipeline.preflight import check_ray
 from samray.pipeline.report import LabelReport, no_masks
 from samray.pipeline.run import finish_run
-from samray.pipeline.stored import StoredLabelers
+from samray.rle.records import MaskRecord
 from samray.sam.checkpoints import WeightsFile
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from samray.inputs.decode import RGBArray
+    from samray.masks.generator import MaskGenerator
+    from samray.masks.prompted import PromptedGenerator
     from samray.pipeline.labeler import MakeLabeler
+    from samray.sam.sam import Sam
+
+Row = dict[str, Any]
+"""The image, status and error of a row of OUTPUT, and where its embedding is: its `shard` and `place`."""
 
 
 def label_from(
@@ -117,7 +132,7 @@ def plan_label_from(output: str, dest: str, config: Config, *, with_model: bool 
     begun = load_plan(dest) if storage.exists(storage.join(dest, "_samray", "run.json")) else None
     if begun is not None:
         config = config.as_begun(begun.run["identity"])
-    prompt_file = _read_prompts(config)
+    prompt_file = None if config.input.prompts is None else PromptFile.read(config.input.prompts)
     run = _run_of(source, config, weights, fingerprint, prompt_file, begun)
     images = source.read_images([name for name in MANIFEST_SCHEMA.names if name != "shard"])
     prompts = prompt_file.match(images) if prompt_file else None
@@ -169,37 +184,13 @@ def _refuse_settings(config: Config) -> None:
         )
 
 
-def _read_prompts(config: Config) -> PromptFile | None:
-    """Raises: ConfigError if the file cannot be used, or has texts, which need the images."""
-    if config.input.prompts is None:
-        return None
-    prompt_file = PromptFile.read(config.input.prompts)
-    if any(prompt.text is not None for prompt in prompt_file.prompts):
-        raise ConfigError(
-            f"input.prompts {storage.redact(prompt_file.uri)} has texts, which need the images, and --from reads only "
-            "embeddings: leave them out, or label the images themselves"
-        )
-    return prompt_file
-
-
 def _refuse_other_weights(weights: WeightsFile, source: Plan) -> None:
     """Raises: ConfigError if these weights, with their adapter, are not those that made the embeddings of OUTPUT."""
-    where = storage.redact(source.output)
-    for setting, uri in (("checkpoint", weights.checkpoint), ("adapter", weights.adapter)):
-        if uri is not None and storage.is_redacted(str(uri)):
-            raise ConfigError(f"{where} does not store the credentials of {uri}: set model.{setting} to it, with them")
-    try:
-        identity = weights.identity
-    except ConfigError as error:
-        raise ConfigError(
-            f"{error} (--from needs the weights that made the embeddings of {where}; if they have moved, set "
-            "model.checkpoint or model.adapter)"
-        ) from error
     for setting, key in (("checkpoint", "checkpoint_sha256"), ("adapter", "adapter_sha256")):
-        here, there = identity.get(key), source.run["identity"]["model"].get(key)
+        here, there = weights.identity.get(key), source.run["identity"]["model"].get(key)
         if here != there:
             raise ConfigError(
-                f"model.{setting} is not the one that made the embeddings of {where}: SHA-256 "
+                f"model.{setting} is not the one that made the embeddings of {storage.redact(source.output)}: SHA-256 "
                 f"{(here or 'none')[:12]}, there {(there or 'none')[:12]}; set model.{setting} to that run's"
             )
 
@@ -258,3 +249,139 @@ def _refuse_other(begun: Plan, run: Mapping[str, Any], source: str, config: Conf
             "with new ones; choose another DEST"
         )
     refuse_differences(begun.output, begun.run["identity"], run["identity"], config.default_identity())
+
+
+# --- in the actors ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StoredLabelers:
+    """Makes the labelers of a run, in its actors."""
+
+    source: Plan
+    """The plan of OUTPUT."""
+    images_per_shard: int
+    """Images per shard of DEST."""
+
+    def __call__(self, config: Config, num_threads: int) -> ShardLabeler:
+        """Raises: as `shard_labeler`."""
+        from samray.masks.generator import MaskGenerator
+        from samray.masks.prompted import PromptedGenerator
+
+        def make_generator(model: Sam, points_per_batch: int | None) -> StoredGenerator:
+            masks, frugal = config.masks, points_per_batch is not None
+            if frugal:  # a retry after running out of memory
+                masks = masks.model_copy(update={"points_per_batch": points_per_batch})
+            if config.input.prompts is not None:
+                return StoredGenerator(PromptedGenerator(model, masks))
+            return StoredGenerator(MaskGenerator(model, masks, frugal=frugal))
+
+        model = self.source.run["identity"]["model"]
+        weights, adapter = model.get("checkpoint_sha256"), model.get("adapter_sha256")
+
+        def make(*args: Any, **options: Any) -> StoredLabeler:
+            return StoredLabeler(self.source, self.images_per_shard, *args, **options)
+
+        return shard_labeler(config, num_threads, weights, make_generator, make, adapter_sha256=adapter)
+
+
+class Stored:
+    """The embedding of an image, from when it is read until its masks are done."""
+
+    def __init__(self) -> None:
+        self.embedding: Tensor | None = None
+
+
+class StoredGenerator:
+    """Makes masks from embeddings, which come as the first of an image's prompts."""
+
+    def __init__(self, generator: MaskGenerator | PromptedGenerator) -> None:
+        self._generator: Any = generator
+        self.stage_seconds = generator.stage_seconds
+
+    def generate(self, images: Sequence[RGBArray], prompts: Sequence[list[Any]] = ()) -> list[list[MaskRecord]]:
+        """images: of the right size, whatever their pixels. Raises: ImageError (`bad_prompt`)."""
+        if not (prompts and prompts[0] and isinstance(prompts[0][0], Stored)):
+            # The built-in image of `alone`, of which there is no embedding.
+            return list(self._generator.generate(images, *([prompts] if prompts else [])))
+        embeddings = [own[0].embedding for own in prompts]
+        sizes = [image.shape[:2] for image in images]
+        from samray.masks.prompted import PromptedGenerator
+
+        if isinstance(self._generator, PromptedGenerator):
+            return self._generator.generate_from(embeddings, sizes, [own[1:] for own in prompts])
+        return list(self._generator.generate_from(embeddings, sizes))
+
+
+class StoredLabeler(ShardLabeler):
+    """Takes sizes and embeddings of images from OUTPUT instead of reading them."""
+
+    def __init__(self, source: Plan, images_per_shard: int, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._source, self._images_per_shard, self._starts = source, images_per_shard, source.starts()
+        self._reader = RowReader(source.output)
+        self._shard: int | None = None
+        self._rows: dict[int, Row] = {}
+        """image_id -> row, of the shard in work."""
+
+    def label(self, images: Sequence[EncodedImage], *args: Any, **options: Any) -> Any:
+        """As of `ShardLabeler`. Raises: also StorageError if OUTPUT cannot be read."""
+        for shard in {image.shard for image in images if image.shard is not None}:
+            self._look_at(shard)
+        ready = [i if i.shard is None else replace(i, prompts=[Stored(), *(i.prompts or [])]) for i in images]
+        return super().label(ready, *args, **options)
+
+    def _look_at(self, shard: int) -> None:
+        """Read which images of a shard of DEST there are, by position: OUTPUT may have shards of another size."""
+        if shard == self._shard:
+            return
+        start = shard * self._images_per_shard
+        number = min(self._images_per_shard, self._starts[-1] - start)
+        rows: dict[int, Row] = {}
+        for of, places in rows_by_shard(self._starts, np.arange(start, start + number)):
+            first = int(places[0])
+            part = read_shard(self._source.output, of, ["image", "status", "error"]).slice(first, len(places))
+            for place, row in enumerate(part.to_pylist(), first):
+                rows[row["image"]["image_id"]] = {**row, "shard": of, "place": place}
+        self._rows, self._shard = rows, shard
+
+    def decode(self, image: EncodedImage) -> np.ndarray | ImageError:
+        """Pixels without a value, of the right size; reads the embedding if the image waits for it.
+
+        Raises: StorageError if OUTPUT lacks it.
+        """
+        if image.shard is None:  # the built-in image of `alone`
+            return super().decode(image)
+        self._look_at(image.shard)
+        row = self._rows[image.image_id]
+        if row["status"] == "failed":
+            return ImageError.parse(row["error"])
+        hw = row["image"]["height"], row["image"]["width"]
+        if image.prompts and isinstance(image.prompts[0], Stored):
+            image.prompts[0].embedding = self._read(row, hw)
+        return np.broadcast_to(np.zeros(3, np.uint8), (*hw, 3))
+
+    def _read(self, row: Row, hw: tuple[int, int]) -> Tensor:
+        image_id, where = row["image"]["image_id"], storage.redact(self._source.output)
+        try:
+            stored = self._reader.read(row["shard"], row["place"], image_id)
+            if stored is None or (stored["height"], stored["width"]) != hw:
+                raise StorageError(
+                    f"{where} has no embedding of image {image_id}; `samray verify {where}` shows details"
+                )
+            return packed_embedding(maps_of(stored))
+        except NotFoundError as error:
+            raise StorageError(
+                f"{where} lacks an embedding file: {error}; `samray verify {where}` shows all"
+            ) from error
+        except (ValueError, KeyError) as error:
+            raise StorageError(f"{where} has a damaged embedding of image {image_id}: {error}") from error
+
+    def record(self, image: EncodedImage, decoded: np.ndarray | ImageError, result: Any) -> ImageRecord:
+        """The new row; an image that failed in OUTPUT stays as it is there."""
+        if image.prompts and isinstance(image.prompts[0], Stored):
+            image.prompts[0].embedding = None  # those of a whole shard may not fit into memory
+        row = self._rows.get(image.image_id)
+        if image.shard is not None and row is not None and row["status"] == "failed":
+            return ImageRecord(**row["image"], uri=image.uri, error=row["error"])
+        return super().record(image, decoded, result)

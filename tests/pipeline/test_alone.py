@@ -6,7 +6,6 @@ import functools
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from samray.config import Config, load_config
-from samray.errors import SamrayError, StorageError
+from samray.errors import SamrayError
 from samray.inputs.child import ChildNotStarted
 from samray.output.shards import done_shards
 from samray.pipeline.alone import LonelyLabeler
@@ -84,27 +83,6 @@ def test_images_are_labelled_as_ever_and_one_that_kills_the_child_is_a_failed_ro
 def test_a_machine_on_which_no_picture_can_be_labelled_blames_no_image(tmp_path: Path) -> None:
     with pytest.raises(ChildNotStarted):
         _alone(standin.make_sick_labeler).label([_image(0)], _attempts(tmp_path))
-
-
-class Unreadable(ShardLabeler):
-    """Cannot read OUTPUT, which it needs for each image."""
-
-    def decode(self, image: EncodedImage) -> Any:
-        if image.shard is not None:
-            raise StorageError("the bucket is away")
-        return super().decode(image)
-
-
-def make_unreadable(config: Config, num_threads: int) -> ShardLabeler:
-    return Unreadable(lambda _: standin.StandIn(), max_pixels=config.input.max_pixels, num_threads=num_threads)
-
-
-def test_storage_that_the_child_cannot_read_blames_no_image(tmp_path: Path) -> None:
-    alone = _alone(make_unreadable)
-    with pytest.raises(StorageError, match="the bucket is away"):
-        alone.label([replace(_image(0), shard=0)], _attempts(tmp_path))
-    alone.close()
-    assert not [name for name in attempts_left(str(tmp_path)) if "image" in name]
 
 
 def test_an_image_at_which_whole_attempts_died_again_and_again_is_left_out(tmp_path: Path) -> None:

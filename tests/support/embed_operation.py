@@ -16,9 +16,8 @@ from samray.output.embeddings import EMBEDDING
 from samray.output.plan import Plan
 from samray.pipeline.embed import embed_with
 from samray.pipeline.kept import WithEmbedding
-from samray.pipeline.label_from import label_from_with
+from samray.pipeline.label_from import StoredLabeler, label_from_with
 from samray.pipeline.labeler import MakeLabeler, ShardLabeler
-from samray.pipeline.stored import StoredLabeler
 from tests.support import standin
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,19 @@ from jobs.benchmarks.quality import BORDERED, CAMERAS, DRIFTING, EVERY, Planter,
 from jobs.synthetic_output import write_synthetic_output
 from samray import storage
 from samray.audit import job as audit_job
+from samray.audit import regions as audit_regions
 from samray.audit import run as audit_run
 from samray.audit.drift import find_drift, holm, windows
 from samray.audit.duplicates import MAX_DISTANCE, first_equal, first_near, found_in
+from samray.audit.measure import Masks, prefixes
 from samray.audit.outliers import distances, few_and_many
+from samray.audit.regions import Repeats, find_regions, repeats_in
 from samray.cli.main import main
 from samray.config import InputConfig, load_config
-from samray.errors import ConfigError
+from samray.errors import ConfigError, StorageError
 from samray.inputs.listing import list_images
 from samray.output.plan import make_plan
+from samray.output.quality_columns import quality_digest, values_of
 from tests.support.exported import export, ten_images
 from tests.support.labelled import label_missing
 from tests.support.outputs import rows_of
@@ -182,7 +187,11 @@ def test_refusals_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "other" / "file").write_text("mine")
     with pytest.raises(ConfigError, match="not a samray quality check"):
         check(plan.output, tmp_path / "other")
-    Path(plan.output, "annotations", "shard-000001.parquet").unlink()
+    shard = Path(plan.output, "annotations", "shard-000001.parquet")
+    pq.write_table(pq.read_table(shard).slice(1), shard)
+    with pytest.raises(StorageError, match="as planned"):
+        check(plan.output, tmp_path / "fewer")
+    shard.unlink()
     with pytest.raises(ConfigError, match="is not finished"):
         check(plan.output, tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -198,6 +207,22 @@ def test_the_default_place_is_in_the_output(tmp_path: Path) -> None:
     found = export(plan, tmp_path / "coco", "coco", where="quality.rank <= 4")
     assert found.num_images + found.num_failed <= 5
     assert found.num_images >= 3
+    assert export(plan, tmp_path / "flat", "flat", where="quality.image_id is not null and area > 0").num_images == 9
+    # Another check in the same place: what was begun with the first one does not go on with it.
+    shutil.rmtree(Path(plan.output, "_samray", "quality"))
+    samray.quality(plan.output, progress=False, ray=False, prefix_depth=2)
+    with pytest.raises(ConfigError, match=r"different export \(quality"):
+        export(plan, tmp_path / "coco", "coco", where="quality.rank <= 4")
+
+
+def test_another_check_in_the_same_place_is_read_anew(tmp_path: Path) -> None:
+    place = str(tmp_path)
+    for rank in (1, 2):
+        table = pa.table({"image_id": [7, 3], "rank": [9, rank]})
+        storage.put(storage.join(place, "images", "part-000000.parquet"), audit_job.parquet_bytes(table))
+        storage.put(storage.join(place, "quality.json"), b'{"images": %d}' % rank)
+        found = values_of(place, quality_digest(place), "rank", pa.array([3, 4, None, 7]))
+        assert found.to_pylist() == [rank, None, None, 9]
 
 
 # --- with the images -------------------------------------------------------------------------------------------------
@@ -221,6 +246,7 @@ def photographs() -> dict[str, bytes]:
         "b/blurred.jpg": jpeg(ndimage.gaussian_filter(cat, (4, 4, 0))),
         "b/broken.jpg": b"no image",
         "b/dark.jpg": jpeg((data.astronaut() * 0.12).astype(np.uint8)),
+        "b/gone.jpg": jpeg(rocket[100:400, 50:500]),
         "b/resized.jpg": jpeg(resized, 70),
     }
 
@@ -240,6 +266,7 @@ def test_duplicates_and_bad_images_are_found_by_their_pixels(tmp_path: Path) -> 
     other = label_folder(
         tmp_path / "second", {"x.jpg": files["a/rocket.jpg"], "y.jpg": jpeg(np.stack([data.moon()] * 3, 2))}
     )
+    (tmp_path / "in" / "b" / "gone.jpg").unlink()
     report = check(output, tmp_path / "dest", images=True, against=other)
     names = sorted(files)
     rows = {names[row["image_id"]]: row for row in images_of(tmp_path / "dest").to_pylist()}
@@ -255,12 +282,39 @@ def test_duplicates_and_bad_images_are_found_by_their_pixels(tmp_path: Path) -> 
     assert having("in_against") == {"a/rocket.jpg": 0}
     assert rows["b/broken.jpg"]["brightness"] is None
     assert report.counts["duplicate_of"] == 1
+    assert report.counts["unreadable"] == 1  # not the one that failed when it was labelled
     first = pq.read_table(tmp_path / "dest" / "review.parquet").slice(0, 4)["file_name"].to_pylist()
     assert set(first) == {"b/blank.jpg", "b/blank2.jpg", "b/blurred.jpg", "b/dark.jpg"}
     assert "data:image/jpeg" in Path(report.page).read_text()
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------
+
+
+def test_prefixes_are_the_first_folders() -> None:
+    names = pa.array(["a/b/c.jpg", "a/c.jpg", "c.jpg", "a\nb/c\nd.jpg", "c\nd.jpg", None])
+    assert prefixes(names, 1).to_pylist() == ["a/", "a/", "", "a\nb/", "", ""]
+    assert prefixes(names, 2).to_pylist() == ["a/b/", "a/", "", "a\nb/", "", ""]
+
+
+def test_regions_are_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(6)
+    pieces = []
+    for before in (0, 100):
+        found = Repeats()
+        # Ten places that each image has a mask at, a little off, as of a camera that does not move.
+        places = np.tile(np.stack([np.arange(10) * 60 + 7, np.arange(10) * 30 + 5], 1), (100, 1))
+        places = places + rng.random((1000, 2))
+        boxes = np.concatenate([places, np.tile([[30.0, 20.0]], (1000, 1))], axis=1)
+        masks = Masks(np.repeat(np.arange(100), 10), boxes, np.full(1000, 450.0), np.tile([[640.0, 480.0]], (1000, 1)))
+        found.add(masks, 0)
+        pieces.append((repeats_in(found, pa.table({"prefix": ["a/"] * 100})), before))
+    whole = find_regions(lambda: pieces, {"a/": 200})
+    assert whole.table.num_rows >= 10
+    monkeypatch.setattr(audit_regions, "MASKS_AT_ONCE", 300)
+    parts = find_regions(lambda: pieces, {"a/": 200})
+    assert parts.table.equals(whole.table)
+    assert np.bincount(parts.images).tolist() == np.bincount(whole.images).tolist()
 
 
 def test_near_duplicates_are_those_of_every_pair() -> None:
@@ -310,6 +364,7 @@ def test_equal_hashes_are_found() -> None:
     assert first_equal(hashes, has).tolist() == [-1, -1, 0, -1, -1, 0]
     assert found_in(hashes, has, np.array([1, 9, 5, 5], np.uint64)).tolist() == [2, -1, 2, -1, 1, 2]
     assert found_in(hashes, has, np.zeros(0, np.uint64)).tolist() == [-1] * 6
+    assert first_equal(hashes, np.zeros(6, bool)).tolist() == first_near(hashes, np.zeros(6, bool)).tolist() == [-1] * 6
 
 
 def test_holm_is_the_textbook_one() -> None:
