@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,16 @@ def local_ray(request: pytest.FixtureRequest) -> Iterator[None]:
         request.getfixturevalue("s3_server")  # first: workers have the environment that Ray was started with
     with running_local_ray(num_cpus=2, object_store_memory=200 * 2**20):
         yield
+
+
+@pytest.fixture(params=["s3", "local"] if "SAMRAY_CHAOS_ROUNDS" in os.environ else ["s3"])
+def storage_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty prefix on S3: on Ray each run costs seconds, and the other tests here are on disk; with
+    SAMRAY_CHAOS_ROUNDS an empty folder as well."""
+    if request.param == "s3":
+        return str(request.getfixturevalue("s3_root"))
+    (tmp_path / "root").mkdir()
+    return str(tmp_path / "root")
 
 
 @pytest.fixture(scope="session")
