@@ -78,7 +78,7 @@ class Comparison:
     tests: list[Test]
     regions: FoundRegions
     pictures: list[Picture] = field(default_factory=list)
-    """Of the strongest drifts; of the strongest differences if there is no drift."""
+    """Histograms of the strongest drifts, or of the strongest differences if nothing drifted."""
     counts: dict[str, int] = field(default_factory=dict)
     """What was found -> number of images, groups or regions."""
 

@@ -48,7 +48,7 @@ def quality_digest(place: str) -> str:
 
 @lru_cache(4)
 def quality_columns(place: str, digest: str) -> dict[str, pa.DataType]:
-    """The columns of a finished check. digest: its `quality_digest`, so that another check in its place is read anew.
+    """The columns of a finished check. digest: its `quality_digest`, so that another check in its place is read again.
     Raises: StorageError."""
     uri = _files(place)[0]
     try:

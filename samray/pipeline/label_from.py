@@ -210,7 +210,7 @@ def _of_the_same_model(config: Config, source: Plan) -> Config:
     # Sizes and limits of the images are those of OUTPUT's run.
     own = {"prompts": config.input.prompts, "skip_duplicates": False}  # INPUT is not listed: its rows say which failed
     settings = InputConfig(**{**identity.get("input", {}), **own})
-    # Made anew: mask settings that are not given follow the model.
+    # Built again from the user's values: mask settings that are not given follow the model.
     sections = {name: getattr(config, name) for name in type(config).model_fields}
     return Config(**{**sections, "model": model, "input": settings})
 
