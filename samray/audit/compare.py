@@ -88,7 +88,7 @@ def compare(measured: pa.Table, against: pa.Table | None, regions: FoundRegions)
     num = measured.num_rows
     ok = _bools(measured["ok"])
     values = {name: _floats(measured[name]) for name in (*RANKED, *(n for n in OF_PIXELS if n in _names(measured)))}
-    # A failed image has no masks because it failed, which is no news.
+    # A failed image has no masks because it failed: not suspicious.
     values = {name: np.where(ok, column, np.nan) for name, column in values.items()}
     group_of, prefixes = _groups(measured["prefix"])
     z, medians = {}, {}

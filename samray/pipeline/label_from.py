@@ -65,7 +65,7 @@ def label_from(
     model is the one that made the embeddings, with its weights and dtype if config does not give them. Settings that
     need the images are refused: crops, names and `input` except prompts. retry_failed: also the images that failed in
     finished shards of dest.
-    Raises ConfigError before anything starts, StorageError if storage is unavailable or output changed meanwhile.
+    Raises ConfigError before anything starts, StorageError if storage is unavailable or output changed during the run.
     """
     report = label_from_with(output, dest, config or Config(), retry_failed=retry_failed, progress=progress)
     if report.warning:
@@ -302,7 +302,7 @@ class StoredGenerator:
     def generate(self, images: Sequence[RGBArray], prompts: Sequence[list[Any]] = ()) -> list[list[MaskRecord]]:
         """images: of the right size, whatever their pixels. Raises: ImageError (`bad_prompt`)."""
         if not (prompts and prompts[0] and isinstance(prompts[0][0], Stored)):
-            # The built-in image of `alone`, of which there is no embedding.
+            # The built-in image of `alone` has no embedding.
             return list(self._generator.generate(images, *([prompts] if prompts else [])))
         embeddings = [own[0].embedding for own in prompts]
         sizes = [image.shape[:2] for image in images]

@@ -64,7 +64,7 @@ def name(
     dest has the same images, masks and ids, and `label` and `label_score` for each mask; an image that cannot be read
     any more is a failed row. config: `labels` with by="clip", phrases and checkpoint; of the rest, `model.device`,
     `output`, `cluster` and `storage` count. retry_failed: also the images that failed in finished shards of dest.
-    Raises ConfigError before anything starts, StorageError if storage is unavailable or output changed meanwhile.
+    Raises ConfigError before anything starts, StorageError if storage is unavailable or output changed during the run.
     """
     return name_with(output, dest, config, retry_failed=retry_failed, progress=progress)
 
