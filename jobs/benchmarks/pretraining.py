@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from jobs.benchmarks.measuring import progress
-from samray.config.models import MODELS, ModelSpec, VitSpec
+from samray.config.model_specs import ModelSpec, VitSpec
+from samray.config.models import MODELS
 from samray.scenes.scene import make_scene
 from samray.train.data import ExampleMaker, blocks, open_data
 from samray.train.learner import Learner, frame_of

@@ -16,7 +16,8 @@ from jobs.benchmarks.measuring import progress
 from jobs.benchmarks.pretraining import train_here
 from jobs.benchmarks.text_world import HELD_OUT, KNOWN, PHRASES, paint, train_clip, write_coco
 from samray.config import load_config
-from samray.config.models import MODELS, TinyVitSpec
+from samray.config.model_specs import TinyVitSpec
+from samray.config.models import MODELS
 from samray.imports.import_ import import_
 from samray.labels.sam_text import build_generator, read_inputs
 from samray.rle.runs import checked_runs, pixels

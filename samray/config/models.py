@@ -17,20 +17,6 @@ from samray.config.model_specs import (
     VitSpec,
 )
 
-__all__ = [
-    "MODELS",
-    "DecoderVariant",
-    "EncoderSpec",
-    "HieraSpec",
-    "ModelSpec",
-    "RepVitSpec",
-    "RopeVitSpec",
-    "TinyVitSpec",
-    "VitSpec",
-    "model_names",
-    "teacher_names",
-]
-
 SAM2_DECODER = DecoderVariant(
     object_score_token=True, sigmoid_iou=True, high_res_before_norm=True, dynamic_multimask=True, pad_boxes=True
 )

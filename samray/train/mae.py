@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from samray.config.models import MODELS, VitSpec
+from samray.config.model_specs import VitSpec
+from samray.config.models import MODELS
 from samray.errors import ConfigError
 from samray.sam import mae
 from samray.sam.image_encoder import ImageEncoderViT

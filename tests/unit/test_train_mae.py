@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from samray.config.models import MODELS, VitSpec
+from samray.config.model_specs import VitSpec
+from samray.config.models import MODELS
 from samray.errors import ConfigError
 from samray.sam import mae
 from samray.sam.encoder_start import check_encoder, fit_encoder, load_encoder, to_encoder_names
