@@ -5,8 +5,13 @@
     python jobs/benchmark.py sam2                the same for SAM 2, against the package sam2 and transformers' networks
     python jobs/benchmark.py core                CPU seconds of an encoder's pass and of a prompt, as plans estimate
     python jobs/benchmark.py tiles PHOTOS        scoring and run lengths in open tiles only, and of whole masks
+    python jobs/benchmark.py large               a 20,000 x 20,000 image in tiles, killed half-way: peak memory
+    python jobs/benchmark.py seams               masks of scenes in tiles and of the same scenes as wholes
+    python jobs/benchmark.py merging             the masks of 677 tiles made those of one image: seconds and memory
     python jobs/benchmark.py embeddings PHOTOS   masks from stored embeddings: agreement, bytes per image, seconds
     python jobs/benchmark.py decode PHOTOS       JPEG decoding by Pillow and others, and whether pixels agree
+    python jobs/benchmark.py host PHOTOS         CPU time of a GPU's host per image, and its share under Python's lock
+    python jobs/benchmark.py rasters             memory and seconds of windows of a large TIFF, JPEG and PNG (extra geo)
     python jobs/benchmark.py memory              peak memory of the mask generator on one 12-megapixel image
     python jobs/benchmark.py pipeline PHOTOS     `samray.label` and the bare MaskGenerator on the same images
     python jobs/benchmark.py phrases             finding 1, 10 and 100 phrases, by Grounding DINO or SAM 3
@@ -19,6 +24,7 @@
     python jobs/benchmark.py train DATA...       `samray train` and a plain PyTorch loop, same model and batches
     python jobs/benchmark.py pretrain            fine-tuning from a masked autoencoder and training from scratch
     python jobs/benchmark.py text                SAM's own text prompt on painted things, with held-out phrases
+    python jobs/benchmark.py edge-draws DATA     the BSDS500 benchmark's matching, with other random outliers
     python jobs/benchmark.py lora                an adapter and full fine-tuning on a small world: IoU and sizes
 
 `decoder` and `read` need the test extra (segment-anything, an S3 server). Quote ratios of one run, not single times.
@@ -29,8 +35,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,21 +49,24 @@ from jobs.benchmarks import (  # noqa: E402
     adapters,
     compare,
     core_cost,
+    decoding,
+    edge_draws,
     embeddings,
+    host,
+    large,
     outputs,
     peers,
     phrases,
+    pipelines,
     pretraining,
     quality,
+    rasters,
     starting,
     text_prompts,
     tiling,
     training,
 )
 from jobs.benchmarks.measuring import measure, timed  # noqa: E402
-from samray.config import load_config  # noqa: E402
-from samray.inputs.decode import decode_image  # noqa: E402
-from samray.inputs.listing import list_images  # noqa: E402
 from samray.rle.records import MaskRecord  # noqa: E402
 from samray.sam.sam import Sam  # noqa: E402
 from samray.sam.spec import MODELS  # noqa: E402
@@ -144,110 +151,6 @@ def memory(model_name: str, megapixels: float) -> dict[str, Any]:
     }
 
 
-def decode(photos: Path, megapixels: float, limit: int | None) -> dict[str, Any]:
-    """Milliseconds to decode a JPEG with Pillow, as samray does, and with others; and whether the pixels agree.
-
-    The photographs as they are, and one of them at `megapixels`. "half size" decodes at half the resolution, which
-    libjpeg-turbo can do from the frequencies, and resizes to the model's input; its difference is measured there.
-    """
-    import io
-
-    import cv2
-    import numpy as np
-    from PIL import Image
-
-    files = sorted(p for p in photos.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))[:limit]
-    width = round((megapixels * 1e6 * 3 / 2) ** 0.5)
-    large = io.BytesIO()
-    first = Image.open(files[0]).convert("RGB")
-    first.resize((width, width * 2 // 3), Image.Resampling.BICUBIC).save(large, "JPEG", quality=90)
-
-    def by_opencv(data: bytes) -> Any:
-        found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-        assert found is not None
-        return cv2.cvtColor(found, cv2.COLOR_BGR2RGB)
-
-    def at_half_size(data: bytes) -> Any:
-        image = Image.open(io.BytesIO(data))
-        image.draft("RGB", (image.width // 2, image.height // 2))
-        return np.asarray(image)
-
-    def to_input(image: Any) -> Any:
-        return np.asarray(Image.fromarray(image).resize((1024, 682), Image.Resampling.BILINEAR), dtype=np.int16)
-
-    results = {}
-    for name, encoded in (("photographs", [f.read_bytes() for f in files]), ("large", [large.getvalue()] * 5)):
-        seconds: dict[str, list[float]] = {"pillow": [], "opencv": [], "half size": []}
-        for data in encoded:
-            seconds["pillow"].append(timed(lambda data=data: decode_image(data, 10**9)))  # type: ignore[misc]
-            seconds["opencv"].append(timed(lambda data=data: by_opencv(data)))  # type: ignore[misc]
-            seconds["half size"].append(timed(lambda data=data: at_half_size(data)))  # type: ignore[misc]
-        whole = decode_image(encoded[0], 10**9)
-        results[name] = {
-            "images": len(encoded),
-            "shape": list(whole.shape),
-            "median_ms": {key: 1000 * statistics.median(values) for key, values in seconds.items()},
-            "opencv_gives_the_same_pixels": bool((whole == by_opencv(encoded[0])).all()),
-            "half_size_largest_difference": int(np.abs(to_input(whole) - to_input(at_half_size(encoded[0]))).max()),
-        }
-    return results
-
-
-def pipeline(photos: Path, limit: int | None, settings: list[str]) -> dict[str, Any]:
-    """Wall time of `samray.label` and of a plain loop over the same files; a run with one image gives the start-up."""
-    config = load_config(None, None, settings + ([f"input.limit={limit}"] if limit else []))
-    listed = list_images(str(photos), config.input).images["uri"].to_pylist()
-    files = [Path(uri) for uri in listed]  # the files of the run, in its order
-    own = config.model
-    model = samray.load_model(own.name, own.checkpoint, own.device, own.dtype, adapter=own.adapter)
-    generator = samray.MaskGenerator(model, config.masks)
-
-    def plain() -> int:
-        return sum(len(generator.generate([decode_image(f.read_bytes(), config.input.max_pixels)])[0]) for f in files)
-
-    generator.generate([decode_image(files[0].read_bytes(), config.input.max_pixels)])  # warm
-    num_masks = 0
-    start = time.perf_counter()
-    num_masks = plain()
-    plain_s = time.perf_counter() - start
-    with tempfile.TemporaryDirectory() as folder:
-        one = load_config(None, None, [*settings, "input.limit=1"])
-        first = samray.label(str(photos), f"{folder}/one", one, progress=False)
-        run = samray.label(str(photos), f"{folder}/all", config, progress=False)
-        again = samray.label(str(photos), f"{folder}/all", config, progress=False)
-        busy = _busy_once_running(f"{folder}/all")
-    beyond_start = run.wall_s - (first.wall_s - plain_s / len(files))
-    return {
-        "images": len(files),
-        "plain_s": plain_s,
-        "label_s": run.wall_s,
-        "label_one_image_s": first.wall_s,
-        "label_again_s": again.wall_s,
-        "start_up_s": run.wall_s - beyond_start,
-        "s_per_image_after_start_up": beyond_start / len(files),
-        "ratio_after_start_up": beyond_start / plain_s,
-        "masks_per_image": run.num_masks / max(1, run.num_labelled),
-        "same_masks": run.num_masks == num_masks,
-        "model_busy_once_running": busy,
-        "failed": run.num_failed,
-        "plain_stage_seconds": generator.stage_seconds,
-        "label_stage_seconds": run.stage_seconds,
-    }
-
-
-def _busy_once_running(output: str) -> float | None:
-    """Fraction of the labelling actor's time in which its model worked, from the shards' counts.
-
-    Excludes the shard with the lowest fraction: that is the one that waited for the model to load.
-    """
-    from samray.output.shards import done_shards, read_metadata
-
-    stats = [read_metadata(output, shard)["stats"] for shard in done_shards(output)]
-    stats.sort(key=lambda one: one["held_seconds"] - one["device_seconds"])
-    held_s = sum(one["held_seconds"] for one in stats[:-1])
-    return sum(one["device_seconds"] for one in stats[:-1]) / held_s if held_s else None
-
-
 def extract(parquet: Path, folder: Path, limit: int | None) -> dict[str, Any]:
     """Write the photographs of a Parquet file with the columns file_name and jpeg as files."""
     from samray.storage.tables import read_parquet
@@ -294,6 +197,29 @@ def main() -> int:
     sub.add_argument("--num-images", type=int, default=6)
     sub.add_argument("--points", type=int, default=24, help="points per side")
     sub.add_argument("--rounds", type=int, default=3)
+    sub = commands.add_parser("host")
+    sub.add_argument("photos", type=Path)
+    sub.add_argument("--image-hw", nargs=2, type=int, default=(1500, 2250), metavar=("H", "W"))
+    sub.add_argument("--num-images", type=int, default=2)
+    sub.add_argument("--points", type=int, default=16, help="points per side")
+    sub.add_argument("--points-per-batch", type=int, default=64)
+    sub = commands.add_parser("large")
+    sub.add_argument("--side", type=int, default=20_000, help="pixels")
+    sub.add_argument("--tile", type=int, default=1024)
+    sub.add_argument(
+        "--points", type=int, default=8, help="points per side of a tile; few, because only memory matters"
+    )
+    sub.add_argument("--kill-at", type=float, default=0.4, help="share of the tiles")
+    sub = commands.add_parser("merging")
+    sub.add_argument("--side", type=int, default=20_000, help="pixels")
+    sub.add_argument("--tile", type=int, default=1024)
+    sub.add_argument("--masks-per-tile", type=int, default=80)
+    sub = commands.add_parser("seams")
+    sub.add_argument("--side", type=int, default=4096, help="pixels")
+    sub.add_argument("--tile", type=int, default=1024)
+    sub.add_argument("--num-scenes", type=int, default=6)
+    sub.add_argument("--jitter", type=int, default=2, help="pixels by which borders move from tile to tile")
+    sub.add_argument("--with-model", action="store_true", help="also with the embedded model, minutes per scene")
     sub = commands.add_parser("embeddings")
     sub.add_argument("photos", type=Path)
     sub.add_argument("settings", nargs="*", default=[], help="masks.key=value")
@@ -304,10 +230,13 @@ def main() -> int:
     sub = commands.add_parser("memory")
     sub.add_argument("--model", dest="model_name", default="vit_b", choices=list(MODELS))
     sub.add_argument("--megapixels", type=float, default=12.0)
+    sub = commands.add_parser("rasters")
+    sub.add_argument("--side", type=int, default=20_000)
+    sub.add_argument("--kinds", nargs="+", default=["tif", "jpg", "png"], choices=["tif", "jpg", "png"])
     sub = commands.add_parser("decode")
     sub.add_argument("photos", type=Path)
-    sub.add_argument("--megapixels", type=float, default=12.0)
-    sub.add_argument("--limit", type=int, default=20)
+    sub.add_argument("--megapixels", type=float, default=3.375)
+    sub.add_argument("--limit", type=int)
     sub = commands.add_parser("pipeline")
     sub.add_argument("photos", type=Path)
     sub.add_argument("settings", nargs="*", help="section.key=value")
@@ -357,6 +286,11 @@ def main() -> int:
     sub.add_argument("--test-images", type=int, default=200)
     sub.add_argument("--seed", type=int, default=0, help="of both trainings; the images are always the same")
     sub.add_argument("--folder", type=Path, help="folder to keep the runs in (default: deleted)")
+    sub = commands.add_parser("edge-draws")
+    sub.add_argument("data")
+    sub.add_argument("--draws", type=int, default=4)
+    sub.add_argument("--names", nargs="*", metavar="IMAGE", help="file names of images to match (default: all)")
+    sub.add_argument("--seed", type=int, default=0)
     sub = commands.add_parser("lora")
     sub.add_argument("--steps", type=int, default=60)
     sub.add_argument("--images", type=int, default=24)
@@ -364,6 +298,8 @@ def main() -> int:
     sub.add_argument("--rank", type=int, default=8)
     sub.add_argument("--rate-all", type=float, default=1e-3)
     sub.add_argument("--rate-lora", type=float, default=1e-2)
+    sub.add_argument("--decay-all", type=float, default=1.0, help="train.layer_decay")
+    sub.add_argument("--decay-lora", type=float, default=1.0, help="train.layer_decay")
     sub.add_argument("--folder", type=Path, help="folder to keep the runs in (default: deleted)")
     sub = commands.add_parser("read")
     sub.add_argument("--rows", type=int, default=100_000)
@@ -372,14 +308,19 @@ def main() -> int:
     sub.add_argument("--uri", help="an empty folder on an object store (default: starts a local S3 server)")
     bodies: dict[str, Callable[..., dict[str, Any]]] = {
         "decoder": decoder,
-        "decode": decode,
+        "decode": decoding.decode,
         "generator": compare.generator,
         "sam2": compare.against_sam2,
         "core": core_cost.core,
         "memory": memory,
+        "rasters": rasters.measure_rasters,
         "tiles": tiling.tiling,
+        "host": host.host,
+        "large": large.large,
+        "merging": large.merging,
+        "seams": large.seams,
         "embeddings": embeddings.embeddings,
-        "pipeline": pipeline,
+        "pipeline": pipelines.pipeline,
         "export": outputs.export,
         "report": outputs.report,
         "quality": quality.quality,
@@ -388,6 +329,7 @@ def main() -> int:
         "train": training.throughput,
         "pretrain": pretraining.pretrain,
         "text": text_prompts.text,
+        "edge-draws": edge_draws.edge_draws,
         "lora": adapters.lora,
         "start": starting.start,
         "phrases": phrases.phrases,

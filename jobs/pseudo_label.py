@@ -30,7 +30,7 @@ from PIL import Image
 # A script's own folder is on sys.path, but not the folder above it, where a checkout has samray.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from samray.rle.encode import box_xyxy, compress, encode_array
+from samray.rle.encode import boxes_xyxy, compress, encode_array
 from samray.train.regions import SIDE, region_tree
 
 COSTS = tuple(np.geomspace(12, 400, 8).tolist())
@@ -79,10 +79,10 @@ def _pictures(folders: list[Path]) -> dict[int, Path]:
     """Number -> path. Every file once, whatever its names; of a wallpaper in many sizes (NAME/contents/images/WxH.jpg)
     only the largest.
     """
-    found = [p for f in folders for p in sorted(f.rglob("*")) if p.suffix.lower() in _SUFFIXES and p.is_file()]
-    found = [path for path in found if not path.is_symlink()]
+    files = [p for f in folders for p in sorted(f.rglob("*")) if p.suffix.lower() in _SUFFIXES and p.is_file()]
+    files = [path for path in files if not path.is_symlink()]
     largest: dict[str, Path] = {}
-    for path in found:
+    for path in files:
         name = str(path.parents[1]) if path.parent.name.startswith("images") else str(path)
         if name not in largest or path.stat().st_size > largest[name].stat().st_size:
             largest[name] = path
@@ -149,7 +149,7 @@ def _write(stem: Path, number: int, picture: Image.Image) -> int:
             continue
         mask = tree.mask(node)
         counts = encode_array(mask)
-        x0, y0, x1, y1 = (int(v) for v in box_xyxy(counts, (height, width)))
+        x0, y0, x1, y1 = (int(v) for v in boxes_xyxy([counts], (height, width))[0])
         born, gone = float(tree.cost[node]), float(tree.cost[tree.parent[node]])
         ys, xs = np.nonzero(mask)
         annotations.append(

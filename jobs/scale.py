@@ -63,14 +63,14 @@ def driver(actors: int, seconds: list[float], window_s: float, images_per_shard:
 
     if len(set(seconds)) < 2:
         raise SystemExit("--seconds: fitting a line needs at least two speeds")
-    found = []
+    runs = []
     for s_per_image in seconds:
         shards = max(3, round(window_s / (images_per_shard * s_per_image)) + 2)
-        found.append(simulate([actors], s_per_image, 1, shards, images_per_shard)["actors"][str(actors)])
-    rates, shares = ([one[name] for one in found] for name in ("images_per_s", "driver_cpu_share"))
+        runs.append(simulate([actors], s_per_image, 1, shards, images_per_shard)["actors"][str(actors)])
+    rates, shares = ([one[name] for one in runs] for name in ("images_per_s", "driver_cpu_share"))
     slope, standing = np.polyfit(rates, shares, 1).tolist()
     line = {"standing_cpu_share": standing, "ms_more_per_image": 1000 * slope}
-    return {"actors": actors, "images_per_shard": images_per_shard, **line, "runs": found}
+    return {"actors": actors, "images_per_shard": images_per_shard, **line, "runs": runs}
 
 
 class Sleeper:
@@ -190,8 +190,8 @@ class CpuWatch:
         ticks = os.sysconf("SC_CLK_TCK")
         while not self._ended.wait(0.5):
             user, nice, system = map(int, Path("/proc/stat").read_text().split(None, 4)[1:4])
-            own = (time.clock_gettime(self._main), time.process_time())
-            self.samples.append((time.time(), *own, (user + nice + system) / ticks))
+            cpu_seconds = (time.clock_gettime(self._main), time.process_time())
+            self.samples.append((time.time(), *cpu_seconds, (user + nice + system) / ticks))
 
     def between(self, start: float, end: float) -> list[float]:
         """CPU seconds of the main thread, the process and the machine between two times, accurate to half a second."""

@@ -90,25 +90,7 @@ def write_synthetic_output(
     num_bytes = num_masks = 0
     for shard in range(plan.num_shards):
         rows = plan.read_shard(shard)
-        chosen = pool.take(pa.array(rng.integers(0, num_shapes, rows.num_rows * masks_per_image)))
-        ids = np.add.outer(rows["image_id"].to_numpy() * ANNOTATIONS_PER_IMAGE, np.arange(masks_per_image)).ravel()
-        fields = [pa.array(ids) if field.name == "id" else chosen.field(field.name) for field in ANNOTATION]
-        masks = pa.StructArray.from_arrays(fields, fields=list(ANNOTATION))
-        offsets = pa.array(np.arange(rows.num_rows + 1, dtype=np.int32) * masks_per_image)
-        sizes = [pa.array([side] * rows.num_rows, pa.int32()) for side in (WIDTH, HEIGHT)]
-        image_type = SCHEMA.field("image").type
-        arrays = [rows["image_id"].combine_chunks(), *sizes, rows["file_name"].combine_chunks()]
-        table = pa.Table.from_arrays(
-            [
-                pa.StructArray.from_arrays(arrays, fields=list(image_type)),
-                pa.ListArray.from_arrays(offsets, masks),
-                rows["uri"],
-                pa.array(["ok"] * rows.num_rows),
-                pa.nulls(rows.num_rows, pa.string()),
-            ],
-            schema=SCHEMA.with_metadata(shard_metadata(plan.run)),
-        )
-        table = edit(table)
+        table = edit(_table_of(rows, pool, masks_per_image, rng, plan.run))
         num_of_shard = pc.sum(pc.list_value_length(table["annotations"])).as_py()
         num_masks += num_of_shard
         stats = {"num_images": rows.num_rows, "num_masks": num_of_shard, "failures": {}}
@@ -123,6 +105,30 @@ def write_synthetic_output(
         "mb": num_bytes / 1e6,
         "mean_rle_bytes": counts_bytes,
     }
+
+
+def _table_of(
+    rows: pa.Table, pool: pa.StructArray, masks_per_image: int, rng: np.random.Generator, run: dict[str, Any]
+) -> pa.Table:
+    """The shard of these rows of a manifest, with random masks of the pool."""
+    chosen = pool.take(pa.array(rng.integers(0, len(pool), rows.num_rows * masks_per_image)))
+    ids = np.add.outer(rows["image_id"].to_numpy() * ANNOTATIONS_PER_IMAGE, np.arange(masks_per_image)).ravel()
+    fields = [pa.array(ids) if field.name == "id" else chosen.field(field.name) for field in ANNOTATION]
+    masks = pa.StructArray.from_arrays(fields, fields=list(ANNOTATION))
+    offsets = pa.array(np.arange(rows.num_rows + 1, dtype=np.int32) * masks_per_image)
+    sizes = [pa.array([side] * rows.num_rows, pa.int32()) for side in (WIDTH, HEIGHT)]
+    image_type = SCHEMA.field("image").type
+    arrays = [rows["image_id"].combine_chunks(), *sizes, rows["file_name"].combine_chunks()]
+    return pa.Table.from_arrays(
+        [
+            pa.StructArray.from_arrays(arrays, fields=list(image_type)),
+            pa.ListArray.from_arrays(offsets, masks),
+            rows["uri"],
+            pa.array(["ok"] * rows.num_rows),
+            pa.nulls(rows.num_rows, pa.string()),
+        ],
+        schema=SCHEMA.with_metadata(shard_metadata(run)),
+    )
 
 
 def digest(folder: Path) -> str:

@@ -27,6 +27,7 @@ class ProgressView:
         self.num_failed = 0
         self.enabled = enabled
         self.note = "starting Ray"
+        self.detail = ""
         self._first_image_at: tuple[float, int] | None = None
         self._logged_at = time.monotonic()
         self._num_logged = num_done_before
@@ -59,8 +60,16 @@ class ProgressView:
         elif self.enabled and self.num_done != self._num_logged:  # the last line shows the final state
             print(f"samray: {self._line(time.monotonic())}", file=self.file, flush=True)
 
-    def update(self, *, num_done: int | None = None, num_failed: int | None = None, note: str | None = None) -> None:
-        """Show the current state; cheap enough to call often."""
+    def update(
+        self,
+        *,
+        num_done: int | None = None,
+        num_failed: int | None = None,
+        note: str | None = None,
+        detail: str | None = None,
+    ) -> None:
+        """Show the current state; cheap enough to call often. note: the activity; detail: what is done within it."""
+        self.detail = self.detail if detail is None else detail
         self.num_done = self.num_done if num_done is None else num_done
         self.num_failed = self.num_failed if num_failed is None else num_failed
         now = time.monotonic()
@@ -71,15 +80,18 @@ class ProgressView:
             self.note = note
             self._logged_at = 0.0  # print a changed note immediately
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description=self.note, completed=self.num_done, rate=self._rate(now))
+            self._bar.update(self._task, description=self._activity(), completed=self.num_done, rate=self._rate(now))
         elif self.enabled and now - self._logged_at >= LOG_EVERY_S:
             self._logged_at, self._num_logged = now, self.num_done
             print(f"samray: {self._line(now)}", file=self.file, flush=True)
 
     def _line(self, now: float) -> str:
         percent = f"{100 * self.num_done / max(self.num_images, 1):.0f}%"
-        parts = [self.note, f"{self.num_done}/{self.num_images} images ({percent})", self._rate(now)]
+        parts = [self._activity(), f"{self.num_done}/{self.num_images} images ({percent})", self._rate(now)]
         return ", ".join(part for part in parts if part)
+
+    def _activity(self) -> str:
+        return f"{self.note}, {self.detail}" if self.detail else self.note
 
     def _rate(self, now: float) -> str:
         """Rate and time left, measured from the first image: start-up would distort both."""

@@ -7,6 +7,7 @@ in COCO: corners x0, y0, x1, y1 (as SAM's predictor takes them) become [x0, y0, 
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -115,8 +116,9 @@ class Prompt:
 
 
 def phrase_problem(phrase: str) -> str | None:
-    """What is wrong with a phrase, as the end of a sentence; None if nothing is."""
-    if not plain(phrase):
+    """The problem of a phrase, as the end of a sentence; None if it has none."""
+    # Marks and format characters alone: a tokenizer may make no token of them.
+    if not any(unicodedata.category(char)[0] in "LNPS" for char in plain(phrase)):
         return f"is {phrase!r}; it takes a phrase with letters or digits"
     if len(phrase.strip()) > MOST_CHARACTERS:
         return f"has {len(phrase)} characters, expected at most {MOST_CHARACTERS}; name a thing in a few words"

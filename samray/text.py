@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,20 @@ def two_columns() -> Table:
     return table
 
 
-def count(number: int, thing: str) -> str:
+def count(number: int, noun: str) -> str:
     """`1 shard`, `2,000 shards`."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def first_few(words: Sequence[str], number: int, total: int | None = None) -> str:
+def size(num_bytes: float) -> str:
+    """Bytes in words: "0.6 MB", "2.1 TB"."""
+    units = ("kB", "MB", "GB", "TB", "PB")
+    power = min(max(1, int(math.log10(max(1, num_bytes)) // 3)), len(units))
+    value = num_bytes / 1000**power
+    return f"{value:,.{1 if value < 100 else 0}f} {units[power - 1]}"
+
+
+def abridged(words: Sequence[str], number: int, total: int | None = None) -> str:
     """`a, b, c, ...`: at most the first `number` words; the dots where `total`, or else `words`, holds more."""
     shown = ", ".join(words[:number])
     return f"{shown}, ..." if (len(words) if total is None else total) > number else shown
@@ -45,8 +54,8 @@ def cost_in_words(gpu_seconds: float, price_per_hour: float, num_images: int) ->
     if gpu_seconds <= 0:
         return "none: no actor used a GPU"
     cost = gpu_seconds / 3600 * price_per_hour
-    each = f"{_money(1e6 * cost / num_images)} per million images at {_money(price_per_hour)} per GPU hour"
-    return f"{_money(cost)}, {each} ({gpu_seconds / 3600:.2g} GPU hours)"
+    per_million = f"{_money(1e6 * cost / num_images)} per million images at {_money(price_per_hour)} per GPU hour"
+    return f"{_money(cost)}, {per_million} ({gpu_seconds / 3600:.2g} GPU hours)"
 
 
 def _money(amount: float) -> str:

@@ -26,6 +26,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         # Workers share the cores: threads of torch in each would wait for one another. Before anything imports torch.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+        # Those that a training starts all the same would wait by spinning.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The tests start hundreds of Python processes, each of which would compile samray again.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     context = private_temporary_folder()
     context.__enter__()
     config.add_cleanup(lambda: context.__exit__(None, None, None))

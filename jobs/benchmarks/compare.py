@@ -12,7 +12,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,10 @@ def generator(
             job = _make_job(Path(folder), name, images, checkpoint, dtype, points)
             able = [engine for engine in engines if _can_run(engine, name)]
             runs = _take_turns(able, {**job, "stages": False}, rounds)
-            result = {"settings": job["settings"], **{engine: _summary(found) for engine, found in runs.items()}}
+            result = {
+                "settings": job["settings"],
+                **{engine: _summary(engine_runs) for engine, engine_runs in runs.items()},
+            }
             for engine in able if "samray" in able else []:
                 ours = result["samray"]
                 if engine != "samray":
@@ -86,15 +90,15 @@ def against_sam2(models: list[str], rounds: int, points: int, image_hw: tuple[in
         install = "SAM2_BUILD_CUDA=0 pip install --no-deps --no-build-isolation sam2==1.1.0"
         sys.exit(f"the package sam2 is missing: {install}")
     engines = ["samray", "sam2", "transformers"]
-    found = generator(models, engines, rounds, image_hw, 1, None, None, "float32", False, points)
-    for result in found["models"].values():
+    comparison = generator(models, engines, rounds, image_hw, 1, None, None, "float32", False, points)
+    for result in comparison["models"].values():
         ratios = result["sam2 / samray"]
         result["bars"] = {
             "4x after the encoder": ratios["seconds_after_encoder"] >= 4,
             "2.5x in all": ratios["seconds"] >= 2.5,
             "a third of the peak memory": ratios["peak_mb"] >= 3,
         }
-    return {"points_per_side": points, **found}
+    return {"points_per_side": points, **comparison}
 
 
 def _can_run(engine: str, name: str) -> bool:
@@ -142,7 +146,7 @@ def _make_job(
         else random_sam(MODELS[name], image=images[0])
     )
     grid = {} if points == MaskConfig().points_per_side else {"points_per_side": points}
-    settings = (_preset_of(name) if checkpoint else _typical_settings(model, images[0], points)) | grid
+    settings = (_preset_of(name) if checkpoint else typical_settings(model, images[0], points)) | grid
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "weights.safetensors")
     paths = []
     for i, image in enumerate(images):
@@ -159,7 +163,7 @@ def _preset_of(name: str) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _typical_settings(model: Sam, image: Any, points: int) -> dict[str, float]:
+def typical_settings(model: Sam, image: Any, points: int) -> dict[str, float]:
     """Make random weights keep as many candidates as published ones: shifts the predicted IoUs to put a third above
     0.88, and returns thresholds of stability and NMS that keep 600 and then about 100. If the boxes are so similar that
     NMS can keep only far fewer or all, it keeps all.
@@ -184,12 +188,12 @@ def _typical_settings(model: Sam, image: Any, points: int) -> dict[str, float]:
     shift = score(torch.tensor(0.88)) - score(torch.cat(iou).quantile(2 / 3).cpu())
     model.mask_decoder.iou_prediction_head.layers[-1].bias.add_(float(shift))  # type: ignore[operator]
     everything = MaskConfig(points_per_side=points, stability_score_thresh=0.0, box_nms_thresh=1.0)
-    found = samray.MaskGenerator(model, everything).generate([image])[0]
+    masks = samray.MaskGenerator(model, everything).generate([image])[0]
     model.to("cpu")
-    stability = np.array([mask["stability_score"] for mask in found])
-    boxes = np.array([mask["bbox"] for mask in found])
+    stability = np.array([mask["stability_score"] for mask in masks])
+    boxes = np.array([mask["bbox"] for mask in masks])
     boxes[:, 2:] += boxes[:, :2] - 1
-    scores = np.array([mask["predicted_iou"] for mask in found])
+    scores = np.array([mask["predicted_iou"] for mask in masks])
     stability_score_thresh = round(float(np.quantile(stability, 0.4)), 4)
     stable = stability >= stability_score_thresh
     low, high = 0.0, 1.0
@@ -255,7 +259,10 @@ def agreement_of(ours: list[list[dict[str, Any]]], theirs: list[list[dict[str, A
 
 @torch.inference_mode()
 def _arithmetic(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """Floating point operations for one image, counted by torch, and the machine's rate for a plain matrix product."""
+    """Floating point operations for one image, counted by torch, and the machine's rate for a plain matrix product.
+
+    On a CPU both per second of CPU time, so that other programs hardly change the share; best with OMP_NUM_THREADS=1.
+    """
     import numpy as np
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -266,7 +273,13 @@ def _arithmetic(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     image = np.load(job["images"][0])
     with FlopCounterMode(display=False) as counter:
         run([image])
-    seconds = timed(lambda: run([image]))
+
+    def seconds_of(body: Callable[[], Any]) -> float:
+        start = time.process_time()
+        seconds = timed(body)
+        return seconds if device == "cuda" else time.process_time() - start
+
+    seconds = seconds_of(lambda: run([image]))
     size = 8192 if device == "cuda" else 3072
     a = torch.rand(size, size, device=device, dtype=model.dtype)
 
@@ -276,7 +289,7 @@ def _arithmetic(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
             torch.cuda.synchronize()
 
     product()
-    peak = 2 * size**3 / min(timed(product) for _ in range(7))
+    peak = 2 * size**3 / min(seconds_of(product) for _ in range(7))
     flop = counter.get_total_flops()
     return {
         "tflop": flop / 1e12,

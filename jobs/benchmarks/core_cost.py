@@ -23,7 +23,7 @@ def core(models: list[str], prompts: int) -> dict[str, Any]:
     Freshly initialised weights: the time does not depend on them.
     """
     torch.set_num_threads(1)
-    found = {}
+    costs = {}
     for name in models:
         torch.manual_seed(0)
         model = Sam(MODELS[name]).eval()
@@ -36,6 +36,6 @@ def core(models: list[str], prompts: int) -> dict[str, Any]:
         start = time.process_time()
         model.decode_points(context, points, torch.ones(prompts, 1))
         prompt_s = (time.process_time() - start) / prompts
-        found[name] = {"encoder_s": round(encoder_s, 2), "prompt_s": round(prompt_s, 4)}
-        print(name, found[name], file=sys.stderr, flush=True)
-    return {"prompts": prompts, "models": found}
+        costs[name] = {"encoder_s": round(encoder_s, 2), "prompt_s": round(prompt_s, 4)}
+        print(name, costs[name], file=sys.stderr, flush=True)
+    return {"prompts": prompts, "models": costs}

@@ -48,7 +48,7 @@ def embeddings(
     encoded = [_timed(encode_s, lambda image=image: generator.encode([image])[0]) for image in images]  # type: ignore[misc]
     results = {}
     for dtype in DTYPES:
-        sizes, read_s, label_s, found = [], [], [], []  # type: list[int], list[float], list[float], list[Any]
+        sizes, read_s, label_s, masks = [], [], [], []  # type: list[int], list[float], list[float], list[Any]
         for number, (image, embedding) in enumerate(zip(images, encoded, strict=True)):
             made = with_embedding(model, image, [], embedding, dtype)
             row = make_row(number, image.shape[:2], made.input_hw, made.maps, dtype)
@@ -61,13 +61,13 @@ def embeddings(
 
             again = _timed(read_s, read)
             hw = image.shape[:2]
-            found.append(_timed(label_s, lambda e=again, hw=hw: generator.generate_from([e], [hw])[0]))  # type: ignore[misc]
+            masks.append(_timed(label_s, lambda e=again, hw=hw: generator.generate_from([e], [hw])[0]))  # type: ignore[misc]
         results[dtype] = {
             "mb_per_image": statistics.fmean(sizes) / 1e6,
             "shapes": {feature["name"]: feature["shape"] for feature in row["features"]},
             "read_cpu_s": statistics.median(read_s),
             "label_cpu_s": statistics.median(label_s),
-            **agreement_of(wanted, found, "from_embeddings"),
+            **agreement_of(wanted, masks, "from_embeddings"),
         }
     return {
         "model": model_name,

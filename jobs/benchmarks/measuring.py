@@ -39,12 +39,17 @@ def machine() -> dict[str, Any]:
     if info.exists():
         cpu = next((line.split(":", 1)[1].strip() for line in info.open() if line.startswith("model name")), cpu)
     versions = {"python": platform.python_version(), "samray": samray.__version__}
-    found = {"cpu": cpu, "cores": os.cpu_count(), **versions, **{name: version(name) for name in ("ray", "pyarrow")}}
+    description = {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        **versions,
+        **{name: version(name) for name in ("ray", "pyarrow")},
+    }
     torch = sys.modules.get("torch")
     if torch is not None:
         gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-        found |= {"torch": version("torch"), "threads": torch.get_num_threads(), "gpu": gpu}
-    return found
+        description |= {"torch": version("torch"), "threads": torch.get_num_threads(), "gpu": gpu}
+    return description
 
 
 def measure(parser: argparse.ArgumentParser, commands: Any, bodies: dict[str, Callable[..., dict[str, Any]]]) -> int:

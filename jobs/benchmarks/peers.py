@@ -117,8 +117,8 @@ def transformers_engine(job: dict[str, Any], device: str) -> tuple[Run, Encoder]
     def run(images: Images) -> list[list[dict[str, Any]]]:
         from PIL import Image
 
-        found = [pipeline(Image.fromarray(image), output_rle_mask=True, **options) for image in images]
-        return [[{"predicted_iou": float(score)} for score in one["scores"]] for one in found]
+        results = [pipeline(Image.fromarray(image), output_rle_mask=True, **options) for image in images]
+        return [[{"predicted_iou": float(score)} for score in one["scores"]] for one in results]
 
     return run, (pipeline.model.vision_encoder, "forward")
 
@@ -188,9 +188,9 @@ def watch_stages(model: Sam, generator: MaskGenerator, device: str) -> Stopwatch
 
 def status_bytes(field: str) -> int:
     """A value of /proc/self/status, such as VmHWM (peak resident memory) or VmRSS (current)."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None, field
-    return int(found[1]) * 1024
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None, field
+    return int(match[1]) * 1024
 
 
 def forget_peak() -> None:

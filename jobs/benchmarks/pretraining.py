@@ -91,7 +91,7 @@ def _pretrained(root: Path, unlabelled: str, steps: int, validation_images: int)
 
 
 def _one_seed(root: Path, seed: int, steps: int, validation_images: int) -> dict[str, Any]:
-    own = [
+    common = [
         *_common(seed, validation_images), f"train.steps={steps}", "train.batch_size=4", "train.learning_rate=5e-4",
         "train.warmup_steps=30", "train.schedule=constant", "train.box_fraction=1", "train.interaction_steps=1",
         "train.log_every=50", "data.prompts_per_image=8",
@@ -102,7 +102,7 @@ def _one_seed(root: Path, seed: int, steps: int, validation_images: int) -> dict
         "from_mae": [f"train.encoder_checkpoint={root / 'mae' / WEIGHTS_FILE}"],
     }
     for name, start in starts.items():
-        lines = train_here(SMALL_VIT, "scenes", root / f"{name}-{seed}", [*own, *start])
+        lines = train_here(SMALL_VIT, "scenes", root / f"{name}-{seed}", [*common, *start])
         trained, validated = ([line for line in lines if line["kind"] == kind][-1] for kind in ("train", "validation"))
         row[name] = {key: trained[key] for key in ("mask_loss", "iou_scored")} | {"miou": validated["miou"]}
     return row

@@ -85,10 +85,10 @@ class Planter:
         """Give these images the masks of the image before them."""
         starts = np.cumsum(counts) - counts
         for image in repeats.tolist():
-            own = slice(starts[image], starts[image] + counts[image])
+            of_image = slice(starts[image], starts[image] + counts[image])
             before = slice(starts[image - 1], starts[image - 1] + counts[image - 1])
             for column in (*values.values(), keep):
-                column[own] = column[before]
+                column[of_image] = column[before]
         self.num_repeats += len(repeats)
 
     @staticmethod
@@ -116,20 +116,20 @@ def quality(images: int, planted_images: int, masks: int, folder: Path | None) -
     """Time and peak memory of a check of a clean output, and of one with planted faults that is killed and resumed."""
     from jobs.synthetic_output import write_synthetic_output
 
-    with tempfile.TemporaryDirectory() if folder is None else contextlib.nullcontext(str(folder)) as place:
+    with tempfile.TemporaryDirectory() if folder is None else contextlib.nullcontext(str(folder)) as root:
         results: dict[str, Any] = {"masks_per_image": masks}
         for name, number in (("planted", planted_images), ("clean", images)):
             planter = Planter(plant=name == "planted")
-            output = f"{place}/{name}"
+            output = f"{root}/{name}"
             if not Path(output, "_SUCCESS").exists():
                 options: dict[str, Any] = {"log_radius": (1.1, 1.7), "num_shapes": 200, "name_of": camera_name}
                 options["images_per_shard"] = IMAGES_PER_SHARD
                 write_synthetic_output(output, number, masks, edit=planter, **options)
-            results[name] = _check(output, f"{place}/{name}-quality")
+            results[name] = _check(output, f"{root}/{name}-quality")
             if planter.plant:
                 results["planted_repeats"], results["planted_empty"] = planter.num_repeats, planter.num_empty
-        killed = _kill(f"{place}/planted", f"{place}/killed-quality", results["planted"]["pieces"])
-        same = _tables(f"{place}/killed-quality") == _tables(f"{place}/planted-quality")
+        killed = _kill(f"{root}/planted", f"{root}/killed-quality", results["planted"]["pieces"])
+        same = _tables(f"{root}/killed-quality") == _tables(f"{root}/planted-quality")
         return {**results, "killed": killed, "same_after_kill": same}
 
 
@@ -140,8 +140,8 @@ def _start(output: str, dest: str) -> subprocess.Popen[str]:
 def _check(output: str, dest: str) -> dict[str, Any]:
     process = _start(output, dest)
     with _watched(process.pid) as used:
-        found = json.loads(process.communicate()[0].splitlines()[-1])
-    return {**found, **used}
+        report = json.loads(process.communicate()[0].splitlines()[-1])
+    return {**report, **used}
 
 
 @contextlib.contextmanager
@@ -179,8 +179,8 @@ def _kill(output: str, dest: str, num_pieces: int) -> dict[str, Any]:
         time.sleep(0.05)
     victim.kill()
     victim.wait()
-    found: dict[str, Any] = json.loads(_start(output, dest).communicate()[0].splitlines()[-1])
-    return found
+    report: dict[str, Any] = json.loads(_start(output, dest).communicate()[0].splitlines()[-1])
+    return report
 
 
 def _tables(dest: str) -> dict[str, bytes]:

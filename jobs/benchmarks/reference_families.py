@@ -1,6 +1,6 @@
 """Published implementations of the later families, without torchvision, which has no CPU build for every torch.
 
-Of timm and of SAM-HQ's own package only a few modules are imported, past their `__init__`, which would import all.
+Only a few modules of timm and of SAM-HQ's own package are imported, without their `__init__`, which would import all.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def installed(requirement: str, folder: Path) -> Iterator[None]:
 
 def _past_init(package: str, parts: tuple[str, ...], modules: tuple[str, ...]) -> list[Any]:
     """Modules of an installed package, without running the `__init__` of the package and of these parts of it."""
-    found = importlib.util.find_spec(package)
-    assert found is not None
-    assert found.origin is not None
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
     stand_ins = {name: types.ModuleType(name) for name in (package, *(f"{package}.{part}" for part in parts))}
     for name, module in stand_ins.items():
-        module.__path__ = [str(Path(found.origin).parent / name.partition(".")[2].replace(".", "/"))]
+        module.__path__ = [str(Path(spec.origin).parent / name.partition(".")[2].replace(".", "/"))]
     vars(stand_ins[package])["__version__"] = ""
     with mock.patch.dict(sys.modules, stand_ins | _taken()):
         return [importlib.import_module(f"{package}.{module}") for module in modules]

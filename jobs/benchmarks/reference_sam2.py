@@ -138,10 +138,10 @@ def sam2_state(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Raises: KeyError if a weight of the published model's image part is missing.
     """
-    own = model.state_dict()
+    published = model.state_dict()
     return {
         key: value if META_SAM2.unused.search(key) else state[renamed(key, META_SAM2.renames)]
-        for key, value in own.items()
+        for key, value in published.items()
     }
 
 

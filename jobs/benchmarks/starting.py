@@ -40,7 +40,7 @@ def start(rounds: int) -> dict[str, Any]:
     CPU time is that of the process and all that it starts, as last seen: what a process uses in its last 50 ms is
     missing.
     """
-    found: dict[str, dict[str, list[float]]] = {
+    seconds_of_way: dict[str, dict[str, list[float]]] = {
         way: {"wall_s": [], "cpu_s": []} for way in ("with agents and helpers", "with agents", "without")
     }
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
@@ -48,11 +48,13 @@ def start(rounds: int) -> dict[str, Any]:
         Image.fromarray(np.full((64, 64, 3), 99, np.uint8)).save(Path(folder) / "in" / "grey.png")
         for i in range(rounds):
             # In turn, so that all ways see the same load.
-            for way, figures in found.items():
+            for way, figures in seconds_of_way.items():
                 wall, cpu = _run([f"{folder}/in", f"{folder}/{i} {way}", way])
                 figures["wall_s"].append(wall)
                 figures["cpu_s"].append(cpu)
-    medians = {way: {name: statistics.median(values) for name, values in of.items()} for way, of in found.items()}
+    medians = {
+        way: {name: statistics.median(values) for name, values in of.items()} for way, of in seconds_of_way.items()
+    }
     return {"rounds": rounds, "medians": medians}
 
 

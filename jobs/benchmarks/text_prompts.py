@@ -92,31 +92,31 @@ def _answers(root: Path, images: Sequence[npt.NDArray[np.uint8]]) -> list[dict[s
     ])  # fmt: skip
     model = load_model(config.model.name, config.model.checkpoint, "cpu")
     generator = build_generator(model, config, read_inputs(config))(None)
-    found = []
+    masks_of_images = []
     for image in progress(images, "asking all phrases"):
         (records,) = generator.generate([image])
         hw = (image.shape[0], image.shape[1])
-        found.append({
+        masks_of_images.append({
             str(record["label"]): pixels(checked_runs(record["segmentation"]["counts"], hw), hw) for record in records
         })  # fmt: skip
-    return found
+    return masks_of_images
 
 
 def compare(scenes: Sequence[Scene], answers: Sequence[dict[str, Bool]], phrases: Sequence[str]) -> dict[str, Any]:
     """Means over all things of these phrases: the IoU of the mask by its own phrase, by all other phrases, and by the
     phrases of the other things in the image."""
-    own, others, present = [], [], []
+    ious_of_phrase, others, present = [], [], []
     for scene, masks in zip(scenes, answers, strict=True):
         for truth, name in zip(scene.masks, scene.names, strict=True):
             if name not in phrases:
                 continue
             ious = {phrase: _iou(masks.get(phrase), truth) for phrase in PHRASES}
-            own.append(ious.pop(str(name)))
+            ious_of_phrase.append(ious.pop(str(name)))
             others.append(float(np.mean(list(ious.values()))))
             present += [ious[str(other)] for other in scene.names if other != name]
-    miou, random = float(np.mean(own)), float(np.mean(others))
+    miou, random = float(np.mean(ious_of_phrase)), float(np.mean(others))
     return {
-        "things": len(own),
+        "things": len(ious_of_phrase),
         "miou": miou,
         "miou_of_a_random_phrase": random,
         "times": miou / random if random else None,

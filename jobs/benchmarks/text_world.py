@@ -153,12 +153,12 @@ def train_clip(
     for _ in progress(range(steps), "training CLIP"):
         chosen = torch.randint(len(squares), (_BATCH,), generator=generator)
         shown = normalize(model.get_image_features(pixels.normalise(squares[chosen].numpy())).pooler_output, dim=-1)
-        said = normalize(model.get_text_features(**texts).pooler_output, dim=-1)
-        logits = model.logit_scale.exp() * shown @ said.T  # (B, phrases)
+        text_embeddings = normalize(model.get_text_features(**texts).pooler_output, dim=-1)
+        logits = model.logit_scale.exp() * shown @ text_embeddings.T  # (B, phrases)
         # Both ways, as in CLIP; a phrase of several cut-outs of the batch belongs to each of them.
-        own = torch.nn.functional.one_hot(numbers[chosen], len(phrases)).float()
-        present = own.sum(dim=0) > 0
-        by_phrase = (own / own.sum(dim=0).clamp(min=1)).T[present]
+        is_phrase_of = torch.nn.functional.one_hot(numbers[chosen], len(phrases)).float()
+        present = is_phrase_of.sum(dim=0) > 0
+        by_phrase = (is_phrase_of / is_phrase_of.sum(dim=0).clamp(min=1)).T[present]
         loss = cross_entropy(logits, numbers[chosen]) + cross_entropy(logits.T[present], by_phrase)
         optimizer.zero_grad()
         loss.backward()

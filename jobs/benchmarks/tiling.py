@@ -36,7 +36,7 @@ def tiling(
         "tiles": (pixels.measure, pixels.run_lengths),
         "whole": (pixels.measure_whole, pixels.run_lengths_whole),
     }
-    found: dict[str, dict[str, list[float]]] = {way: {"wall_ms": [], "cpu_ms": []} for way in ways}
+    times: dict[str, dict[str, list[float]]] = {way: {"wall_ms": [], "cpu_ms": []} for way in ways}
     num_candidates, num_masks, open_shares, same, stability = 0, 0, [], True, 0.0
     for image in photographs(photos, hw, num_images):
         candidates, kept = _logits(generator, image)
@@ -50,7 +50,7 @@ def tiling(
             return measured, run_lengths(frame, kept, hw, (0, 0), hw, at_once)
 
         for turn in range(rounds + 1):
-            for way, seconds in found.items():
+            for way, seconds in times.items():
                 wall, cpu = time.perf_counter(), time.process_time()
                 results[way] = run(way)
                 if turn:  # the first warms up
@@ -60,11 +60,11 @@ def tiling(
         # In large images the other way measures in windows, whose coordinates are rounded differently.
         same &= torch.equal(ours, pixels.measure_whole(frame, candidates, hw, offset, max(at_once, 2)))
         same &= all(np.array_equal(a, b) for a, b in zip(our_runs, their_runs, strict=True))
-        stability = max(stability, float((ours - theirs)[:, 0].abs().max()))
+        stability = max([stability, *(ours - theirs)[:, 0].abs().tolist()])
         grid = pixels.tile_grid_of(frame, candidates, hw)
         if grid is not None:
             open_shares.append(tiles.open_share(grid, candidates.numpy(), MASK_THRESHOLD, offset))
-    medians = {way: {name: statistics.median(values) for name, values in of.items()} for way, of in found.items()}
+    medians = {way: {name: statistics.median(values) for name, values in of.items()} for way, of in times.items()}
     return {
         "model": model_name,
         "image_hw": list(hw),
@@ -82,7 +82,9 @@ def tiling(
 
 def _logits(generator: samray.MaskGenerator, image: Any) -> tuple[Tensor, Tensor]:
     """Low-res logits of an image's candidates that passed the IoU filter, and of the masks that are encoded."""
-    recorded: dict[str, list[Tensor]] = {"_measure": [], "_runs": []}
+    # Also for an image without any.
+    none = torch.zeros(0, 4 * generator.model.spec.grid, 4 * generator.model.spec.grid)
+    recorded: dict[str, list[Tensor]] = {"_measure": [none], "_runs": [none]}
     for name, logits in recorded.items():
         body = getattr(type(generator), name)
 

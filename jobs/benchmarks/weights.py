@@ -6,7 +6,7 @@ zero, and so not one mask. Four changes, all seeded, make tens to hundreds of lo
 - image tokens attend to a click by the similarity of their positions, so a click changes the tokens around it;
 - the upscaling's 2x2 kernels are nearly flat, so that a token's pixels mostly share a sign;
 - the mask heads lose the component along the mean feature, and get an offset below zero and logits of hundreds: masks
-  are islands with steep edges;
+  are islands with steep edges; what SAM-HQ adds to them is a fifth as large;
 - the predicted IoUs are spread, and moved so that their threshold cuts through the middle of them.
 """
 
@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
+from samray.sam.rope_vit import Level
 from samray.sam.sam import Sam
-from samray.sam.spec import DecoderVariant, HieraSpec, ModelSpec, VitSpec
+from samray.sam.spec import DecoderVariant, ModelSpec, VitSpec
 
 SAM = DecoderVariant()
 SMALL = ModelSpec(
@@ -71,10 +73,11 @@ def random_sam(
 def _scale_embedding(model: Sam, image: NDArray[np.uint8]) -> None:
     """The size of the embedding, against that of the learned tokens; of high-resolution features a twentieth of it."""
     encoder: Any = model.image_encoder
-    if isinstance(model.spec.encoder, HieraSpec):  # its neck has no norm
+    if model.spec.frame == "square":  # these necks have no norm
         features = encoder.features(model.preprocess([image])[0])
         for level in encoder.neck:
-            level.weight.mul_(0.6 / features.embedding.std())
+            last = level.proj2 if isinstance(level, Level) else level
+            last.weight.mul_(0.6 / features.embedding.std())
         features = encoder.features(model.preprocess([image])[0])
         for conv, maps in zip((encoder.fine.conv_s0, encoder.fine.conv_s1), features.high_res, strict=True):
             conv.weight.mul_(0.03 / maps.std())
@@ -96,8 +99,14 @@ def _calibrate(model: Sam, image: NDArray[np.uint8], iou_centre: float) -> None:
     centre = score(torch.tensor(iou_centre)) - score(state.iou).median(dim=0).values
     decoder.iou_prediction_head.layers[-1].bias.add_(centre)
 
+    def upscale(hyper: torch.Tensor) -> torch.Tensor:
+        """Without what SAM-HQ adds, whose weights are the last."""
+        hyper = F.pad(hyper, (0, 0, 0, 1)) if model.spec.decoder.hq_dim else hyper
+        logits: torch.Tensor = decoder.upscale(state.keys, hyper, context.fine)
+        return logits
+
     identity = torch.eye(num_features).expand(len(clicks), -1, -1)
-    mean = decoder.upscale(state.keys, identity, context.fine).mean(dim=(0, 2, 3))
+    mean = upscale(identity).mean(dim=(0, 2, 3))
     along_mean = torch.outer(mean, mean) / mean.dot(mean)
     for number, offset in enumerate((0.5, 0.5, 1, 2)):
         head = decoder.output_hypernetworks_mlps[number]
@@ -105,9 +114,15 @@ def _calibrate(model: Sam, image: NDArray[np.uint8], iou_centre: float) -> None:
         last.weight.sub_(along_mean @ last.weight)
         last.bias.sub_(along_mean @ last.bias)
         hyper = head(state.mask_tokens[:, number])[:, None]
-        scale = 500 / decoder.upscale(state.keys, hyper, context.fine).std()
+        scale = 500 / upscale(hyper).std()
         last.weight.mul_(scale)
         last.bias.mul_(scale).sub_(500 * offset * mean / mean.dot(mean))
+    if model.spec.decoder.hq_dim:
+        last = decoder.hq.hf_mlp.layers[-1]
+        hyper = decoder.hq.hf_mlp(state.mask_tokens[:, -1:])
+        scale = 100 / decoder.upscale(state.keys, F.pad(hyper, (0, 0, 1, 0)), context.fine).std()
+        last.weight.mul_(scale)
+        last.bias.mul_(scale)
 
 
 def blobs(seed: int, image_hw: tuple[int, int]) -> NDArray[np.uint8]:

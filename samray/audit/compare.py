@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from samray.audit import outliers
 from samray.audit.drift import Picture, Test, find_drift, picture, windows
-from samray.audit.duplicates import first_equal, first_near, found_in
+from samray.audit.duplicates import first_equal, first_match, first_near
 from samray.audit.measure import null_for_nan
 from samray.audit.regions import FoundRegions
 
@@ -80,7 +80,7 @@ class Comparison:
     pictures: list[Picture] = field(default_factory=list)
     """Histograms of the strongest drifts, or of the strongest differences if nothing drifted."""
     counts: dict[str, int] = field(default_factory=dict)
-    """What was found -> number of images, groups or regions."""
+    """Finding -> number of images, groups or regions."""
 
 
 def compare(measured: pa.Table, against: pa.Table | None, regions: FoundRegions) -> Comparison:
@@ -94,7 +94,7 @@ def compare(measured: pa.Table, against: pa.Table | None, regions: FoundRegions)
     z, medians = {}, {}
     for name, column in values.items():
         z[name], medians[name] = outliers.distances(name, column, group_of, len(prefixes))
-    few, many = outliers.few_and_many(values["num_masks"], z["num_masks"], medians["num_masks"])
+    has_few, has_many = outliers.unusual_counts(values["num_masks"], z["num_masks"], medians["num_masks"])
     score, at = outliers.worst({name: z[name] for name in RANKED})
     metrics = {name: values[name] for name in (*METRICS, *(n for n in OF_PIXELS if n in values))}
     groupings: dict[str, Any] = {"prefix": (group_of, prefixes)} if len(prefixes) > 1 else {}
@@ -106,22 +106,22 @@ def compare(measured: pa.Table, against: pa.Table | None, regions: FoundRegions)
     for name in ("is_dark", "is_blank", "is_blurred"):
         if name in columns:
             bad |= _bools(columns[name])
-    severity = score + _BAD * bad + _UNUSUAL * (few | many)
+    severity = score + _BAD * bad + _UNUSUAL * (has_few | has_many)
     order = np.argsort(-severity, kind="stable")
     rank = np.empty(num, np.int64)
     rank[order] = np.arange(1, num + 1)
     names = np.array(RANKED, object)
     columns |= {
-        "few_masks": few,
-        "many_masks": many,
+        "few_masks": has_few,
+        "many_masks": has_many,
         "repeated_masks": np.bincount(regions.images, minlength=num),
         "in_drift": _in_drift(tests, groupings, num),
         "outlier": score,
         "outlier_in": pa.array(names[at], pa.string(), mask=score == 0),
         "rank": rank,
     }
-    schema = pa.schema([*IMAGES, *(one for one in PIXELS if one.name in columns)])
-    table = pa.Table.from_arrays([_cast(columns[one.name], one.type) for one in schema], schema=schema)
+    schema = pa.schema([*IMAGES, *(field for field in PIXELS if field.name in columns)])
+    table = pa.Table.from_arrays([_cast(columns[field.name], field.type) for field in schema], schema=schema)
     counts = _count(table, tests, regions, ok)
     if "perceptual_hash" in measured.column_names:
         # Without pixels now, though they were labelled: nothing that --images looks for can be found in them.
@@ -162,8 +162,8 @@ def _duplicates(measured: pa.Table, against: pa.Table | None) -> dict[str, Any]:
     if against is not None:
         others, has_others = _hashes(against, "masks_hash")
         at = np.flatnonzero(has_others)
-        found = found_in(hashes, has, others[at])
-        in_against = np.where(found >= 0, at[found] if len(at) else -1, -1)
+        index_in_against = first_match(hashes, has, others[at])
+        in_against = np.where(index_in_against >= 0, at[index_in_against] if len(at) else -1, -1)
     if "content_hash" in measured.column_names:
         content, has_content = _hashes(measured, "content_hash")
         columns["duplicate_of"] = _ids_at(ids, first_equal(content, has_content))
@@ -179,7 +179,9 @@ def _duplicates(measured: pa.Table, against: pa.Table | None) -> dict[str, Any]:
     return columns
 
 
-def _in_against(measured: pa.Table, against: pa.Table, found: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _in_against(
+    measured: pa.Table, against: pa.Table, index_in_against: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
     """Also images of the same bytes, or of the same perceptual hash."""
     for name in ("content_hash", "perceptual_hash"):
         hashes, has = _hashes(measured, name)
@@ -188,9 +190,9 @@ def _in_against(measured: pa.Table, against: pa.Table, found: npt.NDArray[np.int
             has &= ~_bools(measured["is_blank"])
             has_others &= ~_bools(against["is_blank"])
         at = np.flatnonzero(has_others)
-        also = found_in(hashes, has & (found < 0), others[at])
-        found = np.where(also >= 0, at[also] if len(at) else -1, found)
-    return found
+        more_matches = first_match(hashes, has & (index_in_against < 0), others[at])
+        index_in_against = np.where(more_matches >= 0, at[more_matches] if len(at) else -1, index_in_against)
+    return index_in_against
 
 
 def _in_drift(tests: Sequence[Test], groupings: Mapping[str, Any], num: int) -> npt.NDArray[np.bool_]:

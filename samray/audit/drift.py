@@ -74,73 +74,76 @@ def find_drift(
 
     metrics: name -> (N,) values, NaN for an image without. groupings: kind -> (N,) group of each image, and the names.
     """
-    found: list[dict[str, Any]] = []
+    rows_of_all: list[dict[str, Any]] = []
     for metric, values in metrics.items():
         has = np.isfinite(values)
         if has.sum() < 2 * MIN_IMAGES:
             continue
         edges = np.unique(np.quantile(values[has], np.linspace(0, 1, _QUANTILES + 1)))
-        place = np.searchsorted(edges, values[has])
+        bin_of = np.searchsorted(edges, values[has])
         for kind, (group_of, names) in groupings.items():
-            tables = _Tables(group_of[has], place, len(names), edges)
+            tables = _Tables(group_of[has], bin_of, len(names), edges)
             first = tables.compare(np.zeros(len(names), bool))
-            suspects = [one for one in first if _is_shift(one)]
+            suspects = [comparison for comparison in first if _is_shift(comparison)]
             # The strongest half of the tested groups at most: something must be left to compare with.
-            suspects = sorted(suspects, key=lambda one: -one["psi"])[: len(first) // 2]
+            suspects = sorted(suspects, key=lambda comparison: -comparison["psi"])[: len(first) // 2]
             apart = np.zeros(len(names), bool)
-            apart[[one["group"] for one in suspects]] = True
+            apart[[comparison["group"] for comparison in suspects]] = True
             rows = tables.compare(apart) if apart.any() else first
-            found += [{**one, "kind": kind, "metric": metric, "group": names[one["group"]]} for one in rows]
-    corrected = holm(np.array([one["p"] for one in found]))
+            rows_of_all += [
+                {**comparison, "kind": kind, "metric": metric, "group": names[comparison["group"]]}
+                for comparison in rows
+            ]
+    corrected = holm(np.array([comparison["p"] for comparison in rows_of_all]))
     tests = [
-        Test(**{**one, "p": float(p)}, drifts=bool(p < MAX_P and _is_shift(one)))
-        for one, p in zip(found, corrected, strict=True)
+        Test(**{**comparison, "p": float(p)}, drifts=bool(p < MAX_P and _is_shift(comparison)))
+        for comparison, p in zip(rows_of_all, corrected, strict=True)
     ]
     return sorted(tests, key=lambda test: (not test.drifts, -test.psi, test.kind, test.group, test.metric))
 
 
-def _is_shift(one: Mapping[str, Any]) -> bool:
+def _is_shift(comparison: Mapping[str, Any]) -> bool:
     """Whether the difference is large enough to matter."""
-    return bool(one["d"] >= MIN_D and one["psi"] >= MIN_PSI)
+    return bool(comparison["d"] >= MIN_D and comparison["psi"] >= MIN_PSI)
 
 
 class _Tables:
     """How often each value occurs in each group, for one metric and kind."""
 
     def __init__(
-        self, group_of: npt.NDArray[np.int64], place: npt.NDArray[np.int64], num_groups: int, edges: Values
+        self, group_of: npt.NDArray[np.int64], bin_of: npt.NDArray[np.int64], num_groups: int, edges: Values
     ) -> None:
-        """group_of: (M,). place: (M,) index of the smallest edge that is not below each value."""
+        """group_of: (M,). bin_of: (M,) index of the smallest edge that is not below each value."""
         self.edges, self.num_groups = edges, num_groups
         self._counts = np.bincount(group_of, minlength=num_groups)
         # Not a table of thousands of groups by a thousand edges, but the values of each group, one after another.
-        self._place = place[np.argsort(group_of, kind="stable")]
+        self._bins = bin_of[np.argsort(group_of, kind="stable")]
         self._stops = np.cumsum(self._counts)
-        self._total = np.bincount(place, minlength=len(edges)).astype(np.float64)
+        self._total = np.bincount(bin_of, minlength=len(edges)).astype(np.float64)
 
     def _of(self, group: int) -> npt.NDArray[np.int64]:
         stop = self._stops[group]
-        return np.bincount(self._place[stop - self._counts[group] : stop], minlength=len(self.edges))
+        return np.bincount(self._bins[stop - self._counts[group] : stop], minlength=len(self.edges))
 
     def compare(self, apart: npt.NDArray[np.bool_]) -> list[dict[str, Any]]:
         """Each group that is large enough against all others, without those that are set apart. apart: (G,)."""
         others = self._total - sum((self._of(group) for group in np.flatnonzero(apart).tolist()), np.zeros(1))
         rows = []
         for group in np.flatnonzero(self._counts >= MIN_IMAGES).tolist():
-            own = self._of(group)
-            rest = others if apart[group] else others - own
-            n, m = float(own.sum()), float(rest.sum())
+            counts = self._of(group)
+            rest = others if apart[group] else others - counts
+            n, m = float(counts.sum()), float(rest.sum())
             if m < MIN_IMAGES:
                 continue
-            d = float(np.abs(np.cumsum(own) / n - np.cumsum(rest) / m).max())
+            d = float(np.abs(np.cumsum(counts) / n - np.cumsum(rest) / m).max())
             rows.append(
                 {
                     "group": group,
                     "num_images": int(n),
-                    "median": _median(own, self.edges),
+                    "median": _median(counts, self.edges),
                     "median_of_others": _median(rest, self.edges),
                     "d": d,
-                    "psi": _psi(own, rest),
+                    "psi": _psi(counts, rest),
                     "p": float(special.kolmogorov(d * np.sqrt(n * m / (n + m)))),
                 }
             )
@@ -152,12 +155,12 @@ def _median(counts: npt.NDArray[Any], edges: Values) -> float:
     return float(edges[np.searchsorted(sums, sums[-1] / 2)])
 
 
-def _psi(own: npt.NDArray[Any], rest: npt.NDArray[Any]) -> float:
+def _psi(group: npt.NDArray[Any], rest: npt.NDArray[Any]) -> float:
     """PSI over about tenths of the rest. Half an image more in each part, so that none is empty."""
     sums = np.cumsum(rest)
     cuts = np.unique(np.searchsorted(sums, sums[-1] * np.arange(1, _PARTS) / _PARTS, side="left")) + 1
     starts = np.concatenate([[0], cuts[cuts < len(rest)]])
-    p, q = (np.add.reduceat(counts, starts) + 0.5 for counts in (own, rest))
+    p, q = (np.add.reduceat(counts, starts) + 0.5 for counts in (group, rest))
     p, q = p / p.sum(), q / q.sum()
     return float(((p - q) * np.log(p / q)).sum())
 
@@ -169,7 +172,7 @@ class Picture:
     test: Test
     edges: Values
     """(B + 1,)"""
-    own: Values
+    group: Values
     """(B,) fraction of the group's images in each bar."""
     others: Values
 
@@ -180,9 +183,11 @@ def picture(test: Test, values: Values, in_group: npt.NDArray[np.bool_], num_bar
     low, high = np.quantile(values[has], [0.005, 0.995])
     edges = np.linspace(low, max(high, low + 1e-6), num_bars + 1)
     # Bars at the ends hold what is beyond them.
-    place = np.searchsorted(edges, values[has], side="right").clip(1, num_bars) - 1
-    own, others = (np.bincount(place[some], minlength=num_bars) for some in (in_group[has], ~in_group[has]))
-    return Picture(test, edges, own / max(own.sum(), 1), others / max(others.sum(), 1))
+    bar_of = np.searchsorted(edges, values[has], side="right").clip(1, num_bars) - 1
+    group, others = (
+        np.bincount(bar_of[is_counted], minlength=num_bars) for is_counted in (in_group[has], ~in_group[has])
+    )
+    return Picture(test, edges, group / max(group.sum(), 1), others / max(others.sum(), 1))
 
 
 def holm(ps: Values) -> Values:

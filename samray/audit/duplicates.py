@@ -31,13 +31,13 @@ def first_equal(hashes: Hashes, has: npt.NDArray[np.bool_]) -> Ints:
     return first
 
 
-def found_in(hashes: Hashes, has: npt.NDArray[np.bool_], others: Hashes) -> Ints:
+def first_match(hashes: Hashes, has: npt.NDArray[np.bool_], others: Hashes) -> Ints:
     """(N,) index of the first of `others` with the same hash; -1 if there is none."""
     values, index = np.unique(others, return_index=True)
-    place = np.searchsorted(values, hashes).clip(max=max(len(values) - 1, 0))
+    position = np.searchsorted(values, hashes).clip(max=max(len(values) - 1, 0))
     if not len(values):
         return np.full(len(hashes), -1)
-    return np.where(has & (values[place] == hashes), index[place], -1)
+    return np.where(has & (values[position] == hashes), index[position], -1)
 
 
 def first_near(hashes: Hashes, has: npt.NDArray[np.bool_]) -> Ints:
@@ -74,8 +74,8 @@ def _near_pairs(values: Hashes) -> tuple[Ints, Ints]:
             start = start[start + step < end[start]]
             if not len(start):
                 break
-            one, other = order[start], order[start + step]
-            near = np.bitwise_count(values[one] ^ values[other]) <= MAX_DISTANCE
-            lefts.append(one[near])
+            first, other = order[start], order[start + step]
+            near = np.bitwise_count(values[first] ^ values[other]) <= MAX_DISTANCE
+            lefts.append(first[near])
             rights.append(other[near])
     return np.concatenate(lefts), np.concatenate(rights)

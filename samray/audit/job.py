@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from samray import __version__, storage
 from samray.audit.measure import measure_shards
 from samray.errors import ConfigError, NotFoundError, StorageError
-from samray.output.compact import look_at_finished
+from samray.output.compact import fingerprint_finished
 from samray.output.plan import Plan
 from samray.storage.strict_json import parse_json
 from samray.storage.tables import read_parquet
@@ -51,7 +51,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One check. Small and picklable: workers get it whole."""
+    """One check. Small and picklable, because it is sent to the workers."""
 
     plans: dict[str, Plan]
     """OWN: of OUTPUT; AGAINST: of a second output, if there is one."""
@@ -66,18 +66,18 @@ class Job:
         return storage.join(self.dest, FOLDER, "measured", f"{piece.name}{kind}.parquet")
 
 
-def open_job(own: Plan, against: Plan | None, dest: str, depth: int, images: bool) -> tuple[Job, list[Piece]]:
+def open_job(plan: Plan, against: Plan | None, dest: str, depth: int, images: bool) -> tuple[Job, list[Piece]]:
     """Make the job and all of its pieces. Writes DEST/_quality/quality.json unless it exists.
 
     Raises: ConfigError if an output is not finished or DEST has something else, StorageError.
     """
-    plans = {OWN: own} if against is None else {OWN: own, AGAINST: against}
-    fingerprints = {source: look_at_finished(plan)[0] for source, plan in plans.items()}
+    plans = {OWN: plan} if against is None else {OWN: plan, AGAINST: against}
+    fingerprints = {source: fingerprint_finished(of_source)[0] for source, of_source in plans.items()}
     job = Job(plans=plans, dest=dest, depth=depth, images=images, fingerprints=fingerprints)
     _claim(job)
     storage.remove_leftovers(storage.join(dest, FOLDER, "measured"))
     most = IMAGES_PER_PIECE_READ if images else IMAGES_PER_PIECE
-    return job, [piece for source, plan in plans.items() for piece in _cut(source, plan, most)]
+    return job, [piece for source, of_source in plans.items() for piece in _cut(source, of_source, most)]
 
 
 def _cut(source: str, plan: Plan, most: int) -> Iterator[Piece]:
@@ -127,12 +127,12 @@ def _claim(job: Job) -> None:
 
 def _read_json(uri: str) -> dict[str, Any] | None:
     try:
-        found = parse_json(storage.read_bytes(uri))
+        content = parse_json(storage.read_bytes(uri))
     except NotFoundError:
         return None
     except ValueError as error:
         raise ConfigError(f"{storage.redact(uri)} is not valid: {error}; choose another DEST") from error
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def find_done(job: Job) -> set[str]:
@@ -144,10 +144,10 @@ def find_done(job: Job) -> set[str]:
 def run_piece(job: Job, piece: Piece) -> Piece:
     """Measure a piece, and write it. Raises: StorageError."""
     plan = job.plans[piece.source]
-    found = measure_shards(plan.output, list(piece.shards), job.depth)
-    images = found.images
+    measured = measure_shards(plan.output, list(piece.shards), job.depth)
+    images = measured.images
     if images.num_rows != piece.num_images:
-        # Images are found again by their place in the plan.
+        # Images are found again by their index in the plan.
         raise StorageError(
             f"shards {piece.shards[0]} to {piece.shards[-1]} of {storage.redact(plan.output)} have {images.num_rows} "
             f"rows, expected {piece.num_images} as planned; `samray verify` shows details"
@@ -156,14 +156,14 @@ def run_piece(job: Job, piece: Piece) -> Piece:
         from samray.audit.pixels import measure_pixels
 
         images = measure_pixels(plan, piece.shards, images)
-    storage.put(job.measured(piece, "-repeats"), parquet_bytes(found.repeats))
+    storage.put(job.measured(piece, "-repeats"), parquet_bytes(measured.repeats))
     # Last, because its existence is the mark.
     storage.put(job.measured(piece), parquet_bytes(images))
     return piece
 
 
 def read_measured(job: Job, piece: Piece, kind: str = "") -> pa.Table:
-    """What `run_piece` wrote. Raises: StorageError."""
+    """The table that `run_piece` wrote. Raises: StorageError."""
     return read_parquet(storage.read_bytes(job.measured(piece, kind)))
 
 

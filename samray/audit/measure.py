@@ -44,7 +44,7 @@ MEASURED: Final = pa.schema(
         ("masks_hash", pa.uint64()),  # null with fewer masks than MIN_HASHED
     ]
 )
-"""What is measured of each image; means are null without masks."""
+"""The measurements of each image; means are null without masks."""
 
 
 @dataclass(frozen=True, slots=True)

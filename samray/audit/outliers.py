@@ -53,8 +53,9 @@ def distances(name: str, values: Values, group_of: npt.NDArray[np.int64], num_gr
     order = np.argsort(group_of, kind="stable")
     stops = np.cumsum(np.bincount(group_of, minlength=num_groups))
     for group in np.flatnonzero(counts >= GROUP_IMAGES).tolist():
-        own = order[stops[group - 1] if group else 0 : stops[group]]
-        low[own], median[own], high[own] = np.quantile(scaled[own][has[own]], [0.1, 0.5, 0.9])[:, None]
+        members = order[stops[group - 1] if group else 0 : stops[group]]
+        quantiles = np.quantile(scaled[members][has[members]], [0.1, 0.5, 0.9])
+        low[members], median[members], high[members] = quantiles[:, None]
     sigma = np.where(scaled >= median, high - median, median - low) / _TENTH
     z = (scaled - median) / np.maximum(sigma, FLOORS[name])
     if name == "num_masks":
@@ -62,10 +63,10 @@ def distances(name: str, values: Values, group_of: npt.NDArray[np.int64], num_gr
     return z, np.expm1(median) if name in LOGARITHMIC else median
 
 
-def few_and_many(num_masks: Values, z: Values, median: Values) -> tuple[Bools, Bools]:
+def unusual_counts(num_masks: Values, z: Values, median: Values) -> tuple[Bools, Bools]:
     """(N,) each: images with suspiciously few and many masks."""
-    few = (z <= -MIN_Z) | ((num_masks == 0) & (median >= MIN_EXPECTED))
-    return few, z >= MIN_Z
+    has_few = (z <= -MIN_Z) | ((num_masks == 0) & (median >= MIN_EXPECTED))
+    return has_few, z >= MIN_Z
 
 
 def worst(of_metrics: Mapping[str, Values]) -> tuple[Values, npt.NDArray[np.int64]]:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a check: what was found, with pictures of drift and the worst images."""
+"""A self-contained HTML page about a check: the findings, with pictures of drift and the worst images."""
 
 from __future__ import annotations
 
@@ -49,10 +49,12 @@ FINDINGS: Final = {
 """Key of `Comparison.counts` -> words and note of its figure."""
 
 
-def write_page(plan: Plan, dest: str, found: Comparison, review: pa.Table, *, images: bool, num_examples: int) -> str:
+def write_page(
+    plan: Plan, dest: str, comparison: Comparison, review: pa.Table, *, images: bool, num_examples: int
+) -> str:
     """Write DEST/quality.html; returns its URI. review: the worst images first, with shard and row. Raises:
     StorageError."""
-    counts = found.counts
+    counts = comparison.counts
     figures = [Figure(f"{counts['images']:,}", "images", f"{counts['masks']:,} masks")]
     for key, (what, note) in FINDINGS.items():
         if key in counts and not (key == "in_against" and not counts[key]):
@@ -66,15 +68,15 @@ def write_page(plan: Plan, dest: str, found: Comparison, review: pa.Table, *, im
         dest=storage.redact(dest),
         headline=figures,
         counts=counts,
-        found_any=any(counts.get(key) for key in FINDINGS if key != "outliers"),
+        has_findings=any(counts.get(key) for key in FINDINGS if key != "outliers"),
         images=images,
-        charts=[_chart(picture) for picture in found.pictures],
-        tests=[test for test in found.tests if test.drifts][:MAX_ROWS],
-        num_tests=len(found.tests),
+        charts=[_chart(picture) for picture in comparison.pictures],
+        tests=[test for test in comparison.tests if test.drifts][:MAX_ROWS],
+        num_tests=len(comparison.tests),
         bounds={"p": MAX_P, "d": MIN_D, "psi": MIN_PSI},
         metric_words=WORDS,
-        regions=found.regions.table.slice(0, MAX_ROWS).to_pylist(),
-        repeats=_repeats(found.images),
+        regions=comparison.regions.table.slice(0, MAX_ROWS).to_pylist(),
+        repeats=_repeats(comparison.images),
         worst=worst.to_pylist(),
         reasons=[_reasons(row) for row in worst.to_pylist()],
         **gallery(overlays),
@@ -117,8 +119,8 @@ def _repeats(images: pa.Table) -> list[tuple[str, int, int]]:
     rows = []
     for name in ("duplicate_of", "same_masks_as", "near_duplicate_of"):
         if name in images.column_names:
-            for one in images[name].drop_null().value_counts().to_pylist():
-                rows.append((name.replace("_", " ").removesuffix(" of"), one["values"], one["counts"]))
+            for entry in images[name].drop_null().value_counts().to_pylist():
+                rows.append((name.replace("_", " ").removesuffix(" of"), entry["values"], entry["counts"]))
     return sorted(rows, key=lambda row: (-row[2], row[0], row[1]))[:MAX_ROWS]
 
 
@@ -137,11 +139,11 @@ class DriftChart:
 
 
 def _chart(picture: Picture) -> DriftChart:
-    test, number = picture.test, len(picture.own)
-    most = max(float(picture.own.max()), float(picture.others.max()), 1e-9)
+    test, number = picture.test, len(picture.group)
+    most = max(float(picture.group.max()), float(picture.others.max()), 1e-9)
     width = 100 / number
     corners = []
-    for i, share in enumerate(picture.own.tolist()):
+    for i, share in enumerate(picture.group.tolist()):
         corners += [(i * width, 40 - 40 * share / most), ((i + 1) * width, 40 - 40 * share / most)]
     return DriftChart(
         f"{test.group or 'no folder'}: {WORDS[test.metric]}",

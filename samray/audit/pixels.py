@@ -68,11 +68,11 @@ def measure_pixels(plan: Plan, shards: Sequence[int], images: pa.Table) -> pa.Ta
     def measure(data: bytes | ImageError) -> dict[str, Any]:
         if isinstance(data, ImageError):
             return {}
-        found: dict[str, Any] = {"content_hash": content_hash(data)}
+        values: dict[str, Any] = {"content_hash": content_hash(data)}
         try:
-            return found | pixels_of(decode_apart(data, config.max_pixels, config.decode_timeout_s))
+            return values | pixels_of(decode_apart(data, config))
         except ImageError:
-            return found
+            return values
 
     with ThreadPoolExecutor(_THREADS) as pool:
         for shard in shards:
@@ -90,7 +90,7 @@ def content_hash(data: bytes) -> int:
 
 
 def pixels_of(image: npt.NDArray[np.uint8]) -> dict[str, Any]:
-    """image: (H, W, 3) RGB. Returns the columns of `MEASURED_PIXELS` but for content_hash."""
+    """image: (H, W, 3) RGB. Returns the columns of `MEASURED_PIXELS` except content_hash."""
     import imagehash
 
     grey = Image.fromarray(image).convert("L")

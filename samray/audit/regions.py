@@ -68,11 +68,11 @@ class Repeats:
         self.shapes.append(shapes[sound].astype(np.float32))
 
 
-def repeats_in(found: Repeats, images: pa.Table) -> pa.Table:
+def repeats_in(regions_of_masks: Repeats, images: pa.Table) -> pa.Table:
     """The masks (`REPEATS`) whose region enough images of the piece have. images: `MEASURED`."""
-    if not found.images:
+    if not regions_of_masks.images:
         return REPEATS.empty_table()
-    image, shapes = np.concatenate(found.images), np.concatenate(found.shapes)
+    image, shapes = np.concatenate(regions_of_masks.images), np.concatenate(regions_of_masks.shapes)
     coded = images["prefix"].combine_chunks().dictionary_encode()
     prefix_of = coded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
     num_of_prefix = np.bincount(prefix_of, minlength=len(coded.dictionary))
@@ -116,23 +116,24 @@ class FoundRegions:
     images: npt.NDArray[np.int64]
     """Images with a mask of one, as indices in the order of the output, each once per region."""
     image_of_region: list[int]
-    """One image that shows each region."""
+    """For each region, an image that shows it."""
 
 
 Pieces = Callable[[], Iterable[tuple[pa.Table, int]]]
 """`REPEATS` of each piece, and the images before the piece; called again for each part that fits into memory."""
-_Found = dict[tuple[Any, ...], tuple[dict[str, Any], npt.NDArray[np.int64]]]
+_Regions = dict[tuple[Any, ...], tuple[dict[str, Any], npt.NDArray[np.int64]]]
 """Prefix and rough place of a region -> its row, and the images with it."""
 
 
 def find_regions(pieces: Pieces, num_of_prefix: Mapping[str, int]) -> FoundRegions:
     """The regions that enough images have. num_of_prefix: prefix -> its images with masks."""
     num_parts = sum(table.num_rows for table, _ in pieces()) // MASKS_AT_ONCE + 1
-    found: _Found = {}
+    regions: _Regions = {}
     for part in range(num_parts):
-        _add_regions(found, *_part(pieces(), part, num_parts), num_of_prefix)
+        _add_regions(regions, *_part(pieces(), part, num_parts), num_of_prefix)
     rows = sorted(
-        found.values(), key=lambda one: (-one[0]["num_images"], one[0]["prefix"], *(one[0][side] for side in SIDES))
+        regions.values(),
+        key=lambda region: (-region[0]["num_images"], region[0]["prefix"], *(region[0][side] for side in SIDES)),
     )
     return FoundRegions(
         pa.Table.from_pylist([record for record, _ in rows], schema=REGIONS),
@@ -153,12 +154,12 @@ def _part(pieces: Iterable[tuple[pa.Table, int]], part: int, num_parts: int) -> 
 
 
 def _add_regions(
-    found: _Found, table: pa.Table, image: npt.NDArray[np.int64], num_of_prefix: Mapping[str, int]
+    regions: _Regions, table: pa.Table, image: npt.NDArray[np.int64], num_of_prefix: Mapping[str, int]
 ) -> None:
     """table: `REPEATS`; image: (M,) of each mask, in the order of the output."""
-    regions, inverse = np.unique(table["region"].to_numpy(), return_inverse=True)
+    cells, inverse = np.unique(table["region"].to_numpy(), return_inverse=True)
     order = np.argsort(inverse, kind="stable")
-    stops = np.searchsorted(inverse[order], np.arange(len(regions) + 1))
+    stops = np.searchsorted(inverse[order], np.arange(len(cells) + 1))
     shapes = np.column_stack([table[name].to_numpy() for name in SIDES])
     for start, stop in pairwise(stops.tolist()):
         masks = order[start:stop]
@@ -172,5 +173,5 @@ def _add_regions(
         record |= dict(zip(SIDES, shape.tolist(), strict=True))
         # The two grids find the same region twice: the one with more images stays.
         key = (prefix, *np.round(shape * (GRID / 4)).tolist())
-        if key not in found or len(found[key][1]) < len(images):
-            found[key] = (record, images)
+        if key not in regions or len(regions[key][1]) < len(images):
+            regions[key] = (record, images)

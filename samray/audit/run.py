@@ -25,7 +25,7 @@ from samray.cluster.tasks import run_tasks, wants_ray
 from samray.errors import ConfigError
 from samray.output.compact import refuse_replaced
 from samray.output.plan import load_plan
-from samray.output.quality_columns import IMAGES_FOLDER, default_place
+from samray.output.quality_columns import IMAGES_FOLDER, default_quality_folder
 from samray.pipeline.preflight import check_fan_out
 from samray.progress import ProgressView
 
@@ -47,7 +47,7 @@ class QualityReport:
     dest: str
     page: str
     counts: dict[str, int] = field(default_factory=dict)
-    """What was found -> number of images, groups or regions; the columns of DEST/images."""
+    """Finding -> number of images, groups or regions; the columns of DEST/images."""
     num_pieces: int = 0
     num_pieces_skipped: int = 0
     """Pieces that an earlier call had measured."""
@@ -74,26 +74,26 @@ def quality(
     Raises: ConfigError before anything is written, StorageError.
     """
     started = time.monotonic()
-    own = load_plan(str(output))
-    place = default_place(own.output) if dest is None else storage.normalize(str(dest))
+    plan = load_plan(str(output))
+    dest_uri = default_quality_folder(plan.output) if dest is None else storage.normalize(str(dest))
     if not 1 <= prefix_depth <= MAX_DEPTH:
         raise ConfigError(f"prefix_depth={prefix_depth} must be from 1 to {MAX_DEPTH}")
     if images:
         check_extra()
-    check_fan_out(place, ray, address)
+    check_fan_out(dest_uri, ray, address)
     other = None if against is None else load_plan(str(against))
-    job, pieces = open_job(own, other, place, prefix_depth, images)
+    job, pieces = open_job(plan, other, dest_uri, prefix_depth, images)
     done = find_done(job)
     todo = [piece for piece in pieces if piece.name not in done]
     _measure(job, pieces, todo, ray=ray, address=address, progress=progress)
     comparison, starts = _compare(job, [piece for piece in pieces if piece.source == OWN], pieces)
-    for source, plan in job.plans.items():
-        refuse_replaced(plan, job.fingerprints[source], place)
+    for source, of_source in job.plans.items():
+        refuse_replaced(of_source, job.fingerprints[source], dest_uri)
     review = _write(job, comparison, [piece for piece in pieces if piece.source == OWN], starts)
-    page = write_page(own, place, comparison, review, images=images, num_examples=num_examples)
-    report = QualityReport(storage.redact(place), page, comparison.counts, len(pieces), len(pieces) - len(todo))
-    # Last: it says that all else is there.
-    storage.put(storage.join(place, "quality.json"), json.dumps(comparison.counts, indent=2).encode() + b"\n")
+    page = write_page(plan, dest_uri, comparison, review, images=images, num_examples=num_examples)
+    report = QualityReport(storage.redact(dest_uri), page, comparison.counts, len(pieces), len(pieces) - len(todo))
+    # Last: it marks the check as complete.
+    storage.put(storage.join(dest_uri, "quality.json"), json.dumps(comparison.counts, indent=2).encode() + b"\n")
     report.wall_s = time.monotonic() - started
     return report
 
@@ -101,7 +101,7 @@ def quality(
 def _measure(
     job: Job, pieces: Sequence[Piece], todo: list[Piece], *, ray: bool | None, address: str | None, progress: bool
 ) -> None:
-    total, left = (sum(piece.num_images for piece in some) for some in (pieces, todo))
+    total, left = (sum(piece.num_images for piece in of_kind) for of_kind in (pieces, todo))
     view = ProgressView(total, total - left, enabled=progress)
     view.note = "measuring"
     with view:
@@ -114,52 +114,54 @@ def _measure(
         view.update(note="comparing")
 
 
-def _compare(job: Job, own: list[Piece], pieces: Sequence[Piece]) -> tuple[Comparison, list[int]]:
+def _compare(job: Job, of_output: list[Piece], pieces: Sequence[Piece]) -> tuple[Comparison, list[int]]:
     """The comparison, and the index of each piece's first image, followed by the number of images."""
-    tables = [read_measured(job, piece) for piece in own]
+    tables = [read_measured(job, piece) for piece in of_output]
     starts = [0, *np.cumsum([table.num_rows for table in tables]).tolist()]
     measured = pa.concat_tables(tables).combine_chunks()
     others = [read_measured(job, piece) for piece in pieces if piece.source == AGAINST]
     with_masks = measured.filter(pc.greater(measured["num_masks"], 0))["prefix"].value_counts()
-    num_of_prefix = {one["values"]: one["counts"] for one in with_masks.to_pylist()}
+    num_of_prefix = {entry["values"]: entry["counts"] for entry in with_masks.to_pylist()}
     regions = find_regions(
-        lambda: ((read_measured(job, piece, "-repeats"), start) for piece, start in zip(own, starts, strict=False)),
+        lambda: (
+            (read_measured(job, piece, "-repeats"), start) for piece, start in zip(of_output, starts, strict=False)
+        ),
         num_of_prefix,
     )
     return compare(measured, pa.concat_tables(others) if others else None, regions), starts
 
 
-def _write(job: Job, found: Comparison, own: list[Piece], starts: list[int]) -> pa.Table:
+def _write(job: Job, comparison: Comparison, of_output: list[Piece], starts: list[int]) -> pa.Table:
     """Write the tables; returns the list for review, with the shard and row of each image."""
-    for piece, (start, stop) in zip(own, pairwise(starts), strict=True):
+    for piece, (start, stop) in zip(of_output, pairwise(starts), strict=True):
         name = storage.join(job.dest, IMAGES_FOLDER, f"part-{piece.number:06d}.parquet")
-        storage.put(name, parquet_bytes(found.images.slice(start, stop - start)))
-    tests = pa.Table.from_pylist([asdict(test) for test in found.tests], schema=GROUPS)
+        storage.put(name, parquet_bytes(comparison.images.slice(start, stop - start)))
+    tests = pa.Table.from_pylist([asdict(test) for test in comparison.tests], schema=GROUPS)
     storage.put(storage.join(job.dest, "groups.parquet"), parquet_bytes(tests))
-    storage.put(storage.join(job.dest, "regions.parquet"), parquet_bytes(found.regions.table))
-    review = review_of(job, found)
+    storage.put(storage.join(job.dest, "regions.parquet"), parquet_bytes(comparison.regions.table))
+    review = review_of(job, comparison)
     storage.put(storage.join(job.dest, "review.parquet"), parquet_bytes(review.drop_columns(["shard", "row"])))
     return review
 
 
-def review_of(job: Job, found: Comparison) -> pa.Table:
+def review_of(job: Job, comparison: Comparison) -> pa.Table:
     """The worst images first, with their URIs: an INPUT of `samray label`."""
     plan = job.plans[OWN]
     first_of_shard = np.array(plan.starts())
     # Of images of equal rank there are none, so the order is that of the ranks.
-    at = np.argsort(found.images["rank"].to_numpy(), kind="stable")[:MAX_REVIEW]
-    at = at[(found.images["outlier"].to_numpy() > 0)[at] | _reasons_any(found, at)]
+    at = np.argsort(comparison.images["rank"].to_numpy(), kind="stable")[:MAX_REVIEW]
+    at = at[(comparison.images["outlier"].to_numpy() > 0)[at] | _reasons_any(comparison, at)]
     shards = np.searchsorted(first_of_shard, at, side="right") - 1
     rows = at - first_of_shard[shards]
-    places: dict[int, Any] = {}
+    rows_of_shard: dict[int, Any] = {}
     # By shard: the plan keeps the part of the manifest that it read last.
     for shard in sorted(set(shards.tolist())):
-        places[shard] = plan.read_shard(shard).select(["uri", "file_name"]).to_pylist()
-    located = [places[shard][row] for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
-    table = found.images.take(pa.array(at))
+        rows_of_shard[shard] = plan.read_shard(shard).select(["uri", "file_name"]).to_pylist()
+    located = [rows_of_shard[shard][row] for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
+    table = comparison.images.take(pa.array(at))
     extra = {
-        "uri": pa.array([one["uri"] for one in located], pa.string()),
-        "file_name": pa.array([one["file_name"] for one in located], pa.string()),
+        "uri": pa.array([location["uri"] for location in located], pa.string()),
+        "file_name": pa.array([location["file_name"] for location in located], pa.string()),
         "shard": pa.array(shards, pa.int32()),
         "row": pa.array(rows, pa.int32()),
     }
@@ -168,7 +170,7 @@ def review_of(job: Job, found: Comparison) -> pa.Table:
     return table
 
 
-def _reasons_any(found: Comparison, at: Any) -> Any:
-    table = found.images
+def _reasons_any(comparison: Comparison, at: Any) -> Any:
+    table = comparison.images
     flags = [n for n in ("few_masks", "many_masks", "is_dark", "is_blank", "is_blurred") if n in table.column_names]
     return np.any([table[name].to_numpy()[at] for name in flags], axis=0)

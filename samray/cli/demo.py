@@ -36,7 +36,7 @@ PICTURE_HEIGHT: Final = 250
 """Height of the photographs in the demo's picture, pixels."""
 
 NOTICE: Final = "PHOTOGRAPHS.txt"
-"""Says who made the photographs, and their licences."""
+"""Authors and licences of the photographs."""
 
 _EMBEDDED = "tiny"
 _NEXT_SETTINGS = ("model.name=vit_t", "masks.points_per_side=16")
@@ -72,10 +72,9 @@ def run_demo(
     from samray.pipeline.report import print_report
     from samray.pipeline.run import label
     from samray.report.output import open_page
-    from samray.sam.checkpoints import load_model
+    from samray.sam.checkpoints import load_configured
 
-    own = config.model
-    model = load_model(own.name, own.checkpoint, own.device, own.dtype, adapter=own.adapter)
+    model = load_configured(config.model)
     console = Console(stderr=True, highlight=False)
     photographs, scenes = photograph_files(), make_scenes(num_scenes)
     write_images(directory, scenes, photographs)
@@ -133,8 +132,8 @@ def _add_figures(
     table.add_row("known objects", f"{quality.num_objects}: {covered}")
     table.add_row("one click", f"mean IoU {clicks['miou']:.2f} on {clicks['num_regions']} whole objects")
     if report.num_labelled:
-        each = f"{report.device_seconds / report.num_labelled:.2f} s per image in the model"
-        table.add_row("speed", f"{each}; {report.wall_s:.0f} s in total, including the start of Ray")
+        speed = f"{report.device_seconds / report.num_labelled:.2f} s per image in the model"
+        table.add_row("speed", f"{speed}; {report.wall_s:.0f} s in total, including the start of Ray")
     else:
         table.add_row("speed", "nothing to label: an earlier demo did it")
 
@@ -169,8 +168,8 @@ def write_images(directory: Path, scenes: Sequence[Scene], photographs: Photogra
     truth, images = directory / "known_masks.json", directory / "images"
     names = {f"photographs/{file.name}" for _, file in photographs} | {f"scenes/{name}" for name in known}
     if truth.exists():
-        there = {file.relative_to(images).as_posix() for file in images.rglob("[!.]*") if file.is_file()}
-        if truth.read_text() != text or there != names:
+        existing = {file.relative_to(images).as_posix() for file in images.rglob("[!.]*") if file.is_file()}
+        if truth.read_text() != text or existing != names:
             raise ConfigError(
                 f"{directory} has the images of a different demo, or of an older samray's; choose another directory,"
                 " as in `samray demo DIR`, or delete it"
@@ -204,16 +203,16 @@ def draw_photographs(labels: str, photographs: Photographs, picture: Path) -> in
     from samray.report import pictures
 
     masks_of = dict(_labelled(labels))
-    found = [masks_of[file.name] for _, file in photographs]
+    masks_of_each = [masks_of[file.name] for _, file in photographs]
     pixels = [np.asarray(Image.open(file).convert("RGB")) for _, file in photographs]
     if photographs:
         above = [pictures.plain(image, PICTURE_HEIGHT) for image in pixels]
         below = [
             pictures.draw_masks(image, pictures.masks_to_draw(masks), PICTURE_HEIGHT)
-            for image, masks in zip(pixels, found, strict=True)
+            for image, masks in zip(pixels, masks_of_each, strict=True)
         ]
         picture.write_bytes(pictures.picture([("", above), ("", below)]))
-    return sum(map(len, found))
+    return sum(map(len, masks_of_each))
 
 
 def compare(directory: Path, labels: str) -> ProposalQuality:
@@ -228,7 +227,7 @@ def compare(directory: Path, labels: str) -> ProposalQuality:
             masks = [record["segmentation"] for record in records]
             marked.append(Marked(known[name], masks, [record["predicted_iou"] for record in records]))
             best += best_ious(known[name], masks).tolist()
-    num_masks = sum(len(one.masks) for one in marked)
+    num_masks = sum(len(image.masks) for image in marked)
     if not best:
         return ProposalQuality(0, num_masks, 0.0, 0.0)
     return ProposalQuality(len(best), num_masks, float(np.mean(best)), average_recall(marked)["ar_1000"])

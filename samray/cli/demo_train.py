@@ -26,7 +26,7 @@ from rich.table import Table
 import samray
 from samray.cluster.session import running_ray
 from samray.config import Config
-from samray.errors import SamrayError
+from samray.errors import ConfigError, SamrayError
 from samray.evaluate.points import evaluate_points
 from samray.evaluate.proposals import best_ious
 from samray.evaluate.regions import RegionImage
@@ -34,6 +34,7 @@ from samray.output.shards import done_shards, read_shard
 from samray.pipeline.report import print_report
 from samray.report import pictures
 from samray.rle.records import Rle
+from samray.sam.checkpoints import load_configured
 from samray.scenes.stripes import striped_scene
 from samray.train.progress import print_train_report
 from samray.train.run import train
@@ -75,7 +76,7 @@ class RoundsReport:
     """miou and miou_oracle of one click on each blob, mean_best_iou of the labels, num_masks per image."""
     after: dict[str, Any]
     person: Counter[str] = field(default_factory=Counter)
-    """What the annotator did -> number of masks."""
+    """Action of the annotator -> number of masks."""
     train_seconds: float = 0.0
     train_minutes_all_runs: float = 0.0
 
@@ -114,9 +115,9 @@ def figures_table(report: RoundsReport, after: str = "after") -> Table:
     table.add_column("held-out images")
     for title in ("one click", "best of three", "best label", "masks per image"):
         table.add_column(title, justify="right")
-    for name, one in (("before", report.before), (after, report.after)):
-        ious = [f"{one[key]:.3f}" for key in ("miou", "miou_oracle", "mean_best_iou")]
-        table.add_row(name, *ious, f"{one['num_masks']:.1f}")
+    for name, figures in (("before", report.before), (after, report.after)):
+        ious = [f"{figures[key]:.3f}" for key in ("miou", "miou_oracle", "mean_best_iou")]
+        table.add_row(name, *ious, f"{figures['num_masks']:.1f}")
     return table
 
 
@@ -128,8 +129,13 @@ def run_rounds(
 ) -> RoundsReport:
     """Run the loop once, in one Ray. say: called with a line before each step.
 
-    Raises: what the steps raise; Stopped if a signal ended one.
+    Raises: ConfigError, what the steps raise; Stopped if a signal ended one.
     """
+    if config.model.adapter is not None:
+        raise ConfigError(
+            "model.adapter does not go with --train, which trains the weights of model.checkpoint: leave it out, or"
+            " train an adapter with samray train train.trainable=lora"
+        )
     known = make_world(folder / "images", range(rounds.num_images))
     heldout = make_world(folder / "heldout", range(FIRST_HELDOUT, FIRST_HELDOUT + rounds.num_heldout))
     weights = str(folder / "weights" / "weights.safetensors")
@@ -213,16 +219,20 @@ def correct(exported: Path, corrected: Path, known: dict[str, list[Rle]]) -> Cou
     masks: list[dict[str, Any]] = []
     for image in coco["images"]:
         blobs = known[Path(image["file_name"]).name]
-        own = [a for a in coco["annotations"] if a["image_id"] == image["id"]]
-        iou = coco_mask.iou([a["segmentation"] for a in own], blobs, [0] * len(blobs)) if own and blobs else None
+        proposed = [a for a in coco["annotations"] if a["image_id"] == image["id"]]
+        iou = (
+            coco_mask.iou([a["segmentation"] for a in proposed], blobs, [0] * len(blobs))
+            if proposed and blobs
+            else None
+        )
         for i, blob in enumerate(blobs):
             best = int(iou[:, i].argmax()) if iou is not None else -1
             fits = float(iou[best, i]) if iou is not None else 0.0
             what = "accepted" if fits >= ACCEPTED else "redrawn" if fits >= REDRAWN else "drawn"
             done[what] += 1
             new = {"id": 10**9 + len(masks), "image_id": image["id"], "category_id": 1, "iscrowd": 0}
-            masks.append(own[best] if what == "accepted" else {**new, "segmentation": blob})
-        done["masks shown"] += len(own)
+            masks.append(proposed[best] if what == "accepted" else {**new, "segmentation": blob})
+        done["masks shown"] += len(proposed)
     corrected.write_text(json.dumps({**coco, "annotations": masks}))
     return done
 
@@ -240,9 +250,7 @@ def quality(labels: Path, known: dict[str, list[Rle]]) -> dict[str, float]:
 def clicks(config: Config, folder: Path, known: dict[str, list[Rle]]) -> dict[str, Any]:
     """miou and miou_oracle of one click on each blob."""
     images = (RegionImage(name=name, pixels=_pixels(folder / name), annotators=[known[name]]) for name in known)
-    own = config.model
-    model = samray.load_model(own.name, own.checkpoint, own.device, own.dtype, adapter=own.adapter)
-    return evaluate_points(model, images, min_area=1)
+    return evaluate_points(load_configured(config.model), images, min_area=1)
 
 
 def draw_before_and_after(folder: Path, rounds: Rounds) -> bytes:

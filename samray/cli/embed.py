@@ -19,6 +19,7 @@ from samray.errors import ConfigError
 from samray.text import count, two_columns
 
 if TYPE_CHECKING:
+    from samray.config import ModelConfig
     from samray.pipeline.plan_run import RunPlan
 
 
@@ -79,28 +80,31 @@ def embed(
 def label_from(
     output: str, dest: str, config: Config, *, others: dict[str, bool], retry_failed: bool, progress: bool
 ) -> int:
-    """`samray label --from OUTPUT NEW`. others: options of `samray label` that do not go with it -> whether given."""
+    """`samray label --from OUTPUT NEW`. others: options of `samray label` that it does not take -> whether set."""
     from samray.pipeline.label_from import label_from_with
 
-    for option, given in others.items():
-        if given:
+    for option, is_set in others.items():
+        if is_set:
             raise ConfigError(f"{option} does not go with --from: NEW has exactly the images of OUTPUT")
     start = functools.partial(label_from_with, output, dest, config, retry_failed=retry_failed, progress=progress)
-    return run_and_print(start, print_from_plan)
+    return run_and_print(start, functools.partial(print_from_plan, given=config.model))
 
 
-def print_from_plan(planned: RunPlan) -> None:
-    """Print what will be labelled, from which embeddings, to stderr."""
+def print_from_plan(planned: RunPlan, given: ModelConfig) -> None:
+    """Print what will be labelled, from which embeddings, to stderr. given: the model as the user gave it."""
     from samray.cli.plan_view import masks_in_words, model_rows
+    from samray.pipeline.label_from import named_by_output
 
     plan, source = planned.plan, planned.plan.run["identity"]["from"]
     num_done = sum(plan.num_images_of(shard) for shard in planned.versions)
+    named = named_by_output(given, planned.config.model)
     cut = f"in {count(plan.num_shards, 'shard')} of up to {plan.generations[0].images_per_shard}"
     rows = [
         ("embeddings of", f"{source['output']}, stored as {source['embeddings']}"),
         ("images", f"{plan.num_images:,} {cut}"),
         ("done before", count(num_done, "image") if num_done else "none"),
         *model_rows(planned.config, plan.run["identity"]["model"].get("checkpoint_sha256")),
+        *[("", f"{name} from the run.json of {source['output']}") for name in named],
         ("masks", masks_in_words(planned.config)),
         ("output", plan.output),
     ]

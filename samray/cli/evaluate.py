@@ -203,9 +203,17 @@ def _proposal_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("AR@100", f"{figures['ar_100']:.4f}"),
         ("AR@1000", f"{figures['ar_1000']:.4f}; {sizes}"),
         *_frequency_rows(figures),
+        ("largest region", _largest_in_words(figures)),
         ("regions", f"{figures['num_regions']:,}"),
         ("masks", f"{figures['num_masks']:,}, {figures['num_masks'] / max(figures['num_images'], 1):.1f} per image"),
     ]
+
+
+def _largest_in_words(figures: dict[str, Any]) -> str:
+    shares = figures["largest_found_50"], figures["largest_found_70"]
+    if any(map(math.isnan, shares)):
+        return "-"
+    return "found in {:.0%} of the images at IoU 0.5, in {:.0%} at 0.7".format(*shares)
 
 
 def _frequency_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
@@ -246,13 +254,12 @@ class _Run:
         from samray.evaluate.failures import Failures
         from samray.evaluate.pictures import picture_format
         from samray.evaluate.regions import RegionData
-        from samray.sam.checkpoints import load_model
+        from samray.sam.checkpoints import load_configured
 
         self.config, self.json, self.picture = config, json, picture
         self.picture_format = picture_format(picture) if picture else ""
         self.images = RegionData(data, limit)
-        own = config.model
-        self.model = load_model(own.name, own.checkpoint, own.device, own.dtype, adapter=own.adapter)
+        self.model = load_configured(config.model)
         self.failures = Failures()
         self.seconds = 0.0
 
@@ -325,15 +332,19 @@ def write_json(
 
 def as_json(figures: dict[str, Any], config: Config, images: RegionData | NamedScenes, model: Sam | None) -> str:
     """The results, and what they were measured with and on. model: None leaves the keys about it null."""
-    from samray.sam.checkpoints import WeightsFile
+    from samray.sam.weights_file import WeightsFile
 
-    own = config.model
+    settings = config.model
     seconds = {"seconds": figures["seconds"]} if "seconds" in figures else {}
-    whole = {
+    content = {
         **{key: _plain(value) for key, value in figures.items() if key != "seconds"},
-        "model": own.name if model else None,
+        "model": settings.name if model else None,
         "checkpoint": _checkpoint(config) if model else None,
-        **(WeightsFile(own.name, own.checkpoint, own.adapter).identity if model else {"checkpoint_sha256": None}),
+        **(
+            WeightsFile(settings.name, settings.checkpoint, settings.adapter).identity
+            if model
+            else {"checkpoint_sha256": None}
+        ),
         "data": images.where,
         "layout": images.layout,
         "device": str(model.device) if model else None,
@@ -345,11 +356,11 @@ def as_json(figures: dict[str, Any], config: Config, images: RegionData | NamedS
             **{package: metadata.version(package) for package in _PACKAGES},
         },
     }
-    return jsonlib.dumps(whole, indent=2) + "\n"
+    return jsonlib.dumps(content, indent=2) + "\n"
 
 
 def _plain(value: Any) -> Any:
     """JSON has no NaN: use null."""
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: _plain(part) for key, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

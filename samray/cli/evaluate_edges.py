@@ -122,15 +122,15 @@ def _write(file: str, text: str) -> None:
 
 
 def _map_source(images: EdgeData, maps: str | None, config: EdgesConfig) -> tuple[MapSource, dict[str, Any]]:
-    """What gives the maps, and what to write about it. Raises: ConfigError if nothing does."""
+    """The source of the maps, and its description in the results. Raises: ConfigError if there is none."""
     from samray.evaluate.edge_data import FolderMaps
-    from samray.evaluate.edges import own_map
+    from samray.evaluate.edges import map_in_data
 
     if maps is not None:
         folder = FolderMaps(maps)
         return folder, {"maps": folder.where}
     if images.has_maps:
-        return own_map, {"maps": "map_png"}
+        return map_in_data, {"maps": "map_png"}
     if not images.has_images:
         raise ConfigError(f"DATA {images.where} has neither jpeg nor map_png; give edge maps with --maps FOLDER")
     from samray.evaluate.edge_model import ModelMaps

@@ -102,12 +102,11 @@ def instances(
 
 def _load_sam(config: Config) -> Sam | None:
     """The model that makes the masks; None if `labels.by` makes them itself."""
-    from samray.sam.checkpoints import load_model
+    from samray.sam.checkpoints import load_configured
 
-    own = config.model
     if not config.labels.needs_sam:
         return None
-    return load_model(own.name, own.checkpoint, own.device, own.dtype, adapter=own.adapter)
+    return load_configured(config.model)
 
 
 def _judge(
@@ -168,12 +167,12 @@ def _print(figures: dict[str, Any], confusion: Confusion, failures: Failures) ->
     for head in ("AP", "AP50", "AP75", "regions", "masks"):
         table.add_column(head, justify="right")
     by_name = figures["names"]
-    for name, own in list(by_name.items())[:_NAMES_SHOWN]:
-        aps = [_figure(own[key]) for key in ("ap", "ap_50", "ap_75")]
-        table.add_row(escape(name), *aps, f"{own['num_regions']:,}", f"{own['num_masks']:,}")
+    for name, of_name in list(by_name.items())[:_NAMES_SHOWN]:
+        aps = [_figure(of_name[key]) for key in ("ap", "ap_50", "ap_75")]
+        table.add_row(escape(name), *aps, f"{of_name['num_regions']:,}", f"{of_name['num_masks']:,}")
     if len(by_name) > _NAMES_SHOWN:
         table.add_row(f"and {len(by_name) - _NAMES_SHOWN:,} more, with --json", style="dim")
-    num_judged = sum(own["num_regions"] > 0 for own in by_name.values())
+    num_judged = sum(of_name["num_regions"] > 0 for of_name in by_name.values())
     table.add_row(f"mean of {count(num_judged, 'name')}", *(_figure(figures[key]) for key in ("ap", "ap_50", "ap_75")))
     agnostic = [_figure(figures[f"{key}_agnostic"]) for key in ("ap", "ap_50", "ap_75")]
     table.add_row("class-agnostic", *agnostic, f"{figures['num_regions']:,}", f"{figures['num_masks']:,}")
@@ -190,7 +189,7 @@ def _print(figures: dict[str, Any], confusion: Confusion, failures: Failures) ->
     rest.add_row("images", f"{figures['num_images']:,}")
     if failures.reasons:
         rest.add_row("failed images", f"{figures['num_failed']:,}: {escape(_reasons(failures))}")
-    if not any(own["num_masks"] for own in by_name.values()):
+    if not any(of_name["num_masks"] for of_name in by_name.values()):
         rest.add_row("names", "no mask has a name: set labels.by, or give an OUTPUT that has names")
     console.print(rest)
 

@@ -29,7 +29,7 @@ def oneshot(
         float, typer.Option(min=0, max=1, help="Ignore images in which the class covers less than this.")
     ] = 0.005,
     method: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Only this design, or histogram; may be given again.")
+        list[str] | None, typer.Option(metavar="NAME", help="Only this design, or histogram; may be defaults again.")
     ] = None,
     limit: Limit = None,
     json: Json = None,
@@ -52,15 +52,14 @@ def oneshot(
     from samray.evaluate.oneshot import evaluate_oneshot, sample_classes
     from samray.evaluate.regions import RegionData
     from samray.evaluate.scenes import SCENES, NamedScenes
-    from samray.sam.checkpoints import load_model
+    from samray.sam.checkpoints import load_configured
 
     methods = _checked_methods(method)
     # The examples come from DATA.
-    given = ["labels.by=example", "labels.example=DATA", "labels.example_mask=DATA", "labels.name=class"]
-    data, config = parse_settings([data, *(settings or ())], None, OneshotCommand.sections, given)
+    defaults = ["labels.by=example", "labels.example=DATA", "labels.example_mask=DATA", "labels.name=class"]
+    data, config = parse_settings([data, *(settings or ())], None, OneshotCommand.sections, defaults)
     images = NamedScenes(limit) if data == SCENES else RegionData(data, limit)
-    own = config.model
-    model = load_model(own.name, own.checkpoint, own.device, own.dtype, adapter=own.adapter)
+    model = load_configured(config.model)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=no_progress or not console.is_terminal) as bar:
         reading = bar.add_task("reading", total=len(images))
@@ -72,7 +71,8 @@ def oneshot(
         figures = evaluate_oneshot(
             model, config, sample, methods=methods, num_seeds=seeds, on_search=lambda: bar.advance(searching)
         )
-    figures |= {"num_seeds": seeds, "images": {name: len(own) for name, own in sample.items()}, **failures.figures()}
+    num_images = {name: len(images_of_class) for name, images_of_class in sample.items()}
+    figures |= {"num_seeds": seeds, "images": num_images, **failures.figures()}
     if json != "-":
         _print(figures)
     write_json(json, figures, config, images, model)
@@ -95,8 +95,8 @@ def _print(figures: dict[str, Any]) -> None:
     table.add_column("method")
     for head in ("mean IoU", "± seeds", *figures["images"]):
         table.add_column(head, justify="right")
-    for method, own in figures["methods"].items():
-        by_class = [f"{iou:.3f}" for iou in own["classes"].values()]
-        table.add_row(method, f"{own['mean']:.3f}", f"{own['std']:.3f}", *by_class)
+    for method, scores in figures["methods"].items():
+        by_class = [f"{iou:.3f}" for iou in scores["classes"].values()]
+        table.add_row(method, f"{scores['mean']:.3f}", f"{scores['std']:.3f}", *by_class)
     table.add_row("images", "", "", *(str(number) for number in figures["images"].values()), style="dim")
     Console(highlight=False).print(table)

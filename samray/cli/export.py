@@ -164,12 +164,16 @@ def export(
     return 0
 
 
+_NO_PLACE: Final = "of images that do not say where they are, or in a CRS that cannot be converted"
+_WHY_LEFT_OUT: Final = {"saco": "without a name", "geojson": _NO_PLACE, "geoparquet": _NO_PLACE}
+
+
 def _print_export(report: ExportReport) -> None:
     table = two_columns()
     table.add_row("images", f"{report.num_images:,}")
     table.add_row("masks", f"{report.num_masks:,}")
     if report.num_left_out:
-        why = "without a name" if report.format == "saco" else "below --confident or --stable"
+        why = _WHY_LEFT_OUT.get(report.format, "below --confident or --stable")
         table.add_row("left out", f"{count(report.num_left_out, 'mask')} {why}")
     if report.num_failed:
         table.add_row("left out", f"{count(report.num_failed, 'failed image')}")

@@ -1,4 +1,4 @@
-"""What `--help` adds to click: every setting with its default, and the exit codes."""
+"""Additions to click's `--help`: every setting with its default, and the exit codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 from samray.config import SECTIONS, Sections, SettingRow, preset_names, setting_rows
 from samray.config.base import as_typed
 from samray.errors import ConfigError
-from samray.text import first_few, two_columns
+from samray.text import abridged, two_columns
 
 EXIT_CODES = {
     0: "success",
@@ -99,23 +99,23 @@ def refuse_expanded_glob(words: list[str]) -> None:
 
     words: the arguments that are not settings.
     """
-    there = [word for word in words if Path(word).exists()]
-    if len(words) <= 2 or not any(word in there for word in words[1:-1]):
+    existing = [word for word in words if Path(word).exists()]
+    if len(words) <= 2 or not any(word in existing for word in words[1:-1]):
         return
-    files = [Path(word) for word in there if Path(word).is_file()] or [Path(words[0])]
+    files = [Path(word) for word in existing if Path(word).is_file()] or [Path(words[0])]
     endings = {path.suffix for path in files}
     folder = Path(os.path.commonpath([path.parent for path in files]))
     pattern = folder / f"*{endings.pop() if len(endings) == 1 else ''}"
     raise ConfigError(
-        f"expected INPUT and OUTPUT, got {len(words)} arguments: {first_few(words, 3)}; "
+        f"expected INPUT and OUTPUT, got {len(words)} arguments: {abridged(words, 3)}; "
         f"if the shell expanded a pattern, quote it: '{pattern}'"
     )
 
 
 def _default_in_words(row: SettingRow) -> str:
     """`0.7`, or `0.5 for tiny, else 0.88`."""
-    own = [f"{_in_words(default)} for {preset}, " for preset, default in row.default_of_preset().items()]
-    return "".join(own) + ("else " if own else "") + _in_words(row.default)
+    of_presets = [f"{_in_words(default)} for {preset}, " for preset, default in row.default_of_preset().items()]
+    return "".join(of_presets) + ("else " if of_presets else "") + _in_words(row.default)
 
 
 def _in_words(default: Any) -> str:

@@ -6,6 +6,7 @@ Heavy modules are imported inside the commands, which keeps `samray --help` fast
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -291,11 +292,17 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     return 0
 
 
+@functools.cache
+def _parser() -> Callable[..., object]:
+    """The parser of a command; made once per process, because that takes 20 ms."""
+    return typer.main.get_command(app)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code. `jobs/autolabel.py` calls it, too."""
     try:
         # Not standalone: click would print errors and exit by itself.
-        code = app(argv, prog_name="samray", standalone_mode=False)
+        code = _parser()(argv, prog_name="samray", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return fail("interrupted", 130)

@@ -33,9 +33,11 @@ def models(context: typer.Context) -> int:
     for title in ("name", "parameters", "file", "licence", "here", "verified by", "from"):
         table.add_column(title, justify="right" if title in ("parameters", "file") else "left")
     for row in rows:
-        here = "[green]yes[/green]" if row.present else "no" if row.url or row.gated else "[red]missing[/red]"
+        presence = "[green]yes[/green]" if row.present else "no" if row.url or row.gated else "[red]missing[/red]"
         size = f"{row.size_mb:,.1f} MB" if row.size_mb else ""
-        table.add_row(row.name, f"{row.parameters / 1e6:.1f} M", size, row.licence, here, row.verified_by, row.source)
+        table.add_row(
+            row.name, f"{row.parameters / 1e6:.1f} M", size, row.licence, presence, row.verified_by, row.source
+        )
     console = Console()
     console.print(table)
     console.print("\nweights", style="bold")

@@ -14,7 +14,7 @@ from samray.cli.help import CommandWithSettings, split_settings
 from samray.config import Sections
 from samray.config.names import NAME_SECTIONS, load_names_config
 from samray.errors import ConfigError
-from samray.text import count, first_few, two_columns
+from samray.text import abridged, count, two_columns
 
 if TYPE_CHECKING:
     from samray.pipeline.plan_run import RunPlan
@@ -61,7 +61,7 @@ def name(
     words = [output, dest, *(settings or ())]
     overrides, (output, dest, *extra) = split_settings(words, ["OUTPUT", "DEST"], NAME_SECTIONS)
     if extra:
-        raise ConfigError(f"expected OUTPUT and DEST, got also {first_few(extra, 3)}")
+        raise ConfigError(f"expected OUTPUT and DEST, got also {abridged(extra, 3)}")
     if address is not None:
         overrides.append(f"cluster.address={address}")
     resolved = load_names_config(config, overrides)

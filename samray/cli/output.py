@@ -31,25 +31,25 @@ def verify(
     """Check that every planned image is in OUTPUT exactly once, and that its masks are sound."""
     from samray.output.verify import verify as run_verify
 
-    found = run_verify(output, deep=deep)
+    report = run_verify(output, deep=deep)
     table = two_columns()
-    table.add_row("images", f"{found.num_images:,}")
-    table.add_row("masks", f"{found.num_masks:,}")
-    table.add_row("failed images", f"{found.num_failed:,}")
+    table.add_row("images", f"{report.num_images:,}")
+    table.add_row("masks", f"{report.num_masks:,}")
+    table.add_row("failed images", f"{report.num_failed:,}")
     table.add_row("checked", "bytes, rows, ids" + (", and every mask" if deep else " (--deep: also every mask)"))
-    if found.num_without_checksum:
-        number = count(found.num_without_checksum, "shard")
+    if report.num_without_checksum:
+        number = count(report.num_without_checksum, "shard")
         table.add_row("no checksum", f"{number}, by an older samray: some damage to them cannot be seen")
     table.add_row(
-        "result", "[green]sound[/green]" if found.ok else f"[red]{count(len(found.problems), 'problem')}[/red]"
+        "result", "[green]sound[/green]" if report.ok else f"[red]{count(len(report.problems), 'problem')}[/red]"
     )
     console = Console()
     console.print(table)
-    for problem in found.problems[:20]:
+    for problem in report.problems[:20]:
         console.print(f"  {problem}", markup=False, highlight=False, soft_wrap=True)
-    if len(found.problems) > 20:
-        console.print(f"  and {len(found.problems) - 20} more")
-    return 0 if found.ok else 1
+    if len(report.problems) > 20:
+        console.print(f"  and {len(report.problems) - 20} more")
+    return 0 if report.ok else 1
 
 
 def report(

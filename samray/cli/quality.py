@@ -23,9 +23,7 @@ def quality(
     ] = None,
     images: Annotated[
         bool,
-        typer.Option(
-            "--images", help="Also read the images: duplicates; dark, blank, blurred images. Extra `quality`."
-        ),
+        typer.Option("--images", help="Also read the images: find duplicates, dark or blurred ones. Extra `quality`."),
     ] = False,
     against: Annotated[
         str | None, typer.Option(metavar="OUTPUT2", help="A second output, in which to look for the same images.")

@@ -1,4 +1,4 @@
-"""What the commands that run the main job share: run it, print its plan and its report, and say why it failed."""
+"""Shared by the commands that run the main job: run it, print its plan and its report, and say why it failed."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def show_status(
 
 
 def sentence(status: Status) -> str:
-    """What the state means, and what to do next."""
+    """The meaning of the state, and the next step."""
     quiet = duration(status.quiet_s) if status.quiet_s is not None else "a while"
     if status.state == "finished":
         return f"finished {ago(status.last_shard_s_ago)}: all shards and _SUCCESS are there"
@@ -81,6 +81,8 @@ def rows(status: Status) -> list[tuple[str, str]]:
         ("images", f"{done:,} of {total:,} ({_percent(done, total)})"),
         ("shards", f"{status.num_shards_done:,} of {status.num_shards:,}"),
     ]
+    if status.num_tiles_done:
+        lines.append(("tiles", f"{status.num_tiles_done:,} of large images in shards that are not done"))
     about = "about " if status.estimated else ""
     labelled = max(done - status.num_failed, 1)
     if status.num_shards_read:
@@ -109,7 +111,7 @@ def rows(status: Status) -> list[tuple[str, str]]:
 
 
 def line(status: Status) -> str:
-    """All of it in one line, for a log."""
+    """The status in one line, for a log."""
     # A run that is merely slow looks the same, hence the question mark.
     state = f"{status.state}?" if status.state == "stalled" else status.state
     done, total = status.num_images_done, status.num_images
@@ -159,6 +161,6 @@ def _names(labels: Mapping[str, int], num_masks: int) -> str:
     return ", ".join([*parts, *[f"{num_unnamed:,} without a name"] * (num_unnamed > 0)])
 
 
-def _percent(part: int, whole: int) -> str:
+def _percent(part: int, total: int) -> str:
     """Percentage, rounded down: 100% only when all is done."""
-    return f"{int(1000 * part / max(whole, 1)) / 10:g}%"
+    return f"{int(1000 * part / max(total, 1)) / 10:g}%"

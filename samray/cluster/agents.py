@@ -27,7 +27,7 @@ AGENTS: Final = {
 """Agent -> its ports. The raylet reads them from files, which it waits for."""
 
 _NO_PORT: Final = -1
-"""What Ray's own agents write for a server that they do not start."""
+"""The text that Ray's own agents write for a server that they do not start."""
 
 _STAND_IN: Final = "cat"
 """The raylet ends if an agent does, so a process is needed: this one reads a pipe from the raylet and ends with it."""

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +21,12 @@ class RunState:
 
     def __init__(self) -> None:
         self.images_under_way: dict[int, int] = {}
+        self.num_tiles = 0
         self.stopping = False
         self.abandoning = False
+        self._claims: dict[tuple[str, int], tuple[str, float]] = {}
+        self._last: dict[str, list[tuple[str, int]]] = {}  # owner -> the tiles that it is at
+        self._failed: set[str] = set()
 
     def begin(self, shard: int) -> bool:
         """A labeler is about to begin a shard; False: skip it, the run is stopping."""
@@ -30,10 +35,47 @@ class RunState:
             self.images_under_way[shard] = 0
         return not self.stopping
 
-    def advance(self, shard: int, num_images: int) -> bool:
-        """Some images of a shard are labelled; False: abandon the rest of it."""
+    def advance(self, shard: int, num_images: int, num_tiles: int = 0) -> bool:
+        """Some images of a shard, or tiles of its images, are labelled; False: abandon the rest of it."""
+        self.num_tiles += num_tiles
         self.images_under_way[shard] = self.images_under_way.get(shard, 0) + num_images
         return not self.abandoning
+
+    def claim(self, image: str, tiles: list[int], owner: str, lease_s: float, most: int) -> list[int]:
+        """Which of these tiles of an image to label now, at most `most`: none that another owner has claimed, unless it
+        gave no sign for lease_s seconds. An owner may claim its own again."""
+        now = time.monotonic()
+        self._claims = {key: claim for key, claim in self._claims.items() if claim[1] > now}
+        free = [tile for tile in tiles if self._claims.get((image, tile), (owner, 0))[0] == owner][:most]
+        # Earlier tiles are done. Their claims expire by themselves, because an older listing may still arrive.
+        self._last[owner] = [(image, tile) for tile in free]
+        self._claims |= dict.fromkeys(self._last[owner], (owner, now + lease_s))
+        return free
+
+    def has_free(self, image: str, tiles: list[int]) -> bool:
+        """Whether one of these tiles is free: no actor labels it."""
+        now = time.monotonic()
+        return any(self._claims.get((image, tile), ("", 0.0))[1] <= now for tile in tiles)
+
+    def fail(self, image: str) -> None:
+        """A tile of an image cannot be labelled."""
+        self._failed.add(image)
+
+    def has_failed(self, image: str) -> bool:
+        """Whether some tile of an image cannot be labelled: then the others need not be, either."""
+        return image in self._failed
+
+    def release(self, owner: str) -> None:
+        """An owner has ended or was restarted: it is at none of its tiles."""
+        self._claims = {key: claim for key, claim in self._claims.items() if claim[0] != owner}
+        self._last.pop(owner, None)
+
+    def renew(self, owner: str, lease_s: float) -> None:
+        """An owner is still at the tiles that it claimed last."""
+        until = time.monotonic() + lease_s
+        for key in self._last.get(owner, ()):
+            if self._claims.get(key, (owner,))[0] == owner:
+                self._claims[key] = (owner, until)
 
     def end(self, shard: int) -> None:
         """The shard is committed or abandoned."""
@@ -44,20 +86,20 @@ class RunState:
         self.stopping = True
         self.abandoning = abandon
 
-    def snapshot(self) -> dict[int, int]:
-        """Number of images done so far in each shard that is in progress."""
-        return self.images_under_way
+    def snapshot(self) -> tuple[dict[int, int], int]:
+        """Number of images done so far in each shard that is in progress, and number of tiles done in this run."""
+        return self.images_under_way, self.num_tiles
 
 
 def start_run_state() -> Any:
     """Start the actor on the driver's own node, without reserving a CPU. Returns its handle."""
     # Not soft: Ray might place it on another node even if this one is free, and lose it with that node.
-    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+    on_this_node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False
     )
     # Restarted without limit; what it then has forgotten is sent again, or only shown.
     actor: Any = ray.remote(RunState)
-    return actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
+    return actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=on_this_node).remote()
 
 
 def end_run_state(state: Any) -> None:
@@ -68,7 +110,7 @@ def end_run_state(state: Any) -> None:
 
 @dataclass
 class StopRequest:
-    """What signals have requested of the driver."""
+    """The stop that signals have requested."""
 
     signum: int | None = None
     """The first signal received."""

@@ -1,7 +1,8 @@
 """The Ray of this process: one it is connected to, a cluster to join, or a private one.
 
 A private Ray listens only on loopback, requires a token that no other run knows, keeps its files in a folder that no
-other user can enter, and leaves neither processes nor files behind.
+other user can enter, and leaves neither processes nor files behind. The file is long because start and end mirror each
+other.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import samray
 from samray.cluster.address import check_cluster
 from samray.cluster.agents import AGENTS, without_agents
 from samray.cluster.cpus import allowed_cpus
+from samray.cluster.gpus import num_gpus
 from samray.cluster.helpers import without_helpers
 from samray.config import ClusterConfig
 from samray.errors import ConfigError, SamrayError
@@ -112,9 +114,7 @@ def is_fixed() -> bool:
 
 def this_machine() -> dict[str, float]:
     """The resources of a private Ray: the CPUs and GPUs that this process may use."""
-    import torch
-
-    return {"CPU": float(num_cpus()), "GPU": float(torch.cuda.device_count())}
+    return {"CPU": float(num_cpus()), "GPU": float(num_gpus())}
 
 
 def num_cpus() -> int:
@@ -137,7 +137,7 @@ def ensure_ray(config: ClusterConfig) -> bool:
 def local_ray(**options: Any) -> Iterator[None]:
     """A quiet Ray on this machine, whose workers can import what this process can. options: of `ray.init`."""
     options.setdefault("num_cpus", num_cpus())
-    with _private_folder() as folder, _token_of_our_own(folder):
+    with _private_folder() as folder, _private_token(folder):
         try:
             _start(folder, **options)
             with _others_leave_first():
@@ -176,12 +176,12 @@ def _others_leave_first() -> Iterator[None]:
 def _threads_in_ray() -> set[threading.Thread]:
     """The other threads whose stack has a function of Ray."""
     threads = {thread.ident: thread for thread in threading.enumerate() if thread is not threading.current_thread()}
-    found = set()
+    threads_in_ray = set()
     for ident, stack in sys._current_frames().items():
         modules = (str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_stack(stack))
         if ident in threads and any(name.partition(".")[0] == "ray" for name in modules):
-            found.add(threads[ident])
-    return found
+            threads_in_ray.add(threads[ident])
+    return threads_in_ray
 
 
 def _start(folder: Path, **options: Any) -> None:
@@ -262,7 +262,7 @@ def _remove(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _token_of_our_own(folder: Path) -> Iterator[None]:
+def _private_token(folder: Path) -> Iterator[None]:
     """Require a token that only this Ray's own processes know; leaves ~/.ray/auth_token unchanged."""
     token = folder / "auth_token"
     # Created with its final mode, so that no other user can open it first.
@@ -336,7 +336,7 @@ def _kill(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
 
 
 def _wait_for(processes: Iterable[psutil.Process], timeout_s: float) -> list[psutil.Process]:
-    """Wait until they have ended; returns those that have not. Unlike psutil, does not wait for who reaps them."""
+    """Wait until they have ended, reaped or not (unlike psutil); returns those that have not."""
     deadline = time.monotonic() + timeout_s
     while (left := [process for process in processes if _is_alive(process)]) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -352,13 +352,13 @@ def _is_alive(process: psutil.Process) -> bool:
 
 def _processes_of(folder: Path) -> list[psutil.Process]:
     """The servers and workers of the Ray with this folder, including those whose parent has died."""
-    found = []
+    processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             # Environments are inherited, also by processes whose parent is gone, which a tree of processes would miss.
             if process.environ().get(_MARK) == str(folder):
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 @contextlib.contextmanager

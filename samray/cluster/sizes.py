@@ -99,11 +99,11 @@ def num_places(nodes: list[dict[str, float]], cpus: float, gpus: float, spare_cp
         cpus_here, gpus_here = node.get("CPU", 0.0), node.get("GPU", 0.0)
         limits = [have / need for have, need in ((cpus_here, cpus), (gpus_here, gpus)) if need]
         # 1e-9: fractions such as 0.05 are not exact, and 0.3 / 0.1 is below 3.
-        here = int(min(limits) + 1e-9) if limits else sys.maxsize
-        places += here
+        on_node = int(min(limits) + 1e-9) if limits else sys.maxsize
+        places += on_node
         if cpus_here >= spare_cpus:
             # How many actors this node must do without; the node where it is fewest gives the room.
-            missing = spare_cpus - (cpus_here - here * cpus)
+            missing = spare_cpus - (cpus_here - on_node * cpus)
             too_many = min(too_many, math.ceil(missing / cpus - 1e-9) if missing > 0 and cpus else 0)
     return max(0, int(places - min(too_many, places)))
 

@@ -63,11 +63,11 @@ class EdgesConfig(Config):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """As of `Config`; `task` keeps `samray label` from resuming the run."""
+        """As in `Config`; `task` keeps `samray label` from resuming the run."""
         return {**super().identity(), "task": "edges", "edges": self.edges.model_dump(mode="json")}
 
     def default_identity(self) -> dict[str, Any]:
-        """As of `Config`, without `task`: a run that has none is not one of `samray edges`."""
+        """As in `Config`, without `task`: a run that has none is not one of `samray edges`."""
         defaults = {**super().default_identity(), "edges": EdgeConfig().model_dump(mode="json")}
         del defaults["task"]
         return defaults
@@ -86,5 +86,5 @@ def load_edges_config(
 
     Raises ConfigError that names every bad setting, its value, what is allowed and the closest valid name.
     """
-    own, problems = user_settings(sections, file, overrides)
-    return EdgesConfig(**make_sections(sections, own, problems))
+    values, problems = user_settings(sections, file, overrides)
+    return EdgesConfig(**make_sections(sections, values, problems))

@@ -28,18 +28,20 @@ class EmbedConfig(Config):
     @model_validator(mode="after")
     def _no_masks(self) -> EmbedConfig:
         if self.input.prompts is not None or self.labels.by is not None:
-            given = "input.prompts" if self.labels.by is None else "labels.by"
-            raise ValueError(f"{given} does not apply to samray embed, which makes no masks; samray label --from does")
+            setting = "input.prompts" if self.labels.by is None else "labels.by"
+            raise ValueError(
+                f"{setting} does not apply to samray embed, which makes no masks; samray label --from does"
+            )
         return self
 
     def identity(self) -> dict[str, Any]:
-        """As of `Config`, without masks; `task` keeps `samray label` from resuming the run."""
+        """As in `Config`, without masks; `task` keeps `samray label` from resuming the run."""
         identity = {**super().identity(), "task": "embed"}
         del identity["masks"]
         return identity
 
     def default_identity(self) -> dict[str, Any]:
-        """As of `Config`, without `task`: a run that has none is not one of `samray embed`."""
+        """As in `Config`, without `task`: a run that has none is not one of `samray embed`."""
         defaults = super().default_identity()
         del defaults["task"]
         return defaults
@@ -56,5 +58,5 @@ def load_embed_config(file: str | Path | None = None, overrides: Sequence[str] =
 
     Raises ConfigError that names every bad setting, its value, what is allowed and the closest valid name.
     """
-    own, problems = user_settings(EMBED_SECTIONS, file, overrides)
-    return EmbedConfig(**make_sections(EMBED_SECTIONS, own, problems))
+    values, problems = user_settings(EMBED_SECTIONS, file, overrides)
+    return EmbedConfig(**make_sections(EMBED_SECTIONS, values, problems))

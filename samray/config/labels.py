@@ -24,8 +24,8 @@ class Way:
     """Called with the model (the device, if it needs no SAM), the `Config` and the inputs in each actor; returns a mask
     generator."""
     needs: tuple[str, ...]
-    """Settings that must be given; with own_phrases, images may bring the phrases."""
-    own_phrases: bool = True
+    """Settings that must be given; with takes_image_phrases, images may bring the phrases."""
+    takes_image_phrases: bool = True
     """Whether an image may have phrases of its own, besides or instead of `labels.phrases`."""
     takes_clicks: bool = False
     """Whether it also makes a mask, without a name, from each click or box of a prompt file."""
@@ -51,7 +51,7 @@ WAYS: Final[Mapping[str, Way]] = {
         inputs="samray.labels.example:read_example",
         builder="samray.labels.example:build_generator",
         needs=("example", "example_mask", "name"),
-        own_phrases=False,
+        takes_image_phrases=False,
     ),
     "grounding_dino": Way(
         inputs="samray.labels.grounding_dino:read_inputs",
@@ -100,9 +100,9 @@ WAYS: Final[Mapping[str, Way]] = {
 }
 
 
-def ways_with_own_phrases() -> str:
+def ways_with_image_phrases() -> str:
     """The ways whose images may have phrases of their own, for messages."""
-    *names, last = (name for name, way in WAYS.items() if way.own_phrases)
+    *names, last = (name for name, way in WAYS.items() if way.takes_image_phrases)
     return f"labels.by={', '.join(names)} or {last}"
 
 
@@ -205,11 +205,11 @@ class LabelsConfig(Settings):
     @model_validator(mode="after")
     def _fields_agree(self) -> LabelsConfig:
         if self.by is None:
-            given = [key for key in LabelsConfig.model_fields if key in self.model_fields_set and key != "by"]
-            given = [key for key in given if getattr(self, key) != LabelsConfig.model_fields[key].default]
-            if given:
-                fits = next((name for name, way in WAYS.items() if given[0] in way.needs), next(iter(WAYS)))
-                raise ValueError(f"labels.{given[0]} needs labels.by; add labels.by={fits}")
+            changed = [key for key in LabelsConfig.model_fields if key in self.model_fields_set and key != "by"]
+            changed = [key for key in changed if getattr(self, key) != LabelsConfig.model_fields[key].default]
+            if changed:
+                fits = next((name for name, way in WAYS.items() if changed[0] in way.needs), next(iter(WAYS)))
+                raise ValueError(f"labels.{changed[0]} needs labels.by; add labels.by={fits}")
             return self
         for key, value in WAYS[self.by].defaults.items():
             if key not in self.model_fields_set:
@@ -221,7 +221,7 @@ class LabelsConfig(Settings):
             raise ValueError("labels.templates takes one or more sentences with {} in the place of the phrase")
         way = WAYS[self.by]
         # Phrases may come with the images: `samray.labels.ways.read_inputs` checks them.
-        needs = [key for key in way.needs if key != "phrases" or not way.own_phrases]
+        needs = [key for key in way.needs if key != "phrases" or not way.takes_image_phrases]
         missing = [key for key in needs if getattr(self, key) is None]
         if missing:
             problem = f"labels.by={self.by} needs {' and '.join(f'labels.{key}' for key in missing)}"

@@ -59,13 +59,15 @@ def setting_rows(section: str, sections: Sections = SECTIONS) -> list[SettingRow
     rows = []
     for key, field in sections[section].model_fields.items():
         description = " ".join((field.description or "").rstrip(".").split())
-        own = {}
+        default_of_preset = {}
         if sections[section] is MaskConfig:
-            own = {name: model_masks(name).get(key, field.default) for name in model_names()}
-            own = {name: default for name, default in own.items() if default != field.default}
+            default_of_preset = {name: model_masks(name).get(key, field.default) for name in model_names()}
+            default_of_preset = {
+                name: default for name, default in default_of_preset.items() if default != field.default
+            }
         is_name = any(isinstance(limit, OneOf) for limit in field.metadata)
         allowed = allowed_values(field)
-        rows.append(SettingRow(f"{section}.{key}", field.default, allowed, description, own, is_name))
+        rows.append(SettingRow(f"{section}.{key}", field.default, allowed, description, default_of_preset, is_name))
     return rows
 
 
@@ -75,14 +77,14 @@ def load_config(preset: str | None = None, file: str | Path | None = None, overr
     overrides: `section.key=value`. Mask settings that none of these give follow the model.
     Raises ConfigError that names every bad setting, its value, what is allowed and the closest valid name.
     """
-    own, problems = user_settings(SECTIONS, file, overrides)
+    of_user, problems = user_settings(SECTIONS, file, overrides)
     values: dict[str, dict[str, Any]] = {}
     if preset is not None:
         values, more_problems = _lay_over(values, load_yaml_file(preset_path(preset)), SECTIONS)
         problems += more_problems
-        if own.get("model", {}).get("name", preset) == preset == values.get("model", {}).get("name"):
+        if of_user.get("model", {}).get("name", preset) == preset == values.get("model", {}).get("name"):
             values.pop("masks", None)  # these are the model's defaults; as not given, they can follow an older run
-    values, more_problems = _lay_over(values, own, SECTIONS)
+    values, more_problems = _lay_over(values, of_user, SECTIONS)
     return Config(**make_sections(SECTIONS, values, problems + more_problems))
 
 
@@ -115,8 +117,8 @@ def _as_overrides(overrides: Any) -> list[str]:
         return ["masks.points_per_side=16"]
     texts = []
     for name, value in overrides.items():
-        values = {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, Mapping) else {name: value}
-        texts += [f"{key}={as_typed(one)}" for key, one in values.items()]
+        values = {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, Mapping) else {name: value}
+        texts += [f"{key}={as_typed(part)}" for key, part in values.items()]
     return texts
 
 

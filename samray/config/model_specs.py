@@ -1,4 +1,4 @@
-"""What describes a model: the numbers of its encoder, how its decoder differs, where its weights are.
+"""The description of a model: the numbers of its encoder, how its decoder differs, where its weights are.
 
 Imports neither torch nor anything else of samray, as `samray.config.models`, which has the table.
 """
@@ -57,7 +57,7 @@ class TinyVitSpec:
     num_heads: tuple[int, ...]
     windows: tuple[int, ...]
     strides: tuple[int, ...]
-    """What the merging after stage i shrinks the grid by; one entry fewer than stages. The stem shrinks by 4."""
+    """Factor by which merging after stage i shrinks the grid; one entry fewer than stages. The stem shrinks by 4."""
     fine_features: bool = False
     """Hand the first two stages' features to the decoder's upscaling, as SAM 2 does: sharp edges from a small model."""
 
@@ -139,7 +139,7 @@ class DecoderVariant:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
-    """One row: what builds a Sam, and where its published weights are."""
+    """One row: how to build a Sam, and where its published weights are."""
 
     name: str
     image_size: int
@@ -165,7 +165,8 @@ class ModelSpec:
     """The published file; for `tiny` the file inside this package."""
     url: str | None = None
     sha256: str | None = None
-    """Digest of the file, from its publisher or a project that can be named; None: it is verified by size and keys."""
+    """Digest of the file, from its publisher or a project that can be named; None: it is verified by size and keys. For
+    `tiny` that of the file inside this package: a run with it starts without reading the file."""
     gated: str | None = None
     """Page where the user gets the file, after agreeing to its licence; samray does not download it."""
     size_mb: float = 0.0
@@ -185,3 +186,10 @@ class ModelSpec:
     def grid(self) -> int:
         """Side h = w of the embedding grid."""
         return self.image_size // self.stride
+
+    @property
+    def embedding_values(self) -> int:
+        """Numbers that the encoder gives the decoder per image: (C, h, w), and the features of SAM 2 or of SAM-HQ."""
+        has_high_res = self.decoder.high_res_before_norm or getattr(self.encoder, "fine_features", False)
+        # (C / 8, 4h, 4w) and (C / 4, 2h, 2w) have 2 C and C values per cell.
+        return self.grid**2 * (self.embed_dim * (4 if has_high_res else 1) + self.decoder.hq_dim)

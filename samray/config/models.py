@@ -144,6 +144,7 @@ MODELS: dict[str, ModelSpec] = {
             decoder_mlp_dim=512,
             iou_hidden_dim=128,
             file_name="tiny.safetensors",
+            sha256="a61fb079cf42f92035d6b64d917f9868cae545525dfad497b5d0f5cca5e63946",
             source="samray's own trainer, embedded in the package",
             core_seconds=(0.3, 0.004),
         ),

@@ -54,10 +54,12 @@ def load_names_config(file: str | Path | None = None, overrides: Sequence[str] =
 
     Raises ConfigError that names every bad setting, its value, what is allowed and the closest valid name.
     """
-    own, problems = user_settings(NAME_SECTIONS, file, overrides)
+    values, problems = user_settings(NAME_SECTIONS, file, overrides)
     # Tuples instead of YAML's lists, as LabelsConfig makes them.
-    labels: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in own.get("labels", {}).items()}
-    sections = make_sections(NAME_SECTIONS, {**own, "labels": labels}, problems)
+    labels: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in values.get("labels", {}).items()
+    }
+    sections = make_sections(NAME_SECTIONS, {**values, "labels": labels}, problems)
     sections["labels"] = LabelsConfig(by="clip", **labels)
-    sections["model"] = ModelConfig(**own.get("model", {}))
+    sections["model"] = ModelConfig(**values.get("model", {}))
     return Config(**sections)

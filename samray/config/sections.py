@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from samray.config.base import OneOf, Settings
-from samray.config.labels import WAYS, LabelsConfig, ways_with_own_phrases
+from samray.config.base import OneOf, Settings, as_typed
+from samray.config.labels import WAYS, LabelsConfig, ways_with_image_phrases
 from samray.config.models import MODELS, model_names
 from samray.config.presets import preset_names, preset_path
 from samray.config.yaml import load_yaml_file
@@ -33,6 +33,10 @@ class InputConfig(Settings):
     """Maximum bytes per encoded image; a larger file fails as `too_large` without being read."""
     decode_timeout_s: float = Field(default=60.0, gt=0)
     """CPU seconds allowed to decode one image; after that it fails as `timeout`. Raise it for huge images."""
+    bands: tuple[int, ...] | None = None
+    """Bands used as red, green and blue, from 1 on, such as [4,3,2]; one band is grey; null: the file's own colours."""
+    stretch: tuple[float, float] | None = None
+    """Percentiles that become black and white, such as [2,98], per image and band; null keeps the full range."""
     limit: int | None = Field(default=None, ge=1)
     """Label only the first N images of the sorted input; null labels all."""
     allow_outside: bool = False
@@ -43,6 +47,31 @@ class InputConfig(Settings):
     first."""
     prompts: str | None = None
     """File of user prompts, .jsonl or .parquet: clicks and boxes, one mask for each, or texts (with labels.by)."""
+
+    def bands_identity(self) -> dict[str, Any]:
+        """The settings of bands that are used. As before there were any, if none is: an older samray can go on."""
+        plain = self.model_dump(mode="json", include={"bands", "stretch"})
+        return {name: value for name, value in plain.items() if value is not None}
+
+    @field_validator("bands", "stretch", mode="before")
+    @classmethod
+    def _lists_to_tuples(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML and the command line give lists, and whole numbers for floats.
+        if not isinstance(value, list | tuple):
+            return value
+        is_float = info.field_name == "stretch"
+        return tuple(float(item) if is_float and type(item) is int else item for item in value)
+
+    @model_validator(mode="after")
+    def _bands_exist(self) -> InputConfig:
+        if self.bands is not None and (len(self.bands) not in (1, 3) or min(self.bands) < 1):
+            raise ValueError(f"input.bands = {as_typed(self.bands)} is not allowed; it takes 1 or 3 bands, from 1 on")
+        if self.stretch is not None and not 0 <= self.stretch[0] < self.stretch[1] <= 100:
+            raise ValueError(
+                f"input.stretch = {as_typed(self.stretch)} is not allowed; it takes two percentiles from 0 to 100, the "
+                "smaller one first"
+            )
+        return self
 
 
 class ModelConfig(Settings):
@@ -107,6 +136,10 @@ class MaskConfig(Settings):
     """Assign each pixel to at most one mask, the one with the best score."""
     bbox_convention: Literal["coco", "sam"] = "coco"
     """coco: boxes as pycocotools' toBbox; sam: width and height one pixel smaller, as in the SA-1B files."""
+    tile: int | None = Field(default=None, ge=64, le=16384)
+    """Side in pixels of the tiles in which larger images are labelled, also above input.max_pixels; null: as wholes."""
+    tile_overlap: float = Field(default=0.25, ge=0.05, le=0.5)
+    """Overlap of neighbouring tiles, as a fraction of masks.tile. Objects smaller than it are whole in one of them."""
 
     @field_validator("point_grids", mode="before")
     @classmethod
@@ -162,9 +195,15 @@ def model_masks(name: str | None) -> Mapping[str, Any]:
 
 
 _FORMER_MASKS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
-    "tiny": ({"pred_iou_thresh": 0.62},),  # samray 0.1
+    "tiny": (
+        {"pred_iou_thresh": 0.62, "stability_score_thresh": 0.8},  # samray 0.1
+        {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.8},  # weights until November 2026
+    ),
 }
 """Values of `model_masks` in earlier versions. The reference's values count too: 0.1 used them from Python."""
+
+
+_TILES = ("tile", "tile_overlap")
 
 
 class OutputConfig(Settings):
@@ -246,10 +285,10 @@ class Config(Settings):
     @model_validator(mode="after")
     def _one_source_of_masks(self) -> Config:
         by = self.labels.by
-        if by is not None and self.input.prompts is not None and not WAYS[by].own_phrases:
+        if by is not None and self.input.prompts is not None and not WAYS[by].takes_image_phrases:
             raise ValueError(
                 f"labels.by={by} takes no prompts, neither clicks nor boxes nor texts; leave input.prompts out. Texts "
-                f"of single images need {ways_with_own_phrases()}"
+                f"of single images need {ways_with_image_phrases()}"
             )
         return self
 
@@ -260,6 +299,18 @@ class Config(Settings):
                 "input.skip_duplicates labels one of several equal images, but input.prompts may ask each for other "
                 "masks; leave one of them out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _tiles_of_the_grid(self) -> Config:
+        conflicts = {
+            "input.prompts": (self.input.prompts is not None, "clicks and boxes are answered on the whole image"),
+            "labels.by": (self.labels.by is not None, "find all masks first, then name them with samray name"),
+            "output.embeddings": (self.output.embeddings != "none", "embeddings are those of whole images"),
+        }
+        for name, (is_set, why) in conflicts.items():
+            if self.masks.tile is not None and is_set:
+                raise ValueError(f"masks.tile does not work with {name}: {why}; leave one of them out")
         return self
 
     @model_validator(mode="after")
@@ -275,10 +326,10 @@ class Config(Settings):
     def _no_model_without_use(self) -> Config:
         used = ModelConfig(device=self.model.device)
         if not self.labels.needs_sam and self.model != used:
-            given = [key for key in ModelConfig.model_fields if getattr(self.model, key) != getattr(used, key)]
+            changed = [key for key in ModelConfig.model_fields if getattr(self.model, key) != getattr(used, key)]
             raise ValueError(
                 f"labels.by={self.labels.by} makes the masks with its own network, in float32, and "
-                f"loads no other model; leave out {' and '.join(f'model.{key}' for key in given)}"
+                f"loads no other model; leave out {' and '.join(f'model.{key}' for key in changed)}"
             )
         return self
 
@@ -299,6 +350,9 @@ class Config(Settings):
         # A run without names does not record settings of names.
         defaults = {**self.model_copy(update=plain).identity(), "labels": LabelsConfig().identity()}
         defaults["output"]["embeddings"] = OutputConfig().embeddings
+        defaults["input"] |= {"bands": None, "stretch": None}
+        if "masks" in defaults:
+            defaults["masks"] |= {name: MaskConfig.model_fields[name].default for name in _TILES}
         return defaults
 
     def as_begun(self, identity: Mapping[str, Any]) -> Config:
@@ -327,12 +381,16 @@ class Config(Settings):
         plain = self.model_dump(mode="json")
         model = ("name", "dtype") if self.labels.needs_sam else ()
         del plain["masks"]["points_per_batch"]
+        # As with embeddings below: an older samray can go on with an output without tiles.
+        for name in _TILES if self.masks.tile is None else ():
+            del plain["masks"][name]
         for name in ("prompts", "allow_outside", "decode_timeout_s"):
             del plain["input"][name]
-        # As before there was such a setting: an older samray can go on with an output without embeddings.
+        for name in ("bands", "stretch"):
+            del plain["input"][name]
         output = ("images_per_shard", *(("embeddings",) if self.output.embeddings != "none" else ()))
         return {
-            "input": plain["input"],
+            "input": plain["input"] | self.input.bands_identity(),
             "model": {key: plain["model"][key] for key in model},
             "masks": plain["masks"],
             "output": {key: plain["output"][key] for key in output},

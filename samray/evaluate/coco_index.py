@@ -22,11 +22,16 @@ def coco_index(
     # Masks without a name have an id that is not a category, so that they count only in the class-agnostic figures.
     id_of: dict[str | None, int] = {name: number for number, name in enumerate((*names, None), 1)}
     annotations: list[dict[str, Any]] = []
-    for image_id, (rles, own, scores) in enumerate(images, 1):
+    for image_id, (rles, mask_names, scores) in enumerate(images, 1):
         for index, (rle, area) in enumerate(zip(rles, areas(rles), strict=True)):
-            one = {"id": len(annotations) + 1, "image_id": image_id, "category_id": id_of[own[index]], "iscrowd": 0}
+            annotation = {
+                "id": len(annotations) + 1,
+                "image_id": image_id,
+                "category_id": id_of[mask_names[index]],
+                "iscrowd": 0,
+            }
             score = {} if scores is None else {"score": scores[index]}
-            annotations.append({**one, **score, "segmentation": rle, "area": area})
+            annotations.append({**annotation, **score, "segmentation": rle, "area": area})
     coco = COCO()
     coco.dataset = {
         "images": [{"id": i, "height": height, "width": width} for i, (height, width) in enumerate(sizes, 1)],

@@ -10,7 +10,7 @@ from samray.storage.tables import open_parquet
 
 
 def schema_of(uri: str) -> tuple[pa.Schema, int]:
-    """Schema and number of rows of a Parquet file. Raises: ConfigError if it is none, StorageError."""
+    """Schema and number of rows of a Parquet file. Raises: ConfigError if it is not Parquet, StorageError."""
     try:
         with storage.open_read(uri) as stream:
             file = open_parquet(stream)

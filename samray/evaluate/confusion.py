@@ -1,4 +1,4 @@
-"""Who is taken for whom: names of known regions against names of the masks that cover them.
+"""Confusion matrix: names of known regions against names of the masks that cover them.
 
 A mask and a region belong together if their IoU is at least 0.5. Pairs are formed from the highest IoU down, whatever
 the names are; if equal, those of the same name first. Each mask and each region is in one pair. A region without a mask
@@ -24,7 +24,7 @@ class Confusion:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
-        """Those of regions and masks; not the two below."""
+        """Names of regions and masks, without the two below."""
         self.unnamed = _unlike("no name", self.names)
         """Stands for a region or a mask without a name."""
         self.background = _unlike("background", self.names)

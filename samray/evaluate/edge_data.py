@@ -86,10 +86,10 @@ class EdgeData:
             uris = sorted(entry.uri for entry in storage.list_files(self.uri))
         except NotFoundError as error:
             raise ConfigError(f"DATA {self.where} does not exist; give Parquet with boundaries") from error
-        found = [uri for uri in uris if uri.lower().endswith(".parquet")]
-        if not found:
+        files = [uri for uri in uris if uri.lower().endswith(".parquet")]
+        if not files:
             raise ConfigError(f"DATA {self.where} has no .parquet file; give Parquet with boundaries")
-        return found
+        return files
 
     def _add(self, uri: str) -> None:
         where = storage.redact(uri)
@@ -149,7 +149,7 @@ class FolderMaps:
         self.where = storage.redact(uri)
         self._by_stem: dict[str, list[str]] = {}
         try:
-            uris = [e.uri for e in storage.list_files(uri) if e.uri.lower().endswith(".png")]
+            uris = [entry.uri for entry in storage.list_files(uri) if entry.uri.lower().endswith(".png")]
         except NotFoundError as error:
             raise ConfigError(f"--maps {self.where} does not exist") from error
         if not uris:
@@ -162,12 +162,12 @@ class FolderMaps:
     def __call__(self, image: EdgeImage) -> bytes:
         """The PNG file of an image. Raises: ImageError if there is none, or more than one; StorageError."""
         stem = image.name.rpartition(".")[0] or image.name
-        found = self._by_stem.get(stem.rpartition("/")[2], [])
+        candidates = self._by_stem.get(stem.rpartition("/")[2], [])
         # Images of several folders may share a name: the one with the same folders wins.
-        exact = [path for path in found if path.endswith("/" + stem)]
-        found = exact or found
-        if not found:
+        exact = [path for path in candidates if path.endswith("/" + stem)]
+        candidates = exact or candidates
+        if not candidates:
             raise ImageError("missing", f"--maps {self.where} has no map of {image.name}")
-        if len(found) > 1:
-            raise ImageError("unreadable", f"--maps {self.where} has {len(found)} maps of {image.name}")
-        return storage.read_bytes(found[0] + self._ending[found[0]])
+        if len(candidates) > 1:
+            raise ImageError("unreadable", f"--maps {self.where} has {len(candidates)} maps of {image.name}")
+        return storage.read_bytes(candidates[0] + self._ending[candidates[0]])

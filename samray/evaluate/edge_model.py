@@ -11,7 +11,8 @@ from samray.evaluate.edge_data import EdgeImage
 from samray.inputs.decode_apart import decode_apart
 from samray.masks.edge_png import encode_edges
 from samray.masks.edges import EdgeGenerator
-from samray.sam.checkpoints import WeightsFile, load_model
+from samray.sam.checkpoints import load_configured
+from samray.sam.weights_file import WeightsFile
 
 _BITS: Final = 16
 
@@ -21,15 +22,11 @@ class ModelMaps:
 
     def __init__(self, config: EdgesConfig) -> None:
         self.config = config
-        model = config.model
-        self._generator = EdgeGenerator(
-            load_model(model.name, model.checkpoint, model.device, model.dtype, adapter=model.adapter), config.edges
-        )
+        self._generator = EdgeGenerator(load_configured(config.model), config.edges)
 
     def __call__(self, image: EdgeImage) -> bytes:
         """PNG, 16 bits. Raises: ImageError if the image cannot be decoded or has another size than its boundaries."""
-        limits = self.config.input
-        pixels = decode_apart(image.jpeg or b"", limits.max_pixels, limits.decode_timeout_s)
+        pixels = decode_apart(image.jpeg or b"", self.config.input)
         if pixels.shape[:2] != image.hw:
             raise ImageError("unreadable", f"{image.name} has another size than its boundaries")
         (edges,) = self._generator.generate([pixels])

@@ -13,6 +13,8 @@ import numpy as np
 from samray.evaluate.edge_matching import EdgeCounts, Float64
 
 _STEPS_BETWEEN_THRESHOLDS = 100
+_ROUNDING = 1e-12
+"""Values of F that differ by less are equal, and differ only because sums are rounded."""
 
 
 class Best(NamedTuple):
@@ -31,7 +33,8 @@ def f_measure(recall: Float64, precision: Float64) -> Float64:
 
 
 def best_f(thresholds: Float64, counts: EdgeCounts) -> Best:
-    """The best F of the curve; recall and precision are interpolated linearly between neighbouring thresholds."""
+    """The best F of the curve, of equal ones the first; between neighbouring thresholds recall and precision are
+    interpolated linearly."""
     recall, precision = counts.recall, counts.precision
     if len(thresholds) == 1:
         return Best(thresholds[0], recall[0], precision[0], float(f_measure(recall, precision)[0]))
@@ -39,7 +42,8 @@ def best_f(thresholds: Float64, counts: EdgeCounts) -> Best:
     # (T - 1, steps) each: from every threshold to the next.
     t, r, p = (np.outer(v[:-1], 1 - step) + np.outer(v[1:], step) for v in (thresholds, recall, precision))
     f = f_measure(r, p)
-    index = np.unravel_index(f.argmax(), f.shape)
+    # Thresholds that give the same map have the same F: without the margin, rounding would choose a point between them.
+    index = np.unravel_index((f >= f.max() - _ROUNDING).argmax(), f.shape)
     return Best(float(t[index]), float(r[index]), float(p[index]), float(f[index]))
 
 
@@ -53,7 +57,7 @@ def edge_scores(thresholds: Float64, counts: Sequence[EdgeCounts]) -> dict[str, 
     total = EdgeCounts.total(counts)
     ods = best_f(thresholds, total)
     # As in the benchmark, each image's threshold is one of the given ones, not interpolated.
-    at_best = [one.at(int(f_measure(one.recall, one.precision).argmax())) for one in counts]
+    at_best = [of_image.at(int(f_measure(of_image.recall, of_image.precision).argmax())) for of_image in counts]
     ois = best_f(thresholds[:1], EdgeCounts.total(at_best))
     return {
         "ods": ods.f,

@@ -22,7 +22,7 @@ MapSource = Callable[[EdgeImage], bytes]
 """Gives the edge map of an image as PNG. Raises: ImageError."""
 
 
-def own_map(image: EdgeImage) -> bytes:
+def map_in_data(image: EdgeImage) -> bytes:
     """The map in DATA itself."""
     if image.map_png is None:
         raise ImageError("missing", f"{image.name} has no map_png in DATA")
@@ -53,16 +53,16 @@ def evaluate_edges(
     counts: list[EdgeCounts] = []
     with_maps = _with_maps(images, maps, failures, on_map)
     task = partial(_count, num_thresholds=num_thresholds)
-    for name, found in run_tasks(task, with_maps, on_ray=on_ray, address=address):
-        if isinstance(found, ImageError):
-            failures.add(found)
+    for name, result in run_tasks(task, with_maps, on_ray=on_ray, address=address):
+        if isinstance(result, ImageError):
+            failures.add(result)
         else:
             names.append(name)
-            counts.append(found)
+            counts.append(result)
         on_image(failures)
     thresholds = thresholds_of(num_thresholds)
     pairs = sorted(zip(names, counts, strict=True), key=lambda pair: pair[0])  # Ray's tasks end in any order
-    per_image = [{"name": name, **best_f(thresholds, found)._asdict()} for name, found in pairs]
+    per_image = [{"name": name, **best_f(thresholds, edge_counts)._asdict()} for name, edge_counts in pairs]
     scores = edge_scores(thresholds, counts) if counts else {}
     return {**scores, "num_images": len(counts), **failures.figures(), "per_image": per_image}
 
@@ -88,7 +88,7 @@ def _count(image: EdgeImage, num_thresholds: int) -> tuple[str, EdgeCounts | Ima
     try:
         boundaries = image.boundary_masks()
         if not boundaries:
-            raise ImageError("empty", f"{image.name} has no boundaries: nobody marked it")
+            raise ImageError("empty", f"{image.name} has no boundaries: no annotator marked it")
         assert image.map_png is not None
         edges = decode_edges(image.map_png, image.hw, image.name)
     except ImageError as error:

@@ -17,9 +17,9 @@ def read_frequencies(uri: str) -> dict[str, str]:
     expected = f'{where}: expected JSON with LVIS\'s "categories", each with "name" and "frequency" (f, c or r)'
     try:
         content = json.loads(storage.read_bytes(storage.normalize(uri)))
-        found = {str(one["name"]): str(one["frequency"]) for one in content["categories"]}
+        frequency_of = {str(category["name"]): str(category["frequency"]) for category in content["categories"]}
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise ConfigError(f"{expected}; {error}" if isinstance(error, ValueError) else expected) from None
-    if not found or not set(found.values()) <= set("fcr"):
+    if not frequency_of or not set(frequency_of.values()) <= set("fcr"):
         raise ConfigError(expected)
-    return found | {name.replace("_", " "): frequency for name, frequency in found.items()}
+    return frequency_of | {name.replace("_", " "): frequency for name, frequency in frequency_of.items()}

@@ -121,32 +121,36 @@ def matched(
         else:
             wanted[image.file_name] = _without_pixels(image)
         on_image(failures)
-    found: dict[str, Masks] = {}
+    masks_of: dict[str, Masks] = {}
     for image in output:
         # A failed row of the output has no name to match: its image stays without masks below.
         if isinstance(image, RegionImage) and (known := wanted.get(image.file_name)):
-            if image.file_name in found:
+            if image.file_name in masks_of:
                 raise ConfigError(f"{output.where} has two images with the file_name {image.file_name!r}")
-            found[image.file_name] = _checked(image, known)
-    if wanted and not found:
-        some = next(iter(wanted))
-        raise ConfigError(f"{output.where} has none of the images of DATA, of which the first is {some!r} (file_name)")
-    for name in [name for name in wanted if name not in found]:
+            masks_of[image.file_name] = _checked(image, known)
+    if wanted and not masks_of:
+        first_name = next(iter(wanted))
+        raise ConfigError(
+            f"{output.where} has none of the images of DATA, of which the first is {first_name!r} (file_name)"
+        )
+    for name in [name for name in wanted if name not in masks_of]:
         failures.add(ImageError("missing", f"{output.where} has no masks for {name}"))
-    return [(image, found[name]) for name, image in wanted.items() if name in found], failures
+    return [(image, masks_of[name]) for name, image in wanted.items() if name in masks_of], failures
 
 
 def _checked(image: RegionImage, known: RegionImage) -> Masks:
     """Raises: ConfigError if the image has another size in DATA."""
     if image.pixels.shape != known.pixels.shape:
-        theirs, own = (f"{one.pixels.shape[1]}x{one.pixels.shape[0]}" for one in (image, known))
-        raise ConfigError(f"{image.file_name!r} is {theirs} pixels in --masks, but {own} in DATA")
+        size_in_output, size_in_data = (
+            f"{of_side.pixels.shape[1]}x{of_side.pixels.shape[0]}" for of_side in (image, known)
+        )
+        raise ConfigError(f"{image.file_name!r} is {size_in_output} pixels in --masks, but {size_in_data} in DATA")
     (rles,) = image.annotators  # samray's layout
     return Masks(rles, _names_of(image, 0), image.scores)
 
 
 def _names_of(image: RegionImage, annotator: int) -> list[str | None]:
-    """One per region, whatever DATA has."""
+    """One name per region, also if DATA has none."""
     names = image.names[annotator] if annotator < len(image.names) else []
     missing = [None] * (len(image.annotators[annotator]) - len(names))
     return [None if name is None else str(name) for name in [*names, *missing]]
@@ -171,15 +175,15 @@ def evaluate_instances(pairs: Iterable[Pair], *, max_masks: int = MAX_MASKS) -> 
         num_images += 1
         num_masks += len(masks.rles)
         counted = with_large_regions(image, min_area=1)
-        judged += [Judged(own, _names_of(counted, i), masks) for i, own in enumerate(counted.annotators)]
-    num_regions = Counter(name for one in judged for name in one.names)
-    mask_names = Counter(name for one in judged for name in one.masks.names)
+        judged += [Judged(regions, _names_of(counted, i), masks) for i, regions in enumerate(counted.annotators)]
+    num_regions = Counter(name for of_image in judged for name in of_image.names)
+    mask_names = Counter(name for of_image in judged for name in of_image.masks.names)
     names = sorted((num_regions.keys() | mask_names.keys()) - {None}, key=lambda name: (-num_regions[name], str(name)))
     known = [str(name) for name in names]
     by_name, agnostic = _precisions(judged, known, max_masks)
     confusion = Confusion(known)
-    for one in judged:
-        confusion.add(one.regions, one.names, one.masks.rles, one.masks.names)
+    for of_image in judged:
+        confusion.add(of_image.regions, of_image.names, of_image.masks.rles, of_image.masks.names)
     return {
         **{key: _mean(by_name[thresholds]) for key, thresholds in _AP.items()},
         **{f"{key}_agnostic": _mean(agnostic[thresholds]) for key, thresholds in _AP.items()},
@@ -202,22 +206,24 @@ def _precisions(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """(IoU thresholds, recalls, names) and (IoU thresholds, recalls, 1); -1 for a name without regions."""
     # Images without regions and masks change nothing.
-    judged = [one for one in judged if one.regions or one.masks.rles]
+    judged = [of_image for of_image in judged if of_image.regions or of_image.masks.rles]
     if not judged:
         return np.full((10, 101, len(names)), -1.0), np.full((10, 101, 1), -1.0)
-    sizes = [(one.regions or one.masks.rles)[0]["size"] for one in judged]
-    truth = coco_index([(one.regions, one.names, None) for one in judged], sizes, names)
-    found = coco_index([(one.masks.rles, one.masks.names, one.masks.scores) for one in judged], sizes, names)
-    by_name, agnostic = (_precision(truth, found, use_names, max_masks) for use_names in (True, False))
+    sizes = [(of_image.regions or of_image.masks.rles)[0]["size"] for of_image in judged]
+    truth = coco_index([(of_image.regions, of_image.names, None) for of_image in judged], sizes, names)
+    predicted = coco_index(
+        [(of_image.masks.rles, of_image.masks.names, of_image.masks.scores) for of_image in judged], sizes, names
+    )
+    by_name, agnostic = (_precision(truth, predicted, use_names, max_masks) for use_names in (True, False))
     return by_name, agnostic
 
 
-def _precision(truth: COCO, found: COCO, use_names: bool, max_masks: int) -> npt.NDArray[np.float64]:
+def _precision(truth: COCO, predicted: COCO, use_names: bool, max_masks: int) -> npt.NDArray[np.float64]:
     """(IoU thresholds, recalls, categories)."""
     if use_names and not truth.dataset["categories"]:
         return np.full((10, 101, 0), -1.0)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-        evaluation = COCOeval(truth, found, "segm")
+        evaluation = COCOeval(truth, predicted, "segm")
         evaluation.params.useCats = int(use_names)
         if not use_names:  # then it still leaves out masks of other than these
             evaluation.params.catIds = [*evaluation.params.catIds, len(evaluation.params.catIds) + 1]

@@ -83,9 +83,9 @@ def sample_classes(
                 frequency[name] = frequency.get(name, 0) + 1
                 kept = sample.setdefault(name, [])
                 # Reservoir sampling: each image of a class is equally likely to stay.
-                place = len(kept) if len(kept) < images_per_class else rng.randrange(frequency[name])
-                if place < images_per_class:
-                    kept[place : place + 1] = [ClassImage(image.pixels, counts)]
+                slot = len(kept) if len(kept) < images_per_class else rng.randrange(frequency[name])
+                if slot < images_per_class:
+                    kept[slot : slot + 1] = [ClassImage(image.pixels, counts)]
         on_image(failures)
     if not sample:
         raise ConfigError("DATA has no regions with a class name: expected `names` or `label`, see the guide")
@@ -127,28 +127,28 @@ def evaluate_oneshot(
             num_searches += len(others)
             for method in methods:
                 find = _method(method, model, config, example)
-                scores[method][seed, column] = class_iou([(find(one.pixels), one.mask) for one in others])
+                scores[method][seed, column] = class_iou([(find(other.pixels), other.mask) for other in others])
                 on_search()
     return {
         "methods": {
             method: {
-                "mean": float(own.mean()),
-                "std": float(own.mean(axis=1).std()),
-                "classes": dict(zip(classes, own.mean(axis=0).tolist(), strict=True)),
+                "mean": float(of_seeds.mean()),
+                "std": float(of_seeds.mean(axis=1).std()),
+                "classes": dict(zip(classes, of_seeds.mean(axis=0).tolist(), strict=True)),
             }
-            for method, own in scores.items()
+            for method, of_seeds in scores.items()
         },
         "num_searches": num_searches,
     }
 
 
 def class_iou(pairs: Iterable[tuple[Bool, Bool]]) -> float:
-    """Sum of intersections over sum of unions of masks found and true masks; 0 if all are empty."""
-    both = either = 0
-    for found, true in pairs:
-        both += int(np.count_nonzero(found & true))
-        either += int(np.count_nonzero(found | true))
-    return both / max(either, 1)
+    """Sum of intersections over sum of unions of predicted and true masks; 0 if all are empty."""
+    intersections = unions = 0
+    for predicted, true in pairs:
+        intersections += int(np.count_nonzero(predicted & true))
+        unions += int(np.count_nonzero(predicted | true))
+    return intersections / max(unions, 1)
 
 
 def _method(method: str, model: Sam, config: Config, example: Example) -> Method:

@@ -81,13 +81,13 @@ class Sheet:
         top = _LINE + 2 * _GAP
         text = self.caption()
         size = columns * (width + _GAP) + _GAP, top + rows * (height + _GAP)
-        whole = Image.new("RGB", (max(size[0], int(_font().getlength(text)) + 2 * _GAP), size[1]), _BACKGROUND)
-        _write(whole, (_GAP, _GAP), text)
+        canvas = Image.new("RGB", (max(size[0], int(_font().getlength(text)) + 2 * _GAP), size[1]), _BACKGROUND)
+        _write(canvas, (_GAP, _GAP), text)
         for i, tile in enumerate(tiles):
             row, column = divmod(i, columns)
-            whole.paste(tile, (_GAP + column * (width + _GAP), top + row * (height + _GAP)))
+            canvas.paste(tile, (_GAP + column * (width + _GAP), top + row * (height + _GAP)))
         data = io.BytesIO()
-        whole.save(data, kind, quality=90)
+        canvas.save(data, kind, quality=90)
         return data.getvalue()
 
 
@@ -133,11 +133,11 @@ def _click_tile(pixels: RGBArray, answers: Answers, i: int) -> Image.Image:
 
 def _window(mask: Bool) -> tuple[slice, slice]:
     """Rows and columns of a mask's box, with some margin."""
-    found = ndimage.find_objects(mask.astype(np.uint8))[0]
-    margin = max(4, max(side.stop - side.start for side in found) // 6)
+    box = ndimage.find_objects(mask.astype(np.uint8))[0]
+    margin = max(4, max(side.stop - side.start for side in box) // 6)
     rows, columns = (
         slice(max(0, side.start - margin), min(length, side.stop + margin))
-        for side, length in zip(found, mask.shape, strict=True)
+        for side, length in zip(box, mask.shape, strict=True)
     )
     return rows, columns
 
@@ -159,9 +159,9 @@ def offer_masks(sheet: Sheet, image: RegionImage, masks: list[MaskRecord]) -> No
     """
     regions = next((regions for regions in image.annotators if regions), [])
     if regions:
-        found = [mask["segmentation"] for mask in sorted(masks, key=lambda mask: -float(mask["predicted_iou"]))]
-        ious = best_ious(regions, found)
-        sheet.offer(float(ious.mean()), lambda: _image_tile(image.pixels, found, regions, ious))
+        rles = [mask["segmentation"] for mask in sorted(masks, key=lambda mask: -float(mask["predicted_iou"]))]
+        ious = best_ious(regions, rles)
+        sheet.offer(float(ious.mean()), lambda: _image_tile(image.pixels, rles, regions, ious))
 
 
 def _image_tile(pixels: RGBArray, masks: list[Rle], regions: list[Rle], ious: npt.NDArray[np.float64]) -> Image.Image:
@@ -205,14 +205,14 @@ def confusion_picture(confusion: Confusion, kind: str) -> bytes:
     title = "rows: known regions; columns: masks that cover them (IoU 0.5)"
     top = _LINE + _GAP + margin
     size = max(margin + len(words) * side, int(_font().getlength(title))) + 2 * _GAP, top + len(words) * side + _GAP
-    whole = Image.new("RGB", size, _BACKGROUND)
-    _write(whole, (_GAP, _GAP), title)
-    draw = ImageDraw.Draw(whole)
+    canvas = Image.new("RGB", size, _BACKGROUND)
+    _write(canvas, (_GAP, _GAP), title)
+    draw = ImageDraw.Draw(canvas)
     for row, text in enumerate(texts):
-        _write(whole, (_GAP, top + row * side + (side - _LINE) // 2), text)
+        _write(canvas, (_GAP, top + row * side + (side - _LINE) // 2), text)
         label = Image.new("RGB", (margin, _LINE), _BACKGROUND)
         _write(label, (_GAP, 0), text)
-        whole.paste(label.rotate(90, expand=True), (margin + row * side + (side - _LINE) // 2, top - margin))
+        canvas.paste(label.rotate(90, expand=True), (margin + row * side + (side - _LINE) // 2, top - margin))
         for column, count in enumerate(counts[row].tolist()):
             x, y = margin + column * side, top + row * side
             shade = np.asarray(_EMPTY) + shares[row, column] * (np.asarray(_MASK) - _EMPTY)
@@ -220,7 +220,7 @@ def confusion_picture(confusion: Confusion, kind: str) -> bytes:
             if count:
                 draw.text((x + side / 2 - 1, y + side / 2 - 1), f"{count:,}", fill=_INK, font=_font(), anchor="mm")
     data = io.BytesIO()
-    whole.save(data, kind, quality=90)
+    canvas.save(data, kind, quality=90)
     return data.getvalue()
 
 

@@ -89,11 +89,11 @@ def evaluate_points(
         else:
             regions = RleMasks(large_enough(image.regions, min_area))
             with failures.out_of_memory():
-                own: list[tuple[float, float]] = []
+                ious_of_image: list[tuple[float, float]] = []
                 for answers in answer_clicks(model, image.pixels, regions):
                     on_answers(image, answers)
-                    own += answers.pairs
-                pairs += own  # if an image fails half-way, none of its regions count
+                    ious_of_image += answers.pairs
+                pairs += ious_of_image  # if an image fails half-way, none of its regions count
                 num_images += 1
         on_image(failures)
     return {**mean_ious(pairs), "num_images": num_images, **failures.figures()}
@@ -143,8 +143,10 @@ def _chunk(model: Sam, original_hw: tuple[int, int]) -> int:
 
 def _iou(masks: Tensor, targets: Tensor) -> Tensor:
     """(N, M, H, W) and (N, 1, H, W) bool -> (N, M)."""
-    both, either = (areas(pixels.flatten(0, 1)).view(masks.shape[:2]) for pixels in (masks & targets, masks | targets))
-    return both / either.clamp(min=1)
+    intersections, unions = (
+        areas(pixels.flatten(0, 1)).view(masks.shape[:2]) for pixels in (masks & targets, masks | targets)
+    )
+    return intersections / unions.clamp(min=1)
 
 
 def centre(mask: Bool, max_side: int | None = None) -> tuple[int, int]:

@@ -76,7 +76,8 @@ def evaluate_proposals(
     on_image: Callable[[Failures], None] = lambda failures: None,
     on_masks: Callable[[RegionImage, list[MaskRecord]], None] = lambda image, masks: None,
 ) -> dict[str, Any]:
-    """`average_recall` over the regions of at least min_area pixels, num_masks, num_images, num_failed, failures.
+    """`average_recall` and `largest_found` of the regions of at least min_area pixels, num_masks, num_images,
+    num_failed, failures.
 
     rank: of more than 1,000 masks of an image, the 1,000 with the highest values count. frequencies: also
     `recall_by_frequency`.
@@ -101,13 +102,15 @@ def evaluate_proposals(
                 counted = with_large_regions(image, min_area)
                 names = counted.names or [[] for _ in counted.annotators]
                 marked += [
-                    Marked(regions, rles, scores, own) for regions, own in zip(counted.annotators, names, strict=True)
+                    Marked(regions, rles, scores, region_names)
+                    for regions, region_names in zip(counted.annotators, names, strict=True)
                 ]
                 on_masks(counted, masks)
         on_image(failures)
     by_frequency = {} if frequencies is None else recall_by_frequency(marked, frequencies)
     return {
         **average_recall(marked),
+        **largest_found(marked),
         **by_frequency,
         "num_masks": num_masks,
         "num_images": num_images,
@@ -121,18 +124,36 @@ def average_recall(marked: Sequence[Marked]) -> dict[str, Any]:
     Sizes: small up to 32 x 32 pixels, medium up to 96 x 96, large above. NaN without regions. Masks with
     equal scores are ranked in their order.
     """
-    wanted = [one for one in marked if one.regions]  # images without regions do not affect recall
-    num_regions = sum(len(one.regions) for one in wanted)
-    sizes = [one.regions[0]["size"] for one in wanted]
-    truth = coco_index([(one.regions, [_CATEGORY] * len(one.regions), None) for one in wanted], sizes, [_CATEGORY])
-    found = coco_index([(one.masks, [_CATEGORY] * len(one.masks), one.scores) for one in wanted], sizes, [_CATEGORY])
-    recall = _recall(truth, found) if wanted else np.full((1, 4, len(MAX_MASKS)), -1.0)
+    wanted = [image for image in marked if image.regions]  # images without regions do not affect recall
+    num_regions = sum(len(image.regions) for image in wanted)
+    sizes = [image.regions[0]["size"] for image in wanted]
+    truth = coco_index(
+        [(image.regions, [_CATEGORY] * len(image.regions), None) for image in wanted], sizes, [_CATEGORY]
+    )
+    predicted = coco_index(
+        [(image.masks, [_CATEGORY] * len(image.masks), image.scores) for image in wanted], sizes, [_CATEGORY]
+    )
+    recall = _recall(truth, predicted) if wanted else np.full((1, 4, len(MAX_MASKS)), -1.0)
     mean = np.where(recall[0] < 0, np.nan, recall.mean(axis=0))  # (sizes, numbers of masks); -1 without regions
     return {
         **{f"ar_{number}": float(mean[0, i]) for i, number in enumerate(MAX_MASKS)},
         **{f"ar_{MAX_MASKS[-1]}_{size}": float(mean[i, -1]) for i, size in enumerate(("small", "medium", "large"), 1)},
         "num_regions": num_regions,
     }
+
+
+def largest_found(marked: Sequence[Marked]) -> dict[str, float]:
+    """largest_found_50, _70: fraction of the images whose largest region has a mask with at least this IoU (percent).
+
+    It says whether the masks show the subject of a photograph. NaN without regions.
+    """
+    best = []
+    for image in marked:
+        if image.regions:
+            areas = coco_mask.area(image.regions)
+            best.append(float(best_ious([image.regions[int(areas.argmax())]], image.masks)[0]))
+    shares = {percent: np.mean(np.array(best) >= percent / 100) if best else np.nan for percent in (50, 70)}
+    return {f"largest_found_{percent}": float(share) for percent, share in shares.items()}
 
 
 def recall_by_frequency(marked: Sequence[Marked], frequencies: Mapping[str, str]) -> dict[str, Any]:
@@ -145,15 +166,15 @@ def recall_by_frequency(marked: Sequence[Marked], frequencies: Mapping[str, str]
     for group, letter in FREQUENCIES.items():
         of_group = [
             replace(
-                one,
+                image,
                 regions=[
                     region
                     # Without names in DATA no region is in a group.
-                    for region, name in zip(one.regions, one.names, strict=False)
+                    for region, name in zip(image.regions, image.names, strict=False)
                     if name is not None and frequencies.get(name) == letter
                 ],
             )
-            for one in marked
+            for image in marked
         ]
         recall = average_recall(of_group)
         figures[f"ar_{MAX_MASKS[-1]}_{group}"] = recall[f"ar_{MAX_MASKS[-1]}"]
@@ -161,10 +182,10 @@ def recall_by_frequency(marked: Sequence[Marked], frequencies: Mapping[str, str]
     return figures
 
 
-def _recall(truth: COCO, found: COCO) -> npt.NDArray[np.float64]:
+def _recall(truth: COCO, predicted: COCO) -> npt.NDArray[np.float64]:
     """(IoU thresholds, sizes: all, small, medium, large; numbers of masks), -1 without regions."""
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-        evaluation = COCOeval(truth, found, "segm")
+        evaluation = COCOeval(truth, predicted, "segm")
         evaluation.params.useCats = 0
         evaluation.params.maxDets = list(MAX_MASKS)
         evaluation.evaluate()
@@ -174,10 +195,10 @@ def _recall(truth: COCO, found: COCO) -> npt.NDArray[np.float64]:
     return np.asarray(evaluation.eval["recall"][:, 0], np.float64)
 
 
-def best_ious(truth: Sequence[Rle], found: Sequence[Rle]) -> npt.NDArray[np.float64]:
-    """For each known mask the IoU of the best matching found mask. Returns (N,), 0 if there is none."""
-    if not truth or not found:
+def best_ious(truth: Sequence[Rle], predicted: Sequence[Rle]) -> npt.NDArray[np.float64]:
+    """For each known mask the IoU of the best predicted mask. Returns (N,), 0 if there is none."""
+    if not truth or not predicted:
         return np.zeros(len(truth))
-    iou = coco_mask.iou(list(found), list(truth), [0] * len(truth))
+    iou = coco_mask.iou(list(predicted), list(truth), [0] * len(truth))
     best: npt.NDArray[np.float64] = np.asarray(iou, np.float64).max(axis=0)
     return best

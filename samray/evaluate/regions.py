@@ -118,11 +118,11 @@ def large_enough(regions: list[Rle], min_area: int) -> list[Rle]:
 
 def with_large_regions(image: RegionImage, min_area: int) -> RegionImage:
     """The image with only its regions of at least `min_area` pixels, and their names."""
-    large = [[i for i, area in enumerate(areas(own)) if area >= max(min_area, 1)] for own in image.annotators]
+    large = [[i for i, area in enumerate(areas(regions)) if area >= max(min_area, 1)] for regions in image.annotators]
     return replace(
         image,
-        annotators=[[own[i] for i in kept] for own, kept in zip(image.annotators, large, strict=True)],
-        names=[[own[i] for i in kept if i < len(own)] for own, kept in zip(image.names, large, strict=False)],
+        annotators=[[regions[i] for i in kept] for regions, kept in zip(image.annotators, large, strict=True)],
+        names=[[names[i] for i in kept if i < len(names)] for names, kept in zip(image.names, large, strict=False)],
         scores=[image.scores[i] for i in large[0]] if image.scores else [],
     )
 
@@ -198,18 +198,20 @@ class RegionData:
     def _parquet_files(self) -> list[str]:
         is_output = storage.is_dir_like(self.uri) and _is_output(self.uri)
         try:
-            uris = sorted(e.uri for e in storage.list_files(storage.join(self.uri, FOLDER) if is_output else self.uri))
+            uris = sorted(
+                entry.uri for entry in storage.list_files(storage.join(self.uri, FOLDER) if is_output else self.uri)
+            )
         except NotFoundError as error:
             if not is_output:
                 raise ConfigError(f"DATA {self.where} does not exist; {_WHAT_DATA_IS}") from error
             uris = []
         # Manifests are Parquet, too, but have no regions.
-        found = [uri for uri in uris if uri.lower().endswith(".parquet") and "/_samray/" not in uri]
-        if not found and is_output:
+        files = [uri for uri in uris if uri.lower().endswith(".parquet") and "/_samray/" not in uri]
+        if not files and is_output:
             raise ConfigError(f"DATA {self.where} has no labelled images yet; finish `samray label` first")
-        if not found:
+        if not files:
             raise ConfigError(f"DATA {self.where} has no .parquet file among its {len(uris)} files; {_WHAT_DATA_IS}")
-        return found
+        return files
 
     def _images(self) -> Iterator[RegionImage | ImageError]:
         left = self.num_images
@@ -253,10 +255,10 @@ class RegionData:
         annotations = [annotation or {} for annotation in row["annotations"] or []]
         hw = (image.get("height"), image.get("width"))
         return replace(
-            _checked(str(row["uri"]), hw, data, [[one.get("segmentation") for one in annotations]], config),
-            names=[[one.get("label") for one in annotations]],
+            _checked(str(row["uri"]), hw, data, [[mask.get("segmentation") for mask in annotations]], config),
+            names=[[mask.get("label") for mask in annotations]],
             file_name=str(image.get("file_name") or row["uri"]),
-            scores=[_score(one) for one in annotations],
+            scores=[_score(mask) for mask in annotations],
         )
 
 
@@ -277,7 +279,7 @@ def _checked(
     if _holds_null([hw, annotators]):
         raise ImageError("unreadable", f"the row of {name} lacks its size or part of a region")
     # In a child process with limits, because DATA may come from strangers.
-    pixels = black(hw) if data is None else decode_apart(data, config.max_pixels, config.decode_timeout_s)
+    pixels = black(hw) if data is None else decode_apart(data, config)
     if pixels.shape[:2] != hw:
         is_now = f"{pixels.shape[1]}x{pixels.shape[0]}"
         raise ImageError("unreadable", f"{name} is {is_now} pixels, but its regions are for {hw[1]}x{hw[0]}")

@@ -18,7 +18,7 @@ from samray.scenes.paint import Source, Split
 from samray.scenes.scene import Scene, make_scene
 
 SCENES: Final = "scenes"
-"""The DATA that stands for `NamedScenes`."""
+"""The DATA that means `NamedScenes`."""
 
 _NUM_SCENES: Final = 100
 
@@ -56,10 +56,10 @@ def evaluate_clicks(model: Sam, scenes: Iterable[Scene]) -> dict[str, Any]:
     Returns miou, miou_oracle and num_regions as `mean_ious` does, over the whole objects, and by_kind with the same
     three values for each kind. NaN without targets.
     """
-    found: dict[str, list[tuple[float, float]]] = {"object": []}
+    ious_of_kind: dict[str, list[tuple[float, float]]] = {"object": []}
     for scene in scenes:
         pairs = [pair for answers in answer_clicks(model, scene.image, scene.masks) for pair in answers.pairs]
         for kind, pair in zip(scene.kinds, pairs, strict=True):
-            found.setdefault(kind, []).append(pair)
-    by_kind = {kind: mean_ious(pairs) for kind, pairs in found.items()}
+            ious_of_kind.setdefault(kind, []).append(pair)
+    by_kind = {kind: mean_ious(pairs) for kind, pairs in ious_of_kind.items()}
     return {**by_kind["object"], "by_kind": by_kind}

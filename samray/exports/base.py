@@ -54,7 +54,7 @@ def _sentence(cls: type[ExportOptions], problem: Any) -> str:
     if not problem["loc"]:  # from a model validator, about several options
         return str(problem["ctx"]["error"])
     name = str(problem["loc"][0])
-    # null is how an option that is not given is stored; nobody types it.
+    # null is how an option that is not given is stored; users do not type it.
     allowed = allowed_values(cls.model_fields[name]).removesuffix(" or null")
     return f"{as_option(name)}={as_typed(problem['input'])} is not allowed; it takes {allowed}"
 

@@ -17,7 +17,9 @@ from samray.errors import StorageError
 from samray.rle.runs import all_sound, check_size, checked_runs, slices_of
 
 _MAY_BE_NULL: Final = ("label", "label_score")
-"""Null in a mask that is none of the names asked for."""
+"""Null in a mask that is not one of the names asked for."""
+
+_NUMBERS: Final = ("predicted_iou", "stability_score", "bbox", "crop_box", "point_coords", "label_score")
 
 
 def check_rows(table: pa.Table) -> None:
@@ -42,6 +44,11 @@ def check_rows(table: pa.Table) -> None:
         (_not_of_length(masks.field("bbox"), 4) | _not_of_length(masks.field("crop_box"), 4), "a box of other than 4"),
         (_not_of_length(masks.field("segmentation").field("size"), 2), "a mask's size of other than 2 numbers"),
         (_unsound_points(masks.field("point_coords")), "a point of other than 2 numbers"),
+        *(
+            (_not_finite(masks.field(name)), f"a {name} that is not a finite number")
+            for name in _NUMBERS
+            if masks.type.get_field_index(name) >= 0
+        ),
     ):
         if unsound.any():
             raise _fault(images[int(image_of[unsound.argmax()])].as_py(), what)
@@ -63,19 +70,19 @@ def check_rows(table: pa.Table) -> None:
 
 
 def _fault(image: dict[str, object] | None, what: str) -> StorageError:
-    which = "an image" if image is None else f"image {image['image_id']}"
-    return StorageError(f"{which} has {what}: it cannot be exported; `samray verify --deep` finds all such problems")
+    name = "an image" if image is None else f"image {image['image_id']}"
+    return StorageError(f"{name} has {what}: it cannot be exported; `samray verify --deep` finds all such problems")
 
 
 def _holds_null(values: pa.Array, but: Collection[str] = ()) -> np.ndarray:
     """(N,) bool: whether each struct is null, or has a field that is, except for those in but."""
     # A null struct may still have values in its fields, so both are looked at.
-    found = np.asarray(values.is_null().to_numpy(zero_copy_only=False), bool)
+    is_null = np.asarray(values.is_null().to_numpy(zero_copy_only=False), bool)
     if pa.types.is_struct(values.type):
         for number in range(values.type.num_fields):
             if values.type.field(number).name not in but:
-                found = found | _holds_null(values.field(number))
-    return found
+                is_null = is_null | _holds_null(values.field(number))
+    return is_null
 
 
 def _not_of_length(lists: pa.Array, length: int) -> np.ndarray:
@@ -93,3 +100,12 @@ def _unsound_points(lists: pa.Array) -> np.ndarray:
     unsound = np.zeros(len(lists), bool)
     unsound[pc.list_parent_indices(lists).to_numpy()[_not_of_length(lists.flatten(), 2)]] = True
     return unsound
+
+
+def _not_finite(values: pa.Array) -> np.ndarray:
+    """(N,) bool: whether a number, or one in a list, is NaN or infinite, which JSON cannot hold."""
+    if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
+        return np.asarray(~np.isfinite(pc.fill_null(values, 0.0).to_numpy(zero_copy_only=False)), bool)
+    is_bad = np.zeros(len(values), bool)
+    is_bad[pc.list_parent_indices(values).to_numpy()[_not_finite(values.flatten())]] = True
+    return is_bad

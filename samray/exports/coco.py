@@ -35,7 +35,7 @@ from samray.exports.images import LabelledImage, images_of
 from samray.exports.photos import photos_of
 from samray.exports.pieces import LeftOut, coco_file, read_fragments
 from samray.output.classes import UNNAMED, Classes, classes_of
-from samray.rle.polygons import join, outlines
+from samray.rle.polygons import Ring, join, outlines, simplified
 from samray.rle.runs import runs_of_image
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 class CocoOptions(ExportOptions):
     polygons: bool = False
     """Exact polygons instead of RLE."""
+    simplify: float | None = Field(None, gt=0)
+    """Simplify polygons by up to this many pixels; smaller files, but not exact."""
     images_per_file: int | None = Field(None, gt=0)
     """Images per JSON file; default is one file for all."""
     confident: float | None = Field(None, ge=0, le=1)
@@ -62,6 +64,12 @@ class CocoOptions(ExportOptions):
     def _cvat_has_one_file(self) -> CocoOptions:
         if self.layout == "cvat" and self.images_per_file:
             raise ValueError("--layout cvat is one JSON file for all images: leave out --images-per-file")
+        return self
+
+    @model_validator(mode="after")
+    def _polygons_are_simplified(self) -> CocoOptions:
+        if self.simplify is not None and not self.polygons:
+            raise ValueError("--simplify needs --polygons: run lengths are exact")
         return self
 
     @property
@@ -131,9 +139,12 @@ def _annotations(image: LabelledImage, options: CocoOptions, classes: Classes) -
         hw = image.height, image.width
         masks = outlines(runs_of_image(image.image_id, image.counts, hw), hw)
         # One polygon per component, as COCO means a list of several.
-        segmentations = [[join(component).ravel().tolist() for component in components] for components in masks]
+        segmentations = [
+            [join(_simplified(component, options.simplify)).ravel().tolist() for component in components]
+            for components in masks
+        ]
     for index, segmentation in enumerate(segmentations):
-        own_id = {"attributes": {review.ID_ATTRIBUTE: image.ids[index]}} if options.for_review else {}
+        samray_id = {"attributes": {review.ID_ATTRIBUTE: image.ids[index]}} if options.for_review else {}
         label_score = {"label_score": image.label_scores[index]} if image.labels else {}
         yield {
             "id": image.ids[index] + 1,
@@ -148,8 +159,12 @@ def _annotations(image: LabelledImage, options: CocoOptions, classes: Classes) -
             "point_coords": image.point_coords[index],
             "crop_box": image.crop_box[index],
             **label_score,
-            **own_id,
+            **samray_id,
         }
+
+
+def _simplified(rings: list[Ring], tolerance: float | None) -> list[Ring]:
+    return rings if tolerance is None else [simplified(ring, tolerance) for ring in rings]
 
 
 def assembled(job: Job[CocoOptions], file: int) -> list[str]:

@@ -29,7 +29,8 @@ class ExportReport:
     """Images in DEST, without failed ones."""
     num_masks: int = 0
     num_left_out: int = 0
-    """Masks of those images below the thresholds of confident and stable; for saco those without a name."""
+    """Masks of those images below the thresholds of confident and stable; for saco those without a name, for geojson
+    and geoparquet those of images without a CRS."""
     num_failed: int = 0
     """Failed images of OUTPUT, left out."""
     num_unreadable: int = 0
@@ -84,14 +85,14 @@ def export(
     plan = load_plan(str(output))
     selection = make_where(where, plan.output, quality)
     job, pieces = open_job(plan, str(dest), format, checked, partial=partial, where=selection)
-    found = find_done(job, pieces)
-    report = ExportReport(storage.redact(job.dest), format, num_pieces=len(pieces), num_pieces_skipped=len(found))
-    for mark in found.values():
+    done_pieces = find_done(job, pieces)
+    report = ExportReport(storage.redact(job.dest), format, num_pieces=len(pieces), num_pieces_skipped=len(done_pieces))
+    for mark in done_pieces.values():
         report.add(mark)
     # Counts of finished pieces come from their marks, so that the report covers the whole export.
-    todo = [piece for piece in pieces if piece.number not in found]
+    todo = [piece for piece in pieces if piece.number not in done_pieces]
     images_of = {piece.number: piece.num_images for piece in pieces}
-    num_done = sum(images_of[number] for number in found)
+    num_done = sum(images_of[number] for number in done_pieces)
     total = sum(images_of.values())
     view = ProgressView(total, num_done, enabled=progress)
     view.note = "exporting"

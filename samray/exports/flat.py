@@ -65,11 +65,11 @@ def write(job: Job[FlatOptions], piece: Piece, tables: Iterable[pa.Table]) -> Fi
     def flush() -> None:
         # Row groups of a useful size: one table has few images.
         rows = pa.concat_tables(waiting)
-        for bucket, own in _by_bucket(rows, buckets) if buckets else [(0, rows)]:
+        for bucket, bucket_rows in _by_bucket(rows, buckets) if buckets else [(0, rows)]:
             if bucket not in writers:
                 sink = pa.BufferOutputStream()
                 writers[bucket] = sink, pq.ParquetWriter(sink, rows.schema, compression="zstd", write_page_index=True)
-            writers[bucket][1].write_table(own)
+            writers[bucket][1].write_table(bucket_rows)
         waiting.clear()
 
     for table in tables:

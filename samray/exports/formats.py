@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from samray.config.base import did_you_mean
 from samray.errors import ConfigError
-from samray.exports import coco, flat, label_map, sa1b, saco, yolo
+from samray.exports import coco, flat, geojson, geoparquet, label_map, sa1b, saco, yolo
 from samray.exports.base import ExportOptions, Format, as_option
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ FORMATS: Final[dict[str, Format]] = {
     "flat": flat.FORMAT,
     "label-map": label_map.FORMAT,
     "saco": saco.FORMAT,
+    "geojson": geojson.FORMAT,
+    "geoparquet": geoparquet.FORMAT,
 }
 
 

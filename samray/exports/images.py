@@ -54,12 +54,14 @@ class LabelledImage:
     """As in `samray.output.schema.PHRASES`."""
     presence: Mapping[str, float] = field(default_factory=dict)
     """Phrase -> score, as in `samray.output.schema.PRESENCE`."""
+    geo: Mapping[str, Any] | None = None
+    """As in `samray.output.schema.GEO`."""
 
-    def of_masks(self, places: Sequence[int]) -> LabelledImage:
+    def of_masks(self, indices: Sequence[int]) -> LabelledImage:
         """The image with only these masks, in this order."""
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
         # Without names those lists are empty.
-        lists: dict[str, Any] = {name: [v[i] for i in places] for name, v in values if isinstance(v, list) and v}
+        lists: dict[str, Any] = {name: [v[i] for i in indices] for name, v in values if isinstance(v, list) and v}
         return replace(self, **lists)
 
 
@@ -133,10 +135,13 @@ def images_of(table: pa.Table) -> Iterator[LabelledImage]:
     if "presence" in table.column_names:
         for row, presence in zip(rows, table["presence"].to_pylist(), strict=True):
             row["presence"] = {item["phrase"]: item["score"] for item in presence or ()}
+    if "geo" in table.column_names:
+        for row, geo in zip(rows, table["geo"].to_pylist(), strict=True):
+            row["geo"] = geo
     start = 0
     for image, uri, row, end in zip(images, uris, rows, ends, strict=True):
-        own: dict[str, Any] = {name: values[start:end] for name, values in columns.items()}
-        yield LabelledImage(**image, uri=uri, **row, **own)
+        of_image: dict[str, Any] = {name: values[start:end] for name, values in columns.items()}
+        yield LabelledImage(**image, uri=uri, **row, **of_image)
         start = end
 
 

@@ -165,12 +165,12 @@ def _same_options(options: ExportOptions, recorded: Any) -> bool:
 
 def _read_json(uri: str) -> dict[str, Any] | None:
     try:
-        found = parse_json(storage.read_bytes(uri))
+        content = parse_json(storage.read_bytes(uri))
     except NotFoundError:
         return None
     except ValueError as error:
         raise ConfigError(f"{storage.redact(uri)} is not valid: {error}; choose another DEST") from error
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def find_done(job: Job[Any], pieces: list[Piece]) -> dict[int, Done]:
@@ -188,20 +188,20 @@ def find_done(job: Job[Any], pieces: list[Piece]) -> dict[int, Done]:
     if believed and not FORMATS[job.format].assembled(job, 0):
         return {piece.number: mark for piece, mark in done}
     if believed:  # formats with fragments have only a few files outside of folders
-        there = {pieces_folder + name for name in storage.list_names(storage.join(job.dest, FOLDER, "pieces"))}
-        there |= storage.list_names(job.dest).keys()
+        existing = {pieces_folder + name for name in storage.list_names(storage.join(job.dest, FOLDER, "pieces"))}
+        existing |= storage.list_names(job.dest).keys()
     else:
         start = len(storage.join(job.dest, ""))
-        there = {entry.uri[start:] for entry in storage.list_files(job.dest)}
-    found = {}
+        existing = {entry.uri[start:] for entry in storage.list_files(job.dest)}
+    done_by_number = {}
     for piece, mark in done:
         # Once a file is assembled its fragments are deleted, so that they are then allowed to be missing.
-        assembled = all(name in there for name in FORMATS[job.format].assembled(job, piece.file))
+        assembled = all(name in existing for name in FORMATS[job.format].assembled(job, piece.file))
         looked_for = (name for name in mark.files if not believed or name.startswith(pieces_folder))
-        missing = (name for name in looked_for if name not in there)
+        missing = (name for name in looked_for if name not in existing)
         if all(assembled and name.startswith(pieces_folder) for name in missing):
-            found[piece.number] = mark
-    return found
+            done_by_number[piece.number] = mark
+    return done_by_number
 
 
 # --- a piece --------------------------------------------------------------------------------------------------------
@@ -251,9 +251,9 @@ class _SoundRows:
     def _selected(self, rows: pa.Table, where: Where) -> pa.Table:
         images, masks = where.flags(rows)
         selected = where.take(rows, images, masks)
-        whole = rows.filter(pa.array(images))
+        of_images = rows.filter(pa.array(images))
         self.num_images_not_selected += rows.num_rows - selected.num_rows
-        self.num_masks_not_selected += _num_masks(whole) - _num_masks(selected)
+        self.num_masks_not_selected += _num_masks(of_images) - _num_masks(selected)
         return selected
 
 
@@ -293,12 +293,12 @@ def assemble(job: Job[Any], pieces: list[Piece]) -> list[str]:
         by_file.setdefault(piece.file, []).append(piece)
     names: list[str] = []
     fragments = storage.list_names(storage.join(job.dest, FOLDER, "pieces"))
-    for file, own in sorted(by_file.items()):
+    for file, file_pieces in sorted(by_file.items()):
         for name in FORMATS[job.format].assembled(job, file):
             names.append(name)
             # A file appears whole or not at all, so one that exists is finished.
             if not storage.exists(storage.join(job.dest, name)):
-                storage.put_chunks(storage.join(job.dest, name), FORMATS[job.format].chunks(job, name, own))
+                storage.put_chunks(storage.join(job.dest, name), FORMATS[job.format].chunks(job, name, file_pieces))
     with ThreadPoolExecutor(_PUT_THREADS) as pool:
         list(pool.map(lambda name: storage.delete(storage.join(job.dest, FOLDER, "pieces", name)), fragments))
     return names

@@ -78,7 +78,7 @@ def write(job: Job[LabelMapOptions], piece: Piece, tables: Iterable[pa.Table]) -
 def _legend(
     image: LabelledImage, classes: Classes, pixels: npt.NDArray[np.uint16], class_of: Sequence[int] | None
 ) -> dict[str, Any]:
-    """What the labels mean: `classes` or `masks`."""
+    """Meaning of the labels: `classes` or `masks`."""
     # Pixels that each label has after overlaps: 0 for a mask that is hidden by others.
     visible = np.bincount(pixels.ravel(), minlength=max(len(image.ids), len(classes.names) + 1) + 1).tolist()
     if class_of is not None:

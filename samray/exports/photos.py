@@ -40,12 +40,12 @@ def photos_of(
         return
     # Failed images are in the plan, but not among these: find each by its id.
     planned = pa.concat_tables(job.plan.read_shard(r.shard).slice(r.start, r.stop - r.start) for r in piece.rows)
-    place_of = {image_id: index for index, image_id in enumerate(planned["image_id"].to_pylist())}
+    index_of = {image_id: index for index, image_id in enumerate(planned["image_id"].to_pylist())}
     config = InputConfig(**job.plan.run["identity"].get("input", {}))
     rest = iter(images)
-    while some := list(islice(rest, _IMAGES_AT_ONCE)):
-        rows = planned.take([place_of[image.image_id] for image in some])
-        for image, data in zip(some, fetch_images(rows, config), strict=True):
+    while batch := list(islice(rest, _IMAGES_AT_ONCE)):
+        rows = planned.take([index_of[image.image_id] for image in batch])
+        for image, data in zip(batch, fetch_images(rows, config), strict=True):
             # A photo that was replaced by one of another size would not fit its masks.
             if isinstance(data, ImageError) or not is_of_size(data, image.width, image.height):
                 yield image, None

@@ -16,10 +16,11 @@ from samray.output.where import Where
 
 
 class LeftOut(NamedTuple):
-    """What a format left out of a piece."""
+    """Counts of what a format left out of a piece."""
 
     num_masks: int = 0
-    """Masks below the thresholds of confident and stable; for saco those without a name."""
+    """Masks below the thresholds of confident and stable; for saco those without a name,
+    for geojson and geoparquet those of images without a CRS."""
     num_photos: int = 0
     """Images that could not be copied because they cannot be read any more."""
 
@@ -67,7 +68,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Job(Generic[Options]):
-    """One export. Small and picklable: workers get it whole."""
+    """One export. Small and picklable, because it is sent to the workers."""
 
     plan: Plan
     dest: str
@@ -95,7 +96,8 @@ class Done:
     num_images: int = 0
     num_masks: int = 0
     num_left_out: int = 0
-    """Masks below the thresholds of confident and stable; for saco those without a name."""
+    """Masks below the thresholds of confident and stable; for saco those without a name,
+    for geojson and geoparquet those of images without a CRS."""
     num_failed: int = 0
     """Failed images, left out."""
     num_unreadable: int = 0

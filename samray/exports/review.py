@@ -50,7 +50,7 @@ def line(image: LabelledImage, num_left_out: int) -> str:
 def chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
     """The sorted list. lines: output of `line`, in parts, separated by line breaks."""
     # All in memory: sorting needs them, and a line is short.
-    rows = [json.loads(text) for some in lines for text in some.splitlines() if text]
+    rows = [json.loads(text) for line in lines for text in line.splitlines() if text]
     # By id last, so that the same export gives the same file.
     rows.sort(key=lambda row: (-row[4], -row[3], row[0]))
     for start in range(0, max(len(rows), 1), 1000):

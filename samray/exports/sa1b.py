@@ -66,14 +66,14 @@ def _tar_header(name: str, data: bytes) -> tarfile.TarInfo:
 def _members(job: Job[Sa1bOptions], piece: Piece, tables: Iterable[pa.Table]) -> Files:
     num_unreadable = 0
     categories = categories_of(job.plan.run["identity"])
-    own = {} if categories is None else {"categories": categories}
+    of_run = {} if categories is None else {"categories": categories}
     for table in tables:
         for image, photo in photos_of(job, piece, images_of(table), copy=job.options.with_images):
             stem = job.stem(image)
             if photo is not None:
                 yield stem + photo.extension, photo.data
             num_unreadable += job.options.with_images and photo is None
-            yield f"{stem}.json", json.dumps({**record_of(image), **own}).encode()
+            yield f"{stem}.json", json.dumps({**record_of(image), **of_run}).encode()
     return LeftOut(num_photos=num_unreadable)
 
 

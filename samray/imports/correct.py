@@ -24,12 +24,12 @@ from samray.errors import ConfigError
 from samray.exports.review import ID_ATTRIBUTE, is_sure
 from samray.imports import coco
 from samray.imports.categories import names_in
-from samray.imports.corrections import corrected_record, own_id, record_as_it_is
+from samray.imports.corrections import corrected_record, id_of, unchanged_record
 from samray.imports.places import printable
 from samray.imports.source import Source, open_source
-from samray.inputs.rows import places_of
+from samray.inputs.rows import indices_of
 from samray.output.classes import looks_unnamed
-from samray.output.compact import look_at_finished, refuse_replaced, rows_between
+from samray.output.compact import fingerprint_finished, refuse_replaced, rows_between
 from samray.output.failures import failures_of_shards
 from samray.output.manifests import MANIFEST_SCHEMA
 from samray.output.plan import Plan, load_plan, write_plan
@@ -57,11 +57,11 @@ def correct(
     """
     started = time.monotonic()
     plan = load_plan(output)
-    found = open_source(source, "coco")
+    source_files = open_source(source, "coco")
     # Before DEST is written: OUTPUT must be finished, and the corrections must fit it.
-    fingerprint, _ = look_at_finished(plan)
-    in_coco, image_at, num_unknown = _find_images(coco.read_images(found), plan, found)
-    _refuse_masks_not_shown(found, in_coco, image_at, plan, confident, stable)
+    fingerprint, _ = fingerprint_finished(plan)
+    in_coco, image_at, num_unknown = _find_images(coco.read_images(source_files), plan, source_files)
+    _refuse_masks_not_shown(source_files, in_coco, image_at, plan, confident, stable)
     options: dict[str, Any] = {"confident": confident, "stable": stable, "keep_rest": keep_rest}
     per_shard = images_per_shard or plan.generations[0].images_per_shard
     begun = load_plan(dest) if _check_dest(plan, dest) else None
@@ -75,10 +75,10 @@ def correct(
     }
     view = ProgressView(plan.num_images, num_done, enabled=progress)
     view.note = "correcting"
-    with view, coco.sorted_annotations(found, in_coco, ends, todo, view.update) as (shards, counts):
+    with view, coco.sorted_annotations(source_files, in_coco, ends, todo, view.update) as (shards, counts):
         # After all annotations were read: damaged JSON leaves no plan in DEST.
         labels = _labels(plan, begun, in_coco.categories.names)
-        target = _plan(plan, dest, found, fingerprint, options, per_shard, labels)
+        target = _plan(plan, dest, source_files, fingerprint, options, per_shard, labels)
         settings["categories"] = names_in(target)
         report = _begin_report(target, done, len(todo))
         report.num_corrected, report.num_unknown_images = len(image_at), num_unknown
@@ -128,7 +128,7 @@ def _records(
     for index, row in enumerate(rows, start=first):
         # Only a labelled image that came back can be corrected.
         if index not in image_at or row["status"] != "ok":
-            records.append(record_as_it_is(row))
+            records.append(unchanged_record(row))
             total["dropped"] += len(annotations.get(index, []))
             continue
         record, numbers = corrected_record(row, image_at[index], annotations.get(index, []), **settings)
@@ -142,7 +142,7 @@ def _find_images(
 ) -> tuple[coco.CocoImages, dict[int, dict[str, Any]], int]:
     """Match the corrected images with the plan, by file_name because tools assign new ids.
 
-    If several images have that name, the one with the corrected image's id is used. Returns in_coco with `place_of` as
+    If several images have that name, the one with the corrected image's id is used. Returns in_coco with `index_of` as
     indices in the plan; index in the plan -> corrected image; and the number not found. Raises: ConfigError if an image
     has no name, a name is ambiguous, an image occurs twice, or none is found.
     """
@@ -152,11 +152,11 @@ def _find_images(
         if not isinstance(image["file_name"], str) or not image["file_name"]:
             raise ConfigError(f"{where}: the image {image['id']} has no file_name")
         image["file_name"] = printable(image["file_name"])
-    places = places_of([image["file_name"] for image in in_coco.images], planned["file_name"])
+    matches = indices_of([image["file_name"] for image in in_coco.images], planned["file_name"])
     image_at: dict[int, dict[str, Any]] = {}
-    place_of: dict[int, int] = {}
+    index_in_plan: dict[int, int] = {}
     for number, image in enumerate(in_coco.images):
-        candidates = places.get(number, [])
+        candidates = matches.get(number, [])
         if len(candidates) > 1:
             candidates = [index for index in candidates if planned["image_id"][index].as_py() == image["id"]]
             if not candidates:
@@ -168,7 +168,7 @@ def _find_images(
             if candidates[0] in image_at:
                 raise ConfigError(f"{where} has the image {image['file_name']!r} twice")
             image_at[candidates[0]] = image
-            place_of[number] = candidates[0]
+            index_in_plan[number] = candidates[0]
     if not image_at:
         raise ConfigError(
             f"{where}: none of its {len(in_coco.images)} images is in {storage.redact(plan.output)}; its first is "
@@ -176,9 +176,10 @@ def _find_images(
         )
     # COCO's ids now lead to the plan's images; those that were not found drop out.
     in_plan = [
-        {id: place_of[number] for id, number in numbers.items() if number in place_of} for numbers in in_coco.place_of
+        {id: index_in_plan[number] for id, number in numbers.items() if number in index_in_plan}
+        for numbers in in_coco.index_of
     ]
-    return replace(in_coco, place_of=in_plan), image_at, len(in_coco.images) - len(image_at)
+    return replace(in_coco, index_of=in_plan), image_at, len(in_coco.images) - len(image_at)
 
 
 def _refuse_masks_not_shown(
@@ -201,7 +202,7 @@ def _refuse_masks_not_shown(
     # 8 bytes per id, because there may be millions.
     returned = array("q")
     for index, annotation in coco.annotations_of_images(source, in_coco):
-        id = own_id(annotation.get("attributes"))
+        id = id_of(annotation.get("attributes"))
         if id is not None and id // ANNOTATIONS_PER_IMAGE == image_ids[index]:
             returned.append(id)
     ids = pa.array(returned, pa.int64())
@@ -245,7 +246,9 @@ def _labels(plan: Plan, begun: Plan | None, names: list[str]) -> dict[str, Any] 
     new = [name for name in names if name not in known and not looks_unnamed(name)]
     if not known and not new:
         return None
-    return {**plan.run["identity"].get("labels", {}), "categories": [*known, *new]}
+    labels = {**plan.run["identity"].get("labels", {}), "categories": [*known, *new]}
+    # The new ones were not asked of every image: without this SA-Co would have each as a negative of all other images.
+    return {"asked_of_all": len(known), **labels} if new else labels
 
 
 def _plan(

@@ -33,7 +33,7 @@ MATCH_IOU: Final = 0.5
 """Minimum IoU to match a corrected mask with an original one."""
 
 
-def record_as_it_is(row: Mapping[str, Any]) -> ImageRecord:
+def unchanged_record(row: Mapping[str, Any]) -> ImageRecord:
     """The record of a row of an output. row: from `pa.Table.to_pylist`."""
     return ImageRecord(
         **row["image"],
@@ -43,6 +43,8 @@ def record_as_it_is(row: Mapping[str, Any]) -> ImageRecord:
         corrections=row.get("corrections"),
         phrases=row.get("phrases"),
         presence=row.get("presence"),
+        geo=row.get("geo"),
+        tiles=row.get("tiles"),
     )
 
 
@@ -75,13 +77,13 @@ def corrected_record(
             )
         drawn = [(_drawn(i, raw, hw), _name(raw, categories)) for i, raw in enumerate(annotations)]
         # Without those that have no pixel, such as plain boxes.
-        theirs = [mask for mask, _ in drawn if mask is not None]
+        returned = [mask for mask, _ in drawn if mask is not None]
         names = [name for mask, name in drawn if mask is not None]
         shown, rest = _parted(row, hw, confident, stable)
         edit = _Edit(row, hw, bbox_convention)
-        edit.numbers["dropped"] = len(drawn) - len(theirs)
+        edit.numbers["dropped"] = len(drawn) - len(returned)
         edit.set_aside(rest, keep=keep_rest)
-        edit.apply(shown, theirs, names)
+        edit.apply(shown, returned, names)
     except ImageError as error:
         failed = {"image_id": known["image_id"], "file_name": known["file_name"], "uri": row["uri"]}
         return ImageRecord(**failed, width=0, height=0, error=str(error), phrases=row.get("phrases")), Counter()
@@ -92,6 +94,8 @@ def corrected_record(
         corrections=[{"id": id, "change": edit.marks[id]} for id in sorted(edit.marks)],
         phrases=row.get("phrases"),
         presence=row.get("presence"),
+        geo=row.get("geo"),
+        tiles=row.get("tiles"),
     )
     return record, edit.numbers
 
@@ -140,19 +144,19 @@ class _Edit:
             self.numbers["left_out"] = len(masks)
 
     def apply(
-        self, shown: Sequence[MaskRecord], theirs: Sequence[tuple[str, int | None]], names: Sequence[Name]
+        self, shown: Sequence[MaskRecord], returned: Sequence[tuple[str, int | None]], names: Sequence[Name]
     ) -> None:
-        """Compare what the person saw with what came back. theirs: as for `match_masks`; names: theirs. Raises:
+        """Compare what the person saw with what came back. returned: as for `match_masks`; names: of each. Raises:
         ImageError."""
-        same_as = match_masks(shown, theirs, self.hw)
+        same_as = match_masks(shown, returned, self.hw)
         for index, mask in enumerate(shown):
             if index in same_as:
-                self._keep_or_change(mask, theirs[same_as[index]][0], names[same_as[index]])
+                self._keep_or_change(mask, returned[same_as[index]][0], names[same_as[index]])
             else:
                 self.numbers["removed"] += 1
                 self.marks[mask["id"]] = "removed"
         matched = set(same_as.values())
-        for index, (counts, _) in enumerate(theirs):
+        for index, (counts, _) in enumerate(returned):
             if index not in matched:
                 self._add(counts, names[index])
         # `_end_id` is the first id of the next image.
@@ -169,7 +173,7 @@ class _Edit:
         self.numbers["changed"] += 1
         changed = mask
         if not same_pixels:
-            drawn = _of_a_person(counts, self.hw, self.bbox_convention, mask["point_coords"], mask["crop_box"])
+            drawn = _manual_record(counts, self.hw, self.bbox_convention, mask["point_coords"], mask["crop_box"])
             changed = {**changed, **drawn}
         if not same_name:
             changed = cast(MaskRecord, {**changed, **name})
@@ -180,45 +184,45 @@ class _Edit:
     def _add(self, counts: str, name: Name) -> None:
         self.numbers["added"] += 1
         # A drawn mask has no point, and the whole image as its crop.
-        whole = [0.0, 0.0, float(self.hw[1]), float(self.hw[0])]
-        drawn = _of_a_person(counts, self.hw, self.bbox_convention, [], whole)
+        crop_box = [0.0, 0.0, float(self.hw[1]), float(self.hw[0])]
+        drawn = _manual_record(counts, self.hw, self.bbox_convention, [], crop_box)
         self.kept[self._next_id] = cast(MaskRecord, {"id": self._next_id, **drawn, **name})
         self.marks[self._next_id] = "added"
         self._next_id += 1
 
 
 def match_masks(
-    shown: Sequence[MaskRecord], theirs: Sequence[tuple[str, int | None]], hw: tuple[int, int]
+    shown: Sequence[MaskRecord], returned: Sequence[tuple[str, int | None]], hw: tuple[int, int]
 ) -> dict[int, int]:
-    """Index in shown -> index in theirs of the same mask; one to one.
+    """Index in shown -> index in returned of the same mask; one to one.
 
-    theirs: run lengths, and the id that came back, if any. If several have the same id, as after copy and paste, the
+    returned: run lengths, and the id that came back, if any. If several have the same id, as after copy and paste, the
     one that overlaps most keeps it; the others are matched as if they had none.
     """
-    if not shown or not theirs:
+    if not shown or not returned:
         return {}
-    ious = _ious([mask["segmentation"]["counts"] for mask in shown], [counts for counts, _ in theirs], hw)
-    found: dict[int, int] = {}
+    ious = _ious([mask["segmentation"]["counts"] for mask in shown], [counts for counts, _ in returned], hw)
+    matches: dict[int, int] = {}
     # First by the ids that came back, then by the pixels.
     for index, mask in enumerate(shown):
-        claims = [i for i, (_, id) in enumerate(theirs) if id == mask["id"]]
+        claims = [i for i, (_, id) in enumerate(returned) if id == mask["id"]]
         if claims:
-            found[index] = max(claims, key=lambda i: ious[index, i])
-    taken = set(found.values())
+            matches[index] = max(claims, key=lambda i: ious[index, i])
+    taken = set(matches.values())
     # Greedily, from the largest IoU on.
     for flat in np.argsort(-ious, axis=None, kind="stable").tolist():
-        index, other = divmod(flat, len(theirs))
+        index, other = divmod(flat, len(returned))
         if ious[index, other] < MATCH_IOU:
             break
-        if index not in found and other not in taken:
-            found[index] = other
+        if index not in matches and other not in taken:
+            matches[index] = other
             taken.add(other)
-    return found
+    return matches
 
 
 def _ious(ours: list[str], theirs: list[str], hw: tuple[int, int]) -> npt.NDArray[np.float64]:
     """(len(ours), len(theirs)) IoUs of valid run-length strings."""
-    rles = [[{"size": list(hw), "counts": counts} for counts in some] for some in (ours, theirs)]
+    rles = [[{"size": list(hw), "counts": counts} for counts in masks] for masks in (ours, theirs)]
     # 0: the usual IoU, not the one for crowds.
     return np.asarray(coco_mask.iou(rles[0], rles[1], [0] * len(theirs)))
 
@@ -228,7 +232,7 @@ def _same_pixels(ours: str, theirs: str, hw: tuple[int, int]) -> bool:
     return ours == theirs or bool(_ious([ours], [theirs], hw)[0, 0] == 1.0)
 
 
-def _of_a_person(
+def _manual_record(
     counts: str, hw: tuple[int, int], bbox_convention: str, point_coords: list[list[float]], crop_box: list[float]
 ) -> MaskRecord:
     """The record of a manually drawn mask. Its scores are 1, to pass any score filter."""
@@ -253,13 +257,13 @@ def _drawn(index: int, raw: Any, hw: tuple[int, int]) -> tuple[str, int | None] 
         counts = counts_of(raw.get("segmentation"), hw)
         if counts is None or measure(counts, hw, "coco")[0] == 0:
             return None
-        return counts, own_id(raw.get("attributes"))
+        return counts, id_of(raw.get("attributes"))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ImageError("unreadable", f"annotation {index} is not valid: {str(error)[:300]}") from error
 
 
 def _name(raw: Mapping[str, Any], categories: Collection[str] | None) -> Name:
-    """What an annotation says about its name. raw: with a `label` from `coco.sorted_annotations`."""
+    """The name in an annotation. raw: with a `label` from `coco.sorted_annotations`."""
     if categories is None or "label" not in raw:
         return {}
     # A name that the output does not have is the export's "object".
@@ -267,7 +271,7 @@ def _name(raw: Mapping[str, Any], categories: Collection[str] | None) -> Name:
     return {"label": raw["label"], "label_score": 1.0} if named else {"label": None, "label_score": None}
 
 
-def own_id(attributes: Any) -> int | None:
+def id_of(attributes: Any) -> int | None:
     """The id in an annotation's attributes, which tools return as text, as a float, or empty."""
     value = attributes.get(ID_ATTRIBUTE) if isinstance(attributes, Mapping) else None
     if value is None or isinstance(value, bool):

@@ -138,7 +138,7 @@ class _Job:
         return report
 
     def _identity(self, images_per_shard: int) -> dict[str, Any]:
-        """What calls on the same OUTPUT must share."""
+        """The identity that calls on the same OUTPUT must share."""
         return {
             "imported": self.source.format,
             "input_uri": storage.redact(self.source.uri),
@@ -249,7 +249,7 @@ def _import_shard(
     allow_outside: bool,
 ) -> tuple[ShardSummary, int]:
     shard, files = item
-    # The plan's names, not the source's: an import that an older version began goes on without names.
+    # The plan's names, not the source's: an import that an older version began continues without names.
     names = names_in(plan)
     options: dict[str, Any] = {"images_root": images_root, "allow_outside": allow_outside, "categories": names}
     records, num_dropped = sa1b.read_records(files, plan.read_shard(shard), bbox_convention, **options)
@@ -257,11 +257,11 @@ def _import_shard(
 
 
 def _coco_records(
-    plan: Plan, found: coco.CocoImages, annotations: coco.Shards, roots: list[str] | None, bbox_convention: str
+    plan: Plan, in_coco: coco.CocoImages, annotations: coco.Shards, roots: list[str] | None, bbox_convention: str
 ) -> Iterator[tuple[int, list[ImageRecord], int]]:
     """(shard, its rows, number of annotations dropped). roots: folder that each image must be in; None allows any."""
     names = names_in(plan)
-    for shard, first, by_place in annotations:
+    for shard, first, by_index in annotations:
         records, num_dropped = [], 0
         for index, row in enumerate(plan.read_shard(shard).to_pylist(), start=first):
             problem = None if row["uri"] else ImageError("missing", "the annotations have no file_name for the image")
@@ -270,7 +270,7 @@ def _coco_records(
             if problem is not None:
                 records.append(failed(row, problem))
                 continue
-            record, dropped = record_of(row, found.images[index], by_place.get(index, []), bbox_convention, names)
+            record, dropped = record_of(row, in_coco.images[index], by_index.get(index, []), bbox_convention, names)
             records.append(record)
             num_dropped += dropped
         yield shard, records, num_dropped

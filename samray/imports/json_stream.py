@@ -46,8 +46,8 @@ class JsonStream:
         else:
             yield from self._members()
         self._where = ""
-        if (found := self._next_character()) is not None:
-            raise ValueError(f"it has {found!r} after its end, at {self._place(self._at)}; expected one value")
+        if (character := self._next_character()) is not None:
+            raise ValueError(f"it has {character!r} after its end, at {self._position(self._at)}; expected one value")
 
     def _members(self) -> Iterator[tuple[str, Any]]:
         self._expect("{")
@@ -106,10 +106,10 @@ class JsonStream:
         return True
 
     def _peek(self) -> str:
-        found = self._next_character()
-        if found is None:
+        character = self._next_character()
+        if character is None:
             raise self._too_early()
-        return found
+        return character
 
     def _next_character(self) -> str | None:
         """The next non-space character, without consuming it; None at the end of the file."""
@@ -122,13 +122,13 @@ class JsonStream:
                 return None
 
     def _expect(self, characters: str) -> str:
-        found = self._peek()
-        if found not in characters:
-            raise ValueError(f"expected {' or '.join(characters)}, found {found!r}, at {self._place(self._at)}")
+        character = self._peek()
+        if character not in characters:
+            raise ValueError(f"expected {' or '.join(characters)}, found {character!r}, at {self._position(self._at)}")
         self._at += 1
-        return found
+        return character
 
-    def _place(self, at: int) -> str:
+    def _position(self, at: int) -> str:
         return f"about byte {self._num_bytes - len(self._text[at:].encode()):,}{self._where}"
 
     def _value(self) -> Any:
@@ -141,13 +141,13 @@ class JsonStream:
                     return value
             except json.JSONDecodeError as error:
                 if not self._may_go_on(error):
-                    raise ValueError(f"it is damaged: {error.msg} at {self._place(error.pos)}") from error
+                    raise ValueError(f"it is damaged: {error.msg} at {self._position(error.pos)}") from error
             except RecursionError:
-                raise ValueError(f"it is nested too deeply at {self._place(self._at)}") from None
+                raise ValueError(f"it is nested too deeply at {self._position(self._at)}") from None
             # Before more is read: a value without an end would fill the memory.
             if len(self._text) - self._at > MAX_VALUE_CHARS:
                 raise ValueError(
-                    f"it has a value of more than {MAX_VALUE_CHARS:,} characters at {self._place(self._at)}"
+                    f"it has a value of more than {MAX_VALUE_CHARS:,} characters at {self._position(self._at)}"
                 )
             if not self._more():
                 raise self._too_early()

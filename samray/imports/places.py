@@ -64,8 +64,10 @@ def names_of(images: list[dict[str, Any]], roots: list[str]) -> Iterator[str | N
     ambiguous = [(root, names) for root, names in zip(roots, spelled, strict=True) if len(names) > 1][:_TRIED_NAMES]
     best = 0
     if ambiguous:
-        found = [sum(_is_there(storage.resolve(root, names[way]), root) for root, names in ambiguous) for way in (0, 1)]
-        best = int(found[1] > found[0])
+        num_existing = [
+            sum(_is_there(storage.resolve(root, names[way]), root) for root, names in ambiguous) for way in (0, 1)
+        ]
+        best = int(num_existing[1] > num_existing[0])
     for names in spelled:
         yield names[min(best, len(names) - 1)] if names else None
 
@@ -95,8 +97,8 @@ def missing_images(planned: pa.Table, base: str, allow_outside: bool) -> tuple[i
     servers, unless allow_outside.
     """
     step = max(1, -(-planned.num_rows // _LOOKED_FOR))
-    places = pa.array(range(0, planned.num_rows, step), pa.int64())
-    rows = planned.select(["uri", "container"]).take(places).to_pylist()
+    row_numbers = pa.array(range(0, planned.num_rows, step), pa.int64())
+    rows = planned.select(["uri", "container"]).take(row_numbers).to_pylist()
     # Members of an imported tar were just listed.
     if any(row["container"] is not None for row in rows):
         return 0, ""

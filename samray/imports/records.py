@@ -73,7 +73,7 @@ def image_hw(image: Mapping[str, Any]) -> tuple[int, int]:
 
     Raises: ImageError if they are not a valid image size, or are too large.
     """
-    sides = [whole(image.get(name)) for name in ("height", "width")]
+    sides = [integer_of(image.get(name)) for name in ("height", "width")]
     if None in sides:
         hw = (image.get("height"), image.get("width"))
         raise ImageError("unreadable", f"the image has the impossible height and width {reprlib.repr(hw)}")
@@ -83,7 +83,7 @@ def image_hw(image: Mapping[str, Any]) -> tuple[int, int]:
         raise ImageError("unreadable", f"the image has {error}") from error
 
 
-def whole(value: Any) -> int | None:
+def integer_of(value: Any) -> int | None:
     """The integer value of an int or of a whole float; None for everything else."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
@@ -131,7 +131,7 @@ def _name(raw: Mapping[str, Any], categories: Collection[str]) -> _Name:
     if label is None:
         return {"label": None, "label_score": None}
     if label not in categories:
-        raise ValueError(f"it has the name {reprlib.repr(label)}, which is none of the categories")
+        raise ValueError(f"it has the name {reprlib.repr(label)}, which is not one of the categories")
     return {"label": label, "label_score": _score(raw.get("label_score", raw.get("score")))}
 
 
@@ -164,7 +164,7 @@ def counts_of(segmentation: Any, hw: tuple[int, int]) -> str | None:
     if isinstance(segmentation, list):
         return _counts_of_polygons(segmentation, hw)
     size, counts = segmentation["size"], segmentation["counts"]
-    if not isinstance(size, list) or [whole(side) for side in size] != list(hw):
+    if not isinstance(size, list) or [integer_of(side) for side in size] != list(hw):
         raise ValueError(f"a mask of size {reprlib.repr(size)}, not {list(hw)} like the image (height, width)")
     if isinstance(counts, list):
         return _compressed(_plain_runs(counts, hw), hw)
@@ -178,7 +178,7 @@ def _plain_runs(counts: list[Any], hw: tuple[int, int]) -> Runs:
     # By its length, before millions of values are converted.
     if len(counts) > MAX_CHARS:
         raise ValueError(f"{len(counts)} run lengths; at most {MAX_CHARS} are supported")
-    runs = [whole(run) for run in counts]
+    runs = [integer_of(run) for run in counts]
     # Python's sum does not overflow.
     if any(run is None or run < 0 for run in runs) or sum(runs) != hw[0] * hw[1]:  # type: ignore[arg-type]
         raise ValueError(f"run lengths that do not sum to {hw[0]} * {hw[1]}")

@@ -14,7 +14,7 @@ import pyarrow as pa
 from samray import storage
 from samray.errors import ConfigError, FileError, ImageError
 from samray.imports.places import outside_problem, printable
-from samray.imports.records import bbox_convention_of, failed, image_hw, record_of, whole
+from samray.imports.records import bbox_convention_of, failed, image_hw, integer_of, record_of
 from samray.imports.source import HEAD_BYTES, Source, image_ids, read_json
 from samray.output.manifests import MANIFEST_SCHEMA
 from samray.output.schema import ImageRecord
@@ -41,8 +41,8 @@ def planned_images(source: Source, images_root: str | None, allow_outside: bool)
     with ThreadPoolExecutor(_THREADS) as pool:
         images = list(pool.map(_image_of, files))
     ids = image_ids([_id_of(image) for image in images])
-    places = [_place(file, image, images_root) for file, image in zip(files, images, strict=True)]
-    rows = [{"image_id": id, **columns} for id, columns in zip(ids, places, strict=True)]
+    locations = [_location(file, image, images_root) for file, image in zip(files, images, strict=True)]
+    rows = [{"image_id": id, **columns} for id, columns in zip(ids, locations, strict=True)]
     if not allow_outside and all(_problem(file, row, images_root) for file, row in zip(files, rows, strict=True)):
         raise ConfigError(
             f"SOURCE {storage.redact(source.uri)}: no image is below the folder of its images, the first is "
@@ -92,7 +92,7 @@ def _whole_json(file: dict[str, Any]) -> Any:
 
 def _id_of(image: dict[str, Any]) -> Any:
     id = image.get("image_id")
-    return id if whole(id) is None else whole(id)
+    return id if integer_of(id) is None else integer_of(id)
 
 
 def _problem(file: dict[str, Any], row: dict[str, Any], images_root: str | None) -> ImageError | None:
@@ -102,7 +102,7 @@ def _problem(file: dict[str, Any], row: dict[str, Any], images_root: str | None)
     return outside_problem(row["uri"], images_root or storage.parent(file["json"]))
 
 
-def _place(file: dict[str, Any], image: dict[str, Any], images_root: str | None) -> dict[str, Any]:
+def _location(file: dict[str, Any], image: dict[str, Any], images_root: str | None) -> dict[str, Any]:
     """The image's name, and the location of its bytes."""
     in_tar = file["json_offset"] is not None
     name = image.get("file_name")

@@ -103,15 +103,15 @@ def open_source(uri: str, format: str | None) -> Source:
 
 
 def _files_of(entries: list[FileEntry]) -> Iterator[dict[str, Any]]:
-    # A JSON file's image has the same name but for the ending.
+    # A JSON file's image has the same name except for the ending.
     photos = {entry.uri.rpartition(".")[0]: entry for entry in entries if entry.uri.lower().endswith(IMAGE_EXTENSIONS)}
     for entry in entries:
         if entry.uri.lower().endswith(".json"):
-            found = {"json": entry.uri, "json_size": entry.size}
+            row = {"json": entry.uri, "json_size": entry.size}
             photo = photos.get(entry.uri.rpartition(".")[0])
             if photo is not None:
-                found |= {"photo": photo.uri, "photo_size": photo.size, "photo_etag": photo.etag}
-            yield found
+                row |= {"photo": photo.uri, "photo_size": photo.size, "photo_etag": photo.etag}
+            yield row
 
 
 def _in_tars(uris: list[str]) -> Iterator[pa.Table]:
@@ -122,7 +122,7 @@ def _in_tars(uris: list[str]) -> Iterator[pa.Table]:
 def _list_tar(uri: str) -> pa.Table:
     members = list_tar(uri, (".json", *IMAGE_EXTENSIONS))
     photos = {m.name.rpartition(".")[0]: m for m in members if not m.name.lower().endswith(".json")}
-    found = []
+    rows = []
     for member in members:
         if not member.name.lower().endswith(".json"):
             continue
@@ -135,8 +135,8 @@ def _list_tar(uri: str) -> pa.Table:
             name = f"tar://{photo.name}::{uri}"
             row |= {"photo": name, "photo_size": photo.size, "photo_offset": photo.offset}
             row["photo_extents"] = photo.extents
-        found.append(row)
-    return _table(iter(found))
+        rows.append(row)
+    return _table(iter(rows))
 
 
 def _table(rows: Iterator[dict[str, Any]]) -> pa.Table:

@@ -1,4 +1,4 @@
-"""What a kind of input is: files of some endings, how to list the images in one, and how to fetch their bytes.
+"""The interface of a kind of input: files of some endings, how to list the images in one, and how to fetch their bytes.
 
 A file of this package defines one `Reader`, and a row in `readers` registers it.
 """
@@ -32,7 +32,7 @@ class Container:
     root: str
     """The folder that file names are relative to, and that lists may name files below."""
     prefix: str
-    """What the names of its images start with: its own name below root without the ending; "" if it is all of INPUT."""
+    """Prefix of the names of its images: its own name below root without the ending; "" if it is all of INPUT."""
     files: pa.Table | None = None
     """uri, size, etag and problem of each file of INPUT, for readers with `list_at_once`."""
     files_are_meant: bool = False
@@ -41,7 +41,7 @@ class Container:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a container holds."""
+    """The content of a container."""
 
     rows: pa.Table | UriRows | None = None
     """A table of `INPUT_SCHEMA`, or the rows of a list, which are still to be merged with those of other lists."""
@@ -59,7 +59,7 @@ class Reader:
     name: str
     """As in "none of its 3 tar files can be read"."""
     nouns: tuple[str, ...]
-    """What INPUT may be, as in "give a folder, glob or tar"."""
+    """Words for it in messages, as in "give a folder, glob or tar"."""
     nothing: str
     """As in "no image in the tar"."""
     endings: tuple[str, ...]

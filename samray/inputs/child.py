@@ -51,7 +51,7 @@ class ChildDied(Exception):
 
 
 class ChildNotStarted(SamrayError):
-    """No process could be started, or it ended before it was ready: not the fault of an image."""
+    """A process could not be started, or ended before it was ready. No image is at fault."""
 
 
 def how_it_ended(returncode: int) -> str:
@@ -74,18 +74,18 @@ class Child:
     def __init__(self, target: str, setup: bytes, start_timeout_s: float = 120.0) -> None:
         """Start the process and wait until it is ready. Raises ChildNotStarted."""
         # Requests go over the first pair; the second has no traffic and only shows the child that its parent is alive.
-        self._socket, theirs = socket.socketpair()
+        self._socket, child_socket = socket.socketpair()
         self._lifeline, their_lifeline = socket.socketpair()
         code = (
             "from samray.inputs.child import serve;"
-            f"serve({theirs.fileno()}, {their_lifeline.fileno()}, {os.getpid()}, {target!r})"
+            f"serve({child_socket.fileno()}, {their_lifeline.fileno()}, {os.getpid()}, {target!r})"
         )
         # The child imports from the same places as its parent; -P keeps the current folder out of the path.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", code],
-                pass_fds=(theirs.fileno(), their_lifeline.fileno()),
+                pass_fds=(child_socket.fileno(), their_lifeline.fileno()),
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
             )
@@ -93,7 +93,7 @@ class Child:
             raise ChildNotStarted(f"could not start a process of its own for an image: {error}") from error
         finally:
             # If the parent kept the child's end open, too, it would not notice the child's death.
-            theirs.close()
+            child_socket.close()
             their_lifeline.close()
         try:
             self.ask(setup, timeout_s=start_timeout_s)

@@ -20,13 +20,18 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from samray.errors import ImageError
+from samray.inputs import raster_files, tiff
 from samray.inputs.child import Answer, Buffer, Child, ChildDied, how_it_ended, is_to_blame
-from samray.inputs.decode import RGBArray, decode_image
+from samray.inputs.decode import RGBArray
+
+if TYPE_CHECKING:
+    from samray.config import InputConfig
+    from samray.inputs.raster_source import Geo
 
 BASE_BYTES: Final = 512 << 20
 BYTES_PER_PIXEL: Final = 64
@@ -35,31 +40,36 @@ BYTES_PER_PIXEL: Final = 64
 KEPT_BYTES: Final = 16 << 20
 """Maximum shared memory that a decoder keeps for the next image."""
 
-_SETUP: Final = struct.Struct("<Qd")
+_GEO_BYTES: Final = 3 << 30
+"""Address space of GDAL, most of which is never used."""
+
 _SIZE: Final = struct.Struct("<II")
 
 
 class Decoder:
     """Decodes images in a child, which is started for the first image and again after each death. Not thread-safe."""
 
-    def __init__(self, max_pixels: int, timeout_s: float) -> None:
-        """timeout_s: CPU seconds per image."""
-        self.max_pixels = max_pixels
-        self.timeout_s = timeout_s
+    def __init__(self, config: InputConfig) -> None:
+        """config: its `max_pixels`, `decode_timeout_s` (CPU seconds per image), `bands` and `stretch`."""
+        self.timeout_s = config.decode_timeout_s
+        self._setup = setup_of(config)
         self._child: Child | None = None
-        self._shared: Any = b""
+        self._pixels = PixelsOf()
 
     def __call__(self, data: Buffer) -> RGBArray:
-        """Like `decode_image`. Raises ImageError, also for timeout and quarantined, and ChildNotStarted."""
+        """Like `raster_files.decode_image`. Raises ImageError (also timeout and quarantined) and ChildNotStarted."""
+        return self.decode_with_geo(data)[0]
+
+    def decode_with_geo(self, data: Buffer) -> tuple[RGBArray, Geo | None]:
+        """The pixels, and where a GeoTIFF is."""
         deaths: list[ChildDied] = []
         while not is_to_blame(deaths):
             if self._child is None:
-                self._child = Child(
-                    "samray.inputs.decode_apart:answer_with", _SETUP.pack(self.max_pixels, self.timeout_s)
-                )
+                self._child = Child("samray.inputs.decode_apart:answer_with", self._setup)
             try:
                 # On a busy machine the process may wait for the CPU within its CPU time: that is not the image's fault.
-                return self._pixels(self._child.ask(data, timeout_s=60 + 20 * self.timeout_s))
+                answer = self._child.ask(data, timeout_s=60 + 20 * self.timeout_s)
+                return self._pixels(answer), _geo_of(answer)
             except ChildDied as death:
                 # The request is sent again to a new child as long as its deaths prove nothing.
                 self._child = None
@@ -77,11 +87,19 @@ class Decoder:
             f" the last time by {how_it_ended(deaths[-1].returncode)}",
         )
 
-    def _pixels(self, answer: Answer) -> RGBArray:
+
+class PixelsOf:
+    """The parent's side of the memory that it shares with one child (`SharedPixels`)."""
+
+    def __init__(self) -> None:
+        self._shared: Any = b""
+
+    def __call__(self, answer: Answer) -> RGBArray:
+        """The pixels of an answer, or the ImageError that it is."""
         head, fd = answer
         if head.startswith(b"["):
             raise ImageError(*json.loads(head))
-        height, width = _SIZE.unpack(head)
+        height, width = _SIZE.unpack_from(head)
         # Without a descriptor the pixels are in the memory that was mapped for an earlier image.
         shared = self._shared
         if fd is not None:
@@ -99,36 +117,56 @@ class Decoder:
         return pixels.copy()
 
 
-_idle: dict[tuple[int, int, float], queue.SimpleQueue[Decoder]] = defaultdict(queue.SimpleQueue)
+def _geo_of(answer: Answer) -> Geo | None:
+    geo: Geo | None = json.loads(answer[0][_SIZE.size :] or b"null")
+    return geo
 
 
-def decode_apart(data: Buffer, max_pixels: int, timeout_s: float) -> RGBArray:
+_idle: dict[tuple[int, bytes], queue.SimpleQueue[Decoder]] = defaultdict(queue.SimpleQueue)
+
+
+def decode_apart(data: Buffer, config: InputConfig) -> RGBArray:
     """Like `Decoder`, with one that no other thread of this process uses: one decoder per concurrent caller."""
-    idle = _idle[os.getpid(), max_pixels, timeout_s]  # a forked process must not use its parent's decoders
+    return decode_with_geo(data, config)[0]
+
+
+def decode_with_geo(data: Buffer, config: InputConfig) -> tuple[RGBArray, Geo | None]:
+    """`decode_apart`, and where a GeoTIFF is."""
+    idle = _idle[os.getpid(), setup_of(config)]  # a forked process must not use its parent's decoders
     try:
         decoder = idle.get_nowait()
     except queue.Empty:
-        decoder = Decoder(max_pixels, timeout_s)
+        decoder = Decoder(config)
     try:
-        return decoder(data)
+        return decoder.decode_with_geo(data)
     finally:
         idle.put(decoder)
 
 
+def setup_of(config: InputConfig) -> bytes:
+    """Settings of a child."""
+    return json.dumps([config.max_pixels, config.decode_timeout_s, config.bands, config.stretch]).encode()
+
+
 def answer_with(setup: bytes) -> Callable[[bytes], Answer]:
     """The child's side; see `child.Child`."""
-    max_pixels, timeout_s = _SETUP.unpack(setup)
+    max_pixels, timeout_s, bands, stretch = json.loads(setup)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     num_bytes = BASE_BYTES + BYTES_PER_PIXEL * max_pixels
-    shared = _Shared()
+    shared = SharedPixels()
+    uses_gdal = bands is not None or stretch is not None
 
     def answer(request: bytes) -> Answer:
-        _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + timeout_s))
-        _limit(resource.RLIMIT_AS, num_bytes + 4 * len(request))
+        nonlocal uses_gdal
+        limit_resource(resource.RLIMIT_CPU, math.ceil(time.process_time() + timeout_s))
+        has_geo = tiff.is_tiff(request) and tiff.has_geo(request)
+        uses_gdal = uses_gdal or has_geo  # once loaded, it stays
+        limit_resource(resource.RLIMIT_AS, num_bytes + (_GEO_BYTES if uses_gdal else 0) + 4 * len(request))
         try:
-            pixels = decode_image(request, max_pixels)
-            fd = shared.put(pixels)
-            return _SIZE.pack(*pixels.shape[:2]), fd
+            pixels = raster_files.decode_image(request, max_pixels, bands, stretch)
+            geo = raster_files.geo_of(request) if has_geo else None
+            head, fd = shared.answer(pixels)
+            return head + (b"" if geo is None else json.dumps(geo).encode()), fd
         except ImageError as error:
             return json.dumps([error.reason, error.message]).encode(), None
         except MemoryError:
@@ -137,13 +175,17 @@ def answer_with(setup: bytes) -> Callable[[bytes], Answer]:
     return answer
 
 
-class _Shared:
-    """Memory shared by both processes."""
+class SharedPixels:
+    """The child's side of the memory that it shares with its parent (`PixelsOf`)."""
 
     def __init__(self) -> None:
         self.buffer: Any = b""
 
-    def put(self, pixels: RGBArray) -> int | None:
+    def answer(self, pixels: RGBArray) -> Answer:
+        """The answer that gives these pixels to the parent."""
+        return _SIZE.pack(*pixels.shape[:2]), self._put(pixels)
+
+    def _put(self, pixels: RGBArray) -> int | None:
         """Copy the pixels into it. Returns the descriptor of new memory if the present one is too small, else None."""
         buffer, fd = self.buffer, None
         if pixels.nbytes > len(buffer):
@@ -155,7 +197,7 @@ class _Shared:
         return fd
 
 
-def _limit(what: int, value: int) -> None:
+def limit_resource(what: int, value: int) -> None:
     """Set the soft limit, as far as the hard limit allows."""
     hard = resource.getrlimit(what)[1]
     with contextlib.suppress(ValueError, OSError):  # macOS has no address-space limit

@@ -87,7 +87,7 @@ def fetch_images(rows: pa.Table, config: InputConfig, sample: Sample | None = No
         _readable.clear()
     for item, data in zip(items, fetched, strict=True):
         if isinstance(data, bytes):
-            _readable[storage.place_of(_file_of(item))] = _file_of(item)
+            _readable[storage.origin_of(_file_of(item))] = _file_of(item)
     return [_blamed(data) if isinstance(data, _DOUBT) else data for data in fetched]
 
 
@@ -175,37 +175,37 @@ def _raise_if_nothing_is_readable(
     refused: files and why; readable: those read just before.
     """
     others: list[str] | None = None
-    for place in dict.fromkeys(storage.place_of(uri) for uri, _ in refused):
-        here = {uri: error for uri, error in refused if storage.place_of(uri) == place}
+    for origin in dict.fromkeys(storage.origin_of(uri) for uri, _ in refused):
+        errors = {uri: error for uri, error in refused if storage.origin_of(uri) == origin}
         # First the files that were readable just now: the quickest proof that the storage as a whole works.
-        known = [uri for uri in readable if storage.place_of(uri) == place][-2:]
-        known += [_readable[place]] if place in _readable else []
+        known = [uri for uri in readable if storage.origin_of(uri) == origin][-2:]
+        known += [_readable[origin]] if origin in _readable else []
         if _any_is_readable(known):
             continue
-        # Then others of the same bucket or host, from all over the input; sampled once for all places.
+        # Then others of the same bucket or host, from all over the input; sampled once for all origins.
         others = others if others is not None else sample() if sample else readable
-        near = [uri for uri in others if storage.place_of(uri) == place and uri not in here]
+        near = [uri for uri in others if storage.origin_of(uri) == origin and uri not in errors]
         if _any_is_readable(near):
             continue
         far = [*readable, *others]
         # A host of the web that is gone for good must not end a run that reads from many.
-        if storage.is_web(place) and _any_is_readable(
-            u for u in far if storage.is_web(u) and storage.place_of(u) != place
+        if storage.is_web(origin) and _any_is_readable(
+            u for u in far if storage.is_web(u) and storage.origin_of(u) != origin
         ):
             continue
-        # Too few files of this place were tried to blame it: if others elsewhere can be read, blame these images.
-        num_tried = len({*here, *known, *near[:_MAX_PROBES]})
-        if num_tried < _ENOUGH and _any_is_readable(uri for uri in far if storage.place_of(uri) != place):
+        # Too few files of this origin were tried to blame it: if others elsewhere can be read, blame these images.
+        num_tried = len({*errors, *known, *near[:_MAX_PROBES]})
+        if num_tried < _ENOUGH and _any_is_readable(uri for uri in far if storage.origin_of(uri) != origin):
             continue
-        error = next(iter(here.values()))
+        error = next(iter(errors.values()))
         # Without a sample (see `fetch_images`), a refusal by a storage that answers is that image's own.
-        if sample is None and not known and (storage.is_web(place) or not isinstance(error, UnavailableError)):
+        if sample is None and not known and (storage.is_web(origin) or not isinstance(error, UnavailableError)):
             continue
         if isinstance(error, UnavailableError):
             raise error
         raise StorageError(
-            f"{error}; it is not that file alone: none of {num_tried} files at {place} can be read. Check the bucket's "
-            "name, the credentials and the permissions, then run the same command again"
+            f"{error}; it is not that file alone: none of {num_tried} files at {origin} can be read. Check the "
+            "bucket's name, the credentials and the permissions, then run the same command again"
         ) from error
 
 

@@ -49,7 +49,7 @@ def list_files(container: Container, config: InputConfig) -> Part:
     images, skipped = container.files, Skipped()
     if not container.files_are_meant:
         # One pattern for all endings, matched by Arrow on the whole column.
-        extensions = "|".join(re.escape(e) for e in IMAGE_EXTENSIONS)
+        extensions = "|".join(re.escape(extension) for extension in IMAGE_EXTENSIONS)
         keep = pc.match_substring_regex(images["uri"], f"({extensions})$", ignore_case=True)
         skipped = skipped_names(images["uri"], keep, NOT_AN_IMAGE)
         images = images.filter(keep)

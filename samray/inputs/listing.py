@@ -21,11 +21,11 @@ from samray.errors import BucketNotFoundError, ConfigError, FileError, ImageErro
 from samray.inputs.base import Container, Part, Reader, relative_to
 from samray.inputs.fetch import fetch_images
 from samray.inputs.folder import IMAGE_EXTENSIONS, files_table, relative_names
-from samray.inputs.no_image import nothing_found, refuse_unreadable_kinds
+from samray.inputs.no_image import no_image_message, refuse_unreadable_kinds
 from samray.inputs.readers import reader_of_all, what_to_give
 from samray.inputs.rows import INPUT_SCHEMA
 from samray.inputs.skipped import HIDDEN, UNUSABLE, Skipped, skipped_names
-from samray.inputs.uri_rows import UriRows, is_own_uri, merge_lists, rows_of_uris, with_distinct_names
+from samray.inputs.uri_rows import UriRows, is_samray_uri, merge_lists, rows_of_uris, with_distinct_names
 
 if TYPE_CHECKING:
     from samray.config import InputConfig
@@ -36,12 +36,12 @@ _LIST_THREADS: Final = 32
 
 
 class Listing(NamedTuple):
-    """What listing an input gives."""
+    """The result of listing an input."""
 
     images: pa.Table
     """`INPUT_SCHEMA`, in the input's order: by name, or as a list has them."""
     skipped: Skipped
-    """What was left out."""
+    """Files that were left out."""
 
 
 def list_images(input_uri: str, config: InputConfig) -> Listing:
@@ -73,36 +73,36 @@ def check_readable(images: pa.Table, input_uri: str) -> None:
 def _list_all(uri: str, config: InputConfig) -> Listing:
     where = storage.redact(uri)
     # INPUT names one image as samray writes it (tar://member::archive): a list with one row.
-    if is_own_uri(uri):
+    if is_samray_uri(uri):
         folder = storage.normalize(".")
         written = pa.chunked_array([[uri]], pa.string())
         return Listing(*merge_lists([rows_of_uris(written, folder, folder, allow_outside=True)], folder))
     # By its name, before listing what may be a large bucket.
     refuse_unreadable_kinds(uri)
     try:
-        found = files_table(uri)
+        files = files_table(uri)
     except BucketNotFoundError:  # as a storage that refuses: a run may be resumed when it is back
         raise
     except NotFoundError as error:
         raise ConfigError(f"INPUT {where} does not exist; {what_to_give()}") from error
     root = _root(uri)
-    is_file = found.num_rows == 1 and found["uri"][0].as_py() == uri
-    if is_file and (problem := found["problem"][0].as_py()):
+    is_file = files.num_rows == 1 and files["uri"][0].as_py() == uri
+    if is_file and (problem := files["problem"][0].as_py()):
         raise ConfigError(f"INPUT {where} cannot be read: {ImageError.parse(problem).message}")
     skipped = Skipped()
     if not is_file:
         # Hidden files, and the _samray folder of an OUTPUT that is part of INPUT, are counted but not labelled.
-        keep = pc.invert(pc.match_substring_regex(relative_names(found["uri"], root), r"(^|/)(\.|_samray/)"))
-        skipped = skipped_names(found["uri"], keep, HIDDEN)
-        found = found.filter(keep)
+        keep = pc.invert(pc.match_substring_regex(relative_names(files["uri"], root), r"(^|/)(\.|_samray/)"))
+        skipped = skipped_names(files["uri"], keep, HIDDEN)
+        files = files.filter(keep)
     # A pattern that spells an extension out means what it says; everything else is narrowed to images.
     is_glob = storage.has_glob(uri) and root == storage.glob_base(uri)
     files_are_meant = is_file or (is_glob and re.search(r"\.[^./*?\[\]]+$", uri) is not None)
-    reader = reader_of_all(found, files_are_meant=files_are_meant)
+    reader = reader_of_all(files, files_are_meant=files_are_meant)
     if reader.list_at_once:
-        listing = _list_at_once(reader, Container(uri, None, root, "", found, files_are_meant), config)
+        listing = _list_at_once(reader, Container(uri, None, root, "", files, files_are_meant), config)
     else:
-        listing = _Containers(uri, root, config, reader).list_all(found)
+        listing = _Containers(uri, root, config, reader).list_all(files)
     skipped.update(listing.skipped)
     return listing._replace(skipped=skipped)
 
@@ -113,12 +113,12 @@ def _list_at_once(reader: Reader, container: Container, config: InputConfig) -> 
     assert isinstance(part.rows, pa.Table)
     assert container.files is not None
     if part.rows.num_rows == 0:
-        raise ConfigError(nothing_found(container.uri, container.root, container.files["uri"]))
+        raise ConfigError(no_image_message(container.uri, container.root, container.files["uri"]))
     return Listing(part.rows, part.skipped)
 
 
 def _root(uri: str) -> str:
-    """What file names are relative to: the folder itself, or the folder above the first wild segment or the file."""
+    """The folder that file names are relative to: INPUT itself, or the folder above the pattern or file."""
     if storage.has_glob(uri) and not storage.exists(uri):
         return storage.glob_base(uri)
     return uri if storage.is_dir_like(uri) else storage.parent(uri)
@@ -136,7 +136,7 @@ class _Containers:
     config: InputConfig
     reader: Reader
 
-    def list_all(self, found: pa.Table) -> Listing:
+    def list_all(self, files: pa.Table) -> Listing:
         """The rows of all of them. Files that cannot be read are counted, with the reason, if there are several.
 
         Raises: ConfigError if the only one, or every one, cannot be read, or none holds anything. StorageError.
@@ -145,7 +145,7 @@ class _Containers:
         skipped = Skipped()
         num_rows = 0
         # In order, so that a limit stops early and gives the same images each time.
-        for part in _in_order(self._list_one, found.to_pylist()):
+        for part in _in_order(self._list_one, files.to_pylist()):
             parts.append(part)
             skipped.update(part.skipped)
             if part.error is not None:
@@ -153,7 +153,7 @@ class _Containers:
             num_rows += 0 if part.rows is None else _table(part.rows).num_rows
             if self.config.limit is not None and num_rows >= self.config.limit:
                 break
-        self._check(parts, found.num_rows, num_rows)
+        self._check(parts, files.num_rows, num_rows)
         tables = [part.rows for part in parts if isinstance(part.rows, pa.Table)]
         lists = [part.rows for part in parts if isinstance(part.rows, UriRows)]
         # Lists are merged together, because the same URI may be in several of them.
@@ -163,7 +163,7 @@ class _Containers:
             skipped.update(repeated)
         rows = pa.concat_tables(tables)
         # Only one archive with distinct names needs no second look at all names.
-        if found.num_rows > 1 or not self.reader.distinct_names:
+        if files.num_rows > 1 or not self.reader.distinct_names:
             rows = with_distinct_names(rows)
         return Listing(rows, skipped)
 

@@ -1,4 +1,4 @@
-"""What to say of an INPUT that holds no image: what was looked for, what is there, and what to type instead."""
+"""The message for an INPUT without images: what was looked for, what is there, and what to type instead."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from samray.errors import ConfigError, NotFoundError
 from samray.inputs.decode import image_extensions
 from samray.inputs.readers import container_endings, list_endings, what_to_give
 from samray.inputs.tar import is_compressed_tar
-from samray.text import first_few
+from samray.text import abridged
 
 _ARCHIVES: Final = (
     *(".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".lzma", ".z", ".br", ".cab", ".iso", ".dmg"),
@@ -68,32 +68,36 @@ def refuse_unreadable_kinds(uri: str) -> None:
     raise ConfigError(f"INPUT {name} {what}")
 
 
-def nothing_found(uri: str, root: str, found: pa.ChunkedArray) -> str:
-    """The sentence for an INPUT without an image. found: the URIs of the files that it names."""
+def no_image_message(uri: str, root: str, uris: pa.ChunkedArray) -> str:
+    """The sentence for an INPUT without an image. uris: of the files that it names."""
     where = storage.redact(uri)
     usual = (".jpg", ".png", ".webp", ".tif", ".heic")
     shown = ", ".join(ending for ending in usual if ending in image_extensions())
-    looked = f"INPUT {where}: no image found; looked for names ending in {shown} and {len(image_extensions()) - 5} more"
-    names = found.to_pylist()
+    sentence = (
+        f"INPUT {where}: no image found; looked for names ending in {shown} and {len(image_extensions()) - 5} more"
+    )
+    names = uris.to_pylist()
     if not names and storage.has_glob(uri):
-        looked = f"INPUT {where}: no file matches this pattern"
+        sentence = f"INPUT {where}: no file matches this pattern"
         names = _files_below(root)
     if not names:
-        return looked + "; no file was found"
+        return sentence + "; no file was found"
     start = len(storage.join(root, ""))
     names = [name[start:] for name in names]
     counts = Counter(posixpath.splitext(name.lower())[1] or "without ending" for name in names)
     ordered = sorted(counts.items(), key=lambda item: -item[1])
-    kinds = first_few([f"{number} {ending}" for ending, number in ordered], 5)
-    looked += f", among {len(names)} files ({kinds})" if len(found) else f"; below {storage.redact(root)} are {kinds}"
-    wanted = container_endings() if len(found) else (*image_extensions(), *container_endings())
-    there = [ending for ending in wanted if counts[ending] and ending != ".txt"]
-    readable = max(there, key=lambda ending: counts[ending], default=None)  # the first in `wanted` of the most frequent
+    kinds = abridged([f"{number} {ending}" for ending, number in ordered], 5)
+    sentence += f", among {len(names)} files ({kinds})" if len(uris) else f"; below {storage.redact(root)} are {kinds}"
+    wanted = container_endings() if len(uris) else (*image_extensions(), *container_endings())
+    present = [ending for ending in wanted if counts[ending] and ending != ".txt"]
+    readable = max(
+        present, key=lambda ending: counts[ending], default=None
+    )  # the first in `wanted` of the most frequent
     if readable is None:
-        return looked
+        return sentence
     # The suggested pattern must find files: it is made from those that are there.
     same = [name for name in names if name.lower().endswith(readable)]
-    return f"{looked}; name them, as in '{storage.redact(_glob_of(root, same))}'"
+    return f"{sentence}; name them, as in '{storage.redact(_glob_of(root, same))}'"
 
 
 def _glob_of(root: str, names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""What a list may name: a list may be untrusted, and decides which files samray opens.
+"""Limits on the URIs in a list: a list may be untrusted, and decides which files samray opens.
 
 Without `input.allow_outside` a list may name
 
@@ -43,33 +43,35 @@ _NEVER: Final = (
 _SETTING: Final = "if you trust the list, add input.allow_outside=true (and --redo-changed for an existing OUTPUT)"
 
 
-def problems_of(places: pa.ChunkedArray, folder: str, *, allow_outside: bool) -> pa.ChunkedArray | None:
-    """Why samray must not open each place, as `not_allowed: message`; null for allowed places, None if all are allowed.
+def problems_of(locations: pa.ChunkedArray, folder: str, *, allow_outside: bool) -> pa.ChunkedArray | None:
+    """Why samray must not open each location, as `not_allowed: message`; null if it may, None if it may open all.
 
-    places: normalized URIs, of containers for images in archives. folder: where local files must be.
+    locations: normalized URIs, of containers for images in archives. folder: where local files must be.
     """
     # In parts, because the patterns below make intermediate columns of the size of their input.
-    parts = [places.slice(start, _ROWS_AT_ONCE) for start in range(0, len(places), _ROWS_AT_ONCE)]
+    parts = [locations.slice(start, _ROWS_AT_ONCE) for start in range(0, len(locations), _ROWS_AT_ONCE)]
     problem_of = cache(partial(server_problem, folder=folder, allow_outside=allow_outside))  # looks names up
-    found = [_problems_of_part(part, folder, allow_outside, problem_of) for part in parts]
-    if all(problems is None for problems in found):
+    problems_by_part = [_problems_of_part(part, folder, allow_outside, problem_of) for part in parts]
+    if all(problems is None for problems in problems_by_part):
         return None
     nulls = (pa.chunked_array([pa.nulls(len(part), pa.string())]) for part in parts)
-    chunks = (own if own is not None else null for own, null in zip(found, nulls, strict=True))
+    chunks = (
+        problems if problems is not None else null for problems, null in zip(problems_by_part, nulls, strict=True)
+    )
     return pa.chunked_array([chunk for column in chunks for chunk in column.chunks], pa.string())
 
 
 def _problems_of_part(
-    places: pa.ChunkedArray, folder: str, allow_outside: bool, problem_of: Callable[[str], str | None]
+    locations: pa.ChunkedArray, folder: str, allow_outside: bool, problem_of: Callable[[str], str | None]
 ) -> pa.ChunkedArray | None:
-    # If the common start of all places is inside the folder, no place needs to be looked at by itself.
-    shared = _shared_start(places)
+    # If the common start of all locations is inside the folder, no location needs to be looked at by itself.
+    shared = _shared_start(locations)
     if storage.is_local(folder) and any(shared.startswith(storage.join(root, "")) for root in _spellings(folder)):
         return None
     if match := re.match(rf"{_SERVER}/", shared):  # the usual case; a pattern per row is slow
-        servers: Any = pa.chunked_array([pa.repeat(match["server"], len(places))])
+        servers: Any = pa.chunked_array([pa.repeat(match["server"], len(locations))])
     else:
-        servers = pc.struct_field(pc.extract_regex(places, _SERVER), "server")
+        servers = pc.struct_field(pc.extract_regex(locations, _SERVER), "server")
     named = [server for server in pc.unique(servers).to_pylist() if server]
     refused = [server for server in named if problem_of(server)]
     problems = None
@@ -78,41 +80,41 @@ def _problems_of_part(
         problems = pc.take(texts, pc.index_in(servers, value_set=pa.array(refused, pa.string())))
     if allow_outside:
         return problems
-    # Without a server a place is a local path; the empty text is a row without URI, which is reported elsewhere.
-    outside = pc.and_(pc.is_null(servers), pc.not_equal(places, ""))
+    # Without a server a location is a local path; the empty text is a row without URI, which is reported elsewhere.
+    outside = pc.and_(pc.is_null(servers), pc.not_equal(locations, ""))
     for root in _spellings(folder) if storage.is_local(folder) else ():
-        outside = pc.and_not(outside, pc.starts_with(places, storage.join(root, "")))
+        outside = pc.and_not(outside, pc.starts_with(locations, storage.join(root, "")))
     # Only now the links, as each needs a look at the disk.
     if storage.is_local(folder) and pc.any(outside, min_count=0).as_py():
-        outside = pc.and_not(outside, _leads_inside(places, outside, folder))
+        outside = pc.and_not(outside, _leads_inside(locations, outside, folder))
     if not pc.any(outside, min_count=0).as_py():
         return problems
     message = f"not_allowed: {_where(folder)}; {_SETTING}"
     return pc.if_else(outside, message, pa.scalar(None, pa.string()) if problems is None else problems)
 
 
-def _leads_inside(places: pa.ChunkedArray, outside: Any, folder: str) -> Any:
-    """Whether a place is below `folder` after following symbolic links.
+def _leads_inside(locations: pa.ChunkedArray, outside: Any, folder: str) -> Any:
+    """Whether a location is below `folder` after following symbolic links.
 
     A shell may show /home/me where the system shows /gpfs/home/me, and lists contain either.
     """
     # Folders instead of files: few per list, and each is resolved once.
-    folders = pc.replace_substring_regex(places, r"(?s)/[^/]*$", "/")
+    folders = pc.replace_substring_regex(locations, r"(?s)/[^/]*$", "/")
     root = storage.join(os.path.realpath(folder), "")
     named = pc.unique(folders.filter(outside)).to_pylist()
     inside = [name for name in named if "\0" not in name and storage.join(os.path.realpath(name), "").startswith(root)]
     return pc.is_in(folders, value_set=pa.array(inside, pa.string()))
 
 
-def _shared_start(places: pa.ChunkedArray) -> str:
-    """The common start of all places: that of the first and the last in alphabetical order."""
-    ends = pc.min_max(places)
+def _shared_start(locations: pa.ChunkedArray) -> str:
+    """The common start of all locations: that of the first and the last in alphabetical order."""
+    ends = pc.min_max(locations)
     return os.path.commonprefix([ends["min"].as_py() or "", ends["max"].as_py() or ""])  # noqa: RUF071
 
 
-def place_problem(place: str, folder: str, *, allow_outside: bool) -> str | None:
-    """`problems_of` for one place."""
-    problems = problems_of(pa.chunked_array([[place]], pa.string()), folder, allow_outside=allow_outside)
+def location_problem(location: str, folder: str, *, allow_outside: bool) -> str | None:
+    """`problems_of` for one location."""
+    problems = problems_of(pa.chunked_array([[location]], pa.string()), folder, allow_outside=allow_outside)
     return None if problems is None else str(problems[0].as_py())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -22,7 +23,7 @@ from samray.errors import (
     UnavailableError,
 )
 from samray.inputs.base import Container, FetchFile, Part, Reader, too_large
-from samray.inputs.outside import place_problem
+from samray.inputs.outside import location_problem
 from samray.inputs.parquet_types import binary_column, is_binary, is_text, text_column
 from samray.inputs.rows import input_rows
 from samray.inputs.uri_list import missing_column
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _IMAGE_COLUMNS: Final = ("image", "jpeg", "jpg", "png")
 """Column names to try after the configured one, among columns whose type can have images."""
 _ROWS_AT_ONCE: Final = 16
+_MAX_ROWS_IN_FEW_BYTES: Final = 2**20
 
 
 def image_column(schema: pa.Schema, config: InputConfig) -> str | None:
@@ -71,9 +73,14 @@ def list_parquet(container: Container, config: InputConfig) -> Part:
             names = _names_of_rows(file, column)
         except (pa.ArrowException, KeyError, OSError, ValueError) as error:
             raise ConfigError(f"{where} cannot be read as Parquet: {error}") from error
-        num_rows = file.metadata.num_rows
-    places = pa.array(np.arange(num_rows))
-    numbers = pc.cast(places, pa.string())
+        num_rows, num_bytes = file.metadata.num_rows, stream.seek(0, io.SEEK_END)
+    # Images take bytes; rows without one may be any number, and each of them would be a row of the plan.
+    if num_rows > max(_MAX_ROWS_IN_FEW_BYTES, num_bytes):
+        raise ConfigError(
+            f"{where} has {num_rows:,} rows of images in {num_bytes:,} bytes: it is damaged, or made to exhaust memory"
+        )
+    row_numbers = pa.array(np.arange(num_rows))
+    numbers = pc.cast(row_numbers, pa.string())
     if names is None:
         names = pc.binary_join_element_wise("row-", numbers, "")
     elif pc.count_distinct(names, mode="all").as_py() < num_rows or names.null_count:
@@ -82,7 +89,7 @@ def list_parquet(container: Container, config: InputConfig) -> Part:
     if prefix:
         names = pc.binary_join_element_wise(f"{prefix}/", names, "")
     uris = pc.binary_join_element_wise(f"{uri}#row=", numbers, "")
-    return Part(input_rows(uris, names, etag=container.etag, container=uri, row=places))
+    return Part(input_rows(uris, names, etag=container.etag, container=uri, row=row_numbers))
 
 
 def _written_uris(file: pq.ParquetFile, config: InputConfig) -> pa.ChunkedArray:
@@ -125,7 +132,7 @@ def fetch_rows(
             if column is None:
                 error = ImageError("missing", f"{storage.redact(container)} no longer has a column of images")
                 return [error] * len(rows)
-            found: dict[int, bytes | ImageError] = {}
+            data_by_row: dict[int, bytes | ImageError] = {}
             start = 0
             for group in range(file.num_row_groups):
                 end = start + file.metadata.row_group(group).num_rows
@@ -134,10 +141,10 @@ def fetch_rows(
                 if wanted:
                     try:
                         for row, value in _values(file, group, column, start, set(wanted)):
-                            found[row] = _bytes_of(value, storage.parent(container), config, fetch_file)
+                            data_by_row[row] = _bytes_of(value, storage.parent(container), config, fetch_file)
                     except (pa.ArrowException, OSError) as error:  # other groups may be intact
-                        unread = [row for row in wanted if row not in found]
-                        found |= dict.fromkeys(unread, _unreadable(container, error))
+                        unread = [row for row in wanted if row not in data_by_row]
+                        data_by_row |= dict.fromkeys(unread, _unreadable(container, error))
                 start = end
     except (BucketNotFoundError, RefusedError, UnavailableError):
         raise  # other files may fail in the same way
@@ -146,7 +153,7 @@ def fetch_rows(
     except (FileError, pa.ArrowException, KeyError, OSError, ValueError) as error:
         return [_unreadable(container, error)] * len(rows)
     gone = ImageError("missing", f"{storage.redact(container)} has fewer rows than when it was listed")
-    return [found.get(row, gone) for row in rows]
+    return [data_by_row.get(row, gone) for row in rows]
 
 
 def _values(
@@ -185,7 +192,7 @@ def _bytes_of(value: pa.Array, folder: str, config: InputConfig, fetch_file: Fet
     if path:  # Hugging Face's layout may have a path instead of bytes
         uri = storage.resolve(folder, path)
         # The path comes from the file, so the rules for lists apply.
-        problem = place_problem(uri, folder, allow_outside=config.allow_outside)
+        problem = location_problem(uri, folder, allow_outside=config.allow_outside)
         return fetch_file(uri) if problem is None else ImageError.parse(problem)
     return ImageError("missing", "the row has no image")
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from samray import storage
 from samray.errors import ConfigError, NotFoundError
-from samray.inputs.rows import places_of, redact_all
+from samray.inputs.rows import indices_of, redact_all
 from samray.prompts import Prompt
 from samray.storage.strict_json import parse_json
 from samray.storage.tables import read_parquet
@@ -46,7 +46,7 @@ class _Row:
 class MatchedPrompts:
     """The prompts of a file whose images are in a plan."""
 
-    by_place: dict[int, list[Prompt]]
+    by_index: dict[int, list[Prompt]]
     """Image index in the plan -> its prompts."""
     num_unknown: int
     """Number of images in the file that the plan does not have."""
@@ -56,17 +56,17 @@ class MatchedPrompts:
     @property
     def num_prompts(self) -> int:
         """Number of prompts for images in the plan."""
-        return sum(map(len, self.by_place.values()))
+        return sum(map(len, self.by_index.values()))
 
     def by_shard(self, plan: Plan, shards: Collection[int]) -> dict[int, dict[int, list[Prompt]]]:
         """For each of the shards: index in the shard -> the image's prompts."""
-        found: dict[int, dict[int, list[Prompt]]] = {shard: {} for shard in shards}
+        prompts_by_shard: dict[int, dict[int, list[Prompt]]] = {shard: {} for shard in shards}
         starts = plan.starts()
-        for index, prompts in self.by_place.items():
+        for index, prompts in self.by_index.items():
             shard = bisect_right(starts, index) - 1
-            if shard in found:
-                found[shard][index - starts[shard]] = prompts
-        return found
+            if shard in prompts_by_shard:
+                prompts_by_shard[shard][index - starts[shard]] = prompts
+        return prompts_by_shard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,33 +126,35 @@ class PromptFile:
             ],
             "file_name": [row.name if row.column == "file_name" else None for row in self.rows],
         }
-        places = places_of(wanted["uri"], redact_all(images["uri"])) | places_of(
+        matches = indices_of(wanted["uri"], redact_all(images["uri"])) | indices_of(
             wanted["file_name"], images["file_name"]
         )
-        by_place: dict[int, list[Prompt]] = {}
+        by_index: dict[int, list[Prompt]] = {}
         unknown = []
         for number, row in enumerate(self.rows):
             name = storage.redact(row.name)
-            found = places.get(number, [])
+            indices = matches.get(number, [])
             # Ambiguous: a wrong guess would put the prompts on another image.
-            if len(found) > 1:
+            if len(indices) > 1:
                 raise ConfigError(
-                    f"{_name(self.uri)}: the {row.column} {name!r} matches {len(found)} images of INPUT; "
+                    f"{_name(self.uri)}: the {row.column} {name!r} matches {len(indices)} images of INPUT; "
                     "use the uri of the intended one"
                 )
-            if not found:
+            if not indices:
                 unknown.append(name)
-            elif found[0] in by_place:
+            elif indices[0] in by_index:
                 raise ConfigError(f"{_name(self.uri)}: two rows are for the image {name!r}; merge them into one")
             else:
-                by_place[found[0]] = row.prompts
-        if not by_place:
-            own, theirs = (storage.redact(name) for name in (self.rows[0].name, images["file_name"][0].as_py()))
-            raise ConfigError(
-                f"{_name(self.uri)}: none of its {len(self.rows)} images is in INPUT; its first is {own!r}, INPUT's "
-                f"first has the file_name {theirs!r}"
+                by_index[indices[0]] = row.prompts
+        if not by_index:
+            first_prompted, first_planned = (
+                storage.redact(name) for name in (self.rows[0].name, images["file_name"][0].as_py())
             )
-        return MatchedPrompts(by_place=by_place, num_unknown=len(unknown), unknown=unknown[:_MAX_EXAMPLES])
+            raise ConfigError(
+                f"{_name(self.uri)}: none of its {len(self.rows)} images is in INPUT; its first is {first_prompted!r}, "
+                f"INPUT's first has the file_name {first_planned!r}"
+            )
+        return MatchedPrompts(by_index=by_index, num_unknown=len(unknown), unknown=unknown[:_MAX_EXAMPLES])
 
 
 def _name(uri: str) -> str:

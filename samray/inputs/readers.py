@@ -52,6 +52,6 @@ def list_endings() -> tuple[str, ...]:
 
 
 def what_to_give() -> str:
-    """What an INPUT may be, for messages: `give a folder, glob, tar, list of URIs or Parquet file`."""
+    """The kinds of INPUT, for messages: `give a folder, glob, tar, list of URIs or Parquet file`."""
     nouns = [noun for reader in READERS for noun in reader.nouns]
     return f"give a {', '.join(nouns[:-1])} or {nouns[-1]}"

@@ -38,8 +38,8 @@ def mark_duplicates(images: pa.Table, config: InputConfig, order: Ints | None = 
     images: `INPUT_SCHEMA`. order: (N,), of equal images the one with the smallest number stays; None: the first row.
     Raises: StorageError if storage as a whole fails.
     """
-    rows = _of_equal_size(images)
-    digests = _digests(images, _of_equal_end(images, rows), config)
+    rows = _with_equal_sizes(images)
+    digests = _digests(images, _with_equal_ends(images, rows), config)
     first: dict[bytes, int] = {}
     order = np.zeros(images.num_rows, np.int64) if order is None else order
     problems: dict[int, str] = {}
@@ -57,7 +57,7 @@ def mark_duplicates(images: pa.Table, config: InputConfig, order: Ints | None = 
     return images.set_column(index, images.schema.field("problem"), pa.array(column, pa.string()))
 
 
-def _of_equal_size(images: pa.Table) -> Ints:
+def _with_equal_sizes(images: pa.Table) -> Ints:
     """Rows that share their size with another; unknown sizes count as one."""
     sizes = pc.fill_null(images["size"], -1).to_numpy()
     # What the listing refuses already is a failed row in any case.
@@ -66,16 +66,16 @@ def _of_equal_size(images: pa.Table) -> Ints:
     return np.asarray(rows[counts[inverse] > 1], np.int64)
 
 
-def _of_equal_end(images: pa.Table, rows: Ints) -> Ints:
-    """Those of the rows whose last bytes are another's of the same size, or that have to be read whole."""
-    some = images.select(["uri", "size", "container"]).take(pa.array(rows)).to_pylist()
+def _with_equal_ends(images: pa.Table, rows: Ints) -> Ints:
+    """The rows whose last bytes equal those of another row of the same size, or that must be read whole."""
+    items = images.select(["uri", "size", "container"]).take(pa.array(rows)).to_pylist()
     with ThreadPoolExecutor(_THREADS) as pool:
-        ends = list(pool.map(_end_of, some))
+        ends = list(pool.map(_end_of, items))
     # Files of the size of an image that must be read whole are read whole, too.
-    whole = {one["size"] for one, end in zip(some, ends, strict=True) if end is None}
-    keys = [(one["size"], end) for one, end in zip(some, ends, strict=True)]
+    whole_sizes = {item["size"] for item, end in zip(items, ends, strict=True) if end is None}
+    keys = [(item["size"], end) for item, end in zip(items, ends, strict=True)]
     counts = Counter(keys)
-    wanted: Ints = rows[np.array([counts[key] > 1 or key[0] in whole for key in keys], bool)]
+    wanted: Ints = rows[np.array([counts[key] > 1 or key[0] in whole_sizes for key in keys], bool)]
     return wanted
 
 
@@ -94,8 +94,8 @@ def _digests(images: pa.Table, rows: Ints, config: InputConfig) -> dict[int, byt
     """Row -> digest of the whole image, without images that cannot be read, which labelling will say of them."""
     digests: dict[int, bytes] = {}
     for start in range(0, len(rows), _IMAGES_AT_ONCE):
-        some = rows[start : start + _IMAGES_AT_ONCE]
-        for row, data in zip(some.tolist(), fetch_images(images.take(pa.array(some)), config), strict=True):
+        batch = rows[start : start + _IMAGES_AT_ONCE]
+        for row, data in zip(batch.tolist(), fetch_images(images.take(pa.array(batch)), config), strict=True):
             if not isinstance(data, ImageError):
                 digests[row] = hashlib.blake2b(data, digest_size=32).digest()
     return digests

@@ -85,21 +85,21 @@ def map_some(texts: pa.ChunkedArray, chosen: pa.ChunkedArray, call: Callable[[st
     return pa.chunked_array(chunks, pa.string())
 
 
-def places_of(wanted: Sequence[str | None], column: pa.ChunkedArray) -> dict[int, list[int]]:
+def indices_of(wanted: Sequence[str | None], column: pa.ChunkedArray) -> dict[int, list[int]]:
     """Index in wanted -> indices in column of the same text, for each that is not None and occurs."""
     # From the column to the few wanted ones: no table of all texts is made.
-    places = pc.indices_nonzero(pc.is_in(column, value_set=pa.array(wanted, pa.string()).drop_null()))
-    found: dict[str, list[int]] = {}
-    for index, text in zip(places.to_pylist(), take(column, places).to_pylist(), strict=True):
-        found.setdefault(text, []).append(index)
-    return {number: found[text] for number, text in enumerate(wanted) if text is not None and text in found}
+    indices = pc.indices_nonzero(pc.is_in(column, value_set=pa.array(wanted, pa.string()).drop_null()))
+    indices_by_text: dict[str | None, list[int]] = {}
+    for index, text in zip(indices.to_pylist(), take(column, indices).to_pylist(), strict=True):
+        indices_by_text.setdefault(text, []).append(index)
+    return {number: indices_by_text[text] for number, text in enumerate(wanted) if text in indices_by_text}
 
 
 def _repeat(value: pa.Scalar, number: int) -> pa.ChunkedArray:
     """The repeated value, in the memory of one chunk: null columns of ten million rows would take 300 MB."""
     chunk = pa.repeat(value, min(number, _CHUNK_ROWS))
-    whole, rest = divmod(number, _CHUNK_ROWS)
-    chunks = [chunk] * whole
+    num_full, rest = divmod(number, _CHUNK_ROWS)
+    chunks = [chunk] * num_full
     if rest:
         chunks.append(chunk.slice(0, rest))
     return pa.chunked_array(chunks, value.type)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from samray.storage.redaction import redact_json
-from samray.text import first_few
+from samray.text import abridged
 
 NOT_AN_IMAGE: Final = "not images by their ending"
 HIDDEN: Final = "hidden"
@@ -48,15 +48,15 @@ class Skipped:
 
     def add_name(self, reason: str, name: str) -> None:
         """Count a file by the extension of its name."""
-        found = re.search(_ENDING, name)
-        self.add(reason, found["ending"].lower() if found else _NO_ENDING)
+        match = re.search(_ENDING, name)
+        self.add(reason, match["ending"].lower() if match else _NO_ENDING)
 
     def add_names(self, reason: str, names: Any) -> None:
         """Count files by the extensions of their names, an Arrow array of strings."""
         endings = pc.struct_field(pc.extract_regex(names, _ENDING), "ending")
-        found = pc.value_counts(pc.fill_null(pc.utf8_lower(endings), _NO_ENDING))
+        counts = pc.value_counts(pc.fill_null(pc.utf8_lower(endings), _NO_ENDING))
         # The most frequent first: they are kept if there are too many kinds.
-        for entry in sorted(found.to_pylist(), key=lambda entry: -entry["counts"]):
+        for entry in sorted(counts.to_pylist(), key=lambda entry: -entry["counts"]):
             self.add(reason, entry["values"], entry["counts"])
 
     def update(self, other: Skipped) -> None:
@@ -80,7 +80,7 @@ class Skipped:
             if reason == UNUSABLE:
                 lines += [text if text != _OTHERS else f"and {number:,} more" for text, number in ordered]
             else:
-                shown = first_few([f"{number:,} {kind}" for kind, number in ordered], 8)
+                shown = abridged([f"{number:,} {kind}" for kind, number in ordered], 8)
                 lines.append(f"{shown}: {reason}")
         return lines
 

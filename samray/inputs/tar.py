@@ -186,11 +186,11 @@ def _resolved(name: str, entry: TarMember | _Link, entries: dict[str, TarMember 
         if isinstance(entry, TarMember):
             return TarMember(name, entry.offset, entry.size, entry.extents, entry.problem)
         # Members were collected by name, so the target may come before or after the link.
-        found = entries.get(entry.target)
-        if found is None:
-            target = entry.target[:200]
-            return TarMember(name, 0, 0, problem=f"missing: a link to {target!r}, which is not a file of the tar")
-        entry = found
+        target = entries.get(entry.target)
+        if target is None:
+            problem = f"missing: a link to {entry.target[:200]!r}, which is not a file of the tar"
+            return TarMember(name, 0, 0, problem=problem)
+        entry = target
     return TarMember(name, 0, 0, problem="missing: a link that leads back to itself")
 
 
@@ -278,10 +278,10 @@ class _Headers:
             start = end = stream.seek(following)
 
 
-def _damage(where: str, last: str, end: int, said: str) -> str:
+def _damage(where: str, last: str, end: int, reason: str) -> str:
     if end == 0:
-        return f"{where} is not an uncompressed tar: {said}"
-    return f"{where} is damaged after {last} (byte {end}): {said}; create the archive again"
+        return f"{where} is not an uncompressed tar: {reason}"
+    return f"{where} is damaged after {last} (byte {end}): {reason}; create the archive again"
 
 
 def _next_data(stream: BinaryIO, start: int, size: int) -> int | None:

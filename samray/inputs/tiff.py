@@ -25,6 +25,7 @@ _PLANAR: Final = 284
 _STRIP_OFFSETS, _STRIP_SIZES, _TILE_OFFSETS, _TILE_SIZES = 273, 279, 324, 325
 _SUB_IFDS: Final = 330
 _SAMPLE_FORMAT: Final = 339
+_GEO_KEYS: Final = 34735
 _DNG_VERSION: Final = 50706
 
 _SIZES: Final = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
@@ -92,6 +93,25 @@ class Directory:
         """Whether the channels are stored one after the other."""
         return self.value(_PLANAR, 1) == 2 and self.value(_SAMPLES, 1) > 1
 
+    @property
+    def has_one_value(self) -> bool:
+        """Whether a pixel has one value, that is not an index into a palette."""
+        return self.value(_SAMPLES, 1) == 1 and self.value(_PHOTOMETRIC) in (0, 1)
+
+    def looks_like(self, other: Directory, tags: tuple[int, ...] = (_WIDTH, _HEIGHT)) -> bool:
+        """Whether the picture has the size and the layout of another one."""
+        tags = (*tags, _BITS, _SAMPLES, _PHOTOMETRIC, _SAMPLE_FORMAT)
+        return all(self.tags.get(tag) == other.tags.get(tag) for tag in tags)
+
+    def is_overview_of(self, other: Directory) -> bool:
+        """Whether this is another picture at a lower resolution."""
+        is_reduced = self.value(_NEW_SUBFILE_TYPE) & 0b101 == 1  # and not a mask
+        width, height = self.value(_WIDTH), self.value(_HEIGHT)
+        # Sides are rounded.
+        scale = max(1.0, other.value(_WIDTH) / max(1, width))
+        has_shape = abs(other.value(_HEIGHT) / scale - height) < 2
+        return is_reduced and self.num_pixels < other.num_pixels and has_shape and self.looks_like(other, ())
+
     def is_misread(self, is_big_endian: bool) -> bool:
         """Whether Pillow (13.0) decodes it without an error, but to wrong pixels; a test checks which."""
         is_compressed = self.value(_COMPRESSION, 1) != 1
@@ -117,9 +137,9 @@ def is_tiff(data: bytes) -> bool:
 
 def directories(data: bytes) -> list[Directory]:
     """The directories of a TIFF and their SubIFDs, in file order, up to the first damaged one."""
-    found: list[Directory] = []
+    in_order: list[Directory] = []
     todo, seen = [_first_offset(data)], {0}
-    while todo and len(found) < MAX_DIRECTORIES:
+    while todo and len(in_order) < MAX_DIRECTORIES:
         offset = todo.pop(0)
         # Directories may point back at each other.
         if offset in seen:
@@ -128,29 +148,35 @@ def directories(data: bytes) -> list[Directory]:
         directory = _read(data, offset)
         if directory is None:
             continue
-        found.append(directory)
+        in_order.append(directory)
         # SubIFDs come before the next directory of the chain.
         todo = [*directory.tags.get(_SUB_IFDS, ())[:MAX_DIRECTORIES], directory.next, *todo]
-    return found
+    return in_order
 
 
 def is_big_endian(data: bytes) -> bool:
     return data[:2] == b"MM"
 
 
-def is_raw_photo(data: bytes, found: list[Directory]) -> bool:
+def is_raw_photo(data: bytes, of_file: list[Directory]) -> bool:
     """Whether this is a raw camera file: DNG, NEF, CR2, ARW and similar."""
     is_cr2 = data[8:11] == b"CR\x02" and _first_offset(data) == 16
-    return is_cr2 or any(directory.is_raw for directory in found)
+    return is_cr2 or any(directory.is_raw for directory in of_file)
 
 
-def main_picture(found: list[Directory]) -> Directory | None:
+def has_geo(data: bytes) -> bool:
+    """Whether this is a GeoTIFF."""
+    main = main_picture(directories(data))
+    return main is not None and _GEO_KEYS in main.tags
+
+
+def main_picture(pictures: list[Directory]) -> Directory | None:
     """The first directory or, if that is a thumbnail, the largest one that is not."""
-    if not found or not found[0].is_reduced:
-        return found[0] if found else None
+    if not pictures or not pictures[0].is_reduced:
+        return pictures[0] if pictures else None
     # Without a full picture the thumbnail has to do.
-    full = [directory for directory in found if not directory.is_reduced and directory.num_pixels]
-    return max(full, key=lambda directory: directory.num_pixels, default=found[0])
+    full = [directory for directory in pictures if not directory.is_reduced and directory.num_pixels]
+    return max(full, key=lambda directory: directory.num_pixels, default=pictures[0])
 
 
 def starting_at(data: bytes, directory: Directory) -> bytes:
@@ -159,6 +185,18 @@ def starting_at(data: bytes, directory: Directory) -> bytes:
     if is_big:
         return data[:8] + struct.pack(order + "Q", directory.offset) + data[16:]
     return data[:4] + struct.pack(order + "I", directory.offset) + data[8:]
+
+
+def first_directory_at(head: bytes) -> int:
+    """Where the first directory is. head: the first 16 bytes."""
+    return _first_offset(head)
+
+
+def with_directory(head: bytes, directory: bytes) -> bytes:
+    """A TIFF with only these bytes of another one, which begin with its first directory. head: the other's first 16."""
+    order, is_big = _layout(head)
+    start = head[:8] + struct.pack(order + "Q", 16) if is_big else head[:4] + struct.pack(order + "I", 16) + bytes(8)
+    return start + directory
 
 
 def is_cut(data: bytes) -> bool:

@@ -20,7 +20,7 @@ from samray.errors import ConfigError
 from samray.inputs.base import Container, Part, Reader
 from samray.inputs.uri_rows import rows_of_uris
 from samray.storage.strict_json import parse_json
-from samray.text import first_few
+from samray.text import abridged
 
 if TYPE_CHECKING:
     from samray.config import InputConfig
@@ -59,7 +59,7 @@ def missing_column(column: str, columns: Sequence[str]) -> str:
     lower = {name.lower(): name for name in reversed(columns)}
     usual = next((lower[name] for name in _USUAL_COLUMNS if name in lower), None)
     near = usual or next(iter(difflib.get_close_matches(column, columns, 1)), None)
-    shown = first_few([name[:50] for name in columns], _SHOWN_COLUMNS)
+    shown = abridged([name[:50] for name in columns], _SHOWN_COLUMNS)
     what = f"set the one with paths or URIs, as in input.uri_column={near or '...'}"
     return f"it has no column {column!r} (input.uri_column); its columns are {shown}; {what}"
 

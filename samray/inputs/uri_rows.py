@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from samray import storage
 from samray.errors import FileError, NotFoundError
 from samray.inputs.decode import image_extensions
-from samray.inputs.outside import place_problem, problems_of
+from samray.inputs.outside import location_problem, problems_of
 from samray.inputs.rows import input_rows, map_some, may_hold_credentials, redact_all, take
 from samray.inputs.skipped import REPEATED, Skipped
 from samray.inputs.tar import TarMember, index_tar
@@ -35,7 +35,7 @@ _NOT_PLAIN_PATH: Final = r"(^|/)\.\.?(/|$)|^~"
 
 _IN_TAR: Final = r"(?is)^tar://(?P<member>.+)::(?P<archive>.+\.tar)$"
 _IN_PARQUET: Final = r"(?is)^(?P<file>.+\.parquet)#row=(?P<row>[0-9]{1,15})$"
-_OWN: Final = r"(?is)^tar://.+::.+\.tar$|^.+\.parquet#row=[0-9]{1,15}$"
+_SAMRAY_URI: Final = r"(?is)^tar://.+::.+\.tar$|^.+\.parquet#row=[0-9]{1,15}$"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +44,16 @@ class UriRows:
 
     rows: pa.Table
     """`INPUT_SCHEMA`; file_name is set later."""
-    places: pa.ChunkedArray
-    """What names are made from: the URI or, for an image in an archive, the archive without its extension and the
+    locations: pa.ChunkedArray
+    """The source of names: the URI or, for an image in an archive, the archive without its extension and the
     image."""
     relative: bool
     """Whether every URI was written relative to the list."""
 
 
-def is_own_uri(uri: str) -> bool:
+def is_samray_uri(uri: str) -> bool:
     """Whether the URI is samray's form for an image in a tar or a row of a Parquet file."""
-    return re.match(_OWN, uri) is not None
+    return re.match(_SAMRAY_URI, uri) is not None
 
 
 def rows_of_uris(written: pa.ChunkedArray, folder: str, root: str, *, allow_outside: bool = False) -> UriRows:
@@ -64,31 +64,34 @@ def rows_of_uris(written: pa.ChunkedArray, folder: str, root: str, *, allow_outs
     written = pc.fill_null(written, "")
     relative = pc.all(_is_relative(written), min_count=0).as_py()
     marks = (pc.match_substring(written, "::"), pc.match_substring(written, "#row="))  # faster than a pattern
-    own = pc.match_substring_regex(written, _OWN) if any(pc.any(mark).as_py() for mark in marks) else None
-    if own is None or not pc.any(own, min_count=0).as_py():
+    is_samray = pc.match_substring_regex(written, _SAMRAY_URI) if any(pc.any(mark).as_py() for mark in marks) else None
+    if is_samray is None or not pc.any(is_samray, min_count=0).as_py():
         uris = _resolved(written, folder)
         problem = problems_of(uris, root, allow_outside=allow_outside)
         return UriRows(input_rows(uris, None, problem=problem), uris, relative)
     # Only lists with samray's own URIs go through Python row by row.
-    found = _OwnUris(folder, root, allow_outside)
-    rows = [found.row(uri) if is_own else {} for uri, is_own in zip(written.to_pylist(), own.to_pylist(), strict=True)]
-    # Empty text in place of the own URIs keeps the rows aligned.
-    others = _resolved(pc.if_else(own, "", written), folder)
+    reader = _SamrayUris(folder, root, allow_outside)
+    rows = [
+        reader.row(uri) if of_samray else {}
+        for uri, of_samray in zip(written.to_pylist(), is_samray.to_pylist(), strict=True)
+    ]
+    # Empty text in place of samray's URIs keeps the rows aligned.
+    others = _resolved(pc.if_else(is_samray, "", written), folder)
     column = {name: pa.chunked_array([[row.get(name) for row in rows]], kind) for name, kind in _COLUMNS.items()}
     problem, of_others = column.pop("problem"), problems_of(others, root, allow_outside=allow_outside)
     problem = problem if of_others is None else pc.coalesce(problem, of_others)
-    places = pc.coalesce(column.pop("place"), others)
+    locations = pc.coalesce(column.pop("location"), others)
     uris = pc.coalesce(column.pop("uri"), others)
-    return UriRows(input_rows(uris, None, problem=problem, **column), places, relative and not any(rows))
+    return UriRows(input_rows(uris, None, problem=problem, **column), locations, relative and not any(rows))
 
 
 _COLUMNS: Final = {
-    **dict.fromkeys(("uri", "place", "container", "extents", "problem"), pa.string()),
+    **dict.fromkeys(("uri", "location", "container", "extents", "problem"), pa.string()),
     **dict.fromkeys(("offset", "size", "row"), pa.int64()),
 }
 
 
-class _OwnUris:
+class _SamrayUris:
     """Finds the images that samray's own URIs name; reads the index of each tar once."""
 
     def __init__(self, folder: str, root: str, allow_outside: bool) -> None:
@@ -96,33 +99,39 @@ class _OwnUris:
         self._tars: dict[str, dict[str, TarMember] | str] = {}
 
     def row(self, uri: str) -> dict[str, Any]:
-        """Columns of `INPUT_SCHEMA`, and `place`."""
+        """Columns of `INPUT_SCHEMA`, and `location`."""
         if match := re.match(_IN_PARQUET, uri):
             file = storage.resolve(self._folder, match["file"])
             row = int(match["row"])
-            place = f"{file.rpartition('.')[0]}/row-{row}"
-            found: dict[str, Any] = {"uri": f"{file}#row={row}", "place": place, "container": file, "row": row}
-            return found | {"problem": self._problem(file)}
+            location = f"{file.rpartition('.')[0]}/row-{row}"
+            columns: dict[str, Any] = {"uri": f"{file}#row={row}", "location": location, "container": file, "row": row}
+            return columns | {"problem": self._problem(file)}
         match = re.match(_IN_TAR, uri)
         assert match is not None, uri
         name, archive = match["member"], storage.resolve(self._folder, match["archive"])
-        place = f"{archive.rpartition('.')[0]}/{name}"
-        found = {"uri": f"tar://{name}::{archive}", "place": place, "container": archive, "offset": 0, "size": 0}
+        location = f"{archive.rpartition('.')[0]}/{name}"
+        columns = {
+            "uri": f"tar://{name}::{archive}",
+            "location": location,
+            "container": archive,
+            "offset": 0,
+            "size": 0,
+        }
         # Before the archive is opened: a list must not make samray read what it may not name.
         if problem := self._problem(archive):
-            return found | {"problem": problem}
+            return columns | {"problem": problem}
         members = self._members(archive)
         if isinstance(members, str):
-            return found | {"problem": members}
+            return columns | {"problem": members}
         member = members.get(name)
         if member is None:
-            return found | {"problem": f"missing: {storage.redact(archive)} has no member {name[:200]!r}"}
-        return found | {
+            return columns | {"problem": f"missing: {storage.redact(archive)} has no member {name[:200]!r}"}
+        return columns | {
             "offset": member.offset, "size": member.size, "extents": member.extents, "problem": member.problem
         }  # fmt: skip
 
     def _problem(self, container: str) -> str | None:
-        return place_problem(container, self._root, allow_outside=self._allow_outside)
+        return location_problem(container, self._root, allow_outside=self._allow_outside)
 
     def _members(self, archive: str) -> dict[str, TarMember] | str:
         """The tar's members by name; or why it cannot be read, as `reason: message`."""
@@ -149,9 +158,9 @@ def merge_lists(lists: Sequence[UriRows], root: str) -> tuple[pa.Table, Skipped]
     rows = pa.concat_tables(part.rows for part in lists)
     below = pa.chunked_array([chunk for part in lists for chunk in _below(part, root).chunks], pa.string())
     if below.null_count:
-        places = pa.chunked_array([chunk for part in lists for chunk in part.places.chunks], pa.string())
+        locations = pa.chunked_array([chunk for part in lists for chunk in part.locations.chunks], pa.string())
         # Names of lists with absolute URIs, from what they share; those below root are named already.
-        unnamed = pc.if_else(pc.is_null(below), places, None) if below.null_count < len(below) else places
+        unnamed = pc.if_else(pc.is_null(below), locations, None) if below.null_count < len(below) else locations
         unnamed = redact_all(unnamed)  # before the scheme is removed: it identifies user names and passwords
         names = pc.utf8_slice_codeunits(unnamed, start=len(_shared_folder(unnamed)))
         below = pc.coalesce(below, names) if below.null_count < len(below) else names
@@ -170,10 +179,10 @@ def _below(part: UriRows, root: str) -> pa.ChunkedArray:
     """The paths below root; null for those outside of it, and for all if some were not written relative."""
     start = storage.join(root, "")
     if part.relative:
-        is_below = pc.or_(pc.starts_with(part.places, start), pc.equal(part.places, ""))
-        names = pc.utf8_slice_codeunits(part.places, start=len(start))
+        is_below = pc.or_(pc.starts_with(part.locations, start), pc.equal(part.locations, ""))
+        names = pc.utf8_slice_codeunits(part.locations, start=len(start))
         return names if pc.all(is_below, min_count=0).as_py() else pc.if_else(is_below, names, None)
-    return pa.chunked_array([pa.nulls(len(chunk), pa.string()) for chunk in part.places.chunks], pa.string())
+    return pa.chunked_array([pa.nulls(len(chunk), pa.string()) for chunk in part.locations.chunks], pa.string())
 
 
 def with_distinct_names(rows: pa.Table) -> pa.Table:

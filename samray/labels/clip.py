@@ -19,7 +19,7 @@ import torch
 
 from samray.labels.networks import Network, load_network, load_tokenizer, loading, opened, require_transformers
 from samray.labels.phrase_inputs import PhraseInputs, read_phrases_and_network
-from samray.labels.phrases import OWN_KEPT, Asked
+from samray.labels.phrases import IMAGE_PHRASES_KEPT, Asked
 from samray.labels.pixels import Pixels, read_settings
 from samray.labels.ways import MakeGenerator
 from samray.labels.zero_shot import DEFAULT_SCORE_THRESH, ClipNetwork, Namer, phrase_embeddings
@@ -49,12 +49,12 @@ class ClipInputs(PhraseInputs):
 
 def thresh_of(config: Config) -> float:
     """The probability below which a mask stays unnamed."""
-    given = config.labels.score_thresh
-    return DEFAULT_SCORE_THRESH if given is None else given
+    thresh = config.labels.score_thresh
+    return DEFAULT_SCORE_THRESH if thresh is None else thresh
 
 
 def read_inputs(config: Config, texts: Sequence[str] | None = None) -> ClipInputs:
-    """Read the phrases and find the network. texts: as of `PhraseInputs.with_texts`.
+    """Read the phrases and find the network. texts: as in `PhraseInputs.with_texts`.
 
     Raises: ConfigError that names the setting, StorageError.
     """
@@ -108,24 +108,24 @@ def load_namer(config: Config, inputs: PhraseInputs, device: str | torch.device 
         thresh_of(config),
         negatives=negatives,
         cutters=None if on_cpu else ThreadPoolExecutor(num_threads, thread_name_prefix="cut"),
-        embed_own=own_embeddings(network, templates),
+        embed_phrase=phrase_embedder(network, templates),
     )
 
 
-def own_embeddings(network: ClipNetwork, templates: Sequence[str]) -> Callable[[str], torch.Tensor]:
-    """What gives the vector (D,) of a phrase of a single image; the most recent ones are kept."""
-    embedding = lru_cache(OWN_KEPT)(lambda phrase: phrase_embeddings(network, [phrase], templates)[0])
+def phrase_embedder(network: ClipNetwork, templates: Sequence[str]) -> Callable[[str], torch.Tensor]:
+    """A function that returns the vector (D,) of a phrase of a single image; keeps the most recent ones."""
+    embedding = lru_cache(IMAGE_PHRASES_KEPT)(lambda phrase: phrase_embeddings(network, [phrase], templates)[0])
     encoding = threading.Lock()
 
-    def embed_own(phrase: str) -> torch.Tensor:
+    def embed_phrase(phrase: str) -> torch.Tensor:
         with encoding:  # two threads with the same phrase encode it once
             return embedding(phrase)
 
-    return embed_own
+    return embed_phrase
 
 
 def build_generator(model: Sam, config: Config, inputs: ClipInputs) -> MakeGenerator:
-    """What creates the generators of an actor: the network is loaded, and the phrases are encoded, once for all.
+    """Factory of an actor's generators: the network is loaded, and the phrases are encoded, once for all.
 
     Raises: as `load_namer`.
     """
@@ -153,13 +153,16 @@ class ClipGenerator:
     def generate(
         self, images: Sequence[RGBArray], prompts: Sequence[Sequence[Prompt]] | None = None
     ) -> list[list[MaskRecord]]:
-        """As of `MaskGenerator`; each mask has `label` and `label_score`, both null if it stays unnamed.
+        """As in `MaskGenerator`; each mask has `label` and `label_score`, both null if it stays unnamed.
 
         prompts: a list of texts per image, asked of this image, besides the phrases asked of all.
         """
-        found = self.masks.generate(list(images))
+        masks_of_images = self.masks.generate(list(images))
         started = time.perf_counter()
-        own = [self.asked.own(each) for each in prompts or [()] * len(images)]
-        named = [self.namer.name(image, masks, more) for image, masks, more in zip(images, found, own, strict=True)]
+        image_phrases = [self.asked.only_of(user_prompts) for user_prompts in prompts or [()] * len(images)]
+        named = [
+            self.namer.name(image, masks, phrases)
+            for image, masks, phrases in zip(images, masks_of_images, image_phrases, strict=True)
+        ]
         self._name_s += time.perf_counter() - started
         return named

@@ -73,7 +73,7 @@ def read_example(config: Config) -> ExampleFiles:
     image, pixels = _read("labels.example", labels.example, config)
     mask, picture = _read("labels.example_mask", labels.example_mask, config)
     if pixels.shape != picture.shape:
-        sizes = [f"{each.shape[1]}x{each.shape[0]}" for each in (picture, pixels)]
+        sizes = [f"{array.shape[1]}x{array.shape[0]}" for array in (picture, pixels)]
         raise ConfigError(f"labels.example_mask is {sizes[0]} pixels, but labels.example is {sizes[1]}")
     if not picture.any():
         raise ConfigError("labels.example_mask is black: it needs another colour where the class is")
@@ -84,7 +84,7 @@ def _read(setting: str, uri: str, config: Config) -> tuple[bytes, RGBArray]:
     uri = storage.normalize(uri)
     try:
         data = storage.read_bytes(uri)
-        return data, decode_apart(data, config.input.max_pixels, config.input.decode_timeout_s)
+        return data, decode_apart(data, config.input.model_copy(update={"bands": None, "stretch": None}))
     except NotFoundError as error:
         raise ConfigError(f"{setting} {storage.redact(uri)} does not exist") from error
     except ImageError as error:
@@ -92,6 +92,6 @@ def _read(setting: str, uri: str, config: Config) -> tuple[bytes, RGBArray]:
 
 
 def build_generator(model: Sam, config: Config, files: ExampleFiles) -> MakeGenerator:
-    """What creates the generators of an actor: the example is decoded and encoded once for all of them."""
+    """Factory of an actor's generators: the example is decoded and encoded once for all of them."""
     shared = function_named(DESIGNS[config.labels.design])(model, config, files.decode())
     return lambda points_per_batch: shared.another()

@@ -75,7 +75,7 @@ class FastSamInputs:
 
 
 def read_inputs(config: Config, texts: Sequence[str] | None = None) -> FastSamInputs:
-    """Find the networks, run FastSAM's once, and read the phrases. texts: as of `PhraseInputs.with_texts`.
+    """Find the networks, run FastSAM's once, and read the phrases. texts: as in `PhraseInputs.with_texts`.
 
     Raises: ConfigError that names the setting, StorageError.
     """
@@ -100,7 +100,7 @@ def load_finder(config: Config, finder: Network, device: torch.device) -> YoloMa
 
 
 def build_generator(device: torch.device, config: Config, inputs: FastSamInputs) -> MakeGenerator:
-    """What creates the generators of an actor: both networks are loaded, and the phrases are encoded, once for all.
+    """Factory of an actor's generators: both networks are loaded, and the phrases are encoded, once for all.
 
     Raises: ConfigError if a network is not this run's or cannot be loaded.
     """
@@ -136,13 +136,16 @@ class FastSamGenerator:
         """
         check_images(images)
         started = time.perf_counter()
-        found = [self._masks(image) for image in images]
+        masks_of_images = [self._masks(image) for image in images]
         detected = time.perf_counter()
         self.stage_seconds["detect"] += detected - started
         if self.namer is None:
-            return found
-        own = [self.asked.own(each) for each in prompts or [()] * len(images)]
-        named = [self.namer.name(image, masks, more) for image, masks, more in zip(images, found, own, strict=True)]
+            return masks_of_images
+        image_phrases = [self.asked.only_of(user_prompts) for user_prompts in prompts or [()] * len(images)]
+        named = [
+            self.namer.name(image, masks, phrases)
+            for image, masks, phrases in zip(images, masks_of_images, image_phrases, strict=True)
+        ]
         self.stage_seconds["name"] += time.perf_counter() - detected
         return [[mask for mask in masks if mask["label"] is not None] for masks in named]
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from samray.errors import ConfigError, ImageError
 from samray.labels.networks import Network, load_network, loading, opened, require_transformers
 from samray.labels.phrase_inputs import PhraseInputs, read_phrases_and_network
-from samray.labels.phrases import OWN_KEPT, Asked
+from samray.labels.phrases import IMAGE_PHRASES_KEPT, Asked
 from samray.labels.records import limited_records, named_mask
 from samray.labels.ways import MakeGenerator
 from samray.masks.images import check_images
@@ -70,7 +70,7 @@ class DetectorInputs(PhraseInputs):
 
 
 def read_inputs(config: Config, texts: Sequence[str] | None = None) -> DetectorInputs:
-    """Read the phrases and find the network. texts: as of `PhraseInputs.with_texts`.
+    """Read the phrases and find the network. texts: as in `PhraseInputs.with_texts`.
 
     Raises: ConfigError that names the setting, StorageError.
     """
@@ -78,7 +78,7 @@ def read_inputs(config: Config, texts: Sequence[str] | None = None) -> DetectorI
 
 
 def build_generator(model: Sam, config: Config, inputs: DetectorInputs) -> MakeGenerator:
-    """What creates the generators of an actor: the network is loaded, and the phrases are encoded, once for all.
+    """Factory of an actor's generators: the network is loaded, and the phrases are encoded, once for all.
 
     Raises: ConfigError if the network is not this run's or cannot be loaded.
     """
@@ -126,7 +126,7 @@ class Texts:
         self._parts = {phrase: part for part in common for phrase in part.phrases}
         self._common: dict[str, Encoded] = {}
         # Encoded alone: the same numbers whatever was asked of other images before.
-        self._own = lru_cache(OWN_KEPT)(lambda phrase: self._encode(part_of(phrase))[0])
+        self._encoded_phrase = lru_cache(IMAGE_PHRASES_KEPT)(lambda phrase: self._encode(part_of(phrase))[0])
         # Held while encoding, so that two threads with the same phrase encode it once.
         self._lock = threading.Lock()
 
@@ -141,7 +141,7 @@ class Texts:
 
     def _phrase(self, phrase: str) -> Encoded:
         if phrase not in self._parts:
-            return self._own(plain(phrase))
+            return self._encoded_phrase(plain(phrase))
         if phrase not in self._common:
             part = self._parts[phrase]
             self._common |= zip(part.phrases, self._encode(part), strict=True)
@@ -180,37 +180,45 @@ class Detector:
         self._image_side = Once(self.model.model.backbone)
         self._text_side = Once(self.model.model.text_backbone)
 
-    def _parts_with(self, own: Sequence[str]) -> list[Part]:
+    def _parts_with(self, image_phrases: Sequence[str]) -> list[Part]:
         """Raises: ImageError if one of an image's own phrases has too many tokens."""
         try:
-            return self._split((*self.phrases, *own)) if own else self.parts
+            return self._split((*self.phrases, *image_phrases)) if image_phrases else self.parts
         except ConfigError as error:
             raise ImageError("bad_prompt", str(error).removeprefix(_SETTING)) from error
 
     @torch.inference_mode()
     def detect(
-        self, image: Image, own: Sequence[str] = (), *, score_thresh: float, text_thresh: float, nms_thresh: float
+        self,
+        image: Image,
+        image_phrases: Sequence[str] = (),
+        *,
+        score_thresh: float,
+        text_thresh: float,
+        nms_thresh: float,
     ) -> Boxes:
         """The boxes of all phrases in one image (H, W, 3) uint8 RGB, after non-maximum suppression.
 
-        own: phrases of this image alone, none of which is one of the detector's. Raises: ImageError (`bad_prompt`) if
-        one has more tokens than the network takes.
+        image_phrases: phrases of this image alone, none of which is one of the detector's. Raises: ImageError
+        (`bad_prompt`) if one has more tokens than the network takes.
         """
-        parts = self._parts_with(own)
+        parts = self._parts_with(image_phrases)
         if not parts:
             return Boxes(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), [])
         size = self._size_of(image)
         inputs = self.processor(images=image, input_data_format="channels_last", return_tensors="pt", **size)
         pixels, mask = (inputs[name].to(self.device) for name in ("pixel_values", "pixel_mask"))
         features: dict[int, Any] = {}  # of this image only
-        found = []
+        boxes_of_parts = []
         for part in parts:
             text = {0: self._texts.of(part)}
             with self._image_side.kept_in(features, 0), self._text_side.kept_in(text, 0):
                 outputs = self.model(pixel_values=pixels, pixel_mask=mask, input_ids=part.input_ids)
             scores = outputs.logits[0].sigmoid().float()  # (queries, tokens); 0 behind the prompt's last token
-            found.append(_chosen(scores, outputs.pred_boxes[0].float(), part, score_thresh, text_thresh))
-        boxes, scores, phrases = (torch.cat(list(columns)).cpu().numpy() for columns in zip(*found, strict=True))
+            boxes_of_parts.append(_chosen(scores, outputs.pred_boxes[0].float(), part, score_thresh, text_thresh))
+        boxes, scores, phrases = (
+            torch.cat(list(columns)).cpu().numpy() for columns in zip(*boxes_of_parts, strict=True)
+        )
         xyxy = boxes * np.array([image.shape[1], image.shape[0]] * 2, dtype=np.float32)
         keep = box_nms(xyxy, scores, nms_thresh)
         return Boxes(xyxy[keep], scores[keep], phrases[keep].tolist())
@@ -290,17 +298,17 @@ class Once:
     @contextmanager
     def kept_in(self, store: dict[int, Any], key: int) -> Iterator[None]:
         """Within the block, the output for `key` is taken from store if it is there, else computed and kept there."""
-        self._of_thread.place = store, key
+        self._of_thread.store_and_key = store, key
         yield
-        del self._of_thread.place
+        del self._of_thread.store_and_key
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        store, key = self._of_thread.place
+        store, key = self._of_thread.store_and_key
         if key not in store:
             store[key] = self._compute(*args, **kwargs)
         output = store[key]
         # The network appends to the lists that its backbone returns.
-        return tuple(list(one) for one in output) if isinstance(output, tuple) else output
+        return tuple(list(part) for part in output) if isinstance(output, tuple) else output
 
 
 class GroundedGenerator:
@@ -328,31 +336,39 @@ class GroundedGenerator:
         """
         check_images(images)
         prompts = [()] * len(images) if prompts is None else prompts
-        for image, each in zip(images, prompts, strict=True):
-            check_prompts(image.shape[:2], each)
-        own = [self.asked.own(each) for each in prompts]
+        for image, user_prompts in zip(images, prompts, strict=True):
+            check_prompts(image.shape[:2], user_prompts)
+        image_phrases = [self.asked.only_of(user_prompts) for user_prompts in prompts]
         with self._stage("detect"):
-            boxes = [self._detect(image, texts) for image, texts in zip(images, own, strict=True)]
+            boxes = [self._detect(image, texts) for image, texts in zip(images, image_phrases, strict=True)]
         records: list[list[MaskRecord]] = [[] for _ in images]
         # The others need no encoding.
-        asked = [i for i, each in enumerate(prompts) if len(boxes[i].xyxy) or any(one.text is None for one in each)]
-        if asked:
+        to_encode = [
+            i
+            for i, user_prompts in enumerate(prompts)
+            if len(boxes[i].xyxy) or any(prompt.text is None for prompt in user_prompts)
+        ]
+        if to_encode:
             with self._stage("encode"):
-                embeddings = self.model.encode_images(self.model.preprocess([images[i] for i in asked])[0])
+                embeddings = self.model.encode_images(self.model.preprocess([images[i] for i in to_encode])[0])
             with self._stage("decode"):
-                for i, embedding in zip(asked, embeddings, strict=True):
+                for i, embedding in zip(to_encode, embeddings, strict=True):
                     height, width = images[i].shape[:2]
-                    names = [*self.detector.phrases, *own[i]]
+                    names = [*self.detector.phrases, *image_phrases[i]]
                     masks = list(self._masks(embedding[None], boxes[i], names, (height, width)))
                     records[i] = self.prompted.masks_of(embedding[None], (height, width), prompts[i])
                     records[i] += limited_records(masks, (height, width), self.config)
         return records
 
-    def _detect(self, image: Image, own: Sequence[str] = ()) -> Boxes:
+    def _detect(self, image: Image, image_phrases: Sequence[str] = ()) -> Boxes:
         labels = self.config.labels
         score_thresh = SCORE_THRESH if labels.score_thresh is None else labels.score_thresh
         return self.detector.detect(
-            image, own, score_thresh=score_thresh, text_thresh=labels.text_thresh, nms_thresh=labels.nms_thresh
+            image,
+            image_phrases,
+            score_thresh=score_thresh,
+            text_thresh=labels.text_thresh,
+            nms_thresh=labels.nms_thresh,
         )
 
     def _masks(

@@ -31,7 +31,7 @@ FILES: Final = (
     "config.json", WEIGHTS, "preprocessor_config.json", "processor_config.json", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt",
 )  # fmt: skip
-"""What may be used of a network's folder, and so what its digest is of."""
+"""The files of a network's folder that may be used; its digest covers them."""
 _NEEDED: Final = (
     ("config.json",),
     (WEIGHTS,),
@@ -75,6 +75,7 @@ def find_network(checkpoint: str, kinds: tuple[str, ...], way: str) -> Network:
     folder = locate(checkpoint)
     _check_files(folder, checkpoint)
     _check_settings(folder, checkpoint, kinds, way)
+    _check_whole(folder, checkpoint)
     return Network(absolute_checkpoint(checkpoint), digest(folder))
 
 
@@ -131,8 +132,8 @@ def load_network(cls: Any, folder: Path, origin: str) -> Any:
     if missing := sorted(info["missing_keys"]):
         raise ConfigError(f"{name} does not have {count(len(missing), 'tensor')} of this network, as {missing[0]}")
     if misshapen := sorted(info["mismatched_keys"]):
-        key, there, expected = misshapen[0]
-        raise ConfigError(f"{name}: {key} is {tuple(there)}, but config.json expects {tuple(expected)}")
+        key, shape, expected = misshapen[0]
+        raise ConfigError(f"{name}: {key} is {tuple(shape)}, but config.json expects {tuple(expected)}")
     for key, tensor in network.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ConfigError(f"{name}: {key} has values that are not finite numbers")  # it would find nothing
@@ -245,18 +246,22 @@ def _refuse_without_weights(names: list[str], checkpoint: str) -> None:
             "loaded; convert them where you trust them: load the network with transformers and call "
             "save_pretrained(FOLDER), which writes safetensors"
         )
-    raise ConfigError(f"{_name(checkpoint)} does not have {WEIGHTS}; {_what_to_do()}")
+    convert = ""
+    if storage.is_local(checkpoint) and not Path(storage.normalize(checkpoint)).is_dir():  # a name on the Hub
+        convert = ". If the Hub has it as pickled weights alone, load it with transformers where you trust it and call "
+        convert += "save_pretrained(FOLDER), which writes safetensors"
+    raise ConfigError(f"{_name(checkpoint)} does not have {WEIGHTS}; {_what_to_do()}{convert}")
 
 
 def _check_settings(folder: Path, checkpoint: str, kinds: tuple[str, ...], way: str) -> None:
     try:
         settings = parse_json((folder / "config.json").read_bytes())
-        found = settings.get("model_type") if isinstance(settings, dict) else None
+        kind = settings.get("model_type") if isinstance(settings, dict) else None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{_name(checkpoint)}: config.json cannot be read: {error}") from error
-    if found not in kinds:
+    if kind not in kinds:
         raise ConfigError(
-            f"{_name(checkpoint)} is a network of the kind {found!r} (model_type in config.json), but labels.by={way} "
+            f"{_name(checkpoint)} is a network of the kind {kind!r} (model_type in config.json), but labels.by={way} "
             f"needs {' or '.join(map(repr, kinds))}"
         )
     if (key := _names_code(settings)) is not None:
@@ -266,10 +271,29 @@ def _check_settings(folder: Path, checkpoint: str, kinds: tuple[str, ...], way: 
         )
 
 
+def _check_whole(folder: Path, checkpoint: str) -> None:
+    """Refuse files that are cut off, or Git LFS's pointers in their place: the actors would find out after OUTPUT was
+    begun with their digest. Reads no weights. Raises: ConfigError."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in (folder / name for name in FILES):
+        try:
+            if path.name == WEIGHTS:
+                with safe_open(path, framework="numpy"):  # its header fits the size of the file
+                    pass
+            elif path.suffix == ".json" and path.is_file():
+                parse_json(path.read_bytes())
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ConfigError(
+                f"{_name(checkpoint)}: {path.name} cannot be read: {error}. Its download is incomplete, or it is a "
+                "pointer of Git LFS (git lfs pull gets the file): get it again"
+            ) from error
+
+
 def _names_code(settings: Any) -> str | None:
     """The key of an entry with which transformers would fetch code: its own classes, or kernels from the Hub."""
     if isinstance(settings, list):
-        return next((key for one in settings if (key := _names_code(one)) is not None), None)
+        return next((key for part in settings if (key := _names_code(part)) is not None), None)
     if not isinstance(settings, dict):
         return None
     for key, value in settings.items():

@@ -22,7 +22,7 @@ from samray.errors import ConfigError, NotFoundError
 from samray.labels.networks import Network
 from samray.labels.onnx_graph import problem_of
 from samray.sam import fetch
-from samray.sam.checkpoints import resolve_given
+from samray.sam.weights_file import local_weights_file
 
 MAX_BYTES: Final = 2**31 - 1
 """The largest file that ONNX, as protobuf, allows without other files."""
@@ -55,7 +55,7 @@ def find_onnx(checkpoint: str, setting: str, export: str) -> Network:
             raise ConfigError(f"{setting}: {error}") from error
     elif Path(storage.normalize(checkpoint)).is_dir():
         raise ConfigError(f"{name} is a folder; name the file in it that ends in .onnx")
-    path = resolve_given(checkpoint, setting)
+    path = local_weights_file(checkpoint, setting)
     _check_size(path.stat().st_size, name)
     with path.open("rb") as file:
         start = file.read(4)
@@ -83,7 +83,7 @@ class OnnxNetwork:
 
         Raises: ConfigError if this machine has another file than the driver found, or onnxruntime cannot load it.
         """
-        path = resolve_given(network.checkpoint, setting)
+        path = local_weights_file(network.checkpoint, setting)
         self.name = f"{setting} {storage.redact(network.checkpoint)}"
         with fetch.unchanged(path, network.sha256):
             data = path.read_bytes()

@@ -28,7 +28,7 @@ Value = int | memoryview
 
 
 def problem_of(data: bytes | memoryview) -> str | None:
-    """What is wrong with the content of an ONNX file, as the end of a sentence; None if nothing is."""
+    """The problem of the content of an ONNX file, as the end of a sentence; None if it has none."""
     try:
         return _model_problem(memoryview(data))
     except ValueError:

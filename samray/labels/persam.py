@@ -46,7 +46,7 @@ _SAME_IOU: Final = 0.8
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Instance:
     """One instance."""
 
     logits: Tensor
@@ -99,7 +99,7 @@ class PersamGenerator:
 
     def _records(self, image: Encoded) -> list[MaskRecord]:
         labels = self.config.labels
-        found = find_instances(
+        instances = find_instances(
             self.model,
             image,
             self.target,
@@ -109,7 +109,10 @@ class PersamGenerator:
             smooth=0 if self.is_first_version else labels.smooth,
             by_evidence=labels.pick == "evidence",
         )
-        masks = [(one.logits, one.predicted_iou, one.similarity, [one.point_xy]) for one in found]
+        masks = [
+            (instance.logits, instance.predicted_iou, instance.similarity, [instance.point_xy])
+            for instance in instances
+        ]
         return named_records(masks, self.config)
 
 
@@ -124,7 +127,7 @@ def find_instances(
     relative: float = 0.0,
     smooth: int = 0,
     by_evidence: bool = True,
-) -> list[Found]:
+) -> list[Instance]:
     """The instances of the target in an image, in the order of their clicks: the most similar first.
 
     threshold: least similarity of a click, and of a mask on average. relative: the same, from 0, the image's least
@@ -139,7 +142,7 @@ def find_instances(
     evidence = similarity - threshold if by_evidence else None
     least = _xy(int(similarity.argmin()), image)
     left = similarity.clone()
-    found: list[Found] = []
+    instances: list[Instance] = []
     masks: list[Tensor] = []
     for _ in range(max_instances):
         most = int(left.argmax())
@@ -152,8 +155,8 @@ def find_instances(
         score = float(similarity[inside].mean()) if inside.any() else -torch.inf
         if score >= threshold and not any(_iou(inside, other) >= _SAME_IOU for other in masks):
             masks.append(inside)
-            found.append(Found(logits, iou, score, _xy(most, image)))
-    return found
+            instances.append(Instance(logits, iou, score, _xy(most, image)))
+    return instances
 
 
 def _iou(a: Tensor, b: Tensor) -> float:
@@ -161,8 +164,8 @@ def _iou(a: Tensor, b: Tensor) -> float:
     return float((a & b).sum() / (a | b).sum())
 
 
-def _xy(place: int, image: Encoded) -> tuple[int, int]:
-    y, x = divmod(place, image.original_hw[1])
+def _xy(pixel: int, image: Encoded) -> tuple[int, int]:
+    y, x = divmod(pixel, image.original_hw[1])
     return x, y
 
 
@@ -204,16 +207,16 @@ def segment(
 
         logits: (1, M, 4h, 4w), iou: (1, M). Returns (1, 1, 4h, 4w), (H, W), ().
         """
-        whole = frame.masks_out(logits[0], hw)
-        scores = iou[0] if evidence is None else (above(whole, MASK_THRESHOLD) * evidence).sum(dim=(1, 2))
+        full_size = frame.masks_out(logits[0], hw)
+        scores = iou[0] if evidence is None else (above(full_size, MASK_THRESHOLD) * evidence).sum(dim=(1, 2))
         i = int(scores.argmax())
-        return logits[:, i : i + 1], whole[i], iou[0, i]
+        return logits[:, i : i + 1], full_size[i], iou[0, i]
 
     logits, _ = model.predict(image.embedding, points, labels, multimask=False, guidance=guidance)
-    logits, whole, iou = best(*model.predict(image.embedding, points, labels, mask_input=logits))
-    inside = above(whole, MASK_THRESHOLD)
+    logits, full_size, iou = best(*model.predict(image.embedding, points, labels, mask_input=logits))
+    inside = above(full_size, MASK_THRESHOLD)
     if inside.any():
         corners = mask_boxes(inside[None]).cpu().numpy().reshape(1, 2, 2).astype(np.float64)
         boxes = torch.from_numpy(frame.points_in(corners, hw)).float().flatten(1).to(model.device)
-        _, whole, iou = best(*model.predict(image.embedding, points, labels, boxes, mask_input=logits))
-    return whole, float(iou)
+        _, full_size, iou = best(*model.predict(image.embedding, points, labels, boxes, mask_input=logits))
+    return full_size, float(iou)

@@ -1,4 +1,4 @@
-"""What each way with phrases needs: the phrases, and the network that reads them."""
+"""Inputs of each way with phrases: the phrases, and the network that reads them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from samray.config.labels import WAYS
 from samray.errors import ConfigError
 from samray.labels.networks import Network, find_network
 from samray.labels.phrases import MOST_PHRASES, read_phrases
-from samray.text import count, first_few, plain
+from samray.prompts import phrase_problem
+from samray.text import abridged, count, plain
 
 if TYPE_CHECKING:
     from samray.config import Config
@@ -33,8 +34,8 @@ class PhraseInputs:
 
     @property
     def identity(self) -> dict[str, Any]:
-        own = {} if self.num_common is None else {"asked_of_all": self.num_common}
-        return {"network_sha256": self.network.sha256, **own}
+        asked = {} if self.num_common is None else {"asked_of_all": self.num_common}
+        return {"network_sha256": self.network.sha256, **asked}
 
     def with_texts(self, texts: Sequence[str] | None) -> Self:
         """The same with phrases of single images; the same if texts is None: images have none.
@@ -55,11 +56,11 @@ class PhraseInputs:
     @property
     def phrases_in_words(self) -> str:
         common = self.common
-        every = f"{count(len(common), 'phrase')}: {first_few(common, 5)}" if common else ""
-        if (num_own := len(self.categories) - len(common)) == 0:
+        every = f"{count(len(common), 'phrase')}: {abridged(common, 5)}" if common else ""
+        if (num_of_images := len(self.categories) - len(common)) == 0:
             return every
-        own = f"{count(num_own, 'phrase')} of single images: {first_few(self.categories[len(common) :], 5)}"
-        return f"{every}; {own}" if every else own
+        of_images = f"{count(num_of_images, 'phrase')} of single images: {abridged(self.categories[len(common) :], 5)}"
+        return f"{every}; {of_images}" if every else of_images
 
     def network_row(self) -> tuple[str, str]:
         """The network's row of the plan."""
@@ -74,6 +75,9 @@ def read_phrases_and_network(config: Config, *kinds: str) -> tuple[list[str], Ne
     labels = config.labels
     assert labels.by is not None
     phrases = [] if labels.phrases is None else read_phrases(labels.phrases)
+    for number, phrase in enumerate(labels.negatives, start=1):
+        if problem := phrase_problem(phrase):
+            raise ConfigError(f"labels.negatives: item {number} {problem}")
     checkpoint = labels.checkpoint or WAYS[labels.by].network
     assert checkpoint is not None
     return phrases, find_network(checkpoint, kinds, labels.by)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from samray.prompts import Prompt
 
 MOST_PHRASES: Final = 10_000
-OWN_KEPT: Final = 4096
+IMAGE_PHRASES_KEPT: Final = 4096
 """Encoded phrases of single images kept per actor, the most recent: 60 MB with Grounding DINO, 12 MB with CLIP."""
 _MAX_BYTES: Final = 16 * 1024 * 1024
 _SETTING: Final = "labels.phrases"
@@ -36,8 +36,7 @@ def read_phrases(phrases: tuple[str, ...] | str) -> list[str]:
 
 def _lines_of(uri: str, name: str) -> list[str]:
     try:
-        data = storage.read_whole(storage.normalize(uri), _MAX_BYTES)
-        return data.decode("utf-8-sig").splitlines()
+        text = storage.read_whole(storage.normalize(uri), _MAX_BYTES).decode("utf-8-sig")
     except NotFoundError as error:
         raise ConfigError(
             f"{name} does not exist; give a list, as in {_SETTING}=[cat,dog], or a text file with one phrase per line"
@@ -48,20 +47,24 @@ def _lines_of(uri: str, name: str) -> list[str]:
         raise ConfigError(f"{name} cannot be read: {error}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name} is not UTF-8 text: {error}") from error
+    if text.lstrip()[:1] in ("[", "{"):
+        raise ConfigError(f"{name} looks like JSON; it takes one phrase per line, without brackets and quotes")
+    return text.splitlines()
 
 
 def _checked(phrases: Iterable[str], name: str, what: str, *, skip_empty: bool = False) -> list[str]:
     """what: how a phrase's number is called in messages: item or line."""
-    place_of: dict[str, int] = {}
+    number_of: dict[str, int] = {}
     cleaned = []
     for number, phrase in enumerate(phrases, start=1):
-        phrase = phrase.strip()
+        # Also without the marks that editors leave at the start of a file, where several files were joined.
+        phrase = phrase.strip().strip("\ufeff\u200b").strip()
         if not phrase and skip_empty:
             continue
         if problem := phrase_problem(phrase):
             raise ConfigError(f"{name}: {what} {number} {problem}")
         # Networks of text ignore case and full stops, and would name each mask by one of the two at random.
-        first = place_of.setdefault(plain(phrase), number)
+        first = number_of.setdefault(plain(phrase), number)
         if first != number:
             raise ConfigError(
                 f"{name}: {what} {number}, {phrase!r}, is the same phrase as {what} {first}; leave one out"
@@ -90,7 +93,7 @@ class Asked:
         self.common = tuple(common)
         self._known = {plain(phrase) for phrase in common}
 
-    def own(self, prompts: Iterable[Prompt]) -> list[str]:
+    def only_of(self, prompts: Iterable[Prompt]) -> list[str]:
         """The texts among an image's prompts that are not asked of every image, each once."""
         return [text for key, text in distinct(prompts).items() if key not in self._known]
 

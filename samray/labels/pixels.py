@@ -32,20 +32,22 @@ class Pixels:
     scale: float = 1 / 255
 
     @classmethod
-    def from_json(cls, found: dict[str, Any], image_size: int) -> Pixels:
-        """found: the content of preprocessor_config.json. image_size: of the network. Raises: ValueError, as the end of
-        a sentence, if they do not fit together."""
-        size, resize = _side(found.get("crop_size", image_size)), _side(found.get("size", image_size))
+    def from_json(cls, settings: dict[str, Any], image_size: int) -> Pixels:
+        """settings: the content of preprocessor_config.json. image_size: of the network.
+
+        Raises: ValueError, as the end of a sentence, if they do not fit together.
+        """
+        size, resize = _side(settings.get("crop_size", image_size)), _side(settings.get("size", image_size))
         if size != image_size or resize < size:
             raise ValueError(f"crops of {size} pixels out of {resize}, but the network takes {image_size}")
         for key in ("image_mean", "image_std"):
-            if not isinstance(found.get(key), list):
+            if not isinstance(settings.get(key), list):
                 raise ValueError(f"preprocessor_config.json has no {key}, three numbers")
-        mean, std = (tuple(map(float, found[key])) for key in ("image_mean", "image_std"))
+        mean, std = (tuple(map(float, settings[key])) for key in ("image_mean", "image_std"))
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"image_mean {mean} and image_std {std}: expected three numbers each, std above 0")
-        resample = PillowImage.Resampling(int(found.get("resample", 3)))
-        return cls(size, resize, mean, std, resample, float(found.get("rescale_factor", 1 / 255)))
+        resample = PillowImage.Resampling(int(settings.get("resample", 3)))
+        return cls(size, resize, mean, std, resample, float(settings.get("rescale_factor", 1 / 255)))
 
     def prepare(self, square: RGBArray) -> Tensor:
         """(3, size, size) float32, normalised, of a square cut-out (side, side, 3) uint8."""
@@ -86,7 +88,7 @@ def _side(value: Any) -> int:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What a network's folder says about pixels: a part of processor_config.json, else preprocessor_config.json.
+    """The settings of pixels in a network's folder: a part of processor_config.json, else preprocessor_config.json.
 
     Raises: ValueError, as the end of a sentence, if a file is not a JSON object; OSError.
     """
@@ -95,12 +97,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
         path = folder / name
         if not path.is_file():
             continue
-        found = parse_json(path.read_bytes())
-        if part is not None and isinstance(found, dict):
-            if part not in found:
+        settings = parse_json(path.read_bytes())
+        if part is not None and isinstance(settings, dict):
+            if part not in settings:
                 continue
-            found = found[part]
-        if not isinstance(found, dict):
+            settings = settings[part]
+        if not isinstance(settings, dict):
             raise ValueError(f"{name} is not a JSON object")
-        return found
+        return settings
     raise ValueError("preprocessor_config.json is missing, and processor_config.json has no image_processor")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from samray.config import Config
 from samray.masks.crops import Crop
-from samray.masks.records import Mask, apply_limits, to_record
+from samray.masks.records import Mask, apply_limits, to_records
 from samray.masks.scores import MASK_THRESHOLD, above, stability_scores
 from samray.rle import encode as rle
 from samray.rle.records import MaskRecord
@@ -58,4 +58,4 @@ def named_mask(
 
 def limited_records(masks: list[Mask], image_hw: tuple[int, int], config: Config) -> list[MaskRecord]:
     """The records of an image's masks, without empty ones and those that the limits of `masks` drop."""
-    return [to_record(mask, image_hw, config.masks) for mask in apply_limits(masks, image_hw, config.masks)]
+    return to_records(apply_limits(masks, image_hw, config.masks), image_hw, config.masks)

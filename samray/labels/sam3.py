@@ -28,7 +28,7 @@ from torch.nn.functional import interpolate, pad
 from samray.errors import ConfigError, ImageError
 from samray.labels.networks import Network, load_network, load_tokenizer, loading, opened, require_transformers
 from samray.labels.phrase_inputs import PhraseInputs, read_phrases_and_network
-from samray.labels.phrases import OWN_KEPT, Asked, FoundMasks
+from samray.labels.phrases import IMAGE_PHRASES_KEPT, Asked, FoundMasks
 from samray.labels.pixels import Pixels, read_settings
 from samray.labels.records import limited_records, named_mask
 from samray.labels.ways import MakeGenerator
@@ -36,6 +36,7 @@ from samray.masks.images import check_images
 from samray.masks.records import Mask
 from samray.masks.stages import timed
 from samray.prompts import Prompt
+from samray.storage.strict_json import parse_json
 
 if TYPE_CHECKING:
     from samray.config import Config
@@ -50,6 +51,9 @@ SCORE_THRESH: Final = 0.5
 _GPU_PHRASES, _CPU_PHRASES = 8, 1
 """Phrases asked together. Each takes some 0.3 GB at the published size."""
 _TEXTS_AT_ONCE: Final = 64
+_TOKENS: Final = 32
+"""Most tokens of a phrase if config.json does not say it, with the two of `_START_AND_END`."""
+_START_AND_END: Final = 2
 
 
 class SegmenterInputs(PhraseInputs):
@@ -60,25 +64,65 @@ class SegmenterInputs(PhraseInputs):
 
 
 def read_inputs(config: Config, texts: Sequence[str] | None = None) -> SegmenterInputs:
-    """Read the phrases and find the network. texts: as of `PhraseInputs.with_texts`.
+    """Read the phrases and find the network. texts: as in `PhraseInputs.with_texts`.
 
     Raises: ConfigError that names the setting, StorageError.
     """
-    return SegmenterInputs(*read_phrases_and_network(config, *_KINDS)).with_texts(texts)
+    phrases, network = read_phrases_and_network(config, *_KINDS)
+    _refuse_long(phrases, network)
+    return SegmenterInputs(phrases, network).with_texts(texts)
+
+
+def _refuse_long(phrases: Sequence[str], network: Network) -> None:
+    """Raises: ConfigError for a phrase that the network cannot take, before OUTPUT is begun with it."""
+    with opened(network) as folder:
+        most = _most_tokens(parse_json((folder / "config.json").read_bytes()))
+        # A token has a byte or more: of short phrases nothing has to be counted, and transformers takes seconds to
+        # import.
+        long = [phrase for phrase in phrases if len(phrase.lower().encode()) + _START_AND_END > most]
+        if not long:
+            return
+        from transformers import CLIPTokenizer
+
+        with loading(network.checkpoint):
+            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    for phrase in long:
+        if problem := too_long(tokenizer, phrase, most):
+            raise ConfigError(f"labels.phrases: {problem}")
+
+
+def _most_tokens(settings: Any) -> int:
+    """The number in config.json, else the published one; both with start and end."""
+    for key in ("detector_config", "text_config"):
+        inner = settings.get(key)
+        settings = inner if isinstance(inner, dict) else settings
+    most = settings.get("max_position_embeddings")
+    return most if isinstance(most, int) else _TOKENS
+
+
+def too_long(tokenizer: Any, phrase: str, most_tokens: int) -> str | None:
+    """A sentence if the network takes fewer tokens, most_tokens with those of start and end."""
+    number = len(tokenizer(phrase).input_ids)
+    if number <= most_tokens:
+        return None
+    return (
+        f"{phrase!r} has {number - _START_AND_END} tokens, and this network takes {most_tokens - _START_AND_END}; name "
+        "the thing in fewer words"
+    )
 
 
 def build_generator(device: torch.device, config: Config, inputs: SegmenterInputs) -> MakeGenerator:
-    """What creates the generators of an actor: the network is loaded, and the phrases are encoded, once for all.
+    """Factory of an actor's generators: the network is loaded, and the phrases are encoded, once for all.
 
     Raises: ConfigError if the network is not this run's or cannot be loaded.
     """
-    segmenter = Segmenter(inputs.network, inputs.common, device, takes_own=inputs.num_common is not None)
+    segmenter = Segmenter(inputs.network, inputs.common, device, takes_image_phrases=inputs.num_common is not None)
     return lambda points_per_batch: ConceptGenerator(config, segmenter, points_per_batch)
 
 
 @dataclass(frozen=True, slots=True)
 class Instances:
-    """What one phrase finds in an image: N instances, possibly none, in the network's order."""
+    """The result of one phrase in an image: N instances, possibly none, in the network's order."""
 
     phrase: str
     presence: float
@@ -104,29 +148,22 @@ class Texts:
                 raise ConfigError(f"labels.phrases: {problem}")
         starts = range(0, len(common), _TEXTS_AT_ONCE)
         self.common = [self._encode(common[start : start + _TEXTS_AT_ONCE]) for start in starts]
-        self._own = lru_cache(OWN_KEPT)(lambda phrase: self._encode([phrase]))
+        self._encoded_phrase = lru_cache(IMAGE_PHRASES_KEPT)(lambda phrase: self._encode([phrase]))
         # Held while encoding, so that two threads with the same phrase encode it once.
         self._lock = threading.Lock()
 
     def problem_of(self, phrase: str) -> str | None:
         """A sentence if the network takes fewer tokens."""
-        start_and_end = 2
-        number = len(self._tokenizer(phrase).input_ids)
-        if number <= self.most_tokens:
-            return None
-        return (
-            f"{phrase!r} has {number - start_and_end} tokens, and this network takes "
-            f"{self.most_tokens - start_and_end}; name the thing in fewer words"
-        )
+        return too_long(self._tokenizer, phrase, self.most_tokens)
 
-    def of(self, own: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def of(self, image_phrases: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Embeddings of the common phrases, then of an image's own, (P, T, C), and which of their tokens are not
         padding, (P, T) bool. Raises: ImageError (`bad_prompt`) if the network cannot take one."""
-        for phrase in own:
+        for phrase in image_phrases:
             if problem := self.problem_of(phrase):
                 raise ImageError("bad_prompt", problem)
         with self._lock:
-            parts = [*self.common, *(self._own(phrase) for phrase in own)]
+            parts = [*self.common, *(self._encoded_phrase(phrase) for phrase in image_phrases)]
         longest = max((texts.shape[1] for texts, _ in parts), default=0)
         texts = [pad(texts, (0, 0, 0, longest - texts.shape[1])) for texts, _ in parts]
         masks = [pad(mask, (0, longest - mask.shape[1])) for _, mask in parts]
@@ -140,17 +177,17 @@ class Texts:
         ).to(self._model.device)
         mask = batch.attention_mask.bool()
         longest = int(mask.sum(dim=1).max())
-        found = self._model.get_text_features(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        return found.pooler_output[:, :longest].clone(), mask[:, :longest]
+        features = self._model.get_text_features(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        return features.pooler_output[:, :longest].clone(), mask[:, :longest]
 
 
 class Segmenter:
     """SAM 3 with phrases that are asked of every image. Several threads may use it at once."""
 
     def __init__(
-        self, network: Network, phrases: Sequence[str], device: torch.device, *, takes_own: bool = False
+        self, network: Network, phrases: Sequence[str], device: torch.device, *, takes_image_phrases: bool = False
     ) -> None:
-        """takes_own: whether images may have phrases of their own, for which the text encoder is kept.
+        """takes_image_phrases: whether images may have phrases of their own, for which the text encoder is kept.
 
         Raises: ConfigError if the network is another one than in the driver or cannot be loaded.
         """
@@ -168,7 +205,7 @@ class Segmenter:
                     raise ValueError(f"images of {self.pixels.resize} pixels a side, but the network takes {side}")
         self.phrases, self.device = tuple(phrases), device
         self.texts = Texts(self.model, tokenizer, self.phrases)
-        if not takes_own:
+        if not takes_image_phrases:
             self.model.text_encoder = None  # a third of the network, and used up
         self.model.geometry_encoder = None  # boxes as prompts are not offered
         self._mask_decoder = self.model.mask_decoder
@@ -181,16 +218,16 @@ class Segmenter:
 
     @torch.inference_mode()
     def find(
-        self, features: Any, own: Sequence[str] = (), *, score_thresh: float, phrases_at_once: int
+        self, features: Any, image_phrases: Sequence[str] = (), *, score_thresh: float, phrases_at_once: int
     ) -> Iterator[Instances]:
-        """What each phrase finds, in the order of the phrases, then of own, those of this image alone.
+        """Yield the instances of each phrase, then of each of image_phrases, those of this image alone.
 
-        Raises: ImageError (`bad_prompt`) if one of own has more tokens than the network takes.
+        Raises: ImageError (`bad_prompt`) if one of image_phrases has more tokens than the network takes.
         """
-        phrases = [*self.phrases, *own]
+        phrases = [*self.phrases, *image_phrases]
         if not phrases:
             return
-        all_texts, all_masks = self.texts.of(own)
+        all_texts, all_masks = self.texts.of(image_phrases)
         for start in range(0, len(phrases), phrases_at_once):
             texts, text_mask = (all[start : start + phrases_at_once] for all in (all_texts, all_masks))
             # transformers 5.0 takes the embeddings, later versions an object that has them.
@@ -234,14 +271,14 @@ class Postponed(nn.Module):
         return Sam3MaskDecoderOutput()
 
     def inputs_of(self, i: int, queries: Tensor) -> dict[str, Any]:
-        """What to call the mask decoder with for item i of this thread's last batch. queries: (Q,) bool, the wanted."""
-        own: dict[str, Any] = {}
+        """Arguments of the mask decoder for item i of this thread's last batch. queries: (Q,) bool, the wanted."""
+        inputs: dict[str, Any] = {}
         for key, value in self._of_thread.inputs.items():
             if isinstance(value, list):
-                own[key] = [level[i : i + 1] for level in value]
+                inputs[key] = [level[i : i + 1] for level in value]
             else:
-                own[key] = value[i : i + 1] if isinstance(value, Tensor) else value
-        return {**own, "decoder_queries": own["decoder_queries"][:, queries]}
+                inputs[key] = value[i : i + 1] if isinstance(value, Tensor) else value
+        return {**inputs, "decoder_queries": inputs["decoder_queries"][:, queries]}
 
 
 class ConceptGenerator:
@@ -265,14 +302,14 @@ class ConceptGenerator:
         Raises: ImageError (`bad_prompt`) for a text that the network cannot take, ValueError for invalid images.
         """
         check_images(images)
-        own = [self.asked.own(each) for each in prompts or [()] * len(images)]
+        image_phrases = [self.asked.only_of(user_prompts) for user_prompts in prompts or [()] * len(images)]
         # One after the other: an image fills a GPU, and the features of many would fill its memory.
-        return [self._of_image(image, texts) for image, texts in zip(images, own, strict=True)]
+        return [self._of_image(image, texts) for image, texts in zip(images, image_phrases, strict=True)]
 
     @torch.inference_mode()
-    def _of_image(self, image: Image, own: Sequence[str]) -> FoundMasks:
+    def _of_image(self, image: Image, image_phrases: Sequence[str]) -> FoundMasks:
         thresh = self.config.labels.score_thresh
-        if not (self.segmenter.phrases or own):
+        if not (self.segmenter.phrases or image_phrases):
             return FoundMasks([], [])
         with self._stage("encode"):
             features = self.segmenter.encode(image)
@@ -282,7 +319,7 @@ class ConceptGenerator:
         with self._stage("decode"):
             for instances in self.segmenter.find(
                 features,
-                own,
+                image_phrases,
                 score_thresh=SCORE_THRESH if thresh is None else thresh,
                 phrases_at_once=self.phrases_at_once,
             ):
@@ -294,9 +331,9 @@ class ConceptGenerator:
     def _masks(self, instances: Instances, image_hw: tuple[int, int]) -> Iterator[Mask]:
         for probability, score in zip(instances.masks, instances.scores.tolist(), strict=True):
             # Probabilities are interpolated, not logits, as the processor does it; one mask at a time.
-            whole = interpolate(probability[None, None], image_hw, mode="bilinear", align_corners=False)[0, 0]
+            full_size = interpolate(probability[None, None], image_hw, mode="bilinear", align_corners=False)[0, 0]
             yield named_mask(
-                whole.logit(),
+                full_size.logit(),
                 self.config,
                 predicted_iou=score,
                 label=instances.phrase,

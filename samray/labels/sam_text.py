@@ -20,7 +20,7 @@ from torch import Tensor
 
 from samray import storage
 from samray.errors import ConfigError
-from samray.labels.clip import load_clip, own_embeddings
+from samray.labels.clip import load_clip, phrase_embedder
 from samray.labels.networks import weights_sha256
 from samray.labels.phrase_inputs import PhraseInputs, read_phrases_and_network
 from samray.labels.phrases import Asked
@@ -58,7 +58,7 @@ class TextInputs(PhraseInputs):
 def read_inputs(config: Config, texts: Sequence[str] | None = None) -> TextInputs:
     """Check that the weights know text prompts, read the phrases, and find the network.
 
-    texts: as of `PhraseInputs.with_texts`. Raises: ConfigError that names the setting, StorageError.
+    texts: as in `PhraseInputs.with_texts`. Raises: ConfigError that names the setting, StorageError.
     """
     # First: without it a large network would be downloaded for nothing.
     clip_sha256 = read_clip_sha256(config.model.name, config.model.checkpoint)
@@ -69,11 +69,11 @@ def read_inputs(config: Config, texts: Sequence[str] | None = None) -> TextInput
             f" model.name={config.model.name}, then set model.checkpoint=WEIGHTS/weights.safetensors"
         )
     inputs = TextInputs(*read_phrases_and_network(config, "clip")).with_texts(texts)
-    found = weights_sha256(inputs.network)
-    if found != clip_sha256:
+    sha256 = weights_sha256(inputs.network)
+    if sha256 != clip_sha256:
         raise ConfigError(
             f"labels.checkpoint {storage.redact(inputs.network.checkpoint)} is not the network with which"
-            f" {_weights_in_words(config)} learned text prompts: the SHA-256 of its model.safetensors is {found},"
+            f" {_weights_in_words(config)} learned text prompts: the SHA-256 of its model.safetensors is {sha256},"
             f" expected {clip_sha256}"
         )
     return inputs
@@ -85,7 +85,7 @@ def _weights_in_words(config: Config) -> str:
 
 
 def build_generator(model: Sam, config: Config, inputs: TextInputs) -> MakeGenerator:
-    """What creates the generators of an actor: the phrases are encoded once for all. The network is let go, unless
+    """Factory of an actor's generators: the phrases are encoded once for all. The network is let go, unless
     images have phrases of their own.
 
     Raises: ConfigError if the network is not this run's or cannot be loaded.
@@ -94,8 +94,8 @@ def build_generator(model: Sam, config: Config, inputs: TextInputs) -> MakeGener
     network = load_clip(inputs.network, _WAY, model.device)
     templates = config.labels.templates
     texts = phrase_embeddings(network, inputs.common, templates).to(model.device)
-    embed_own = None if inputs.num_common is None else own_embeddings(network, templates)
-    phrases = Phrases(tuple(inputs.common), texts, embed_own)
+    embed_phrase = None if inputs.num_common is None else phrase_embedder(network, templates)
+    phrases = Phrases(tuple(inputs.common), texts, embed_phrase)
     return lambda points_per_batch: TextGenerator(model, config, phrases, points_per_batch)
 
 
@@ -106,16 +106,16 @@ class Phrases:
     names: tuple[str, ...]
     embeddings: Tensor
     """(P, D), unit embeddings on the model's device."""
-    embed_own: Callable[[str], Tensor] | None = None
+    embed_phrase: Callable[[str], Tensor] | None = None
     """(D,), the embedding of a phrase of a single image; None if images have none."""
 
-    def with_own(self, own: Sequence[str]) -> tuple[list[str], Tensor]:
+    def with_phrases(self, image_phrases: Sequence[str]) -> tuple[list[str], Tensor]:
         """The names asked of one image, and their embeddings (P, D)."""
-        if not own:
+        if not image_phrases:
             return list(self.names), self.embeddings
-        assert self.embed_own is not None
-        more = torch.stack([self.embed_own(phrase) for phrase in own]).to(self.embeddings.device)
-        return [*self.names, *own], torch.cat([self.embeddings, more])
+        assert self.embed_phrase is not None
+        more = torch.stack([self.embed_phrase(phrase) for phrase in image_phrases]).to(self.embeddings.device)
+        return [*self.names, *image_phrases], torch.cat([self.embeddings, more])
 
 
 class TextGenerator:
@@ -143,24 +143,24 @@ class TextGenerator:
         """
         check_images(images)
         prompts = [()] * len(images) if prompts is None else prompts
-        for image, each in zip(images, prompts, strict=True):
-            check_prompts(image.shape[:2], each)
+        for image, user_prompts in zip(images, prompts, strict=True):
+            check_prompts(image.shape[:2], user_prompts)
         with self._stage("encode"):
             embeddings = self.model.encode_images(self.model.preprocess(list(images))[0])
         records = []
         with self._stage("decode"):
-            for image, embedding, each in zip(images, embeddings, prompts, strict=True):
+            for image, embedding, user_prompts in zip(images, embeddings, prompts, strict=True):
                 image_hw = (image.shape[0], image.shape[1])
-                masks = list(self._masks(embedding[None], self.asked.own(each), image_hw))
-                clicked = self.prompted.masks_of(embedding[None], image_hw, each)
+                masks = list(self._masks(embedding[None], self.asked.only_of(user_prompts), image_hw))
+                clicked = self.prompted.masks_of(embedding[None], image_hw, user_prompts)
                 records.append(clicked + limited_records(masks, image_hw, self.config))
         return records
 
-    def _masks(self, embedding: Tensor, own: Sequence[str], image_hw: tuple[int, int]) -> Iterator[Mask]:
+    def _masks(self, embedding: Tensor, image_phrases: Sequence[str], image_hw: tuple[int, int]) -> Iterator[Mask]:
         """One mask per phrase whose score is above the threshold. embedding: (1, C, h, w)."""
         thresh = self.config.labels.score_thresh
         thresh = SCORE_THRESH if thresh is None else thresh
-        names, texts = self.phrases.with_own(own)
+        names, texts = self.phrases.with_phrases(image_phrases)
         for start in range(0, len(texts), self.phrases_per_batch):
             batch = texts[start : start + self.phrases_per_batch]
             logits, iou = self.model.predict(embedding, text_embeddings=batch)

@@ -34,7 +34,7 @@ _IOU_POWER: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What an encoder makes of one image."""
+    """The encoder's outputs for one image."""
 
     embedding: Tensor
     """(1, C + ..., h, w) for `Sam.predict`."""
@@ -87,14 +87,14 @@ def joined(maps: Sequence[Tensor], grid: int) -> Tensor:
 
     h' is the finest level's side, but at most twice the embedding's, which bounds the memory.
     """
-    side = min(max(one.shape[-1] for one in maps), 2 * grid)
+    side = min(max(feature_map.shape[-1] for feature_map in maps), 2 * grid)
     units = []
-    for one in maps:
-        if one.shape[-1] > side:
-            one = F.adaptive_avg_pool2d(one.float(), side)
-        elif one.shape[-1] < side:
-            one = F.interpolate(one.float(), (side, side), mode="bilinear", align_corners=False)
-        units.append(F.normalize(one.float(), dim=1))
+    for feature_map in maps:
+        if feature_map.shape[-1] > side:
+            feature_map = F.adaptive_avg_pool2d(feature_map.float(), side)
+        elif feature_map.shape[-1] < side:
+            feature_map = F.interpolate(feature_map.float(), (side, side), mode="bilinear", align_corners=False)
+        units.append(F.normalize(feature_map.float(), dim=1))
     features: Tensor = torch.cat(units, dim=1) / len(units) ** 0.5
     return features
 
@@ -107,7 +107,7 @@ def _channels_first(features: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What an example says of its class. The similarity of a unit feature x is direction . x - offset."""
+    """The class of an example. The similarity of a unit feature x is direction . x - offset."""
 
     direction: Tensor
     """(D,) float32."""

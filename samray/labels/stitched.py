@@ -63,7 +63,7 @@ class StitchedGenerator:
 
     @torch.inference_mode()
     def generate(self, images: Sequence[Image]) -> list[list[MaskRecord]]:
-        """No mask or one per image, with `label` and `label_score`: the mean vote of its pixels.
+        """At most one mask per image, with `label` and `label_score`: the mean vote of its pixels.
 
         images: RGB uint8 (H, W, 3), upright, of any sizes. Raises: ValueError for invalid images.
         """
@@ -93,8 +93,8 @@ class StitchedGenerator:
         total, weight, squares = torch.zeros(hw), 0.0, 0.0
         logits, iou = self._runs(embedding, hw, left)
         for low_res, confidence in zip(logits, iou.tolist(), strict=True):
-            (whole,) = frame_of(self.model).masks_out(low_res[None], hw)  # one at a time: they may be large
-            total += confidence * above(whole, MASK_THRESHOLD).cpu()
+            (logits_of_run,) = frame_of(self.model).masks_out(low_res[None], hw)  # one at a time: they may be large
+            total += confidence * above(logits_of_run, MASK_THRESHOLD).cpu()
             weight += confidence
             squares += confidence**2
         votes = (total / max(weight, 1e-12)).numpy()[:, left:]
@@ -109,7 +109,7 @@ class StitchedGenerator:
         for start in range(0, len(runs), _RUNS_AT_ONCE):
             batch = runs[start : start + _RUNS_AT_ONCE]
             xy = frame.points_in(np.stack([points for points, _ in batch]), hw)
-            kinds = torch.from_numpy(np.stack([own for _, own in batch])).to(self.model.device)
+            kinds = torch.from_numpy(np.stack([kinds_of_run for _, kinds_of_run in batch])).to(self.model.device)
             points = torch.from_numpy(xy).float().to(self.model.device)
             masks, iou = self.model.predict(embedding, points, kinds, multimask=False)
             logits.append(masks[:, 0])
@@ -150,10 +150,10 @@ def _xy(mask: Bool) -> npt.NDArray[np.float64]:
 def stitched(example: Image, image: Image) -> tuple[Image, int]:
     """The example on the left, scaled to the image's height, and the image; and the x at which the image begins."""
     height = image.shape[0]
-    own_width = max(1, round(example.shape[1] * height / example.shape[0]))
-    size = (own_width, height)
+    example_width = max(1, round(example.shape[1] * height / example.shape[0]))
+    size = (example_width, height)
     scaled = np.asarray(PillowImage.fromarray(example).resize(size, PillowImage.Resampling.BILINEAR))
-    return np.concatenate([scaled, image], axis=1), own_width
+    return np.concatenate([scaled, image], axis=1), example_width
 
 
 def closed(mask: Bool) -> Bool:

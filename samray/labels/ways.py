@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from samray.config.labels import WAYS, ways_with_own_phrases
+from samray.config.labels import WAYS, ways_with_image_phrases
 from samray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ MakeGenerator = Callable[[int | None], Any]
 
 
 class Inputs(Protocol):
-    """What a way needs besides the settings: read in the driver, sent to every actor, so small and picklable."""
+    """Inputs of a way besides the settings. Read in the driver and sent to every actor: small and picklable."""
 
     @property
     def categories(self) -> list[str] | None:
@@ -30,7 +30,7 @@ class Inputs(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What of them determines the output, as plain JSON values: files by content."""
+        """The part that determines the output, as plain JSON values: files by content."""
 
     def plan_rows(self, config: Config) -> list[tuple[str, str]]:
         """Lines of the plan: `masks` (which ones will be found), and what else is used."""
@@ -43,18 +43,18 @@ def read_inputs(config: Config, texts: Sequence[str] | None = None) -> Inputs | 
     Raises: ConfigError that says what is wrong with a file or a setting, StorageError.
     """
     by = config.labels.by
-    if texts is not None and (by is None or not WAYS[by].own_phrases):
+    if texts is not None and (by is None or not WAYS[by].takes_image_phrases):
         raise ConfigError(
             "phrases of single images, as text in input.prompts or in a phrases_column, need "
-            f"{ways_with_own_phrases()}; got {'neither' if by is None else f'labels.by={by}'}"
+            f"{ways_with_image_phrases()}; got {'neither' if by is None else f'labels.by={by}'}"
         )
     if by is None:
         return None
     if texts is None and "phrases" in WAYS[by].needs and config.labels.phrases is None:
         raise ConfigError(f"labels.by={by} needs labels.phrases, {EXAMPLE}")
     read = function_named(WAYS[by].inputs)
-    found: Inputs = read(config) if texts is None else read(config, texts)
-    return found
+    inputs: Inputs = read(config) if texts is None else read(config, texts)
+    return inputs
 
 
 def labels_identity(config: Config, inputs: Inputs | None, begun: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def labels_identity(config: Config, inputs: Inputs | None, begun: Mapping[str, A
 
 
 def generator_maker(model: Sam | torch.device, config: Config, inputs: Inputs) -> MakeGenerator:
-    """What creates the generators of an actor; the work that they share is done here, once.
+    """Factory of an actor's generators; the work that they share is done here, once.
 
     model: the device, if `labels.by` needs no SAM.
     """
@@ -84,6 +84,6 @@ def generator_maker(model: Sam | torch.device, config: Config, inputs: Inputs) -
 
 def function_named(name: str) -> Callable[..., Any]:
     """The function `module:function`."""
-    module, _, function = name.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return found
+    module, _, attribute = name.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    return function

@@ -58,8 +58,8 @@ class Letterbox:
     def fit(cls, image_hw: tuple[int, int], input_hw: tuple[int, int] | None) -> Letterbox:
         """input_hw: the network's; None for the smallest that takes INPUT_SIDE and whole strides."""
         room = input_hw or (INPUT_SIDE, INPUT_SIDE)
-        scale = min(side / own for side, own in zip(room, image_hw, strict=True))
-        height, width = (max(round(own * scale), 1) for own in image_hw)
+        scale = min(room_side / side for room_side, side in zip(room, image_hw, strict=True))
+        height, width = (max(round(side * scale), 1) for side in image_hw)
         return cls(image_hw, (height, width), input_hw or (_whole_strides(height), _whole_strides(width)))
 
     @property
@@ -77,7 +77,9 @@ class Letterbox:
 
     def boxes_out(self, xyxy: Array) -> Array:
         """Boxes (N, 4) of the input in pixels of the image, cut off at its border."""
-        scale = np.array([own / side for own, side in zip(self.image_hw, self.scaled_hw, strict=True)][::-1] * 2)
+        scale = np.array(
+            [side / scaled_side for side, scaled_side in zip(self.image_hw, self.scaled_hw, strict=True)][::-1] * 2
+        )
         inside = (xyxy - np.array(self.left_top * 2)) * scale
         boxes: Array = np.clip(inside, 0, np.array(self.image_hw[::-1] * 2)).astype(np.float32)
         return boxes
@@ -88,7 +90,9 @@ class Letterbox:
 
         If the border does not end at a cell's edge, the cells are first divided by two or four, as published.
         """
-        borders = [side - own for side, own in zip(self.input_hw, self.scaled_hw, strict=True)]
+        borders = [
+            input_side - scaled_side for input_side, scaled_side in zip(self.input_hw, self.scaled_hw, strict=True)
+        ]
         uneven = borders[0] | borders[1]
         parts = _PROTOTYPE_STRIDE // math.gcd(_PROTOTYPE_STRIDE, uneven | uneven // 2)
         cells = torch.eye(num_cells)[None]
@@ -132,7 +136,7 @@ def _neighbours(old: int, new: int) -> tuple[Indices, Indices, Indices]:
 
 @dataclass(frozen=True, slots=True)
 class Detections:
-    """What was found in one image, best confidence first."""
+    """The detections in one image, best confidence first."""
 
     boxes_xyxy: Array
     """(N, 4) in pixels of the network's input."""
@@ -179,8 +183,8 @@ class YoloMasks:
         """
         frame = Letterbox.fit((image.shape[0], image.shape[1]), self.input_hw)
         anchors, prototypes = self._outputs(frame.pixels(image))
-        found = detections(anchors, len(prototypes), self.conf_thresh, self.nms_thresh)
-        yield from windows(found, prototypes, frame)
+        detected = detections(anchors, len(prototypes), self.conf_thresh, self.nms_thresh)
+        yield from windows(detected, prototypes, frame)
 
     def _outputs(self, pixels: Array) -> tuple[Array, Array]:
         """Anchors (4 + classes + M, A) and prototypes (M, h / 4, w / 4). Raises: as `masks`."""
@@ -233,14 +237,16 @@ def detections(anchors: Array, num_coefficients: int, conf_thresh: float, nms_th
     return Detections(boxes[keep], scores[chosen[keep]], anchors[-num_coefficients:, chosen[keep]].T)
 
 
-def windows(found: Detections, prototypes: Array, frame: Letterbox) -> Iterator[Window]:
+def windows(detected: Detections, prototypes: Array, frame: Letterbox) -> Iterator[Window]:
     """The masks of the detections that have a pixel, one at a time. prototypes: (M, h, w)."""
     num, *cells = prototypes.shape
-    logits = torch.from_numpy(found.coefficients @ prototypes.reshape(num, -1)).reshape(-1, *cells)
+    logits = torch.from_numpy(detected.coefficients @ prototypes.reshape(num, -1)).reshape(-1, *cells)
     rows, columns = frame.sampling(cells[0], 0), frame.sampling(cells[1], 1)
-    for box, score, own in zip(frame.boxes_out(found.boxes_xyxy), found.scores.tolist(), logits, strict=True):
+    for box, score, mask_logits in zip(
+        frame.boxes_out(detected.boxes_xyxy), detected.scores.tolist(), logits, strict=True
+    ):
         # The pixels whose number is in the box.
         x0, y0, x1, y1 = (math.ceil(side) for side in box.tolist())
-        window = rows[y0:y1] @ own @ columns[x0:x1].T
+        window = rows[y0:y1] @ mask_logits @ columns[x0:x1].T
         if window.numel() and window.max() > 0:
             yield Window(window, (x0, y0), score)

@@ -66,7 +66,7 @@ class ClipNetwork:
 
     @property
     def logit_scale(self) -> float:
-        """What cosine similarities are multiplied with before the softmax; CLIP's is at most 100."""
+        """Factor of cosine similarities before the softmax; CLIP's is at most 100."""
         return float(self.model.logit_scale.detach().exp())
 
     @torch.inference_mode()
@@ -88,9 +88,9 @@ class ClipNetwork:
         return _embedding(self.model.get_image_features(squares.to(self.device, self.model.dtype)))
 
 
-def _embedding(found: Any) -> Tensor:
+def _embedding(output: Any) -> Tensor:
     # Older versions return the tensor itself.
-    features: Tensor = found if isinstance(found, Tensor) else found.pooler_output
+    features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return normalize(features.float().cpu(), dim=-1)
 
 
@@ -102,8 +102,8 @@ def phrase_embeddings(network: ClipNetwork, phrases: Sequence[str], templates: S
     if not phrases:
         return torch.zeros(0, network.model.config.projection_dim)
     texts = [template.replace("{}", phrase) for phrase in phrases for template in templates]
-    each = network.embed_texts(texts)
-    return normalize(each.reshape(len(phrases), len(templates), -1).mean(dim=1), dim=-1)
+    of_templates = network.embed_texts(texts)
+    return normalize(of_templates.reshape(len(phrases), len(templates), -1).mean(dim=1), dim=-1)
 
 
 def cut_out(image: RGBArray, mask: Bool, box_xywh: Sequence[float], crop: str) -> RGBArray:
@@ -154,19 +154,19 @@ class Namer:
     crops_at_once: int = CROPS_AT_ONCE
     cutters: Executor | None = None
     """Threads that cut out masks next to the network's work; None to do both in turn."""
-    embed_own: Callable[[str], Tensor] | None = None
+    embed_phrase: Callable[[str], Tensor] | None = None
     """(D,), the vector of a phrase of a single image; None if images have none."""
     negatives: tuple[str, ...] = ()
     """Phrases that are not names (`labels.negatives`), none of them one of the phrases."""
 
-    def probabilities(self, image: RGBArray, masks: Sequence[MaskRecord], own: Sequence[str] = ()) -> Tensor:
+    def probabilities(self, image: RGBArray, masks: Sequence[MaskRecord], image_phrases: Sequence[str] = ()) -> Tensor:
         """(M, P) float32: for each mask the probability of each phrase, which sum to 1.
 
-        image: (H, W, 3) uint8 RGB, upright, as the masks were made for. own: phrases of this image alone. The order is
-        phrases of every image, own, negatives. Raises: ValueError, phrased as the end of a sentence, for a mask that
-        does not fit the image or has no pixel.
+        image: (H, W, 3) uint8 RGB, upright, as the masks were made for. image_phrases: phrases of this image alone. The
+        order is phrases of every image, image_phrases, negatives. Raises: ValueError, phrased as the end of a sentence,
+        for a mask that does not fit the image or has no pixel.
         """
-        names, vectors = self._asked(own)
+        names, vectors = self._asked(image_phrases)
         parts = [
             self.network.embed_squares(part)
             for batch in self._batches(image, masks)
@@ -174,20 +174,22 @@ class Namer:
         ]
         if not parts:
             return torch.zeros(0, len(names))
-        each = torch.cat(parts).reshape(len(masks), len(self.crops), -1)
-        logits = self.network.logit_scale * normalize(each.mean(dim=1), dim=-1) @ vectors.T
+        of_crops = torch.cat(parts).reshape(len(masks), len(self.crops), -1)
+        logits = self.network.logit_scale * normalize(of_crops.mean(dim=1), dim=-1) @ vectors.T
         return logits.softmax(dim=-1)
 
-    def _asked(self, own: Sequence[str]) -> tuple[list[str | None], Tensor]:
-        """What the masks of one image are compared with: names, None for a negative, and the vectors (P, D)."""
+    def _asked(self, image_phrases: Sequence[str]) -> tuple[list[str | None], Tensor]:
+        """The phrases to compare the masks of one image with: names, None for a negative, and the vectors (P, D)."""
         # A phrase that is asked of this image is a name, even if it is a negative for the others.
-        is_own = set(map(plain, own))
-        negatives = [i for i, phrase in enumerate(self.negatives, len(self.phrases)) if plain(phrase) not in is_own]
-        names = [*self.phrases, *own, *(None for _ in negatives)]
-        if not own:
+        plain_phrases = set(map(plain, image_phrases))
+        negatives = [
+            i for i, phrase in enumerate(self.negatives, len(self.phrases)) if plain(phrase) not in plain_phrases
+        ]
+        names = [*self.phrases, *image_phrases, *(None for _ in negatives)]
+        if not image_phrases:
             return names, self.vectors
-        assert self.embed_own is not None
-        common, more = self.vectors[: len(self.phrases)], [self.embed_own(phrase)[None] for phrase in own]
+        assert self.embed_phrase is not None
+        common, more = self.vectors[: len(self.phrases)], [self.embed_phrase(phrase)[None] for phrase in image_phrases]
         return names, torch.cat([common, *more, self.vectors[negatives]])
 
     def _batches(self, image: RGBArray, masks: Sequence[MaskRecord]) -> Iterator[Tensor]:
@@ -216,14 +218,19 @@ class Namer:
         inside = pixels(runs, hw)
         return torch.stack([self.network.pixels.prepare(cut_out(image, inside, box, crop)) for crop in self.crops])
 
-    def name(self, image: RGBArray, masks: Sequence[MaskRecord], own: Sequence[str] = ()) -> list[MaskRecord]:
+    def name(self, image: RGBArray, masks: Sequence[MaskRecord], image_phrases: Sequence[str] = ()) -> list[MaskRecord]:
         """The same masks with `label` and `label_score`: the likeliest phrase and its probability, or null for both if
-        that is below the threshold, the phrase is not a name or none was asked. own, Raises: as `probabilities`."""
-        if not (self.phrases or own):
+        that is below the threshold, the phrase is not a name or none was asked.
+
+        image_phrases, Raises: as `probabilities`.
+        """
+        if not (self.phrases or image_phrases):
             return [{**mask, "label": None, "label_score": None} for mask in masks]
-        names, _ = self._asked(own)
+        names, _ = self._asked(image_phrases)
         named: list[MaskRecord] = []
-        best, phrase = self.probabilities(image, masks, own).max(dim=-1) if masks else (torch.zeros(0), torch.zeros(0))
+        best, phrase = (
+            self.probabilities(image, masks, image_phrases).max(dim=-1) if masks else (torch.zeros(0), torch.zeros(0))
+        )
         for mask, score, index in zip(masks, best.tolist(), phrase.tolist(), strict=True):
             label = names[int(index)] if score >= self.score_thresh else None
             named.append({**mask, "label": label, "label_score": None if label is None else score})

@@ -46,11 +46,12 @@ def axis(length: int, num: int) -> Axis | None:
 
     None if torch's results differ from it, so that it cannot be used.
     """
-    found = _axis(length, num)
+    computed = _axis(length, num)
     width = max(8, _OTHER_KERNEL + 1 - num)
     table = torch.randn(length, width, generator=torch.Generator().manual_seed(0))
     expected = F.interpolate(table[None, None], (num, width), mode="bilinear", align_corners=False)[0, 0]
-    return found if torch.equal(mix_rows(table, found.index, found.weights), expected) and _rounds_alike() else None
+    is_equal = torch.equal(mix_rows(table, computed.index, computed.weights), expected)
+    return computed if is_equal and _rounds_alike() else None
 
 
 @lru_cache(maxsize=1)

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from samray.sam.sam import Decoded, Sam
+from samray.sam.sam import Decoded, Sam, to_device
 from samray.sam.transformer import ImageTokens
 
 _LOW_RES_LIMIT: Final = 32.0
@@ -25,7 +25,7 @@ def decode_clicks(
     crop, crop by crop. Masks below the threshold are never upscaled, unless they are refined first. A threshold of 0
     keeps all, as in the reference.
     """
-    points = clicks.float().to(model.device)[:, None]  # (N, 1, 2)
+    points = to_device(clicks.float(), model.device)[:, None]  # (N, 1, 2)
     labels = torch.ones(points.shape[:2], dtype=torch.int64, device=points.device)
     min_iou = pred_iou_thresh or None
     if refine is None:
@@ -41,11 +41,11 @@ def refined(
     decoded: all masks of the clicks, points (N, 1, 2) and labels (N, 1), N / B for each of B embeddings.
     Source: `SAM2AutomaticMaskGenerator.refine_with_m2m`.
     """
-    each = len(points) // max(len(embeddings), 1)
+    per_image = len(points) // max(len(embeddings), 1)
     size = _CPU_MASKS if model.device.type == "cpu" else _GPU_MASKS
     keeps, logits, ious = [], [], []
     for image, embedding in enumerate(embeddings):
-        masks = (decoded.prompt_index // each == image).nonzero()[:, 0]
+        masks = (decoded.prompt_index // per_image == image).nonzero()[:, 0]
         for part in masks.split(size):
             prompt = decoded.prompt_index[part]
             earlier = decoded.logits[part].clamp(-_LOW_RES_LIMIT, _LOW_RES_LIMIT)[:, None]

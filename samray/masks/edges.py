@@ -39,7 +39,7 @@ _TIE: Final = 1.01
 
 
 class EdgeGenerator:
-    """Detects edges with a model. Settings: `samray.EdgeConfig`. `stage_seconds`: as of `samray.MaskGenerator`."""
+    """Detects edges with a model. Settings: `samray.EdgeConfig`. `stage_seconds`: as in `samray.MaskGenerator`."""
 
     def __init__(self, model: Sam, config: EdgeConfig | None = None, *, points_per_batch: int | None = None) -> None:
         """points_per_batch: points to decode at once with as little memory as possible; None for full speed."""

@@ -28,7 +28,7 @@ from samray.masks.images import check_images
 from samray.masks.nms import box_nms
 from samray.masks.pixels import measure, run_lengths
 from samray.masks.points import Float64, point_grids
-from samray.masks.records import Mask, apply_limits, to_record, wanted_areas
+from samray.masks.records import Mask, apply_limits, to_records, wanted_areas
 from samray.masks.regions import remove_small_regions
 from samray.masks.stages import StageClock
 from samray.rle import encode as rle
@@ -265,12 +265,16 @@ class MaskGenerator:
         """For each view, the masks that are stable, have an allowed size and are not cut off by the crop's edge."""
         # Masks come prompt by prompt, and prompts view by view.
         view_of_prompt = np.repeat(np.arange(len(views)), [len(of_view) for of_view in points])  # (N,)
-        prompt_index = decoded.prompt_index.cpu().numpy()
-        of_views = slices_of(view_of_prompt[prompt_index], len(views))
-        points_of_masks = np.concatenate(points)[prompt_index]  # (K, 2)
+        # With one view everything comes off the device in one copy, the only wait for a GPU.
+        of_views = [slice(0, len(decoded.iou))]
+        if len(views) > 1:
+            of_views = slices_of(view_of_prompt[decoded.prompt_index.cpu().numpy()], len(views))
         measured = [self._measure(decoded.logits[rows], view.crop) for view, rows in zip(views, of_views, strict=True)]
-        numbers = torch.cat(measured).cpu().numpy() if measured else np.zeros((0, 6))  # one copy off the device
-        predicted_iou = decoded.iou.cpu().numpy()
+        # float64 holds each of them exactly.
+        beside = [decoded.iou.double(), decoded.prompt_index.double()]
+        copied = torch.cat([torch.cat(measured), torch.stack(beside, dim=1)], dim=1).cpu().numpy()  # (K, 8)
+        numbers, predicted_iou = copied[:, :6], copied[:, 6].astype(np.float32)
+        points_of_masks = np.concatenate(points)[copied[:, 7].astype(np.int64)]  # (K, 2)
         for view, rows in zip(views, of_views, strict=True):
             yield self._filter(decoded.logits[rows], predicted_iou[rows], numbers[rows], points_of_masks[rows], view)
 
@@ -319,42 +323,44 @@ class MaskGenerator:
             masks = self._finish(candidates, crops, image_hw)
         with self._stage("nms"):
             if config.min_mask_region_area > 0:  # cleaning can create duplicates; keep the unchanged mask
-                boxes = [rle.box_xyxy(mask.counts, image_hw) for mask in masks]
+                boxes = rle.boxes_xyxy([mask.counts for mask in masks], image_hw)
                 untouched = [not mask.was_cleaned for mask in masks]
                 keep = box_nms(boxes, untouched, max(config.box_nms_thresh, config.crop_nms_thresh))
                 masks = [masks[i] for i in keep]
             masks = apply_limits(masks, image_hw, config)
         with self._stage("rle"):
-            return [to_record(mask, image_hw, config) for mask in masks]
+            return to_records(masks, image_hw, config)
 
     def _finish(self, candidates: Candidates, crops: list[Crop], image_hw: tuple[int, int]) -> list[Mask]:
         """The candidates as run lengths in the image frame, in order, with small regions removed if configured."""
-        finished: dict[int, Mask] = {}
+        runs: dict[int, Counts] = {}
         for crop_index in np.unique(candidates.crop_index):  # masks of one crop have one size
             crop, rows = crops[crop_index], np.flatnonzero(candidates.crop_index == crop_index)
             # Few, because their logits are copied.
             num = max(self._masks_at_once(crop), 1 if self.frugal else _FINISHED_AT_ONCE)
             for batch in np.split(rows, range(num, len(rows), num)):
-                runs = self._runs(torch.stack(candidates[batch].logits), crop, image_hw)
-                for row, (counts, was_cleaned) in zip(batch.tolist(), runs, strict=True):
-                    finished[row] = Mask(
-                        counts=counts,
-                        was_cleaned=was_cleaned,
-                        predicted_iou=float(candidates.predicted_iou[row]),
-                        stability_score=float(candidates.stability_score[row]),
-                        points_xy=candidates.points_xy[row : row + 1],
-                        crop=crop,
-                    )
-        return [finished[row] for row in range(len(candidates))]  # in the NMS's order, not the crops'
+                of_batch = self._runs(torch.stack(candidates[batch].logits), crop, image_hw)
+                runs.update(zip(batch.tolist(), of_batch, strict=True))
+        in_order = [runs[row] for row in range(len(candidates))]  # the NMS's order, not the crops'
+        cleaned: list[Counts | None] = [None] * len(in_order)
+        if self.config.min_mask_region_area > 0:
+            cleaned = remove_small_regions(in_order, image_hw, self.config.min_mask_region_area)
+        return [
+            Mask(
+                counts=old if new is None else new,
+                was_cleaned=new is not None,
+                predicted_iou=float(candidates.predicted_iou[row]),
+                stability_score=float(candidates.stability_score[row]),
+                points_xy=candidates.points_xy[row : row + 1],
+                crop=crops[candidates.crop_index[row]],
+            )
+            for row, (old, new) in enumerate(zip(in_order, cleaned, strict=True))
+        ]
 
-    def _runs(self, logits: Tensor, crop: Crop, image_hw: tuple[int, int]) -> list[tuple[Counts, bool]]:
-        """Run lengths in the image frame for a few low-res logits (M, 4h, 4w), and whether each mask was cleaned."""
-        origin_xy, min_area = (crop.x0, crop.y0), self.config.min_mask_region_area
-        runs = run_lengths(self.frame, logits, crop.hw, origin_xy, image_hw, self._masks_at_once(crop))
-        if min_area == 0:
-            return [(counts, False) for counts in runs]
-        cleaned = [remove_small_regions(counts, image_hw, min_area) for counts in runs]
-        return [(old if new is None else new, new is not None) for old, new in zip(runs, cleaned, strict=True)]
+    def _runs(self, logits: Tensor, crop: Crop, image_hw: tuple[int, int]) -> list[Counts]:
+        """Run lengths in the image frame for a few low-res logits (M, 4h, 4w)."""
+        origin_xy = crop.x0, crop.y0
+        return run_lengths(self.frame, logits, crop.hw, origin_xy, image_hw, self._masks_at_once(crop))
 
     # --- sizes and times ----------------------------------------------------------------------------------------------
 

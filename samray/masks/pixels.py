@@ -62,7 +62,9 @@ def measure_whole(frame: Frame, logits: Tensor, hw: tuple[int, int], offset: flo
         else:
             (x0, y0), upscaled = (0, 0), frame.masks_out(part, hw)
         masks, upper, lower = (above(upscaled, MASK_THRESHOLD + by) for by in (0, offset, -offset))  # (M, h', w')
-        boxes = mask_boxes(masks) + torch.tensor([x0, y0, x0, y0], device=masks.device)
+        boxes = mask_boxes(masks)
+        if x0 or y0:  # not on a GPU with room for two masks, which would wait for the copy of these numbers
+            boxes += torch.tensor([x0, y0, x0, y0], device=masks.device)
         columns = [stability_of(areas(upper), areas(lower)), areas(masks), *boxes.T]
         measured.append(torch.stack([column.double() for column in columns], dim=1))
     return torch.cat(measured)
@@ -102,9 +104,11 @@ def run_lengths_whole(
     runs: list[Counts] = []
     for part in logits.split(at_once) if len(logits) else []:
         pixels = above(frame.masks_out(part, hw), MASK_THRESHOLD)
-        boxes = mask_boxes(pixels).cpu().numpy()
-        (x0, y0), (x1, y1) = boxes[:, :2].min(axis=0).tolist(), boxes[:, 2:].max(axis=0).tolist()
-        pixels = pixels[:, y0 : y1 + 1, x0 : x1 + 1]  # the rest is outside of all boxes
+        x0 = y0 = 0
+        if pixels.device.type == "cpu":  # a GPU is faster with all pixels than waiting for the boxes
+            boxes = mask_boxes(pixels).numpy()
+            (x0, y0), (x1, y1) = boxes[:, :2].min(axis=0).tolist(), boxes[:, 2:].max(axis=0).tolist()
+            pixels = pixels[:, y0 : y1 + 1, x0 : x1 + 1]  # the rest is outside of all boxes
         runs += rle.encode_masks(pixels, (origin_xy[0] + x0, origin_xy[1] + y0), image_hw)
     return runs
 

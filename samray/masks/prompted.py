@@ -20,7 +20,7 @@ from samray.config import MaskConfig
 from samray.errors import ImageError
 from samray.masks.crops import Crop
 from samray.masks.images import check_images
-from samray.masks.records import Mask, to_record
+from samray.masks.records import Mask, to_records
 from samray.masks.scores import MASK_THRESHOLD, above, stability_scores
 from samray.masks.stages import timed
 from samray.prompts import Prompt
@@ -65,18 +65,18 @@ class PromptedGenerator:
         ValueError for invalid images.
         """
         check_images(images)
-        if isinstance(prompts, Prompt) or any(isinstance(own, Prompt) for own in prompts):
+        if isinstance(prompts, Prompt) or any(isinstance(entry, Prompt) for entry in prompts):
             raise ValueError(
                 "prompts takes a list per image, as in generate([image], [[prompt]]); got prompts themselves"
             )
         sizes = [image.shape[:2] for image in images]
         _check_all(sizes, prompts)
-        found: list[list[MaskRecord]] = [[] for _ in images]
+        masks: list[list[MaskRecord]] = [[] for _ in images]
         # Images without prompts are not encoded.
-        asked = [i for i, own in enumerate(prompts) if own or self.keep_embedding is not None]
+        to_encode = [i for i, user_prompts in enumerate(prompts) if user_prompts or self.keep_embedding is not None]
         size = _CPU_IMAGES if self.model.device.type == "cpu" else _GPU_IMAGES
-        for start in range(0, len(asked), size):
-            batch = asked[start : start + size]
+        for start in range(0, len(to_encode), size):
+            batch = to_encode[start : start + size]
             with self._stage("preprocess"):
                 pixels, _ = self.model.preprocess([images[i] for i in batch])
             with self._stage("encode"):
@@ -84,8 +84,8 @@ class PromptedGenerator:
             for i, embedding in zip(batch, embeddings, strict=True):
                 if self.keep_embedding is not None:
                     self.keep_embedding(i, embedding)
-                found[i] = self.masks_of(embedding[None], sizes[i], prompts[i])
-        return found
+                masks[i] = self.masks_of(embedding[None], sizes[i], prompts[i])
+        return masks
 
     @torch.inference_mode()
     def generate_from(
@@ -95,18 +95,21 @@ class PromptedGenerator:
         their images. Raises: as `generate`."""
         _check_all(sizes, prompts)
         model = self.model
-        each = zip(embeddings, sizes, prompts, strict=True)
-        return [self.masks_of(e[None].to(model.device, model.dtype), hw, own) for e, hw, own in each]
+        inputs = zip(embeddings, sizes, prompts, strict=True)
+        return [
+            self.masks_of(embedding[None].to(model.device, model.dtype), hw, user_prompts)
+            for embedding, hw, user_prompts in inputs
+        ]
 
     def masks_of(self, embedding: Tensor, image_hw: tuple[int, ...], prompts: Sequence[Prompt]) -> list[MaskRecord]:
         """The masks of one image, after `check_prompts`; texts are left to the caller. embedding: (1, C, h, w)."""
         height, width = image_hw
         records: dict[int, MaskRecord] = {}
-        for places in self._batches(prompts):
+        for indices in self._batches(prompts):
             with self._stage("decode"):
-                logits, iou = self._decode(embedding, [prompts[i] for i in places], (height, width))
+                logits, iou = self._decode(embedding, [prompts[i] for i in indices], (height, width))
             with self._stage("score"):
-                for i, mask, predicted_iou in zip(places, logits, iou.tolist(), strict=True):
+                for i, mask, predicted_iou in zip(indices, logits, iou.tolist(), strict=True):
                     records[i] = self._record(i, prompts[i], mask[None], predicted_iou, (height, width))
         return [records[i] for i in sorted(records)]
 
@@ -119,8 +122,8 @@ class PromptedGenerator:
                 alike.setdefault((len(prompt.points), prompt.box is not None), []).append(i)
         default = _CPU_PROMPTS if self.model.device.type == "cpu" else _GPU_PROMPTS
         size = self.config.points_per_batch or default
-        for places in alike.values():
-            yield from (places[start : start + size] for start in range(0, len(places), size))
+        for indices in alike.values():
+            yield from (indices[start : start + size] for start in range(0, len(indices), size))
 
     def _decode(self, embedding: Tensor, prompts: list[Prompt], image_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """One mask for each of N prompts of the same form: low-res logits (N, 4h, 4w) and predicted IoUs (N,)."""
@@ -161,7 +164,7 @@ class PromptedGenerator:
             points_xy=np.asarray(on_object, dtype=np.float64).reshape(-1, 2),
             crop=Crop(0, 0, image_hw[1], image_hw[0], layer=0),
         )
-        return to_record(mask, image_hw, self.config)
+        return to_records([mask], image_hw, self.config)[0]
 
     def _stage(self, name: str) -> AbstractContextManager[None]:
         return timed(self.stage_seconds, name, self.model.device)
@@ -171,9 +174,9 @@ def _check_all(sizes: Sequence[tuple[int, ...]], prompts: Sequence[Sequence[Prom
     """Check all prompts before any work. Raises: ImageError (`bad_prompt`), ValueError."""
     if len(sizes) != len(prompts):
         raise ValueError(f"{len(sizes)} images, but prompts for {len(prompts)}")
-    for image_hw, own in zip(sizes, prompts, strict=True):
-        check_prompts(image_hw, own)
-        if texts := [prompt.text for prompt in own if prompt.text is not None]:
+    for image_hw, user_prompts in zip(sizes, prompts, strict=True):
+        check_prompts(image_hw, user_prompts)
+        if texts := [prompt.text for prompt in user_prompts if prompt.text is not None]:
             raise ValueError(f"the prompt {texts[0]!r} is a text, which needs samray.label with labels.by")
 
 

@@ -30,16 +30,18 @@ class Mask:
     label: str | None = None
     """Its name, in runs that name."""
     label_score: float | None = None
+    tiles: tuple[tuple[int, int, int, int], ...] = ()
+    """xyxy of the tiles that it was found in, of an image that was labelled in tiles."""
 
 
 def apply_limits(masks: list[Mask], image_hw: tuple[int, int], config: MaskConfig) -> list[Mask]:
-    """What the options added to the reference's leave of an image's masks, in the given order.
+    """Apply the options that the reference does not have to an image's masks, in their order.
 
     First near-duplicates go (the earlier mask stays), then all but the best `max_masks` by predicted IoU, then pixels
     that better masks claim. Limits on the area hold for the masks as they come out.
     """
     # Before the NMS: a mask that is not wanted must not remove one that is.
-    masks = [mask for mask in masks if _has_wanted_area(mask, image_hw, config)]
+    masks = _with_wanted_areas(masks, image_hw, config)
     if config.mask_nms_thresh is not None:
         # pycocotools computes IoUs on run lengths: no mask is decoded.
         compressed = [rle.compress(mask.counts, image_hw) for mask in masks]
@@ -52,12 +54,14 @@ def apply_limits(masks: list[Mask], image_hw: tuple[int, int], config: MaskConfi
         disjoint = rle.make_disjoint([masks[i].counts for i in best_first], image_hw)
         for i, counts in zip(best_first, disjoint, strict=True):
             masks[i] = replace(masks[i], counts=counts)
-    # Back in the given order; masks may have lost pixels to better ones since the first check.
-    return [masks[i] for i in sorted(best_first) if _has_wanted_area(masks[i], image_hw, config)]
+    masks = [masks[i] for i in sorted(best_first)]  # back in the given order
+    # Masks may have lost pixels to better ones since the first check.
+    return _with_wanted_areas(masks, image_hw, config) if config.non_overlapping else masks
 
 
-def _has_wanted_area(mask: Mask, image_hw: tuple[int, int], config: MaskConfig) -> bool:
-    return bool(wanted_areas(np.array(rle.area(mask.counts)), image_hw, config))
+def _with_wanted_areas(masks: list[Mask], image_hw: tuple[int, int], config: MaskConfig) -> list[Mask]:
+    wanted = wanted_areas(rle.areas([mask.counts for mask in masks]), image_hw, config)
+    return [masks[i] for i in np.flatnonzero(wanted)]
 
 
 def wanted_areas(areas: npt.NDArray[Any], image_hw: tuple[int, int], config: MaskConfig) -> npt.NDArray[np.bool_]:
@@ -68,19 +72,25 @@ def wanted_areas(areas: npt.NDArray[Any], image_hw: tuple[int, int], config: Mas
     return wanted
 
 
-def to_record(mask: Mask, image_hw: tuple[int, int], config: MaskConfig) -> MaskRecord:
-    """The mask as SA-1B writes it. bbox: COCO's, or with bbox_convention "sam" one pixel narrower and lower."""
-    x0, y0, x1, y1 = rle.box_xyxy(mask.counts, image_hw).tolist()
+def to_records(masks: list[Mask], image_hw: tuple[int, int], config: MaskConfig) -> list[MaskRecord]:
+    """The masks as SA-1B writes them. bbox: COCO's, or with bbox_convention "sam" one pixel narrower and lower."""
+    counts = [mask.counts for mask in masks]
+    boxes, areas = rle.boxes_xyxy(counts, image_hw).tolist(), rle.areas(counts).tolist()
     # x1 and y1 are the last pixels, and the reference subtracts without adding one.
     inclusive = 1 if config.bbox_convention == "coco" else 0
-    crop = mask.crop
-    record: MaskRecord = {
-        "segmentation": rle.compress(mask.counts, image_hw),
-        "bbox": [float(x0), float(y0), float(x1 - x0 + inclusive), float(y1 - y0 + inclusive)],
-        "area": rle.area(mask.counts),
-        "predicted_iou": mask.predicted_iou,
-        "stability_score": mask.stability_score,
-        "point_coords": mask.points_xy.tolist(),
-        "crop_box": [float(crop.x0), float(crop.y0), float(crop.x1 - crop.x0), float(crop.y1 - crop.y0)],
-    }
-    return record if mask.label is None else {**record, "label": mask.label, "label_score": mask.label_score}
+    records: list[MaskRecord] = []
+    for mask, (x0, y0, x1, y1), area in zip(masks, boxes, areas, strict=True):
+        crop = mask.crop
+        record: MaskRecord = {
+            "segmentation": rle.compress(mask.counts, image_hw),
+            "bbox": [float(x0), float(y0), float(x1 - x0 + inclusive), float(y1 - y0 + inclusive)],
+            "area": area,
+            "predicted_iou": mask.predicted_iou,
+            "stability_score": mask.stability_score,
+            "point_coords": mask.points_xy.tolist(),
+            "crop_box": [float(crop.x0), float(crop.y0), float(crop.x1 - crop.x0), float(crop.y1 - crop.y0)],
+        }
+        if mask.label is not None:
+            record = {**record, "label": mask.label, "label_score": mask.label_score}
+        records.append(record)
+    return records

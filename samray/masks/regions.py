@@ -1,100 +1,173 @@
-"""Remove small holes and islands from run lengths: no pixels, and no OpenCV."""
+"""Remove small holes and islands from run lengths: no pixels, and no OpenCV.
+
+The runs of many masks are the nodes of one graph: a call for each mask would cost more than its work.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from samray.rle import encode as rle
 from samray.rle.encode import Counts
 
-Int = npt.NDArray[np.int64]
+Int = npt.NDArray[np.signedinteger[Any]]
+Bool = npt.NDArray[np.bool_]
 
 
-def remove_small_regions(counts: Counts, image_hw: tuple[int, int], min_area: int) -> Counts | None:
+def remove_small_regions(masks: list[Counts], image_hw: tuple[int, int], min_area: int) -> list[Counts | None]:
     """Fill holes, then drop islands, smaller than min_area pixels; both 8-connected.
 
-    counts: the run lengths of a mask, with at least one pixel. Every background region counts as a hole, even at the
-    image border. If all islands are small, the largest one is kept. Returns None if nothing is small (no change).
-    Source: `segment_anything.utils.amg.remove_small_regions`, with the same result. If all islands are small and
-    equally large, keeps the first in reading order (the reference's choice depends on OpenCV's labelling).
+    masks: the run lengths of each mask, with at least one pixel. Every background region counts as a hole, even at the
+    image border. If all islands are small, the largest one is kept. None for masks in which nothing is small (no
+    change). Source: `segment_anything.utils.amg.remove_small_regions`, with the same result. If all islands are small
+    and equally large, keeps the first in reading order (the reference's choice depends on OpenCV's labelling).
     """
-    height, width = image_hw
-    islands = _Pieces.of(*rle.runs(counts), height)
-    holes = _Pieces.of(*rle.runs(np.append(0, counts)), height)
     # Holes first, as in the reference: an island inside of a filled hole is then a part of the mask.
-    is_small = holes.sizes() < min_area
-    filled = None
-    if is_small.any():
-        fill = is_small[holes.labels]
-        starts = np.concatenate([islands.starts, holes.starts[fill]])
-        ends = np.concatenate([islands.ends, holes.ends[fill]])
-        filled = rle.encode_runs(starts, ends, height * width)
-        islands = _Pieces.of(*rle.runs(filled), height)
-    sizes = islands.sizes()
-    is_large = sizes >= min_area
-    if is_large.all():
-        return filled
-    if not is_large.any():
-        largest = np.flatnonzero(sizes == sizes.max())
-        is_large[largest[islands.first_in_reading_order(width)[largest].argmin()]] = True
-    kept = is_large[islands.labels]
-    return rle.encode_runs(islands.starts[kept], islands.ends[kept], height * width)
+    cleaned = [counts for batch in rle.batches(masks) for counts in _with_holes_filled(batch, image_hw, min_area)]
+    changed = [i for i, counts in enumerate(cleaned) if counts is not None]
+    filled = [counts for counts in cleaned if counts is not None]
+    kept = [counts for batch in rle.batches(filled) for counts in _without_islands(batch, image_hw, min_area)]
+    for index, counts in zip(changed, kept, strict=True):
+        cleaned[index] = counts
+    return cleaned
+
+
+def _with_holes_filled(masks: list[Counts], image_hw: tuple[int, int], min_area: int) -> list[Counts | None]:
+    """The masks without small holes; None for those without small holes and islands."""
+    pieces = _Pieces.of(masks, image_hw)
+    is_small = pieces.sizes()[pieces.region] < min_area
+    changed = np.unique(pieces.mask[is_small])
+    filled: list[Counts | None] = [None] * len(masks)
+    for index, counts in zip(changed.tolist(), pieces.encode(pieces.is_mask | is_small, changed), strict=True):
+        filled[index] = counts
+    return filled
+
+
+def _without_islands(masks: list[Counts], image_hw: tuple[int, int], min_area: int) -> list[Counts]:
+    """The masks without small islands, unless an island is its mask's largest."""
+    pieces = _Pieces.of(masks, image_hw)
+    kept = pieces.kept_islands(min_area)[pieces.region] & pieces.is_mask
+    return pieces.encode(kept, np.arange(len(masks)))
 
 
 @dataclass(frozen=True, slots=True)
 class _Pieces:
-    """The runs of a mask, cut where columns end, with the region that each belongs to."""
+    """The runs of masks and of their background, cut where columns end, with the region that each belongs to.
 
-    starts: Int
-    """(P,) column-major positions, ascending."""
-    ends: Int
+    Several whole columns of one run are one piece. Shapes: P pieces, those of masks first, then those of background;
+    within both by mask and position.
+    """
+
+    image_hw: tuple[int, int]
+    mask: Int
+    """(P,) index of the mask."""
+    is_mask: Bool
+    """(P,) a piece of the mask, not of its background."""
+    start: Int
+    """(P,) column-major position."""
+    end: Int
     """(P,) exclusive."""
-    height: int
-    labels: Int
-    """(P,) number of the region, 8-connected."""
+    region: Int
+    """(P,) number of the 8-connected region of one mask or of its background; not all numbers are used."""
 
     @classmethod
-    def of(cls, starts: Int, ends: Int, height: int) -> _Pieces:
-        """starts, ends: of runs as from `rle.runs`."""
-        starts, ends = starts[ends > starts], ends[ends > starts]
-        column = starts // height
-        num = (ends - 1) // height - column + 1  # columns of each run
-        run = np.repeat(np.arange(len(num)), num)
-        column = column[run] + np.arange(len(run)) - (num.cumsum() - num)[run]
-        starts = np.maximum(starts[run], column * height)
-        ends = np.minimum(ends[run], (column + 1) * height)
-        return cls(starts, ends, height, _labels(column, starts - column * height, ends - column * height, height))
+    def of(cls, masks: list[Counts], image_hw: tuple[int, int]) -> _Pieces:
+        """masks: run lengths."""
+        height, width = image_hw
+        mask, is_mask, start, end = rle.all_runs(masks)
+        # The part before the first border between columns, whole columns, and the part behind the last border.
+        first, last = -(-start // height) * height, end // height * height
+        first, last = np.minimum(first, end), np.maximum(last, np.minimum(first, end))
+        order = np.concatenate([np.flatnonzero(is_mask), np.flatnonzero(~is_mask)])
+        start, first, last, end = start[order], first[order], last[order], end[order]
+        start, end = np.stack([start, first, last], axis=1).ravel(), np.stack([first, last, end], axis=1).ravel()
+        piece = np.flatnonzero(end > start)
+        run = order[piece // 3]
+        start, end, mask, is_mask = start[piece], end[piece], mask[run], is_mask[run]
+        # A column to spare after each mask, and a mask between masks and background.
+        spare = mask + np.where(is_mask, 0, (len(masks) + 1) * (width + 1))
+        region = _regions(start, end, spare, height)
+        offset = mask * (height * width)
+        return cls(image_hw, mask, is_mask, start - offset, end - offset, region)
 
     def sizes(self) -> Int:
-        """Pixels of each region."""
-        return np.bincount(self.labels, weights=self.ends - self.starts).astype(np.int64)
+        """Pixels of each region; 0 for a number that is not used."""
+        return np.bincount(self.region, weights=self.end - self.start).astype(np.int64)
 
-    def first_in_reading_order(self, width: int) -> Int:
-        """Row-major position of the first pixel of each region."""
-        column, row = np.divmod(self.starts, self.height)
-        first = np.full(self.labels.max() + 1, self.height * width)
-        np.minimum.at(first, self.labels, row * width + column)
-        return first
+    def kept_islands(self, min_area: int) -> Bool:
+        """Which regions have min_area pixels or are the largest island of their mask."""
+        height, width = self.image_hw
+        sizes = self.sizes()
+        column, row = np.divmod(self.start, height)
+        first_pixel = np.full(len(sizes), height * width)  # in reading order
+        np.minimum.at(first_pixel, self.region, row * width + column)
+        mask = np.zeros(len(sizes), dtype=np.int64)
+        mask[self.region] = self.mask
+        island = np.unique(self.region[self.is_mask])
+        largest_first = island[np.lexsort((first_pixel[island], -sizes[island], mask[island]))]
+        kept = sizes >= min_area
+        kept[largest_first[np.unique(mask[largest_first], return_index=True)[1]]] = True
+        return kept
+
+    def encode(self, chosen: Bool, masks: Int) -> list[Counts]:
+        """Run lengths of the chosen (P,) pieces of the masks of these indices, which ascend."""
+        num_pixels = self.image_hw[0] * self.image_hw[1]
+        number = np.full(self.mask.max() + 1, -1)
+        number[masks] = np.arange(len(masks))
+        number = number[self.mask]
+        piece = np.flatnonzero(chosen & (number >= 0))
+        offset = number[piece] * (num_pixels + 1)
+        changes = np.concatenate([self.start[piece] + offset, self.end[piece] + offset])
+        return rle.encode_positions(changes, len(masks), num_pixels)
 
 
-def _labels(column: Int, first: Int, end: Int, height: int) -> Int:
-    """Number the 8-connected regions of vertical pieces, rows `first` to `end` (exclusive), ordered by position."""
-    if len(column) == 0:
-        return column
+def _regions(start: Int, end: Int, spare: Int, height: int) -> Int:
+    """(P,) numbers of the 8-connected regions of pieces of columns.
+
+    start, end: column-major positions. spare: columns to insert before each piece. With them, pieces are in order.
+    """
     # One number orders columns and rows, with a row to spare at both ends of a column.
     stride = height + 2
-    top, bottom = column * stride + first + 1, column * stride + end
-    # Pieces of the next column from one row above to one row below.
-    begin = np.searchsorted(bottom, top + stride - 1)
-    stop = np.searchsorted(top, bottom + stride + 1, side="right")
-    num = np.maximum(stop - begin, 0)
-    piece = np.repeat(np.arange(len(num)), num)
-    neighbour = begin[piece] + np.arange(len(piece)) - (num.cumsum() - num)[piece]
-    touching = coo_array((np.ones(len(piece), dtype=bool), (piece, neighbour)), shape=(len(num), len(num)))
-    labels: Int = connected_components(touching, directed=False)[1].astype(np.int64)
-    return labels
+    first, last = start // height, (end - 1) // height  # columns
+    top, bottom = start - first * height + 1, end - last * height
+    first, last = (first + spare) * stride, (last + spare) * stride
+    # The highest piece of the column before and of the next one, from one row above to one row below. Of two columns'
+    # pieces that touch, one is the highest that touches the other: no more need to be known.
+    itself = np.arange(len(start))
+    before = np.searchsorted(last + bottom, first + top - stride - 1)
+    touches = (last + top)[before] <= first + bottom - stride + 1  # `before` is never behind the piece itself
+    before = np.where(touches, before, itself)
+    after = np.searchsorted(first + bottom, last + top + stride - 1)
+    is_last = after == len(start)
+    after[is_last] = 0
+    touches = ~is_last & ((first + top)[after] <= last + bottom + stride + 1)
+    joins = np.flatnonzero(touches & (before[after] != itself))  # few: those with a second piece before them
+    leftmost = _followed(before)
+    is_leftmost = leftmost == itself
+    number = (is_leftmost.cumsum() - 1)[leftmost]
+    region: Int = _joined(int(is_leftmost.sum()), number[joins], number[after[joins]])[number]
+    return region
+
+
+def _joined(num: int, one: Int, other: Int) -> Int:
+    """(num,) the lowest member of the component of each of num nodes. one, other: (E,) ends of the edges."""
+    lowest = np.arange(num)
+    # Each round at least halves the components that are not complete, or the next one does.
+    while len(one):
+        np.minimum.at(lowest, np.maximum(one, other), np.minimum(one, other))
+        lowest = _followed(lowest)
+        one, other = lowest[one], lowest[other]
+        apart = one != other
+        one, other = one[apart], other[apart]
+    return lowest
+
+
+def _followed(to: Int) -> Int:
+    """(N,) where each node ends that goes on to the node `to` until that is itself."""
+    while not np.array_equal(further := to[to], to):
+        to = further
+    return to

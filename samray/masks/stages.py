@@ -1,4 +1,4 @@
-"""Where the time goes: seconds per stage, which every generator sums up."""
+"""Seconds per stage, summed up by every generator."""
 
 from __future__ import annotations
 

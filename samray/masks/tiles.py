@@ -1,6 +1,6 @@
 """Masks at full resolution from low-res logits, computed only where they are not known without it.
 
-Interpolated values lie between the lowest and the highest value that they are made of. Full resolution is divided into
+Interpolated values are between the lowest and the highest value that they are made of. Full resolution is divided into
 tiles; the low-res logits that a tile is made of have known bounds. If a threshold is outside of the bounds, all pixels
 of the tile are on one side of it: the tile is *closed*. Only the pixels of *open* tiles are computed, to the bit as
 for the whole image (`samray.masks.bilinear`), and kept as bits.
@@ -45,7 +45,7 @@ below 11 of the 16 * 2^-24 M allowed here."""
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """What a row (or column) of T tiles is made of, along one side."""
+    """The inputs of a row (or column) of T tiles, along one side."""
 
     low_first: Int
     """(T,) first and last low-res cell that a tile's pixels depend on."""
@@ -119,12 +119,12 @@ def _side(low_res: int, side: int, inside: int, length: int) -> _Side | None:
     )
 
 
-def _stretches(whole: Axis, length: int) -> tuple[Int, Axis]:
+def _stretches(by_tile: Axis, length: int) -> tuple[Int, Axis]:
     """Cut what tiles read out of `length` inputs into stretches of equal length: (T,) their starts, and the axis
     relative to them."""
-    first, last = whole.index.min(axis=(1, 2)), whole.index.max(axis=(1, 2))
+    first, last = by_tile.index.min(axis=(1, 2)), by_tile.index.max(axis=(1, 2))
     start = np.minimum(first, length - int((last - first + 1).max()))
-    return start.astype(np.int64), Axis(whole.index - start[:, None, None], whole.weights)
+    return start.astype(np.int64), Axis(by_tile.index - start[:, None, None], by_tile.weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +205,8 @@ def measure(grid: Grid, logits: Float32, threshold: float, offset: float) -> tup
     words = np.empty((len(tiles[0]), TILE), dtype=np.uint64)
     counts = np.empty((3, len(words)), dtype=np.int64)
     for rows, values, inside in _open_pixels(grid, logits, tiles):
-        for at, each in enumerate(cuts):
-            of_cut = pack(np.greater(values, each))[..., 0] & inside
+        for at, cut in enumerate(cuts):
+            of_cut = pack(np.greater(values, cut))[..., 0] & inside
             counts[at, rows] = np.bitwise_count(of_cut).sum(axis=1, dtype=np.int64)
             if at == 1:
                 words[rows] = of_cut
@@ -222,18 +222,18 @@ def open_share(grid: Grid, logits: Float32, threshold: float, offset: float) -> 
 
 def _bounds(grid: Grid, logits: Float32) -> tuple[Float32, Float32]:
     """(K, TY, TX) the lowest and the highest low-res logit that a tile's pixels depend on."""
-    both = []
+    lowest_and_highest = []
     for extreme in (np.minimum, np.maximum):
-        found = logits
+        extremes = logits
         for side, at in ((grid.y, 1), (grid.x, 2)):
             # Stretches have different lengths: the last cell is taken again in shorter ones.
             steps = range(1, int((side.low_last - side.low_first).max()) + 1)
-            along = found.take(side.low_first, axis=at)
+            along = extremes.take(side.low_first, axis=at)
             for step in steps:
-                extreme(along, found.take(np.minimum(side.low_first + step, side.low_last), axis=at), out=along)
-            found = along
-        both.append(found)
-    return both[0], both[1]
+                extreme(along, extremes.take(np.minimum(side.low_first + step, side.low_last), axis=at), out=along)
+            extremes = along
+        lowest_and_highest.append(extremes)
+    return lowest_and_highest[0], lowest_and_highest[1]
 
 
 def _closed(lowest: Float32, highest: Float32, cuts: list[float]) -> tuple[Bool, list[Bool]]:
@@ -242,8 +242,8 @@ def _closed(lowest: Float32, highest: Float32, cuts: list[float]) -> tuple[Bool,
     margin = _MARGIN * np.maximum(np.abs(low), np.abs(high)) + np.finfo(np.float32).tiny
     is_open = np.zeros(low.shape, dtype=bool)
     filled = []
-    for each in cuts:
-        rounded = float(np.float32(each))  # pixels are compared with this
+    for cut in cuts:
+        rounded = float(np.float32(cut))  # pixels are compared with this
         above, below = low - margin > rounded, high + margin < rounded
         # A comparison with NaN is false: such tiles are open.
         is_open |= ~(above | below)

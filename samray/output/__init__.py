@@ -1,1 +1,1 @@
-"""What is stored in OUTPUT: the plan, the Parquet shards, and all that reads them."""
+"""The content of OUTPUT: the plan, the Parquet shards, and their readers."""

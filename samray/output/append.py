@@ -25,7 +25,8 @@ from samray.inputs.rows import take
 from samray.inputs.skipped import Skipped
 from samray.output.credentials import hide, hide_known
 from samray.output.manifests import MANIFEST_SCHEMA, Generation, build_manifest, create_generation
-from samray.output.plan import Plan, load_plan, run_identity
+from samray.output.plan import Plan, has_tiffs, load_plan, run_identity
+from samray.output.schema import has_geo
 from samray.output.shards import read_metadata, unmark_success
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class InputChanges:
     """Whether the changed images will be labelled again."""
     examples: list[str] = field(default_factory=list)
     """URIs of a few changed images."""
+    loses_geo: bool = False
+    """Whether TIFFs are added to an OUTPUT that has no column for where they are."""
     skipped: Skipped | None = None
     """Files that the listing of INPUT left out; None if it was not listed."""
 
@@ -86,7 +89,7 @@ def compare(plan: Plan, listed: pa.Table) -> tuple[pa.Table, pa.Table]:
     for mark in ("size", "etag"):
         differs = pc.or_(differs, pc.fill_null(pc.not_equal(planned[mark], now[mark]), False))
     # Not compared: problems from lists depend on a setting, and those of links in a tar on other members.
-    differs = pc.or_(differs, pc.not_equal(_own_problem(planned), _own_problem(now)))
+    differs = pc.or_(differs, pc.not_equal(_problem_without_duplicates(planned), _problem_without_duplicates(now)))
     # What it repeated is gone, or has changed: without this the image would be labelled nowhere.
     differs = pc.or_(differs, pc.and_not(_is_duplicate(planned), _is_duplicate(now)))
     planned, now = planned.filter(differs), now.filter(differs)
@@ -96,7 +99,7 @@ def compare(plan: Plan, listed: pa.Table) -> tuple[pa.Table, pa.Table]:
     return new, pa.Table.from_arrays(columns, schema=MANIFEST_SCHEMA).sort_by("shard")
 
 
-def _own_problem(rows: pa.Table) -> pa.ChunkedArray:
+def _problem_without_duplicates(rows: pa.Table) -> pa.ChunkedArray:
     """The problem of each image; "" for none, and for duplicates, which depend on other images."""
     return pc.if_else(_is_duplicate(rows), "", pc.fill_null(rows["problem"], ""))
 
@@ -136,19 +139,20 @@ def join_images(
     # A driver that loses the race for a number compares the same listing with the winner's plan.
     for _ in range(_MAX_TRIES):
         new, changed = compare(plan, listed)
-        news = InputChanges(
+        changes = InputChanges(
             listed=True,
             num_new=new.num_rows,
             num_changed=changed.num_rows,
             appended=append,
             redone=redo_changed,
+            loses_geo=append and not has_geo(plan.run) and has_tiffs(new["file_name"]),
             examples=[storage.redact(uri) for uri in changed["uri"].slice(0, _MAX_EXAMPLES).to_pylist()],
             skipped=skipped,
         )
         new = new if append else new.slice(0, 0)
         changed = changed if redo_changed else changed.slice(0, 0)
         if dry_run or not (new.num_rows or changed.num_rows):
-            return plan, news
+            return plan, changes
         generation = Generation(
             plan.last_generation + 1,
             run_identity(input_uri, identity),
@@ -169,5 +173,5 @@ def join_images(
         # Another driver may have taken the number; its images are then part of the next comparison.
         plan = load_plan(plan.output)
         if added:
-            return plan, news
+            return plan, changes
     raise StorageError(f"{storage.redact(plan.output)}: other runs keep adding images; try again")

@@ -42,7 +42,7 @@ class Classes:
             return [self._index[label] for label in labels] or [len(self.names)] * num_masks
         except KeyError as error:
             raise StorageError(
-                f"a mask of {self.where} has the name {error.args[0]!r}, which is none of those asked for; "
+                f"a mask of {self.where} has the name {error.args[0]!r}, which is not one of those asked for; "
                 "`samray verify` finds all such problems"
             ) from None
 

@@ -80,7 +80,7 @@ def compact(
     if storage.join(dest, "").startswith(storage.join(plan.output, FOLDER, "")):
         raise ConfigError(f"DEST must not be inside OUTPUT/{FOLDER}, where readers look for shards")
     # An unfinished OUTPUT is refused before DEST is written.
-    fingerprint, num_bytes = look_at_finished(plan)
+    fingerprint, num_bytes = fingerprint_finished(plan)
     places, share = _places(plan, where)
     # Not less, however few masks are selected: a file's rows are in memory together.
     bytes_per_image = max(share * num_bytes / plan.num_images, _LEAST_IMAGE_BYTES)
@@ -131,7 +131,7 @@ def _places(plan: Plan, where: Where | None) -> tuple[npt.NDArray[np.int64], flo
     return places, share
 
 
-def look_at_finished(plan: Plan) -> tuple[str, int]:
+def fingerprint_finished(plan: Plan) -> tuple[str, int]:
     """A fingerprint that changes if a shard of a finished output is replaced, and the bytes of all shards.
 
     Raises: ConfigError if a shard is missing or must be labelled again, StorageError.
@@ -150,12 +150,12 @@ def look_at_finished(plan: Plan) -> tuple[str, int]:
 
 
 def refuse_replaced(plan: Plan, fingerprint: str, dest: str) -> None:
-    """Check, after reading all of an output, that it is still what `look_at_finished` saw.
+    """Check, after reading all of an output, that it is still what `fingerprint_finished` saw.
 
     Raises: StorageError if a shard was replaced: the data that was read may mix old and new rows.
     """
     try:
-        unchanged = look_at_finished(plan)[0] == fingerprint
+        unchanged = fingerprint_finished(plan)[0] == fingerprint
     except ConfigError:  # a shard is gone, or must be labelled again
         unchanged = False
     if not unchanged:
@@ -190,7 +190,7 @@ def _plan_of(
             )
         if target.run.get("compacted_from") != source or target.num_images != len(places):
             raise ConfigError(f"{storage.redact(dest)} is not empty, and not a compacted {source}; choose another DEST")
-        # DEST of an older version has no fingerprint and goes on, too.
+        # DEST of an older version has no fingerprint, and is resumed, too.
         if target.run.get("compacted_shards", fingerprint) != fingerprint:
             raise ConfigError(
                 f"shards of {source} have been replaced since {storage.redact(dest)} was begun, which would mix old "
@@ -212,7 +212,7 @@ def _plan_of(
 
 
 def _selection(plan: Plan, where: Where | None) -> dict[str, Any]:
-    """What DEST records of the selection; `of`: that of OUTPUT, if OUTPUT is a compacted selection itself."""
+    """The selection as DEST records it; `of`: that of OUTPUT, if OUTPUT is a compacted selection itself."""
     before = plan.run.get("compacted_where")
     return {**(where.to_json() if where else {}), **({"of": before} if before else {})}
 
@@ -277,7 +277,7 @@ def _read_slice(plan: Plan, shard: int, first: int, count: int) -> tuple[pa.Tabl
             begin = end
         stats = samray_metadata(file.schema_arrow).get("stats", {})
         table = file.read_row_groups(groups).slice(first - skipped, count)
-        # Other writers may have chosen large strings and lists. Here, because text that is none does not cast.
+        # Other writers may have chosen large strings and lists. Here, because a column of another type does not cast.
         return table.replace_schema_metadata(None).cast(schema_of(plan.run)), stats
 
 

@@ -88,14 +88,14 @@ def read_credentials(plan: Plan, input_uri: str, config: Config, shards: Iterabl
     except ConfigError as error:
         raise ConfigError(f"{error}; {where}") from error
     _, credentials = hide(listed)
-    found = {shard: {uri: credentials[uri] for uri in uris if uri in credentials} for shard, uris in needed.items()}
+    by_shard = {shard: {uri: credentials[uri] for uri in uris if uri in credentials} for shard, uris in needed.items()}
     # Some images may be gone from INPUT, which makes failed rows; if all are, this is another INPUT.
-    if not any(found.values()):
+    if not any(by_shard.values()):
         raise ConfigError(
             f"{where}: INPUT {storage.redact(input_uri)} has none of the images that are left to label, for example"
             f" {min(next(iter(needed.values())))}; give the INPUT that they came from"
         )
-    return found
+    return by_shard
 
 
 def _hidden(uris: pa.ChunkedArray) -> dict[str, str]:

@@ -24,7 +24,7 @@ def check_apart(input_uri: str, output_uri: str) -> None:
     source = storage.normalize(input_uri)
     # A local folder may have * or [ in its name.
     is_glob = storage.has_glob(source) and not (storage.is_local(source) and os.path.exists(source))
-    root, output = _place(storage.glob_base(source) if is_glob else source), _place(output_uri)
+    root, output = _canonical(storage.glob_base(source) if is_glob else source), _canonical(output_uri)
     where = f"(INPUT {storage.redact(input_uri)}, OUTPUT {storage.redact(output_uri)})"
     if root == output:
         raise ConfigError(f"INPUT and OUTPUT are the same folder {where}: choose a separate OUTPUT")
@@ -36,7 +36,7 @@ def check_apart(input_uri: str, output_uri: str) -> None:
         )
 
 
-def _place(uri: str) -> str:
+def _canonical(uri: str) -> str:
     uri = storage.normalize(uri)
     if storage.is_local(uri):
         # Through links: two names of one folder are the same place.
@@ -59,24 +59,24 @@ def check_writable(output_uri: str, *folders: str) -> None:
     if not storage.is_local(output):
         return
     for folder in (output, *(os.path.join(output, name) for name in folders)):
-        there = check_is_folder(folder)
-        if not os.access(there, os.W_OK | os.X_OK):
+        existing = check_is_folder(folder)
+        if not os.access(existing, os.W_OK | os.X_OK):
             raise ConfigError(
-                f"OUTPUT {output} cannot be written: this user may not write to {there} (permissions, or a read-only"
+                f"OUTPUT {output} cannot be written: this user may not write to {existing} (permissions, or a read-only"
                 " disk); choose another folder, or change the permissions"
             )
-        check_space(there, f"OUTPUT {output}")
+        check_space(existing, f"OUTPUT {output}")
 
 
 def check_is_folder(output_uri: str) -> Path:
     """The nearest existing folder of a local OUTPUT. Raises: ConfigError if OUTPUT is a file or below one."""
     output = storage.normalize(output_uri)
-    there = Path(output)
-    while storage.is_local(output) and not os.path.lexists(there):
-        there = there.parent
-    if storage.is_local(output) and not there.is_dir():
-        raise ConfigError(f"OUTPUT {output} cannot be written: {there} is a file; choose a folder")
-    return there
+    existing = Path(output)
+    while storage.is_local(output) and not os.path.lexists(existing):
+        existing = existing.parent
+    if storage.is_local(output) and not existing.is_dir():
+        raise ConfigError(f"OUTPUT {output} cannot be written: {existing} is a file; choose a folder")
+    return existing
 
 
 def check_space(folder: Path, what: str) -> None:

@@ -19,10 +19,10 @@ class EmbeddingWriter:
     `num_bytes` and `seconds` sum up what was written.
     """
 
-    def __init__(self, plan: Plan, shard: int, places: Sequence[int], *, retry: bool, compression_level: int) -> None:
-        """places: indices in the shard of the images that come. retry: only these of a finished shard are redone."""
+    def __init__(self, plan: Plan, shard: int, indices: Sequence[int], *, retry: bool, compression_level: int) -> None:
+        """indices: in the shard, of the images that come. retry: only these of a finished shard are redone."""
         self._plan, self._shard, self._retry, self._level = plan, shard, retry, compression_level
-        self._waiting = list(places)
+        self._waiting = list(indices)
         self._ids = plan.read_shard(shard)["image_id"].to_pylist()
         self._rows: list[dict[str, Any]] = []
         self._redone: set[int] = set()
@@ -32,12 +32,12 @@ class EmbeddingWriter:
     def add(self, records: Iterable[ImageRecord]) -> None:
         """The next records; those of failed images have no embedding. Raises: StorageError."""
         for record in records:
-            place = self._waiting.pop(0)
-            assert record.image_id == self._ids[place], (record.image_id, place)
+            index = self._waiting.pop(0)
+            assert record.image_id == self._ids[index], (record.image_id, index)
             self._redone.add(record.image_id)
             if record.embedding is not None:
                 self._rows.append(record.embedding)
-            file = place // IMAGES_PER_FILE
+            file = index // IMAGES_PER_FILE
             if not self._waiting or self._waiting[0] // IMAGES_PER_FILE != file:
                 started = time.monotonic()
                 self._write(file)
@@ -56,7 +56,7 @@ class EmbeddingWriter:
         if self._retry:
             storage.put(uri, data)
         elif not storage.put_new(uri, data) and self._is_outdated(file):
-            # Left by a run that was killed before an image changed; nobody has read it, for the shard is not there.
+            # Left by a run that was killed before an image changed; unread, because its shard does not exist.
             storage.put(uri, data)
 
     def _others(self, file: int) -> list[dict[str, Any]]:

@@ -104,7 +104,7 @@ class Embedding:
 
     @property
     def scale_xy(self) -> tuple[float, float]:
-        """What to multiply x and y of a prompt, in pixels of the image, with, to get pixels of the model's input."""
+        """Factors from x and y of a prompt, in pixels of the image, to pixels of the model's input."""
         (height, width), (input_h, input_w) = self.original_hw, self.input_hw
         return input_w / width, input_h / height
 
@@ -190,9 +190,9 @@ def num_files(plan: Plan, shard: int) -> int:
 
 def file_bytes(rows: Iterable[Mapping[str, Any]], run: Mapping[str, Any], compression_level: int = 3) -> bytes:
     """Encode rows of `SCHEMA`, with the metadata of a run (`Plan.run`), as Parquet."""
-    own = {"version": run.get("samray_version"), "identity": run.get("identity", {})}
-    own |= {"generation": run.get("generation", 0)}
-    metadata = {b"samray": json.dumps(own, sort_keys=True, separators=(",", ":")).encode()}
+    made_by = {"version": run.get("samray_version"), "identity": run.get("identity", {})}
+    made_by |= {"generation": run.get("generation", 0)}
+    metadata = {b"samray": json.dumps(made_by, sort_keys=True, separators=(",", ":")).encode()}
     sink = pa.BufferOutputStream()
     schema = SCHEMA.with_metadata(metadata)
     with pq.ParquetWriter(
@@ -235,9 +235,9 @@ class RowReader:
         self._output = output
         self._footers: tuple[str, int | None, pq.FileMetaData] | None = None
 
-    def read(self, shard: int, place: int, image_id: int) -> dict[str, Any] | None:
-        """The row of an image, at this place of its shard; None if it has none. Raises: NotFoundError, StorageError."""
-        uri = file_uri(self._output, shard, place // IMAGES_PER_FILE)
+    def read(self, shard: int, index: int, image_id: int) -> dict[str, Any] | None:
+        """The row of an image, at this index of its shard; None if it has none. Raises: NotFoundError, StorageError."""
+        uri = file_uri(self._output, shard, index // IMAGES_PER_FILE)
         known = self._footers
         if known is None or known[0] != uri:
             size = storage.file_size(uri)
@@ -266,17 +266,17 @@ def read_embedding(output: str, image_id: int) -> Embedding:
         ids = plan.read_shard(shard)["image_id"].to_pylist()
         if image_id not in ids:
             continue
-        place = ids.index(image_id)
+        index = ids.index(image_id)
         try:
-            row = RowReader(plan.output).read(shard, place, image_id)
+            row = RowReader(plan.output).read(shard, index, image_id)
         except NotFoundError as error:
-            name = file_name(shard, place // IMAGES_PER_FILE)
+            name = file_name(shard, index // IMAGES_PER_FILE)
             raise ConfigError(
                 f"image {image_id} of {where} has no embedding yet: {FOLDER}/{name} is missing; finish the run first"
             ) from error
         if row is None:
             raise ConfigError(f"image {image_id} of {where} has no embedding: it failed, see samray.read_image")
-        return embedding_of(row, identity, file_uri(plan.output, shard, place // IMAGES_PER_FILE))
+        return embedding_of(row, identity, file_uri(plan.output, shard, index // IMAGES_PER_FILE))
     raise ConfigError(f"{where} has no image_id {image_id} among its {plan.num_images} images")
 
 

@@ -22,14 +22,17 @@ from samray import storage
 from samray.errors import NotFoundError, StorageError
 from samray.output.manifests import FOLDER
 from samray.output.schema import reason_of, samray_metadata
-from samray.output.seals import is_intact, leave_room, seal, seal_of
-from samray.output.shards import open_shard, read_success
+from samray.output.seals import CHECKSUM_KEY, is_intact, leave_room, seal, seal_of
+from samray.output.shards import open_shard, read_success, shard_uri
 from samray.storage.strict_json import parse_json
-from samray.storage.tables import read_parquet
+from samray.storage.tables import footer_value, read_parquet
 
 logger = logging.getLogger(__name__)
 
 NUM_THREADS = 32
+
+_TAIL_BYTES: Final = 32 * 1024
+"""Read from the end of each shard. The metadata are the last part of a footer."""
 
 SAVE_EVERY_S: Final = 60.0
 """Seconds between saves. After a crash, the next driver reads the unsaved counts from the shards."""
@@ -77,7 +80,9 @@ class FailureCounts:
     def digests(self, versions: Mapping[int, str | None]) -> dict[int, str | None]:
         """The known checksums of these versions of files (shard -> version)."""
         kept = {shard: self._kept.get(shard) for shard in versions}
-        return {shard: one[2] for shard, one in kept.items() if one is not None and one[0] == versions[shard]}
+        return {
+            shard: counts[2] for shard, counts in kept.items() if counts is not None and counts[0] == versions[shard]
+        }
 
     def set(self, shard: int, version: str | None, failures: Mapping[str, int], digest: str | None = None) -> None:
         """Record the counts of this version of a shard's file; does nothing if storage has no versions."""
@@ -120,11 +125,12 @@ def failures_of_shards(
     kept = kept or FailureCounts.load(output)
     failures = {shard: kept.get(shard, version) for shard, version in done.items()}
     unknown = [shard for shard, counts in failures.items() if counts is None]
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        looked = pool.map(lambda shard: _look_at(output, shard), unknown)
-        for shard, (counts, digest) in zip(unknown, looked, strict=True):
-            # If a shard was replaced after the listing, this records its counts under the old version, which nobody
-            # will ask for again.
+    # Local files take no time to wait for, and more threads would only compete for the interpreter.
+    with ThreadPoolExecutor(2 if storage.is_local(output) else NUM_THREADS) as pool:
+        results = pool.map(lambda shard: _read_failures(output, shard, done[shard]), unknown)
+        for shard, (counts, digest) in zip(unknown, results, strict=True):
+            # If a shard was replaced after the listing, this records its counts under the old version, which is
+            # not looked up again.
             kept.set(shard, done[shard], counts, digest)
             failures[shard] = counts
     kept.save()
@@ -136,11 +142,28 @@ def _success_without_failures(output: str, num_shards: int) -> bool:
     return success is not None and (success.num_failed, success.num_shards) == (0, num_shards)
 
 
-def _look_at(output: str, shard: int) -> tuple[dict[str, int], str | None]:
+def _read_failures(output: str, shard: int, version: str | None) -> tuple[dict[str, int], str | None]:
     """Reason -> number of failed images of a shard, and its checksum. Reads rows only if the footer has no counts."""
+    stats, digest = _peek(output, shard, version)
+    if "failures" in stats:
+        return dict(stats["failures"]), digest
     with open_shard(output, shard) as file:
         stats = samray_metadata(file.schema_arrow).get("stats", {})
         if "failures" in stats:
             return dict(stats["failures"]), seal_of(file.metadata)
         errors = file.read(columns=["error"])["error"].drop_null().to_pylist()
         return dict(Counter(reason_of(error) for error in errors)), seal_of(file.metadata)
+
+
+def _peek(output: str, shard: int, version: str | None) -> tuple[dict[str, Any], str | None]:
+    """A shard's stats and checksum by one small read, without parsing the footer; no stats if that is not possible."""
+    size = storage.size_of_version(version)
+    if size is None:
+        return {}, None
+    tail = storage.read_bytes(shard_uri(output, shard), max(0, size - _TAIL_BYTES), _TAIL_BYTES)
+    metadata, digest = footer_value(tail, b"samray"), footer_value(tail, CHECKSUM_KEY)
+    try:
+        stats = parse_json(metadata or b"{}").get("stats", {})
+        return dict(stats), None if digest is None else digest.decode("ascii")
+    except (ValueError, AttributeError, TypeError):
+        return {}, None

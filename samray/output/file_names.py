@@ -24,7 +24,7 @@ _MAX_STEM_BYTES: Final = 700
 """Longest path below DEST: object stores allow keys of 1024 bytes, including DEST; filesystems 4096."""
 
 ENDINGS: Final = (".json", ".png", ".txt", ".jpg")
-"""What exports put behind a stem; with copies of the images also what their names end with."""
+"""Endings that exports add to a stem; with copies of the images also their extensions."""
 
 
 def stem_of(file_name: str) -> str:

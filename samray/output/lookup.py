@@ -23,6 +23,7 @@ from samray.output.schema import check_columns, schema_of
 from samray.output.seals import seal_of
 from samray.output.shards import FOLDER, read_success, reraise_damaged, shard_name, shard_number, shard_uri
 from samray.output.where import Where
+from samray.storage.footers import statistics
 from samray.storage.tables import footer_bytes, open_parquet, parse_footer
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ def _find(output: str, shard: int, image_id: int) -> dict[str, Any] | None:
     uri = shard_uri(output, shard)
     size = storage.file_size(uri)
     footer = read_shard_footer(output, shard, size)
-    groups = groups_with(footer, "image.image_id", image_id)
+    with reraise_damaged(uri):
+        groups = groups_with(footer, "image.image_id", image_id)
     # Mostly one group. Of several, the id column alone tells which has the image, without reading masks.
     for group in groups:
         if len(groups) > 1 and _row_of(read_row_group(uri, size, footer, group, ["image.image_id"]), image_id) < 0:
@@ -84,10 +86,11 @@ def shards_of(plan: Plan, image_id: int) -> Iterator[tuple[int, bool]]:
         footer = read_footer(uri, size)
         with reraise_damaged(uri):
             check_manifest(footer.schema.to_arrow_schema())
-        shards = statistics(footer, "shard")
-        for group in groups_with(footer, "image_id", image_id):
+            shards = statistics(footer, "shard")
+            groups = groups_with(footer, "image_id", image_id)
+        for group in groups:
             shard = shards[group]
-            if shard is not None and shard.has_min_max and shard.min == shard.max:
+            if shard is not None and shard.min == shard.max:
                 yield int(shard.min), False  # for a shard this large, its own footer is faster to read
                 continue
             # Small shards share a row group of the manifest; two of its columns tell which shard it is.
@@ -102,21 +105,13 @@ def _row_of(table: pa.Table, image_id: int) -> int:
 
 
 def groups_with(footer: pq.FileMetaData, column: str, value: Any) -> list[int]:
-    """The row groups that may have a value, according to their statistics."""
+    """The row groups that may have a value, according to their statistics. Raises: pa.ArrowInvalid."""
     groups = []
     for group, bounds in enumerate(statistics(footer, column)):
         # Without statistics any group may have the value.
-        if bounds is None or not bounds.has_min_max or bounds.min <= value <= bounds.max:
+        if bounds is None or bounds.min <= value <= bounds.max:
             groups.append(group)
     return groups
-
-
-def statistics(footer: pq.FileMetaData, column: str) -> list[pq.Statistics | None]:
-    """The statistics of a column, given by its path in the schema, in each row group."""
-    # By path: Parquet numbers the leaf columns, not the fields of the schema.
-    paths = [footer.schema.column(i).path for i in range(len(footer.schema))]
-    index = paths.index(column)
-    return [footer.row_group(group).column(index).statistics for group in range(footer.num_row_groups)]
 
 
 # --- reading by ranges ---------------------------------------------------------------------------------------------
@@ -197,18 +192,18 @@ def index_images(plan: Plan, *, keep_empty: bool = True, where: Where | None = N
         )
     # Small requests, whose time is mostly latency: hence many threads.
     with ThreadPoolExecutor(_THREADS) as pool:
-        looked = list(
+        rows_and_digests = list(
             pool.map(lambda shard: _wanted_rows(plan, int(shard), int(sizes[shard]), keep_empty, where), done)
         )
-    found = [rows for rows, _ in looked]
-    digests = {int(shard): digest for shard, (_, digest) in zip(done, looked, strict=True)}
+    rows_of_shards = [rows for rows, _ in rows_and_digests]
+    digests = {int(shard): digest for shard, (_, digest) in zip(done, rows_and_digests, strict=True)}
     _warn_of_replaced(plan, digests)
-    if not any(len(rows) for rows in found):
+    if not any(len(rows) for rows in rows_of_shards):
         if where is not None:
             raise ConfigError(f"where: {where.text} selects none of the labelled images of {output}")
         raise ConfigError(f"{output} has no labelled images{'' if keep_empty else ' with masks'} yet")
-    shards = np.repeat(done.astype(np.int32), [len(rows) for rows in found])
-    return ImageIndex(shards, np.concatenate(found), sizes, digests)
+    shards = np.repeat(done.astype(np.int32), [len(rows) for rows in rows_of_shards])
+    return ImageIndex(shards, np.concatenate(rows_of_shards), sizes, digests)
 
 
 def _warn_of_replaced(plan: Plan, digests: dict[int, str | None]) -> None:
@@ -244,7 +239,7 @@ def _wanted_rows(
         bounds = status[group]
         keep = np.ones(num_rows, bool)
         # If the statistics say "ok" only, the column need not be read.
-        if bounds is None or not bounds.has_min_max or not bounds.min == bounds.max == "ok":
+        if bounds is None or not bounds.min == bounds.max == "ok":
             keep = _numpy(pc.equal(read_row_group(uri, size, footer, group, ["status"])["status"], "ok"))
         if not keep_empty:
             # This column of the masks is the fastest to read: the same two numbers repeat.
@@ -268,7 +263,7 @@ class ContainerIndex:
     """Locations of images inside tars and Parquet files: 20 bytes per image."""
 
     names: list[str]
-    which: npt.NDArray[np.int32]
+    container: npt.NDArray[np.int32]
     """Index into `names`; -1 for an image in a file of its own."""
     at: npt.NDArray[np.int64]
     """First byte in a tar; row in a Parquet file."""
@@ -279,9 +274,9 @@ class ContainerIndex:
 
     def locate(self, index: int) -> dict[str, Any] | None:
         """The columns of `INPUT_SCHEMA` that locate an image; None for an image in a file of its own."""
-        if self.which[index] < 0:
+        if self.container[index] < 0:
             return None
-        name, at, size = self.names[self.which[index]], int(self.at[index]), int(self.sizes[index])
+        name, at, size = self.names[self.container[index]], int(self.at[index]), int(self.sizes[index])
         if size < 0:
             return {"container": name, "row": at}
         return {"container": name, "offset": at, "size": size, "extents": self.extents.get(index)}

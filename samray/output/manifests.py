@@ -23,6 +23,7 @@ from samray.errors import ConfigError, NotFoundError, StorageError
 from samray.inputs.rows import INPUT_SCHEMA, take
 from samray.output.schema import MAX_IMAGE_ID
 from samray.output.seals import leave_room, seal
+from samray.storage.footers import Bounds, statistics
 from samray.storage.strict_json import parse_json
 from samray.storage.tables import open_parquet
 
@@ -135,7 +136,7 @@ def create_generation(output: str, generation: Generation, new: pa.Table, change
     Raises: StorageError.
     """
     assert new.num_rows == generation.num_images, (new.num_rows, generation)
-    own = {
+    metadata = {
         "identity": generation.identity,
         "num_images": generation.num_images,
         "images_per_shard": generation.images_per_shard,
@@ -145,7 +146,7 @@ def create_generation(output: str, generation: Generation, new: pa.Table, change
         "num_hidden": generation.num_hidden,
     }
     sink = pa.BufferOutputStream()
-    schema = MANIFEST_SCHEMA.with_metadata({b"samray": json.dumps(own, sort_keys=True).encode()})
+    schema = MANIFEST_SCHEMA.with_metadata({b"samray": json.dumps(metadata, sort_keys=True).encode()})
     with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
         leave_room(writer)
         writer.write_table(new.cast(MANIFEST_SCHEMA), row_group_size=generation.rows_per_group)
@@ -163,32 +164,32 @@ def create_generation(output: str, generation: Generation, new: pa.Table, change
 def read_generation(output: str, number: int) -> Generation | None:
     """Read a manifest's metadata; None if it does not exist. Raises: ConfigError, StorageError."""
     try:
-        own = _with_manifest(output, number, lambda file: _own(file.schema_arrow.metadata))
+        arguments = _with_manifest(output, number, lambda file: _arguments(file.schema_arrow.metadata))
     except NotFoundError:
         return None
     # The columns fit, but samray's metadata are missing.
-    if not {"identity", "num_images", "images_per_shard"} <= own.keys():
+    if not {"identity", "num_images", "images_per_shard"} <= arguments.keys():
         uri = storage.redact(manifest_uri(output, number))
         raise ConfigError(f"{uri} was not written by samray; choose another OUTPUT")
-    return Generation(number, **own)
+    return Generation(number, **arguments)
 
 
-def _own(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+def _arguments(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
     """The arguments of `Generation` in a manifest's metadata. Raises: ValueError if a value is invalid."""
-    found = parse_json((metadata or {}).get(b"samray", b"{}"))
-    if not isinstance(found, dict):
+    arguments = parse_json((metadata or {}).get(b"samray", b"{}"))
+    if not isinstance(arguments, dict):
         raise ValueError("its samray metadata are not an object")
     # The smallest valid value of each; `num_shards` divides by images_per_shard.
     least = {"num_images": 0, "images_per_shard": 1, "first_shard": 0, "num_changed": 0, "num_hidden": 0}
     for name, number in least.items():
-        value = found.get(name, number)
+        value = arguments.get(name, number)
         if type(value) is not int or value < number:
             raise ValueError(f"its samray metadata have {name}={value!r}, expected a whole number from {number} on")
-    if not isinstance(found.get("identity", {}), dict):
+    if not isinstance(arguments.get("identity", {}), dict):
         raise ValueError("its samray metadata have an identity that is not an object")
-    if not isinstance(found.get("skipped", {}), dict):
+    if not isinstance(arguments.get("skipped", {}), dict):
         raise ValueError("its samray metadata have skipped that is not an object")
-    return {name: found[name] for name in ("identity", "skipped", *least) if name in found}
+    return {name: arguments[name] for name in ("identity", "skipped", *least) if name in arguments}
 
 
 def read_generations(output: str) -> list[Generation]:
@@ -200,18 +201,18 @@ def read_generations(output: str) -> list[Generation]:
     numbers = sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
     generations: list[Generation] = []
     for number in [0, *numbers]:
-        found = read_generation(output, number)
+        generation = read_generation(output, number)
         before = generations[-1] if generations else None
         # A gap would shift the numbers of all later shards, and with them what is done.
-        follows = before is None or (
-            number == before.number + 1 and found and found.first_shard == before.first_shard + before.num_shards
-        )
-        if found is None or not follows:
+        follows = before is None or number == before.number + 1
+        if before is not None and generation is not None:
+            follows &= generation.first_shard == before.first_shard + before.num_shards
+        if generation is None or not follows:
             uri = storage.redact(manifest_uri(output, number))
             raise StorageError(
                 f"{uri} is missing or does not continue the previous one: the plan of this OUTPUT is lost"
             )
-        generations.append(found)
+        generations.append(generation)
     return generations
 
 
@@ -224,25 +225,26 @@ def read_changed(output: str, generation: Generation, shard: int | None = None) 
     """Rows of the images that this generation found changed, of one shard or of all. Raises: StorageError."""
 
     def read(file: pq.ParquetFile) -> pa.Table:
-        column = MANIFEST_SCHEMA.get_field_index("shard")
-        groups = []
-        # Sorted by shard, so the statistics of a group tell which shards it can have.
-        for group in range(generation.num_groups, file.metadata.num_row_groups):
-            statistics = file.metadata.row_group(group).column(column).statistics
-            if shard is None or statistics is None or statistics.min <= shard <= statistics.max:
-                groups.append(group)
+        groups = list(range(generation.num_groups, file.metadata.num_row_groups))
+        if shard is not None:  # sorted by shard, so the statistics of a group tell which shards it can have
+            bounds = statistics(file.metadata, "shard")
+            groups = [group for group in groups if _may_have(bounds[group], shard)]
         table = _conform(file.read_row_groups(groups))
         return table if shard is None else table.filter(pc.equal(table["shard"], shard))
 
     return _with_manifest(output, generation.number, read)
 
 
+def _may_have(bounds: Bounds | None, shard: int) -> bool:
+    return bounds is None or bounds.min <= shard <= bounds.max
+
+
 def read_rows(output: str, generation: Generation, columns: list[str]) -> pa.Table:
     """These columns of all rows: new images, then changed ones. Raises: StorageError."""
 
     def read(file: pq.ParquetFile) -> pa.Table:
-        there = [name for name in columns if name in file.schema_arrow.names]
-        return _conform(file.read(columns=there)).select(columns)
+        present = [name for name in columns if name in file.schema_arrow.names]
+        return _conform(file.read(columns=present)).select(columns)
 
     return _with_manifest(output, generation.number, read)
 

@@ -19,8 +19,8 @@ from torch.utils.data import Dataset
 from samray import storage
 from samray.config import InputConfig
 from samray.errors import ConfigError, FileError, ImageError, StorageError
-from samray.inputs.decode import decode_image
 from samray.inputs.fetch import NO_CREDENTIALS, fetch_images
+from samray.inputs.raster_files import decode_image
 from samray.inputs.rows import INPUT_SCHEMA
 from samray.output.classes import classes_of
 from samray.output.lookup import index_containers, index_images, read_row_group, read_shard_footer, read_uris
@@ -323,8 +323,9 @@ class MaskDataset(Dataset[tuple[Tensor | None, Target]]):
     # --- images ----------------------------------------------------------------------------------------------------
 
     def _image(self, index: int, uri: str, record: dict[str, Any]) -> Tensor:
+        settings = self._input
         try:
-            pixels = decode_image(self._encoded(index, uri), self._input.max_pixels)
+            pixels = decode_image(self._encoded(index, uri), settings.max_pixels, settings.bands, settings.stretch)
         except (FileError, ImageError) as error:
             raise StorageError(
                 f"image {record['image_id']} cannot be read: {error}; "

@@ -12,6 +12,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 RUN: Final = "run.json"
 
+_SECTIONS: Final = ("input", "model", "masks", "output")
 _PACKAGES: Final = ("numpy", "pillow", "pyarrow", "pycocotools", "ray", "torch")
 
 
@@ -83,7 +85,7 @@ class Plan:
 
     @property
     def skipped(self) -> Skipped:
-        """What the listings of each INPUT left out, from the latest listing of each."""
+        """Files that the listings of each INPUT left out, from the latest listing of each."""
         # A later listing of the same INPUT replaces the counts of an earlier one.
         by_input = {generation.identity.get("input_uri"): generation.skipped for generation in self.generations}
         total = Skipped()
@@ -259,8 +261,9 @@ def _read_run(output: str) -> dict[str, Any] | None:
         # Everything after this relies on these keys, so a run.json of another program is refused here.
         if not {"identity", "num_images", "images_per_shard"} <= run.keys():
             raise ValueError("it is not samray's")
-        if not (isinstance(run["identity"], dict) and isinstance(run.get("config", {}), dict)):
-            raise ValueError("its settings are not an object")
+        for settings in (run["identity"], run.get("config", {})):
+            if not all(isinstance(part, dict) for part in (settings, *(settings.get(name, {}) for name in _SECTIONS))):
+                raise ValueError("its settings are not an object")
     except NotFoundError:
         return None
     except (ValueError, AttributeError, RecursionError) as error:
@@ -275,11 +278,11 @@ def _write_plan(
     # A manifest without run.json: its driver died in between, or is about to write run.json.
     generation = read_generation(output, 0)
     if generation is None:
-        own, images = _list_generation(input_uri, config, wanted)
+        listed, images = _list_generation(input_uri, config, wanted)
         # Before the manifest is created: a refused input leaves no plan in OUTPUT.
         check(images)
         table = build_manifest(images, config.output.images_per_shard)
-        generation = own if create_generation(output, own, table) else read_generation(output, 0)
+        generation = listed if create_generation(output, listed, table) else read_generation(output, 0)
         if generation is None:
             raise StorageError(f"{storage.redact(manifest_uri(output, 0))} was deleted during the run")
     # The manifest may be another driver's: only a run with the same settings may go on with it.
@@ -287,7 +290,16 @@ def _write_plan(
     run = {"identity": wanted, "input": wanted["input_uri"], "config": config.model_dump(mode="json")}
     if (categories := categories_of(wanted)) is not None:
         run["categories"] = categories
+    if has_tiffs(read_rows(output, generation, ["file_name"])["file_name"]):
+        run["geo"] = True  # the shards have the column `GEO`; not a setting, because INPUT decides
     return _create_run(output, generation, run)
+
+
+def has_tiffs(file_names: pa.ChunkedArray) -> bool:
+    """Whether images may be GeoTIFFs, and this samray can read where they are."""
+    if find_spec("rasterio") is None:
+        return False
+    return bool(pc.any(pc.match_substring_regex(file_names, r"\.tiff?$", ignore_case=True)).as_py())
 
 
 def _list_generation(input_uri: str, config: Config, wanted: dict[str, Any]) -> tuple[Generation, pa.Table]:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from samray.errors import ImageError
 from samray.output.schema import reason_of, samray_metadata
 from samray.output.shards import open_shard
+from samray.storage.footers import Bounds, statistics
 
 MAX_FOOTERS: Final = 4096
 """Maximum number of footers read. With more shards they are a sample, and counts become estimates."""
@@ -93,9 +94,7 @@ def _footer(output: str, shard: int, labels: bool) -> Footer:
 
 def _footer_of(shard: int, file: pq.ParquetFile, labels: bool) -> Footer:
     metadata = file.metadata
-    status = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == "status")
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    statistics = [group.column(status).statistics for group in groups]
     stats = samray_metadata(file.schema_arrow).get("stats", {})
     # The footer's counts are believed only if they fit the number of rows.
     if stats.get("num_images") == metadata.num_rows:
@@ -105,12 +104,17 @@ def _footer_of(shard: int, file: pq.ParquetFile, labels: bool) -> Footer:
     return Footer(
         shard,
         tuple(group.num_rows for group in groups),
-        tuple(one is None or not one.has_min_max or one.min != "ok" for one in statistics),
+        tuple(_may_have_failed(status) for status in statistics(metadata, "status")),
         num_masks,
         failures,
         stats,
         _count_labels(file) if labels else {},
     )
+
+
+def _may_have_failed(status: Bounds | None) -> bool:
+    """Whether a row group may have failed images. status: statistics of its column of that name, if it has any."""
+    return status is None or status.min != "ok"
 
 
 def count_labels(masks: pa.StructArray) -> Counter[str | None]:
@@ -173,16 +177,16 @@ def read_rows(output: str, rows: Mapping[Draw, Sequence[int]]) -> Iterator[tuple
     StorageError."""
 
     def read(file: pq.ParquetFile, draw: Draw) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
+        images: list[dict[str, Any]] = []
         first = 0
         # Whole rows with masks are large, so only few are held at once.
         for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[draw[1]]):
-            here = [row - first for row in sorted(rows[draw]) if first <= row < first + len(batch)]
-            found += batch.take(pa.array(here, pa.int64())).to_pylist()
+            in_batch = [row - first for row in sorted(rows[draw]) if first <= row < first + len(batch)]
+            images += batch.take(pa.array(in_batch, pa.int64())).to_pylist()
             first += len(batch)
-            if len(found) == len(rows[draw]):
+            if len(images) == len(rows[draw]):
                 break
-        return found
+        return images
 
     return _by_shard(output, rows, read)
 
@@ -192,14 +196,16 @@ def examples_by_reason(output: str, footers: Sequence[Footer], number: int) -> d
 
     Raises: StorageError.
     """
-    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    examples: dict[str, list[tuple[str, str]]] = defaultdict(list)
     by_reason: dict[str, list[Footer]] = defaultdict(list)
     for footer in footers:
         for reason in footer.failures:
             by_reason[reason].append(footer)
     # Sample shards per reason: a sample over all failures would miss rare reasons.
     share = max(1, _EXAMPLE_GROUPS // max(len(by_reason), 1))
-    groups = {draw for those in by_reason.values() for draw in spread(_failing_groups(spread(those, share)), share)}
+    groups = {
+        draw for of_reason in by_reason.values() for draw in spread(_failing_groups(spread(of_reason, share)), share)
+    }
 
     def read(file: pq.ParquetFile, draw: Draw) -> list[tuple[str, str]]:
         table = file.read_row_group(draw[1], columns=["error", "uri"])
@@ -207,9 +213,9 @@ def examples_by_reason(output: str, footers: Sequence[Footer], number: int) -> d
 
     for _, rows in _by_shard(output, sorted(groups), read):
         for error, uri in rows:
-            if error is not None and len(found[reason_of(error)]) < number:
-                found[reason_of(error)].append((uri, ImageError.parse(error).message))
-    return found
+            if error is not None and len(examples[reason_of(error)]) < number:
+                examples[reason_of(error)].append((uri, ImageError.parse(error).message))
+    return examples
 
 
 def _failing_groups(footers: Sequence[Footer]) -> list[Draw]:
@@ -229,5 +235,5 @@ def _by_shard(
             return [(draw, read(file, draw)) for draw in groups[shard]]
 
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        for found in pool.map(body, groups):
-            yield from found
+        for of_shard in pool.map(body, groups):
+            yield from of_shard

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -55,8 +56,8 @@ CORRECTED_SCHEMA: Final = SCHEMA.append(
     pa.field("corrections", pa.list_(pa.struct([("id", pa.int64()), ("change", pa.string())])))
 )
 """Corrections column of a manually corrected output. `change` is added, changed, removed (by the annotator) or left_out
-(the mask was below the export's thresholds and is gone). Masks without an entry are unchanged. Null if nobody
-reviewed the image."""
+(the mask was below the export's thresholds and is gone). Masks without an entry are unchanged. Null if the
+image was not reviewed."""
 
 PHRASES: Final = pa.field("phrases", pa.list_(pa.string()))
 """Last column of runs in which images have phrases of their own: those asked of this image, besides the ones asked of
@@ -65,6 +66,16 @@ every image."""
 PRESENCE: Final = pa.field("presence", pa.list_(pa.struct([("phrase", pa.string()), ("score", pa.float64())])))
 """Last column of runs whose `labels.by` says how likely an image shows what a phrase names at all: one item per phrase
 asked of the image, in order, found or not. Empty if the image failed."""
+
+GEO: Final = pa.field("geo", pa.struct([("crs", pa.string()), ("transform", pa.list_(pa.float64()))]))
+"""Last column of runs whose INPUT has TIFFs: where a GeoTIFF is; null for other images.
+
+crs: as WKT 2. transform: six numbers, [a, b, c, d, e, f], from pixels to the CRS: x = a * column + b * row + c and
+y = d * column + e * row + f, where (0, 0) is the outer corner of the first pixel of the upright image."""
+
+TILES: Final = pa.field("tiles", pa.list_(pa.struct([("id", pa.int64()), ("boxes", pa.list_(pa.list_(pa.int32())))])))
+"""Last column of runs with `masks.tile`: for each mask of an image that was labelled in tiles, its id and the tiles
+that it was found in, [x, y, width, height] each. Empty for an image that was labelled as a whole."""
 
 CHANGES: Final = ("added", "changed", "removed", "left_out")
 
@@ -92,6 +103,10 @@ class ImageRecord:
     """As in `PHRASES`; only stored in runs that have that column."""
     presence: list[dict[str, Any]] | None = None
     """As in `PRESENCE`; only stored in runs that have that column."""
+    geo: dict[str, Any] | None = None
+    """As in `GEO`; only stored in runs that have that column."""
+    tiles: list[dict[str, Any]] | None = None
+    """As in `TILES`; only stored in runs that have that column."""
     embedding: dict[str, Any] | None = None
     """A row of `samray.output.embeddings.SCHEMA`, which is stored apart."""
 
@@ -100,10 +115,11 @@ def schema_of(run: Mapping[str, Any]) -> pa.Schema:
     """The columns of the shards of a run (`Plan.run`)."""
     identity = run.get("identity", {})
     schema = CORRECTED_SCHEMA if "corrects" in identity else SCHEMA
-    if categories_of(identity) is None:
-        return schema
-    schema = named(schema) if num_common_of(identity) is None else named(schema).append(PHRASES)
-    return schema.append(PRESENCE) if has_presence(identity) else schema
+    if categories_of(identity) is not None:
+        schema = named(schema) if num_common_of(identity) is None else named(schema).append(PHRASES)
+        schema = schema.append(PRESENCE) if has_presence(identity) else schema
+    schema = schema.append(GEO) if has_geo(run) else schema
+    return schema.append(TILES) if has_tiles(identity) else schema
 
 
 def named(schema: pa.Schema) -> pa.Schema:
@@ -121,8 +137,8 @@ def categories_of(identity: Mapping[str, Any]) -> list[str] | None:
 def num_common_of(identity: Mapping[str, Any]) -> int | None:
     """How many of `categories_of` are asked of every image, from the first; None: all. Of the others each image has its
     own, in the column `PHRASES`."""
-    found: int | None = identity.get("labels", {}).get("asked_of_all")
-    return found
+    num_common: int | None = identity.get("labels", {}).get("asked_of_all")
+    return num_common
 
 
 def has_presence(identity: Mapping[str, Any]) -> bool:
@@ -130,10 +146,28 @@ def has_presence(identity: Mapping[str, Any]) -> bool:
     return bool((identity.get("labels") or {}).get("presence"))
 
 
-def asked_of(own: Iterable[str], categories: Sequence[str], num_common: int | None) -> list[str]:
-    """All phrases that were asked of an image, in order. own: those in `PHRASES`; num_common: as of `num_common_of`."""
+def has_geo(run: Mapping[str, Any]) -> bool:
+    """Whether the shards of a run (`Plan.run`) have the column `GEO`."""
+    return bool(run.get("geo"))
+
+
+def has_tiles(identity: Mapping[str, Any]) -> bool:
+    """Whether the shards of a run have the column `TILES`."""
+    return (identity.get("masks") or {}).get("tile") is not None
+
+
+def is_transform(values: Sequence[float | None]) -> bool:
+    """Whether this is a transform as `GEO` has it."""
+    return len(values) == 6 and all(value is not None and math.isfinite(value) for value in values)
+
+
+def asked_of(user_phrases: Iterable[str], categories: Sequence[str], num_common: int | None) -> list[str]:
+    """All phrases that were asked of an image, in order.
+
+    user_phrases: those in `PHRASES`; num_common: as in `num_common_of`.
+    """
     common = list(categories[:num_common])
-    return common + [phrase for phrase in own if phrase not in common]
+    return common + [phrase for phrase in user_phrases if phrase not in common]
 
 
 def count_named(table: pa.Table) -> int:
@@ -152,7 +186,7 @@ def check_columns(schema: pa.Schema) -> None:
         if schema.get_field_index(column.name) < 0:
             raise ValueError(f"expected one column {column.name!r}; shards have {SCHEMA.names}")
         _check_type(column.name, schema.field(column.name).type, column.type)
-    for column in (PHRASES, PRESENCE):
+    for column in (PHRASES, PRESENCE, GEO, TILES):
         if schema.get_field_index(column.name) >= 0:
             _check_type(column.name, schema.field(column.name).type, column.type)
 
@@ -200,6 +234,8 @@ def _row(record: ImageRecord) -> dict[str, Any]:
         "corrections": record.corrections,
         "phrases": record.phrases or [],
         "presence": [] if failed else record.presence or [],
+        "geo": None if failed else record.geo,
+        "tiles": [] if failed else record.tiles or [],
     }
 
 
@@ -208,16 +244,16 @@ def shard_metadata(run: Mapping[str, Any]) -> dict[bytes, bytes]:
     identity = run.get("identity", {})
     # Hugging Face `datasets` takes its features from here instead of inferring them.
     features = {f.name: huggingface_feature(f.type) for f in schema_of(run)}
-    own = {
+    metadata = {
         "version": run.get("samray_version"),
         "identity": identity,
         "generation": run.get("generation", 0),
         "bbox_convention": identity.get("masks", {}).get("bbox_convention", "coco"),
     }
     if (categories := categories_of(identity)) is not None:
-        own["categories"] = categories
+        metadata["categories"] = categories
     return {
-        b"samray": _dumps(own),
+        b"samray": _dumps(metadata),
         b"huggingface": json.dumps({"info": {"features": features}}).encode(),  # in the columns' order: readers compare
     }
 
@@ -225,8 +261,8 @@ def shard_metadata(run: Mapping[str, Any]) -> dict[bytes, bytes]:
 def with_stats(table: pa.Table, stats: Mapping[str, Any]) -> pa.Table:
     """Add figures about how the table was made (seconds per stage, device, ...) to its `samray` metadata."""
     metadata = dict(table.schema.metadata or {})
-    own = parse_json(metadata.get(b"samray", b"{}"))
-    metadata[b"samray"] = _dumps({**own, "stats": dict(stats)})
+    of_samray = parse_json(metadata.get(b"samray", b"{}"))
+    metadata[b"samray"] = _dumps({**of_samray, "stats": dict(stats)})
     return table.replace_schema_metadata(metadata)
 
 
@@ -235,8 +271,8 @@ def samray_metadata(schema: pa.Schema) -> dict[str, Any]:
 
     Raises: ValueError if it is damaged.
     """
-    found = parse_json((schema.metadata or {}).get(b"samray", b"{}"))
-    return found if isinstance(found, dict) else {}
+    metadata = parse_json((schema.metadata or {}).get(b"samray", b"{}"))
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def huggingface_feature(kind: pa.DataType) -> Any:

@@ -15,42 +15,42 @@ import pyarrow.parquet as pq
 
 from samray.storage.tables import footer_bytes
 
-_KEY: Final = b"samray.sha256"
+CHECKSUM_KEY: Final = b"samray.sha256"
 _MARK: Final = b"samray.sealed"
 """A second key in the footer: shows that there is a checksum even if the first key is damaged."""
 _ZEROS: Final = b"0" * 64
-_BEFORE: Final = _KEY + b"\x18\x40"
+_BEFORE: Final = CHECKSUM_KEY + b"\x18\x40"
 """The bytes before the checksum: its key, and the length 64 of a string (Thrift's compact protocol)."""
 
 
 def leave_room(writer: pq.ParquetWriter) -> None:
     """Reserve space for the checksum. Call it before the writer is closed."""
-    writer.add_key_value_metadata({_MARK: b"sha256", _KEY: _ZEROS})
+    writer.add_key_value_metadata({_MARK: b"sha256", CHECKSUM_KEY: _ZEROS})
 
 
 def unsealed(table: pa.Table) -> pa.Table:
     """The table without the checksum of its file, which Arrow keeps in the metadata."""
-    metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key not in (_KEY, _MARK)}
+    metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key not in (CHECKSUM_KEY, _MARK)}
     return table.replace_schema_metadata(metadata or None)
 
 
 def seal(data: bytes | pa.Buffer) -> bytes:
     """Insert the checksum. data: a Parquet file written with `leave_room`."""
     view = memoryview(data)
-    start = _place(view)
+    start = _checksum_at(view)
     assert start is not None, "call leave_room before the writer is closed"
     return b"".join([view[:start], _digest(view, start), view[start + 64 :]])
 
 
 def seal_of(footer: pq.FileMetaData) -> str | None:
     """The checksum stored in a file; None for files of samray 0.1 and earlier, which have none."""
-    found = (footer.metadata or {}).get(_KEY)
-    return None if found is None else found.decode("ascii", "replace")
+    seal = (footer.metadata or {}).get(CHECKSUM_KEY)
+    return None if seal is None else seal.decode("ascii", "replace")
 
 
 def digest_in(data: bytes) -> str:
     """`seal_of` for the bytes of a file from `seal`."""
-    start = _place(memoryview(data))
+    start = _checksum_at(memoryview(data))
     assert start is not None, "this file was not sealed"
     return data[start : start + 64].decode("ascii")
 
@@ -58,18 +58,18 @@ def digest_in(data: bytes) -> str:
 def is_intact(data: bytes) -> bool | None:
     """Whether a file's bytes match the checksum in it; None if it has none."""
     view = memoryview(data)
-    start = _place(view)
+    start = _checksum_at(view)
     if start is None:
         # With the mark, the file had a checksum, and its key is damaged.
         return False if _MARK in _footer(view) else None
     return view[start : start + 64] == _digest(view, start)
 
 
-def _place(view: memoryview) -> int | None:
+def _checksum_at(view: memoryview) -> int | None:
     footer = _footer(view)
     # The last match: the checksum was added after all other metadata, which may contain any text.
-    found = footer.rfind(_BEFORE)
-    return None if found < 0 else len(view) - len(footer) + found + len(_BEFORE)
+    mark_at = footer.rfind(_BEFORE)
+    return None if mark_at < 0 else len(view) - len(footer) + mark_at + len(_BEFORE)
 
 
 def _footer(view: memoryview) -> bytes:

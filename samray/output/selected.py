@@ -24,7 +24,7 @@ _MASKS: Final = "annotations.list.element."
 
 @dataclass(frozen=True, slots=True)
 class GroupSelection:
-    """What is selected in a row group of a shard."""
+    """The selection in a row group of a shard."""
 
     shard: int
     group: int
@@ -51,7 +51,7 @@ def scan(plan: Plan, shards: Iterable[int], where: Where) -> Iterator[GroupSelec
 
 
 def _scan_shard(plan: Plan, shard: int, where: Where, columns: list[str]) -> list[GroupSelection]:
-    found, first = [], 0
+    groups, first = [], 0
     with open_shard(plan.output, shard) as file:
         for group in range(file.num_row_groups):
             images, ok, num_masks, num_selected = [], [], 0, 0
@@ -65,9 +65,9 @@ def _scan_shard(plan: Plan, shard: int, where: Where, columns: list[str]) -> lis
                 num_masks += int(lengths[selected].sum())
                 num_selected += int(masks.sum())
             all_images, all_ok = (np.concatenate([np.zeros(0, bool), *parts]) for parts in (images, ok))
-            found.append(GroupSelection(shard, group, first, all_images, all_ok, num_masks, num_selected))
-            first += len(found[-1].images)
-    return found
+            groups.append(GroupSelection(shard, group, first, all_images, all_ok, num_masks, num_selected))
+            first += len(groups[-1].images)
+    return groups
 
 
 def selected_images(plan: Plan, where: Where) -> tuple[npt.NDArray[np.int64], float]:
@@ -75,8 +75,8 @@ def selected_images(plan: Plan, where: Where) -> tuple[npt.NDArray[np.int64], fl
     selected. Raises: ConfigError, StorageError."""
     starts = plan.starts()
     places, num_masks, num_selected = [np.zeros(0, np.int64)], 0, 0
-    for one in scan(plan, range(plan.num_shards), where):
-        places.append(starts[one.shard] + one.first_row + np.flatnonzero(one.images))
-        num_masks += one.num_masks
-        num_selected += one.num_selected
+    for group in scan(plan, range(plan.num_shards), where):
+        places.append(starts[group.shard] + group.first_row + np.flatnonzero(group.images))
+        num_masks += group.num_masks
+        num_selected += group.num_selected
     return np.concatenate(places), num_selected / max(num_masks, 1)

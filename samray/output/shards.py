@@ -24,10 +24,12 @@ from samray.errors import NotFoundError, StorageError
 from samray.output.manifests import read_generations
 from samray.output.schema import (
     CORRECTED_SCHEMA,
+    GEO,
     NAMED_ANNOTATION,
     PHRASES,
     PRESENCE,
     SCHEMA,
+    TILES,
     check_columns,
     named,
     samray_metadata,
@@ -72,7 +74,7 @@ def shard_bytes(table: pa.Table, compression_level: int = 3) -> bytes:
     has_names = table.schema.field("annotations").type == pa.list_(NAMED_ANNOTATION)
     # Readers know only these schemas; any other is a bug of the caller.
     known = [named(schema) if has_names else schema for schema in (SCHEMA, CORRECTED_SCHEMA)]
-    for column in (PHRASES, PRESENCE) if has_names else ():
+    for column in (*((PHRASES, PRESENCE) if has_names else ()), GEO, TILES):
         known += [schema.append(column) for schema in known]
     assert any(table.schema.equals(schema) for schema in known), table.schema
     # Rows that were read from another file carry that file's checksum in their metadata.
@@ -106,6 +108,8 @@ def _repeated_names(schema: pa.Schema) -> Iterator[str]:
         yield "annotations.list.element.label"
     if PRESENCE.name in schema.names:
         yield "presence.list.element.phrase"
+    if GEO.name in schema.names:
+        yield "geo.crs"
 
 
 def rows_per_group(table: pa.Table) -> int:
@@ -217,12 +221,12 @@ class Success:
 def read_success(output: str) -> Success | None:
     """Read `_SUCCESS`; None if it does not exist. A damaged file counts as empty. Raises: StorageError."""
     try:
-        found = parse_json(storage.read_bytes(storage.join(storage.normalize(output), SUCCESS)))
-        numbers = {name: found.get(name) for name in ("num_shards", "num_failed", "generation")}
+        fields = parse_json(storage.read_bytes(storage.join(storage.normalize(output), SUCCESS)))
+        numbers = {name: fields.get(name) for name in ("num_shards", "num_failed", "generation")}
         # Not isinstance: True would pass as a number.
         if any(type(value) not in (int, NoneType) for value in numbers.values()):
             return Success()
-        return Success(**numbers, digests=tuple(found.get("shards") or ()))
+        return Success(**numbers, digests=tuple(fields.get("shards") or ()))
     except NotFoundError:
         return None
     except (ValueError, TypeError, AttributeError):

@@ -19,6 +19,7 @@ from samray.output.plan import Plan, load_plan
 from samray.output.sample import Footer, read_footers
 from samray.output.schema import STATS_SECONDS, categories_of
 from samray.output.shards import FOLDER, read_success, shard_number
+from samray.output.tile_files import list_tiles
 
 MAX_FOOTERS: Final = 200
 """Maximum number of footers read; with more shards they are a sample."""
@@ -52,6 +53,8 @@ class Status:
     num_shards_begun: int
     """Begun but not done: an actor works on them, or died doing so."""
     num_images: int
+    num_tiles_done: int = 0
+    """Tiles of large images (`masks.tile`) in shards that are not done."""
     num_images_done: int
     """Images in finished shards, including failed ones."""
     num_shards_read: int
@@ -72,7 +75,7 @@ class Status:
     eta_s: float | None = None
     last_shard_s_ago: float | None = None
     quiet_s: float | None = None
-    """Seconds since the last activity: a shard begun or done, or the plan made."""
+    """Seconds since the last activity: a shard begun or done, a tile of a large image, or the plan made."""
     usual_gap_s: float | None = None
     """Recent seconds from one shard to the next."""
     own_clock: bool = False
@@ -116,8 +119,11 @@ def run_status(output: str, footers: Footers | None = None) -> Status:
 
     last_planned_at = planned_at[plan.last_generation]
     written = sorted((at, plan.num_images_of(shard)) for shard, at in done.items() if at is not None)
-    # Any sign of life: the plan, the last shard, or an attempt that began.
-    signs = [at for at in (last_planned_at, *(at for at, _ in written[-1:]), *begun.values()) if at is not None]
+    tiles = {shard: of_shard for shard, of_shard in list_tiles(plan.output).items() if shard not in done}
+    # Any sign of life: the plan, the last shard, an attempt that began, or a tile.
+    last_shard_at = [at for at, _ in written[-1:]]
+    times = (last_planned_at, *last_shard_at, *begun.values(), *(of_shard.written_at for of_shard in tiles.values()))
+    signs = [at for at in times if at is not None]
     quiet_s = max(now - max(signs), 0.0) if signs else None  # with a slow clock here this would be negative
     # The time since the last shard counts only by the clock that dated it, and while shards are missing.
     waits = clock is not None and len(done) < plan.num_shards and bool(written)
@@ -140,6 +146,7 @@ def run_status(output: str, footers: Footers | None = None) -> Status:
         num_shards_done=len(done),
         num_shards_begun=len(begun),
         num_images=plan.num_images,
+        num_tiles_done=sum(of_shard.num_tiles for of_shard in tiles.values()),
         num_images_done=num_done,
         images_per_s=rate,
         images_per_s_overall=overall,

@@ -28,7 +28,9 @@ from samray.output.schema import categories_of, count_named, num_common_of, reas
 from samray.output.seals import is_intact, seal_of
 from samray.output.verify_embeddings import check_embeddings, check_names, has_embeddings
 from samray.output.verify_rows import check_asked, check_image, check_planned, check_status
+from samray.storage.footers import statistics
 from samray.storage.tables import open_parquet
+from samray.text import abridged
 
 _PROBLEMS_PER_SHARD: Final = 20
 _PROBLEMS_OF_DUPLICATES: Final = 20
@@ -216,7 +218,7 @@ def _check_metadata(plan: Plan, shard: int, table: pa.Table) -> Iterator[str]:
     if names is not None:
         labels = pc.unique(pc.struct_field(pc.list_flatten(table["annotations"]), "label")).drop_null().to_pylist()
         for label in sorted(set(labels) - set(names)):
-            yield f"{name} has the name {label!r}, which is none of those asked for: {', '.join(names)}"
+            yield f"{name} has the name {label!r}, which is not one of those asked for: {abridged(names, 20)}"
         yield from check_asked(name, table, names, num_common_of(plan.run["identity"]))
     if metadata.get("generation", 0) > plan.last_generation:
         made_for = metadata["generation"]
@@ -244,19 +246,18 @@ def _check_statistics(name: str, file: pq.ParquetFile, table: pa.Table) -> Itera
         "status": table["status"],
     }
     footer = file.metadata
-    for column in range(footer.num_columns):
-        path, start = footer.schema.column(column).path, 0
-        for group in range(footer.num_row_groups if path in columns else 0):
+    for path, column in columns.items():
+        start = 0
+        for group, stated in enumerate(statistics(footer, path)):
             num_rows = footer.row_group(group).num_rows
-            values = columns[path].slice(start, num_rows)
+            values = column.slice(start, num_rows)
             start += num_rows
-            statistics = footer.row_group(group).column(column).statistics
             # Readers then read the whole group: slower, never wrong.
-            if statistics is None:
+            if stated is None:
                 continue
             true = pc.min_max(values).as_py()
-            wrong = statistics.has_min_max and (statistics.min, statistics.max) != (true["min"], true["max"])
-            if wrong or (statistics.has_null_count and statistics.null_count != values.null_count):
+            wrong = (stated.min, stated.max) != (true["min"], true["max"])
+            if wrong or stated.null_count not in (None, values.null_count):
                 yield f"{name}: the statistics of {path} in row group {group} are wrong; lookups would miss images"
 
 
@@ -278,17 +279,18 @@ class _Images:
 
     def duplicates(self, plan: Plan) -> Iterator[str]:
         """One sentence for each image_id and each URI that is in two shards, up to a limit of each."""
-        for number, (one, other, image_id) in enumerate(self._in_two_shards(self._ids)):
+        for number, (first, other, image_id) in enumerate(self._in_two_shards(self._ids)):
             if number == _PROBLEMS_OF_DUPLICATES:
                 break
-            yield f"image {image_id} is in {shards.shard_name(one)} and in {shards.shard_name(other)}"
-        for number, (one, other, key) in enumerate(self._in_two_shards(self._uris)):
+            yield f"image {image_id} is in {shards.shard_name(first)} and in {shards.shard_name(other)}"
+        for number, (first, other, key) in enumerate(self._in_two_shards(self._uris)):
             if number == _PROBLEMS_OF_DUPLICATES:
                 break
-            pair = [shards.read_shard(plan.output, shard, ["uri"])["uri"].to_pylist() for shard in (one, other)]
+            pair = [shards.read_shard(plan.output, shard, ["uri"])["uri"].to_pylist() for shard in (first, other)]
             for uri in sorted({uri for uri in pair[0] if uri and hash(uri) == key} & set(pair[1])):
                 yield (
-                    f"the URI {storage.redact(uri)!r} is in {shards.shard_name(one)} and in {shards.shard_name(other)}"
+                    f"the URI {storage.redact(uri)!r} is in {shards.shard_name(first)} and in "
+                    f"{shards.shard_name(other)}"
                 )
 
     def _in_two_shards(self, values: list[npt.NDArray[np.int64]]) -> Iterator[tuple[int, int, int]]:

@@ -89,22 +89,22 @@ def _check_file(
 
 
 def _check_row(
-    plan: Plan, which: str, row: Mapping[str, Any], sizes: Mapping[int, tuple[int, int]], deep: bool
+    plan: Plan, name: str, row: Mapping[str, Any], sizes: Mapping[int, tuple[int, int]], deep: bool
 ) -> Iterator[str]:
     identity = plan.run["identity"]
     if row["dtype"] != kind_of(identity):
-        yield f"{which} is stored as {row['dtype']}, the run asks for {kind_of(identity)}"
+        yield f"{name} is stored as {row['dtype']}, the run asks for {kind_of(identity)}"
     if sizes.get(row["image_id"], hw := (row["height"], row["width"])) != hw:
-        yield f"{which} is of {hw[1]}x{hw[0]} pixels, its row has another size"
+        yield f"{name} is of {hw[1]}x{hw[0]} pixels, its row has another size"
     if not deep:
         return
     try:
-        embedding = embedding_of(row, identity, which)
+        embedding = embedding_of(row, identity, name)
     except StorageError as error:
         yield str(error)
         return
     if EMBEDDING not in embedding.features:
-        yield f"{which} has no {EMBEDDING}"
+        yield f"{name} has no {EMBEDDING}"
     for feature, values in embedding.features.items():
         if not np.isfinite(values).all():
-            yield f"{which} has values in {feature} that are not finite"
+            yield f"{name} has values in {feature} that are not finite"

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from samray.output.schema import ANNOTATIONS_PER_IMAGE, CHANGES, PRESENCE, asked_of
+from samray.output.schema import ANNOTATIONS_PER_IMAGE, CHANGES, PRESENCE, asked_of, is_transform
 from samray.rle.runs import area, bbox_xywh, check_size, checked_runs
 
 PREDICTED_IOU_RANGE: Final = (-0.4, 1.4)
@@ -75,7 +75,7 @@ def check_asked(name: str, table: pa.Table, categories: Sequence[str], num_commo
     """Check that a row's own phrases are categories, that each of its masks has a name that was asked of it, and that
     the scores in `presence`, if it has that column, are of all phrases asked.
 
-    num_common: as of `num_common_of`. In a corrected output a person may have given any of the names.
+    num_common: as in `num_common_of`. In a corrected output a person may have given any of the names.
     """
     has_presence = PRESENCE.name in table.column_names
     if num_common is None and not has_presence:
@@ -84,18 +84,18 @@ def check_asked(name: str, table: pa.Table, categories: Sequence[str], num_commo
     rows = table.select([column for column in table.column_names if column in _ASKED]).to_pylist()
     for row in rows:
         which = f"{name}: image {(row['image'] or {}).get('image_id')}"
-        own = row["phrases"] if num_common is not None else []
+        user_phrases = row["phrases"] if num_common is not None else []
         if has_presence:
             # A person may have added names, which were asked of no image.
-            asked = None if "corrections" in row else asked_of(own or (), categories, num_common)
+            asked = None if "corrections" in row else asked_of(user_phrases or (), categories, num_common)
             yield from (f"{which} {problem}" for problem in _check_presence(row, asked, known))
         if num_common is None:
             continue
-        if own is None or not known.issuperset(own):
-            yield f"{which} has the phrases {own}, expected a list of names that the run asks for"
+        if user_phrases is None or not known.issuperset(user_phrases):
+            yield f"{which} has the phrases {user_phrases}, expected a list of names that the run asks for"
             continue
         labels = {mask["label"] for mask in row["annotations"] or [] if mask is not None} - {None}
-        if "corrections" not in row and (not_asked := labels - common - set(own)):
+        if "corrections" not in row and (not_asked := labels - common - set(user_phrases)):
             yield f"{which} has a mask with the name {min(not_asked)!r}, which was not asked of this image"
 
 
@@ -132,6 +132,11 @@ def check_image(
     # Of a selection the removed masks may have been corrected, too.
     if corrected and not has_gaps:
         yield from _check_corrections(f"{name}: image {image['image_id']}", row)
+    elif "tiles" in row and not has_gaps:
+        yield from _check_tiles(f"{name}: image {image['image_id']}", row)
+    transform = (row.get("geo") or {}).get("transform")
+    if transform is not None and not is_transform(transform):
+        yield f"{name}: image {image['image_id']} has the transform {transform} in geo, expected six numbers"
     for i, mask in enumerate(row["annotations"] or []):
         which = f"{name}: image {image['image_id']}, annotation {i}"
         if mask is None or any(_holds_null(value) for key, value in mask.items() if key not in _MAY_BE_NULL):
@@ -208,8 +213,25 @@ def _check_corrections(which: str, row: dict[str, Any]) -> Iterator[str]:
             yield f"{which} records that annotation {id} was {change}, but it is {'' if id in ids else 'not '}there"
 
 
+def _check_tiles(which: str, row: dict[str, Any]) -> Iterator[str]:
+    """The tiles of an image that was labelled in tiles: those of each mask, inside of the image."""
+    tiles, image = row["tiles"], row["image"]
+    if tiles is None or None in tiles or _holds_null(tiles):
+        yield f"{which} has an empty field in its tiles"
+    elif tiles and [tile["id"] for tile in tiles] != _ids_of(row):
+        yield f"{which} has tiles of other masks than it has"
+    else:
+        for box in (box for tile in tiles for box in tile["boxes"]):
+            if len(box) != 4:
+                yield f"{which} has a tile that is not four numbers: {box}"
+                continue
+            x, y, w, h = box
+            if min(x, y, w - 1, h - 1) < 0 or x + w > image["width"] or y + h > image["height"]:
+                yield f"{which} has a tile outside the image: {box}"
+
+
 def check_mask(mask: dict[str, Any], bbox_convention: str) -> str | None:
-    """What is wrong with one annotation's mask, area or box; None if nothing is."""
+    """The problem of one annotation's mask, area or box; None if it has none."""
     try:
         # Refuses run lengths that do not fit the size before any pixel is made.
         hw = check_size(mask["segmentation"]["size"])

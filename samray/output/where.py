@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 from samray import storage
 from samray.config.base import did_you_mean
 from samray.errors import ConfigError, StorageError
-from samray.output.quality_columns import default_place, quality_columns, quality_digest, values_of
+from samray.output.quality_columns import default_quality_folder, quality_columns, quality_digest, values_of
 from samray.output.where_nodes import QUALITY, Values, evaluate, parse, shown
 
 if TYPE_CHECKING:
@@ -60,12 +60,12 @@ class Where:
         return any(name.startswith(QUALITY) for term in _terms(self.text) for name in term.names)
 
     def to_json(self) -> dict[str, str]:
-        """What decides what is selected: part of the identity of what is made of the selection."""
-        own = {"where": storage.redact(self.text)}
+        """Identity of the selection: part of the identity of an output that is made from it."""
+        identity = {"where": storage.redact(self.text)}
         if not (self.quality and self.uses_quality):
-            return own
+            return identity
         # With the digest: a job must not go on with the columns of a later check in the same place.
-        return own | {"quality": f"{storage.redact(self.quality)}, SHA-256 {self.digest[:16]}"}
+        return identity | {"quality": f"{storage.redact(self.quality)}, SHA-256 {self.digest[:16]}"}
 
     def check(self, schema: pa.Schema) -> None:
         """Check the expression against the columns of an output (`schema_of`).
@@ -170,7 +170,7 @@ def make_where(text: str | None, output: str, quality: str | None = None) -> Whe
         if quality is not None:
             raise ConfigError("--quality is for an expression with columns of quality: use it with --where")
         return None
-    where = Where(text, default_place(output) if quality is None else storage.normalize(quality))
+    where = Where(text, default_quality_folder(output) if quality is None else storage.normalize(quality))
     return replace(where, digest=quality_digest(str(where.quality))) if where.uses_quality else where
 
 
@@ -199,8 +199,8 @@ def keep_masks(table: pa.Table, masks: Bools) -> pa.Table:
 
 def image_columns(schema: pa.Schema) -> dict[str, str]:
     """Name in an expression -> Parquet column, of the columns with one value per image, without the counts."""
-    own = {field.name: f"image.{field.name}" for field in schema.field("image").type}
-    return own | {field.name: field.name for field in schema if field.name not in ("image", "annotations")}
+    of_image = {field.name: f"image.{field.name}" for field in schema.field("image").type}
+    return of_image | {field.name: field.name for field in schema if field.name not in ("image", "annotations")}
 
 
 def mask_columns(schema: pa.Schema) -> dict[str, pa.DataType]:
@@ -211,7 +211,7 @@ def mask_columns(schema: pa.Schema) -> dict[str, pa.DataType]:
 
 @dataclass(frozen=True, slots=True)
 class _Term:
-    """What `and` joins."""
+    """The operands of `and`."""
 
     tree: exp.Expr
     columns: tuple[tuple[str, str], ...]

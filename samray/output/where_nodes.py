@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sqlglot import exp
 
 Values = Any
-"""A pa.Array, or a pa.Scalar that stands for all rows."""
+"""A pa.Array, or a pa.Scalar with the value of all rows."""
 Columns = Callable[[str], Values]
 
 QUALITY: Final = "quality."
@@ -197,25 +197,25 @@ def _matches(node: Any, of: Compute, columns: Columns) -> Values:
         # Without an escape character, as in DuckDB. Arrow's has one, and takes it literally in some patterns.
         wild = {"%": ".*", "_": "."}
         regex = "".join(wild.get(character) or re.escape(character) for character in pattern)
-        found = pc.match_substring_regex(of(node.this), f"(?s)^{regex}$", ignore_case=ignore_case)
+        is_match = pc.match_substring_regex(of(node.this), f"(?s)^{regex}$", ignore_case=ignore_case)
     else:
-        found = pc.match_like(of(node.this), pattern, ignore_case=ignore_case)
-    return pc.invert(found) if node.args.get("negate") else found
+        is_match = pc.match_like(of(node.this), pattern, ignore_case=ignore_case)
+    return pc.invert(is_match) if node.args.get("negate") else is_match
 
 
 def _is_in(node: Any, of: Compute, columns: Columns) -> Values:
     values, wanted = of(node.this), [of(part) for part in node.expressions]
-    if any(not isinstance(one, pa.Scalar) for one in wanted):
+    if any(not isinstance(value, pa.Scalar) for value in wanted):
         raise ConfigError(f"where: expected a list of numbers or text in {shown(node)}")
     # Of null it is not known whether it is one of them; nor of any other value, if one of them is null.
-    known = [one.as_py() for one in wanted if one.is_valid]
+    known = [value.as_py() for value in wanted if value.is_valid]
     unknown = pa.scalar(None if len(known) < len(wanted) else False, pa.bool_())
     value_set = pa.array(known)
     if pa.types.is_integer(values.type) and pa.types.is_floating(value_set.type):
         values = pc.cast(values, pa.float64())
-    found = pc.is_in(values, value_set=value_set.cast(values.type) if known else pa.array([], values.type))
-    found = pc.if_else(found, True, unknown)
-    return pc.if_else(pc.is_valid(values), found, pa.scalar(None, pa.bool_()))
+    is_member = pc.is_in(values, value_set=value_set.cast(values.type) if known else pa.array([], values.type))
+    is_member = pc.if_else(is_member, True, unknown)
+    return pc.if_else(pc.is_valid(values), is_member, pa.scalar(None, pa.bool_()))
 
 
 def _is(node: Any, of: Compute, columns: Columns) -> Values:

@@ -1,7 +1,7 @@
 """Durable marks that let a run survive an image on which whole labelling processes die.
 
 The memory of a dead process is lost, so its work in progress is recorded in storage: OUTPUT/_samray/attempts/ has one
-mark per attempt at a shard. From the third attempt on, each image is labelled alone in a child (see `alone`) whose
+mark per attempt at a shard. From the third attempt on, each image is labelled alone in a child (see `isolated`) whose
 death identifies the image. The image in progress is marked, too: if attempts keep dying on the same image together with
 the parent (as when a node runs out of memory), it becomes a failed row instead of being retried forever.
 """
@@ -24,12 +24,13 @@ the same mark, so a few prove nothing."""
 class ShardAttempts:
     """The marks of one shard. run_id separates this driver's marks from those of earlier drivers.
 
-    number: of the current attempt, if `begin` was called elsewhere.
+    number: of the current attempt, if `begin` was called elsewhere. part: of some tiles of one image, with marks of
+    their own, which go with those of the shard.
     """
 
-    def __init__(self, output: str, shard: int, run_id: str, number: int = 0) -> None:
+    def __init__(self, output: str, shard: int, run_id: str, number: int = 0, part: str = "") -> None:
         self.dir = storage.join(output, "_samray", "attempts")
-        self.prefix = f"shard-{shard:06d}."
+        self.prefix = f"shard-{shard:06d}." + (f"{part}." if part else "")
         self.run_id = run_id
         self.number = number
         self._marked: int | None = None
@@ -78,10 +79,10 @@ class ShardAttempts:
             self.unmark(self._marked)
         storage.delete(self._uri(f"attempt-{self.number:04d}"))
 
-    def clear(self) -> None:
-        """Delete all marks, because the shard is committed. Skips the listing after a first attempt."""
+    def clear(self, *, has_parts: bool = False) -> None:
+        """Delete all marks, because the shard is committed. Skips the listing after a first attempt without parts."""
         # No earlier attempt, so no other mark: the usual case costs one request instead of a listing.
-        if self.number == 1:
+        if self.number == 1 and not has_parts:
             storage.delete(self._uri("attempt-0001"))
         else:
             for name in self._names():
@@ -96,3 +97,27 @@ class ShardAttempts:
 
     def _uri(self, mark: str) -> str:
         return storage.join(self.dir, self.prefix + mark)
+
+
+class TileMarks:
+    """The marks of all tiles of a large image as those of one image of its shard."""
+
+    def __init__(self, attempts: ShardAttempts, index: int) -> None:
+        # Above the numbers of images without tiles, of which a shard has at most 10,000.
+        self._attempts, self._index = attempts, 10_000 + index
+
+    def strikes(self, index: int) -> int:
+        """As in `ShardAttempts`, for any tile."""
+        return self._attempts.strikes(self._index)
+
+    def is_poison(self, index: int) -> bool:
+        """As in `ShardAttempts`, for any tile."""
+        return self._attempts.is_poison(self._index)
+
+    def mark(self, index: int) -> None:
+        """A tile is about to be labelled."""
+        self._attempts.mark(self._index)
+
+    def unmark(self, index: int) -> None:
+        """It did no harm."""
+        self._attempts.unmark(self._index)

@@ -22,7 +22,7 @@ from samray.output.schema import ANNOTATION, NAMED_ANNOTATION, PRESENCE
 from samray.pipeline.labeler import EncodedImage, ShardLabeler, build_labeler
 from samray.pipeline.metrics import ActorFigures
 from samray.prompts import Prompt
-from samray.sam.checkpoints import WeightsFile
+from samray.sam.weights_file import WeightsFile
 from samray.storage.tables import code_free
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def label_dataset(
 
     The images are in the column config.input.image_column, else in `bytes` or `image`: encoded bytes, Hugging Face's
     `struct<bytes, path>`, or RGB or grey uint8 arrays. An image that cannot be labelled has status `failed` and a
-    reason.
+    reason. Where a GeoTIFF is (the column `geo` of `samray.label`) is not added.
     phrases_column names a column of lists of strings: phrases of this image alone, besides those of config.labels; null
     means none. Annotation ids are image_id * 65536 + index if ds has an integer column `image_id`, else only the index.
     make_labeler is called once in each actor with config and its number of threads. Each actor leaves one of its CPUs
@@ -54,12 +54,14 @@ def label_dataset(
     config = config or Config()
     if config.input.prompts is not None:
         raise ConfigError("input.prompts is for samray.label: the images of a dataset have no names to match")
+    if config.masks.tile is not None:
+        raise ConfigError("masks.tile is for samray.label: a dataset has no output to keep the masks of tiles in")
     if config.output.embeddings != "none":
         raise ConfigError("output.embeddings is for samray.label: a dataset has no output to store them next to")
     if make_labeler is None:  # every actor must load the weights that this machine has
         labels = read_inputs(config, None if phrases_column is None else [])
-        own = config.model
-        weights = WeightsFile(own.name, own.checkpoint, own.adapter) if config.labels.needs_sam else None
+        model = config.model
+        weights = WeightsFile(model.name, model.checkpoint, model.adapter) if config.labels.needs_sam else None
         digests: Any = weights.identity if weights else {}
         make_labeler = functools.partial(build_labeler, labels=labels, **digests)
     is_fixed = ensure_ray(config.cluster)
@@ -129,7 +131,7 @@ class DatasetLabeler:
         batch = batch.append_column(
             "annotations", pa.array([r.annotations for r in records], pa.list_(self.annotation))
         )
-        batch = batch.append_column("status", pa.array(["failed" if e else "ok" for e in errors], pa.string()))
+        batch = batch.append_column("status", pa.array(["failed" if error else "ok" for error in errors], pa.string()))
         batch = batch.append_column("error", pa.array(errors, pa.string()))
         if not self.has_presence:
             return batch

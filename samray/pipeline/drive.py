@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from samray.output.plan import Plan
     from samray.pipeline.labeler import MakeLabeler
     from samray.pipeline.report import LabelReport
+    from samray.pipeline.tiling import Size
     from samray.progress import ProgressView
     from samray.prompts import Prompt
 
@@ -59,11 +60,13 @@ class Run:
     history: FailureCounts
     view: ProgressView
     labels: Inputs | None
-    """What the labelling of names needs; None to find masks without names."""
+    """Inputs for names; None to find masks without names."""
     make_labeler: MakeLabeler | None
     """None for the labeler of config's model."""
     reads_images: bool = True
     """Whether the fetch stage reads the images; if not, the labeler has them from elsewhere."""
+    tiles: Mapping[int, Mapping[int, Size]] = field(default_factory=dict)
+    """Shard -> index in it -> the images to label in tiles (`masks.tile`)."""
     committed: set[int] = field(default_factory=set)
     """Shards of todo committed so far."""
 
@@ -117,6 +120,7 @@ class _Progress:
         self.run = run
         self.num_before = self.num_committed = run.view.num_done
         self.num_failed = 0
+        self.num_tiles, self.num_tiles_before = _count_tiles(run)
 
     def add(self, done: ShardDone) -> None:
         run = self.run
@@ -145,6 +149,14 @@ class _Progress:
         if phase is not Phase.RUNNING:
             return f"stopping, {len(in_flight)} shard{'' if len(in_flight) == 1 else 's'} in flight"
         return "labelling" if in_flight or self.num_committed > self.num_before else "loading the model"
+
+    def tiles(self, num_tiles: int) -> str:
+        """Tiles of large images, for the progress bar. num_tiles: those that this run has labelled."""
+        if not num_tiles:
+            return ""
+        # If an actor died, some are labelled twice.
+        num_done = min(self.num_tiles_before + num_tiles, self.num_tiles)
+        return f"{num_done:,} of {self.num_tiles:,} tiles"
 
 
 def drive(dataset: ray.data.Dataset, run: Run, state: Any, stop: StopRequest) -> None:
@@ -186,21 +198,38 @@ def _poll(run: Run, state: Any, stop: StopRequest, drain: Drain, progress: _Prog
         drain.begin(time.monotonic())
         # Repeated each time, because a restarted state actor has forgotten it.
         state.stop.remote(abandon=drain.is_overdue(time.monotonic()))
-    in_flight = _in_flight(state)
+    in_flight, num_tiles = _in_flight(state)
     drain.update(time.monotonic(), None if in_flight is None else len(in_flight))
     # Once over, the bar keeps its last state.
     if drain.phase is not Phase.OVER:
-        run.view.update(note=progress.note(drain.phase, in_flight or {}))
+        run.view.update(note=progress.note(drain.phase, in_flight or {}), detail=progress.tiles(num_tiles))
         run.history.save(SAVE_EVERY_S)
         progress.show(in_flight)
 
 
-def _in_flight(state: Any) -> dict[int, int] | None:
-    """Shards begun but not committed -> images labelled; None if the state actor does not respond."""
+def _in_flight(state: Any) -> tuple[dict[int, int] | None, int]:
+    """Shards begun but not committed -> images labelled, and tiles labelled; None and 0 if the state actor does not
+    respond."""
     import ray
 
     try:
-        in_flight: dict[int, int] = ray.get(state.snapshot.remote(), timeout=_ANSWER_S)
-        return in_flight
+        snapshot: tuple[dict[int, int], int] = ray.get(state.snapshot.remote(), timeout=_ANSWER_S)
+        return snapshot
     except ray.exceptions.RayError:
-        return None
+        return None, 0
+
+
+def _count_tiles(run: Run) -> tuple[int, int]:
+    """Tiles of the large images of a run, and those of them that are there already, from a run that was killed."""
+    from samray.output.tile_files import list_tiles
+    from samray.pipeline.large_images import too_large_for_tiles
+    from samray.pipeline.tiling import tiling_of
+
+    if not run.tiles:
+        return 0, 0
+    sizes = [size for of_shard in run.tiles.values() for size in of_shard.values()]
+    total = sum(len(tiling_of(size, run.config)) for size in sizes if too_large_for_tiles(size, run.config) is None)
+    done = sum(
+        tiles_of_shard.num_tiles for shard, tiles_of_shard in list_tiles(run.plan.output).items() if shard in run.tiles
+    )
+    return total, min(done, total)

@@ -10,7 +10,7 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -33,10 +33,20 @@ if TYPE_CHECKING:
     from samray.prompts import Prompt
 
 SOURCE = pa.schema(
-    [("shard", pa.int64()), ("retry", pa.bool_()), ("prompts", pa.string()), ("credentials", pa.string())]
+    [
+        ("shard", pa.int64()),
+        ("retry", pa.bool_()),
+        ("prompts", pa.string()),
+        ("credentials", pa.string()),
+        ("tiles", pa.string()),
+        ("part", pa.string()),
+    ]
 )
 """retry: the shard is finished, and only some of its images must be labelled again. prompts: user prompts as JSON,
-index in the shard -> list; null without prompts. credentials: of `read_credentials`, as JSON; null if none."""
+index in the shard -> list; null without prompts. credentials: of `read_credentials`, as JSON; null if none. tiles:
+sizes of the images to label in tiles as JSON, index in the shard -> [height, width, version]; null if none. part: null
+for the row of a shard; for a row with some tiles of one image, which comes before it, [number, index, first tile, last
+tile], as JSON."""
 
 FETCHED = pa.schema(
     [
@@ -44,12 +54,14 @@ FETCHED = pa.schema(
         ("retry", pa.bool_()),
         ("fetch_s", pa.float64()),
         ("credentials", pa.string()),  # as in SOURCE, for images that the labeler fetches
+        ("tiles", pa.string()),
+        ("part", pa.string()),  # both as in SOURCE
         (
             "images",
             pa.large_list(
                 pa.struct(
                     [
-                        ("place", pa.int32()),  # index in the shard
+                        ("index", pa.int32()),  # index in the shard
                         ("image_id", pa.int64()),
                         ("file_name", pa.string()),
                         ("uri", pa.string()),
@@ -84,16 +96,29 @@ def source_table(
     todo: Mapping[int, bool],
     prompts: Mapping[int, Mapping[int, list[Prompt]]] | None = None,
     credentials: Mapping[int, Mapping[str, str]] = {},
+    tiles: Mapping[int, Mapping[int, Sequence[Any]]] = {},
+    parts: Mapping[int, Sequence[tuple[int, int, int]]] = {},
 ) -> pa.Table:
     """A row of SOURCE for each shard. todo: whether the shard is finished, and only some of its images must be redone.
 
     Paths are not included: the fetch stage reads them from the manifest. prompts: shard -> index in it -> list; sent
     with the shard, because the prompt file may change during the run. credentials: shard -> those of its images, which
-    are not stored anywhere.
+    are not stored anywhere. tiles: shard -> index in it -> height and width of the images to label in tiles. parts:
+    shard -> index, first and last tile (exclusive) of each part that gets a row before that of the shard.
     """
-    prompts_json = [None] * len(todo) if prompts is None else [_to_json(prompts[shard]) for shard in todo]
-    secrets = [json.dumps(credentials[shard]) if shard in credentials else None for shard in todo]
-    return pa.table([list(todo), list(todo.values()), prompts_json, secrets], schema=SOURCE)
+    rows: list[dict[str, Any]] = []
+    number = itertools.count(1)
+    for shard, retry in todo.items():
+        row: dict[str, Any] = {"shard": shard, "retry": retry}
+        row["prompts"] = None if prompts is None else _to_json(prompts[shard])
+        row["credentials"] = json.dumps(credentials[shard]) if shard in credentials else None
+        row["tiles"] = json.dumps(tiles[shard]) if tiles.get(shard) else None
+        for part in parts.get(shard, ()):
+            # Only the size of its own image: a shard may have many large ones, each with many parts.
+            tiles_of_image = json.dumps({part[0]: tiles[shard][part[0]]})
+            rows.append({**row, "tiles": tiles_of_image, "part": json.dumps([next(number), *part])})
+        rows.append(row)
+    return pa.Table.from_pylist(rows, schema=SOURCE)
 
 
 def _to_json(prompts: Mapping[int, list[Prompt]]) -> str:
@@ -143,27 +168,37 @@ def fetch_shard(
     (source,) = batch.to_pylist()
     shard = source["shard"]
     started = time.monotonic()
+    tiles = {int(index) for index in json.loads(source["tiles"] or "{}")}
+    passed_on = {key: source[key] for key in ("shard", "retry", "credentials", "tiles", "part")}
+    if source["part"] is not None:
+        return pa.Table.from_pylist([{**passed_on, "fetch_s": 0.0, "images": []}], schema=FETCHED)
     table = plan.read_shard(shard)
     credentials = json.loads(source["credentials"] or "{}")
     prompts = None if source["prompts"] is None else json.loads(source["prompts"])
-    places = places_to_redo(plan, shard, retry_failed) if source["retry"] else list(range(table.num_rows))
+    indices = indices_to_redo(plan, shard, retry_failed) if source["retry"] else list(range(table.num_rows))
     images: list[dict[str, Any]] = []
     num_bytes = 0
     # A few at a time, so that the limit on bytes is noticed before much more than it is read.
-    for start in range(0, len(places), 16):
-        part = places[start : start + 16]
+    for start in range(0, len(indices), 16):
+        part = indices[start : start + 16]
         rows = table.take(part)
+        # An actor reads the image of tiles in parts, by itself.
+        untiled = pa.array([i for i, index in enumerate(part) if index not in tiles], pa.int64())
         # Sizes of the listing; unknown ones count as soon as they are read.
-        known = [row["size"] or 0 for row in rows.select(["size"]).to_pylist()]
-        ahead = reads_images and num_bytes + sum(known) <= MAX_BYTES_AHEAD
+        known = [row["size"] or 0 for row in rows.take(untiled).select(["size"]).to_pylist()]
+        ahead = reads_images and num_bytes + sum(known) <= MAX_BYTES_AHEAD and len(untiled) > 0
         sample = functools.partial(sample_files, plan, credentials)
-        fetched = fetch_images(reveal(rows, credentials), config.input, sample) if ahead else [None] * len(part)
-        num_bytes += sum(len(data) for data in fetched if isinstance(data, bytes))
-        for index, row, data in zip(part, rows.to_pylist(), fetched, strict=True):
+        fetched: dict[int, Any] = {}
+        if ahead:
+            data_of = fetch_images(reveal(rows.take(untiled), credentials), config.input, sample)
+            fetched = dict(zip(untiled.to_pylist(), data_of, strict=True))
+        num_bytes += sum(len(data) for data in fetched.values() if isinstance(data, bytes))
+        for i, (index, row) in enumerate(zip(part, rows.to_pylist(), strict=True)):
+            data = fetched.get(i)
             failed = isinstance(data, ImageError)
             images.append(
                 {
-                    "place": index,
+                    "index": index,
                     "image_id": row["image_id"],
                     "file_name": row["file_name"],
                     "uri": row["uri"],
@@ -174,8 +209,7 @@ def fetch_shard(
                     "prompts": None if prompts is None else json.dumps(prompts.get(str(index), [])),
                 }
             )
-    row = {"shard": shard, "retry": source["retry"], "fetch_s": time.monotonic() - started, "images": images}
-    row["credentials"] = source["credentials"]
+    row = {**passed_on, "fetch_s": time.monotonic() - started, "images": images}
     return pa.Table.from_pylist([row], schema=FETCHED)
 
 
@@ -202,7 +236,7 @@ def sample_files(plan: Plan, credentials: Mapping[str, str]) -> list[str]:
     return [file for file in files if not storage.is_redacted(file)]
 
 
-def places_to_redo(plan: Plan, shard: int, retry_failed: bool) -> list[int]:
+def indices_to_redo(plan: Plan, shard: int, retry_failed: bool) -> list[int]:
     """Indices in a finished shard of the images that changed since and, with retry_failed, of failed images."""
     table = read_shard(plan.output, shard, ["image", "status"])
     # Generation of the plan when the shard was written: only later changes count.

@@ -43,15 +43,15 @@ class EmbeddingKeeper:
         generator.keep_embedding = self._embeddings.__setitem__
 
     def generate(self, images: Sequence[RGBArray], *prompts: Any) -> list[WithEmbedding]:
-        """As of the generator, with the embedding of each image."""
+        """As the generator does, with the embedding of each image."""
         self._embeddings.clear()
         try:
             masks = self._generator.generate(images, *prompts)
             started = time.perf_counter()
             model = self._generator.model
             results = [
-                with_embedding(model, image, own, self._embeddings.pop(i), self._dtype)
-                for i, (image, own) in enumerate(zip(images, masks, strict=True))
+                with_embedding(model, image, records, self._embeddings.pop(i), self._dtype)
+                for i, (image, records) in enumerate(zip(images, masks, strict=True))
             ]
             self.stage_seconds["keep"] += time.perf_counter() - started
             return results
@@ -71,7 +71,10 @@ class Embedder:
         encoded = self._generator.encode(list(images))
         started = time.perf_counter()
         model = self._generator.model
-        results = [with_embedding(model, image, [], e, self._dtype) for image, e in zip(images, encoded, strict=True)]
+        results = [
+            with_embedding(model, image, [], embedding, self._dtype)
+            for image, embedding in zip(images, encoded, strict=True)
+        ]
         self.stage_seconds["keep"] += time.perf_counter() - started
         self.stage_seconds |= {key: self._generator.stage_seconds[key] for key in ("preprocess", "encode")}
         return results

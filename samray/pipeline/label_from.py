@@ -16,27 +16,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from samray import storage
-from samray.config import Config, InputConfig
+from samray.config import Config, InputConfig, ModelConfig
 from samray.errors import ConfigError, ImageError, NotFoundError, StorageError
 from samray.inputs.prompt_file import PromptFile
 from samray.output.append import InputChanges
-from samray.output.compact import look_at_finished, refuse_replaced, rows_by_shard
+from samray.output.compact import fingerprint_finished, refuse_replaced, rows_by_shard
 from samray.output.destination import check_writable
 from samray.output.embeddings import RowReader, kind_of, maps_of
 from samray.output.identity import refuse_differences
 from samray.output.manifests import MANIFEST_SCHEMA
 from samray.output.plan import Plan, load_plan, write_plan
-from samray.output.schema import ImageRecord
+from samray.output.schema import GEO, ImageRecord, has_geo
 from samray.output.shards import FOLDER, read_shard
 from samray.pipeline.kept import packed_embedding
 from samray.pipeline.labeler import EncodedImage, ShardLabeler, shard_labeler
 from samray.pipeline.naming import check_apart_from
 from samray.pipeline.plan_run import RunPlan, finished_shards
-from samray.pipeline.preflight import check_ray
+from samray.pipeline.preflight import check_ray, check_weights
 from samray.pipeline.report import LabelReport, no_masks
 from samray.pipeline.run import finish_run
 from samray.rle.records import MaskRecord
-from samray.sam.checkpoints import WeightsFile
+from samray.sam.weights_file import WeightsFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from samray.sam.sam import Sam
 
 Row = dict[str, Any]
-"""The image, status and error of a row of OUTPUT, and where its embedding is: its `shard` and `place`."""
+"""The image, status and error of a row of OUTPUT, and where its embedding is: its `shard` and `index`."""
 
 
 def label_from(
@@ -124,15 +124,20 @@ def plan_label_from(output: str, dest: str, config: Config, *, with_model: bool 
     _refuse_settings(config)
     check_apart_from(source, storage.normalize(dest))
     check_writable(dest, "_samray", FOLDER)
-    fingerprint, _ = look_at_finished(source)
-    config = _of_the_same_model(config, source)
+    fingerprint, _ = fingerprint_finished(source)
+    given, config = config.model, _of_the_same_model(config, source)
     weights = WeightsFile(config.model.name, config.model.checkpoint, config.model.adapter)
-    _refuse_other_weights(weights, source)
+    _refuse_other_weights(weights, source, named_by_output(given, config.model))
     dest = storage.normalize(dest)
     begun = load_plan(dest) if storage.exists(storage.join(dest, "_samray", "run.json")) else None
     if begun is not None:
         config = config.as_begun(begun.run["identity"])
     prompt_file = None if config.input.prompts is None else PromptFile.read(config.input.prompts)
+    if prompt_file is not None and any(prompt.text is not None for prompt in prompt_file.prompts):
+        raise ConfigError(
+            f"input.prompts {storage.redact(prompt_file.uri)} has texts, which need the images, and --from reads only "
+            "embeddings: leave them out, and name the masks afterwards with samray name"
+        )
     run = _run_of(source, config, weights, fingerprint, prompt_file, begun)
     images = source.read_images([name for name in MANIFEST_SCHEMA.names if name != "shard"])
     prompts = prompt_file.match(images) if prompt_file else None
@@ -158,8 +163,7 @@ def plan_label_from(output: str, dest: str, config: Config, *, with_model: bool 
 
 
 def _check(config: Config, weights: WeightsFile | None, with_model: bool) -> None:
-    if weights is not None:
-        weights.check()
+    check_weights(weights)
     check_ray(config, with_model=with_model)
 
 
@@ -170,6 +174,11 @@ def _refuse_settings(config: Config) -> None:
             "masks.crop_n_layers needs the encoder, because an output has no embeddings of crops: leave it out, or "
             "label the images themselves"
         )
+    if config.masks.tile is not None:
+        raise ConfigError(
+            "masks.tile needs the images, because an output has no embeddings of tiles: leave it out, or label the "
+            "images themselves"
+        )
     if config.labels.by is not None:
         raise ConfigError(
             f"labels.by={config.labels.by} needs the images, and --from reads only embeddings: leave it out, and name "
@@ -177,39 +186,65 @@ def _refuse_settings(config: Config) -> None:
         )
     if config.output.embeddings != "none":
         raise ConfigError("output.embeddings does not apply to --from: its embeddings are those of OUTPUT")
-    given = [key for key in InputConfig.model_fields if key != "prompts" and key in config.input.model_fields_set]
-    if given:
+    unused = [key for key in InputConfig.model_fields if key != "prompts" and key in config.input.model_fields_set]
+    if unused:
         raise ConfigError(
-            f"input.{given[0]} does not apply to --from, which reads no images; of input only prompts does"
+            f"input.{unused[0]} does not apply to --from, which reads no images; of input only prompts does"
         )
 
 
-def _refuse_other_weights(weights: WeightsFile, source: Plan) -> None:
-    """Raises: ConfigError if these weights, with their adapter, are not those that made the embeddings of OUTPUT."""
+def named_by_output(given: ModelConfig, used: ModelConfig) -> list[str]:
+    """The settings of files with weights that the run.json of OUTPUT gave, not the user."""
+    files = ("checkpoint", "adapter")
+    return [f"model.{key}" for key in files if key not in given.model_fields_set and getattr(used, key) is not None]
+
+
+def _refuse_other_weights(weights: WeightsFile, source: Plan, named: list[str]) -> None:
+    """Raises: ConfigError if these weights, with their adapter, are not those that made the embeddings of OUTPUT.
+
+    named: the settings that its run.json gave.
+    """
+    where = storage.redact(source.output)
+    origin = f" ({' and '.join(named)} from the run.json of {where})" if named else ""
+    try:
+        identity = weights.identity
+    except ConfigError as error:
+        raise ConfigError(f"{error}{origin}") from error
     for setting, key in (("checkpoint", "checkpoint_sha256"), ("adapter", "adapter_sha256")):
-        here, there = weights.identity.get(key), source.run["identity"]["model"].get(key)
-        if here != there:
+        sha256, stored_sha256 = identity.get(key), source.run["identity"]["model"].get(key)
+        if sha256 != stored_sha256:
+            path = getattr(weights, setting)
+            file = "" if path is None else f" {storage.redact(str(path))}"
             raise ConfigError(
-                f"model.{setting} is not the one that made the embeddings of {storage.redact(source.output)}: SHA-256 "
-                f"{(here or 'none')[:12]}, there {(there or 'none')[:12]}; set model.{setting} to that run's"
+                f"model.{setting}{file} is not the one that made the embeddings of {where}: SHA-256 "
+                f"{(sha256 or 'none')[:12]}, there {str(stored_sha256 or 'none')[:12]}; set model.{setting} to that "
+                f"run's{origin}"
             )
 
 
 def _of_the_same_model(config: Config, source: Plan) -> Config:
-    """The settings with the model of OUTPUT where none is given, and its input. Raises: ConfigError for another
+    """The settings with the model of OUTPUT if the user named none, and its input. Raises: ConfigError for another
     model."""
-    identity, given = source.run["identity"], config.model.model_fields_set
-    there = {key: identity["model"][key] for key in ("name", "dtype")}
-    there |= {key: source.run.get("config", {}).get("model", {}).get(key) for key in ("checkpoint", "adapter")}
-    if "name" in given and config.model.name != there["name"]:
+    identity, keys_set = source.run["identity"], config.model.model_fields_set
+    try:
+        stored = {key: identity["model"][key] for key in ("name", "dtype")}
+        stored |= {key: source.run.get("config", {}).get("model", {}).get(key) for key in ("checkpoint", "adapter")}
+        # Checked here, because the copy below checks nothing; the name by `WeightsFile`.
+        ModelConfig(**{**stored, "name": ModelConfig().name})
+        if not isinstance(stored["name"], str):
+            raise TypeError("the name of the model is not a text")
+    except (KeyError, TypeError, ConfigError) as error:
+        raise ConfigError(f"the run.json of {storage.redact(source.output)} is damaged: {error}") from error
+    if "name" in keys_set and config.model.name != stored["name"]:
         raise ConfigError(
             f"model.name={config.model.name} cannot use the embeddings of {storage.redact(source.output)}, which "
-            f"{there['name']} made; leave model.name out"
+            f"{stored['name']} made; leave model.name out"
         )
-    model = config.model.model_copy(update={key: value for key, value in there.items() if key not in given})
+    model = config.model.model_copy(update={key: value for key, value in stored.items() if key not in keys_set})
     # Sizes and limits of the images are those of OUTPUT's run.
-    own = {"prompts": config.input.prompts, "skip_duplicates": False}  # INPUT is not listed: its rows say which failed
-    settings = InputConfig(**{**identity.get("input", {}), **own})
+    # No duplicates to skip, because INPUT is not listed: the rows of OUTPUT say which images failed.
+    overrides = {"prompts": config.input.prompts, "skip_duplicates": False}
+    settings = InputConfig(**{**identity.get("input", {}), **overrides})
     # Built again from the user's values: mask settings that are not given follow the model.
     sections = {name: getattr(config, name) for name in type(config).model_fields}
     return Config(**{**sections, "model": model, "input": settings})
@@ -219,8 +254,8 @@ def _run_of(
     source: Plan, config: Config, weights: WeightsFile, fingerprint: str, prompts: PromptFile | None, begun: Plan | None
 ) -> dict[str, Any]:
     """The run.json of DEST."""
-    given = "images_per_shard" in config.output.model_fields_set
-    per_shard = config.output.images_per_shard if given else (begun or source).generations[0].images_per_shard
+    is_set = "images_per_shard" in config.output.model_fields_set
+    per_shard = config.output.images_per_shard if is_set else (begun or source).generations[0].images_per_shard
     identity = config.identity()
     identity["model"] |= weights.identity
     identity["output"] = {"images_per_shard": per_shard}
@@ -235,15 +270,16 @@ def _run_of(
         "input": identity["input_uri"],
         "config": settings,
         "images_per_shard": per_shard,
+        **({"geo": True} if has_geo(source.run) else {}),
     }
 
 
 def _refuse_other(begun: Plan, run: Mapping[str, Any], source: str, config: Config) -> None:
     """Raises: ConfigError if DEST has other masks, or is not made from embeddings."""
-    there, dest = begun.run["identity"].get("from"), storage.redact(begun.output)
-    if not isinstance(there, dict) or there.get("output") != source:
+    recorded, dest = begun.run["identity"].get("from"), storage.redact(begun.output)
+    if not isinstance(recorded, dict) or recorded.get("output") != source:
         raise ConfigError(f"{dest} has another output, and not masks from {source}: choose another DEST")
-    if there.get("shards") != run["identity"]["from"]["shards"]:
+    if recorded.get("shards") != run["identity"]["from"]["shards"]:
         raise ConfigError(
             f"shards of {source} have been replaced since {dest} was begun, which would mix masks of old embeddings "
             "with new ones; choose another DEST"
@@ -304,12 +340,12 @@ class StoredGenerator:
         if not (prompts and prompts[0] and isinstance(prompts[0][0], Stored)):
             # The built-in image of `alone` has no embedding.
             return list(self._generator.generate(images, *([prompts] if prompts else [])))
-        embeddings = [own[0].embedding for own in prompts]
+        embeddings = [stored.embedding for stored, *_ in prompts]
         sizes = [image.shape[:2] for image in images]
         from samray.masks.prompted import PromptedGenerator
 
         if isinstance(self._generator, PromptedGenerator):
-            return self._generator.generate_from(embeddings, sizes, [own[1:] for own in prompts])
+            return self._generator.generate_from(embeddings, sizes, [user_prompts for _, *user_prompts in prompts])
         return list(self._generator.generate_from(embeddings, sizes))
 
 
@@ -325,24 +361,25 @@ class StoredLabeler(ShardLabeler):
         """image_id -> row, of the shard in work."""
 
     def label(self, images: Sequence[EncodedImage], *args: Any, **options: Any) -> Any:
-        """As of `ShardLabeler`. Raises: also StorageError if OUTPUT cannot be read."""
+        """As in `ShardLabeler`. Raises: also StorageError if OUTPUT cannot be read."""
         for shard in {image.shard for image in images if image.shard is not None}:
-            self._look_at(shard)
+            self._read_shard(shard)
         ready = [i if i.shard is None else replace(i, prompts=[Stored(), *(i.prompts or [])]) for i in images]
         return super().label(ready, *args, **options)
 
-    def _look_at(self, shard: int) -> None:
+    def _read_shard(self, shard: int) -> None:
         """Read which images of a shard of DEST there are, by position: OUTPUT may have shards of another size."""
         if shard == self._shard:
             return
         start = shard * self._images_per_shard
         number = min(self._images_per_shard, self._starts[-1] - start)
         rows: dict[int, Row] = {}
-        for of, places in rows_by_shard(self._starts, np.arange(start, start + number)):
-            first = int(places[0])
-            part = read_shard(self._source.output, of, ["image", "status", "error"]).slice(first, len(places))
-            for place, row in enumerate(part.to_pylist(), first):
-                rows[row["image"]["image_id"]] = {**row, "shard": of, "place": place}
+        for source_shard, indices in rows_by_shard(self._starts, np.arange(start, start + number)):
+            first = int(indices[0])
+            columns = ["image", "status", "error", *([GEO.name] if has_geo(self._source.run) else [])]
+            part = read_shard(self._source.output, source_shard, columns).slice(first, len(indices))
+            for index, row in enumerate(part.to_pylist(), first):
+                rows[row["image"]["image_id"]] = {**row, "shard": source_shard, "index": index}
         self._rows, self._shard = rows, shard
 
     def decode(self, image: EncodedImage) -> np.ndarray | ImageError:
@@ -352,7 +389,7 @@ class StoredLabeler(ShardLabeler):
         """
         if image.shard is None:  # the built-in image of `alone`
             return super().decode(image)
-        self._look_at(image.shard)
+        self._read_shard(image.shard)
         row = self._rows[image.image_id]
         if row["status"] == "failed":
             return ImageError.parse(row["error"])
@@ -364,7 +401,7 @@ class StoredLabeler(ShardLabeler):
     def _read(self, row: Row, hw: tuple[int, int]) -> Tensor:
         image_id, where = row["image"]["image_id"], storage.redact(self._source.output)
         try:
-            stored = self._reader.read(row["shard"], row["place"], image_id)
+            stored = self._reader.read(row["shard"], row["index"], image_id)
             if stored is None or (stored["height"], stored["width"]) != hw:
                 raise StorageError(
                     f"{where} has no embedding of image {image_id}; `samray verify {where}` shows details"
@@ -384,4 +421,5 @@ class StoredLabeler(ShardLabeler):
         row = self._rows.get(image.image_id)
         if image.shard is not None and row is not None and row["status"] == "failed":
             return ImageRecord(**row["image"], uri=image.uri, error=row["error"])
-        return super().record(image, decoded, result)
+        record = super().record(image, decoded, result)
+        return record if row is None else replace(record, geo=row.get("geo"))

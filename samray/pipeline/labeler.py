@@ -1,7 +1,8 @@
 """The work of a labelling actor without Ray: encoded images in, one record per image out.
 
 This is the only place that turns an exception into an image's error: whatever a single image causes goes into its row.
-A device error is not an image's fault: it is raised, and ends the actor.
+A device error is not an image's fault: it is raised, and ends the actor. The file is long because the way of an image,
+from bytes to its record, is easier to follow in one place.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import numpy as np
 from samray.config import InputConfig
 from samray.errors import ImageError, StorageError
 from samray.inputs.child import ChildNotStarted
-from samray.inputs.decode_apart import decode_apart
+from samray.inputs.decode import refuse_size
+from samray.inputs.decode_apart import decode_with_geo
 from samray.labels.phrases import FoundMasks, distinct
 from samray.output.embeddings import make_row
 from samray.output.schema import ANNOTATIONS_PER_IMAGE, ImageRecord
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     import torch
 
     from samray.config import Config, MaskConfig
+    from samray.inputs.raster_source import Geo
     from samray.labels.ways import Inputs
     from samray.sam.sam import Sam
 
@@ -65,7 +68,8 @@ Work = tuple[np.ndarray, "list[Any] | None"]
 class MaskSource(Protocol):
     """The part of samray.masks.MaskGenerator (or PromptedGenerator, for images with prompts) that the labeler needs."""
 
-    stage_seconds: dict[str, float]
+    @property
+    def stage_seconds(self) -> dict[str, float]: ...
 
     @property
     def generate(self) -> Callable[..., list[Any]]:
@@ -86,14 +90,18 @@ class ShardLabeler:
         *,
         max_pixels: int,
         decode_timeout_s: float | None = None,
+        bands: tuple[int, ...] | None = None,
+        stretch: tuple[float, float] | None = None,
         num_threads: int = 1,
         device_type: str = "cpu",
     ) -> None:
         """make_generator(points_per_batch) creates a mask generator; None leaves the batch size to the generator, a
         number is for retrying an image that ran out of memory. decode_timeout_s: None uses the setting's default."""
         self.make_generator = make_generator
-        self.max_pixels = max_pixels
-        self.decode_timeout_s = InputConfig().decode_timeout_s if decode_timeout_s is None else decode_timeout_s
+        self.input = InputConfig(max_pixels=max_pixels, bands=bands, stretch=stretch)
+        if decode_timeout_s is not None:
+            self.input = self.input.model_copy(update={"decode_timeout_s": decode_timeout_s})
+        self._geo: dict[int, Geo] = {}  # id of a decoded image without a record -> where it is
         self.device_type = device_type
         self.num_workers = num_threads if device_type == "cpu" else 1
         self.group_size = GroupSize(1 if device_type == "cpu" else GPU_GROUP_IMAGES)
@@ -116,7 +124,7 @@ class ShardLabeler:
         Raises DeviceFault, StorageError, and what on_progress raises.
         """
         # The generators sum up over their lifetime; a shard's share is the difference.
-        before = self._stage_seconds()
+        before = self.stage_seconds()
         done = Labelled()
         num_ahead = 2 * self.num_workers  # enough to keep workers busy behind a slow image
         pending: deque[Future[Labelled]] = deque()
@@ -140,10 +148,11 @@ class ShardLabeler:
                 future.cancel()
             wait(pending)
         assert len(done.records) == len(images), (len(done.records), len(images))  # rows out = images in
-        done.stage_seconds = {k: v - before.get(k, 0.0) for k, v in self._stage_seconds().items()}
+        done.stage_seconds = {k: v - before.get(k, 0.0) for k, v in self.stage_seconds().items()}
         return done
 
-    def _stage_seconds(self) -> dict[str, float]:
+    def stage_seconds(self) -> dict[str, float]:
+        """Seconds per stage since the start."""
         total: Counter[str] = Counter()
         for generator in self.generators:
             total.update(generator.stage_seconds)
@@ -156,7 +165,7 @@ class ShardLabeler:
         group: list[Decoded] = []
         num_pixels = 0
         while waiting or ahead:
-            # One more than a group, so that decoding goes on while the caller labels the group.
+            # One more than a group, so that decoding continues while the caller labels the group.
             while waiting and len(ahead) < self.group_size.largest + 1:
                 image = waiting.popleft()
                 ahead.append((image, self.decoders.submit(self.decode, image)))
@@ -177,9 +186,14 @@ class ShardLabeler:
         """Pixels or an error. Raises only storage errors that affect everything, and DeviceFault."""
         try:
             data = image.data() if callable(image.data) else image.data
+            if isinstance(data, np.ndarray):  # in memory already, so only its masks have a limit
+                refuse_size((data.shape[1], data.shape[0]), data.size)
             if isinstance(data, ImageError | np.ndarray):
                 return data
-            return decode_apart(data, self.max_pixels, self.decode_timeout_s)
+            pixels, geo = decode_with_geo(data, self.input)
+            if geo is not None:
+                self._geo[image.image_id] = geo
+            return pixels
         except ImageError as error:
             return error
         except StorageError:  # the storage as a whole does not answer: that ends the run
@@ -211,7 +225,7 @@ class ShardLabeler:
 
     def record(self, image: EncodedImage, decoded: np.ndarray | ImageError, result: Any) -> ImageRecord:
         """The row of an image from what its generator returned for it, or from an error; a subclass may store it."""
-        return make_record(image, decoded, result)
+        return make_record(image, decoded, result, self._geo.pop(image.image_id, None))
 
     def _generate(self, generator: MaskSource, work: list[Work]) -> list[list[MaskRecord] | ImageError]:
         """Masks or an error for each image. Retries a failing group in smaller groups, to fail only the images at
@@ -238,8 +252,8 @@ class ShardLabeler:
             elif is_memory:
                 self.group_size.too_large(len(part))
             else:
-                # Not memory, so it is one of them: alone, each gets its own masks or error.
-                answers += [one for each in part for one in self._generate(generator, [each])]
+                # Not memory, so one image is at fault: alone, each gets its own masks or error.
+                answers += [result for single in part for result in self._generate(generator, [single])]
         return answers
 
     def _generate_in_small_batches(self, work: Work) -> list[MaskRecord] | ImageError:
@@ -275,31 +289,42 @@ def masks_of(generator: MaskSource, work: list[Work]) -> list[list[MaskRecord]]:
     """The masks of each image: all, or in a run with prompts the requested ones."""
     # A run has prompts for all of its images or for none.
     images = [pixels for pixels, _ in work]
-    prompts = [own for _, own in work if own is not None]
+    prompts = [user_prompts for _, user_prompts in work if user_prompts is not None]
     return generator.generate(images, prompts) if prompts else generator.generate(images)
 
 
 def make_record(
-    image: EncodedImage, decoded: np.ndarray | ImageError, result: list[MaskRecord] | WithEmbedding | ImageError
+    image: EncodedImage,
+    decoded: np.ndarray | ImageError,
+    result: list[MaskRecord] | WithEmbedding | ImageError,
+    geo: Geo | None = None,
 ) -> ImageRecord:
     """The row of one image."""
     height, width = decoded.shape[:2] if isinstance(decoded, np.ndarray) else (0, 0)
-    error = str(result) if isinstance(result, ImageError) else None
     embedding = None
     if isinstance(result, WithEmbedding):
         embedding = make_row(image.image_id, (height, width), result.input_hw, result.maps, result.dtype)
         result = result.masks
-    found = [] if isinstance(result, ImageError) else result
+    if not isinstance(result, ImageError) and len(result) > ANNOTATIONS_PER_IMAGE:  # thousands of phrases, for example
+        embedding = None
+        result = ImageError(
+            "unsupported",
+            f"{len(result):,} masks, and an image has at most {ANNOTATIONS_PER_IMAGE:,}: raise the thresholds, or set"
+            " masks.max_masks",
+        )
+    error = str(result) if isinstance(result, ImageError) else None
+    masks = [] if isinstance(result, ImageError) else result
     return ImageRecord(
         image_id=image.image_id,
         width=width,
         height=height,
         file_name=image.file_name,
         uri=image.uri,
-        annotations=[{"id": image.image_id * ANNOTATIONS_PER_IMAGE + i, **mask} for i, mask in enumerate(found)],
+        annotations=[{"id": image.image_id * ANNOTATIONS_PER_IMAGE + i, **mask} for i, mask in enumerate(masks)],
         error=error,
         phrases=list(distinct(p for p in image.prompts or () if isinstance(p, Prompt)).values()),
-        presence=found.presence if isinstance(found, FoundMasks) else None,
+        presence=masks.presence if isinstance(masks, FoundMasks) else None,
+        geo=geo,
         embedding=embedding,
     )
 
@@ -325,6 +350,8 @@ def build_labeler(
     from samray.labels.ways import generator_maker
     from samray.masks.generator import MaskGenerator
     from samray.masks.prompted import PromptedGenerator
+    from samray.masks.seams import of_one_tile
+    from samray.masks.tiling_generator import TilingGenerator
 
     makers: dict[int, Any] = {}  # what is derived from the example is derived once per model
 
@@ -342,6 +369,9 @@ def build_labeler(
             masks = masks.model_copy(update={"points_per_batch": points_per_batch})
         if config.input.prompts is not None:
             generator: MaskGenerator | PromptedGenerator = PromptedGenerator(model, masks)
+        elif masks.tile is not None:
+            of_tile = MaskGenerator(model, of_one_tile(masks), frugal=frugal)
+            return TilingGenerator(MaskGenerator(model, masks, frugal=frugal), of_tile)
         else:
             generator = MaskGenerator(model, masks, frugal=frugal)
         return generator if config.output.embeddings == "none" else EmbeddingKeeper(generator, config.output.embeddings)
@@ -368,14 +398,14 @@ def shard_labeler(
     from samray.sam.checkpoints import choose_device, load_model
 
     torch.set_num_threads(1)  # each thread labels a separate image, see ShardLabeler
-    own = config.model
+    settings = config.model
     # Ray does not hide GPUs from an actor without a reservation.
-    device = "cpu" if own.device is None and reserved_gpus() == 0 else own.device
+    device = "cpu" if settings.device is None and reserved_gpus() == 0 else settings.device
     model: Sam | torch.device
     if config.labels.needs_sam:
         model = load_model(
-            own.name, own.checkpoint, device, own.dtype,
-            sha256=checkpoint_sha256, adapter=own.adapter, adapter_sha256=adapter_sha256,
+            settings.name, settings.checkpoint, device, settings.dtype,
+            sha256=checkpoint_sha256, adapter=settings.adapter, adapter_sha256=adapter_sha256,
         )  # fmt: skip
     else:
         model = choose_device(device)
@@ -383,6 +413,8 @@ def shard_labeler(
         functools.partial(make_generator, model),
         max_pixels=config.input.max_pixels,
         decode_timeout_s=config.input.decode_timeout_s,
+        bands=config.input.bands,
+        stretch=config.input.stretch,
         num_threads=num_threads,
         device_type=model.type if isinstance(model, torch.device) else model.device.type,
     )

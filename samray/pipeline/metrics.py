@@ -102,6 +102,12 @@ class ActorFigures:
         record("samray_device_held_seconds", (now - self._counted_to) * num_workers)
         self._counted_to = now
 
+    def lap(self, num_workers: int) -> dict[str, float]:
+        """Lifetime of the actor since its last shard or lap, as held_seconds and gpu_seconds of `Labelled`."""
+        now = time.monotonic()
+        held_s, self._shard_from = now - self._shard_from, now
+        return {"held_seconds": held_s * num_workers, "gpu_seconds": held_s * reserved_gpus()}
+
     def finish(self, shard: Labelled, num_workers: int) -> Labelled:
         """Count the stages of a finished shard. Returns it with the actor's lifetime since the one before."""
         now = time.monotonic()

@@ -23,7 +23,7 @@ from samray.errors import ConfigError, ImageError
 from samray.inputs.decode import RGBArray
 from samray.labels.ways import EXAMPLE, Inputs, labels_identity, read_inputs
 from samray.output.append import InputChanges
-from samray.output.compact import look_at_finished, refuse_replaced, rows_between
+from samray.output.compact import fingerprint_finished, refuse_replaced, rows_between
 from samray.output.credentials import read_credentials
 from samray.output.destination import check_writable
 from samray.output.identity import refuse_differences
@@ -123,7 +123,7 @@ def plan_names(output: str, dest: str, config: Config) -> tuple[RunPlan, Plan, s
         raise ConfigError("output.embeddings does not apply to samray name, which makes none; OUTPUT keeps its own")
     check_apart_from(source, storage.normalize(dest))
     check_writable(dest, "_samray", FOLDER)
-    fingerprint, _ = look_at_finished(source)
+    fingerprint, _ = fingerprint_finished(source)
     labels = read_inputs(config)
     assert labels is not None
     dest = storage.normalize(dest)
@@ -165,9 +165,9 @@ def check_apart_from(source: Plan, dest: str) -> None:
 def _run_of(source: Plan, config: Config, labels: Inputs, fingerprint: str, begun: Plan | None) -> dict[str, Any]:
     """The run.json of DEST: that of OUTPUT, with the names."""
     run = copy.deepcopy({key: value for key, value in source.run.items() if key not in ("generation", "num_images")})
-    given = "images_per_shard" in config.output.model_fields_set
+    is_set = "images_per_shard" in config.output.model_fields_set
     shards_like = begun or source
-    per_shard = config.output.images_per_shard if given else shards_like.generations[0].images_per_shard
+    per_shard = config.output.images_per_shard if is_set else shards_like.generations[0].images_per_shard
     identity = run["identity"]
     # How its masks were made stays; names that it had are replaced.
     identity |= labels_identity(config, labels)
@@ -181,10 +181,10 @@ def _run_of(source: Plan, config: Config, labels: Inputs, fingerprint: str, begu
 
 def _refuse_other(begun: Plan, run: Mapping[str, Any], source: str) -> None:
     """Raises: ConfigError if DEST has other names, or is not an output of `samray name`."""
-    there, dest = begun.run["identity"].get("names"), storage.redact(begun.output)
-    if not isinstance(there, dict) or there.get("output") != source:
+    recorded, dest = begun.run["identity"].get("names"), storage.redact(begun.output)
+    if not isinstance(recorded, dict) or recorded.get("output") != source:
         raise ConfigError(f"{dest} has another output, and not the names of {source}: choose another DEST")
-    if there.get("shards") != run["identity"]["names"]["shards"]:
+    if recorded.get("shards") != run["identity"]["names"]["shards"]:
         raise ConfigError(
             f"shards of {source} have been replaced since {dest} was begun, which would mix old rows with new ones; "
             "choose another DEST"
@@ -235,6 +235,8 @@ class NamingLabelers:
             functools.partial(NameGenerator, namer),
             max_pixels=config.input.max_pixels,
             decode_timeout_s=config.input.decode_timeout_s,
+            bands=config.input.bands,
+            stretch=config.input.stretch,
             num_threads=num_threads,
             device_type=namer.network.device.type,
         )
@@ -250,7 +252,7 @@ class NameGenerator:
     def generate(self, images: Sequence[RGBArray], masks: Sequence[list[MaskRecord]]) -> list[list[MaskRecord]]:
         """The masks of each image with their names. Raises: ImageError if an image or a mask is not as it was."""
         started = time.perf_counter()
-        named = [self._named(image, own) for image, own in zip(images, masks, strict=True)]
+        named = [self._named(image, records) for image, records in zip(images, masks, strict=True)]
         self.stage_seconds["name"] += time.perf_counter() - started
         return named
 
@@ -278,7 +280,7 @@ class NamingLabeler(ShardLabeler):
         """image_id -> row, of the shard in work."""
 
     def label(self, images: Sequence[EncodedImage], *args: Any, **options: Any) -> Any:
-        """As of `ShardLabeler`. Raises: also StorageError if OUTPUT cannot be read."""
+        """As in `ShardLabeler`. Raises: also StorageError if OUTPUT cannot be read."""
         for shard in {image.shard for image in images if image.shard is not None} - {self._shard}:
             self._rows, self._shard = self._read(shard), shard
         return super().label([self._with_masks(image) for image in images], *args, **options)
@@ -303,7 +305,7 @@ class NamingLabeler(ShardLabeler):
         if image.shard is None:
             return make_record(image, decoded, result)
         row = self._rows[image.image_id]
-        known = {"uri": row["uri"], "corrections": row.get("corrections")}
+        known = {"uri": row["uri"]} | {name: row.get(name) for name in ("corrections", "geo", "tiles")}
         if not row["annotations"]:
             return ImageRecord(**row["image"], **known, error=row["error"])
         if isinstance(result, ImageError):

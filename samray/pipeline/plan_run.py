@@ -23,13 +23,14 @@ from samray.labels.ways import Inputs, labels_identity, read_inputs
 from samray.output.append import InputChanges, join_images
 from samray.output.destination import check_is_folder
 from samray.output.plan import Plan, load_plan, make_plan, preview_plan
+from samray.output.schema import has_geo
 from samray.output.shards import shard_versions
 from samray.pipeline.preflight import check_label
 
 if TYPE_CHECKING:
     from samray.config import Config
     from samray.inputs.skipped import Skipped
-    from samray.sam.checkpoints import WeightsFile
+    from samray.sam.weights_file import WeightsFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +52,7 @@ class RunPlan:
     prompts: MatchedPrompts | None
     """The user prompts, if config.input.prompts names a file."""
     labels: Inputs | None
-    """What the labelling of names needs, if config.labels asks for names."""
+    """Inputs for names, if config.labels asks for them."""
     versions: dict[int, str | None]
     """Finished shard -> version of its file."""
     preview: Preview | None = None
@@ -59,7 +60,7 @@ class RunPlan:
 
     @property
     def skipped(self) -> Skipped:
-        """What the listing of INPUT left out: now, or when the plan was made."""
+        """Files that the listing of INPUT left out: now, or when the plan was made."""
         return self.plan.skipped if self.changes.skipped is None else self.changes.skipped
 
 
@@ -92,21 +93,23 @@ def plan_run(
     dry_run: write nothing, and check neither weights nor Ray.
     Raises: ConfigError, before anything is written, if the run cannot start or differs from OUTPUT's; StorageError.
     """
-    from samray.sam.checkpoints import WeightsFile
+    from samray.sam.weights_file import WeightsFile
 
     storage.configure(config.storage)
     check_is_folder(output_uri)
     is_new = not storage.exists(storage.join(output_uri, "_samray", "run.json"))
-    begun = None if is_new else load_plan(output_uri).run["identity"]
+    run = {} if is_new else load_plan(output_uri).run
+    begun = None if is_new else run["identity"]
     if begun is not None:  # settings without a value of the user follow it, not a newer preset or default
         config = config.as_begun(begun)
     joining = append or redo_changed
     weights = WeightsFile(config.model.name, config.model.checkpoint, config.model.adapter)
     weights_to_load = weights if with_model and config.labels.needs_sam else None
-    # A resuming run may have no work to do; then weights and cluster need no check.
-    is_checked = not dry_run and (is_new or joining)
+    is_checked = not dry_run and (is_new or joining)  # a resuming run may have no work to do
     if is_checked:
-        check_label(input_uri, output_uri, config, weights_to_load, with_model=with_model, is_new=is_new)
+        check_label(
+            input_uri, output_uri, config, weights_to_load, with_model=with_model, is_new=is_new, has_geo=has_geo(run)
+        )
     if is_new and not dry_run:
         storage.check_output(output_uri)  # before listing INPUT, which may take long
     # Read once, here: it may change during the run, and its content is a part of the run's identity.
@@ -121,9 +124,8 @@ def plan_run(
     if joining and not is_new:  # a new run has just listed INPUT
         ways = {"append": append, "redo_changed": redo_changed, "dry_run": dry_run}
         plan, changes = join_images(plan, input_uri, config, identity, **ways)
-    # Unfinished files of processes that were killed; only a run that may write removes them.
     if not dry_run:
-        storage.remove_leftovers(plan.output)
+        storage.remove_leftovers(plan.output)  # unfinished files of processes that were killed
     return RunPlan(
         plan=plan,
         config=config,
@@ -157,14 +159,14 @@ def _prompts_and_labels(config: Config) -> tuple[PromptFile | None, Inputs | Non
 
 
 def run_identity(config: Config, weights: WeightsFile | None = None) -> dict[str, Any]:
-    """What a run must share with the run that it resumes: the settings, and the weights by content.
+    """Identity that a run must share with the run that it resumes: the settings, and the weights by content.
 
     weights: those of config's model, if available, to hash them only once.
     """
     if not config.labels.needs_sam:
         return config.identity()
     if weights is None:
-        from samray.sam.checkpoints import WeightsFile
+        from samray.sam.weights_file import WeightsFile
 
         weights = WeightsFile(config.model.name, config.model.checkpoint, config.model.adapter)
     identity = config.identity()
@@ -189,10 +191,10 @@ def _identity_of_dry_run(config: Config, begun: Mapping[str, Any] | None) -> dic
     identity = config.identity()
     if begun is not None and config.labels.needs_sam:
         # Taken from the run, so that comparing with it finds no difference.
-        there = begun.get("model", {})
-        identity["model"]["checkpoint_sha256"] = there.get("checkpoint_sha256")
-        if "adapter_sha256" in there and config.model.adapter is not None:
-            identity["model"]["adapter_sha256"] = there["adapter_sha256"]
+        recorded = begun.get("model", {})
+        identity["model"]["checkpoint_sha256"] = recorded.get("checkpoint_sha256")
+        if "adapter_sha256" in recorded and config.model.adapter is not None:
+            identity["model"]["adapter_sha256"] = recorded["adapter_sha256"]
     return identity
 
 

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from samray.inputs.rasters import check_extra
 from samray.output.destination import check_apart, check_space, check_writable
 
 _MANY_SHARDS: Final = 1_000_000
@@ -14,24 +15,44 @@ _MANY_SHARDS: Final = 1_000_000
 
 if TYPE_CHECKING:
     from samray.config import ClusterConfig, Config
-    from samray.sam.checkpoints import WeightsFile
+    from samray.sam.weights_file import WeightsFile
 
 
 def check_label(
-    input_uri: str, output_uri: str, config: Config, weights: WeightsFile | None, *, with_model: bool, is_new: bool
+    input_uri: str,
+    output_uri: str,
+    config: Config,
+    weights: WeightsFile | None,
+    *,
+    with_model: bool,
+    is_new: bool,
+    has_geo: bool = False,
 ) -> None:
     """Raises: ConfigError if a run could not start or finish: locations, disk, weights, device, Ray.
 
     weights: those of config's SAM; None if the actors do not load it. with_model: whether they load any network of
-    config. is_new: whether OUTPUT has no run yet.
+    config. is_new: whether OUTPUT has no run yet. has_geo: whether its run stores where images are.
     """
     if is_new:
         check_apart(input_uri, output_uri)
+    for name in ("bands", "stretch"):
+        if getattr(config.input, name) is not None:
+            check_extra(f"input.{name}")
+    if has_geo:  # the rest of the run would have none
+        check_extra("the column geo of this OUTPUT")
     embeddings = () if config.output.embeddings == "none" else ("embeddings",)
     check_writable(output_uri, "_samray", "annotations", *embeddings)
-    if weights is not None:
-        weights.check()
+    check_weights(weights)
     check_ray(config, with_model=with_model)
+
+
+def check_weights(weights: WeightsFile | None) -> None:
+    """Raises: ConfigError if the actors could not load these weights; None: they load none."""
+    # Reading them imports torch, which takes a second: not for those that their digest identifies.
+    if weights is not None and not weights.is_known:
+        from samray.sam import checkpoints
+
+        checkpoints.check_weights(weights)
 
 
 def check_fan_out(output_uri: str, ray_wanted: bool | None, address: str | None) -> None:
@@ -51,10 +72,12 @@ def check_fan_out(output_uri: str, ray_wanted: bool | None, address: str | None)
 def check_ray(config: Config, *, with_model: bool) -> None:
     """Raises: ConfigError if the cluster does not respond, or is too small or, with_model, without the device."""
     from samray.cluster.sizes import check_fits, choose_sizes
-    from samray.sam.checkpoints import check_device
 
     nodes, device = machine_nodes(config.cluster), config.model.device
-    if with_model:
+    # No device, or the CPU, needs no check: importing torch for it would take a second.
+    if with_model and device not in (None, "cpu"):
+        from samray.sam.checkpoints import check_device
+
         check_device(device, here=nodes is not None)
     # A cluster may grow: only a Ray on this machine can be refused as too small.
     if nodes is not None:

@@ -39,7 +39,7 @@ class Labelled:
     batch_images: int = 0
     """Images passed to the mask generator."""
     batch_room: int = 0
-    """What batch_images would be if every batch had been full."""
+    """batch_images if every batch had been full."""
 
     def add(self, batch: Labelled) -> None:
         """Append a batch."""
@@ -131,14 +131,14 @@ class LabelReport(WithFailures):
     num_masks: int = 0
     """Masks of this run."""
     num_named: int | None = None
-    """Those with a name; null in a run without names."""
+    """Masks with a name; null in a run without names."""
     embedding_bytes: int = 0
     """Size of the embedding files of this run."""
     num_missing_shards: int = 0
     num_images_not_found: int = 0
     """Images in a prompt file (`input.prompts`) that the plan does not have."""
     skipped: dict[str, dict[str, int]] = field(default_factory=dict)
-    """What the listing of INPUT left out: reason -> kind of file -> number (`samray.inputs.skipped`)."""
+    """Files that the listing of INPUT left out: reason -> kind of file -> number (`samray.inputs.skipped`)."""
     wall_s: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
     """Summed over all workers of this run."""
@@ -228,37 +228,37 @@ class ImportReport(WithFailures):
 def no_masks(num_images: int, config: Config) -> str:
     """The warning that none of the labelled images has a mask, with the likely reason."""
     images = "the only image" if num_images == 1 else f"any of the {num_images:,} images"
-    found = f"NO MASK was found in {images} labelled"
+    sentence = f"NO MASK was found in {images} labelled"
     if config.masks_are_prompted:
-        return f"{found}: {config.input.prompts} has no prompts for them"
+        return f"{sentence}: {config.input.prompts} has no prompts for them"
     by = config.labels.by
     if by is not None and not config.labels.gives_names and config.input.prompts is None:
-        return f"{found}. Look at the images; a lower labels.conf_thresh gives more masks, into another OUTPUT"
+        return f"{sentence}. Look at the images; a lower labels.conf_thresh gives more masks, into another OUTPUT"
     if by is not None and not config.labels.finds_all and config.labels.example is None:
         thresholds = " and ".join(f"labels.{key}" for key in WAYS[by].thresholds)
-        return f"{found} for any of the phrases. Lower {thresholds}, into another OUTPUT, or use other words"
+        return f"{sentence} for any of the phrases. Lower {thresholds}, into another OUTPUT, or use other words"
     if not config.labels.finds_all:
         return (
-            f"{found} like {config.labels.example}. Look at the example and its mask; a lower labels.score_thresh"
+            f"{sentence} like {config.labels.example}. Look at the example and its mask; a lower labels.score_thresh"
             " (design persam) or labels.vote_thresh (the others) gives more masks, into another OUTPUT"
         )
-    own = MaskConfig().for_model(config.model.name)
+    defaults = MaskConfig().for_model(config.model.name)
     # Mask settings that differ from the model's own defaults: a likely reason, so name them.
     strict = [
-        f"{row.name}={getattr(config.masks, key)} (default: {getattr(own, key)})"
+        f"{row.name}={getattr(config.masks, key)} (default: {getattr(defaults, key)})"
         for row in setting_rows("masks")
-        if getattr(config.masks, key := row.name.partition(".")[2]) != getattr(own, key)
+        if getattr(config.masks, key := row.name.partition(".")[2]) != getattr(defaults, key)
     ]
     if strict:
         return (
-            f"{found}. These settings differ from the defaults of the model {config.model.name}: {', '.join(strict)};"
-            " remove or change them, and label into another OUTPUT"
+            f"{sentence}. These settings differ from the defaults of the model {config.model.name}: {', '.join(strict)}"
+            "; remove or change them, and label into another OUTPUT"
         )
     return (
-        f"{found}, with the default settings of the model {config.model.name}. Look at the images, and at"
+        f"{sentence}, with the default settings of the model {config.model.name}. Look at the images, and at"
         " model.checkpoint if you set it. Lower thresholds give more masks (into another OUTPUT):"
-        f" masks.pred_iou_thresh is {own.pred_iou_thresh:g},"
-        f" masks.stability_score_thresh is {own.stability_score_thresh:g}"
+        f" masks.pred_iou_thresh is {defaults.pred_iou_thresh:g},"
+        f" masks.stability_score_thresh is {defaults.stability_score_thresh:g}"
     )
 
 
@@ -280,8 +280,8 @@ def print_report(report: LabelReport, console: Console | None = None) -> None:
             names = "" if report.num_named is None else f", {report.num_named} with a name"
             table.add_row("masks", f"{report.num_masks}, {report.num_masks / report.num_labelled:.1f} per image{names}")
         if report.embedding_bytes:
-            each = report.embedding_bytes / report.num_labelled / 1e6
-            table.add_row("embeddings", f"{report.embedding_bytes / 1e6:,.1f} MB, {each:.2f} MB per image")
+            mb_per_image = report.embedding_bytes / report.num_labelled / 1e6
+            table.add_row("embeddings", f"{report.embedding_bytes / 1e6:,.1f} MB, {mb_per_image:.2f} MB per image")
     if report.num_failed:
         reasons = ", ".join(f"{number} {reason}" for reason, number in report.failures.items())
         table.add_row("failed images", f"{report.num_failed}: {reasons}")

@@ -8,16 +8,20 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samray import storage
 from samray.config import Config
+from samray.inputs.local_copies import remove_unused
 from samray.output.append import missing_shards, stale_shards
 from samray.output.credentials import read_credentials
 from samray.output.failures import FailureCounts, failures_of_shards
+from samray.output.schema import has_geo
 from samray.output.shards import mark_success
+from samray.output.tile_files import remove_left_tiles
 from samray.pipeline.drive import Run, drive
 from samray.pipeline.plan_run import RunPlan, finished_shards, plan_run
 from samray.pipeline.preflight import check_label
@@ -31,6 +35,10 @@ if TYPE_CHECKING:
     from samray.cluster.sizes import Sizes
     from samray.output.plan import Plan
     from samray.pipeline.labeler import MakeLabeler
+    from samray.pipeline.tiling import Size
+
+MEASURED_HERE = 4
+"""Shards of which the driver itself reads the sizes of the images: fewer than a stage of Ray Data takes to start."""
 
 MAX_LOOKS = 3
 """Attempts on an output that other runs change while this one ends."""
@@ -94,7 +102,13 @@ def label_with(
     report = finish_run(
         planned,
         check=lambda: check_label(
-            str(input), str(output), planned.config, planned.weights, with_model=with_model, is_new=False
+            str(input),
+            str(output),
+            planned.config,
+            planned.weights,
+            with_model=with_model,
+            is_new=False,
+            has_geo=has_geo(planned.plan.run),
         ),
         credentials=functools.partial(read_credentials, planned.plan, str(input), planned.config),
         retry_failed=retry_failed,
@@ -150,9 +164,14 @@ def finish_run(
                 reads_images=reads_images,
             )
             stopped_by = _run_on_ray(run)
+            if run.tiles:
+                with suppress(OSError):
+                    remove_unused()  # copies of images, if an actor was ended while it had one
             # Retried shards exist before and after, so a listing cannot show which of them are still to be done.
             work.retries -= run.committed
         before_success()
+    if planned.config.masks.tile is not None:
+        remove_left_tiles(planned.plan.output)
     # Also without work to do: `_SUCCESS` may be missing after a run that was killed at its end.
     failures, report.num_missing_shards = _conclude(planned.plan, work.history)
     report.add_failures(failures)
@@ -205,6 +224,7 @@ def _run_on_ray(run: Run) -> StopRequest | None:
     from samray.cluster.control import end_run_state, start_run_state, stop_on_signals
     from samray.cluster.session import running_ray
     from samray.cluster.sizes import check_fits, choose_sizes, cluster_nodes, data_settings
+    from samray.pipeline.large_images import parts_of
 
     config = run.config.cluster
     run.view.update(note="starting Ray")
@@ -212,7 +232,12 @@ def _run_on_ray(run: Run) -> StopRequest | None:
     # otherwise, after a second Ctrl-C, it logs tracebacks until Ray is gone.
     with stop_on_signals() as stop, data_settings(config), running_ray(config) as is_fixed:
         stop.listen()
-        sizes = choose_sizes(config, cluster_nodes(), len(run.todo), run.config.model.device)
+        run.tiles = _measure_images(run)
+        # Parts of large images are rows of their own, for other actors than that of the shard.
+        num_rows = len(run.todo) + sum(
+            len(parts_of(sizes_of_shard, run.config)) for sizes_of_shard in run.tiles.values()
+        )
+        sizes = choose_sizes(config, cluster_nodes(), num_rows, run.config.model.device)
         if is_fixed:
             # A cluster may grow, so nothing is refused there.
             sizes = check_fits(sizes, cluster_nodes(), run.config.model.device)
@@ -223,6 +248,20 @@ def _run_on_ray(run: Run) -> StopRequest | None:
         return stop if stop.signum is not None else None
 
 
+def _measure_images(run: Run) -> dict[int, dict[int, Size]]:
+    """`Run.tiles`: reads the headers of the images to label, if they may be labelled in tiles. Raises: StorageError."""
+    from samray.cluster.tasks import run_tasks
+    from samray.pipeline.large_images import MeasureTask
+
+    if run.config.masks.tile is None or not run.reads_images or not run.config.finds_masks:
+        return {}
+    run.view.update(note="reading the sizes of the images")
+    task = MeasureTask(run.plan, run.config, run.retry_failed)
+    items = [(shard, retry, run.credentials.get(shard, {})) for shard, retry in run.todo.items()]
+    on_ray = len(items) > MEASURED_HERE
+    return {shard: sizes for shard, sizes in run_tasks(task, items, on_ray=on_ray) if sizes}
+
+
 def build_pipeline(run: Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
     """The five stages (source, fetch, label, write, after the plan). Each row is one shard throughout."""
     import ray.data
@@ -231,6 +270,7 @@ def build_pipeline(run: Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
     from samray.pipeline.actor import LabelActor
     from samray.pipeline.fetch import fetch_shard, shards_to_do, source_table
     from samray.pipeline.labeler import build_labeler
+    from samray.pipeline.large_images import parts_of
     from samray.pipeline.write import write_shard
 
     # Tells this driver's attempt marks from those of another one on the same OUTPUT.
@@ -240,7 +280,8 @@ def build_pipeline(run: Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
     digests = {key: model.get(key) for key in ("checkpoint_sha256", "adapter_sha256")}
     # One row per shard: Ray retries a whole shard, and memory holds as many shards as there are tasks.
     one_shard: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "udf_modifying_row_count": False}
-    shards: Any = shards_to_do(source_table(run.todo, run.prompts, run.credentials))
+    parts = {shard: parts_of(sizes, run.config) for shard, sizes in run.tiles.items()}
+    shards: Any = shards_to_do(source_table(run.todo, run.prompts, run.credentials, run.tiles, parts))
     # A fixed number of fetch tasks bounds how far reading is ahead of labelling.
     fetched = shards.map_batches(
         fetch_shard,
@@ -273,11 +314,7 @@ def build_pipeline(run: Run, sizes: Sizes, state: Any) -> ray.data.Dataset:
     # Tasks of their own, so that an actor with a GPU does not wait for storage.
     written: ray.data.Dataset = labelled.map_batches(
         write_shard,
-        fn_kwargs={
-            "plan": run.plan,
-            "config": run.config,
-            "run_id": run_id,
-        },
+        fn_kwargs={"plan": run.plan, "config": run.config, "run_id": run_id},
         compute=ray.data.TaskPoolStrategy(size=sizes.num_write_tasks),
         num_cpus=IO_CPUS,
         **one_shard,

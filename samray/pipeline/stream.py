@@ -27,7 +27,7 @@ class ShardDone:
     failures: dict[str, int]
     """Reason -> number of its images that failed, earlier runs included."""
     summary: ShardSummary
-    """What this run did for it."""
+    """This run's share of it."""
 
 
 @dataclass(frozen=True, slots=True)

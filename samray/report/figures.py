@@ -83,8 +83,8 @@ def histogram(
         low = math.floor(low / width + 1e-9) * width
         num = max(1, math.ceil((high - low) / width - 1e-9))
     # The largest value belongs to the last bar, whose end is exclusive.
-    places = ((values - low) / width + 1e-9).astype(np.int64).clip(0, num - 1)
-    counts = np.bincount(places, minlength=num)
+    bar_of = ((values - low) / width + 1e-9).astype(np.int64).clip(0, num - 1)
+    counts = np.bincount(bar_of, minlength=num)
     single = whole_numbers and width == 1
     bars = []
     for i, count in enumerate(counts.tolist()):

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about an output: results, examples, failures, time spent.
+"""A self-contained HTML page about an output: results, examples, failures, time spent.
 
 Everything comes from the output itself. Counts are exact, from the footers of the shards; distributions are estimated
 from a random sample of a few thousand images, and the page marks each figure as exact or estimated. Only the photos in
@@ -27,6 +27,8 @@ from samray.config import InputConfig
 from samray.errors import ConfigError, ImageError, SamrayError, StorageError
 from samray.inputs.decode_apart import decode_apart
 from samray.inputs.listing import fetch_images
+from samray.inputs.rasters import open_raster
+from samray.masks.image_tiles import scaled
 from samray.output import sample
 from samray.output.plan import Plan, load_plan
 from samray.output.schema import categories_of, schema_of
@@ -80,11 +82,11 @@ def write_report(
         counts = _count(plan, done, footers)
         examples = sample.examples_by_reason(plan.output, footers, EXAMPLES_PER_REASON)
         drawn = list(sample.read_groups(plan.output, sample.draw_groups(footers), columns))
-        chosen = _choose(drawn, num_images, num_first)
+        chosen = _rows_to_show(drawn, num_images, num_first)
     else:
-        counts, drawn, places = draw_selected(plan, done, selection, columns)
-        chosen = _choose(drawn, num_images, num_first)
-        chosen = {draw: places[draw][rows].tolist() for draw, rows in chosen.items()}
+        counts, drawn, selected_rows = draw_selected(plan, done, selection, columns)
+        chosen = _rows_to_show(drawn, num_images, num_first)
+        chosen = {draw: selected_rows[draw][rows].tolist() for draw, rows in chosen.items()}
     numbers = _numbers([table for _, table in drawn])
     overlays = overlays_of(plan, chosen, num_images, selection)
     page = render(plan, len(done), counts, numbers, overlays, examples, agreement, where)
@@ -173,18 +175,18 @@ def _floats(array: pa.Array) -> npt.NDArray[np.float64]:
 # --- the gallery ---------------------------------------------------------------------------------------------------
 
 
-def _choose(
+def _rows_to_show(
     drawn: Sequence[tuple[sample.Draw, pa.Table]], number: int, num_first: int = 0
 ) -> dict[sample.Draw, list[int]]:
     """Row group -> rows to show: the first labelled images, and others spread over the numbers of masks."""
-    places: list[tuple[int, sample.Draw, int]] = []
+    candidates: list[tuple[int, sample.Draw, int]] = []
     for draw, table in drawn:
         num_masks = table["annotations"].combine_chunks().value_lengths().to_pylist()
         ok = pc.equal(table["status"], "ok").to_pylist()
         # Sorted by number of masks, then evenly spread: the gallery shows empty images and crowded ones.
-        places += [(num_masks[row] or 0, draw, row) for row in range(table.num_rows) if ok[row]]
-    places.sort(key=lambda place: place[1:])
-    first, others = places[: min(num_first, number)], places[num_first:]
+        candidates += [(num_masks[row] or 0, draw, row) for row in range(table.num_rows) if ok[row]]
+    candidates.sort(key=lambda candidate: candidate[1:])
+    first, others = candidates[: min(num_first, number)], candidates[num_first:]
     chosen: dict[sample.Draw, list[int]] = {}
     for _, draw, row in [*first, *sample.spread(sorted(others), number - len(first))]:
         chosen.setdefault(draw, []).append(row)
@@ -222,7 +224,11 @@ def overlays_of(
         return overlay
 
     overlays: list[Overlay] = []
-    rows = [(draw, row) for draw, found in sample.read_rows(plan.output, dict(sorted(chosen.items()))) for row in found]
+    rows = [
+        (draw, row)
+        for draw, rows_of_draw in sample.read_rows(plan.output, dict(sorted(chosen.items())))
+        for row in rows_of_draw
+    ]
     with ThreadPoolExecutor(_PHOTO_THREADS) as pool:
         for overlay in pool.map(lambda item: finish(item[0][0], item[1]), rows):
             # An image that is too large is left out; a smaller one after it may still fit.
@@ -236,8 +242,15 @@ def _photo(planned: pa.Table, overlay: Overlay, settings: InputConfig) -> str:
     (data,) = fetch_images(planned, settings)
     if isinstance(data, ImageError):
         raise data
-    pixels = decode_apart(data, settings.max_pixels, settings.decode_timeout_s)
+    small_hw = overlay.height, overlay.width
+    if overlay.original_hw[0] * overlay.original_hw[1] > settings.max_pixels:  # labelled in tiles
+        with open_raster(data, settings) as image:
+            hw = image.height, image.width
+            pixels = scaled(image, small_hw) if hw == overlay.original_hw else None
+    else:
+        pixels = decode_apart(data, settings)
+        hw = pixels.shape[0], pixels.shape[1]
     # Another size means another photo: masks would be drawn in the wrong places.
-    if pixels.shape[:2] != overlay.original_hw:
-        raise ImageError("unreadable", f"its size has changed to {pixels.shape[1]} x {pixels.shape[0]} pixels")
-    return jpeg_uri(pixels, (overlay.height, overlay.width))
+    if pixels is None or hw != overlay.original_hw:
+        raise ImageError("unreadable", f"its size has changed to {hw[1]} x {hw[0]} pixels")
+    return jpeg_uri(pixels, small_hw)

@@ -95,7 +95,7 @@ def render(
     masks = run.get("config", {}).get("masks", {})
     model, checkpoint = _made_by(run)
     total, longest = sum(counts.stage_seconds.values()), max(counts.stage_seconds.values(), default=0.0)
-    changed, everything = settings_tables(run.get("config", {}))
+    changed, all_settings = settings_tables(run.get("config", {}))
     return render_page(
         "report.html.j2",
         output=storage.redact(plan.output),
@@ -126,12 +126,12 @@ def render(
         ],
         failures=[(reason, number, examples.get(reason, [])) for reason, number in counts.failures.most_common()],
         changed=changed,
-        settings=everything,
+        settings=all_settings,
     )
 
 
 def gallery(overlays: Sequence[Overlay]) -> dict[str, Any]:
-    """What `gallery.html.j2` and `large.html.j2` need."""
+    """Variables of `gallery.html.j2` and `large.html.j2`."""
     return {
         "overlays": overlays,
         "data": [_data(overlay) for overlay in overlays],
@@ -204,8 +204,8 @@ def _headline(plan: Plan, counts: Counts, numbers: Numbers, where: str | None) -
         note = f"stability {stability.mean():.2f}" if len(stability) else ""
         figures.append(Figure(f"{numbers.predicted_iou.mean():.2f}", "mean predicted IoU", note, exact=drawn))
     if counts.device_seconds > 0:
-        whole = f"device time; {_seconds(counts.device_seconds)} in total"
-        figures.append(Figure(_seconds(counts.device_seconds / labelled), "per image", whole, exact=counted))
+        note = f"device time; {_seconds(counts.device_seconds)} in total"
+        figures.append(Figure(_seconds(counts.device_seconds / labelled), "per image", note, exact=counted))
     return figures
 
 
@@ -239,8 +239,8 @@ def _names(overlays: Sequence[Overlay]) -> list[str | None] | None:
     masks = [mask for overlay in overlays for mask in overlay.masks]
     if not any("label" in mask for mask in masks):
         return None
-    found = {mask["label"] for mask in masks}
-    return [*sorted(name for name in found if name is not None), *([None] if None in found else [])]
+    labels = {mask["label"] for mask in masks}
+    return [*sorted(name for name in labels if name is not None), *([None] if None in labels else [])]
 
 
 def _heat(numbers: Numbers, masks: Mapping[str, Any]) -> HeatMap | None:
@@ -270,7 +270,7 @@ def settings_tables(
 
     config: section -> key -> value, as plain JSON. Defaults are those of its model.
     """
-    changed, everything = [], []
+    changed, all_settings = [], []
     model = config.get("model", {}).get("name")
     for section in sections:
         values = config.get(section, {})
@@ -287,8 +287,8 @@ def settings_tables(
             if value != default:
                 changed.append((row.name, _shown(value), _shown(default)))
         if rows:
-            everything.append((section, rows))
-    return changed, everything
+            all_settings.append((section, rows))
+    return changed, all_settings
 
 
 def _shown(value: Any) -> str:

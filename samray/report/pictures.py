@@ -16,7 +16,7 @@ from samray.inputs.decode import RGBArray
 from samray.rle.records import Rle
 
 MIN_SHARE: Final = 0.002
-"""Smallest mask that is drawn, as a fraction of its image: specks hide the large masks that they lie on."""
+"""Smallest mask that is drawn, as a fraction of its image: specks hide the large masks below them."""
 MAX_DRAWN: Final = 40
 
 _FILL: Final = 0.5
@@ -66,18 +66,18 @@ def picture(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> bytes:
     first = rows[0][1]
     width = sum(image.width for image in first) + _GAP * (len(first) - 1)
     heights = [images[0].height + (_LINE if title else 0) for title, images in rows]
-    whole = Image.new("RGB", (width, sum(heights) + _GAP * (len(rows) - 1)), _PAPER)
+    canvas = Image.new("RGB", (width, sum(heights) + _GAP * (len(rows) - 1)), _PAPER)
     top = 0
     for (title, images), height in zip(rows, heights, strict=True):
         if title:
-            ImageDraw.Draw(whole).text((0, top), title, fill=_INK, font=_font())
+            ImageDraw.Draw(canvas).text((0, top), title, fill=_INK, font=_font())
         left = 0
         for image in images:
-            whole.paste(image, (left, top + (_LINE if title else 0)))
+            canvas.paste(image, (left, top + (_LINE if title else 0)))
             left += image.width + _GAP
         top += height + _GAP
     data = io.BytesIO()
-    whole.save(data, "JPEG", quality=88, optimize=True, progressive=True)
+    canvas.save(data, "JPEG", quality=88, optimize=True, progressive=True)
     return data.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""What `samray report --where` shows: exact counts of the selection, and a sample of its images."""
+"""The figures of `samray report --where`: exact counts of the selection, and a sample of its images."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ def draw_selected(
     where.check(schema)
     num_images = num_masks = 0
     groups: list[sample.Draw] = []
-    for one in scan(plan, shards, where):
-        number = int((one.images & one.ok).sum())
+    for group in scan(plan, shards, where):
+        number = int((group.images & group.ok).sum())
         num_images += number
-        num_masks += one.num_selected
-        groups += [(one.shard, one.group)] * (number > 0)
+        num_masks += group.num_selected
+        groups += [(group.shard, group.group)] * (number > 0)
     if not num_images:
         raise ConfigError(f"where: {where.text} selects no labelled image of {storage.redact(plan.output)}")
     if num_images > sample.SAMPLE_IMAGES or len(groups) > sample.MAX_GROUPS:
         wanted = max(1, sample.SAMPLE_IMAGES * len(groups) // num_images)
         groups = sample.spread(groups, min(sample.MAX_GROUPS, wanted))
-    drawn, places = [], {}
+    drawn, selected_rows = [], {}
     for draw, table in sample.read_groups(plan.output, groups, sorted({*columns, *where.columns(schema)})):
         images, masks = where.flags(table)
         images &= np.asarray(table["status"].to_numpy() == "ok", bool)
         # Of a very large row group only the first rows are read, which may have none of the selected.
         if images.any():
             drawn.append((draw, where.take(table, images, masks)))
-            places[draw] = np.flatnonzero(images)
+            selected_rows[draw] = np.flatnonzero(images)
     counts = Counts(num_images, num_masks, 0, Counter(), Counter(), 0.0, 1.0)
-    return counts, drawn, places
+    return counts, drawn, selected_rows

@@ -57,7 +57,7 @@ def _render(store: Store, run: Mapping[str, Any], position: Position, lines: Seq
     text = TextConfig(**settings.get("text", {}))
     objective = objective_of(TrainSettings(train=config, text=text, model=model))
     validations = [line for line in lines if line["kind"] == "validation"]
-    changed, everything = settings_tables(settings, TRAIN_SECTIONS)
+    changed, all_settings = settings_tables(settings, TRAIN_SECTIONS)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("samray.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -80,7 +80,7 @@ def _render(store: Store, run: Mapping[str, Any], position: Position, lines: Seq
         columns=objective.columns,
         command=objective.next_command(settings["model"]["name"], storage.redact(store.uri(weights_file(config)))),
         changed=changed,
-        settings=everything,
+        settings=all_settings,
     )
 
 

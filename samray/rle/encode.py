@@ -6,7 +6,9 @@ on runs, which limits how many masks of a large image are in memory.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,12 @@ from samray.rle.records import Rle
 
 Counts = npt.NDArray[np.int64]
 
+_PIXELS_AT_ONCE = 2**24
+"""Pixels of an image whose owners are in memory: 64 MB."""
+
+_RUNS_AT_ONCE: Final = 2**13
+"""Runs of the masks in a batch: they fit a CPU cache."""
+
 
 def encode_masks(masks: Tensor, origin_xy: tuple[int, int], image_hw: tuple[int, int]) -> list[Counts]:
     """Run lengths of masks that cover a window of the image; outside the window they are 0.
@@ -26,6 +34,8 @@ def encode_masks(masks: Tensor, origin_xy: tuple[int, int], image_hw: tuple[int,
     W.
     """
     num, h, w = masks.shape
+    if (h, w) == image_hw and masks.device.type != "cpu":
+        return _encode_whole(masks)
     # Pad every column with 0 above and below: its changes then alternate between starts and ends of runs.
     columns = torch.zeros((num, w, h + 2), dtype=torch.bool, device=masks.device)
     columns[:, :, 1:-1] = masks.transpose(1, 2)
@@ -35,6 +45,16 @@ def encode_masks(masks: Tensor, origin_xy: tuple[int, int], image_hw: tuple[int,
     # Which mask, column and boundary between two pixels each change is; then its position in the image.
     index, column, row = flat // (w * (h + 1)), flat // (h + 1) % w, flat % (h + 1)
     return encode_changes(index, column, row, num, origin_xy, image_hw)
+
+
+def _encode_whole(masks: Tensor) -> list[Counts]:
+    """`encode_masks` for whole images on a device: only the positions of changes come to the host, in order."""
+    num, h, w = masks.shape
+    # One column after the other, with a 0 before and after each mask.
+    columns = torch.zeros((num, w * h + 2), dtype=torch.bool, device=masks.device)
+    columns[:, 1:-1] = masks.transpose(1, 2).flatten(1)
+    position = (columns[:, 1:] != columns[:, :-1]).flatten().nonzero()[:, 0].cpu().numpy()
+    return _split(position, num, h * w)
 
 
 def encode_changes(
@@ -48,16 +68,21 @@ def encode_changes(
     """
     (x0, y0), (height, width) = origin_xy, image_hw
     # One number orders masks, columns and rows. Each mask has one position more than pixels: the end.
-    each = height * width + 1
-    position = np.sort(mask * each + (column + x0) * height + row + y0)
+    position = mask * (height * width + 1) + (column + x0) * height + row + y0
+    return encode_positions(position, num, height * width)
+
+
+def encode_positions(position: Counts, num: int, num_pixels: int) -> list[Counts]:
+    """Run lengths of masks from the column-major positions at which they change, in any order.
+
+    position: (C,) i * (num_pixels + 1) + p for a change of mask i at p, from 0 to num_pixels, the end. Two changes at
+    one position cancel. Returns num arrays, each with the sum num_pixels.
+    """
+    position = np.sort(position)
     # A run at the end of a column and one at the start of the next are the same run: both changes cancel.
     cancel = np.zeros(len(position) + 1, dtype=bool)
     cancel[1:-1] = position[1:] == position[:-1]
-    position = position[~(cancel[1:] | cancel[:-1])]
-    bounds = np.searchsorted(position, np.arange(num + 1) * each)
-    return [
-        _counts(position[first:last] - i * each, height * width) for i, (first, last) in enumerate(pairwise(bounds))
-    ]
+    return _split(position[~(cancel[1:] | cancel[:-1])], num, num_pixels)
 
 
 def encode_runs(starts: Counts, ends: Counts, num_pixels: int) -> Counts:
@@ -65,7 +90,7 @@ def encode_runs(starts: Counts, ends: Counts, num_pixels: int) -> Counts:
     starts, ends = np.sort(starts), np.sort(ends)
     apart = np.ones(len(starts) + 1, dtype=bool)
     apart[1:-1] = starts[1:] > ends[:-1]
-    return _counts(np.stack([starts[apart[:-1]], ends[apart[1:]]], axis=1).ravel(), num_pixels)
+    return _split(np.stack([starts[apart[:-1]], ends[apart[1:]]], axis=1).ravel(), 1, num_pixels)[0]
 
 
 def encode_array(mask: npt.NDArray[np.bool_]) -> Counts:
@@ -85,6 +110,16 @@ def area(counts: Counts) -> int:
     return int(counts[1::2].sum())
 
 
+def areas(masks: list[Counts]) -> Counts:
+    """(M,) pixels of each mask."""
+    parts = [np.zeros(0, dtype=np.int64)]
+    for batch in batches(masks):
+        runs = all_runs(batch)
+        of_masks = np.where(runs.is_mask, runs.end - runs.start, 0)
+        parts.append(np.bincount(runs.mask, weights=of_masks).astype(np.int64))  # exact below 2^53
+    return np.concatenate(parts)
+
+
 def runs(counts: Counts) -> tuple[Counts, Counts]:
     """Starts and ends (exclusive) of the runs of 1, as column-major positions."""
     ends = counts.cumsum()
@@ -92,42 +127,108 @@ def runs(counts: Counts) -> tuple[Counts, Counts]:
     return ends[0::2][:num], ends[1::2]
 
 
-def box_xyxy(counts: Counts, image_hw: tuple[int, int]) -> npt.NDArray[np.int64]:
-    """(4,) first and last pixel of the mask (inclusive); zeros for an empty one."""
-    starts, ends = runs(counts)
-    starts, ends = starts[ends > starts], ends[ends > starts]
-    if not len(starts):
-        return np.zeros(4, dtype=np.int64)
-    height = image_hw[0]
-    last = ends - 1
-    # A run that goes on into the next column touches the image's bottom and top.
-    one_column = starts // height == last // height
-    y0 = np.where(one_column, starts % height, 0).min()
-    y1 = np.where(one_column, last % height, height - 1).max()
-    return np.array([starts[0] // height, y0, last[-1] // height, y1])
+def boxes_xyxy(masks: list[Counts], image_hw: tuple[int, int]) -> Counts:
+    """(M, 4) first and last pixel of each mask (inclusive); zeros for an empty one."""
+    height, width = image_hw
+    parts = [np.zeros((0, 4), dtype=np.int64)]
+    for batch in batches(masks):
+        boxes = np.zeros((len(batch), 4), dtype=np.int64)
+        parts.append(boxes)
+        runs = all_runs(batch)
+        run = np.flatnonzero(runs.is_mask & (runs.end > runs.start))
+        if len(run) == 0:
+            continue
+        start, last = runs.start[run], runs.end[run] - 1
+        x0, x1 = start // height, last // height
+        # A run that continues in the next column touches the image's bottom and top.
+        one_column = x0 == x1
+        y0 = np.where(one_column, start - x0 * height, 0)
+        y1 = np.where(one_column, last - x1 * height, height - 1)
+        mask, first_run = np.unique(runs.mask[run], return_index=True)
+        last_run = np.append(first_run[1:], len(run)) - 1
+        offset = mask * width  # columns of the masks before
+        boxes[mask, 0], boxes[mask, 2] = x0[first_run] - offset, x1[last_run] - offset
+        boxes[mask, 1], boxes[mask, 3] = np.minimum.reduceat(y0, first_run), np.maximum.reduceat(y1, first_run)
+    return np.concatenate(parts)
+
+
+class AllRuns(NamedTuple):
+    """The runs of several masks and of their background, (N,) each."""
+
+    mask: Counts
+    """Index of the mask."""
+    is_mask: npt.NDArray[np.bool_]
+    """A run of 1."""
+    start: Counts
+    """Column-major position; the images of the masks follow each other."""
+    end: Counts
+    """Exclusive."""
+
+
+def all_runs(masks: list[Counts]) -> AllRuns:
+    """The runs of at least one mask, in order, empty ones included."""
+    num_runs = np.array([len(counts) for counts in masks])
+    runs = np.concatenate(masks)
+    end = runs.cumsum()  # those of a mask sum to the pixels of its image
+    mask = np.repeat(np.arange(len(masks)), num_runs)
+    is_mask = (np.arange(len(runs)) - np.repeat(num_runs.cumsum() - num_runs, num_runs)) % 2 == 1
+    return AllRuns(mask, is_mask, end - runs, end)
+
+
+def batches(masks: list[Counts]) -> Iterator[list[Counts]]:
+    """The masks in order, in lists to work on together: one call for each mask would cost more than its work."""
+    batch: list[Counts] = []
+    num_runs = 0
+    for counts in masks:
+        if batch and num_runs + len(counts) > _RUNS_AT_ONCE:
+            yield batch
+            batch, num_runs = [], 0
+        batch.append(counts)
+        num_runs += len(counts)
+    if batch:
+        yield batch
 
 
 def make_disjoint(masks: list[Counts], image_hw: tuple[int, int]) -> list[Counts]:
-    """Assign each pixel to the first mask that has it. Returns the same number of masks, some possibly empty."""
+    """Assign each pixel to the first mask that has it. Returns the same number of masks, some possibly empty.
+
+    Works on a part of the image at a time, which bounds the memory for large images.
+    """
     num_pixels = image_hw[0] * image_hw[1]
-    owner = np.full(num_pixels, -1, dtype=np.int32)
-    # The first mask is painted last, over the others.
-    for index in reversed(range(len(masks))):
-        for start, end in zip(*runs(masks[index]), strict=True):
-            owner[start:end] = index
-    # Runs of one owner; -2 is nobody's number, so that the first pixel starts a run.
-    starts = np.flatnonzero(np.diff(owner, prepend=-2))
-    ends = np.append(starts[1:], num_pixels)
-    owners = owner[starts]
-    disjoint = []
-    for index in range(len(masks)):
-        mine = owners == index
-        disjoint.append(_counts(np.stack([starts[mine], ends[mine]], axis=1).ravel(), num_pixels))
-    return disjoint
+    of_masks = [runs(counts) for counts in masks]
+    none = np.zeros(0, dtype=np.int64)
+    parts: list[list[tuple[Counts, Counts]]] = [[(none, none)] for _ in masks]
+    for low in range(0, num_pixels, _PIXELS_AT_ONCE):
+        owner = np.full(min(_PIXELS_AT_ONCE, num_pixels - low), -1, dtype=np.int32)
+        # The first mask is painted last, over the others.
+        for index in reversed(range(len(masks))):
+            starts, ends = of_masks[index]
+            first, last = np.searchsorted(ends, low, "right"), np.searchsorted(starts, low + len(owner), "left")
+            first_and_last = (starts[first:last] - low).clip(min=0), ends[first:last] - low
+            for start, end in zip(*(side.tolist() for side in first_and_last), strict=True):
+                owner[start:end] = index
+        # Runs of one owner; -2 is not an owner, so that the first pixel starts a run.
+        starts = np.flatnonzero(np.diff(owner, prepend=-2))
+        ends, owners = np.append(starts[1:], len(owner)), owner[starts]
+        order = np.argsort(owners, kind="stable")
+        for run in np.split(order, np.flatnonzero(np.diff(owners[order])) + 1):
+            if owners[run[0]] >= 0:
+                parts[owners[run[0]]].append((starts[run] + low, ends[run] + low))
+    sides = (zip(*of_mask, strict=True) for of_mask in parts)
+    return [encode_runs(np.concatenate(starts), np.concatenate(ends), num_pixels) for starts, ends in sides]
 
 
-def _counts(changes: Counts, num_pixels: int) -> Counts:
-    """Run lengths from the positions where the mask changes; it starts with 0."""
-    counts = np.diff(changes, prepend=0, append=num_pixels)
-    # If the last pixel is 1, its run is the last one: an extra empty run would give a different string.
-    return counts[:-1] if counts[-1] == 0 and len(counts) > 1 else counts
+def _split(position: Counts, num: int, num_pixels: int) -> list[Counts]:
+    """Run lengths of num masks. position: as for `encode_positions`, ascending, without those that cancel."""
+    origin = np.arange(num) * (num_pixels + 1)
+    first = np.append(np.searchsorted(position, origin), len(position))
+    # With the start and the end of each mask, the differences are its run lengths, and one more to the next mask.
+    ends = np.stack([origin, origin + num_pixels], axis=1).ravel()
+    bounds = np.insert(position, np.repeat(first, 2)[1:-1], ends)
+    lengths = bounds[1:] - bounds[:-1]
+    counts = []
+    for begin, end in pairwise((first + 2 * np.arange(num + 1)).tolist()):
+        # If the last pixel is 1, its run is the last one: an extra empty run would give a different string.
+        is_empty = end - begin > 2 and lengths[end - 2] == 0
+        counts.append(lengths[begin : end - 1 - is_empty])
+    return counts

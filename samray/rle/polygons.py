@@ -43,22 +43,22 @@ def _outlines(masks: list[Runs], image_hw: tuple[int, int]) -> list[list[list[Ri
 
     # A vertical line has a corner where the intervals of the columns on its two sides do not start or end alike. Each
     # toggle is one of the column on the right of its own line, and of the column on the left of the next line.
-    places, place_of = np.unique(np.concatenate([toggles, toggles + line]), return_inverse=True)
-    place_as_right, place_as_left = np.split(place_of, 2)
-    on_right, on_left = np.zeros((2, len(places)), dtype=np.int8)
-    on_right[place_as_right] = direction
-    on_left[place_as_left] = direction
+    corners_at, corner_of_toggle = np.unique(np.concatenate([toggles, toggles + line]), return_inverse=True)
+    corner_as_right, corner_as_left = np.split(corner_of_toggle, 2)
+    on_right, on_left = np.zeros((2, len(corners_at)), dtype=np.int8)
+    on_right[corner_as_right] = direction
+    on_left[corner_as_left] = direction
     is_corner = on_right != on_left
-    places, on_right, on_left = places[is_corner], on_right[is_corner], on_left[is_corner]
+    corners_at, on_right, on_left = corners_at[is_corner], on_right[is_corner], on_left[is_corner]
     # Where two pixels touch at a corner, two outlines pass: the corner counts twice, above and below.
     twice = (on_right != 0) & (on_left != 0)
     repeats = 1 + twice
     second = np.arange(repeats.sum()) - np.repeat(repeats.cumsum() - repeats, repeats)
-    places, on_right, on_left = (np.repeat(values, repeats) for values in (places, on_right, on_left))
+    corners_at, on_right, on_left = (np.repeat(values, repeats) for values in (corners_at, on_right, on_left))
     twice = np.repeat(twice, repeats)
-    ys = places % line
-    xs = places // line % (width + 1)
-    number = places // line // (width + 1)
+    ys = corners_at % line
+    xs = corners_at // line % (width + 1)
+    number = corners_at // line // (width + 1)
 
     # Corners come in pairs along a vertical line, each pair an edge, and likewise along a horizontal one. Of a corner
     # that counts twice, the one that bounds the pixel on the left ends the edge on the left.
@@ -77,7 +77,7 @@ def _outlines(masks: list[Runs], image_hw: tuple[int, int]) -> list[list[list[Ri
     # The pixel above a hole's first corner belongs to the hole's component, and so does the edge where that pixel's
     # interval starts, which is on an outline found earlier.
     holes = first[~is_outer]
-    interval = np.searchsorted(toggles, places[holes]) // 2  # two toggles each: where it starts and where it ends
+    interval = np.searchsorted(toggles, corners_at[holes]) // 2  # two toggles each: where it starts and where it ends
     # The edge's own corner may be further to the left on that row: the last one at or before this pixel's.
     edge = ((number[holes] * line + top[interval]) * (width + 1) + xs[holes]) * 2 + 1
     parent[~is_outer] = ring_of[row_order[np.searchsorted(by_row[row_order], edge, side="right") - 1]]
@@ -143,6 +143,43 @@ def join(rings: list[Ring]) -> Ring:
         rest = [part for ring in others[_MAX_NEAREST:] for part in (ring, ring[:1], polygon[:1])]
         polygon = np.concatenate([polygon[:1], *rest, polygon[1:]])
     return polygon
+
+
+def parted(rings: list[Ring]) -> list[Ring]:
+    """The rings of a component, parted where one touches itself at a corner.
+
+    An outer ring that touches itself encloses a hole there, and becomes an outer ring and that hole, as OGC's polygons
+    must be: rings that touch in points are valid, one that touches itself is not. Filled, they are the same.
+    """
+    parts: list[Ring] = []
+    for ring in rings:
+        numbers = ring[:, 0] << 32 | ring[:, 1]
+        if len(np.unique(numbers)) == len(numbers):
+            parts.append(ring)
+            continue
+        loops: list[Ring] = []
+        path: list[int] = []  # indices of corners
+        index_in_path: dict[int, int] = {}  # corner -> its index in path
+        for index, number in enumerate(numbers.tolist()):
+            if number in index_in_path:
+                start = index_in_path[number]
+                loops.append(ring[path[start:]])
+                for gone in path[start:]:
+                    del index_in_path[int(numbers[gone])]
+                del path[start:]
+            index_in_path[number] = len(path)
+            path.append(index)
+        loops.append(ring[path])
+        if not parts:  # the outer ring is the loop that turns the other way than all others: the largest
+            loops.sort(key=lambda loop: -abs(_area(loop)))
+        parts += loops
+    return parts
+
+
+def _area(ring: Ring) -> int:
+    """Twice the area that a ring encloses, signed."""
+    xs, ys = ring[:, 0], ring[:, 1]
+    return int(np.dot(xs, np.roll(ys, -1)) - np.dot(ys, np.roll(xs, -1)))
 
 
 def simplified(ring: Ring, tolerance: float) -> Ring:

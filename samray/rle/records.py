@@ -31,7 +31,7 @@ class MaskRecord(TypedDict):
     crop_box: list[float]
     """[x, y, width, height] of the mask's crop; the whole image without crops."""
     label: NotRequired[str | None]
-    """Only in runs that name (`labels.by`): the mask's name; None if it is none of the names asked for."""
+    """Only in runs that name (`labels.by`): the mask's name; None if it is not one of the names asked for."""
     label_score: NotRequired[float | None]
     """How well the name fits, on the scale of the way that found it; None without a name."""
     id: NotRequired[int]

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from samray.errors import StorageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Runs = npt.NDArray[np.int64]
 
@@ -121,7 +123,7 @@ def all_sound(counts: pa.Array, num_pixels: npt.NDArray[np.int64]) -> bool:
     counts: N strings, none null. num_pixels: (N,) height * width of each, as `check_size` allows them.
     """
     # The strings of an Arrow array are next to each other in one buffer, read here without copies.
-    strings = counts.cast(pa.large_binary())
+    strings = counts.cast("large_binary")
     _, offset_buffer, text = strings.buffers()
     if len(strings) == 0:
         return True
@@ -225,12 +227,12 @@ def batches(masks: list[Runs], height: int) -> Iterator[list[Runs]]:
     for runs in masks:
         start, end = spans(runs)
         # Each column that a run touches becomes an interval.
-        own = int(((end - 1) // height - start // height + 1).sum())
-        if batch and size + own > _INTERVALS_AT_ONCE:
+        num_intervals = int(((end - 1) // height - start // height + 1).sum())
+        if batch and size + num_intervals > _INTERVALS_AT_ONCE:
             yield batch
             batch, size = [], 0
         batch.append(runs)
-        size += own
+        size += num_intervals
     if batch:
         yield batch
 
@@ -255,12 +257,12 @@ def column_intervals(masks: list[Runs], height: int) -> Intervals:
     last = np.concatenate([none, *(end for _, end in pairs)]) - 1
     num_columns = last // height - start // height + 1
     # One entry per run and column: which run, and its how many-eth column.
-    which = np.repeat(np.arange(len(start)), num_columns)
-    step = np.arange(len(which)) - np.repeat(num_columns.cumsum() - num_columns, num_columns)
+    run_of = np.repeat(np.arange(len(start)), num_columns)
+    step = np.arange(len(run_of)) - np.repeat(num_columns.cumsum() - num_columns, num_columns)
     # Only in its first column does a run start below the top; only in its last one does it end above the bottom.
-    top = np.where(step == 0, start[which] % height, 0)
-    bottom = np.where(step == num_columns[which] - 1, last[which] % height + 1, height)
-    return Intervals(number[which], start[which] // height + step, top, bottom)
+    top = np.where(step == 0, start[run_of] % height, 0)
+    bottom = np.where(step == num_columns[run_of] - 1, last[run_of] % height + 1, height)
+    return Intervals(number[run_of], start[run_of] // height + step, top, bottom)
 
 
 def slices_of(owners: Runs, num_owners: int) -> list[slice]:

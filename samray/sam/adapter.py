@@ -18,10 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from samray.errors import ConfigError
+from samray.sam.weights_file import ADAPTER_FILE
+from samray.sam.weights_file import ADAPTER_SETTING as SETTING
 
-SETTING: Final = "model.adapter"
-FILE_NAME: Final = "adapter.safetensors"
-"""In the OUTPUT of a training."""
 FORMAT: Final = "samray-lora"
 """Value of `format` in the metadata."""
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -70,7 +69,7 @@ class Adapter:
 
 
 def metadata(model: str, base_sha256: str, scale: float) -> dict[str, str]:
-    """What a file says of itself."""
+    """Metadata of a file."""
     return {"format": FORMAT, "model": model, "base_sha256": base_sha256, "scale": repr(scale)}
 
 
@@ -81,7 +80,7 @@ def is_adapter(names: Iterable[str]) -> bool:
 
 def read_adapter(path: Path) -> Adapter:
     """Raises: ConfigError if the file is not an adapter."""
-    advice = f"`samray train train.trainable=lora` writes one, {FILE_NAME}"
+    advice = f"`samray train train.trainable=lora` writes one, {ADAPTER_FILE}"
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             info = file.metadata() or {}
@@ -91,8 +90,10 @@ def read_adapter(path: Path) -> Adapter:
     except (SafetensorError, OSError, ValueError) as error:
         raise ConfigError(f"{SETTING}: {path} is not an adapter: {error}; {advice}") from error
     names = {key.removesuffix(_A).removesuffix(_B) for key in tensors}
-    whole = {f"{name}{end}" for name in names for end in (_A, _B)}
-    is_sound = whole == tensors.keys() and all(one.ndim == 2 and one.is_floating_point() for one in tensors.values())
+    expected = {f"{name}{end}" for name in names for end in (_A, _B)}
+    is_sound = expected == tensors.keys() and all(
+        tensor.ndim == 2 and tensor.is_floating_point() for tensor in tensors.values()
+    )
     try:
         scale, model, base_sha256 = float(info["scale"]), info["model"], info["base_sha256"]
     except (KeyError, ValueError):

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from samray import storage
-from samray.config.base import did_you_mean
-from samray.errors import ConfigError, NotFoundError, StorageError
+from samray.errors import ConfigError
 from samray.sam import adapter as adapters
 from samray.sam import fetch
 from samray.sam.formats import StateDict, read_state_dict
@@ -22,10 +20,19 @@ from samray.sam.precision import auto_dtype
 from samray.sam.sam import Sam
 from samray.sam.spec import MODELS, ModelSpec
 from samray.sam.text_projection import PREFIX, TextProjection, projection_shapes
+from samray.sam.weights_file import (
+    ADAPTER_SETTING,
+    WeightsFile,
+    find_spec,
+    local_weights,
+    local_weights_file,
+    resolve_checkpoint,
+)
+
+if TYPE_CHECKING:
+    from samray.config import ModelConfig
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# In order of preference: safetensors cannot hold code.
-_HF_FILES = ("model.safetensors", "pytorch_model.bin")
 _NOT_NEEDED = ".num_batches_tracked"  # a training counter; files without it are complete
 
 
@@ -79,12 +86,17 @@ def load_model(
         model = build(spec, read_state_dict(path), str(path))
         base_sha256 = "" if adapter is None else fetch.file_sha256(path)
     if adapter is not None:
-        adapter_path = resolve_given(str(adapter), adapters.SETTING)
+        adapter_path = local_weights_file(str(adapter), ADAPTER_SETTING)
         with fetch.unchanged(adapter_path, adapter_sha256):
-            found = adapters.read_adapter(adapter_path)
-        found.check(name, _shapes(spec), base_sha256)
-        found.merge(model)
+            lora = adapters.read_adapter(adapter_path)
+        lora.check(name, _shapes(spec), base_sha256)
+        lora.merge(model)
     return model.to(chosen_device).cast_image_side(chosen_dtype)
+
+
+def load_configured(settings: ModelConfig) -> Sam:
+    """`load_model` with the settings of `model`."""
+    return load_model(settings.name, settings.checkpoint, settings.device, settings.dtype, adapter=settings.adapter)
 
 
 def build(spec: ModelSpec, state: Mapping[str, Tensor], origin: str) -> Sam:
@@ -104,60 +116,19 @@ def build(spec: ModelSpec, state: Mapping[str, Tensor], origin: str) -> Sam:
     return model.eval().requires_grad_(False)
 
 
-class WeightsFile:
-    """The weights of a run: located, hashed and checked at most once each, on first use.
-
-    name, checkpoint and adapter: as for `load_model`. Each step raises ConfigError if `load_model` would, and
-    StorageError if the storage of a URI fails.
-    """
-
-    def __init__(
-        self, name: str = "tiny", checkpoint: str | Path | None = None, adapter: str | Path | None = None
-    ) -> None:
-        self.name, self.checkpoint, self.adapter = name, checkpoint, adapter
-        self._is_checked = False
-
-    @cached_property
-    def path(self) -> Path:
-        """The local file, downloaded and verified if needed."""
-        return resolve_checkpoint(self.name, self.checkpoint)
-
-    @cached_property
-    def sha256(self) -> str:
-        """SHA-256 in hex: part of a run's identity."""
-        spec, path = find_spec(self.name), self.path
-        if self.checkpoint is None and spec.url is not None and spec.sha256 is not None:
-            return spec.sha256  # resolving published weights has checked their hash
-        return fetch.file_sha256(path)
-
-    @cached_property
-    def adapter_sha256(self) -> str | None:
-        """SHA-256 in hex of the adapter, which is a part of a run's identity, too; None without one."""
-        return None if self.adapter is None else fetch.file_sha256(self._adapter_path)
-
-    @cached_property
-    def _adapter_path(self) -> Path:
-        return resolve_given(str(self.adapter), adapters.SETTING)
-
-    @property
-    def identity(self) -> dict[str, str]:
-        """Both digests by their names in a run's identity; without an adapter only that of the weights."""
-        digest = {} if self.adapter_sha256 is None else {"adapter_sha256": self.adapter_sha256}
-        return {"checkpoint_sha256": self.sha256, **digest}
-
-    def check(self) -> None:
-        """Check the weights and the adapter without building the model."""
-        if not self._is_checked:
-            spec = find_spec(self.name)
-            _refuse_misfit(spec, read_state_dict(self.path), str(self.path))
-            if self.adapter is not None:
-                adapters.read_adapter(self._adapter_path).check(self.name, _shapes(spec), fetch.file_sha256(self.path))
-            self._is_checked = True
-
-
 def check_checkpoint(name: str = "tiny", checkpoint: str | Path | None = None) -> None:
     """Check a model's weights without building the model. Raises ConfigError if `load_model` would."""
-    WeightsFile(name, checkpoint).check()
+    check_weights(WeightsFile(name, checkpoint))
+
+
+def check_weights(weights: WeightsFile) -> None:
+    """Check weights and adapter without building the model. Raises ConfigError if `load_model` would."""
+    if weights.is_known:
+        return
+    spec, path = find_spec(weights.name), weights.path
+    _refuse_misfit(spec, read_state_dict(path), str(path))
+    if weights.adapter is not None:
+        adapters.read_adapter(weights.adapter_path).check(weights.name, _shapes(spec), fetch.file_sha256(path))
 
 
 def _refuse_misfit(spec: ModelSpec, state: Mapping[str, Tensor], origin: str) -> None:
@@ -167,7 +138,7 @@ def _refuse_misfit(spec: ModelSpec, state: Mapping[str, Tensor], origin: str) ->
     if not problems and family in (None, spec.family):
         return
     if adapters.is_adapter(state):
-        raise ConfigError(f"{origin} is a LoRA adapter, not weights: set {adapters.SETTING} to it")
+        raise ConfigError(f"{origin} is a LoRA adapter, not weights: set {ADAPTER_SETTING} to it")
     # The file may be another model's: look for the one that it fits, for the message.
     fits = [
         other
@@ -205,51 +176,6 @@ def _expected(spec: ModelSpec, state: Mapping[str, Tensor]) -> dict[str, tuple[i
     return _shapes(spec) | projection_shapes(state, spec.embed_dim)
 
 
-def find_spec(name: str) -> ModelSpec:
-    if name not in MODELS:
-        raise ConfigError(f"model.name: {name!r} is not one of {', '.join(MODELS)}{did_you_mean(name, MODELS)}")
-    return MODELS[name]
-
-
-def resolve_checkpoint(name: str = "tiny", checkpoint: str | Path | None = None) -> Path:
-    """The local file with this model's weights, downloaded and verified if needed.
-
-    Raises ConfigError if there is none and it cannot be downloaded, StorageError if the storage of a URI fails.
-    """
-    spec = find_spec(name)
-    if checkpoint is not None:
-        return resolve_given(str(checkpoint))
-    if spec.gated is not None:
-        return _user_supplied(spec)
-    if spec.url is None:
-        path = _embedded_path(spec)
-        if not path.is_file():
-            raise ConfigError(
-                f"the embedded weights {path} are missing: this installation of samray is incomplete, reinstall it or "
-                "set model.checkpoint"
-            )
-        return path
-    try:
-        return fetch.fetch_published(spec.file_name, spec.url, spec.sha256, spec.size_mb)
-    except StorageError as error:
-        raise ConfigError(
-            f"the weights of {name} are not on this machine and downloading them failed: {error}. Get {spec.url} "
-            f"({spec.size_mb:,.0f} MB) elsewhere and copy it to {fetch.published_path(spec.file_name)}, or set "
-            "model.checkpoint to a file or URI that this machine can read"
-        ) from error
-
-
-def _user_supplied(spec: ModelSpec) -> Path:
-    """The file that the user put into the cache. Raises: ConfigError if there is none."""
-    path = fetch.published_path(spec.file_name)
-    if not path.is_file():
-        raise ConfigError(
-            f"the weights of {spec.name} are gated, and samray does not download them: get {spec.file_name} from "
-            f"{spec.gated}, and set model.checkpoint to it or copy it to {path}"
-        )
-    return path
-
-
 def checkpoint_sha256(name: str = "tiny", checkpoint: str | Path | None = None) -> str:
     """SHA-256 (hex) of the weights file: part of a run's identity. Cached for large unchanged files."""
     return WeightsFile(name, checkpoint).sha256
@@ -259,20 +185,19 @@ def list_models() -> list[ModelRow]:
     """Every known model and whether its weights are on this machine."""
     rows = []
     for spec in MODELS.values():
-        is_embedded = spec.url is None and spec.gated is None
-        path = _embedded_path(spec) if is_embedded else fetch.published_path(spec.file_name)
+        path = local_weights(spec)
         rows.append(
             ModelRow(
                 name=spec.name,
                 parameters=_num_parameters(spec),
-                size_mb=path.stat().st_size / 1e6 if path.is_file() else spec.size_mb,
+                size_mb=spec.size_mb if path is None else path.stat().st_size / 1e6,
                 licence=spec.licence,
                 source=spec.source,
                 url=spec.url,
                 file_name=spec.file_name,
                 gated=spec.gated,
                 verified_by=_verified_by(spec),
-                present=path if path.is_file() else None,
+                present=path,
             )
         )
     return rows
@@ -280,32 +205,9 @@ def list_models() -> list[ModelRow]:
 
 def _verified_by(spec: ModelSpec) -> str:
     """How a published file is verified; "" for weights that are embedded."""
-    if spec.sha256 is not None:
-        return "SHA-256"
-    return "keys" if spec.gated is not None else "size and keys" if spec.url is not None else ""
-
-
-def _embedded_path(spec: ModelSpec) -> Path:
-    return Path(__file__).resolve().parents[1] / "weights" / spec.file_name
-
-
-def resolve_given(checkpoint: str, setting: str = "model.checkpoint") -> Path:
-    """The local file of a path or URI. setting: its name in messages. Raises: ConfigError, StorageError."""
-    if not storage.is_local(checkpoint):
-        try:
-            return fetch.fetch_remote(checkpoint)
-        except NotFoundError as error:
-            raise ConfigError(f"{setting}: {error}") from error
-    path = Path(storage.normalize(checkpoint))
-    if path.is_dir():
-        names = (adapters.FILE_NAME,) if setting == adapters.SETTING else _HF_FILES
-        for file_name in names:
-            if (path / file_name).is_file():
-                return path / file_name
-        raise ConfigError(f"{setting}: the folder {path} has no {' and no '.join(names)}")
-    if not path.is_file():
-        raise ConfigError(f"{setting}: the file {path} does not exist")
-    return path
+    if spec.gated is not None:
+        return "keys"
+    return "" if spec.url is None else "size and keys" if spec.sha256 is None else "SHA-256"
 
 
 def check_device(device: str | None, *, here: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""What an image encoder is to the rest of samray, and how the one of a model is built."""
+"""The interface of image encoders, and how a model's encoder is built."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from samray.sam.spec import ModelSpec
 
 
 class Features(NamedTuple):
-    """What an encoder makes of B images."""
+    """The outputs of an encoder for B images."""
 
     embedding: Tensor
     """(B, C, h, w)."""
@@ -29,7 +29,7 @@ class ImageEncoder(nn.Module):
     """Starts of the names of parameters that come before the blocks."""
 
     def features(self, pixels: Tensor) -> Features:
-        """What the encoder makes of pixels (B, 3, S, S)."""
+        """The outputs for pixels (B, 3, S, S)."""
         raise NotImplementedError
 
     def block_names(self) -> list[tuple[str, ...]]:

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from samray.errors import ConfigError
 from samray.sam import fetch
-from samray.sam.checkpoints import key_problems, resolve_given
+from samray.sam.checkpoints import key_problems
 from samray.sam.formats import read_tensors
 from samray.sam.layouts import renamed
 from samray.sam.sam import Sam
 from samray.sam.spec import VitSpec
+from samray.sam.weights_file import local_weights_file
 
 SETTING: Final = "train.encoder_checkpoint"
 
@@ -47,7 +48,7 @@ _HF_RENAMES = (
 
 def resolve(checkpoint: str) -> Path:
     """The local file. Raises: ConfigError if there is none, StorageError."""
-    return resolve_given(checkpoint, SETTING)
+    return local_weights_file(checkpoint, SETTING)
 
 
 def file_sha256(checkpoint: str) -> str:
@@ -56,7 +57,7 @@ def file_sha256(checkpoint: str) -> str:
 
 
 def load_encoder(sam: Sam, checkpoint: str, *, sha256: str | None = None) -> None:
-    """Replace the weights of the model's image encoder, but for neck and relative positions, which MAE does not have.
+    """Replace the weights of the model's image encoder, except neck and relative positions, which MAE does not have.
 
     Positions are interpolated to the model's grid, and the patch embedding to its patch size (bicubic), as in ViTDet.
     sha256: expected digest of the file; None accepts any. Raises: ConfigError that names the keys that do not fit,

@@ -62,10 +62,10 @@ def fetch_published(file_name: str, url: str, sha256: str | None, size_mb: float
 
 
 def _mismatch(path: Path, sha256: str | None, size_mb: float) -> str | None:
-    """What was expected of a published file and what it has; None if it is as expected."""
+    """How a published file differs from what is expected; None if it does not."""
     if sha256 is not None:
-        found = file_sha256(path)
-        return None if found == sha256 else f"expected SHA-256 {sha256}, found {found}"
+        actual = file_sha256(path)
+        return None if actual == sha256 else f"expected SHA-256 {sha256}, found {actual}"
     size = path.stat().st_size / 1e6
     if abs(size - size_mb) <= _SIZE_TOLERANCE * size_mb:
         return None
@@ -136,11 +136,11 @@ def unchanged(path: Path, sha256: str | None) -> Iterator[None]:
     """
     # Taken before hashing: a change between hashing and the end of the block is noticed, too.
     before = _identity(path)
-    found = sha256 if sha256 is None else file_sha256(path)
-    if found != sha256:
+    actual = sha256 if sha256 is None else file_sha256(path)
+    if actual != sha256:
         raise ConfigError(
             f"{path} on {socket.gethostname()} does not have this run's weights: their SHA-256 is {sha256}, the file"
-            f" has {found}. It was replaced, or differs between machines: restore the run's weights, or choose another"
+            f" has {actual}. It was replaced, or differs between machines: restore the run's weights, or choose another"
             " OUTPUT for these"
         )
     yield

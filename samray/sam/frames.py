@@ -14,11 +14,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
-Resized = NDArray[np.uint8] | NDArray[np.float32]
-"""An image in the model's square, (h, w, 3) RGB in [0, 255]."""
+from samray.sam import resizing
+
+Resized = NDArray[np.uint8] | NDArray[np.float32] | Tensor
+"""An image in the model's square, (h, w, 3) RGB in [0, 255]; a tensor is on the model's device."""
 
 
 def input_size(height: int, width: int, image_size: int) -> tuple[int, int]:
@@ -44,10 +45,12 @@ class Frame:
         the part (h, w) of it at the top left to the image."""
         raise NotImplementedError
 
-    def resize(self, image: NDArray[np.uint8]) -> Resized:
-        """image: (H, W, 3) uint8 RGB. Returns it as large as it is in the square, by Pillow's bilinear filter."""
-        h, w = self.input_hw((image.shape[0], image.shape[1]))
-        return np.array(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))  # writable, for torch
+    def resize(self, image: NDArray[np.uint8], device: torch.device) -> Resized:
+        """image: (H, W, 3) uint8 RGB. Returns it as large as it is in the square, by Pillow's bilinear filter.
+
+        device: the model's, which resizes if it is not a CPU.
+        """
+        return resizing.resize(image, self.input_hw((image.shape[0], image.shape[1])), device)
 
     def scale_xy(self, original_hw: tuple[int, int]) -> NDArray[np.float64]:
         """(2,) factors of x and y from the original to the input frame."""
@@ -91,10 +94,10 @@ class SquareFrame(Frame):
     def mask_steps(self, low_res: int, original_hw: tuple[int, int]) -> tuple[int, tuple[int, int]]:
         return low_res, (low_res, low_res)  # the first interpolation changes nothing
 
-    def resize(self, image: NDArray[np.uint8]) -> Resized:
+    def resize(self, image: NDArray[np.uint8], device: torch.device) -> Resized:
         """image: (H, W, 3) uint8 RGB. Returns (S, S, 3) float32 in [0, 255], by torch's antialiased bilinear filter.
 
-        Not rounded, because SAM 2 resizes after the conversion to float.
+        Not rounded, because SAM 2 resizes after the conversion to float. On the host: a GPU would round differently.
         """
         pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
         size = (self.size, self.size)

@@ -59,8 +59,8 @@ class Mlp(nn.Module):
         self.layers = nn.ModuleList([nn.Linear(dim, dim * 4), nn.Linear(dim * 4, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
-        wide, narrow = self.layers
-        return narrow(F.gelu(wide(x)))
+        expand, project = self.layers
+        return project(F.gelu(expand(x)))
 
 
 class Block(nn.Module):

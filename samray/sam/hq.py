@@ -33,8 +33,11 @@ class HqHead(nn.Module):
         )
 
     def image_features(self, embedding: Tensor, early: Tensor) -> Tensor:
-        """What all prompts of an image share. embedding: (B, L, C), early: (B, L, D) cells. Returns (B, L, 16 * C / 8),
-        a cell's pixels in the order of `double_twice`."""
+        """Features shared by all prompts of an image.
+
+        embedding: (B, L, C), early: (B, L, D) cells. Returns (B, L, 16 * C / 8), a cell's pixels in the order of
+        `double_twice`.
+        """
         b, cells, _ = embedding.shape
         features = double_twice(embedding, self.embedding_encoder) + double_twice(early, self.compress_vit_feat)
         return features.view(b, cells, -1)
@@ -53,9 +56,9 @@ class HqHead(nn.Module):
         # What each pixel gives to its nine neighbours, for which the kernel is mirrored, is added up by a transposed
         # convolution: `fold` does the same, but cannot be exported.
         kernel = torch.einsum("nmc,cdyx->nyxd", hyper, last.weight).flip(1, 2).flatten(1, 2)  # (N, 9, C / 4)
-        given = torch.bmm(kernel, x.flatten(2)).view(n, 9, height, width)
-        places = torch.eye(9, dtype=x.dtype, device=x.device).view(9, 1, 3, 3)
-        masks = F.conv_transpose2d(given, places, padding=1)
+        contributions = torch.bmm(kernel, x.flatten(2)).view(n, 9, height, width)
+        neighbours = torch.eye(9, dtype=x.dtype, device=x.device).view(9, 1, 3, 3)
+        masks = F.conv_transpose2d(contributions, neighbours, padding=1)
         return masks + (hyper @ last.bias).view(n, 1, 1, 1)
 
 

@@ -75,9 +75,9 @@ def _joined(state: Mapping[str, Tensor], pattern: re.Pattern[str], name: str) ->
         if match := pattern.match(key):
             parts.setdefault(match.expand(name), {})[match["part"]] = key
     joined = dict(state)
-    for whole, keys in parts.items():
+    for joined_key, keys in parts.items():
         if keys.keys() == {"q", "k", "v"}:
-            joined[whole] = torch.cat([joined.pop(keys[part]) for part in "qkv"])
+            joined[joined_key] = torch.cat([joined.pop(keys[part]) for part in "qkv"])
     return joined
 
 

@@ -120,8 +120,8 @@ class MaeDecoder(nn.Module):
         hidden = self.mask_token.to(x.dtype).expand(len(x), order.shape[1] - x.shape[1], -1)
         x = torch.cat([x, hidden], dim=1)
         # argsort of a permutation is its inverse: (B, L, 1) to (B, L, D).
-        place = order.argsort(dim=1)[..., None].expand(-1, -1, x.shape[2])
-        x = x.gather(1, place) + self.positions
+        inverse = order.argsort(dim=1)[..., None].expand(-1, -1, x.shape[2])
+        x = x.gather(1, inverse) + self.positions
         for block in self.blocks:
             x = block(x)
         predicted: Tensor = self.predict(self.last_norm(x))

@@ -62,12 +62,12 @@ class MaskDecoder(nn.Module):
             self.hq = HqHead(dim, self.variant.hq_dim)
 
     def image_features(self, embeddings: Tensor) -> Tensor | None:
-        """What upscaling adds for each image, from the whole output of the encoder as tokens (B, L, C + ...)."""
+        """Features that upscaling adds for each image, from all tokens of the encoder (B, L, C + ...)."""
         dim = self.mask_tokens.embedding_dim
         if embeddings.shape[-1] == dim:
             return None
-        further = embeddings[..., dim:]
-        return self.hq.image_features(embeddings[..., :dim], further) if self.variant.hq_dim else further
+        extra_channels = embeddings[..., dim:]
+        return self.hq.image_features(embeddings[..., :dim], extra_channels) if self.variant.hq_dim else extra_channels
 
     def run(self, image: ImageTokens, sparse: Tensor, guidance: Guidance | None = None) -> DecoderState:
         """sparse: (B, N, P, C) prompt tokens, for N prompts on each of B images. The state's N is B * N."""
@@ -169,5 +169,5 @@ def _add_per_image(x: Tensor, fine: Tensor) -> Tensor:
     """x: (N, n, c) plus the features of each of the B images, the same for its N / B prompts, (B, L, n / L * c)."""
     # (B, 1, n, c): broadcast over an image's prompts, without a copy for each.
     per_image = fine.reshape(len(fine), 1, *x.shape[1:])
-    each = x.shape[0] // max(len(fine), 1)  # without prompts there are no images either
-    return (x.view(len(fine), each, *x.shape[1:]) + per_image).flatten(0, 1)
+    prompts_per_image = x.shape[0] // max(len(fine), 1)  # without prompts there are no images either
+    return (x.view(len(fine), prompts_per_image, *x.shape[1:]) + per_image).flatten(0, 1)

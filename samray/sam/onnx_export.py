@@ -24,9 +24,10 @@ from PIL import Image
 from samray import __version__, storage
 from samray.errors import ConfigError, SamrayError
 from samray.sam import fetch
-from samray.sam.checkpoints import WeightsFile, load_model
+from samray.sam.checkpoints import load_model
 from samray.sam.onnx_graphs import Graph, Port, graphs_of
 from samray.sam.sam import Sam
+from samray.sam.weights_file import WeightsFile
 from samray.scenes.photographs import photograph_files
 
 OPSET: Final = 20
@@ -45,7 +46,7 @@ Arrays = dict[str, Array]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnnxReport:
-    """What was written, and how it compares."""
+    """The written files, and how their results compare with torch's."""
 
     files: list[Path]
     difference: float
@@ -84,13 +85,14 @@ def export_onnx(
     if not storage.is_local(str(directory)):
         raise ConfigError(f"DIR takes a local folder, got {storage.redact(str(directory))}; copy the files from there")
     weights = WeightsFile(name, checkpoint, adapter)
-    sam = load_model(name, checkpoint, "cpu", "float32", sha256=weights.sha256, adapter=adapter)
+    digests = {"sha256": weights.sha256, "adapter_sha256": weights.adapter_sha256}
+    sam = load_model(name, checkpoint, "cpu", "float32", adapter=adapter, **digests)
     folder = Path(storage.normalize(str(directory)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # On the same disk, so that finished files only need a rename.
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".samray-") as place:
-            report = _write_all(sam, Path(place), name, weights, int8=int8, single_mask=single_mask)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".samray-") as temporary:
+            report = _write_all(sam, Path(temporary), name, weights, int8=int8, single_mask=single_mask)
             # The description last: it names the others.
             for path in report.files:
                 path.replace(folder / path.name)
@@ -105,25 +107,25 @@ def export_onnx(
     )
 
 
-def _write_all(sam: Sam, place: Path, name: str, weights: WeightsFile, *, int8: bool, single_mask: bool) -> OnnxReport:
+def _write_all(sam: Sam, folder: Path, name: str, weights: WeightsFile, *, int8: bool, single_mask: bool) -> OnnxReport:
     photographs = [np.asarray(Image.open(path).convert("RGB")) for _, path in photograph_files()]
     if not photographs:
         raise SamrayError("scikit-image is installed without its photographs, on which the files are checked")
     encoder, decoder = graphs_of(sam, single_mask=single_mask)
-    encoder_path, decoder_path = place / f"{name}.encoder.onnx", place / f"{name}.decoder.onnx"
+    encoder_path, decoder_path = folder / f"{name}.encoder.onnx", folder / f"{name}.decoder.onnx"
     files = [*write_graph(encoder, encoder_path), *write_graph(decoder, decoder_path)]
     difference, click_iou = compare(sam, encoder, decoder, encoder_path, decoder_path, photographs[0])
     int8_iou, num_clicks = None, 0
     described: dict[str, Any] = {"encoder": describe(encoder, encoder_path), "decoder": describe(decoder, decoder_path)}
     if int8:
-        small = place / f"{name}.encoder.int8.onnx"
+        small = folder / f"{name}.encoder.int8.onnx"
         files += quantize(encoder_path, small)
         int8_iou, num_clicks = agreement(sam, (encoder, decoder), (encoder_path, small), decoder_path, photographs)
         described["int8"] = {
             **describe(encoder, small), "mean_iou_with_float32": round(int8_iou, 4),
             "clicks": num_clicks, "photographs": len(photographs),
         }  # fmt: skip
-    text = place / f"{name}.json"
+    text = folder / f"{name}.json"
     text.write_text(json.dumps(description(sam, weights.identity) | described, indent=2) + "\n")
     return OnnxReport(
         files=[*files, text], difference=difference, click_iou=click_iou, int8_iou=int8_iou, num_clicks=num_clicks
@@ -136,10 +138,10 @@ def _write_all(sam: Sam, place: Path, name: str, weights: WeightsFile, *, int8: 
 def write_graph(graph: Graph, path: Path, max_bytes: int = _MAX_FILE_BYTES) -> list[Path]:
     """Write a graph; weights of more than max_bytes go to PATH.data. Returns the files."""
     ports = [*graph.inputs, *graph.outputs]
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=path.parent) as place:
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=path.parent) as temporary:
         # Of tracing: sizes become constants, as they should; `compare` shows whether the results are right.
         warnings.simplefilter("ignore")
-        traced = Path(place) / path.name
+        traced = Path(temporary) / path.name
         torch.onnx.export(
             graph, graph.example(), traced, dynamo=False, opset_version=OPSET,
             input_names=[port.name for port in graph.inputs], output_names=[port.name for port in graph.outputs],
@@ -209,7 +211,7 @@ def open_session(path: Path) -> Any:
 
 def encoder_input(sam: Sam, graph: Graph, image: npt.NDArray[np.uint8]) -> Arrays:
     """image: (H, W, 3) RGB. Returns what the encoder takes, made as NAME.json says."""
-    pixels: Array = sam.resize(image).astype(np.float32)
+    pixels: Array = np.asarray(sam.resize(image), dtype=np.float32)
     if not sam.frame.is_padded:
         mean, std = np.array(sam.spec.pixel_mean), np.array(sam.spec.pixel_std)
         pixels = ((pixels - mean) / std).transpose(2, 0, 1)[None].astype(np.float32)
@@ -236,9 +238,9 @@ def clicks_input(sam: Sam, graph: Graph, xy: npt.NDArray[np.float64], original_h
 
 def run(session: Any, graph: Graph, arrays: Mapping[str, Array]) -> Arrays:
     """All outputs by name."""
-    given = {port.name: arrays[port.name] for port in graph.inputs}
+    inputs = {port.name: arrays[port.name] for port in graph.inputs}
     names = [port.name for port in graph.outputs]
-    return dict(zip(names, session.run(names, given), strict=True))
+    return dict(zip(names, session.run(names, inputs), strict=True))
 
 
 @torch.no_grad()
@@ -262,8 +264,8 @@ def compare(
     features, expected = run(open_session(encoder_path), encoder, first), run_torch(encoder, first)
     masks = run(open_session(decoder_path), decoder, features | clicks)
     expected_masks = run_torch(decoder, expected | clicks)
-    found, wanted = features | masks, expected | expected_masks
-    differences = [float(np.abs(found[key] - wanted[key]).max() / np.abs(wanted[key]).max()) for key in wanted]
+    outputs, wanted = features | masks, expected | expected_masks
+    differences = [float(np.abs(outputs[key] - wanted[key]).max() / np.abs(wanted[key]).max()) for key in wanted]
     click_iou = float(_ious(masks["masks"] > 0, expected_masks["masks"] > 0).min())
     difference = max(differences)
     if not (difference <= TOLERANCE and click_iou >= MIN_IOU):
@@ -293,11 +295,11 @@ def agreement(
     for image in images:
         original_hw = (image.shape[0], image.shape[1])
         xy = np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2) * original_hw[::-1]
-        given, clicks = encoder_input(sam, encoder, image), clicks_input(sam, decoder, xy, original_hw)
-        exact, small = (run(decode, decoder, run(session, encoder, given) | clicks) for session in sessions)
+        pixels, clicks = encoder_input(sam, encoder, image), clicks_input(sam, decoder, xy, original_hw)
+        exact, small = (run(decode, decoder, run(session, encoder, pixels) | clicks) for session in sessions)
         best = exact["iou_predictions"].argmax(axis=1)
-        each = np.arange(len(best))
-        ious.append(_ious(exact["masks"][each, best] > 0, small["masks"][each, best] > 0))
+        click = np.arange(len(best))
+        ious.append(_ious(exact["masks"][click, best] > 0, small["masks"][click, best] > 0))
     return float(np.concatenate(ious).mean()), sum(map(len, ious))
 
 
@@ -324,7 +326,7 @@ _SQUARE_STEPS: Final = (
 
 
 def description(sam: Sam, digests: Mapping[str, str]) -> dict[str, Any]:
-    """What NAME.json says of the model. digests: `WeightsFile.identity`."""
+    """The content of NAME.json about the model. digests: `WeightsFile.identity`."""
     spec = sam.spec
     return {
         "model": spec.name,

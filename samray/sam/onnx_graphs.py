@@ -71,7 +71,7 @@ class Shapes:
     @classmethod
     def of(cls, sam: Sam, features: Features) -> Shapes:
         """features: of one image."""
-        high_res = () if features.high_res is None else tuple(tuple(one.shape) for one in features.high_res)
+        high_res = () if features.high_res is None else tuple(tuple(feature.shape) for feature in features.high_res)
         return cls(
             sam.image_size, tuple(features.embedding.shape), tuple(packed(features).shape), high_res, 4 * sam.spec.grid
         )

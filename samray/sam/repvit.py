@@ -174,12 +174,12 @@ class RepVitEncoder(PyramidEncoder):
         return self.pyramid(levels)
 
     def block_names(self) -> list[tuple[str, ...]]:
-        """What halves the grid belongs to the block after it."""
+        """A layer that halves the grid belongs to the block after it."""
         names: list[tuple[str, ...]] = []
         for i, depth in enumerate(self.depths):
-            own: list[tuple[str, ...]] = [(f"stages.{i}.blocks.{j}",) for j in range(depth)]
-            own[0] += (f"stages.{i}.downsample",)
-            names += own
+            of_stage: list[tuple[str, ...]] = [(f"stages.{i}.blocks.{j}",) for j in range(depth)]
+            of_stage[0] += (f"stages.{i}.downsample",)
+            names += of_stage
         return names
 
 

@@ -30,6 +30,12 @@ _CPU_CHUNK_BYTES = 8 * 1024 * 1024
 _CPU_UPSCALE_BYTES = 4 * 1024 * 1024
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device; waits for nothing if that is safe."""
+    # On mps the copy may read memory that the host has freed: https://github.com/pytorch/pytorch/issues/189690
+    return tensor.to(device, non_blocking=device.type != "mps")
+
+
 @dataclass(frozen=True, slots=True)
 class Decoded:
     """Masks of N prompts.
@@ -95,7 +101,7 @@ class Sam(nn.Module):
 
     def resize(self, image: NDArray[np.uint8]) -> Resized:
         """image: (H, W, 3) uint8 RGB. Returns it as large as it is in the model's square, see `Frame.resize`."""
-        return self.frame.resize(image)
+        return self.frame.resize(image, self.device)
 
     def preprocess(self, images: list[NDArray[np.uint8]]) -> tuple[Tensor, list[tuple[int, int]]]:
         """Images of any sizes to one batch.
@@ -114,7 +120,9 @@ class Sam(nn.Module):
         for i, image in enumerate(resized):
             h, w = image.shape[:2]
             # Bytes go to the device, a quarter of float32's size; normalised in float32, and rounded once.
-            raw = torch.from_numpy(np.ascontiguousarray(image)).to(self.device).permute(2, 0, 1).float()
+            there = image if isinstance(image, Tensor) else torch.from_numpy(np.ascontiguousarray(image))
+            raw = to_device(there, self.device)
+            raw = raw.permute(2, 0, 1).float()
             pixels[i, :, :h, :w] = ((raw - self.pixel_mean.float()) / self.pixel_std.float()).to(self.dtype)
         return pixels
 
@@ -145,8 +153,8 @@ class Sam(nn.Module):
             dense = encoder.no_mask_embed.weight if mask_input is None else _tokens(encoder.encode_masks(mask_input))
         if has_mask is not None:
             dense = has_mask * dense + (1 - has_mask) * encoder.no_mask_embed.weight
-        each = 1 if mask_input is None else len(mask_input) // max(len(src), 1)
-        src = src if each == 1 else src.repeat_interleave(each, dim=0)
+        per_image = 1 if mask_input is None else len(mask_input) // max(len(src), 1)
+        src = src if per_image == 1 else src.repeat_interleave(per_image, dim=0)
         return self.mask_decoder.transformer.prepare(src + dense, encoder.dense_positions(), fine, self.dtype)
 
     # --- prompts to masks --------------------------------------------------------------------------------------------
@@ -168,16 +176,20 @@ class Sam(nn.Module):
         it is, without `dynamic_multimask`.
         """
         num, chunk = len(points), self._chunk(context, _CPU_CHUNK_BYTES)
-        each = num // len(context)
-        assert each * len(context) == num, "each image needs the same number of prompts"
+        prompts_per_image = num // len(context)
+        assert prompts_per_image * len(context) == num, "each image needs the same number of prompts"
         if num == 0:
             return self._nothing_decoded(3 if multimask and not self.spec.decoder.hq_dim else 1)
         # One pass for all images; or chunks that each belong to one image, because `run` needs the same number of
         # prompts for every image of its context.
         work = [(context, 0, num)]
         if num > chunk:
-            starts = [(i, start) for i in range(len(context)) for start in range(i * each, (i + 1) * each, chunk)]
-            work = [(context[i], start, min(start + chunk, (i + 1) * each)) for i, start in starts]
+            starts = [
+                (i, start)
+                for i in range(len(context))
+                for start in range(i * prompts_per_image, (i + 1) * prompts_per_image, chunk)
+            ]
+            work = [(context[i], start, min(start + chunk, (i + 1) * prompts_per_image)) for i, start in starts]
         masks = slice(1, None) if multimask else slice(0, 1)  # 3 of 4, or the single one
         parts = []
         for images, start, stop in work:
@@ -203,21 +215,28 @@ class Sam(nn.Module):
         best = decoder.best(all_iou)
         if best is not None:
             all_iou = all_iou.gather(1, best)
-        # Strictly above, as in the reference. `nonzero` waits for the GPU, but what is dropped is never upscaled.
-        keep = torch.ones_like(all_iou, dtype=torch.bool) if min_iou is None else all_iou > min_iou
+        # Strictly above, as in the reference. The only wait for a GPU here: what is dropped is never upscaled.
+        keep = torch.ones(all_iou.shape, dtype=torch.bool) if min_iou is None else (all_iou > min_iou).cpu()
         prompt, mask = keep.nonzero(as_tuple=True)
         # A prompt with a kept mask is upscaled once; only its kept masks are returned.
         alive = keep.any(dim=1).nonzero()[:, 0]
         if len(alive) == 0:  # without prompts and images SAM-HQ's shapes are not determined
             none = self._nothing_decoded(all_iou.shape[1])
             return replace(none, all_iou=all_iou)
-        hyper = decoder.hyper(state.mask_tokens[alive], masks, None if best is None else best[alive])
-        size, each, fine = self._chunk(context, _CPU_UPSCALE_BYTES), len(all_iou) // len(context), context.fine
+        prompt, mask, chosen = (to_device(each, self.device) for each in (prompt, mask, alive))
+        hyper = decoder.hyper(state.mask_tokens[chosen], masks, None if best is None else best[chosen])
+        size, prompts_per_image, fine = (
+            self._chunk(context, _CPU_UPSCALE_BYTES),
+            len(all_iou) // len(context),
+            context.fine,
+        )
         logits = []
         for batch, weights in zip(alive.split(size), hyper.split(size), strict=True):
+            kept = tuple(to_device(each, self.device) for each in keep[batch].nonzero(as_tuple=True))
+            batch = to_device(batch, self.device)
             # Features of the image that each prompt belongs to; those of a single image are broadcast.
-            own = fine if fine is None or len(fine) == 1 else fine[batch // each]
-            logits.append(decoder.upscale(state.keys[batch], weights, own)[keep[batch]].float())
+            batch_fine = fine if fine is None or len(fine) == 1 else fine[batch // prompts_per_image]
+            logits.append(decoder.upscale(state.keys[batch], weights, batch_fine)[kept].float())
         return Decoded(torch.cat(logits), all_iou[prompt, mask], prompt + first_prompt, mask, all_iou)
 
     def _chunk(self, context: ImageTokens, cpu_bytes: int) -> int:
@@ -266,7 +285,7 @@ class Sam(nn.Module):
         else:  # every prompt has its own image tokens
             context, tokens = self.prepare_decoder(embedding, mask_input), tokens[:, None]
         masks = self._masks_needed(multimask)
-        logits, iou = self.decode_tokens(context, tokens, masks, guidance, choose=multimask)
+        logits, iou = self.decode_tokens(context, tokens, masks, guidance, best_only=multimask)
         return (logits, iou) if multimask else self.mask_decoder.single(logits, iou)
 
     def decode_tokens(
@@ -276,16 +295,17 @@ class Sam(nn.Module):
         masks: slice,
         guidance: Guidance | None = None,
         *,
-        choose: bool = False,
+        best_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """The given ones of the four masks for N prompts on each of B images.
+        """The requested ones of the four masks for N prompts on each of B images.
 
-        tokens: (B, N, P, C) of the prompts. choose: with `hq_dim` only the best of them. Returns logits (B * N, M, 4h,
-        4w) and predicted IoU (B * N, M), float32.
+        tokens: (B, N, P, C) of the prompts. best_only: with `hq_dim` only the best of them.
+
+        Returns logits (B * N, M, 4h, 4w) and predicted IoU (B * N, M), float32.
         """
         state = self.mask_decoder.run(context, tokens, guidance)
         iou = state.iou[:, masks].float()
-        best = self.mask_decoder.best(iou) if choose else None
+        best = self.mask_decoder.best(iou) if best_only else None
         hyper = self.mask_decoder.hyper(state.mask_tokens, masks, best)
         logits = self.mask_decoder.upscale(state.keys, hyper, context.fine).float()
         return logits, iou if best is None else iou.gather(1, best)

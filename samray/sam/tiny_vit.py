@@ -139,7 +139,7 @@ class Stage(nn.Module):
 
 
 class FineFeatures(nn.Module):
-    """What the decoder's upscaling adds at its first and second doubling.
+    """Features that the decoder's upscaling adds at its first and second doubling.
 
     Source: SAM 2 (Ravi et al., 2024), the decoder's skip connections; the two projections begin at zero.
     """
@@ -199,7 +199,7 @@ class TinyViT(ImageEncoder):
         return Features(self.neck(x), self.fine(*features[:2]) if hasattr(self, "fine") else None, early)
 
     def block_names(self) -> list[tuple[str, ...]]:
-        """What merges patches after a stage belongs to the stage's last block."""
+        """A layer that merges patches after a stage belongs to the stage's last block."""
         names: list[tuple[str, ...]] = []
         for i, depth in enumerate(self.depths):
             names += [(f"layers.{i}.blocks.{j}",) for j in range(depth)]

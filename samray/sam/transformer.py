@@ -169,22 +169,22 @@ class ImageTokens:
 
     def __getitem__(self, i: int) -> ImageTokens:
         """Image i alone, as a batch of one."""
-        one = slice(i, i + 1)
+        image = slice(i, i + 1)
         assert self.fine is None or len(self.fine) == len(self), "prompts with their own image tokens have no number i"
         return ImageTokens(
-            self.src[one],
-            self.read_keys[one],
-            self.read_values[one],
-            self.write_queries[one],
+            self.src[image],
+            self.read_keys[image],
+            self.read_values[image],
+            self.write_queries[image],
             self.pe_keys,  # without B: the same for all images
             self.pe_queries,
-            None if self.fine is None else self.fine[one],
+            None if self.fine is None else self.fine[image],
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
-    """What steers a decoder towards one target, without training (PerSAM, arXiv 2305.03048, section 3.2)."""
+    """Guidance of a decoder towards one target, without training (PerSAM, arXiv 2305.03048, section 3.2)."""
 
     similarity: Tensor
     """(L,) in [0, 1]: added to what each token attends to in the image, followed by a second softmax (target-guided

@@ -46,7 +46,7 @@ def photograph_files() -> list[tuple[Photograph, Path]]:
     """The photographs that are on this machine, with their files; none if scikit-image is without its data."""
     # Found without an import, which would take a second.
     spec = importlib.util.find_spec("skimage")
-    folders = [Path(place) / "data" for place in (spec.submodule_search_locations or ()) if spec] if spec else []
+    folders = [Path(location) / "data" for location in (spec.submodule_search_locations or ()) if spec] if spec else []
     return [
         (photograph, folder / photograph.file)
         for photograph in PHOTOGRAPHS

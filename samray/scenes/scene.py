@@ -34,7 +34,7 @@ class Scene:
     kinds: list[str]
     """N of "object" (a whole with its parts), "part" (a piece of one) and "region" (a side of the background)."""
     names: list[str | None] = field(default_factory=list)
-    """N; the name that the source gives an object's cut-out (`info["name"]`), None for all else."""
+    """N; the name that the source gives an object's cut-out (`info["name"]`), None for other masks."""
 
 
 @dataclass(slots=True)
@@ -60,7 +60,7 @@ def make_scene(
     rng = np.random.default_rng([seed, int(split == "heldout")])
     height, width = (size, size) if isinstance(size, int) else size
     canvas, horizon = _background(rng, height, width, source, split)
-    # Who owns each pixel: -1 the background, 0 its other side, else the object's number from 1.
+    # The owner of each pixel: -1 the background, 0 its other side, else the object's number from 1.
     owner = np.full((height, width), -1, np.int16)
     part_of = np.zeros((height, width), np.int16)
     owner[horizon] = 0
@@ -72,11 +72,11 @@ def make_scene(
     if rng.random() < 0.6:  # mostly put small objects in front, because otherwise few of them would stay visible
         diameters = np.sort(diameters)[::-1]
     # Areas before occlusion, to judge later how much of each is visible.
-    full_areas, own_names = [], []
+    full_areas, object_names = [], []
     for index, diameter in enumerate(diameters, start=1):
         layer = _object_layer(rng, max(float(diameter), 6.0), source, split)
         full_areas.append(_layer_areas(layer))
-        own_names.append(layer.name)
+        object_names.append(layer.name)
         _paint(rng, layer, index, canvas, owner, part_of)
 
     masks, kinds = [], []
@@ -87,11 +87,11 @@ def make_scene(
                 masks.append(side)
                 kinds.append("region")
                 names.append(None)
-    for index, (areas, name) in enumerate(zip(full_areas, own_names, strict=True), start=1):
+    for index, (areas, name) in enumerate(zip(full_areas, object_names, strict=True), start=1):
         # An object's own mask includes its parts; area 0 is that of the whole.
-        mine = owner == index
+        of_object = owner == index
         for part, full_area in enumerate(areas):
-            visible = mine & (part_of == part) if part else mine
+            visible = of_object & (part_of == part) if part else of_object
             if _is_target(visible, full_area):
                 masks.append(visible)
                 kinds.append("part" if part else "object")

@@ -14,7 +14,16 @@ from __future__ import annotations
 
 from samray.storage.filesystems import configure, for_arrow, reset
 from samray.storage.listing import FileEntry, clock, list_files, list_names, list_times, list_versions
-from samray.storage.reading import exists, file_size, file_version, is_dir_like, open_read, read_bytes, read_whole
+from samray.storage.reading import (
+    exists,
+    file_size,
+    file_version,
+    is_dir_like,
+    open_read,
+    read_bytes,
+    read_whole,
+    size_of_version,
+)
 from samray.storage.redaction import HARMLESS_QUERY, has_credentials, is_redacted, redact, redact_error
 from samray.storage.retrying import time_limit, timeout_s
 from samray.storage.uris import (
@@ -24,8 +33,8 @@ from samray.storage.uris import (
     is_web,
     join,
     normalize,
+    origin_of,
     parent,
-    place_of,
     resolve,
     scheme_of,
 )
@@ -57,8 +66,8 @@ __all__ = [
     "list_versions",
     "normalize",
     "open_read",
+    "origin_of",
     "parent",
-    "place_of",
     "put",
     "put_chunks",
     "put_new",
@@ -70,6 +79,7 @@ __all__ = [
     "reset",
     "resolve",
     "scheme_of",
+    "size_of_version",
     "time_limit",
     "timeout_s",
 ]

@@ -22,14 +22,14 @@ from samray.storage.uris import is_local
 
 
 class Fault(enum.Enum):
-    """What to do about an error."""
+    """The treatment of an error."""
 
     RETRY = "retry"
     """May succeed next time: throttling, a broken connection, a server restart, a damaged body."""
     MISSING = "missing"
     """The file does not exist."""
     FILE = "file"
-    """This file is refused, and perhaps all others: only reading others can tell."""
+    """This file is refused, and perhaps all others: only reading others shows it."""
     RUN = "run"
     """No request will succeed: wrong or expired credentials, a wrong clock, a full disk."""
 
@@ -223,10 +223,10 @@ def as_storage_error(error: Exception, doing: str, uri: str, tried: str = "") ->
     """
     where = redact(uri)
     code, status = server_answer(error)
-    said = redact_error(error, uri).strip().rstrip(".") or type(error).__name__
+    reason = redact_error(error, uri).strip().rstrip(".") or type(error).__name__
     # asyncio's TimeoutError has no text.
     if isinstance(error, TimeoutError) and not str(error):
-        said = "no response in time"
+        reason = "no response in time"
     fault = fault_of(error)
     if code in ("NoSuchBucket", "ContainerNotFound"):
         return BucketNotFoundError(f"cannot {doing} {where}: its bucket does not exist")
@@ -237,17 +237,17 @@ def as_storage_error(error: Exception, doing: str, uri: str, tried: str = "") ->
         return NotFoundError(f"cannot {doing} {where}: {missing}")
     if fault is Fault.RUN and isinstance(error, OSError) and error.errno in _ERRNO and not (code or status):
         # A full or read-only disk, not the answer of a server.
-        return StorageError(f"cannot {doing} {where}: {said}; free some space or choose another OUTPUT")
+        return StorageError(f"cannot {doing} {where}: {reason}; free some space or choose another OUTPUT")
     if code.startswith("RequestTimeTooSkewed"):
-        return StorageError(f"cannot {doing} {where}: the clock of this machine is wrong ({said}); set it")
+        return StorageError(f"cannot {doing} {where}: the clock of this machine is wrong ({reason}); set it")
     if fault is Fault.RUN:
         return StorageError(
-            f"cannot {doing} {where}: the storage refused the credentials ({code or said}); "
+            f"cannot {doing} {where}: the storage refused the credentials ({code or reason}); "
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or the profile or role) and check their validity"
         )
     if fault is Fault.RETRY:
         return UnavailableError(
-            f"cannot {doing} {where}{tried}: {said}; "
+            f"cannot {doing} {where}{tried}: {reason}; "
             "check that the storage and its endpoint can be reached, then run the same command again"
         )
     if isinstance(error, NotADirectoryError) and is_local(uri):
@@ -257,13 +257,13 @@ def as_storage_error(error: Exception, doing: str, uri: str, tried: str = "") ->
         )
     if isinstance(error, PermissionError) or status in (401, 403):
         return RefusedError(
-            f"cannot {doing} {where}: permission denied ({code or said}); grant it, or use another place"
+            f"cannot {doing} {where}: permission denied ({code or reason}); grant it, or use another place"
         )
     if code or status:
-        return RefusedError(f"cannot {doing} {where}: {said}")
+        return RefusedError(f"cannot {doing} {where}: {reason}")
     if _is_of_one_file(error):
-        return FileError(f"cannot {doing} {where}: {said}")
-    return RefusedError(f"cannot {doing} {where}: {said}")  # all other files may fail the same way
+        return FileError(f"cannot {doing} {where}: {reason}")
+    return RefusedError(f"cannot {doing} {where}: {reason}")  # all other files may fail the same way
 
 
 def _is_of_one_file(error: Exception) -> bool:

@@ -32,7 +32,7 @@ def _forget_filesystems() -> None:
     """
     gc.freeze()
     global _filesystems_lock
-    # A thread of the parent may have held the old lock at the fork, and nobody in the child would release it.
+    # A thread of the parent may have held the old lock at the fork, and no thread of the child would release it.
     _filesystems_lock = threading.Lock()
     _inherited.extend(_filesystems.values())
     _filesystems.clear()
@@ -91,8 +91,8 @@ def for_arrow(uri: str) -> tuple[Any, str]:
         return None, uri
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    own = filesystem(uri)
-    return PyFileSystem(FSSpecHandler(own)), own._strip_protocol(uri)
+    fs = filesystem(uri)
+    return PyFileSystem(FSSpecHandler(fs)), fs._strip_protocol(uri)
 
 
 def _make_filesystem(scheme: str, uri: str) -> Any:

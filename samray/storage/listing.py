@@ -89,11 +89,11 @@ def _walk(folder: str) -> Iterator[FileEntry]:
         return
     fs = filesystem(folder)
     # s3fs returns a listing as a whole, so a retry lists from the start.
-    found = retry(
+    infos = retry(
         "list", folder, lambda: cast(dict[str, dict[str, Any]], fs.find(folder, detail=True, **attempt_options(fs)))
     )
     scheme = scheme_of(folder)
-    for name, info in found.items():
+    for name, info in infos.items():
         # Keys that end in a slash are placeholders for folders, as web consoles create them.
         if info.get("type") == "file" and not name.endswith("/"):
             size = info.get("size")
@@ -180,26 +180,28 @@ def _list_folder(folder: str) -> dict[str, dict[str, Any]]:
     if is_local(folder):
 
         def scan() -> dict[str, dict[str, Any]]:
-            found = {}
+            infos = {}
             with os.scandir(folder) as entries:
                 for entry in entries:
                     with contextlib.suppress(FileNotFoundError):  # removed during the scan, like temporary files
                         if entry.is_file():
                             status = entry.stat()
                             times = {"mtime": status.st_mtime, "mtime_ns": status.st_mtime_ns}
-                            found[entry.name] = {"size": status.st_size, **times}
-            return found
+                            infos[entry.name] = {"size": status.st_size, **times}
+            return infos
 
         call: Callable[[], dict[str, dict[str, Any]]] = scan
     else:
         fs = filesystem(folder)
 
         def ask() -> dict[str, dict[str, Any]]:
-            own = fs._strip_protocol(folder)  # some servers list an emptied folder as an object inside itself
-            found = [
-                info for info in fs.ls(folder, detail=True, **attempt_options(fs)) if info["name"].rstrip("/") != own
+            folder_name = fs._strip_protocol(folder)  # some servers list an emptied folder as an object inside itself
+            infos = [
+                info
+                for info in fs.ls(folder, detail=True, **attempt_options(fs))
+                if info["name"].rstrip("/") != folder_name
             ]
-            names = ((info["name"].rstrip("/").rpartition("/")[2], info) for info in found)
+            names = ((info["name"].rstrip("/").rpartition("/")[2], info) for info in infos)
             return {name: info for name, info in names if info.get("type") == "file"}
 
         call = ask

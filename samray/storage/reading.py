@@ -201,6 +201,12 @@ def version_of(info: Mapping[str, Any]) -> str | None:
     return None if etag is None else f"{info.get('size')} {etag}"
 
 
+def size_of_version(version: str | None) -> int | None:
+    """The size in bytes in a version (`file_version`); None if it has none."""
+    size = (version or "").partition(" ")[0]
+    return int(size) if size.isdecimal() else None
+
+
 def etag_of(info: Mapping[str, Any]) -> str | None:
     """Entity tag, generation or modification time, whichever the storage has; None if it has none."""
     return next((str(info[mark]).strip('"') for mark in _VERSION_MARKS if info.get(mark)), None)

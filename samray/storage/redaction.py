@@ -61,6 +61,8 @@ _SECRET_VARIABLE: Final = re.compile(
     r"(?i)secret|token|passw|credential|access_?key|account_?key|sas|connection_string|api_?key"
 )
 _LEAST_SECRET: Final = 6
+_NAMES: Final = "categories"
+"""Key of the names of masks."""
 
 Span = tuple[int, int]
 
@@ -118,30 +120,32 @@ def _spans(text: str) -> Iterator[Span]:
     schemes = list(_SCHEME.finditer(text))
     yield from _free_spans(text, 0, schemes[0].start() if schemes else len(text))
     # A text that is one URI may contain spaces; within a sentence a URI ends at the first space.
-    whole = bool(schemes) and schemes[0].start() == 0 and not re.search(r"[:;,.] |\n", text)
+    is_only_uri = bool(schemes) and schemes[0].start() == 0 and not re.search(r"[:;,.] |\n", text)
     for i, scheme in enumerate(schemes):
         start, end = scheme.end(), schemes[i + 1].start() if i + 1 < len(schemes) else len(text)
-        if (length := _userinfo_length(text[start:end], scheme[1].lower(), whole)) > 0:
+        if (length := _userinfo_length(text[start:end], scheme[1].lower(), is_only_uri)) > 0:
             yield start, start + length - 1  # the @ stays
             start += length
-        uri = text[start:end] if whole else re.match(r"\S*", text[start:end])[0]  # type: ignore[index]
+        uri = text[start:end] if is_only_uri else re.match(r"\S*", text[start:end])[0]  # type: ignore[index]
         if query := _QUERY.search(uri):
             at = start + query.end()
             is_web = scheme[1].lower() in ("http", "https")
-            yield from _query_spans(text, at, start + len(uri), whole=whole, bare=is_web and query[0] == "?")
+            yield from _query_spans(
+                text, at, start + len(uri), is_only_uri=is_only_uri, bare=is_web and query[0] == "?"
+            )
         yield from _free_spans(text, start + len(uri), end)
 
 
-def _userinfo_length(rest: str, scheme: str, whole: bool) -> int:
+def _userinfo_length(rest: str, scheme: str, is_only_uri: bool) -> int:
     """Length of user name and password, with their @, at the start of `rest` (what follows `scheme://`); 0 if none.
 
     Accepts passwords as people write them: with slashes, `@`, `?`, quotes and spaces that should be encoded.
     """
     if scheme in _NO_HOST:
         return 0
-    user = re.match(r"[^/?#@:\n]*" if whole else r"[^/?#@:\s]*", rest)
+    user = re.match(r"[^/?#@:\n]*" if is_only_uri else r"[^/?#@:\s]*", rest)
     assert user is not None
-    run = rest if whole else re.match(r"\S*", rest)[0]  # type: ignore[index]
+    run = rest if is_only_uri else re.match(r"\S*", rest)[0]  # type: ignore[index]
     # The colons of an IPv6 address do not start a password.
     if _IPV6_HOST.match(rest):
         return 0
@@ -152,7 +156,7 @@ def _userinfo_length(rest: str, scheme: str, whole: bool) -> int:
         authority = re.match(r"[^/?#\s]*", rest)
         assert authority is not None
         end = authority[0].rindex("@") + 1
-        return end + _userinfo_length(rest[end:], scheme, whole)
+        return end + _userinfo_length(rest[end:], scheme, is_only_uri)
     if not rest[user.end() :].startswith(":"):
         return 0
     secret = rest[user.end() + 1 :]
@@ -169,21 +173,21 @@ def _userinfo_length(rest: str, scheme: str, whole: bool) -> int:
     return at
 
 
-def _query_spans(text: str, start: int, end: int, *, whole: bool, bare: bool) -> Iterator[Span]:
+def _query_spans(text: str, start: int, end: int, *, is_only_uri: bool, bare: bool) -> Iterator[Span]:
     """The values in `name=value&...` from start to end. bare: a query without a name may also be a token."""
     for part in _PART.finditer(text, start, end):
-        found = _PARAMETER.match(text, part.start(), end)
-        if found is None:
-            item = part[0] if whole else part[0].rstrip(_TRAILING)
-            # ?eyJhbGciOi... may be a token as a whole; a file name like ?photo.jpg is none.
+        parameter = _PARAMETER.match(text, part.start(), end)
+        if parameter is None:
+            item = part[0] if is_only_uri else part[0].rstrip(_TRAILING)
+            # ?eyJhbGciOi... may be a token as a whole; a file name like ?photo.jpg is not.
             if bare and len(item) >= 8 and not _PLAIN_NAME.fullmatch(item) and item.lower() not in _HARMLESS_NAMES:
                 yield part.start(), part.start() + len(item)
             continue
-        first, last = found.span("value")
+        first, last = parameter.span("value")
         value = text[first:last]
-        if not whole:
+        if not is_only_uri:
             value = value.rstrip(_TRAILING)
-        if not _is_harmless(found["name"], value):
+        if not _is_harmless(parameter["name"], value):
             yield first, first + len(value)
 
 
@@ -200,7 +204,7 @@ def _is_harmless(name: str, value: str) -> bool:
 def _free_spans(text: str, start: int, end: int) -> Iterator[Span]:
     """Outside of URIs: queries of paths, as some clients quote them, and headers."""
     for query in _FREE_QUERY.finditer(text, start, end):
-        yield from _query_spans(text, query.start() + 1, query.end(), whole=False, bare=False)
+        yield from _query_spans(text, query.start() + 1, query.end(), is_only_uri=False, bare=False)
     for header in _HEADER.finditer(text, start, end):
         yield header.span("value")
 
@@ -237,9 +241,10 @@ def _secret_options(options: Mapping[str, Any]) -> Iterator[str]:
 
 
 def redact_json(value: Any) -> Any:
-    """A JSON round trip of the value, without the credentials in its strings."""
+    """A JSON round trip of the value, without the credentials in its strings. `categories` stay as they are: masks have
+    the same names, and "basic armchair" looks like a header."""
     if isinstance(value, Mapping):
-        return {redact(str(key)): redact_json(item) for key, item in value.items()}
+        return {redact(str(key)): item if key == _NAMES else redact_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [redact_json(item) for item in value]
     return redact(value) if isinstance(value, str) else value

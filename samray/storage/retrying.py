@@ -20,7 +20,7 @@ from samray.config import StorageConfig
 from samray.errors import ConfigError, StorageError
 from samray.storage.faults import Fault, as_storage_error, fault_of, is_conflict
 from samray.storage.redaction import redact, redact_error
-from samray.storage.uris import place_of, scheme_of
+from samray.storage.uris import origin_of, scheme_of
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def retry(doing: str, uri: str, call: Callable[[], T]) -> T:
     if no request can succeed. FileExistsError from `call` is passed on.
     """
     started = time.monotonic()
-    place = place_of(uri)
+    origin = origin_of(uri)
     attempt = 0
     seen: Exception | None = None
     while True:
@@ -125,12 +125,12 @@ def retry(doing: str, uri: str, call: Callable[[], T]) -> T:
             raise
         except Exception as error:  # every fsspec backend raises its own types; all are re-raised
             if is_conflict(error):
-                _answered(place)
+                _answered(origin)
                 raise FileExistsError(errno.EEXIST, "already there", redact(uri)) from error
             if fault_of(error) is not Fault.RETRY:
-                _answered(place)
+                _answered(origin)
                 raise as_storage_error(error, doing, uri) from error
-            wait_s = _wait_before_next(attempt, started, place)
+            wait_s = _wait_before_next(attempt, started, origin)
             if isinstance(error, TimeoutError) and not str(error) and seen is not None:
                 error = seen  # the server's earlier error is more precise than a timeout
             seen = error
@@ -142,17 +142,17 @@ def retry(doing: str, uri: str, call: Callable[[], T]) -> T:
             log.info("attempt %d to %s %s failed (%s), next in %.2f s",
                      attempt, doing, redact(uri), redact_error(error, uri), wait_s)  # fmt: skip
         else:
-            _answered(place)
+            _answered(origin)
             return result
         # Outside of the FTP lock: other requests go on during the pause.
         time.sleep(wait_s)
 
 
-def _wait_before_next(attempt: int, started: float, place: str) -> float | None:
+def _wait_before_next(attempt: int, started: float, origin: str) -> float | None:
     """Seconds until the next attempt; None if this one was the last."""
     now = time.monotonic()
     # If the bucket or host failed before this request began, that time counts, too.
-    end = min(started, _failing_since(place, now)) + _settings.timeout_s
+    end = min(started, _failing_since(origin, now)) + _settings.timeout_s
     left = min(end - now, (_limit.until - now) / 2)  # leave half of the time for the next attempt
     # Too little time for another attempt.
     if left <= 0.01 * _settings.timeout_s or attempt == _settings.max_attempts:
@@ -161,22 +161,22 @@ def _wait_before_next(attempt: int, started: float, place: str) -> float | None:
     return min(backoff_s, left)
 
 
-def _failing_since(place: str, now: float) -> float:
+def _failing_since(origin: str, now: float) -> float:
     """Start of the current series of failures, including this one; failures far apart start a new series."""
     with _outages_lock:
-        since, last = _outages.get(place, (now, now))
+        since, last = _outages.get(origin, (now, now))
         if now - last > _settings.timeout_s:
             since = now
-        _outages[place] = (since, now)
+        _outages[origin] = (since, now)
     return since
 
 
-def _answered(place: str) -> None:
+def _answered(origin: str) -> None:
     """Note that the storage responded, even with a refusal."""
     # A look without the lock first, because this runs after every request.
-    if place in _outages:
+    if origin in _outages:
         with _outages_lock:
-            _outages.pop(place, None)
+            _outages.pop(origin, None)
 
 
 def forget_outages() -> None:

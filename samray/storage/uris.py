@@ -23,7 +23,7 @@ def is_local(uri: str) -> bool:
     return scheme_of(uri) == "file"
 
 
-def place_of(uri: str) -> str:
+def origin_of(uri: str) -> str:
     """The unit that fails as a whole: `scheme://` with the bucket or host; `file://` for local files."""
     scheme = scheme_of(uri)
     return (

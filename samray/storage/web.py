@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,6 +19,9 @@ _MOST_SKIPPED_BYTES: Final = 64 * 2**20
 """Maximum bytes read and discarded to reach an offset, if the server sends the whole file instead of a range."""
 
 _MOST_BOXES: Final = 1000
+_HEAD_ATTEMPTS: Final = 3
+_LATER: Final = frozenset({408, 429, *range(500, 600)} - {501})
+"""Status codes of faults that pass; 501 says that the server has no HEAD."""
 
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-\d+/(?:\d+|\*)")
 
@@ -111,16 +115,24 @@ def _ends_with_box(body: bytearray) -> bool:
 
 async def _compare_with_head(fs: Any, session: Any, uri: str, num_bytes: int) -> None:
     """Raises: DamagedBodyError if HEAD reports more bytes than came; a truncated body may claim to be complete."""
-    from aiohttp import ClientError
-
-    try:
-        async with _ask(fs, session.head, uri, {}) as head:
-            coded = head.headers.get("Content-Encoding", "identity") != "identity"
-            promised = head.headers.get("Content-Length", "") if head.status == 200 and not coded else ""
-    except (ClientError, TimeoutError):  # many servers support only GET
-        return
+    promised = await _promised_by_head(fs, session, uri)
     if promised.isdigit() and int(promised) > num_bytes:
         raise DamagedBodyError(f"the body ended after {num_bytes} of {promised} bytes")
+
+
+async def _promised_by_head(fs: Any, session: Any, uri: str) -> str:
+    """The length in the answer to HEAD; empty if it says none, or the server supports only GET, as many do."""
+    from aiohttp import ClientError
+
+    # A fault that passes must not look like such a server: a truncated body would then count as whole.
+    for _ in range(_HEAD_ATTEMPTS):
+        with contextlib.suppress(ClientError, TimeoutError):
+            async with _ask(fs, session.head, uri, {}) as head:
+                if head.status in _LATER:
+                    continue
+                coded = head.headers.get("Content-Encoding", "identity") != "identity"
+                return head.headers.get("Content-Length", "") if head.status == 200 and not coded else ""
+    return ""
 
 
 async def _read_range(fs: Any, uri: str, offset: int, length: int | None) -> bytes:

@@ -36,8 +36,8 @@ class View:
     def of_mask(self, mask: Bool) -> Bool:
         """(H, W) -> (h, w): the pixels that are more than half covered."""
         h, w = self.size_hw
-        whole = Image.fromarray(mask.view(np.uint8) * np.uint8(255))
-        seen = np.asarray(whole.resize((w, h), Image.Resampling.BILINEAR, box=self.box)) > 127
+        picture = Image.fromarray(mask.view(np.uint8) * np.uint8(255))
+        seen = np.asarray(picture.resize((w, h), Image.Resampling.BILINEAR, box=self.box)) > 127
         return seen[:, ::-1] if self.is_flipped else seen
 
 

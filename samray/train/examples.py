@@ -25,7 +25,7 @@ from samray.output.mask_dataset import MaskDataset
 from samray.rle.runs import checked_runs, pixels
 from samray.scenes.paint import Source
 from samray.scenes.scene import Bool, Scene, make_scene
-from samray.text import first_few
+from samray.text import abridged
 from samray.train.augment import View, draw_view, jitter_colour, whole_view
 from samray.train.clicks import first_prompts
 from samray.train.order import EpochOrder
@@ -155,7 +155,7 @@ class MaskExamples:
     """
 
     def __init__(self, output: str, config: DataConfig, seed: int, index: int = 0) -> None:
-        self.config, self.seed, self.place = config, seed, index
+        self.config, self.seed, self.index = config, seed, index
         self.dataset = MaskDataset(
             output,
             masks="rle",
@@ -185,7 +185,7 @@ class MaskExamples:
         if not chosen:
             raise ConfigError(
                 f"data.labels: {storage.redact(self.dataset.output)} has none of these names; its names are "
-                f"{first_few(names[1:], 20)}"
+                f"{abridged(names[1:], 20)}"
             )
         return chosen
 
@@ -194,21 +194,21 @@ class MaskExamples:
         return len(self.train)
 
     def example(self, draw: int, frame: Frame) -> Arrays:
-        rng = np.random.default_rng([self.seed, self.place, draw])
+        rng = np.random.default_rng([self.seed, self.index, draw])
         config, where = self.config, storage.redact(self.dataset.output)
         faults: list[StorageError] = []
         # The next image in place of an unusable one; at most all of them once.
-        for further in range(len(self.train)):
+        for attempt in range(len(self.train)):
             try:
-                found = self._try(self.order[draw + further], frame, rng)
+                arrays = self._try(self.order[draw + attempt], frame, rng)
             except StorageError as error:
                 faults.append(error)
                 # Only unreadable images count; those without a fitting mask are passed over, however many there are.
                 if len(faults) == _TRIES:
                     break
             else:
-                if found is not None:
-                    return found
+                if arrays is not None:
+                    return arrays
         if faults:
             raise StorageError(f"{len(faults)} images of {where} cannot be used, the last: {faults[-1]}") from faults[
                 -1

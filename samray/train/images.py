@@ -101,15 +101,19 @@ class ImageExamples:
     def example(self, draw: int, frame: Frame) -> Arrays:
         rng = np.random.default_rng([self.seed, self.index, draw])
         size, last = frame.image_size, None
-        for further in range(min(_TRIES, len(self.train))):
+        num_tries = min(_TRIES, len(self.train))
+        for attempt in range(num_tries):
             try:
-                image = self._image(self.order[draw + further])
+                image = self._image(self.order[draw + attempt])
             except ImageError as error:
                 last = error
                 continue
             view = draw_crop(image.shape[0], image.shape[1], size, self.config.flip_fraction, rng)
             return {"image": view.of_image(image)}
-        raise StorageError(f"{_TRIES} images of {self.where} in a row cannot be used, the last: {last}")
+        raise StorageError(
+            f"{num_tries} of {len(self.train)} training images of {self.where} in a row cannot be used, the last:"
+            f" {last}"
+        )
 
     def _image(self, index: int) -> RGB:
         """(H, W, 3). Raises: ImageError, StorageError."""
@@ -117,7 +121,7 @@ class ImageExamples:
         if isinstance(data, ImageError):
             raise data
         # In a child process with limits, because these images may be damaged or hostile.
-        return decode_apart(data, self.limits.max_pixels, self.limits.decode_timeout_s)
+        return decode_apart(data, self.limits)
 
     def validation(self, limit: int, frame: Frame) -> Iterator[Scene]:
         """The square in the middle of held-out images, S x S, without masks."""

@@ -111,9 +111,17 @@ class Rounds:
         """One round's losses, and the mask passed to the next round: (B * N, R, R) logits without gradients."""
         logits, iou = self.sam.decode_batch(embeddings, self._tokens(), mask_input)
         logits, iou = logits.flatten(0, 1), iou.flatten(0, 1)
-        losses = sam_loss(logits, iou, self.targets, single_weight=single, multi_weight=multi, doubt=self.doubt)
+        losses = sam_loss(
+            logits,
+            iou,
+            self.targets,
+            single_weight=single,
+            multi_weight=multi,
+            ranking_weight=self.config.ranking_weight if multimask else 0.0,
+            doubt=self.doubt,
+        )
         self.iou = losses.iou
-        # After an ambiguous prompt the mask with the best score goes on, later the single mask.
+        # After an ambiguous prompt the mask with the best score is refined, later the single mask.
         best = iou[:, 1:].argmax(dim=1) + 1 if multimask else torch.zeros(len(iou), dtype=torch.long, device=iou.device)
         return losses, logits.detach()[torch.arange(len(best), device=best.device), best]
 
@@ -142,7 +150,7 @@ class StepLoss(nn.Module):
         """Parameters without a part in the last step, for example box corners in a step with clicks. Data parallel
         training gives them zero gradients, and an optimizer would still change them by momentum and decay."""
         self.memory: dict[str, Tensor] = {}
-        """What a resumed run needs in addition to the model."""
+        """State that a resumed run needs in addition to the model."""
 
 
 class InteractionLoss(StepLoss):
@@ -240,8 +248,8 @@ class _RoundByRound(torch.autograd.Function):
                 if not wanted:
                     continue
                 # allow_unused: a round without a box has no gradient for the box corners.
-                found = torch.autograd.grad(loss, [inputs[i] for i in wanted], allow_unused=True)
-                for i, gradient in zip(wanted, found, strict=True):
+                gradients = torch.autograd.grad(loss, [inputs[i] for i in wanted], allow_unused=True)
+                for i, gradient in zip(wanted, gradients, strict=True):
                     gradient_sum = sums[i]
                     sums[i] = gradient if gradient_sum is None or gradient is None else gradient_sum.add_(gradient)
                     if gradient is None:

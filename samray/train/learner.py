@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from samray.errors import ConfigError
 from samray.sam.adapter import metadata as adapter_metadata
-from samray.sam.checkpoints import find_spec, load_model
+from samray.sam.checkpoints import load_model
 from samray.sam.encoder_start import load_encoder
 from samray.sam.frames import FRAMES
 from samray.sam.precision import auto_dtype
-from samray.sam.sam import Sam
+from samray.sam.sam import Sam, to_device
 from samray.sam.spec import ModelSpec
 from samray.sam.text_projection import initial_state
+from samray.sam.weights_file import find_spec
 from samray.scenes.scene import Scene
 from samray.train.examples import Frame
 from samray.train.interaction import Batch, seed_of
@@ -94,15 +95,15 @@ def check_settings(settings: TrainSettings) -> ModelSpec:
             )
     if config.distill_from is not None:
         teacher = find_spec(config.distill_from)
-        for what, own, wanted in (
+        for what, of_student, of_teacher in (
             ("channels", spec.embed_dim, teacher.embed_dim),
             ("cells per side", spec.grid, teacher.grid),
             ("input pixels per side", spec.image_size, teacher.image_size),
         ):
-            if own != wanted:
+            if of_student != of_teacher:
                 raise ConfigError(
-                    f"train.distill_from = {teacher.name!r} does not fit {spec.name}: its embeddings have {wanted}"
-                    f" {what}, those of {spec.name} {own}"
+                    f"train.distill_from = {teacher.name!r} does not fit {spec.name}: its embeddings have {of_teacher}"
+                    f" {what}, those of {spec.name} {of_student}"
                 )
         if teacher.decoder != spec.decoder:
             raise ConfigError(
@@ -215,7 +216,7 @@ class Learner:
             group["lr"] = rate * group["lr_scale"]
         # From the step's number: a resumed run drops the same branches.
         torch.manual_seed(seed_of("drop path", self.config.seed, self.position.step, self.stream))
-        batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+        batch = {key: to_device(value, self.device) for key, value in batch.items()}
         self.optimizer.zero_grad(set_to_none=True)
         total, figures = self.loss(batch, self.position.step, self.stream)
         total.backward()
@@ -227,14 +228,14 @@ class Learner:
         norm = float(torch.nn.utils.clip_grad_norm_(learning, self.config.max_grad_norm))
         # Also if the step is skipped below: the batches go on.
         self.position.step += 1
-        found = {name: float(value) for name, value in figures.items()} | {"grad_norm": norm}
+        metrics = {name: float(value) for name, value in figures.items()} | {"grad_norm": norm}
         self.means.counted += 1
         if math.isfinite(norm):  # one bad image must not end a long run
             self.optimizer.step()
-            self.means.add(found)
+            self.means.add(metrics)
             if self.average is not None:
                 update_average(self.average, self.sam, self.config.ema_decay, self.position.step)
-        return found
+        return metrics
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs except the position, as tensors and plain values."""
@@ -282,7 +283,7 @@ class Learner:
         return {name: value.cpu().contiguous() for name, value in weights.items() if self.objective.is_written(name)}
 
     def metadata(self) -> dict[str, str]:
-        """What the file of the weights says of itself."""
+        """Metadata of the file of the weights."""
         steps = {"steps": str(self.position.step)}
         if self.config.trainable == LORA:
             return adapter_metadata(self.spec.name, self.base_sha256, SCALE) | steps

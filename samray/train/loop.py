@@ -24,7 +24,7 @@ def _alone(progress: float, stop: bool) -> tuple[float, bool]:
 
 @dataclass(kw_only=True)
 class Worker:
-    """What a worker's loop needs in addition to its learner and batches."""
+    """Inputs of a worker's loop besides its learner and batches."""
 
     config: TrainConfig
     store: Store | None
@@ -60,9 +60,9 @@ def run_leg(learner: Learner, batches: Iterable[Batch], worker: Worker) -> None:
         figures = learner.step(batch, progress)
         step = position.step
         if step % config.log_every == 0:
-            steps_per_s, own = learner.means.flush()
+            steps_per_s, figures_of_worker = learner.means.flush()
             # Collective as well: all workers are at the same step, so all get here.
-            figures_of_all = worker.average(own)
+            figures_of_all = worker.average(figures_of_worker)
             rates = {"lr": learner.learning_rate, "examples_per_s": round(config.batch_size * steps_per_s, 2)}
             log.add("train", rates | {name: round(value, 5) for name, value in figures_of_all.items()})
         # The last validation follows after the loop.

@@ -16,7 +16,7 @@ from samray.sam.sam import Sam
 _PART = ".lora_"
 """In the names of all parameters that learn."""
 SCALE = 2
-"""What the product of the matrices is multiplied by; the same for any rank."""
+"""Factor of the product of the matrices; the same for any rank."""
 _ADAPTER = "default"
 """peft's name of the only adapter; it is a part of the parameters' names."""
 

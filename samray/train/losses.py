@@ -11,6 +11,8 @@ from torch import Tensor
 
 FOCAL_WEIGHT = 20.0
 FOCAL_GAMMA = 2.0
+RANKING_TEMPERATURE = 0.03
+"""Scale of score differences: scores closer than this count as equal, because small errors could swap them."""
 
 
 @dataclass(slots=True)
@@ -47,6 +49,16 @@ def actual_iou(logits: Tensor, targets: Tensor) -> Tensor:
     return (mask & wanted).sum(dim=(-2, -1)) / union.clamp(min=1)
 
 
+def ranking_loss(predicted_iou: Tensor, iou: Tensor) -> Tensor:
+    """1 - IoU of the mask with the highest score, smoothed: masks weighted by a softmax of their scores.
+
+    predicted_iou, iou: (K, 3), masks of an ambiguous prompt. Returns (K,) in [0, 1]. The squared error alone would
+    spend most of the head's capacity on prompts whose three masks are alike.
+    """
+    chosen = (predicted_iou / RANKING_TEMPERATURE).softmax(dim=1)
+    return 1 - (chosen * iou).sum(dim=1)
+
+
 def trust(best_iou: Tensor, doubt: Tensor) -> Tensor:
     """Weight of each prompt's loss, (K,), without gradient; 1 if `doubt` is 0.
 
@@ -67,6 +79,7 @@ def sam_loss(
     *,
     single_weight: float,
     multi_weight: float = 1.0,
+    ranking_weight: float = 0.0,
     doubt: Tensor | None = None,
 ) -> Losses:
     """The loss of K prompts.
@@ -74,6 +87,7 @@ def sam_loss(
     logits: (K, 4, R, R), mask 0 the single mask and 1 to 3 those of an ambiguous prompt. predicted_iou: (K, 4).
     targets: (K, R, R) in 0..1. multi_weight: for the best of the three; single_weight: for mask 0. Only the best of the
     three gets a gradient, which lets them become different answers; all four scores learn their mask's actual IoU.
+    ranking_weight: for `ranking_loss`, part of the loss of the scores, which SAM does not have.
     doubt: (K,), see `trust`; None weights all prompts alike.
     """
     # In float32 also under autocast; targets become (K, 1, R, R).
@@ -84,7 +98,10 @@ def sam_loss(
     per_mask = mask_losses(logits, targets)
     best = (weight * per_mask[:, 1:].min(dim=1).values).mean()
     mask = multi_weight * best + single_weight * (weight * per_mask[:, 0]).mean()
-    score = (weight * (predicted_iou - iou).square().sum(dim=1)).mean()
+    errors = (predicted_iou - iou).square().sum(dim=1)
+    if ranking_weight > 0:
+        errors = errors + ranking_weight * ranking_loss(predicted_iou[:, 1:], multi)
+    score = (weight * errors).mean()
     scored = multi.gather(1, predicted_iou[:, 1:].argmax(dim=1, keepdim=True))
     oracle = multi.max(dim=1).values.mean()
     return Losses(mask + score, iou, mask.detach(), score.detach(), scored.mean(), oracle, iou[:, 0].mean())

@@ -55,8 +55,8 @@ class Mae(Objective):
     def adjusted(self) -> TrainSettings:
         """Random weights unless train.encoder_checkpoint is set, and one learning rate for all layers."""
         config = self.settings.train
-        own = {"from_scratch": True, "layer_decay": 1.0}
-        changes = {name: value for name, value in own.items() if name not in config.model_fields_set}
+        defaults = {"from_scratch": True, "layer_decay": 1.0}
+        changes = {name: value for name, value in defaults.items() if name not in config.model_fields_set}
         return self.settings.model_copy(update={"train": config.model_copy(update=changes)})
 
     def check(self, spec: ModelSpec) -> None:

@@ -40,7 +40,7 @@ class Masks(Objective):
         ("num_regions", "masks"),
     )
 
-    def place(self, uri: str) -> str:
+    def location(self, uri: str) -> str:
         return output_of(uri)
 
     def open_data(self, data: Sequence[str]) -> Mixture:
@@ -65,9 +65,9 @@ class Masks(Objective):
         return f"{best}, {figures['num_regions']:,} masks, one click each"
 
     def next_command(self, model: str, weights: str) -> str:
-        given = f"model.checkpoint={weights}"
+        setting = f"model.checkpoint={weights}"
         if self.settings.train.trainable == LORA:
             base = self.settings.model.checkpoint
-            given = f"model.adapter={weights}"
+            setting = f"model.adapter={weights}"
             model += "" if base is None else " " + shlex.quote(f"model.checkpoint={storage.redact(base)}")
-        return f"samray label INPUT OUTPUT model.name={model} {shlex.quote(given)}"
+        return f"samray label INPUT OUTPUT model.name={model} {shlex.quote(setting)}"

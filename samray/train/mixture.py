@@ -67,8 +67,8 @@ class Mixture:
         order = np.random.default_rng([self.seed, cycle]).permutation(np.repeat(np.arange(len(self.slots)), self.slots))
         before = np.zeros(CYCLE, np.int64)
         for part in range(len(self.slots)):
-            own = order == part
-            before[own] = np.arange(own.sum())
+            is_of_part = order == part
+            before[is_of_part] = np.arange(is_of_part.sum())
         return order, before
 
 

@@ -1,4 +1,4 @@
-"""What a training can learn: each objective is one file and one row of `OBJECTIVES`.
+"""Objectives of training: each is one file and one row of `OBJECTIVES`.
 
 This module imports no torch, because settings and help read the names.
 """
@@ -39,7 +39,7 @@ class Panel(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What validation gives."""
+    """Figures of validation."""
 
     figures: dict[str, Any] | None
     """For metrics.jsonl; None if nothing is held out."""
@@ -66,7 +66,7 @@ class Objective:
     def check(self, spec: ModelSpec) -> None:
         """Raises: ConfigError if settings or model do not fit the objective."""
 
-    def place(self, uri: str) -> str:
+    def location(self, uri: str) -> str:
         """DATA as the run's identity and messages name it."""
         return uri
 
@@ -75,7 +75,7 @@ class Objective:
         raise NotImplementedError
 
     def identity(self) -> dict[str, dict[str, Any]]:
-        """What else determines the result, by section: files by content. Raises: ConfigError, StorageError."""
+        """Other inputs that determine the result, by section: files by content. Raises: ConfigError, StorageError."""
         return {}
 
     def extend(self, sam: Sam, identity: Mapping[str, Any]) -> None:

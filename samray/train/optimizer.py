@@ -1,4 +1,4 @@
-"""Which weights learn, how fast, and what becomes of them: parameter groups, schedule, drop path, running average."""
+"""Which weights learn, and how fast: parameter groups, schedule, drop path, running average."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def train_mode(sam: Sam) -> None:
     """Training mode for what learns; batch norms that do not learn go on with the statistics that they have."""
     sam.train()
     for module in sam.modules():
-        own = list(module.parameters(recurse=False))
-        if own and not any(parameter.requires_grad for parameter in own):
+        parameters = list(module.parameters(recurse=False))
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
             module.training = False  # not eval(), which would reach children that do learn
 
 
@@ -78,7 +78,7 @@ def train_mode(sam: Sam) -> None:
 def make_optimizer(sam: Sam, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over what learns, without decay on biases, norms and single embeddings, layer by layer.
 
-    Each group's `lr_scale` is what its learning rate is multiplied by. Source: SAM paper, appendix A, but for the
+    Each group's `lr_scale` multiplies its learning rate. Source: SAM paper, appendix A, except for the
     second beta, there 0.999: runs here are of thousands of steps, not of 90,000.
     """
     layers = layer_of(sam)
@@ -124,11 +124,12 @@ def add_drop_path(sam: Sam, rate: float) -> None:
         return
     blocks = sam.image_encoder.blocks_in_order()
     for i, block in enumerate(blocks):
-        own = rate * (i + 1) / len(blocks)
-        for name in ("attn", "mlp", "conv3"):  # what a block adds to its input, in a ViT, a TinyViT, an MBConv
+        block_rate = rate * (i + 1) / len(blocks)
+        # What a block adds to its input: in a ViT or TinyViT, an MBConv, a RepViT.
+        for name in ("attn", "mlp", "conv3", "channel_mixer"):
             branch = getattr(block, name, None)
             if isinstance(branch, nn.Module):
-                branch.register_forward_hook(_Drop(own, sam))
+                branch.register_forward_hook(_Drop(block_rate, sam))
 
 
 class _Drop:

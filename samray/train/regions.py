@@ -105,9 +105,9 @@ def _borders(edges: Float, leaves: npt.NDArray[np.int32]) -> list[dict[int, tupl
     ends, strengths = [], []
     # Horizontal neighbours, then vertical ones.
     for first, second in ((np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:-1], np.s_[1:])):
-        here, there = leaves[first], leaves[second]
-        differs = here != there
-        pair = np.stack([here[differs], there[differs]]).astype(np.int64)
+        first_leaf, second_leaf = leaves[first], leaves[second]
+        differs = first_leaf != second_leaf
+        pair = np.stack([first_leaf[differs], second_leaf[differs]]).astype(np.int64)
         # One number per pair of leaves, whichever of the two comes first.
         ends.append(pair.min(0) * n + pair.max(0))
         strengths.append(np.maximum(edges[first], edges[second])[differs])

@@ -9,6 +9,7 @@ next to OUTPUT.
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import threading
 import time
@@ -60,7 +61,7 @@ def train(
     settings = objective_of(_absolute(settings or load_train_settings())).adjusted()
     objective = objective_of(settings)
     uris = [str(data)] if isinstance(data, str | Path) else [str(uri) for uri in data]
-    uris = [uri if uri == SCENES else objective.place(uri) for uri in uris]
+    uris = [uri if uri == SCENES else objective.location(uri) for uri in uris]
     spec = check_settings(settings)
     _check_trainable(settings)
     mixture = objective.open_data(uris)
@@ -185,6 +186,7 @@ def _run_on_ray(run: _Run) -> StopRequest | None:
         running_ray(cluster, runtime_envs=True) as is_fixed,
         data_settings(cluster),
         _ray_folder(run, is_fixed) as folder,
+        _without_watcher(is_fixed),
     ):
         stop.listen()
         sizes = choose_sizes(run.settings, cluster_nodes(), can_grow=not is_fixed)
@@ -200,13 +202,30 @@ def _run_on_ray(run: _Run) -> StopRequest | None:
 
 
 @contextlib.contextmanager
-def _ray_folder(run: _Run, own: bool) -> Iterator[str]:
+def _ray_folder(run: _Run, is_local: bool) -> Iterator[str]:
     """Folder for Ray Train's notes on a run; not needed afterwards."""
-    if own:
+    if is_local:
         with tempfile.TemporaryDirectory(prefix="samray-train-") as folder:
             yield folder
     else:  # all nodes need access to it
         yield run.store.uri("_ray_train")
+
+
+@contextlib.contextmanager
+def _without_watcher(is_local: bool) -> Iterator[None]:
+    """On a Ray of this machine alone, start no process that waits for the cloud to take nodes away.
+
+    It imports torch and Ray Train, with each start of the workers.
+    """
+    name = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+    if not is_local or name in os.environ:
+        yield
+        return
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
 
 
 def _make_trainer(run: _Run, sizes: Sizes, mixture: Any, position: Position, folder: str) -> Any:

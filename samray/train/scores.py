@@ -11,6 +11,7 @@ from torch import Tensor
 
 from samray.sam.sam import Sam
 from samray.train.interaction import Batch, Rounds, StepLoss, draw_course, normalise, seed_of
+from samray.train.losses import ranking_loss
 from samray.train.settings import TrainConfig
 
 MEMORY_PROMPTS = 65_536
@@ -18,18 +19,6 @@ MEMORY_PROMPTS = 65_536
 SAMPLE_PROMPTS = 4_096
 """Stored prompts per step, sampled at random."""
 RANKING_WEIGHT = 1.0
-RANKING_TEMPERATURE = 0.03
-"""Scale of score differences: scores closer than this count as equal, because small errors could swap them."""
-
-
-def ranking_loss(predicted_iou: Tensor, iou: Tensor) -> Tensor:
-    """1 - the mean IoU of the mask with the highest score, smoothed: masks weighted by a softmax of their scores.
-
-    predicted_iou, iou: (K, 3), masks of an ambiguous prompt. Returns a scalar in [0, 1]. The squared error alone would
-    spend most of the head's capacity on prompts whose three masks are alike.
-    """
-    chosen = (predicted_iou / RANKING_TEMPERATURE).softmax(dim=1)
-    return 1 - (chosen * iou).sum(dim=1).mean()
 
 
 class ScoreLoss(StepLoss):
@@ -54,7 +43,7 @@ class ScoreLoss(StepLoss):
         predicted = self.sam.mask_decoder.predicted_iou(self.memory["tokens"][pick])
         ious = self.memory["ious"][pick]
         error = (predicted - ious).square().sum(dim=1).mean()
-        loss = error + RANKING_WEIGHT * ranking_loss(predicted[:, 1:], ious[:, 1:])
+        loss = error + RANKING_WEIGHT * ranking_loss(predicted[:, 1:], ious[:, 1:]).mean()
         first = rounds.first
         assert first is not None
         figures = {"score_loss": error.detach(), "iou_scored": first.iou_scored, "iou_oracle": first.iou_oracle}

@@ -53,7 +53,7 @@ class DataConfig(Settings):
     area_power: float = Field(default=0.0, ge=0, le=1)
     """Sample masks in proportion to this power of their area: 0 samples all alike, 1 in proportion to their pixels."""
     weigh_by_score: bool = False
-    """Sample masks in proportion to predicted_iou x stability_score; for labels that nobody has checked."""
+    """Sample masks in proportion to predicted_iou x stability_score; for unchecked labels."""
     min_predicted_iou: float | None = Field(default=None, ge=0, le=1)
     """Use only masks with at least this predicted_iou; null uses all."""
     labels: tuple[str, ...] | None = Field(default=None, min_length=1)
@@ -114,7 +114,7 @@ class TrainConfig(Settings):
     """Start from random weights instead of those of model.checkpoint."""
     encoder_checkpoint: str | None = None
     """Weights for the image encoder, from a masked autoencoder: MAE's .pth, ViTMAE's safetensors, or the weights that
-    train.objective=mae wrote. Only for plain ViTs; all else starts as without it."""
+    train.objective=mae wrote. Only for plain ViTs; all other weights start as without it."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """AdamW learning rate after the warm-up; the image encoder's layers get less, see train.layer_decay."""
     warmup_steps: int = Field(default=100, ge=1)
@@ -146,6 +146,8 @@ class TrainConfig(Settings):
     """Fraction of the steps that use more than the first prompt."""
     single_weight: float = Field(default=0.25, ge=0)
     """Weight of the single mask's loss after one click, next to the best of three; 1 if the prompt is not ambiguous."""
+    ranking_weight: float = Field(default=0.0, ge=0)
+    """Weight of a loss on the ranking of the three masks by predicted IoU, besides the squared errors; 0 as in SAM."""
     doubt: float = Field(default=0.0, ge=0, le=4)
     """Weight each mask of a labelled image by this power of the IoU of the model's best mask, which reduces the effect
     of wrong labels; 0 weights all alike."""
@@ -301,7 +303,7 @@ class TrainSettings(Settings):
         plain = self.model_dump(mode="json")
         for name in ("cache", "image_root"):
             del plain["data"][name]
-        # The identity of a run that uses all masks is what it was before these settings existed.
+        # The identity of a run that uses all masks is as before these settings existed.
         if self.data.labels is None:
             del plain["data"]["labels"]
         if self.data.where is None:
@@ -314,7 +316,7 @@ class TrainSettings(Settings):
             "train": plain["train"],
             "mae": plain["mae"],
             "text": {key: value for key, value in plain["text"].items() if key != "checkpoint"},
-            "input": {key: plain["input"][key] for key in INPUT_IDENTITY},
+            "input": {key: plain["input"][key] for key in INPUT_IDENTITY} | self.input.bands_identity(),
         }
 
 
@@ -329,8 +331,8 @@ def load_train_settings(file: str | Path | None = None, overrides: Sequence[str]
 
     Raises ConfigError that names every bad setting, its value, what is allowed and the closest valid name.
     """
-    own, problems = user_settings(TRAIN_SECTIONS, file, overrides)
-    settings = TrainSettings(**make_sections(TRAIN_SECTIONS, own, problems))
+    values, problems = user_settings(TRAIN_SECTIONS, file, overrides)
+    settings = TrainSettings(**make_sections(TRAIN_SECTIONS, values, problems))
     if settings.model.device is not None:
         raise ConfigError(
             f"model.device = {settings.model.device!r} is not allowed in training: Ray gives each worker its device;"

@@ -32,8 +32,8 @@ def choose_sizes(settings: TrainSettings, nodes: list[dict[str, float]], *, can_
     if gpus is None:
         # By default only whole GPUs are used.
         gpus = float(any(node.get("GPU", 0.0) >= 1 for node in nodes))
-    places = [int(node.get("GPU", 0.0) / gpus) if gpus else 0 for node in nodes]  # workers per node by GPUs
-    workers = config.num_workers or (1 if 0 < gpus < 1 else max(1, sum(places)))
+    workers_by_gpus = [int(node.get("GPU", 0.0) / gpus) if gpus else 0 for node in nodes]  # workers per node by GPUs
+    workers = config.num_workers or (1 if 0 < gpus < 1 else max(1, sum(workers_by_gpus)))
     if 0 < gpus < 1 < workers:
         raise ConfigError(
             f"cluster.num_gpus_per_worker = {gpus:g} is for a single worker: workers cannot communicate on a shared"
@@ -47,7 +47,9 @@ def choose_sizes(settings: TrainSettings, nodes: list[dict[str, float]], *, can_
     num_cpus = [node.get("CPU", 0.0) for node in nodes]
     if gpus:
         # Each node's cores are divided among its workers; the smallest share decides for all.
-        cores = min((cpus / min(n, workers) for cpus, n in zip(num_cpus, places, strict=True) if n), default=1.0)
+        cores = min(
+            (cpus / min(n, workers) for cpus, n in zip(num_cpus, workers_by_gpus, strict=True) if n), default=1.0
+        )
     else:
         cores = _largest_share(num_cpus, workers)
     cores = config.num_cpus_per_worker or max(cores, DATA_CPUS)
@@ -58,10 +60,10 @@ def choose_sizes(settings: TrainSettings, nodes: list[dict[str, float]], *, can_
     sizes = Sizes(workers, max(1, int(cores)), min(reserved, 1.0) if gpus else reserved, gpus, actors)
     room = [int(cpus / sizes.worker_cpus) for cpus in num_cpus]
     if gpus:
-        room = [min(n, m) for n, m in zip(room, places, strict=True)]
-    is_told = config.num_workers is not None and config.num_gpus_per_worker is not None
+        room = [min(n, m) for n, m in zip(room, workers_by_gpus, strict=True)]
+    is_fixed = config.num_workers is not None and config.num_gpus_per_worker is not None
     # If nodes may join, one place is enough for now, and none if the user gave the workers' number and GPUs.
-    if sum(room) < (int(not is_told) if can_grow else workers):
+    if sum(room) < (int(not is_fixed) if can_grow else workers):
         needed = f"{sizes.worker_cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
         resources = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
         growing = ", or set cluster.num_workers and cluster.num_gpus_per_worker for nodes that will be added"

@@ -32,13 +32,12 @@ from torch import Tensor
 from samray import storage
 from samray.errors import ConfigError, NotFoundError, StorageError
 from samray.output.identity import refuse_differences, versions
-from samray.sam import adapter
+from samray.sam.weights_file import ADAPTER_FILE
 from samray.storage.redaction import redact_json
 from samray.storage.strict_json import parse_json
 from samray.train.settings import LORA, TrainConfig
 
 RUN_FILE, WEIGHTS_FILE, POSITION_FILE = "train.json", "weights.safetensors", "position.json"
-ADAPTER_FILE = adapter.FILE_NAME
 METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
 _STATE_NAME = re.compile(r"state-(\d{8,})\.pt")
 _CHUNK_BYTES = 16 * 2**20
@@ -160,8 +159,8 @@ class Store:
         self._put(name, lambda path: torch.save(dict(state), path))
         storage.put(self.uri(POSITION_FILE), json.dumps(dataclasses.asdict(position)).encode() + b"\n")
         for other in storage.list_names(self.output):
-            found = _STATE_NAME.fullmatch(other)
-            if found and int(found[1]) < position.step:
+            match = _STATE_NAME.fullmatch(other)
+            if match and int(match[1]) < position.step:
                 storage.delete(self.uri(other))
 
     def write_weights(self, weights: dict[str, Tensor], metadata: dict[str, str], name: str = WEIGHTS_FILE) -> None:

@@ -215,10 +215,10 @@ _STREAM: Final = 1
 
 def enlarged(target: npt.NDArray[np.uint8], side: int) -> Bool:
     """(R, R) covered fractions times 255 -> (side, side) bool, not empty if any pixel is covered."""
-    whole = Image.fromarray(target).resize((side, side), Image.Resampling.BILINEAR)
-    mask: Bool = np.asarray(whole) > 127
+    scaled = Image.fromarray(target).resize((side, side), Image.Resampling.BILINEAR)
+    mask: Bool = np.asarray(scaled) > 127
     if not mask.any():  # thinner than a low-res pixel
-        mask = np.asarray(whole) > 0
+        mask = np.asarray(scaled) > 0
     return mask
 
 
@@ -230,8 +230,8 @@ def box_of(mask: Bool) -> tuple[int, int, int, int]:
 
 def embed(clip: ClipNetwork, squares: Tensor) -> Tensor:
     """(N, size, size, 3) uint8 -> (N, D) float32 unit embeddings on the CPU."""
-    found = clip.embed_squares(clip.pixels.normalise(squares.cpu().numpy()))
-    return found.clone()  # a tensor of inference mode cannot be the input of what is trained
+    embeddings = clip.embed_squares(clip.pixels.normalise(squares.cpu().numpy()))
+    return embeddings.clone()  # a tensor of inference mode cannot be the input of what is trained
 
 
 class TextLoss(InteractionLoss):
@@ -255,11 +255,11 @@ def _ious_by_text(sam: Sam, scene: Scene, texts: Tensor) -> tuple[list[float], l
     h, w = scene.image.shape[:2]
     masks = [sam.frame.masks_out(three, (h, w)) > 0 for three in logits]
     truth = torch.from_numpy(scene.masks).to(sam.device)
-    own = torch.stack([_ious(three, mask) for three, mask in zip(masks, truth, strict=True)])  # (N, 3)
+    ious = torch.stack([_ious(three, mask) for three, mask in zip(masks, truth, strict=True)])  # (N, 3)
     best = scores.argmax(dim=1, keepdim=True)
     num = len(truth)
     other = [float(_ious(masks[(i + 1) % num], truth[i])[best[(i + 1) % num, 0]]) for i in range(num if num > 1 else 0)]
-    return own.gather(1, best)[:, 0].tolist(), own.max(dim=1).values.tolist(), other
+    return ious.gather(1, best)[:, 0].tolist(), ious.max(dim=1).values.tolist(), other
 
 
 def _ious(masks: Tensor, truth: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What each worker of Ray Train runs: one leg of a training (`samray.train.loop`), in step with the other workers."""
+"""The work of each worker of Ray Train: one leg of a training (`samray.train.loop`), in step with the other workers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BEAT_S: Final = 0.25
 
 
 class LegArguments(TypedDict):
-    """What the driver gives each worker; a dict, since that is what Ray Train passes on."""
+    """Arguments of each worker; a dict, because Ray Train passes one on."""
 
     settings: TrainSettings
     identity: dict[str, Any]
@@ -47,7 +47,7 @@ class LegArguments(TypedDict):
 
 
 def work(arguments: dict[str, Any]) -> None:
-    """One worker's leg, given `LegArguments`. The driver hears of what another try would not help, and ends it."""
+    """One worker's leg, given `LegArguments`. Errors that would occur again are reported to the driver, which ends."""
     import ray
     import ray.train
 
@@ -121,12 +121,12 @@ def _train_leg(arguments: LegArguments) -> None:
     )
     mixture: Mixture = ray.get(arguments["mixture"])
     # Validation is always at the size at which the model is used.
-    whole = frame_of(spec, spec.image_size)
+    frame = frame_of(spec, spec.image_size)
     peers = _Peers(world, device)
     worker = Worker(
         config=settings.train,
         store=store if rank == 0 else None,
-        validation=lambda: mixture.validation(settings.data.validation_images, whole),
+        validation=lambda: mixture.validation(settings.data.validation_images, frame),
         until=arguments["until"],
         max_steps=arguments["end"] - learner.position.step,
         save_every_steps=world,

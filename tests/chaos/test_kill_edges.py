@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import random
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,18 +23,19 @@ NUM_IMAGES = 16
 def test_every_image_has_one_map_whatever_is_killed(tmp_path: Path, started: list[Driver]) -> None:  # noqa: F811
     images = {f"{i % 3}/{i:04d}.png": standin.make_image(i) for i in range(NUM_IMAGES)}
     for folder in range(3):
-        own = {name[2:]: data for name, data in images.items() if name.startswith(f"{folder}/")}
+        of_folder = {name[2:]: data for name, data in images.items() if name.startswith(f"{folder}/")}
         (tmp_path / "in").mkdir(exist_ok=True)
-        write(tmp_path / "in" / str(folder), own)
-    rng = random.Random(5)
+        write(tmp_path / "in" / str(folder), of_folder)
     for victim in ("driver", "actor"):  # the run whose actor is killed goes on to the end
-        running = start(tmp_path, "edges", f"{victim}.log", "0.5", on_ray=True)
+        hold = tmp_path / victim / "edges"
+        hold.parent.mkdir()
+        hold.touch()
+        running = start(tmp_path, "edges", f"{victim}.log", str(hold.parent), on_ray=True)
         started.append(running)
-        maps_before = len(list(tmp_path.glob("edges/edges/**/*.png")))
-        wait_until(lambda least=maps_before: len(list(tmp_path.glob("edges/edges/**/*.png"))) > least, running)
-        time.sleep(rng.uniform(0.0, 0.5))
+        wait_until(lambda hold=hold: standin.held_mark(hold).exists() and num_maps(tmp_path) > 0, running)
         assert kill(running, victim) > 0
         if victim in PROCESSES:
+            hold.unlink()
             assert running.wait() == 0, running.text()
         else:
             assert len(done_shards(str(tmp_path / "edges"))) < NUM_IMAGES / 2, "killed before the end"
@@ -49,6 +48,10 @@ def test_every_image_has_one_map_whatever_is_killed(tmp_path: Path, started: lis
     for name, data in images.items():
         pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
         assert np.array_equal(np.asarray(Image.open(tmp_path / "edges" / "edges" / name)), pixels[..., 0])
+
+
+def num_maps(root: Path) -> int:
+    return len(list(root.glob("edges/edges/**/*.png")))
 
 
 def _files(output: Path) -> list[Path]:

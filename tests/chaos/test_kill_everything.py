@@ -70,9 +70,10 @@ def write(folder: Path, images: dict[str, bytes]) -> None:
         (folder / name).write_bytes(data)
 
 
-def start(root: Path, name: str, log: str, seconds: str, *, on_ray: bool) -> Driver:
+def start(root: Path, name: str, log: str, pace: str, *, on_ray: bool) -> Driver:
+    """pace: as `tests.support.operation` takes it."""
     environment = {"RAY_gcs_rpc_server_reconnect_timeout_s": "3"}  # how long a driver waits for a GCS that is gone
-    arguments = (name, str(root), seconds, "ray" if on_ray else "alone")
+    arguments = (name, str(root), pace, "ray" if on_ray else "alone")
     return Driver(root / log, *arguments, program=OPERATION, environment=environment)
 
 
@@ -127,8 +128,8 @@ def _wait(running: Driver, condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 300
     while not condition() and running.process.poll() is None:
         assert time.monotonic() < deadline, running.text()
-        running.look_around()
-        time.sleep(0.05)
+        running.look_around()  # reads the state of every process of the machine
+        time.sleep(0.1)
 
 
 def _num_shards(root: Path) -> int:

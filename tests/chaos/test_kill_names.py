@@ -22,12 +22,13 @@ from tests.support.name_operation import ASKED_ALONE, TEXTS, write_inputs
 from tests.support.naming import colour_namer
 from tests.support.outputs import expected_masks, rows_of
 
-NUM_IMAGES = 12
+NUM_IMAGES = 10
 KILLS = (
     ("grounding_dino", "driver"),
     ("clip_labels", "actor"),  # a run whose actor is killed goes on to the end, and the next one begins
     ("sam3", "actor"),
     ("fastsam", "actor"),
+    ("sam_text", "actor"),
     ("example", "actor"),
     ("embedded", "actor"),
     ("relabelled", "driver"),
@@ -43,19 +44,26 @@ def test_every_image_is_named_once_whatever_is_killed(tmp_path: Path, started: l
     write_inputs(tmp_path)
     make_output(str(tmp_path / "before"), number=NUM_IMAGES)
     (tmp_path / "before" / "labels").rename(tmp_path / "labels")
-    running = None
+    running, hold = None, tmp_path
     for number, (folder, victim) in enumerate(KILLS):
-        output, before = str(tmp_path / folder), done(tmp_path / folder)
         if running is None:
-            running = start(tmp_path, "names", f"{number}.log", "0.4", on_ray=True)
+            hold = tmp_path / f"hold-{number}"
+            hold.mkdir()
+            for later, _ in KILLS[number:]:  # what is before them has been killed, and goes on to the end
+                (hold / later).touch()
+            running = start(tmp_path, "names", f"{number}.log", str(hold), on_ray=True)
             started.append(running)
-        wait_until(lambda output=output, least=before: done(Path(output)) > least, running)
+        output, held = tmp_path / folder, standin.held_mark(hold / folder)
+        wait_until(lambda output=output, held=held: held.exists() and done(output) > 0, running)
         assert kill(running, victim) > 0
-        assert done(Path(output)) < NUM_IMAGES / 2, "killed before the end"
-        running = None if victim == "driver" else running
+        assert done(output) < NUM_IMAGES / 2, "killed before the end"
+        if victim == "driver":
+            running = None
+        else:
+            (hold / folder).unlink()
     assert started[-1].wait() == 0, started[-1].text()
 
-    for folder in ("grounding_dino", "clip_labels", "sam3", "fastsam", "example"):
+    for folder in ("grounding_dino", "clip_labels", "sam3", "fastsam", "sam_text", "example"):
         check_labelled(tmp_path / folder, images, TEXTS if folder in ASKED_ALONE else {})
     check_named(tmp_path)
     check_embedded(tmp_path, images)
@@ -72,11 +80,11 @@ def check_labelled(output: Path, images: dict[str, bytes], texts: dict[str, str]
         name = row["image"]["file_name"]
         wanted = [mask["segmentation"] for mask in expected_masks(images[name])]
         assert [mask["segmentation"] for mask in row["annotations"]] == wanted
-        own = [texts[name].lower()] if name in texts else []
-        assert {mask["label"] for mask in row["annotations"]} == {*(own or ["thing"])}
-        assert row.get("phrases", []) == own
+        phrases = [texts[name].lower()] if name in texts else []
+        assert {mask["label"] for mask in row["annotations"]} == {*(phrases or ["thing"])}
+        assert row.get("phrases", []) == phrases
         if output.name == "sam3":
-            assert [one["phrase"] for one in row["presence"]] == ["thing", *own]
+            assert [one["phrase"] for one in row["presence"]] == ["thing", *phrases]
     categories = json.loads((output / "_samray" / "run.json").read_text())["categories"]
     assert categories == ["thing", *(["other"] if output.name == "clip_labels" else []), *(["own"] if texts else [])]
     assert verify(str(output), deep=True).ok

@@ -111,13 +111,13 @@ def test_one_layer_with_large_scores(absorb: bool) -> None:
     heads = attn.split(attn.k_proj(tokens)) * attn.scale
     positions = torch.randn(4, 8, 40, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     queries = positions.transpose(1, 2)[None]  # (1, H, L, d)
-    given = positions if absorb else queries
+    position_input = positions if absorb else queries
     if absorb:
         queries = queries + attn.split(F.linear(keys, attn.q_proj.weight))
     scores = (heads @ queries.transpose(-2, -1)).flatten(1, 2)
     assert scores.max() > 200
     expected = block.norm4(attn.spread(keys.expand(3, -1, -1), scores, tokens / 40))
-    assert_close(block.write(keys, given, tokens, tokens / 40, absorb=absorb), expected)
+    assert_close(block.write(keys, position_input, tokens, tokens / 40, absorb=absorb), expected)
 
 
 @torch.no_grad()
@@ -250,7 +250,7 @@ def test_whole_generator(both: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:  # its time goes by the block, whatever the block's size
         monkeypatch.setattr(measure, "BLOCK_HW", (128, 256))
         sizes_of = image_to_tokens.kernel_sizes
-        monkeypatch.setattr(image_to_tokens, "kernel_sizes", lambda *given: sizes_of(*given) | {"BLOCK": 256})
+        monkeypatch.setattr(image_to_tokens, "kernel_sizes", lambda *arguments: sizes_of(*arguments) | {"BLOCK": 256})
     calls = Calls(monkeypatch, image_to_tokens, "image_to_tokens"), Calls(monkeypatch, measure, "measure")
     sam, image = random_sam().to(DEVICE), blobs(20, (110, 160))
     config = MaskConfig(points_per_side=6, crop_n_layers=1, crop_n_points_downscale_factor=2)

@@ -167,8 +167,8 @@ def test_an_unlikely_name_is_left_out(network: ClipNetwork) -> None:
     assert Namer(network, PHRASES, vectors, ("plain",)).name(image, []) == []
 
 
-def settings(folder: Path, phrases: tuple[str, ...] = PHRASES, **own: Any) -> Config:
-    labels = {"by": "clip", "phrases": phrases, "checkpoint": str(folder), **own}
+def settings(folder: Path, phrases: tuple[str, ...] = PHRASES, **changes: Any) -> Config:
+    labels = {"by": "clip", "phrases": phrases, "checkpoint": str(folder), **changes}
     masks = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "points_per_side": 3}
     return Config(labels=labels, masks=masks)
 
@@ -197,8 +197,8 @@ def test_all_masks_of_sam_are_named_with_one_pass_per_image(
     assert generator.namer.network.num_crops == 3 * sum(map(len, wanted)), "CLIP's, once per cut-out"
     assert [[{k: v for k, v in mask.items() if not k.startswith("label")} for mask in masks] for masks in got] == wanted
     assert all(mask["label"] in phrases for masks in got for mask in masks)
-    few = [[mask["label"] for mask in masks] for masks in make(4).generate(images)]
-    assert few == [[mask["label"] for mask in masks] for masks in got], "the same in small batches"
+    in_fours = [[mask["label"] for mask in masks] for masks in make(4).generate(images)]
+    assert in_fours == [[mask["label"] for mask in masks] for masks in got], "the same in small batches"
 
 
 @pytest.mark.parametrize("negatives", [(), (PHRASES[2], "wall")])
@@ -210,18 +210,18 @@ def test_phrases_of_an_image_are_as_if_asked_of_all(
     image, masks = picture()
     wanted = namer.name(image, masks)
     for num_common in (2, 0):
-        few = settings(folder, PHRASES[:num_common] or None, score_thresh=0.0, negatives=negatives)
-        own = load_namer(few, read_inputs(few), "cpu")
-        embed = Mock(side_effect=own.network.embed_texts)
-        monkeypatch.setattr(own.network, "embed_texts", embed)
+        config_of_common = settings(folder, PHRASES[:num_common] or None, score_thresh=0.0, negatives=negatives)
+        namer_of_common = load_namer(config_of_common, read_inputs(config_of_common), "cpu")
+        embed = Mock(side_effect=namer_of_common.network.embed_texts)
+        monkeypatch.setattr(namer_of_common.network, "embed_texts", embed)
         for _ in range(2):
-            got = own.name(image, masks, PHRASES[num_common:])
+            got = namer_of_common.name(image, masks, PHRASES[num_common:])
             assert [mask["label"] for mask in got] == [mask["label"] for mask in wanted]
             scores = [mask["label_score"] for mask in wanted]
             assert [mask["label_score"] for mask in got] == pytest.approx(scores, abs=1e-4)
         texts = [f"a photo of a {phrase}." for phrase in PHRASES[num_common:]]
         assert embed.call_args_list == [call([text]) for text in texts], "each once"
-    assert {mask["label"] for mask in own.name(image, masks)} == {None}, "nothing is asked"
+    assert {mask["label"] for mask in namer_of_common.name(image, masks)} == {None}, "nothing is asked"
 
 
 def test_a_network_that_is_not_the_runs_or_is_no_clip_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def plain_script(folder: Path, image: Image.Image) -> tuple[dict[str, Any], list
     with torch.no_grad():
         outputs = network(**inputs)
     size = [(image.height, image.width)]
-    (found,) = processor.post_process_grounded_object_detection(
+    (boxes,) = processor.post_process_grounded_object_detection(
         outputs, threshold=SCORE, text_threshold=TEXT, target_sizes=size
     )
     scores = outputs.logits[0].sigmoid()
@@ -51,7 +51,7 @@ def plain_script(folder: Path, image: Image.Image) -> tuple[dict[str, Any], list
                      for k in range(len(PHRASES))]  # fmt: skip
         best.append((float(max(by_phrase)), PHRASES[int(np.argmax(by_phrase))]))
     keep = [i for i, (score, _) in enumerate(best) if score > TEXT]
-    return {"boxes": found["boxes"][keep], "scores": found["scores"][keep]}, [best[i][1] for i in keep]
+    return {"boxes": boxes["boxes"][keep], "scores": boxes["scores"][keep]}, [best[i][1] for i in keep]
 
 
 def sam_masks(model: Sam, image: np.ndarray, boxes: torch.Tensor) -> list[np.ndarray]:
@@ -78,13 +78,13 @@ def test_boxes_masks_scores_and_names_are_those_of_a_plain_script(folder: Path, 
     }  # fmt: skip
     config = Config(labels=labels, masks={"min_mask_area": 0, "mask_nms_thresh": None})
     generator = build_generator(model, config, read_inputs(config))(None)
-    own = PHRASES[num_common:]
+    image_phrases = PHRASES[num_common:]
     expected, names = plain_script(folder, Image.fromarray(image))
     order = np.argsort(-expected["scores"].numpy(), kind="stable")
     assert len(order) >= 3
     assert len(set(names)) >= 2, "several phrases are found"
 
-    boxes = generator._detect(image, own)
+    boxes = generator._detect(image, image_phrases)
     np.testing.assert_allclose(boxes.xyxy, expected["boxes"].numpy()[order], atol=1e-4 * 96)
     np.testing.assert_allclose(boxes.scores, expected["scores"].numpy()[order], atol=1e-4)
     assert [PHRASES[i] for i in boxes.phrases] == [names[i] for i in order]
@@ -92,7 +92,7 @@ def test_boxes_masks_scores_and_names_are_those_of_a_plain_script(folder: Path, 
     masks = sam_masks(model, image, expected["boxes"][order])
     expected_masks = [(mask, names[i], float(expected["scores"][i])) for mask, i in zip(masks, order, strict=True)]
     expected_masks = [one for one in expected_masks if one[0].any()]
-    (records,) = generator.generate([image], [[Prompt(text=text) for text in own]])
+    (records,) = generator.generate([image], [[Prompt(text=text) for text in image_phrases]])
     assert len(records) == len(expected_masks)
     for record, (mask, name, score) in zip(records, expected_masks, strict=True):
         differing = (coco_mask.decode(record["segmentation"]).astype(bool) != mask).mean()

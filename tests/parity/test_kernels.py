@@ -56,7 +56,7 @@ def test_kernels_compile(capability: int, tmp_path: Path, monkeypatch: pytest.Mo
     from samray.sam.kernels import image_to_tokens, measure
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    types = {"logits": "*fp32", "found": "*i32", "low_scale_y": "fp32", "low_scale_x": "fp32", "scale_y": "fp32"}
+    types = {"logits": "*fp32", "figures": "*i32", "low_scale_y": "fp32", "low_scale_x": "fp32", "scale_y": "fp32"}
     types |= {"scale_x": "fp32", "lower": "fp32", "threshold": "fp32", "upper": "fp32"}
     sizes = {"FIELDS": 7, "BLOCK_H": measure.BLOCK_HW[0], "BLOCK_W": measure.BLOCK_HW[1]}
     compile_for(capability, measure.kernel, types, sizes, measure.LAUNCH)

@@ -39,10 +39,10 @@ def test_steps_against_the_plain_script(seed: int) -> None:
     clicks, labels = plain["points"], torch.tensor([[1, 0]])
     first, _ = model.predict(image.embedding, clicks, labels, multimask=False, guidance=guidance)
     assert_close(first[0, 0], plain["first"])
-    (found,) = find_instances(model, image, target, max_instances=1, threshold=-2.0, by_evidence=False)
-    assert found.point_xy == tuple(clicks[0, 0].int().tolist())
-    assert_close(found.logits, plain["logits"])
-    assert found.predicted_iou == pytest.approx(plain["iou"].item(), rel=1e-4)
+    (instance,) = find_instances(model, image, target, max_instances=1, threshold=-2.0, by_evidence=False)
+    assert instance.point_xy == tuple(clicks[0, 0].int().tolist())
+    assert_close(instance.logits, plain["logits"])
+    assert instance.predicted_iou == pytest.approx(plain["iou"].item(), rel=1e-4)
 
     plain_logits, _ = model.predict(image.embedding, clicks, labels, multimask=False)
     assert (plain_logits - first).abs().max() > 1e-2 * first.abs().max(), "the guidance changes nothing"

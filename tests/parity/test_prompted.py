@@ -73,19 +73,19 @@ def test_masks_are_those_of_the_published_predictor(sam: Sam, points_per_batch: 
     prompts = [prompts_in(WIDE, 1), [], prompts_in(TALL, 2)]
     predictor = segment_anything().SamPredictor(build_reference(sam.spec, sam.state_dict()))
     wanted: list[list[tuple[NDArray[np.bool_], float]]] = []
-    for image, own in zip(images, prompts, strict=True):
+    for image, user_prompts in zip(images, prompts, strict=True):
         predictor.set_image(image)
-        wanted.append([reference_mask(predictor, prompt) for prompt in own])
+        wanted.append([reference_mask(predictor, prompt) for prompt in user_prompts])
     areas = [int(pixels.sum()) for pairs in wanted for pixels, _ in pairs]
     assert min(areas) > 0
     assert len(set(areas)) > len(areas) / 2, "masks that are all alike prove little"
 
-    found = PromptedGenerator(sam, MaskConfig(points_per_batch=points_per_batch)).generate(images, prompts)
+    records = PromptedGenerator(sam, MaskConfig(points_per_batch=points_per_batch)).generate(images, prompts)
 
-    assert [len(masks) for masks in found] == [len(own) for own in prompts]
+    assert [len(masks) for masks in records] == [len(user_prompts) for user_prompts in prompts]
     num_same = 0
-    for masks, own, pairs in zip(found, prompts, wanted, strict=True):
-        for mask, prompt, (pixels, score) in zip(masks, own, pairs, strict=True):
+    for masks, user_prompts, pairs in zip(records, prompts, wanted, strict=True):
+        for mask, prompt, (pixels, score) in zip(masks, user_prompts, pairs, strict=True):
             decoded = coco_mask.decode(mask["segmentation"]).astype(bool)
             assert np.count_nonzero(decoded != pixels) <= 1
             num_same += np.array_equal(decoded, pixels)

@@ -99,8 +99,8 @@ def test_whole_generator(case: str, sam: Sam, published: Any) -> None:
     image_hw, settings = CASES[case]
     image = blobs(20, image_hw)
     expected = sam2_masks(published, SPEC, image, settings)
-    own = {"refine" if key == "use_m2m" else key: "m2m" if key == "use_m2m" else v for key, v in settings.items()}
-    config = MaskConfig(bbox_convention="sam", **({"pred_iou_thresh": 0.8} | own))
+    renamed = {"refine" if key == "use_m2m" else key: "m2m" if key == "use_m2m" else v for key, v in settings.items()}
+    config = MaskConfig(bbox_convention="sam", **({"pred_iou_thresh": 0.8} | renamed))
     (masks,) = MaskGenerator(sam, config).generate([image])
     assert len(masks) == len(expected) >= (8 if case == "m2m" else 15)
     same = 0

@@ -45,13 +45,13 @@ class Case:
             outputs = self.network(**inputs)
         size = inputs["original_sizes"].tolist()
         presence = float(outputs.presence_logits.sigmoid())
-        found, outer, inner = (
+        instances, outer, inner = (
             self.processor.post_process_instance_segmentation(
                 outputs, threshold=self.thresh, mask_threshold=cut, target_sizes=size
             )[0]
             for cut in (0.5, 0.5 - 1e-4, 0.5 + 1e-4)
         )
-        return {**found, "presence": presence, "outer": outer["masks"], "inner": inner["masks"]}
+        return {**instances, "presence": presence, "outer": outer["masks"], "inner": inner["masks"]}
 
 
 @pytest.fixture(scope="module", params=[(3, 0.25), (5, 0.4)], ids=lambda param: f"seed {param[0]}")
@@ -66,32 +66,32 @@ def test_boxes_masks_scores_and_names_are_those_of_a_plain_script(
 ) -> None:
     image, generator = make_scene(3, 96).image[: hw[0], : hw[1]], case.generator
     script = {phrase: case.plain_script(Image.fromarray(image), phrase) for phrase in PHRASES}
-    assert sum(len(found["scores"]) > 0 for found in script.values()) >= 2, "several phrases are found"
+    assert sum(len(instances["scores"]) > 0 for instances in script.values()) >= 2, "several phrases are found"
 
     segmenter = generator.segmenter
-    found = list(segmenter.find(segmenter.encode(image), score_thresh=case.thresh, phrases_at_once=at_once))
-    boxes = torch.cat([own.xyxy for own in found]).numpy() * [*hw[::-1], *hw[::-1]]
-    expected_boxes = torch.cat([own["boxes"] for own in script.values()]).numpy()
+    instances = list(segmenter.find(segmenter.encode(image), score_thresh=case.thresh, phrases_at_once=at_once))
+    boxes = torch.cat([answer.xyxy for answer in instances]).numpy() * [*hw[::-1], *hw[::-1]]
+    expected_boxes = torch.cat([answer["boxes"] for answer in script.values()]).numpy()
     np.testing.assert_allclose(boxes, expected_boxes, atol=1e-4 * max(hw))
 
     generator.phrases_at_once = at_once
     (records,) = generator.generate([image])
     assert [one["phrase"] for one in records.presence] == PHRASES
     presence = [one["score"] for one in records.presence]
-    assert presence == pytest.approx([own["presence"] for own in script.values()], abs=1e-4)
+    assert presence == pytest.approx([answer["presence"] for answer in script.values()], abs=1e-4)
     scores = [record["label_score"] for record in records]
     assert scores == sorted(scores, reverse=True)
-    for phrase, own in script.items():
-        order = own["scores"].argsort(descending=True, stable=True)
-        expected = [i for i in order.tolist() if own["masks"][i].any()]
+    for phrase, answer in script.items():
+        order = answer["scores"].argsort(descending=True, stable=True)
+        expected = [i for i in order.tolist() if answer["masks"][i].any()]
         of_phrase = [record for record in records if record["label"] == phrase]
         assert len(of_phrase) == len(expected)
         for record, i in zip(of_phrase, expected, strict=True):
-            assert record["label_score"] == pytest.approx(float(own["scores"][i]), abs=1e-4)
+            assert record["label_score"] == pytest.approx(float(answer["scores"][i]), abs=1e-4)
             mask = torch.from_numpy(coco_mask.decode(record["segmentation"]))
-            assert (own["inner"][i] <= mask).all()
-            assert (mask <= own["outer"][i]).all()
-            assert int((mask != own["masks"][i]).sum()) <= 1
+            assert (answer["inner"][i] <= mask).all()
+            assert (mask <= answer["outer"][i]).all()
+            assert int((mask != answer["masks"][i]).sum()) <= 1
 
 
 def test_pixels_are_those_of_the_processor(case: Case) -> None:

@@ -73,8 +73,8 @@ def test_encoder(spec: ModelSpec, ours: Sam, image: tuple[Tensor, list[Tensor]])
     """Embedding and both high-resolution features."""
     features = ours.image_encoder.features(pixels_of(spec, 1))
     assert features.high_res is not None
-    for own, expected in zip((*features.high_res, features.embedding), image[1], strict=True):
-        assert_close(own, expected)
+    for feature, expected in zip((*features.high_res, features.embedding), image[1], strict=True):
+        assert_close(feature, expected)
 
 
 @pytest.mark.parametrize("multimask", [True, False])

@@ -203,8 +203,8 @@ def test_the_light_encoder_against_mobile_sam() -> None:
 def test_masks_against_the_authors_decoder(multimask: bool, small: ModelSpec, our_small: Sam) -> None:
     """The same features and prompt tokens for both."""
     reference = authors_decoder(small)
-    own = {key.replace("hq.", ""): value for key, value in our_small.mask_decoder.state_dict().items()}
-    reference.load_state_dict(own, strict=True)
+    weights = {key.replace("hq.", ""): value for key, value in our_small.mask_decoder.state_dict().items()}
+    reference.load_state_dict(weights, strict=True)
     packed = our_small.encode_images(pixels_of(small, 1))
     embedding, early = packed.split([small.embed_dim, small.decoder.hq_dim], dim=1)
     prompts = prompts_of("points", 6, small.image_size, small.grid)

@@ -57,11 +57,29 @@ def config(weights: Path) -> Callable[..., Config]:
 
 
 @pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of this test are not spread over Ray: each stage is called in this process."""
+    from tests.support.here import use_no_ray
+
+    use_no_ray(monkeypatch)
+
+
+@pytest.fixture
+def label_here(here: None, config: Callable[..., Config]) -> Callable[..., LabelReport]:
+    """As label, in this process: for what a run does, not for how it is spread."""
+    return _label(config)
+
+
+@pytest.fixture
 def label(local_ray: None, config: Callable[..., Config]) -> Callable[..., LabelReport]:
     """label(input, output, *overrides, retry_failed=, make_labeler=): the stand-in labeler on the session's Ray."""
+    return _label(config)
 
+
+def _label(config: Callable[..., Config]) -> Callable[..., LabelReport]:
     def run(input: object, output: object, *overrides: str, **options: Any) -> LabelReport:
         options.setdefault("make_labeler", functools.partial(standin.make_labeler))
-        return label_with(str(input), str(output), config(*overrides), progress=False, **options)
+        options.setdefault("progress", False)
+        return label_with(str(input), str(output), config(*overrides), **options)
 
     return run

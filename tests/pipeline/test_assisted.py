@@ -20,6 +20,7 @@ from samray.pipeline import run as run_module
 from samray.pipeline.run import label_with
 from samray.prompts import Prompt
 from samray.sam.checkpoints import load_model
+from tests.support.here import use_no_ray
 from tests.support.outputs import rows_of
 
 HEIGHT, WIDTH = 96, 128
@@ -44,7 +45,9 @@ def images(tmp_path: Path, tiny_checkpoint: Path) -> dict[str, np.ndarray]:
 
 
 def write_prompts(path: Path, prompts: dict[str, list[dict[str, Any]]]) -> Path:
-    path.write_text("".join(json.dumps({"file_name": name, "prompts": own}) + "\n" for name, own in prompts.items()))
+    path.write_text(
+        "".join(json.dumps({"file_name": name, "prompts": of_image}) + "\n" for name, of_image in prompts.items())
+    )
     return path
 
 
@@ -88,6 +91,7 @@ def test_each_prompt_is_a_mask_in_order_and_a_rerun_finishes_what_is_missing(
     assert clicks == [[[60.0, 20.0]], []]
 
     Path(shard_uri(output, 0)).unlink()
+    use_no_ray(monkeypatch)
     moved = prompts.rename(tmp_path / "moved.jsonl")  # the content counts
     again = label(moved)
     assert (again.num_labelled, again.num_shards_skipped) == (2, 2), again

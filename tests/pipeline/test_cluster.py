@@ -24,7 +24,7 @@ def test_a_small_machine_gets_one_actor_that_uses_it_all() -> None:
 
 
 @pytest.mark.parametrize("cpus", [1.0, 2.0, 3.0, 4.0, 16.0])
-def test_fetch_and_write_tasks_fit_beside_the_actors(cpus: float) -> None:
+def test_fetch_and_write_tasks_fit_next_to_the_actors(cpus: float) -> None:
     sizes = choose_sizes(ClusterConfig(), [{"CPU": cpus}], num_shards=1000)
     left = cpus - sizes.max_actors * sizes.actor_cpus
     assert left >= 2 * IO_CPUS

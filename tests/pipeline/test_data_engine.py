@@ -1,4 +1,7 @@
-"""The whole loop on a small world of a kind that the model has not seen: after it, the model labels it better."""
+"""The whole loop on a small world of a kind that the model has not seen: after it, the model labels it better.
+
+Its training runs on Ray.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,10 @@ from samray.output.shards import done_shards, read_shard
 
 
 @pytest.mark.timeout(1200)
-def test_label_correct_train_label_again(tmp_path: Path, local_ray: None) -> None:
-    rounds = Rounds(num_images=8, num_heldout=4, steps=16, training=("train.learning_rate=5e-4",))
+def test_label_correct_train_label_again(tmp_path: Path, local_ray: None, here: None) -> None:
+    rounds = Rounds(
+        num_images=8, num_heldout=4, steps=16, training=("train.learning_rate=5e-4", "cluster.num_cpus_per_worker=1")
+    )
     config = load_config("tiny", None, ["output.images_per_shard=8"])
     report = run_rounds(tmp_path, config, rounds, progress=False)
 

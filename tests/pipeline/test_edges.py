@@ -16,6 +16,7 @@ from samray.masks.edge_png import decode_edges, encode_edges
 from samray.output.shards import done_shards, shard_uri
 from samray.sam.checkpoints import load_model
 from tests.support import standin
+from tests.support.here import use_no_ray
 from tests.support.outputs import rows_of
 
 HW = (48, 64)
@@ -26,7 +27,9 @@ def settings(checkpoint: Path, *overrides: str) -> samray.EdgesConfig:
     return load_edges_config(None, [*base, "cluster.max_actors=1", "output.max_failed_fraction=1.0", *overrides])
 
 
-def test_each_image_gets_the_map_of_the_generator(local_ray: None, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_each_image_gets_the_map_of_the_generator(
+    local_ray: None, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = {"a/1.png": 1, "a/1.jpeg": 2, "2.png": 3}
     for name, seed in images.items():
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +56,7 @@ def test_each_image_gets_the_map_of_the_generator(local_ray: None, tiny_checkpoi
     written = maps["2.png"].stat().st_mtime_ns
     last = max(done_shards(str(tmp_path / "out")))
     Path(shard_uri(str(tmp_path / "out"), last)).unlink()
+    use_no_ray(monkeypatch)
     again = samray.detect_edges(tmp_path / "in", tmp_path / "out", config, progress=False)
     assert (again.exit_code, again.num_shards_skipped) == (0, 1)
     assert maps["2.png"].stat().st_mtime_ns == written

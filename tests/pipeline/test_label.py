@@ -25,6 +25,7 @@ from samray.pipeline.report import LabelReport
 from samray.pipeline.run import label_with
 from samray.sam.checkpoints import resolve_checkpoint
 from tests.support import standin
+from tests.support.here import use_no_ray
 from tests.support.outputs import attempts_left, check_every_image_once, rows_of
 from tests.support.storages import ON_DISK, ON_S3
 
@@ -75,7 +76,7 @@ def _put_parquet(root: str, images: dict[str, bytes]) -> str:
 
 def test_no_process_of_a_run_stays_where_ray_does(tmp_path: Path, label: Label) -> None:
     label(_put_folder(str(tmp_path), _images()), tmp_path / "out")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while left := _processes_named("RunState"):
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
@@ -90,13 +91,22 @@ def _processes_named(name: str) -> list[str]:
     return [title for title in titles if name in title]
 
 
-# Every kind, and each storage: what a kind reads is tested on both in tests/unit.
+# Every kind, one of them on Ray, and each storage: what a kind reads is tested on both in tests/unit.
 @pytest.mark.parametrize(
-    ("put", "storage_root"),
-    [(_put_folder, "s3"), (_put_glob, "local"), (_put_tar, "s3"), (_put_manifest, "local"), (_put_parquet, "s3")],
+    ("put", "storage_root", "way"),
+    [
+        (_put_folder, "s3", "label_here"),
+        (_put_glob, "local", "label_here"),
+        (_put_tar, "s3", "label"),
+        (_put_manifest, "local", "label_here"),
+        (_put_parquet, "s3", "label_here"),
+    ],
     indirect=["storage_root"],
 )
-def test_each_kind_of_input(put: Callable[[str, dict[str, bytes]], str], storage_root: str, label: Label) -> None:
+def test_each_kind_of_input(
+    put: Callable[[str, dict[str, bytes]], str], storage_root: str, way: str, request: pytest.FixtureRequest
+) -> None:
+    label: Label = request.getfixturevalue(way)
     images = _images()
     output = storage.join(storage_root, "out")
 
@@ -110,32 +120,32 @@ def test_each_kind_of_input(put: Callable[[str, dict[str, bytes]], str], storage
 
 @ON_S3
 def test_the_same_command_again_starts_no_ray_and_another_config_is_refused_before(
-    storage_root: str, label: Label, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    storage_root: str, label_here: Label, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     source, output = _put_folder(storage_root, _images()), storage.join(storage_root, "out")
-    first = label(source, output)
+    first = label_here(source, output)
     storage.put(storage.join(source, "img_999.png"), standin.make_image(99))  # too late for this plan
 
     monkeypatch.setattr(run_module, "_run_on_ray", lambda run: pytest.fail("Ray was wanted"))
-    again = label(source, output)
+    again = label_here(source, output)
 
     assert (again.num_labelled, again.num_shards_skipped, again.exit_code) == (0, first.num_shards, 0)
     with pytest.raises(ConfigError, match=r"masks\.points_per_side"):
-        label(source, output, "masks.points_per_side=7")
+        label_here(source, output, "masks.points_per_side=7")
     other = tmp_path / "other.safetensors"
     other.write_bytes(b"other weights")
     with pytest.raises(ConfigError, match="sha256"):
-        label(source, output, f"model.checkpoint={other}")
+        label_here(source, output, f"model.checkpoint={other}")
 
 
-def test_only_the_missing_shard_is_labelled(storage_root: str, label: Label) -> None:
+def test_only_the_missing_shard_is_labelled(storage_root: str, label_here: Label) -> None:
     images = _images()
     source, output = _put_folder(storage_root, images), storage.join(storage_root, "out")
-    label(source, output)
+    label_here(source, output)
     storage.delete(shard_uri(output, 1))
     kept = storage.read_bytes(shard_uri(output, 0))
 
-    report = label(source, output)
+    report = label_here(source, output)
 
     assert (report.num_labelled, report.num_shards_skipped) == (2, 1)
     assert storage.read_bytes(shard_uri(output, 0)) == kept
@@ -170,31 +180,31 @@ def test_a_failed_image_is_a_row_and_retry_failed_redoes_that_row_only(storage_r
 
 @ON_DISK
 def test_a_resume_opens_no_shard_to_count_failures(
-    storage_root: str, label: Label, monkeypatch: pytest.MonkeyPatch
+    storage_root: str, label_here: Label, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = _images()
     broken = NAMES[1]
     source, output = _put_folder(storage_root, {**images, broken: images[broken][:100]}), f"{storage_root}/out"
-    label(source, output)
-    monkeypatch.setattr(history, "_look_at", lambda output, shard: pytest.fail(f"opened shard {shard}"))
-    assert label(source, output).failures == {"truncated": 1}
+    label_here(source, output)
+    monkeypatch.setattr(history, "_read_failures", lambda output, shard, version: pytest.fail(f"opened shard {shard}"))
+    assert label_here(source, output).failures == {"truncated": 1}
     storage.put(storage.join(source, broken), images[broken])
-    assert label(source, output, retry_failed=True).failures == {}
+    assert label_here(source, output, retry_failed=True).failures == {}
     storage.delete(storage.join(output, SUCCESS))
-    assert label(source, output, retry_failed=True).num_shards_skipped == 2
+    assert label_here(source, output, retry_failed=True).num_shards_skipped == 2
 
 
-def test_too_many_failed_images_fail_the_run(tmp_path: Path, label: Label) -> None:
+def test_too_many_failed_images_fail_the_run(tmp_path: Path, label_here: Label) -> None:
     images = _images()
     images[NAMES[0]] = b"no image"
     source = _put_folder(str(tmp_path), images)
 
-    report = label(source, tmp_path / "out", "output.max_failed_fraction=0.1")
+    report = label_here(source, tmp_path / "out", "output.max_failed_fraction=0.1")
 
     assert report.exit_code == 1
     assert report.problem is not None
     assert "max_failed_fraction" in report.problem
-    again = label(source, tmp_path / "out", "output.max_failed_fraction=0.1")
+    again = label_here(source, tmp_path / "out", "output.max_failed_fraction=0.1")
     assert (again.exit_code, again.failures) == (1, {"not_an_image": 1})
 
 
@@ -249,7 +259,11 @@ def test_a_model_that_cannot_be_had_ends_the_run_with_its_own_sentence(tmp_path:
 
 
 def test_actors_refuse_weights_that_are_not_those_of_the_plan(
-    tmp_path: Path, tiny_checkpoint: Path, local_ray: None, config: Callable[..., Config]
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    local_ray: None,
+    config: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(tiny_checkpoint.read_bytes())
@@ -264,6 +278,7 @@ def test_actors_refuse_weights_that_are_not_those_of_the_plan(
     assert done_shards(output) == set()
 
     weights.write_bytes(tiny_checkpoint.read_bytes())
+    use_no_ray(monkeypatch)
     assert run().num_images == len(NAMES)
     for shard in done_shards(output):
         model = read_metadata(output, shard)["identity"]["model"]

@@ -98,7 +98,7 @@ def test_an_image_column_that_is_not_there_is_told_and_a_run_after_it_has_all_cp
     try:
         failed_run()
         with running_ray(config().cluster):
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 300
             while ray.available_resources()["CPU"] < 2:  # the failed run's actor held one for ten minutes
                 assert time.monotonic() < deadline, ray.available_resources()
                 time.sleep(0.1)

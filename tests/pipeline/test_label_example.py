@@ -23,6 +23,7 @@ from samray.output.verify import verify
 from samray.pipeline.run import label
 from samray.scenes.scene import make_scene
 from samray.storage.tables import read_parquet
+from tests.support.here import use_no_ray
 from tests.support.outputs import rows_of
 
 
@@ -36,19 +37,19 @@ def named(tmp_path: Path) -> Callable[..., Config]:
     largest = max(scene.masks, key=np.count_nonzero)
     Image.fromarray(largest).save(tmp_path / "key_mask.png")
 
-    def settings(*own: str) -> Config:
+    def settings(*overrides: str) -> Config:
         base = [
             "labels.by=example", f"labels.example={tmp_path}/in/0.png", f"labels.example_mask={tmp_path}/key_mask.png",
             "labels.name=thing", "labels.max_instances=2", "labels.score_thresh=-0.5", "output.images_per_shard=1",
             "cluster.max_actors=1", "cluster.num_cpus_per_actor=1", "masks.min_mask_area=1",
         ]  # fmt: skip
-        return load_config(None, None, [*base, *own])
+        return load_config(None, None, [*base, *overrides])
 
     return settings
 
 
 def test_names_are_on_disk_and_every_reader_takes_them(
-    tmp_path: Path, named: Callable[..., Config], local_ray: None
+    tmp_path: Path, named: Callable[..., Config], local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = str(tmp_path / "out")
     assert label(tmp_path / "in", output, named(), progress=False).exit_code == 0
@@ -64,6 +65,7 @@ def test_names_are_on_disk_and_every_reader_takes_them(
     data = Path(shard_uri(output, 1)).read_bytes()
     assert samray_metadata(read_parquet(data).schema)["categories"] == ["thing"]
     Path(shard_uri(output, 1)).unlink()
+    use_no_ray(monkeypatch)
     assert label(tmp_path / "in", output, named(), progress=False).num_labelled == 1
     assert read_parquet(Path(shard_uri(output, 1)).read_bytes()).equals(read_parquet(data)), "the same masks again"
     with pytest.raises(ConfigError, match=r"labels\.max_instances: 2 there, 3 now"):
@@ -76,4 +78,7 @@ def test_names_are_on_disk_and_every_reader_takes_them(
     compact(output, str(tmp_path / "one"), 10)
     assert not verify(str(tmp_path / "one"), deep=True).problems
     for format in FORMATS:
-        assert export(tmp_path / "one", tmp_path / format, format=format, ray=False, progress=False).num_masks
+        options = {"coordinates": "pixels"} if format.startswith("geo") else {}
+        assert export(
+            tmp_path / "one", tmp_path / format, format=format, ray=False, progress=False, **options
+        ).num_masks

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from samray.config import load_config
 from samray.errors import ImageError, StorageError
+from samray.output.schema import ANNOTATIONS_PER_IMAGE
 from samray.pipeline import labeler
 from samray.pipeline.attempts import CAREFUL_FROM_ATTEMPT, STRIKES_TO_BLAME, ShardAttempts
 from samray.pipeline.faults import DeviceFault, is_out_of_memory, raise_if_fatal
@@ -49,6 +50,17 @@ def _image(seed: int, data: Any = None) -> EncodedImage:
 
 def _masks(images: list[Pixels]) -> list[list[dict[str, Any]]]:
     return [standin.masks_of(image) for image in images]
+
+
+def test_more_masks_than_there_are_ids_fail_their_image_alone() -> None:
+    """Ten thousand phrases and a low threshold may find them; the ids of the next image begin after 65,536."""
+    many = [standin.masks_of(np.full((9, 9, 3), 200, np.uint8))[0]] * (ANNOTATIONS_PER_IMAGE + 1)
+    masks = [many, many[1:]]
+    first, second = _labeler(lambda images: [masks.pop(0) for _ in images]).label([_image(0), _image(1)]).records
+    assert first.error == (
+        "unsupported: 65,537 masks, and an image has at most 65,536: raise the thresholds, or set masks.max_masks"
+    )
+    assert (first.annotations, len(second.annotations), second.error) == ([], ANNOTATIONS_PER_IMAGE, None)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_threads": 3}, {"device_type": "cuda", "num_threads": 2}])
@@ -139,12 +151,12 @@ def test_groups_follow_the_memory_there_is() -> None:
 
 
 def test_a_second_try_finds_the_memory_of_the_first_one_free() -> None:
-    held: list[weakref.ref[Pixels]] = []
+    pixels_of_tries: list[weakref.ref[Pixels]] = []
 
     def generate(images: list[Pixels]) -> list[list[dict[str, Any]]]:
-        assert all(ref() is None for ref in held)
+        assert all(ref() is None for ref in pixels_of_tries)
         activations = np.zeros(10, np.uint8)
-        held.append(weakref.ref(activations))
+        pixels_of_tries.append(weakref.ref(activations))
         if len(images) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return _masks(images)

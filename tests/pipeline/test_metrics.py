@@ -34,11 +34,11 @@ class Run:
 
     def by(self, name: str, tag: str = "") -> dict[str, float]:
         """A counter after the run, summed over the workers, by one of its tags."""
-        found: Counter[str] = Counter()
+        values: Counter[str] = Counter()
         for sample, labels, value in self.samples:
             if sample == f"ray_{name}_total":
-                found[labels.get(tag, "")] += value
-        return dict(found)
+                values[labels.get(tag, "")] += value
+        return dict(values)
 
     def total(self, name: str) -> float:
         return sum(self.by(name).values())

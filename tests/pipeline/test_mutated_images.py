@@ -52,23 +52,23 @@ def mutated(data: bytes, other: bytes, dice: random.Random) -> bytes:
     """A few random changes: bytes, bits, numbers, lost and doubled pieces, a piece of another file."""
     body = bytearray(data)
     for _ in range(dice.randint(1, 6)):
-        place = dice.randrange(min(len(body), 200) if dice.random() < 0.6 else len(body))
+        offset = dice.randrange(min(len(body), 200) if dice.random() < 0.6 else len(body))
         what = dice.randrange(7)
         if what == 0:
-            body[place] = dice.randrange(256)
+            body[offset] = dice.randrange(256)
         elif what == 1:
-            body[place] ^= 1 << dice.randrange(8)
+            body[offset] ^= 1 << dice.randrange(8)
         elif what == 2:
             number = dice.choice([0, 1, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, len(body)])
-            body[place : place + 4] = struct.pack(dice.choice("<>") + "I", number)
+            body[offset : offset + 4] = struct.pack(dice.choice("<>") + "I", number)
         elif what == 3:
-            del body[place : place + dice.randint(1, 40)]
+            del body[offset : offset + dice.randint(1, 40)]
         elif what == 4:
-            body[place:place] = body[place : place + dice.randint(1, 200)] * dice.randint(1, 3)
+            body[offset:offset] = body[offset : offset + dice.randint(1, 200)] * dice.randint(1, 3)
         elif what == 5:
-            body[place : place + 30] = other[place : place + 30]
+            body[offset : offset + 30] = other[offset : offset + 30]
         else:
-            del body[max(place, 20) :]
+            del body[max(offset, 20) :]
         if not body:
             break
     return bytes(body)
@@ -101,6 +101,6 @@ def test_a_thousand_damaged_images_give_a_row_each() -> None:
     assert set(reasons) <= IMAGE_ERROR_REASONS | {"ok"}
     assert not {"internal", "quarantined", "timeout"} & set(reasons), reasons
     for kind in FORMATS:  # the damage was real, and some of each was survived or at least named
-        own = [r.error for r in done.records if r.file_name.endswith(f".{kind.lower()}")]
-        assert sum(error is not None for error in own) > 15, kind
-        assert all(error is None or len(error) > 20 for error in own)
+        errors = [r.error for r in done.records if r.file_name.endswith(f".{kind.lower()}")]
+        assert sum(error is not None for error in errors) > 15, kind
+        assert all(error is None or len(error) > 20 for error in errors)

@@ -47,14 +47,14 @@ def test_it_reads_verifies_exports_and_compacts(tmp_path: Path) -> None:
     assert rows_of(str(tmp_path / "compacted")) == rows
 
 
-def test_it_resumes(label: Callable[..., LabelReport]) -> None:
+def test_it_resumes(label_here: Callable[..., LabelReport]) -> None:
     """The missing shard is labelled again as it was: settings that are new since then count as their defaults."""
     rows = rows_of(f"{ROOT}/out")
     storage.delete(shard_uri(f"{ROOT}/out", 1))
     storage.delete(f"{ROOT}/out/{SUCCESS}")
-    report = label(f"{ROOT}/in", f"{ROOT}/out", *SETTINGS)
+    report = label_here(f"{ROOT}/in", f"{ROOT}/out", *SETTINGS)
     assert (report.exit_code, report.num_labelled, report.num_missing_shards) == (0, 2, 0)
     assert rows_of(f"{ROOT}/out") == rows
-    assert label(f"{ROOT}/in", f"{ROOT}/out", *SETTINGS, retry_failed=True).num_labelled == 0
+    assert label_here(f"{ROOT}/in", f"{ROOT}/out", *SETTINGS, retry_failed=True).num_labelled == 0
     with pytest.raises(ConfigError, match=r"masks\.points_per_side: 24 there, 5 now"):
-        label(f"{ROOT}/in", f"{ROOT}/out", *SETTINGS, "masks.points_per_side=5")
+        label_here(f"{ROOT}/in", f"{ROOT}/out", *SETTINGS, "masks.points_per_side=5")

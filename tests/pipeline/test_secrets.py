@@ -136,85 +136,87 @@ def test_nothing_that_a_run_writes_or_says_holds_a_credential(
         assert not any(secret in text for secret in SECRETS), name
 
 
-def test_a_resume_reads_the_credentials_from_input_again(label: Label, site: str, tmp_path: Path) -> None:
+def test_a_resume_reads_the_credentials_from_input_again(label_here: Label, site: str, tmp_path: Path) -> None:
     """With signatures that have been renewed since, and after a failed row was tried again."""
     _Site.signature = OLD
     (tmp_path / "in").mkdir()
     listed = write_list(tmp_path / "in" / "list.txt", site, OLD, NAMES)
     output = tmp_path / "out"
-    label(listed, output)
+    label_here(listed, output)
     (output / "annotations" / "shard-000001.parquet").unlink()
     _Site.signature = NEW
     write_list(tmp_path / "in" / "list.txt", site, NEW, NAMES)
-    assert label(listed, output).num_labelled == 4
+    assert label_here(listed, output).num_labelled == 4
     assert statuses(output) == ["ok"] * 9
-    assert label(listed, output, append=True).num_images == 9  # the same images, signed otherwise
+    assert label_here(listed, output, append=True).num_images == 9  # the same images, signed otherwise
     write_list(tmp_path / "in" / "list.txt", site, NEW, [*NAMES, "8.png"])
-    assert label(listed, output, append=True).num_labelled == 1
+    assert label_here(listed, output, append=True).num_labelled == 1
     assert_no_secret(output)
 
 
-def test_a_resume_without_the_credentials_says_what_it_needs(label: Label, site: str, tmp_path: Path) -> None:
+def test_a_resume_without_the_credentials_says_what_it_needs(label_here: Label, site: str, tmp_path: Path) -> None:
     _Site.signature = OLD
     listed = write_list(tmp_path / "list.txt", site, OLD, NAMES)
     output = tmp_path / "out"
-    label(listed, output)
+    label_here(listed, output)
     (output / "annotations" / "shard-000000.parquet").unlink()
     Path(listed).write_text(f"http://{site}/other.png\n")
     with pytest.raises(
         ConfigError, match=r"stores no credentials.* has none of the images that are left .*0\.png\?v=3"
     ):
-        label(listed, output)
+        label_here(listed, output)
     Path(listed).unlink()
     with pytest.raises(ConfigError, match=r"does not exist.*stores no credentials"):
-        label(listed, output)
+        label_here(listed, output)
     write_list(Path(listed), site, OLD, NAMES[2:])
-    label(listed, output)
+    label_here(listed, output)
     assert statuses(output)[:4] == ["failed", "failed", "ok", "ok"]
     rows = pq.read_table(output / "annotations").to_pylist()
     assert "which no OUTPUT keeps" in rows[0]["error"]
     write_list(Path(listed), site, OLD, NAMES)
-    label(listed, output, retry_failed=True)
+    label_here(listed, output, retry_failed=True)
     assert statuses(output) == ["ok"] * 9
     with pytest.raises(samray.StorageError, match="which no OUTPUT keeps"):
         samray.MaskDataset(str(output))[0]
 
 
-def test_urls_that_differ_in_nothing_but_what_is_hidden_stay_apart(label: Label, site: str, tmp_path: Path) -> None:
+def test_urls_that_differ_in_nothing_but_what_is_hidden_stay_apart(
+    label_here: Label, site: str, tmp_path: Path
+) -> None:
     _Site.signature = OLD
     uris = [f"http://{site}/{i}.png?zzz={word}&X-Goog-Signature={OLD}" for i, word in ((1, "abcdef"), (1, "ghijkl"))]
     (tmp_path / "list.txt").write_text("\n".join(uris))
     output = tmp_path / "out"
-    label(tmp_path / "list.txt", output)
+    label_here(tmp_path / "list.txt", output)
     (output / "annotations" / "shard-000000.parquet").unlink()
-    label(tmp_path / "list.txt", output)
+    label_here(tmp_path / "list.txt", output)
     assert statuses(output) == ["ok", "ok"]
-    found = pq.read_table(output / "_samray" / "manifest.parquet")["uri"].to_pylist()
-    assert len(set(found)) == 2
-    assert all(storage.redact(uri) == uri and "#image=" in uri for uri in found)
+    stored_uris = pq.read_table(output / "_samray" / "manifest.parquet")["uri"].to_pylist()
+    assert len(set(stored_uris)) == 2
+    assert all(storage.redact(uri) == uri and "#image=" in uri for uri in stored_uris)
 
 
 def test_an_output_of_an_older_version_keeps_its_urls_and_resumes(
-    label: Label, site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    label_here: Label, site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _Site.signature = OLD
     listed = write_list(tmp_path / "list.txt", site, OLD, NAMES)
     output = tmp_path / "out"
     with monkeypatch.context() as older:
         older.setattr("samray.output.plan.hide", lambda images: (images, {}))
-        label(listed, output)
+        label_here(listed, output)
     (output / "annotations" / "shard-000000.parquet").unlink()
-    assert label(listed, output).num_labelled == 4
-    assert label(listed, output, append=True).num_images == 9
+    assert label_here(listed, output).num_labelled == 4
+    assert label_here(listed, output, append=True).num_images == 9
     assert main(["verify", str(output), "--deep"]) == 0
 
 
-def test_prompts_find_signed_urls(label: Label, site: str, tmp_path: Path) -> None:
+def test_prompts_find_signed_urls(label_here: Label, site: str, tmp_path: Path) -> None:
     _Site.signature = OLD
     listed = write_list(tmp_path / "list.txt", site, OLD, NAMES[:2])
     uri = Path(listed).read_text().split()[0]
     (tmp_path / "clicks.jsonl").write_text('{"uri": "%s", "prompts": [{"box": [0, 0, 5, 5]}]}\n' % uri)  # noqa: UP031
-    report = label(listed, tmp_path / "out", f"input.prompts={tmp_path / 'clicks.jsonl'}")
+    report = label_here(listed, tmp_path / "out", f"input.prompts={tmp_path / 'clicks.jsonl'}")
     assert report.num_images_not_found == 0
 
 

@@ -19,7 +19,8 @@ def test_each_shard_is_a_block_of_its_own(local_ray: None, number: int) -> None:
         blocks: Any = list(shards_to_do(source_table(todo)).iter_batches(batch_size=None, batch_format="pyarrow"))
     assert [block.num_rows for block in blocks] == [1] * number
     rows = [row for block in blocks for row in block.to_pylist()]
-    expected = [{"shard": s, "retry": retry, "prompts": None, "credentials": None} for s, retry in todo.items()]
+    empty = dict.fromkeys(("prompts", "credentials", "tiles", "part"))
+    expected = [{"shard": s, "retry": retry, **empty} for s, retry in todo.items()]
     assert sorted(rows, key=lambda row: row["shard"]) == expected
 
 
@@ -29,3 +30,16 @@ def test_prompts_travel_with_their_shard() -> None:
     assert [row["shard"] for row in rows] == [7, 8]
     assert rows[0]["prompts"] == "{}"
     assert '"2"' in rows[1]["prompts"]
+
+
+def test_parts_of_large_images_come_before_their_shard() -> None:
+    parts = {8: [(2, 0, 16), (2, 16, 20)]}
+    rows = source_table({7: False, 8: True, 9: False}, tiles={8: {2: (500, 400)}}, parts=parts).to_pylist()
+    assert [(row["shard"], row["part"]) for row in rows] == [
+        (7, None),
+        (8, "[1, 2, 0, 16]"),
+        (8, "[2, 2, 16, 20]"),
+        (8, None),
+        (9, None),
+    ]
+    assert [row["tiles"] for row in rows] == [None, *['{"2": [500, 400]}'] * 3, None]

@@ -36,7 +36,7 @@ def test_a_signal_drains_and_the_same_command_goes_on(
         assert "run the same command to resume" in first.text()
         assert not storage.exists(storage.join(output, "_SUCCESS"))
         assert attempts_left(output) == {}  # nothing was left half done
-        assert not first.clean_up(patience_s=30)
+        assert not first.clean_up(patience_s=120)
 
     if group:
         return  # one resumed run is enough
@@ -59,7 +59,8 @@ def test_a_shard_that_takes_longer_than_the_drain_is_given_up(tmp_path: Path) ->
         wait_until(lambda: bool(attempts_left(output)), running)
         assert running.workers("MapWorker")
         # Each would be a Python process that takes seconds of CPU time to start.
-        for helper in ("_StatsActor", "_AutoscalingCoordinatorActor", "DashboardAgent", "RuntimeEnvAgent"):
+        unused = ("_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker", "DashboardAgent")
+        for helper in (*unused, "RuntimeEnvAgent"):
             assert not running.workers(helper)
         send(running, signal.SIGTERM)
         assert running.wait() == 143, running.text()
@@ -88,4 +89,4 @@ def test_ctrl_c_again_and_again_prints_no_traceback(moment: str, tmp_path: Path)
         assert running.process.returncode in (130, -signal.SIGINT), running.text()
         assert "Traceback" not in running.text()
         assert "KeyboardInterrupt" not in running.text()
-        assert not running.clean_up(patience_s=10)
+        assert not running.clean_up(patience_s=120)

@@ -17,6 +17,7 @@ from samray.errors import StorageError
 from samray.output.shards import done_shards, read_shard
 from samray.pipeline.report import LabelReport
 from tests.support.fault_proxy import FaultProxy, running_proxy
+from tests.support.here import use_no_ray
 from tests.support.outputs import check_every_image_once
 from tests.support.standin import make_image
 
@@ -43,7 +44,11 @@ def pictures(tmp_path: Path) -> Iterator[FaultProxy]:
 
 @pytest.mark.parametrize("fault", ["AccessDenied", "503", "reset"])
 def test_a_run_whose_input_goes_away_ends_and_is_resumed(
-    tmp_path: Path, pictures: FaultProxy, label: Callable[..., LabelReport], fault: str
+    tmp_path: Path,
+    pictures: FaultProxy,
+    label: Callable[..., LabelReport],
+    fault: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     names = [f"img_{i}.png" for i in range(NUM_IMAGES)]
     manifest, output = tmp_path / "list.txt", str(tmp_path / "out")
@@ -55,6 +60,7 @@ def test_a_run_whose_input_goes_away_ends_and_is_resumed(
         assert set(read_shard(output, shard)["status"].to_pylist()) == {"ok"}
     assert not storage.exists(storage.join(output, "_SUCCESS"))
     pictures.heal()
+    use_no_ray(monkeypatch)
     assert label(manifest, output).exit_code == 0
     check_every_image_once(output, {name: make_image(i) for i, name in enumerate(names)})
 

@@ -84,18 +84,21 @@ def death_of_a_worker(output: Path, step: int) -> Iterator[list[int]]:
     thread.join()
 
 
-def train_in_this_process(data: list[str], output: Path, settings: TrainSettings) -> None:
+def train_in_this_process(data: list[str], output: Path, settings: TrainSettings, image_size: int = 64) -> None:
     """What the one worker of a run does, with the same examples in the same order."""
-    mixture, frame = open_data(data, settings), frame_of(MODELS["tiny"], 64)
+    mixture, frame = open_data(data, settings), frame_of(MODELS["tiny"], image_size)
     whole = frame_of(MODELS["tiny"], MODELS["tiny"].image_size)
     maker, batch_size = ExampleMaker(mixture, frame), settings.train.batch_size
     numbers = np.arange(settings.train.steps * batch_size).reshape(-1, batch_size)
-    batches = ({name: torch.from_numpy(a) for name, a in maker({"number": own}).items()} for own in numbers)
+    batches = (
+        {name: torch.from_numpy(a) for name, a in maker({"number": worker_numbers}).items()}
+        for worker_numbers in numbers
+    )
     worker = Worker(config=settings.train, store=Store(str(output)), validation=lambda: mixture.validation(2, whole))
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # the order of sums decides the last digit
     try:
-        run_leg(Learner(settings, MODELS["tiny"], image_size=64, device=torch.device("cpu")), batches, worker)
+        run_leg(Learner(settings, MODELS["tiny"], image_size=image_size, device=torch.device("cpu")), batches, worker)
     finally:
         torch.set_num_threads(before)
 
@@ -165,7 +168,7 @@ class _Noted:
 
 
 @pytest.mark.parametrize(
-    ("error", "told_at", "message"),
+    ("error", "reported_at", "message"),
     [
         (ConfigError("the weights are others here"), 1, "the weights are others here"),
         (StorageError("8 images cannot be used"), 4, "8 images cannot be used"),
@@ -174,7 +177,7 @@ class _Noted:
     ],
 )
 def test_the_driver_hears_why_workers_end_before_a_step(
-    error: Exception | None, told_at: int, message: str, local_ray: None, monkeypatch: pytest.MonkeyPatch
+    error: Exception | None, reported_at: int, message: str, local_ray: None, monkeypatch: pytest.MonkeyPatch
 ):
     """Another try is for what another try may help. None: killed."""
     monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
@@ -185,13 +188,13 @@ def test_the_driver_hears_why_workers_end_before_a_step(
             raise error
 
     monkeypatch.setattr(training_worker, "_train_leg", leg)
-    for _ in range(told_at):
+    for _ in range(reported_at):
         assert ray.get(monitor.why_given_up.remote()) is None
         with contextlib.suppress(SamrayError, KeyError):
             training_worker.work({"monitor": monitor})
-    told = ray.get(monitor.why_given_up.remote())
-    assert re.match(message, str(told))
-    assert isinstance(told, ConfigError) == isinstance(error, ConfigError)
+    reason = ray.get(monitor.why_given_up.remote())
+    assert re.match(message, str(reason))
+    assert isinstance(reason, ConfigError) == isinstance(error, ConfigError)
 
 
 def test_examples_are_made_when_they_are_due_and_not_long_before(tmp_path: Path, local_ray: None):
@@ -199,6 +202,8 @@ def test_examples_are_made_when_they_are_due_and_not_long_before(tmp_path: Path,
     monitor = ray.remote(Monitor).remote()
     mixture = Mixture([_Noted(tmp_path)], None, seed=0)
     with data_settings(ClusterConfig()):
+        # As `train` sets it: without it two steps that end together may change places.
+        ray.data.DataContext.get_current().execution_options.preserve_order = True
         stream = example_stream(
             mixture, Frame(64, 16), 100, 300, 2, num_workers=1, num_actors=1, monitor=monitor
         )  # fmt: skip
@@ -217,8 +222,8 @@ def test_two_workers_share_out_a_batch_and_learn_as_one_does(data: list[str], s3
     settings = load_train_settings(None, [*SETTINGS, *changed, "cluster.num_workers=2"])
     output = storage.join(s3_root, "out")
     assert train(data, output, settings, progress=False).step == 4
-    found = Store(output).read_state()
-    assert found is not None
+    state = Store(output).read_state()
+    assert state is not None
 
     learner = Learner(settings, MODELS["tiny"], image_size=64, device=torch.device("cpu"))
     begun = {name: value.clone() for name, value in learner.sam.state_dict().items()}
@@ -230,7 +235,7 @@ def test_two_workers_share_out_a_batch_and_learn_as_one_does(data: list[str], s3
         learner.step({name: torch.from_numpy(array) for name, array in maker({"number": numbers}).items()})
     # Adam makes whole steps of the rounding that is all a key's bias has for a gradient: softmax does not see it.
     learnt = {name: value for name, value in learner.sam.state_dict().items() if not name.endswith("k_proj.bias")}
-    apart = sum(float((found["model"][name] - value).square().sum()) for name, value in learnt.items())
+    apart = sum(float((state["model"][name] - value).square().sum()) for name, value in learnt.items())
     moved = sum(float((begun[name] - value).square().sum()) for name, value in learnt.items())
     assert 0 < apart < 1e-4 * moved, "within a hundredth of the way that the weights went"
     _, last_two = learner.means.flush()
@@ -239,14 +244,14 @@ def test_two_workers_share_out_a_batch_and_learn_as_one_does(data: list[str], s3
 
 
 def test_errors_of_the_command_are_a_sentence(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    def told(*arguments: str) -> str:
+    def stderr_of(*arguments: str) -> str:
         assert main(["train", *arguments]) == 2
         return " ".join(capsys.readouterr().err.split())
 
     output = str(tmp_path / "out")
-    assert "Missing argument 'OUTPUT'" in told(data[0])
-    assert "unknown setting train.setps; did you mean train.steps?" in told(data[0], output, "train.setps=3")
-    assert "is not the output of a samray run" in told(str(tmp_path), output)
-    assert "encoder has only 12 blocks" in told(data[0], output, "train.trainable=last_blocks:99")
-    assert "data.shares has 1 numbers, but there are 2 DATA" in told(*data, output, "data.shares=[1]")
+    assert "Missing argument 'OUTPUT'" in stderr_of(data[0])
+    assert "unknown setting train.setps; did you mean train.steps?" in stderr_of(data[0], output, "train.setps=3")
+    assert "is not the output of a samray run" in stderr_of(str(tmp_path), output)
+    assert "encoder has only 12 blocks" in stderr_of(data[0], output, "train.trainable=last_blocks:99")
+    assert "data.shares has 1 numbers, but there are 2 DATA" in stderr_of(*data, output, "data.shares=[1]")
     assert not Path(output).exists()

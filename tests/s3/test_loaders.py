@@ -24,7 +24,7 @@ from samray.output import shards
 from samray.output.plan import Plan
 from samray.output.schema import SCHEMA
 from tests.support import REPOSITORY
-from tests.support.handmade import masks_of_place, read_rows, write_output
+from tests.support.handmade import masks_of_image, read_rows, write_output
 from tests.support.labelled import BLACK, BROKEN, make_output
 from tests.support.pages import block, blocks
 
@@ -137,9 +137,9 @@ def test_duckdb(recipe: Callable[[str], dict[str, Any]], plan: Plan, truth: Rows
         assert [area for _, area, _ in largest] == areas[:10]
     try:
         masks = recipe("duckdb")["masks"]
-        found = [dict(zip(masks.columns, row, strict=True)) for row in masks.fetchall()]
+        rows = [dict(zip(masks.columns, row, strict=True)) for row in masks.fetchall()]
         wanted = [{"image_id": row["image"]["image_id"], **mask} for row in truth for mask in row["annotations"]]
-        assert sorted(found, key=lambda mask: mask["id"]) == wanted
+        assert sorted(rows, key=lambda mask: mask["id"]) == wanted
         every = duckdb.sql(f"SELECT * FROM '{plan.output}/annotations/*.parquet'")
         assert str(every.types[1]).startswith("STRUCT(id BIGINT, segmentation STRUCT(")
         check_rows([dict(zip(every.columns, row, strict=True)) for row in every.fetchall()], truth)
@@ -225,15 +225,15 @@ def test_read_image(recipe: Callable[[str], dict[str, Any]], truth: Rows) -> Non
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-def _named(place: int) -> Rows:
+def _named(index: int) -> Rows:
     labels = ("cat", "dog", None)
-    names = [labels[(place + i) % 3] for i in range(place % 4)]
-    masks = zip(masks_of_place(place), names, strict=True)
-    return [{**mask, "label": name, "label_score": None if name is None else 0.5 + place / 16} for mask, name in masks]
+    names = [labels[(index + i) % 3] for i in range(index % 4)]
+    masks = zip(masks_of_image(index), names, strict=True)
+    return [{**mask, "label": name, "label_score": None if name is None else 0.5 + index / 16} for mask, name in masks]
 
 
-def _presence(place: int) -> Rows:
-    return [{"phrase": "dog", "score": 0.25}, {"phrase": "cat", "score": place / 16}]
+def _presence(index: int) -> Rows:
+    return [{"phrase": "dog", "score": 0.25}, {"phrase": "cat", "score": index / 16}]
 
 
 @pytest.fixture(scope="module", params=["local", "s3"])
@@ -253,7 +253,7 @@ def named(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     request.getfixturevalue("s3_server")
     duckdb.register_filesystem(fsspec.filesystem("s3"))
     yield write(
-        f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}", num_common=1, phrases=lambda place: ["cat"], presence=_presence
+        f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}", num_common=1, phrases=lambda index: ["cat"], presence=_presence
     )
     duckdb.unregister_filesystem("s3")
 
@@ -273,9 +273,9 @@ def test_every_loader_reads_an_output_with_names(
     check_rows(named_recipe("polars")["images"].collect().to_dicts(), truth)
     check_rows(named_recipe("pandas")["images"].to_dict("records"), truth)
     masks = named_recipe("duckdb")["masks"]
-    found = [dict(zip(masks.columns, row, strict=True)) for row in masks.fetchall()]
+    rows = [dict(zip(masks.columns, row, strict=True)) for row in masks.fetchall()]
     wanted = [{"image_id": row["image"]["image_id"], **mask} for row in truth for mask in row["annotations"]]
-    assert sorted(found, key=lambda mask: mask["id"]) == wanted
+    assert sorted(rows, key=lambda mask: mask["id"]) == wanted
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     datasets.disable_progress_bars()
     names = named_recipe("names-datasets")
@@ -299,10 +299,10 @@ def test_counts_of_names(named: Plan, named_recipe: Callable[[str], dict[str, An
 
 
 def test_names_in_torch(named: Plan, named_recipe: Callable[[str], dict[str, Any]]) -> None:
-    found = named_recipe("names-torch")
+    targets = named_recipe("names-torch")
     row = read_rows(named.output)[2]
-    assert found["names"] == [mask["label"] or "object" for mask in row["annotations"]]
-    assert found["target"]["label_score"].isnan().tolist() == [mask["label"] is None for mask in row["annotations"]]
+    assert targets["names"] == [mask["label"] or "object" for mask in row["annotations"]]
+    assert targets["target"]["label_score"].isnan().tolist() == [mask["label"] is None for mask in row["annotations"]]
 
 
 def test_names_in_ray_data(some_ray: None, named: Plan, named_recipe: Callable[[str], dict[str, Any]]) -> None:
@@ -318,10 +318,10 @@ def test_one_image_costs_a_footer_and_a_row_group() -> None:
     command = [sys.executable, str(REPOSITORY / "jobs" / "benchmark.py"), "read", "--rows", "6000", "--shapes", "100"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    group_bytes = found["shard_bytes"] / found["row_groups"]
-    assert found["row_groups"] > 20
+    printed = json.loads(done.stdout)
+    group_bytes = printed["shard_bytes"] / printed["row_groups"]
+    assert printed["row_groups"] > 20
     plan_bytes = 120_000  # of the manifest's footer, and run.json
-    most = found["footer_bytes"] + 1.5 * group_bytes + plan_bytes
-    assert found["footer_bytes"] < max(found["read_image"]["bytes"]) < most < found["shard_bytes"]
-    assert found["index_bytes_per_image"] == 8
+    most = printed["footer_bytes"] + 1.5 * group_bytes + plan_bytes
+    assert printed["footer_bytes"] < max(printed["read_image"]["bytes"]) < most < printed["shard_bytes"]
+    assert printed["index_bytes_per_image"] == 8

@@ -38,17 +38,17 @@ def test_a_file_of_many_parts_appears_whole_or_not_at_all(s3_root: str) -> None:
 
 def test_a_network_on_s3_is_the_same_as_on_disk(s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAMRAY_CACHE", str(tmp_path / "cache"))
-    found = [
+    leftovers = [
         find_network(write_hashed(folder, "clip"), ("clip",), "clip")
         for folder in (f"{s3_root}/net", f"{tmp_path}/net")
     ]
-    assert found[0].sha256 == found[1].sha256
-    assert found[0].checkpoint == f"{s3_root}/net"
-    with opened(found[0]) as folder:
+    assert leftovers[0].sha256 == leftovers[1].sha256
+    assert leftovers[0].checkpoint == f"{s3_root}/net"
+    with opened(leftovers[0]) as folder:
         assert (folder / WEIGHTS).read_bytes() == (tmp_path / "net" / WEIGHTS).read_bytes()
     storage.put(f"{s3_root}/net/{WEIGHTS}", b"others")
     monkeypatch.setenv("SAMRAY_CACHE", str(tmp_path / "another machine's"))
-    with pytest.raises(ConfigError, match="is not this run's network"), opened(found[0]):
+    with pytest.raises(ConfigError, match="is not this run's network"), opened(leftovers[0]):
         pass
 
 
@@ -60,8 +60,8 @@ def test_there_and_back_on_s3(s3_root: str, format: str) -> None:
         report = samray.export(plan.output, dest, format=format, progress=False)
         assert (report.num_images, report.num_pieces_skipped) == (6, skipped)
     assert samray.import_(dest, back, images=f"{s3_root}/in", progress=False).num_masks == report.num_masks
-    found = verify(back, deep=True)
-    assert found.ok, found.problems
+    verified = verify(back, deep=True)
+    assert verified.ok, verified.problems
     (victim,) = [e.uri for e in storage.list_files(dest) if e.uri.endswith(("photo 1.json", "instances.json"))]
     before = storage.read_bytes(victim)
     storage.delete(victim)

@@ -1,6 +1,6 @@
 """`samray.label` with the stand-in labeler as a process of its own, for tests that stop or kill it.
 
-python -m tests.support.drive.py INPUT OUTPUT SECONDS_PER_IMAGE [section.key=value ...]
+python -m tests.support.drive.py INPUT OUTPUT PACE [section.key=value ...]
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from samray.pipeline.run import label_with
 from tests.support import standin
 
 
-def main(input: str, output: str, seconds: str, *overrides: str) -> int:
+def main(input: str, output: str, pace: str, *overrides: str) -> int:
     # Any file serves as checkpoint: the stand-in loads none, and the run only wants its hash. There is one thread in
     # all, so that a machine of many cores is not done before it is stopped.
     base = [f"model.checkpoint={__file__}", "output.images_per_shard=4"]
     base += ["cluster.max_actors=1", "cluster.num_cpus_per_actor=1"]
     config = load_config(None, None, [*base, *overrides])
-    make_labeler = functools.partial(standin.make_labeler, seconds=float(seconds))
+    make_labeler = functools.partial(standin.make_labeler, pace=standin.Pace.parse(pace))
     try:
         report = label_with(input, output, config, make_labeler=make_labeler)
     except KeyboardInterrupt:  # as the command line does

@@ -54,14 +54,14 @@ class Driver:
     def workers(self, name: str) -> list[psutil.Process]:
         """Living processes of this driver's Ray whose title contains name."""
         self.look_around()
-        found = []
+        drivers = []
         for process in self.family.values():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                 if name in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
+                    drivers.append(process)
+        return drivers
 
-    def wait(self, timeout_s: float = 300.0) -> int:
+    def wait(self, timeout_s: float = 500.0) -> int:
         """The exit code; fails with the log where the driver does not end."""
         try:
             return self.process.wait(timeout_s)
@@ -105,7 +105,7 @@ def driver(log: Path, *arguments: str, **options: Any) -> Iterator[Driver]:
         running.clean_up()
 
 
-def wait_until(condition: Callable[[], bool], running: Driver, timeout_s: float = 300.0) -> None:
+def wait_until(condition: Callable[[], bool], running: Driver, timeout_s: float = 500.0) -> None:
     """Poll until it holds; fails with the log where the driver ends before or time runs out."""
     deadline = time.monotonic() + timeout_s
     while not condition():

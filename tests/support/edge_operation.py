@@ -1,4 +1,4 @@
-"""The operation `edges` of `tests.support.operation`, apart because it imports torch."""
+"""The operation `edges` of `tests.support.operation`."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ class RedChannel(standin.StandIn):
 class RedChannels(EdgeLabelers):
     """Makes labelers with `RedChannel`."""
 
-    seconds = 0.0
+    pace = standin.Pace()
 
     def __call__(self, config: Config, num_threads: int) -> ShardLabeler:
         limit = config.input.max_pixels
-        return EdgeLabeler(self, 8, lambda _: RedChannel(self.seconds), max_pixels=limit, num_threads=num_threads)
+        return EdgeLabeler(self, 8, lambda _: RedChannel(self.pace), max_pixels=limit, num_threads=num_threads)
 
 
-def detect(root: Path, seconds: float) -> int:
+def detect(root: Path, pace: standin.Pace) -> int:
     """The operation `edges`."""
     base = [f"model.checkpoint={standin.__file__}", "output.images_per_shard=2", "cluster.max_actors=1"]
 
     def make_labelers(folder: str) -> RedChannels:
         made = RedChannels(folder)
-        made.seconds = seconds
+        made.pace = pace
         return made
 
     config = load_edges_config(None, [*base, "cluster.num_cpus_per_actor=1"])

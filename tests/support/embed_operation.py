@@ -27,7 +27,7 @@ class Encoding(standin.StandIn):
     def generate(self, images: list[np.ndarray]) -> list[Any]:
         super().generate(images)
         maps = [{EMBEDDING: image.transpose(2, 0, 1).astype(np.float32)} for image in images]
-        return [WithEmbedding([], own, (1, 1), "float16") for own in maps]
+        return [WithEmbedding([], maps_of_image, (1, 1), "float16") for maps_of_image in maps]
 
 
 class Decoding(standin.StandIn):
@@ -36,22 +36,24 @@ class Decoding(standin.StandIn):
     def generate(self, images: list[np.ndarray], prompts: list[Any] = []) -> list[Any]:  # noqa: B006
         if not prompts:  # the built-in picture
             return super().generate(images)
-        pixels = [own[0].embedding.numpy().transpose(1, 2, 0) for own in prompts]
+        pixels = [user_prompts[0].embedding.numpy().transpose(1, 2, 0) for user_prompts in prompts]
         return super().generate([one.astype(np.uint8) for one in pixels])
 
 
-def embed_and_label(root: Path, seconds: float) -> int:
+def embed_and_label(root: Path, pace: standin.Pace) -> int:
     """Both, one after the other. Returns the highest exit code."""
     base = [f"model.checkpoint={standin.__file__}", "output.images_per_shard=2", "cluster.max_actors=1"]
     base += ["cluster.num_cpus_per_actor=1"]
 
     def encoding(config: Config, num_threads: int) -> ShardLabeler:
-        return ShardLabeler(lambda _: Encoding(seconds), max_pixels=config.input.max_pixels, num_threads=num_threads)
+        return ShardLabeler(
+            lambda _: Encoding(pace.of("embedded")), max_pixels=config.input.max_pixels, num_threads=num_threads
+        )
 
     def decoding(source: Plan, images_per_shard: int) -> MakeLabeler:
         def make(config: Config, num_threads: int) -> ShardLabeler:
             options = {"max_pixels": config.input.max_pixels, "num_threads": num_threads}
-            return StoredLabeler(source, images_per_shard, lambda _: Decoding(seconds), **options)
+            return StoredLabeler(source, images_per_shard, lambda _: Decoding(pace.of("relabelled")), **options)
 
         return make
 

@@ -19,7 +19,7 @@ from samray.output.embedding_files import EmbeddingWriter
 from samray.output.plan import Plan, make_plan
 from samray.output.schema import records_to_table
 from samray.output.shards import commit_shard, mark_success, read_shard, replace_shard
-from samray.pipeline.fetch import places_to_redo
+from samray.pipeline.fetch import indices_to_redo
 from samray.pipeline.kept import Embedder
 from samray.pipeline.labeler import EncodedImage, ShardLabeler, build_labeler
 from samray.pipeline.plan_run import run_identity
@@ -65,17 +65,17 @@ def labeler_of(config: Config) -> ShardLabeler:
 def do_shard(plan: Plan, config: Config, labeler: ShardLabeler, shard: int, *, retry: bool = False) -> None:
     """Label a shard and commit it, in the order of the pipeline; retry: only what is to be done again."""
     rows = plan.read_shard(shard)
-    places = places_to_redo(plan, shard, True) if retry else list(range(rows.num_rows))
-    images = images_of(rows.take(places), shard, config)
+    indices = indices_to_redo(plan, shard, True) if retry else list(range(rows.num_rows))
+    images = images_of(rows.take(indices), shard, config)
     level = config.output.compression_level
     if config.output.embeddings == "none":
         done = labeler.label(images)
     else:
-        writer = EmbeddingWriter(plan, shard, places, retry=retry, compression_level=level)
+        writer = EmbeddingWriter(plan, shard, indices, retry=retry, compression_level=level)
         done = labeler.label(images, lambda batch: writer.add(batch.records))
     table = records_to_table(done.records, plan.run)
     if retry:
-        replace_shard(plan.output, shard, put_rows(read_shard(plan.output, shard), places, table))
+        replace_shard(plan.output, shard, put_rows(read_shard(plan.output, shard), indices, table))
     else:
         commit_shard(plan.output, shard, table)
 

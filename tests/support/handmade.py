@@ -46,12 +46,12 @@ def blob(seed: int, shape: tuple[int, int] = (HEIGHT, WIDTH)) -> np.ndarray:
     return mask if mask.any() else np.ones(shape, dtype=bool)
 
 
-def masks_of_place(place: int) -> list[dict[str, Any]]:
+def masks_of_image(index: int) -> list[dict[str, Any]]:
     """Masks of the image at this position of the plan: 0 to 3 blobs, each with its own scores."""
-    rng = np.random.default_rng(place)
+    rng = np.random.default_rng(index)
     return [
-        annotation(blob(10 * place + i), predicted_iou=float(rng.random()), stability_score=float(rng.random()))
-        for i in range(place % 4)
+        annotation(blob(10 * index + i), predicted_iou=float(rng.random()), stability_score=float(rng.random()))
+        for i in range(index % 4)
     ]
 
 
@@ -59,19 +59,20 @@ def write_output(
     root: str,
     names: list[str],
     *,
-    masks: Callable[[int], list[dict[str, Any]]] = masks_of_place,
+    masks: Callable[[int], list[dict[str, Any]]] = masks_of_image,
     failed: tuple[int, ...] = (),
     missing_shards: tuple[int, ...] = (),
     images_per_shard: int = 3,
     settings: tuple[str, ...] = (),
     categories: tuple[str, ...] = (),
     num_common: int | None = None,
-    phrases: Callable[[int], list[str]] = lambda place: [],
+    phrases: Callable[[int], list[str]] = lambda index: [],
     presence: Callable[[int], list[dict[str, Any]]] | None = None,
+    geo: Callable[[int], dict[str, Any] | None] = lambda index: None,
 ) -> Plan:
-    """An output below root/out, of images below root/in, on any storage. failed: places. categories: of a run that
-    names; the first num_common were asked of every image, and phrases(place) of this one. presence: None for no such
-    column."""
+    """An output below root/out, of images below root/in, on any storage. failed: indices. categories: of a run that
+    names; the first num_common were asked of every image, and phrases(index) of this one. presence: None for no such
+    column. geo: where an image is, stored if names has TIFFs."""
     for seed, name in enumerate(names):
         storage.put(storage.join(root, "in", name), make_image(seed, (WIDTH, HEIGHT)))
     config = load_config("default", overrides=[f"output.images_per_shard={images_per_shard}", *settings])
@@ -80,11 +81,11 @@ def write_output(
     labels |= {} if presence is None else {"presence": True}
     identity = {**config.identity(), **({"labels": labels} if labels else {})}
     plan = make_plan(storage.join(root, "in"), storage.join(root, "out"), config, identity)
-    place = 0
+    index = 0
     for shard in range(plan.num_shards):
         records = []
         for row in plan.read_shard(shard).to_pylist():
-            error = "truncated: the file ends" if place in failed else None
+            error = "truncated: the file ends" if index in failed else None
             records.append(
                 ImageRecord(
                     image_id=row["image_id"],
@@ -92,13 +93,14 @@ def write_output(
                     height=0 if error else HEIGHT,
                     file_name=row["file_name"],
                     uri=row["uri"],
-                    annotations=[] if error else masks(place),
+                    annotations=[] if error else masks(index),
                     error=error,
-                    phrases=phrases(place),
-                    presence=None if presence is None else presence(place),
+                    phrases=phrases(index),
+                    presence=None if presence is None else presence(index),
+                    geo=geo(index),
                 )
             )
-            place += 1
+            index += 1
         if shard not in missing_shards:
             commit_shard(plan.output, shard, records_to_table(records, plan.run))
     if not missing_shards:

@@ -17,8 +17,8 @@ def rle(counts: Any, size: Any = (HEIGHT, WIDTH)) -> dict[str, Any]:
 def string_of(*runs: int) -> str:
     """Run lengths as COCO's string, whatever they sum to: pycocotools checks nothing."""
     text = b""
-    for place, run in enumerate(runs):
-        value = run - (runs[place - 2] if place > 2 else 0)
+    for index, run in enumerate(runs):
+        value = run - (runs[index - 2] if index > 2 else 0)
         while True:
             bits, value = value & 31, value >> 5
             more = value != (-1 if bits & 16 else 0)

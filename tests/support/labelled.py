@@ -83,12 +83,12 @@ def label_missing(plan: Plan, config: Config) -> None:
 
 def record_of(row: dict[str, Any], data: bytes | ImageError) -> ImageRecord:
     """The row of an image, with the masks that the stand-in finds."""
-    own = {name: row[name] for name in ("image_id", "file_name", "uri")}
+    columns = {name: row[name] for name in ("image_id", "file_name", "uri")}
     try:
         if isinstance(data, ImageError):
             raise data
         pixels = decode_image(data, 10**6)
     except ImageError as error:
-        return ImageRecord(**own, width=0, height=0, error=str(error))
+        return ImageRecord(**columns, width=0, height=0, error=str(error))
     height, width = pixels.shape[:2]
-    return ImageRecord(**own, width=width, height=height, annotations=standin.masks_of(pixels))
+    return ImageRecord(**columns, width=width, height=height, annotations=standin.masks_of(pixels))

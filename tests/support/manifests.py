@@ -27,8 +27,8 @@ def documents(path: Path) -> list[dict[str, Any]]:
 
 def ray_document(path: Path) -> dict[str, Any]:
     """The one document of a manifest that is KubeRay's."""
-    (found,) = (document for document in documents(path) if document["apiVersion"].startswith("ray.io/"))
-    return found
+    (of_ray,) = (document for document in documents(path) if document["apiVersion"].startswith("ray.io/"))
+    return of_ray
 
 
 def cluster_spec(document: dict[str, Any]) -> dict[str, Any]:
@@ -43,8 +43,8 @@ def groups(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def container(group: dict[str, Any]) -> dict[str, Any]:
-    (found,) = group["template"]["spec"]["containers"]
-    return found
+    (only_container,) = group["template"]["spec"]["containers"]
+    return only_container
 
 
 def quantity(text: str | float) -> float:
@@ -57,7 +57,7 @@ def entrypoint(path: Path) -> str:
     return str(ray_document(path)["spec"]["entrypoint"])
 
 
-def told_commands() -> Iterator[tuple[str, str]]:
+def documented_commands() -> Iterator[tuple[str, str]]:
     """(where, command): each `samray label|demo` and `ray job submit` of the README, docs/ and the comments."""
     texts = {path.name: path.read_text() for path in MANIFESTS}
     comments = {name: "\n".join(re.findall(r"^ *# *(.*)", text, re.M)) for name, text in texts.items()}

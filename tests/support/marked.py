@@ -36,7 +36,10 @@ def bsds_row(name: str, annotators: list[list[np.ndarray]], data: bytes | None =
         "width": WIDTH,
         "height": HEIGHT,
         "jpeg": standin.make_image(1, (WIDTH, HEIGHT)) if data is None else data,
-        "annotators": [{"annotator": i, "boundary": "", "regions": found} for i, found in enumerate(regions)],
+        "annotators": [
+            {"annotator": i, "boundary": "", "regions": regions_of_annotator}
+            for i, regions_of_annotator in enumerate(regions)
+        ],
     }
 
 
@@ -76,10 +79,10 @@ class KnownSam:
     def decode_points(self, context: Any, points: torch.Tensor, labels: torch.Tensor) -> Any:
         assert labels.shape == points.shape[:2] == (len(points), 1)
         assert (labels == 1).all()
-        few = slice(len(self.clicks), len(self.clicks) + len(points))
+        chunk = slice(len(self.clicks), len(self.clicks) + len(points))
         self.clicks += points[:, 0].tolist()
-        logits = torch.tensor(np.array(self.answers[few])).float().flatten(0, 1) - 0.5
-        return type("Decoded", (), {"logits": logits, "all_iou": torch.tensor(self.scores[few])})()
+        logits = torch.tensor(np.array(self.answers[chunk])).float().flatten(0, 1) - 0.5
+        return type("Decoded", (), {"logits": logits, "all_iou": torch.tensor(self.scores[chunk])})()
 
     def postprocess(self, logits: torch.Tensor, input_hw: Any, original_hw: Any) -> torch.Tensor:
         assert input_hw == (2 * original_hw[0], 2 * original_hw[1])

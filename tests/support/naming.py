@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from samray.labels.pixels import Pixels
 from samray.labels.zero_shot import Namer
 from samray.pipeline.labeler import ShardLabeler
 from samray.pipeline.naming import NameGenerator, NamingLabeler, NamingLabelers, name_with
+from tests.support.standin import Pace
 
 COLOURS = ("red", "green", "blue")
 
@@ -39,15 +39,16 @@ def colour_namer(score_thresh: float = 0.0) -> Namer:
     return Namer(network, COLOURS, torch.eye(3), ("blanked",), score_thresh)
 
 
-class Slow(NameGenerator):
-    """Takes its time for each image."""
+class Paced(NameGenerator):
+    """Works at a pace."""
 
-    def __init__(self, namer: Namer, seconds: float) -> None:
+    def __init__(self, namer: Namer, pace: Pace) -> None:
         super().__init__(namer)
-        self._seconds = seconds
+        self._pace, self._num_images = pace, 0
 
     def generate(self, images: Any, masks: Any) -> Any:
-        time.sleep(self._seconds * len(images))
+        self._pace.take(len(images), self._num_images)
+        self._num_images += len(images)
         return super().generate(images, masks)
 
 
@@ -55,13 +56,13 @@ class Slow(NameGenerator):
 class ColourLabelers(NamingLabelers):
     """Makes labelers with the stand-in."""
 
-    seconds: float = 0.0
+    pace: Pace = Pace()  # noqa: RUF009
 
     def __call__(self, config: Config, num_threads: int) -> ShardLabeler:
         return NamingLabeler(
             self.source,
             self.images_per_shard,
-            lambda _: Slow(colour_namer(), self.seconds),
+            lambda _: Paced(colour_namer(), self.pace),
             max_pixels=config.input.max_pixels,
             num_threads=num_threads,
         )
@@ -73,11 +74,11 @@ def colour_config(clip: Path | str, *overrides: str) -> Config:
     return load_names_config(None, [*base, "cluster.max_actors=1", "cluster.num_cpus_per_actor=1", *overrides])
 
 
-def name_by_colour(root: Path, seconds: float) -> int:
+def name_by_colour(root: Path, pace: Pace) -> int:
     """FOLDER/labels into FOLDER/named, by FOLDER/clip."""
 
     def make(*made_for: Any) -> ColourLabelers:
-        return ColourLabelers(*made_for, seconds=seconds)
+        return ColourLabelers(*made_for, pace=pace)
 
     config = colour_config(root / "clip", "output.images_per_shard=2")
     return name_with(root / "labels", root / "named", config, make_labelers=make).exit_code

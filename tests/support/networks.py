@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors.torch import save_file
 
 from samray import storage
 from samray.labels.networks import WEIGHTS
+from samray.sam.checkpoints import load_model
+from samray.sam.fetch import file_sha256
+from samray.sam.text_projection import TextProjection
 from tests.support.tiny_clip import write_tokenizer as write_clip_tokenizer
 
 WORDS: Final = ("cat", "dog", "fire", "hydrant", "red", "square", "green", "blue", "car", "tree", "house", "##s", "st")
@@ -135,6 +139,16 @@ def _sam3_config(vocab_size: int, texts: int) -> dict[str, Any]:
 def write_hashed(folder: str, kind: str) -> str:
     """A folder, on any storage, that looks like a network of this kind, where it is hashed and not loaded."""
     storage.put(storage.join(folder, "config.json"), json.dumps({"model_type": kind}).encode())
-    for name in (WEIGHTS, "preprocessor_config.json", "tokenizer.json"):
-        storage.put(storage.join(folder, name), name.encode())
+    for name in ("preprocessor_config.json", "tokenizer.json"):
+        storage.put(storage.join(folder, name), json.dumps(name).encode())
+    storage.put(storage.join(folder, WEIGHTS), (2).to_bytes(8, "little") + b"{}")  # safetensors without a tensor
     return folder
+
+
+def write_text_weights(path: Path, *, clip: Path) -> Path:
+    """The embedded model with a random text projection for that CLIP, whose embeddings have 16 numbers."""
+    model = load_model("tiny")
+    sha256 = bytes.fromhex(file_sha256(clip / WEIGHTS))
+    model.prompt_encoder.text_projection = TextProjection(16, model.spec.embed_dim, sha256)
+    save_file(model.state_dict(), path)
+    return path

@@ -67,11 +67,11 @@ def parse(line: str) -> None:
     sections = getattr(command, "sections", None)
     if sections is None:
         return
-    given: list[str] = []
+    arguments: list[str] = []
     for name in ("input", "output", "dest", "data", "words", "directory", "settings"):
         value = context.params.get(name) or ()
-        given += value if isinstance(value, list | tuple) else [str(value)]
-    overrides, _ = split_settings(given, [], sections)
+        arguments += value if isinstance(value, list | tuple) else [str(value)]
+    overrides, _ = split_settings(arguments, [], sections)
     if sections is TRAIN_SECTIONS:
         load_train_settings(None, overrides)
     elif sections is NAME_SECTIONS:

@@ -41,10 +41,10 @@ def plant(uri: str, path: str, mark: Path) -> None:
     """Replace a column of a Parquet file, or a field within structs and lists, by pickles. path: as `a.b.element.c`."""
     table = open_parquet(storage.read_bytes(uri)).read().combine_chunks()
     column, *rest = path.split(".")
-    place = table.schema.get_field_index(column)
+    column_index = table.schema.get_field_index(column)
     array = table[column].combine_chunks() if table.num_rows else table[column]
     planted = _planted(array, rest, mark)
-    table = table.set_column(place, pa.field(column, planted.type), planted)
+    table = table.set_column(column_index, pa.field(column, planted.type), planted)
     storage.put(uri, parquet(table))
 
 

@@ -42,9 +42,9 @@ def block(top: int, left: int, bottom: int, right: int) -> np.ndarray:
     return mask
 
 
-def nested_masks(place: int) -> list[dict[str, Any]]:
+def nested_masks(index: int) -> list[dict[str, Any]]:
     """A part on its whole, and a third mask apart; scores differ from image to image."""
-    shift = place / 1000
+    shift = index / 1000
     return [
         annotation(block(5, 5, 15, 15), predicted_iou=0.75 + shift, stability_score=0.91, point_coords=[[9.0, 10.0]]),
         annotation(block(0, 0, 30, 40), predicted_iou=0.9 + shift, stability_score=0.96, point_coords=[[30.0, 20.0]]),
@@ -55,10 +55,10 @@ def nested_masks(place: int) -> list[dict[str, Any]]:
 NAMES = ("whole", "part")
 
 
-def named_masks(place: int) -> list[dict[str, Any]]:
+def named_masks(index: int) -> list[dict[str, Any]]:
     """As `nested_masks`; the third mask has no name."""
     names = [("part", 0.5), ("whole", 0.25), (None, None)]
-    return [{**m, "label": n, "label_score": s} for m, (n, s) in zip(nested_masks(place), names, strict=True)]
+    return [{**m, "label": n, "label_score": s} for m, (n, s) in zip(nested_masks(index), names, strict=True)]
 
 
 def write_output(
@@ -87,8 +87,8 @@ def write_output(
     plan = make_plan(storage.join(root, "in"), storage.join(root, "out"), config, identity)
     for shard in set(range(plan.num_shards)) - set(missing_shards):
         records = []
-        for place, row in enumerate(plan.read_shard(shard).to_pylist(), start=IMAGES_PER_SHARD * shard):
-            error = (errors or {}).get(place)
+        for index, row in enumerate(plan.read_shard(shard).to_pylist(), start=IMAGES_PER_SHARD * shard):
+            error = (errors or {}).get(index)
             records.append(
                 ImageRecord(
                     image_id=row["image_id"],
@@ -96,7 +96,7 @@ def write_output(
                     height=0 if error else HEIGHT,
                     file_name=row["file_name"],
                     uri=row["uri"],
-                    annotations=[] if error else masks(place),
+                    annotations=[] if error else masks(index),
                     error=error,
                 )
             )

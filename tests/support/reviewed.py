@@ -24,15 +24,15 @@ def square(x: int, y: int, side: int = 6) -> np.ndarray:
     return mask
 
 
-def masks_of(place: int) -> list[dict[str, Any]]:
+def masks_of(index: int) -> list[dict[str, Any]]:
     """Each image but the fourth has a sure mask, an unsure one, an unstable one, and two more sure ones."""
     scores = [(0.95, 0.98), (0.5, 0.99), (0.96, 0.5), (0.9, 0.95), (0.99, 0.99)]
     places = [(0, 0), (8, 0), (16, 0), (0, 10), (10, 10)]
-    found = [
-        annotation(square(x, y, 5 + place), predicted_iou=iou, stability_score=stability)
+    masks = [
+        annotation(square(x, y, 5 + index), predicted_iou=iou, stability_score=stability)
         for (x, y), (iou, stability) in zip(places, scores, strict=True)
     ]
-    return [] if place == 3 else found
+    return [] if index == 3 else masks
 
 
 def five_images(root: str) -> Plan:
@@ -42,15 +42,15 @@ def five_images(root: str) -> Plan:
 
 def export(plan: Plan, dest: Path, **options: Any) -> dict[str, Any]:
     samray.export(plan.output, dest, format="coco", progress=False, **options)
-    found: dict[str, Any] = json.loads((dest / "instances.json").read_text())
-    return found
+    coco: dict[str, Any] = json.loads((dest / "instances.json").read_text())
+    return coco
 
 
 def import_(source: Path, dest: Path, plan: Plan, **options: Any) -> ImportReport:
     report = samray.import_(source, dest, corrects=plan.output, progress=False, **options)
-    found = verify(str(dest), deep=True)
-    assert found.ok, found.problems
-    assert (found.num_images, found.num_failed) == (report.num_images, report.num_failed)
+    verified = verify(str(dest), deep=True)
+    assert verified.ok, verified.problems
+    assert (verified.num_images, verified.num_failed) == (report.num_images, report.num_failed)
     return report
 
 

@@ -38,16 +38,16 @@ def write_scenes(
         storage.put(storage.join(root, "in", f"scene-{i:03d}.png"), png.getvalue())
     config = load_config("default", overrides=["output.images_per_shard=4"])
     plan = make_plan(storage.join(root, "in"), storage.join(root, "labels"), config, config.identity())
-    place = 0
+    index = 0
     for shard in range(plan.num_shards):
         records = []
         for row in plan.read_shard(shard).to_pylist():
-            scene = scenes[place]
-            own = {name: row[name] for name in ("image_id", "file_name", "uri")}
+            scene = scenes[index]
+            columns = {name: row[name] for name in ("image_id", "file_name", "uri")}
             h, w = scene.image.shape[:2]
-            found = [annotation(mask) for mask in masks(scene)]
-            records.append(ImageRecord(**own, width=w, height=h, annotations=found))
-            place += 1
+            annotations = [annotation(mask) for mask in masks(scene)]
+            records.append(ImageRecord(**columns, width=w, height=h, annotations=annotations))
+            index += 1
         commit_shard(plan.output, shard, records_to_table(records, plan.run))
     mark_success(plan.output, num_images=plan.num_images, num_failed=0)
     return plan

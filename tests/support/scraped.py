@@ -22,7 +22,7 @@ from samray.pipeline.run import label_with
 from tests.support import standin
 
 Samples = list[tuple[str, dict[str, str], float]]
-PATIENCE_S = 60.0
+PATIENCE_S = 240.0
 
 
 def scrape(port: int) -> Samples:
@@ -34,7 +34,7 @@ def scrape(port: int) -> Samples:
 
 
 def total(samples: Samples, name: str) -> float:
-    return sum(value for found, _, value in samples if found == name)
+    return sum(value for sample_name, _, value in samples if sample_name == name)
 
 
 def main(input: str, output: str, images: str, *overrides: str) -> None:
@@ -54,7 +54,7 @@ def main(input: str, output: str, images: str, *overrides: str) -> None:
     with local_ray(num_cpus=2, object_store_memory=100 * 2**20, **options):
         threading.Thread(target=watch, daemon=True).start()
         config = load_config(None, None, [f"model.checkpoint={__file__}", "output.max_failed_fraction=1.0", *overrides])
-        make_labeler = functools.partial(standin.make_labeler, seconds=0.1)
+        make_labeler = functools.partial(standin.make_labeler, pace=standin.Pace(0.1))
         report = label_with(input, output, config, make_labeler=make_labeler, progress=False)
         over.set()
         deadline = time.monotonic() + PATIENCE_S
@@ -63,6 +63,7 @@ def main(input: str, output: str, images: str, *overrides: str) -> None:
             total(samples, "ray_samray_images_total") < int(images)
             or total(samples, "ray_samray_shards_total") < report.num_shards
             or total(samples, "ray_samray_run_images_done") < int(images)
+            or total(samples, "ray_samray_run_images_failed") < report.num_failed
         ):
             time.sleep(0.2)
             samples = scrape(port)

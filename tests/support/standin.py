@@ -6,6 +6,8 @@ import io
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,16 +43,58 @@ def write_images(root: str, count: int, name: str = "img_{:03d}.png") -> list[st
     return uris
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How fast a stand-in works: so many seconds an image, and from `num_before_hold` images on not at all while the
+    file `hold` is there. What is to be killed in the middle is held, not slowed down: a slow machine takes longer to
+    see that the moment has come than a stand-in takes for the rest.
+
+    A stand-in that stands still says so with the file `hold`.held. Each run needs a file of its own: actors outlive a
+    killed driver for a moment, and what they write then must not be taken for the work of the next run.
+    """
+
+    seconds: float = 0.0
+    hold: str = ""
+    num_before_hold: int = 4
+
+    @classmethod
+    def parse(cls, text: str) -> Pace:
+        """Parse an argument: seconds, the path of the file, or a folder with a file per operation (see `of`)."""
+        try:
+            return cls(seconds=float(text))
+        except ValueError:
+            return cls(hold=text)
+
+    def of(self, name: str) -> Pace:
+        """For one of several operations, each held by a file of its own."""
+        return replace(self, hold=f"{self.hold}/{name}") if self.hold else self
+
+    def take(self, num_images: int, num_before: int) -> None:
+        """The time for so many images, after num_before others."""
+        time.sleep(self.seconds * num_images)
+        if self.hold and num_before + num_images > self.num_before_hold:
+            while Path(self.hold).exists():
+                held_mark(self.hold).touch()
+                time.sleep(0.05)
+
+
+def held_mark(hold: str | Path) -> Path:
+    """The file that is there once a stand-in stands still because of the file `hold`."""
+    return Path(f"{hold}.held")
+
+
 class StandIn:
     """Three masks per image: where red, green and blue are bright."""
 
-    def __init__(self, seconds: float = 0.0) -> None:
-        self.seconds = seconds
+    def __init__(self, pace: Pace = Pace()) -> None:
+        self.pace = pace
+        self.num_images = 0
         self.stage_seconds = {"decode": 0.0}
 
     def generate(self, images: list[NDArray[np.uint8]]) -> list[list[dict[str, Any]]]:
-        time.sleep(self.seconds * len(images))
-        self.stage_seconds["decode"] += self.seconds * len(images)
+        self.pace.take(len(images), self.num_images)
+        self.num_images += len(images)
+        self.stage_seconds["decode"] += self.pace.seconds * len(images)
         return [masks_of(image) for image in images]
 
 
@@ -70,13 +114,13 @@ class PoisonedGenerator(StandIn):
 def masks_of(image: NDArray[np.uint8]) -> list[dict[str, Any]]:
     """The masks that StandIn finds, as MaskGenerator would write them."""
     height, width = image.shape[:2]
-    found = []
+    masks = []
     for channel in range(3):
         mask = np.asfortranarray(image[..., channel] > 127)
         if not mask.any():
             continue
         rle = coco_mask.encode(mask.astype(np.uint8, order="F"))
-        found.append(
+        masks.append(
             {
                 "segmentation": {"size": [height, width], "counts": rle["counts"].decode()},
                 "bbox": [float(v) for v in coco_mask.toBbox(rle)],
@@ -87,7 +131,7 @@ def masks_of(image: NDArray[np.uint8]) -> list[dict[str, Any]]:
                 "crop_box": [0.0, 0.0, float(width), float(height)],
             }
         )
-    return found
+    return masks
 
 
 def _labeler(config: Config, num_threads: int, generator: Callable[[], StandIn]) -> ShardLabeler:
@@ -99,9 +143,9 @@ def _labeler(config: Config, num_threads: int, generator: Callable[[], StandIn])
     )
 
 
-def make_labeler(config: Config, num_threads: int, seconds: float = 0.0) -> ShardLabeler:
-    """For `label_with`; bind seconds (an image) with functools.partial."""
-    return _labeler(config, num_threads, lambda: StandIn(seconds))
+def make_labeler(config: Config, num_threads: int, pace: Pace = Pace()) -> ShardLabeler:
+    """For `label_with`; bind pace with functools.partial."""
+    return _labeler(config, num_threads, lambda: StandIn(pace))
 
 
 def make_crashing_labeler(config: Config, num_threads: int) -> ShardLabeler:

@@ -20,8 +20,8 @@ def tiff(*pictures: tuple[NDArray[Any], Tags], subs: tuple[tuple[NDArray[Any], T
     sub_offsets = [_directory(data, pixels, tags) for pixels, tags in subs]
     link = 4
     for i, (pixels, tags) in enumerate(pictures):
-        own = tags | ({330: tuple(sub_offsets)} if sub_offsets and i == 0 else {})
-        offset = _directory(data, pixels, own)
+        page_tags = tags | ({330: tuple(sub_offsets)} if sub_offsets and i == 0 else {})
+        offset = _directory(data, pixels, page_tags)
         struct.pack_into("<I", data, link, offset)
         link = len(data) - 4
     return bytes(data)
@@ -31,7 +31,7 @@ def _directory(data: bytearray, pixels: NDArray[Any], tags: Tags) -> int:
     """Append pixels and their directory, whose last four bytes are the offset of the next. Returns its offset."""
     bands = pixels.shape[2] if pixels.ndim == 3 else 1
     sample_format = {"u": 1, "i": 2, "f": 3}[pixels.dtype.kind]
-    place = len(data)
+    pixels_at = len(data)
     data += pixels.tobytes()
     every: Tags = {
         256: pixels.shape[1],
@@ -39,7 +39,7 @@ def _directory(data: bytearray, pixels: NDArray[Any], tags: Tags) -> int:
         258: (pixels.itemsize * 8,) * bands,
         259: 1,
         262: 2 if bands >= 3 else 1,
-        273: place,
+        273: pixels_at,
         277: bands,
         278: pixels.shape[0],
         279: pixels.nbytes,

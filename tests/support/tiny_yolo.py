@@ -46,25 +46,27 @@ def yolo_model(seed: int = 0, size: tuple[int, int] | None = None, num_classes: 
 
     columns = []
     for stride in STRIDES:
-        own = f"s{stride}"
+        prefix = f"s{stride}"
         # Cell centres, from sums of ones along rows and columns.
-        zeros = add("Mul", convolution("images", f"{own}_0", 1, stride, 1.0), constant(f"{own}_z", np.float32(0)),
-                    name=f"{own}_zero")  # fmt: skip
-        ones = add("Exp", zeros, name=f"{own}_one")
+        zeros = add("Mul", convolution("images", f"{prefix}_0", 1, stride, 1.0), constant(f"{prefix}_z", np.float32(0)),
+                    name=f"{prefix}_zero")  # fmt: skip
+        ones = add("Exp", zeros, name=f"{prefix}_one")
         centres = []
         for axis, side in ((3, "x"), (2, "y")):
-            index = add("CumSum", ones, constant(f"{own}_{side}a", np.int64(axis)), name=f"{own}_{side}i")
-            shifted = add("Sub", index, constant(f"{own}_{side}h", np.float32(0.5)), name=f"{own}_{side}s")
-            centres.append(add("Mul", shifted, constant(f"{own}_{side}f", np.float32(stride)), name=f"{own}_{side}"))
-        moved = add("Add", add("Concat", *centres, name=f"{own}_c", axis=1),
-                    convolution("images", f"{own}_d", 2, stride, 4.0 * stride), name=f"{own}_centre")  # fmt: skip
-        sizes = add("Mul", add("Exp", convolution("images", f"{own}_e", 2, stride, 3.0, 1.0), name=f"{own}_x2"),
-                    constant(f"{own}_f", np.float32(stride)), name=f"{own}_size")  # fmt: skip
-        scores = add("Sigmoid", convolution("images", f"{own}_s", num_classes, stride, 6.0), name=f"{own}_score")
-        coefficients = convolution("images", f"{own}_m", NUM_COEFFICIENTS, stride, 3.0)
-        joined = add("Concat", moved, sizes, scores, coefficients, name=f"{own}_all", axis=1)
-        shape = constant(f"{own}_shape", np.array([1, 4 + num_classes + NUM_COEFFICIENTS, -1], np.int64))
-        columns.append(add("Reshape", joined, shape, name=f"{own}_flat"))
+            index = add("CumSum", ones, constant(f"{prefix}_{side}a", np.int64(axis)), name=f"{prefix}_{side}i")
+            shifted = add("Sub", index, constant(f"{prefix}_{side}h", np.float32(0.5)), name=f"{prefix}_{side}s")
+            centres.append(
+                add("Mul", shifted, constant(f"{prefix}_{side}f", np.float32(stride)), name=f"{prefix}_{side}")
+            )
+        moved = add("Add", add("Concat", *centres, name=f"{prefix}_c", axis=1),
+                    convolution("images", f"{prefix}_d", 2, stride, 4.0 * stride), name=f"{prefix}_centre")  # fmt: skip
+        sizes = add("Mul", add("Exp", convolution("images", f"{prefix}_e", 2, stride, 3.0, 1.0), name=f"{prefix}_x2"),
+                    constant(f"{prefix}_f", np.float32(stride)), name=f"{prefix}_size")  # fmt: skip
+        scores = add("Sigmoid", convolution("images", f"{prefix}_s", num_classes, stride, 6.0), name=f"{prefix}_score")
+        coefficients = convolution("images", f"{prefix}_m", NUM_COEFFICIENTS, stride, 3.0)
+        joined = add("Concat", moved, sizes, scores, coefficients, name=f"{prefix}_all", axis=1)
+        shape = constant(f"{prefix}_shape", np.array([1, 4 + num_classes + NUM_COEFFICIENTS, -1], np.int64))
+        columns.append(add("Reshape", joined, shape, name=f"{prefix}_flat"))
     add("Concat", *columns, name="output0", axis=2)
     convolution("images", "output1", NUM_COEFFICIENTS, 4, 3.0)
     sides = list(size) if size else ["height", "width"]

@@ -1,4 +1,7 @@
-"""Loading weights: every format, every way a file can be wrong, and the cache of downloads."""
+"""Loading weights: every format, every way a file can be wrong, and the cache of downloads.
+
+The file is long because its cases share their helpers.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from samray.errors import ConfigError, StorageError
-from samray.sam import checkpoints, fetch
-from samray.sam.checkpoints import checkpoint_sha256, list_models, load_model, resolve_checkpoint
+from samray.sam import fetch, weights_file
+from samray.sam.checkpoints import check_checkpoint, checkpoint_sha256, list_models, load_model, resolve_checkpoint
 from samray.sam.formats import read_state_dict
 from samray.sam.sam import Sam
 from samray.sam.spec import MODELS, ModelSpec, TinyVitSpec, VitSpec
@@ -382,8 +385,20 @@ def test_without_network_the_error_says_what_to_put_where(
         load_model("small_vit", server.url)
 
 
+def test_the_digest_of_the_embedded_weights_is_that_of_the_file() -> None:
+    """A run with weights of a known digest does not read them before it starts."""
+    assert MODELS["tiny"].sha256 == fetch.file_sha256(weights_file.embedded_path(MODELS["tiny"]))
+
+
+def test_other_embedded_weights_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(weights_file, "embedded_path", lambda spec: tmp_path / "weights")
+    (tmp_path / "weights").write_bytes(b"others")
+    with pytest.raises(ConfigError, match="is not a checkpoint"):
+        check_checkpoint()
+
+
 def test_the_embedded_weights_must_be_in_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(checkpoints, "_embedded_path", lambda spec: tmp_path / spec.file_name)
+    monkeypatch.setattr(weights_file, "embedded_path", lambda spec: tmp_path / spec.file_name)
     with pytest.raises(ConfigError, match="installation of samray is incomplete"):
         load_model()
 

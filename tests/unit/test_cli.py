@@ -66,7 +66,7 @@ def test_help_lists_every_setting_with_its_description(capsys: pytest.CaptureFix
         for row in setting_rows(section):
             assert f"{row.name} {row.description}" in text
     assert "masks.points_per_side" in text
-    assert "[0.5 for tiny, 0.8 for sam2, else 0.88]" in text
+    assert "[0.47 for tiny, 0.8 for sam2, else 0.88]" in text
     assert "[100_000_000]" in text
 
 

@@ -37,7 +37,7 @@ from samray.train.data import open_data
 from samray.train.examples import Frame
 from samray.train.settings import TrainSettings
 from tests.support import REPOSITORY, pickled
-from tests.support.handmade import masks_of_place, write_output
+from tests.support.handmade import masks_of_image, write_output
 from tests.support.labelled import make_output
 
 
@@ -73,13 +73,13 @@ ALLOWED = {
 
 def calls_that_open(path: Path) -> list[str]:
     """Calls of a name in OPENERS of pyarrow, pandas, polars or Ray, as `line: name`."""
-    found = []
+    calls = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("pyarrow", "ray", "pandas"):
-            found += [f"{node.lineno}: {alias.name}" for alias in node.names if alias.name in OPENERS]
+            calls += [f"{node.lineno}: {alias.name}" for alias in node.names if alias.name in OPENERS]
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in OPENERS:
-            found.append(f"{node.lineno}: {node.func.attr}")
-    return found
+            calls.append(f"{node.lineno}: {node.func.attr}")
+    return calls
 
 
 def test_only_one_module_opens_parquet_and_arrow() -> None:
@@ -104,7 +104,7 @@ def test_other_formats_that_can_hold_code_are_read_without_it() -> None:
             assert call not in ("yaml.unsafe_load", "yaml.full_load", "eval", "exec", "marshal.loads"), where
             assert "allow_pickle" not in keywords, where
             assert call != "jinja2.Environment" or keywords.get("autoescape") == "True", where
-            assert "pickle.load" not in call or path.name in ("tasks.py", "alone.py"), where
+            assert "pickle.load" not in call or path.name in ("tasks.py", "isolated.py"), where
 
 
 # --- tables --------------------------------------------------------------------------------------------------------
@@ -287,12 +287,12 @@ def test_shards(reader: str, plan: Plan, tmp_path: Path, mark: Path) -> None:
     ["annotations.element.label", "annotations.element.segmentation.counts", "phrases", "presence.element.phrase"],
 )
 def test_shards_with_names(reader: str, path: str, tmp_path: Path, mark: Path) -> None:
-    def named(place: int) -> list[dict[str, Any]]:
-        return [{**mask, "label": "cat", "label_score": 0.5} for mask in masks_of_place(place)]
+    def named(index: int) -> list[dict[str, Any]]:
+        return [{**mask, "label": "cat", "label_score": 0.5} for mask in masks_of_image(index)]
 
     categories: Any = {
-        "categories": ("cat", "dog"), "num_common": 1, "phrases": lambda place: ["dog"],
-        "presence": lambda place: [{"phrase": "cat", "score": 0.5}, {"phrase": "dog", "score": 0.5}],
+        "categories": ("cat", "dog"), "num_common": 1, "phrases": lambda index: ["dog"],
+        "presence": lambda index: [{"phrase": "cat", "score": 0.5}, {"phrase": "dog", "score": 0.5}],
     }  # fmt: skip
     plan = write_output(str(tmp_path), ["0.png", "1.png"], masks=named, **categories)
     READERS[reader](plan, tmp_path / "sound")

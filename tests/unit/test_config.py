@@ -86,7 +86,7 @@ def test_published_models_have_the_references_defaults(name: str) -> None:
 def test_defaults_are_the_same_from_python_yaml_and_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("cluster:\n  max_actors: 2\n")
     tiny = load_config("tiny").identity()
-    assert tiny["masks"]["pred_iou_thresh"] == 0.5
+    assert tiny["masks"]["pred_iou_thresh"] == 0.47
     for config in (Config(), Config(masks=MaskConfig()), load_config(), load_config(file=tmp_path / "run.yaml")):
         assert config.identity() == tiny
 
@@ -94,7 +94,7 @@ def test_defaults_are_the_same_from_python_yaml_and_the_command_line(tmp_path: P
 def test_given_settings_win_over_the_models_own_and_are_not_changed_by_another_model() -> None:
     config = Config(masks=MaskConfig(points_per_side=16, pred_iou_thresh=0.88))
     assert (config.masks.points_per_side, config.masks.pred_iou_thresh) == (16, 0.88)
-    assert (config.masks.stability_score_thresh, config.masks.max_mask_area_fraction) == (0.8, 0.95)
+    assert (config.masks.stability_score_thresh, config.masks.max_mask_area_fraction) == (0.75, 0.95)
     assert config.masks.for_model("vit_b") == MaskConfig(points_per_side=16)
     assert pickle.loads(pickle.dumps(config)).masks.for_model("vit_b") == MaskConfig(points_per_side=16)
     assert Config(masks=MaskConfig(max_mask_area_fraction=None)).masks.max_mask_area_fraction is None
@@ -310,11 +310,18 @@ def test_every_setting_is_described() -> None:
 
 
 @pytest.mark.parametrize("preset", [None, "tiny"])
-def test_a_run_of_an_older_version_keeps_the_thresholds_that_were_the_models_own(preset: str | None) -> None:
+@pytest.mark.parametrize("former", [(0.62, 0.8), (0.5, 0.8)])
+def test_a_run_of_an_older_version_keeps_the_thresholds_that_were_the_models_own(
+    preset: str | None, former: tuple[float, float]
+) -> None:
+    def thresholds_of(masks: MaskConfig) -> tuple[float, float]:
+        return masks.pred_iou_thresh, masks.stability_score_thresh
+
     config = load_config(preset)
     begun = config.identity()
-    begun["masks"] = {**begun["masks"], "pred_iou_thresh": 0.62}
-    assert config.as_begun(begun).masks.pred_iou_thresh == 0.62
-    assert load_config(preset, None, ["masks.pred_iou_thresh=0.5"]).as_begun(begun).masks.pred_iou_thresh == 0.5
+    begun["masks"] |= dict(zip(("pred_iou_thresh", "stability_score_thresh"), former, strict=True))
+    assert thresholds_of(config.as_begun(begun).masks) == former
+    assert config.as_begun(begun).identity() == begun
+    assert load_config(preset, None, ["masks.pred_iou_thresh=0.4"]).as_begun(begun).masks.pred_iou_thresh == 0.4
     begun["masks"]["pred_iou_thresh"] = 0.61  # somebody chose that
-    assert config.as_begun(begun).masks.pred_iou_thresh == 0.5
+    assert thresholds_of(config.as_begun(begun).masks) == thresholds_of(config.masks)

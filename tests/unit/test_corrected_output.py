@@ -44,9 +44,9 @@ def test_every_loader_reads_a_corrected_output(corrected: str, tmp_path: Path, m
     datasets.disable_progress_bars()
     declared = json.loads(read_shard(corrected, 0).schema.metadata[b"huggingface"])["info"]["features"]
     for streaming in (False, True):
-        found = datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
-        assert list(found) == rows
-        assert found.features == datasets.Features.from_dict(declared)
+        loaded = datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+        assert list(loaded) == rows
+        assert loaded.features == datasets.Features.from_dict(declared)
     assert duckdb.sql(f"SELECT corrections FROM '{files}'").fetchall() == [(row["corrections"],) for row in rows]
     assert polars.scan_parquet(files).collect().to_dicts() == rows
     assert len(pandas.read_parquet(f"{corrected}/annotations")) == len(rows)

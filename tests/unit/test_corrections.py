@@ -16,7 +16,7 @@ from samray import storage
 from samray.cli.main import main
 from samray.errors import ConfigError, StorageError
 from samray.imports import correct as correct_module
-from samray.imports.corrections import corrected_record, match_masks, own_id
+from samray.imports.corrections import corrected_record, id_of, match_masks
 from samray.output.append import join_images
 from samray.output.plan import Plan
 from samray.output.schema import SCHEMA, shard_metadata
@@ -186,7 +186,7 @@ def test_other_shards_and_several_files(plan: Plan, tmp_path: Path) -> None:
 
 
 def test_the_convention_of_boxes_is_kept(tmp_path: Path) -> None:
-    plan = write_output(str(tmp_path), NAMES[:1], masks=lambda place: [], settings=("masks.bbox_convention=sam",))
+    plan = write_output(str(tmp_path), NAMES[:1], masks=lambda index: [], settings=("masks.bbox_convention=sam",))
     content = export(plan, tmp_path / "there", confident=0)
     content["annotations"] = [{"id": 0, "image_id": 0, **annotation(square(3, 4, 5))}]
     import_(write(tmp_path / "x.json", content), tmp_path / "new", plan)
@@ -259,7 +259,7 @@ def test_ids_come_back_in_whatever_form(value: Any, is_id: bool) -> None:
 
 @pytest.mark.parametrize("value", [2**60 + 1, str(2**60 + 1)])
 def test_ids_that_no_float_holds_come_back_exactly(value: Any) -> None:
-    assert own_id({"samray_id": value}) == 2**60 + 1
+    assert id_of({"samray_id": value}) == 2**60 + 1
 
 
 def test_names_of_several_images_need_the_id(tmp_path: Path) -> None:

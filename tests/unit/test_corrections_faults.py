@@ -47,7 +47,7 @@ def test_an_image_without_an_id_left_fails(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("exported", "given", "said"),
+    ("exported", "annotation", "said"),
     [
         ({"confident": 0}, {"confident": 0.9}, "masks that --confident 0.9 would not have exported: the one with "
          "samray_id 1 has a predicted IoU of 0.5 and a stability of 0.99; give the thresholds of the export"),
@@ -56,13 +56,13 @@ def test_an_image_without_an_id_left_fails(tmp_path: Path, monkeypatch: pytest.M
     ],
 )  # fmt: skip
 def test_bounds_that_are_not_the_exports_are_refused_before_anything_is_written(
-    plan: Plan, tmp_path: Path, exported: dict[str, Any], given: dict[str, Any], said: str
+    plan: Plan, tmp_path: Path, exported: dict[str, Any], annotation: dict[str, Any], said: str
 ) -> None:
     """Else masks that a person was shown would be left out or kept, and come as new ones besides."""
     source = write(tmp_path / "x.json", export(plan, tmp_path / "there", **exported))
     for keep_rest in (False, True):
         with pytest.raises(ConfigError, match=re.escape(said)):
-            import_(source, tmp_path / "new", plan, keep_rest=keep_rest, **given)
+            import_(source, tmp_path / "new", plan, keep_rest=keep_rest, **annotation)
     assert not (tmp_path / "new").exists()
     report = import_(source, tmp_path / "new", plan, **exported)
     assert "added" not in report.changes

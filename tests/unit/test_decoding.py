@@ -18,6 +18,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from samray.config import InputConfig
 from samray.errors import ImageError
 from samray.inputs import child
 from samray.inputs import decode_apart as decoding
@@ -27,6 +28,10 @@ from samray.inputs.decode_apart import Decoder, decode_apart
 from tests.support import REPOSITORY
 
 LIMIT = 4_000_000
+
+
+def limits(max_pixels: int, timeout_s: float = 60.0) -> InputConfig:
+    return InputConfig(max_pixels=max_pixels, decode_timeout_s=timeout_s)
 
 
 def encoded(kind: str = "PNG", size: tuple[int, int] = (48, 32)) -> bytes:
@@ -50,12 +55,12 @@ def many_scans(number: int, side: int = 1500) -> bytes:
 def test_pixels_are_those_of_decode_image(kind: str) -> None:
     for size in ((48, 32), (500, 300), (3, 5), (2400, 2400), (3, 5)):  # the fourth is not kept
         data = encoded(kind, size)
-        pixels = decode_apart(data, 6_000_000, 60.0)
+        pixels = decode_apart(data, limits(6_000_000))
         np.testing.assert_array_equal(pixels, decode_image(data, 6_000_000))
         assert pixels.flags.writeable
         assert pixels.flags.c_contiguous
         first = pixels.copy()
-        decode_apart(encoded(kind, (7, 9)), 6_000_000, 60.0)
+        decode_apart(encoded(kind, (7, 9)), limits(6_000_000))
         np.testing.assert_array_equal(pixels, first)  # the memory that is shared is not the caller's
 
 
@@ -64,13 +69,13 @@ def test_errors_are_those_of_decode_image_and_the_child_goes_on() -> None:
         with pytest.raises(ImageError) as there:
             decode_image(data, limit)
         with pytest.raises(ImageError) as apart:
-            decode_apart(data, limit, 60.0)
+            decode_apart(data, limits(limit))
         assert str(apart.value) == str(there.value)
-    assert decode_apart(encoded(), LIMIT, 60.0).shape == (32, 48, 3)
+    assert decode_apart(encoded(), limits(LIMIT)).shape == (32, 48, 3)
 
 
 def test_an_image_that_takes_too_long_fails_and_the_next_one_does_not() -> None:
-    decoder = Decoder(LIMIT, 1.0)
+    decoder = Decoder(limits(LIMIT, 1.0))
     data = many_scans(20_000)
     assert len(data) < 3_000_000
     with pytest.raises(ImageError, match=r"more than 1 seconds of CPU time \(input.decode_timeout_s\)") as caught:
@@ -89,7 +94,7 @@ def test_a_file_that_would_take_all_memory_is_a_failed_image() -> None:
     picture = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
     data = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(picture), 22) + picture
     with pytest.raises(ImageError) as caught:
-        Decoder(1_000, 60.0)(data)
+        Decoder(limits(1_000, 60.0))(data)
     assert caught.value.reason == "out_of_memory"
 
 
@@ -110,7 +115,7 @@ def _killing(monkeypatch: pytest.MonkeyPatch, times: int, signum: int) -> Callab
 
 def test_a_sound_image_outlives_kills_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     left = _killing(monkeypatch, KILLS_TO_BLAME - 1, signal.SIGKILL)
-    assert Decoder(LIMIT, 60.0)(encoded()).shape == (32, 48, 3)
+    assert Decoder(limits(LIMIT, 60.0))(encoded()).shape == (32, 48, 3)
     assert left() == 0
 
 
@@ -119,7 +124,7 @@ def test_an_image_at_which_the_child_ends_each_time_is_quarantined(
     monkeypatch: pytest.MonkeyPatch, signum: signal.Signals, times: int
 ) -> None:
     _killing(monkeypatch, times, signum)
-    decoder = Decoder(LIMIT, 60.0)
+    decoder = Decoder(limits(LIMIT, 60.0))
     with pytest.raises(
         ImageError, match=rf"ended the process {times} times, the last time by signal \d+ \({signum.name}\)"
     ):
@@ -132,11 +137,11 @@ def test_without_a_child_no_image_is_blamed(monkeypatch: pytest.MonkeyPatch) -> 
         Child("samray.inputs.decode_apart:no_such_function", b"")
     monkeypatch.setattr(child.sys, "executable", "/nowhere/python")
     with pytest.raises(ChildNotStarted):
-        Decoder(LIMIT, 60.0)(encoded())
+        Decoder(limits(LIMIT, 60.0))(encoded())
 
 
 def test_a_child_that_gives_no_answer_is_ended() -> None:
-    stuck = Child("samray.inputs.decode_apart:answer_with", decoding._SETUP.pack(LIMIT, 600.0))
+    stuck = Child("samray.inputs.decode_apart:answer_with", decoding.setup_of(limits(LIMIT, 600.0)))
     os.kill(stuck.pid, signal.SIGSTOP)
     with pytest.raises(ChildDied) as caught:
         stuck.ask(encoded(), timeout_s=0.2)
@@ -149,8 +154,9 @@ def test_a_child_ends_with_its_parent_whatever_it_does(busy: bool, tmp_path: Pat
     slow.write_bytes(many_scans(20_000))
     code = f"""
 import threading, time
+from samray.config import InputConfig
 from samray.inputs.decode_apart import Decoder
-decoder = Decoder({LIMIT}, 600.0)
+decoder = Decoder(InputConfig(max_pixels={LIMIT}, decode_timeout_s=600.0))
 decoder({encoded()!r})
 if {busy}: threading.Thread(target=decoder, args=(open({str(slow)!r}, 'rb').read(),), daemon=True).start()
 print(decoder._child.pid, flush=True)

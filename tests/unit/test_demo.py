@@ -152,10 +152,10 @@ def test_labels_are_compared_with_the_scenes_they_belong_to(tmp_path: Path) -> N
     ]
     commit_shard(plan.output, 0, records_to_table(records, plan.run))
     counts = [len(scene.masks) for scene in scenes]
-    found = compare(tmp_path, plan.output)
-    assert (found.num_objects, found.num_masks) == (sum(counts), counts[0] + counts[2])
-    assert found.mean_best_iou == pytest.approx((counts[0] + counts[2]) / sum(counts))
-    assert found.average_recall == pytest.approx(found.mean_best_iou)
+    quality = compare(tmp_path, plan.output)
+    assert (quality.num_objects, quality.num_masks) == (sum(counts), counts[0] + counts[2])
+    assert quality.mean_best_iou == pytest.approx((counts[0] + counts[2]) / sum(counts))
+    assert quality.average_recall == pytest.approx(quality.mean_best_iou)
 
 
 def test_photographs_are_drawn_without_and_with_their_masks(tmp_path: Path) -> None:
@@ -170,8 +170,8 @@ def test_photographs_are_drawn_without_and_with_their_masks(tmp_path: Path) -> N
         half = np.zeros((height, width), bool)
         half[:, : width // 2] = True
         mask = {"segmentation": encode(half), "area": int(half.sum()), "predicted_iou": 0.9}
-        place = {name: row[name] for name in ("image_id", "file_name", "uri")}
-        records.append(ImageRecord(width=width, height=height, annotations=[mask], **place))
+        columns = {name: row[name] for name in ("image_id", "file_name", "uri")}
+        records.append(ImageRecord(width=width, height=height, annotations=[mask], **columns))
     commit_shard(plan.output, 0, records_to_table(records, plan.run))
     assert draw_photographs(plan.output, photographs, tmp_path / "photographs.jpg") == len(photographs)
     picture = np.asarray(Image.open(tmp_path / "photographs.jpg"), np.float32)
@@ -196,3 +196,9 @@ def test_train_runs_the_small_world_in_a_folder_of_its_own(monkeypatch: pytest.M
     assert main(["demo", "--train", str(tmp_path), "masks.min_mask_area=7"]) == 130
     assert main(["demo", str(tmp_path), "--train", "masks.points_per_side=9"]) == 130
     assert begun == [(tmp_path / "train", 12, 7, True), (tmp_path / "train", 9, 100, True)]
+
+
+def test_train_refuses_an_adapter_before_it_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--train", str(tmp_path), "model.adapter=adapter.safetensors"]) == 2
+    assert "model.adapter does not go with --train" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -75,8 +75,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Page]:
 
 
 def page_of(site: dict[Path, Page], name: str) -> Page:
-    (found,) = (page for path, page in site.items() if path.as_posix().endswith(f"/{name}.html"))
-    return found
+    (page_of_name,) = (page for path, page in site.items() if path.as_posix().endswith(f"/{name}.html"))
+    return page_of_name
 
 
 def test_every_link_leads_to_a_file_and_an_anchor(site: dict[Path, Page]) -> None:

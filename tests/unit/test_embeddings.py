@@ -1,7 +1,11 @@
-"""Stored embeddings without Ray: values, files, faults, and masks made from them."""
+"""Stored embeddings without Ray: values, files, faults, and masks made from them.
+
+The file is long because its cases share their helpers.
+"""
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,6 +18,7 @@ import torch
 
 import samray
 from samray import storage
+from samray.cli.embed import print_from_plan
 from samray.cli.main import main
 from samray.config import Config, load_config
 from samray.config.edges import load_edges_config
@@ -30,7 +35,7 @@ from samray.output.schema import records_to_table
 from samray.output.shards import commit_shard, done_shards, mark_success, read_shard
 from samray.output.verify import verify
 from samray.pipeline import label_from as relabelling
-from samray.pipeline.alone import answer_with
+from samray.pipeline.isolated import answer_with
 from samray.pipeline.kept import packed_embedding, with_embedding
 from samray.pipeline.label_from import StoredLabelers, plan_label_from
 from samray.pipeline.labeler import build_labeler
@@ -86,8 +91,8 @@ def relabel(source: Plan, dest: Path, config: Config) -> Plan:
         rows = plan.read_shard(shard)
         images = images_of(rows, shard, planned.config)
         if planned.prompts:
-            own = planned.prompts.by_shard(plan, [shard])[shard]
-            images = [replace(image, prompts=own.get(i, [])) for i, image in enumerate(images)]
+            of_shard = planned.prompts.by_shard(plan, [shard])[shard]
+            images = [replace(image, prompts=of_shard.get(i, [])) for i, image in enumerate(images)]
         table = records_to_table(labeler.label(images).records, plan.run)
         assert commit_shard(plan.output, shard, table)
     mark_success(plan.output)
@@ -121,8 +126,8 @@ def test_sam_hqs_early_features_are_stored_with_the_embedding(spec: ModelSpec) -
         "early_features": spec.decoder.hq_dim,
     }
     assert torch.equal(packed_embedding(maps_of(row)), encoded)
-    found = embedding_of(row, {"model": {"name": spec.name, "checkpoint_sha256": "0" * 64}}, "file")
-    assert np.array_equal(found.onnx_inputs["image_embeddings"][0], encoded.numpy())
+    embedding = embedding_of(row, {"model": {"name": spec.name, "checkpoint_sha256": "0" * 64}}, "file")
+    assert np.array_equal(embedding.onnx_inputs["image_embeddings"][0], encoded.numpy())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
@@ -130,16 +135,16 @@ def test_values_are_kept_to_the_precision_of_their_type(dtype: str) -> None:
     rng = np.random.default_rng(2)
     values = (rng.normal(size=(5, 3, 4)) * np.array([0.01, 1, 100, 0, 1e5])[:, None, None]).astype(np.float32)
     row = make_row(7, (30, 40), (48, 64), {"image_embeddings": values}, dtype)
-    found = maps_of(row)["image_embeddings"]
-    assert found.dtype == np.float32
+    restored = maps_of(row)["image_embeddings"]
+    assert restored.dtype == np.float32
     largest = np.abs(values).max(axis=(1, 2), keepdims=True)
     if dtype == "float32":
-        assert np.array_equal(found, values)
+        assert np.array_equal(restored, values)
     elif dtype == "float16":
         wanted = np.clip(values, -65504, 65504)
-        assert (np.abs(found - wanted) <= np.abs(wanted) * 2**-11 + 2**-25).all()
+        assert (np.abs(restored - wanted) <= np.abs(wanted) * 2**-11 + 2**-25).all()
     else:
-        assert (np.abs(found - values) <= largest / 127 * 0.5001).all()
+        assert (np.abs(restored - values) <= largest / 127 * 0.5001).all()
     feature = row["features"][0]
     assert len(feature["data"]) == values.size * {"float32": 4, "float16": 2, "int8": 1}[dtype]
     assert (feature["scale"] is not None) == (dtype == "int8")
@@ -165,24 +170,24 @@ def test_an_embedding_is_what_the_encoder_made(
         pixels, (input_hw,) = model.preprocess([decode_image(image_bytes(image_id), 10**6)])
         with torch.inference_mode():
             wanted = unpacked(model.encode_images(pixels), spec.embed_dim)
-        found = samray.read_embedding(plan.output, image_id)
-        assert np.array_equal(found.image_embeddings, wanted.embedding.numpy())
+        embedding = samray.read_embedding(plan.output, image_id)
+        assert np.array_equal(embedding.image_embeddings, wanted.embedding.numpy())
         if wanted.high_res is None:
-            assert list(found.features) == ["image_embeddings"]
+            assert list(embedding.features) == ["image_embeddings"]
         else:
             for name, value in zip(("high_res_feats_0", "high_res_feats_1"), wanted.high_res, strict=True):
-                assert np.array_equal(found.features[name], value.numpy())
+                assert np.array_equal(embedding.features[name], value.numpy())
         if spec.frame == "pad":
-            assert np.array_equal(found.onnx_inputs["image_embeddings"], packed(wanted).numpy())
+            assert np.array_equal(embedding.onnx_inputs["image_embeddings"], packed(wanted).numpy())
         shapes = Shapes.of(model, wanted)
         decoder = (PaddedDecoder if spec.frame == "pad" else SquareDecoder)(model, shapes, single_mask=False)
         ports = {port.name: port.shape for port in decoder.inputs}
-        assert {name: value.shape for name, value in found.onnx_inputs.items()}.items() <= ports.items()
-        assert found.original_hw == (row["image"]["height"], row["image"]["width"]) == (16, 24 + image_id)
-        assert found.input_hw == input_hw
-        assert found.scale_xy == (input_hw[1] / (24 + image_id), input_hw[0] / 16)
-        assert (found.image_size, found.model, found.dtype) == (64, spec.name, "float32")
-        assert found.model_sha256 == plan.run["identity"]["model"]["checkpoint_sha256"]
+        assert {name: value.shape for name, value in embedding.onnx_inputs.items()}.items() <= ports.items()
+        assert embedding.original_hw == (row["image"]["height"], row["image"]["width"]) == (16, 24 + image_id)
+        assert embedding.input_hw == input_hw
+        assert embedding.scale_xy == (input_hw[1] / (24 + image_id), input_hw[0] / 16)
+        assert (embedding.image_size, embedding.model, embedding.dtype) == (64, spec.name, "float32")
+        assert embedding.model_sha256 == plan.run["identity"]["model"]["checkpoint_sha256"]
     with pytest.raises(ConfigError, match="has no image_id 99 among its 10 images"):
         samray.read_embedding(plan.output, 99)
     assert verify(plan.output, deep=True).problems == []
@@ -196,8 +201,8 @@ def test_embedding_adds_nothing_to_the_masks(tmp_path: Path, settings: Callable[
     assert [row["annotations"] for row in rows[0]] == [row["annotations"] for row in rows[1]]
     assert sum(len(row["annotations"]) for row in rows[0]) > 10
     assert not (tmp_path / "none" / "labels" / "embeddings").exists()
-    found = samray.read_embedding(str(tmp_path / "int8" / "labels"), 0)
-    assert found.image_embeddings.shape == (1, 32, 4, 4), "of the whole image, not of a crop"
+    embedding = samray.read_embedding(str(tmp_path / "int8" / "labels"), 0)
+    assert embedding.image_embeddings.shape == (1, 32, 4, 4), "of the whole image, not of a crop"
     with pytest.raises(ConfigError, match=r"has no embeddings: it was made without output\.embeddings"):
         samray.read_embedding(str(tmp_path / "none" / "labels"), 0)
 
@@ -224,8 +229,8 @@ def test_float32_embeddings_give_identical_masks(
         image.write_bytes(b"")  # not read again
     monkeypatch.setattr(Sam, "encode_images", lambda *_: pytest.fail("the encoder ran"))
     # Without a model: that of the embeddings.
-    own = load_config(None, None, [*others, "masks.stability_score_thresh=0.5"])
-    new = relabel(source, tmp_path / "new", own)
+    changed_config = load_config(None, None, [*others, "masks.stability_score_thresh=0.5"])
+    new = relabel(source, tmp_path / "new", changed_config)
     assert rows_in(new) == wanted
     assert sum(len(row["annotations"]) for row in wanted) > 10
     assert wanted[BROKEN]["status"] == "failed"
@@ -272,8 +277,11 @@ def test_what_needs_the_images_or_another_model_is_refused(
         "output.embeddings=int8": "its embeddings are those of OUTPUT",
         "input.limit=2": "input.limit does not apply to --from",
         "model.name=vit_b": "model.name=vit_b cannot use the embeddings of",
-        f"model.checkpoint={other}": "model.checkpoint is not the one that made the embeddings",
+        f"model.checkpoint={other}": f"model.checkpoint {other} is not the one that made the embeddings",
+        f"input.prompts={tmp_path}/texts.jsonl": "has texts, which need the images",
     }
+    texts = {"file_name": "000.png", "prompts": [{"text": "cat"}]}
+    (tmp_path / "texts.jsonl").write_text(json.dumps(texts))
     for override, problem in refused.items():
         assert main(["label", "--from", source.output, str(tmp_path / "new"), override]) == 2
         assert problem in " ".join(capsys.readouterr().err.split())
@@ -295,6 +303,41 @@ def test_what_needs_the_images_or_another_model_is_refused(
     do_shard(source, stored, labeler_of(stored), 0, retry=True)
     with pytest.raises(ConfigError, match="have been replaced since"):
         plan_label_from(source.output, str(tmp_path / "new"), Config())
+
+
+def test_weights_that_the_output_names_are_shown_and_checked(
+    tmp_path: Path, settings: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """run.json may be somebody else's: its checkpoint was read without a word, and its dtype was not checked."""
+    stored = settings("output.embeddings=float16")
+    source = finish(begin(str(tmp_path), stored), stored)
+    run_json = tmp_path / "labels" / "_samray" / "run.json"
+    run = json.loads(run_json.read_text())
+    (tmp_path / "secret").write_text("a secret")
+
+    def refusal(part: dict[str, Any]) -> str:
+        run_json.write_text(json.dumps({**run, **part}))
+        assert main(["label", "--from", source.output, str(tmp_path / "new")]) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    origin = f"(model.checkpoint from the run.json of {source.output})"
+    for name, said in (("secret", f"model.checkpoint {tmp_path}/secret is not the one"), ("gone", "does not exist")):
+        model = {**run["config"]["model"], "checkpoint": str(tmp_path / name)}
+        refused = refusal({"config": {**run["config"], "model": model}})
+        assert said in refused
+        assert refused.endswith(origin)
+    for damaged in ({"name": {}}, {"dtype": "int7"}, {"checkpoint_sha256": 5}):
+        model = {**run["identity"]["model"], **damaged}
+        assert "run.json" in refusal({"identity": {**run["identity"], "model": model}})
+    assert "run.json is not valid" in refusal({"identity": {**run["identity"], "masks": []}})
+    assert not (tmp_path / "new").exists()
+    run_json.write_text(json.dumps(run))
+    planned, _, _ = plan_label_from(source.output, str(tmp_path / "new"), Config())
+    for given, is_shown in ((Config().model, True), (stored.model, False)):
+        print_from_plan(planned, given)
+        shown = "".join(capsys.readouterr().err.split())  # long paths are cut into lines
+        assert str(planned.config.model.checkpoint) in shown
+        assert (f"model.checkpointfromtherun.jsonof{source.output}" in shown) == is_shown
 
 
 def test_settings_that_cannot_store_embeddings_are_refused() -> None:
@@ -336,11 +379,11 @@ def test_embed_alone(tmp_path: Path, settings: Callable[..., Config]) -> None:
     assert verify(plan.output, deep=True).problems == []
     assert "masks" not in plan.run["identity"]
     for row in rows[:3]:
-        found = samray.read_embedding(plan.output, row["image"]["image_id"])
-        pixels, _ = model_of(base).preprocess([decode_image(image_bytes(found.image_id), 10**6)])
+        embedding = samray.read_embedding(plan.output, row["image"]["image_id"])
+        pixels, _ = model_of(base).preprocess([decode_image(image_bytes(embedding.image_id), 10**6)])
         with torch.inference_mode():
             wanted = model_of(base).encode_images(pixels).numpy()
-        assert np.abs(found.image_embeddings - wanted).max() <= np.abs(wanted).max() * 2**-11
+        assert np.abs(embedding.image_embeddings - wanted).max() <= np.abs(wanted).max() * 2**-11
     with pytest.raises(ConfigError, match="task"):
         make_plan(str(tmp_path / "in"), plan.output, base, run_identity(base))
     new = relabel(plan, tmp_path / "new", load_config(None, None, ["masks.points_per_side=4"]))

@@ -22,6 +22,7 @@ from samray.evaluate.proposals import (
     average_recall,
     by_confidence_and_stability,
     evaluate_proposals,
+    largest_found,
     recall_by_frequency,
 )
 from samray.evaluate.regions import RegionData, Rle
@@ -131,24 +132,37 @@ def test_average_recall_is_the_one_worked_out_by_hand() -> None:
     masks = [square(0, 0), *wrong, square(50, 50, pixels=62)]
     scores = [0.99, *(0.9 - 0.01 * i for i in range(9)), 0.3]
     order = random.Random(3).sample(range(len(masks)), len(masks))  # scores rank them, not their order
-    found = average_recall(
+    figures = average_recall(
         [Marked([square(0, 0), square(50, 50)], [masks[i] for i in order], [scores[i] for i in order])]
     )
-    assert found["ar_10"] == pytest.approx(0.5)
-    assert found["ar_100"] == found["ar_1000"] == pytest.approx((1 + 3 / 10) / 2)  # at 0.50, 0.55 and 0.60
-    assert found["num_regions"] == 2
-    assert found["ar_1000_small"] == pytest.approx(found["ar_1000"])
-    assert math.isnan(found["ar_1000_medium"])
-    assert math.isnan(found["ar_1000_large"])
+    assert figures["ar_10"] == pytest.approx(0.5)
+    assert figures["ar_100"] == figures["ar_1000"] == pytest.approx((1 + 3 / 10) / 2)  # at 0.50, 0.55 and 0.60
+    assert figures["num_regions"] == 2
+    assert figures["ar_1000_small"] == pytest.approx(figures["ar_1000"])
+    assert math.isnan(figures["ar_1000_medium"])
+    assert math.isnan(figures["ar_1000_large"])
 
 
 def test_average_recall_by_size() -> None:
     regions = [square(0, 0, 20), square(0, 40, 40), square(60, 60, 120), square(100, 0, 50)]
-    found = average_recall([Marked(regions, [regions[1], square(60, 60, 120, pixels=120 * 90)], [0.5, 0.6])])
-    assert found["ar_1000_small"] == 0
-    assert found["ar_1000_medium"] == pytest.approx(0.5)
-    assert found["ar_1000_large"] == pytest.approx(0.6)  # IoU 0.75: at 0.50 to 0.75
-    assert found["ar_1000"] == pytest.approx((0 + 1 + 0.6 + 0) / 4)
+    figures = average_recall([Marked(regions, [regions[1], square(60, 60, 120, pixels=120 * 90)], [0.5, 0.6])])
+    assert figures["ar_1000_small"] == 0
+    assert figures["ar_1000_medium"] == pytest.approx(0.5)
+    assert figures["ar_1000_large"] == pytest.approx(0.6)  # IoU 0.75: at 0.50 to 0.75
+    assert figures["ar_1000"] == pytest.approx((0 + 1 + 0.6 + 0) / 4)
+
+
+def test_the_largest_region_of_each_image_is_found_or_not() -> None:
+    small, large = square(0, 0), square(60, 60, 120)
+    images = [
+        Marked([small, large], [small, square(60, 60, 120, pixels=120 * 90)], [0.9, 0.1]),  # IoU 0.75
+        Marked([large, small], [small, square(60, 60, 120, pixels=120 * 72)], [0.9, 0.1]),  # IoU 0.6
+        Marked([small, large], [small], [0.9]),
+        Marked([small], [], []),
+        Marked([], [small], [0.9]),
+    ]
+    assert largest_found(images) == {"largest_found_50": 0.5, "largest_found_70": 0.25}
+    assert all(map(math.isnan, largest_found(images[4:]).values()))
 
 
 def test_average_recall_of_more_than_a_thousand_masks_takes_the_best_thousand() -> None:
@@ -176,11 +190,11 @@ def test_average_recall_of_no_masks_is_zero_and_of_no_regions_no_number() -> Non
 class Found:
     """A mask generator that returns the given masks, image by image; an error is raised."""
 
-    def __init__(self, *found: list[dict[str, Any]] | Exception) -> None:
-        self.found = iter(found)
+    def __init__(self, *results: list[dict[str, Any]] | Exception) -> None:
+        self.results = iter(results)
 
     def generate(self, images: list[np.ndarray]) -> list[list[dict[str, Any]]]:
-        (masks,) = [next(self.found) for _ in images]
+        (masks,) = [next(self.results) for _ in images]
         if isinstance(masks, Exception):
             raise masks
         return [masks]
@@ -236,8 +250,8 @@ def test_average_recall_is_the_one_of_a_plain_script_on_cocoeval() -> None:
                 "area": float(mask_util.area(mask)),
                 "score": score,
             }
-            for i, (own, ranks) in enumerate(zip(masks, scores, strict=True))
-            for mask, score in zip(own, ranks, strict=True)
+            for i, (masks_of_image, ranks) in enumerate(zip(masks, scores, strict=True))
+            for mask, score in zip(masks_of_image, ranks, strict=True)
         ]
         coco.dataset = {
             "images": [{"id": i + 1, "height": 200, "width": 200} for i in range(3)],
@@ -256,20 +270,20 @@ def test_average_recall_is_the_one_of_a_plain_script_on_cocoeval() -> None:
     plain.evaluate()
     plain.accumulate()
     recall = plain.eval["recall"][:, 0]  # (IoU thresholds, sizes, numbers of masks)
-    found = average_recall(marked)
-    assert 0.2 < found["ar_1000"] < 0.9
-    assert [found["ar_10"], found["ar_100"], found["ar_1000"]] == recall[:, 0].mean(axis=0).tolist()
-    assert [found["ar_1000_small"], found["ar_1000_medium"]] == recall[:, 1:3, 2].mean(axis=0).tolist()
+    figures = average_recall(marked)
+    assert 0.2 < figures["ar_1000"] < 0.9
+    assert [figures["ar_10"], figures["ar_100"], figures["ar_1000"]] == recall[:, 0].mean(axis=0).tolist()
+    assert [figures["ar_1000_small"], figures["ar_1000_medium"]] == recall[:, 1:3, 2].mean(axis=0).tolist()
 
 
 def test_recall_by_frequency_counts_each_class_in_its_group() -> None:
     """One mask fits a cat and a frequent dog alike; of two rare regions one is found; a fish is of no group."""
     regions = [square(0, 0), square(0, 0), square(50, 50), square(100, 100), square(150, 150)]
     names = ["cat", "dog", "okapi", "okapi", "fish"]
-    found = recall_by_frequency(
+    figures = recall_by_frequency(
         [Marked(regions, [square(0, 0), square(50, 50)], [0.9, 0.8], names)], {"cat": "c", "dog": "f", "okapi": "r"}
     )
-    assert found == {
+    assert figures == {
         "ar_1000_frequent": pytest.approx(1),
         "num_regions_frequent": 1,
         "ar_1000_common": pytest.approx(1),

@@ -97,7 +97,9 @@ def test_the_sheet_of_proposals_leaves_out_the_regions_that_the_figures_do() -> 
     def scores(min_area: int) -> list[float]:
         sheet = proposal_sheet()
         images = [region_image([[SMALL], [TALL, SMALL]]), region_image([[SMALL]])]
-        evaluate_proposals(FindsTall(), images, min_area=min_area, on_masks=lambda *found: offer_masks(sheet, *found))
+        evaluate_proposals(
+            FindsTall(), images, min_area=min_area, on_masks=lambda *arguments: offer_masks(sheet, *arguments)
+        )
         assert has_colour(sheet.encode("PNG"), (255, 0, 40), 10) == (min_area == 0), "SMALL, which is missed"
         return [score for score, _, _ in sheet._kept]
 
@@ -155,14 +157,20 @@ def test_proposals_from_the_command_line(bsds: str, tmp_path: Path, capsys: pyte
     assert main([*argv, "--json", "-", "--picture", str(sheet)]) == 0
     figures = json.loads(capsys.readouterr().out)  # and nothing else
     sizes = {f"ar_1000_{size}" for size in ("small", "medium", "large")}
-    assert set(figures) == {"ar_10", "ar_100", "ar_1000", "num_masks", "masks", "protocol", *sizes, *SHARED_KEYS}
+    largest = {"largest_found_50", "largest_found_70"}
+    common = {"ar_10", "ar_100", "ar_1000", "num_masks", "masks", "protocol"}
+    assert set(figures) == {*common, *sizes, *largest, *SHARED_KEYS}
     assert figures["masks"]["points_per_side"] == 2
     assert (figures["num_regions"], figures["num_failed"], figures["min_area"]) == (4, 0, 0)
     assert figures["ar_1000_large"] is None, "no region is that large, and JSON has no NaN"
     assert Image.open(sheet).format == "JPEG"
     assert main([*argv, "--min-area", "500"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"AR@10 [\d.]+ AR@100 [\d.]+ AR@1000 [\d.]+; small [\d.]+, medium -, large - regions 3 ", said)
+    assert re.search(
+        r"AR@10 [\d.]+ AR@100 [\d.]+ AR@1000 [\d.]+; small [\d.]+, medium -, large - largest region found in \d+% ",
+        said,
+    )
+    assert " regions 3 " in said
 
 
 def test_the_papers_protocol_sets_what_the_command_line_does_not(bsds: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from samray.evaluate import edge_matching
 from samray.evaluate.edge_data import EdgeData, FolderMaps
 from samray.evaluate.edge_matching import EdgeCounts, count_matches, match_pixels, thresholds_of
 from samray.evaluate.edge_scores import best_f, edge_scores
-from samray.evaluate.edges import evaluate_edges, own_map
+from samray.evaluate.edges import evaluate_edges, map_in_data
 from samray.masks.edge_png import decode_edges, encode_edges
 from tests.support import REPOSITORY
 
@@ -106,12 +106,17 @@ def test_thick_edges_are_thinned() -> None:
 @pytest.mark.slow
 def test_an_image_scores_as_in_the_benchmarks_own_result_files() -> None:
     for image, row in zip(EdgeData(str(KNOWN), 2), pq.read_table(KNOWN).to_pylist(), strict=False):
-        edges = decode_edges(own_map(image), image.hw, image.name)
+        edges = decode_edges(map_in_data(image), image.hw, image.name)
         around = thresholds_of(99)[round(100 * row["threshold"]) - 2 :][:3]
-        best = best_f(around, count_matches(edges, image.boundary_masks(), around))
+        counts = count_matches(edges, image.boundary_masks(), around)
+        best = best_f(around, counts)
         assert best.threshold == pytest.approx(row["threshold"])
         for name in ("recall", "precision", "f"):
             assert getattr(best, name) == pytest.approx(row[name], abs=0.005), name
+        # The published ratios are of the same numbers of pixels: thresholds, thinning and annotators are the same.
+        for ratio, pixels in (("recall", counts.boundary[1]), ("precision", counts.edge[1])):
+            matched = row[ratio] * pixels
+            assert matched == pytest.approx(round(matched), abs=1e-6 * matched + 1e-3), ratio
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -163,6 +168,14 @@ def test_the_figures_are_those_of_the_benchmarks_loops() -> None:
         assert scores[name] == pytest.approx(value), name
 
 
+def test_of_thresholds_with_the_same_map_the_first_is_the_best() -> None:
+    """Rounding once chose a point between two of them."""
+    for matched in range(1, 60):
+        same = np.full(4, matched)
+        counts = EdgeCounts(np.append(1, same), np.full(5, 97), np.append(1, same), np.append(90, np.full(4, 61)))
+        assert best_f(thresholds_of(5), counts).threshold == thresholds_of(5)[1]
+
+
 def test_r50_is_the_recall_at_half_precision() -> None:
     hundred = np.full(3, 100)
     counts = EdgeCounts(np.array([90, 60, 20]), hundred, np.array([40, 60, 80]), hundred)
@@ -210,7 +223,7 @@ def test_images_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
     good = np.where(line(20), 1.0, 0.0)
     rows = [("1.jpg", good, [line(20)]), ("2.jpg", None, [line(20)]), ("3.jpg", good, [])]
     images = EdgeData(write_data(tmp_path / "d.parquet", rows))
-    figures = evaluate_edges(images, own_map, 3)
+    figures = evaluate_edges(images, map_in_data, 3)
     assert figures["ods"] == pytest.approx(1, abs=0.04)
     assert (figures["num_images"], figures["failures"]) == (1, {"missing": 1, "empty": 1})
     assert [one["name"] for one in figures["per_image"]] == ["1.jpg"]
@@ -218,7 +231,7 @@ def test_images_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
 
 def test_a_boundary_that_does_not_fit_is_an_error_of_the_image(tmp_path: Path) -> None:
     rows = [("1.jpg", np.zeros(HW), [np.ones((4, 4), bool)])]
-    figures = evaluate_edges(EdgeData(write_data(tmp_path / "d.parquet", rows)), own_map, 3)
+    figures = evaluate_edges(EdgeData(write_data(tmp_path / "d.parquet", rows)), map_in_data, 3)
     assert figures["failures"] == {"unreadable": 1}
 
 

@@ -31,12 +31,12 @@ from tests.support.marked import TALL, WIDE, box, bsds_row, region_image, rle, w
 CATEGORIES = ("cat", "object", "crème: brûlée", "dog")
 
 
-def named(place: int, seed: int | None = None) -> list[dict[str, Any]]:
+def named(index: int, seed: int | None = None) -> list[dict[str, Any]]:
     """Up to four blobs with names. seed: some moved, some with another name or none, some left out."""
-    rng = np.random.default_rng([place, seed or 0])
+    rng = np.random.default_rng([index, seed or 0])
     masks = []
-    for i in range(place % 5):
-        mask, name = blob(10 * place + i), CATEGORIES[(place + i) % 4]
+    for i in range(index % 5):
+        mask, name = blob(10 * index + i), CATEGORIES[(index + i) % 4]
         if seed is not None:
             mask = np.roll(mask, int(rng.integers(0, 3)), axis=1) if rng.random() < 0.5 else mask
             name = rng.choice([name, name, "dog", None])
@@ -82,10 +82,10 @@ def test_ap_is_that_of_a_plain_pycocotools_script(truth: Plan, guess: Plan, tmp_
     export(guess, tmp_path / "b", "coco")
     # The failed image of DATA counts on neither side.
     known = json.loads((tmp_path / "a/instances.json").read_text())
-    found = json.loads((tmp_path / "b/instances.json").read_text())
+    coco = json.loads((tmp_path / "b/instances.json").read_text())
     ids = {image["id"] for image in known["images"]}
-    found["annotations"] = [one for one in found["annotations"] if one["image_id"] in ids]
-    (tmp_path / "b.json").write_text(json.dumps(found))
+    coco["annotations"] = [one for one in coco["annotations"] if one["image_id"] in ids]
+    (tmp_path / "b.json").write_text(json.dumps(coco))
     figures, _ = figures_of(truth.output, guess.output)
     for by_name, suffix in ((True, ""), (False, "_agnostic")):
         plain = plain_ap(tmp_path / "a/instances.json", tmp_path / "b.json", by_name)
@@ -108,10 +108,10 @@ def test_a_coco_export_judged_by_its_own_output_has_an_ap_of_one(
     assert main(argv) == 0
     figures = json.loads(capsys.readouterr().out)
     assert set(figures["names"]) == set(CATEGORIES)
-    for own in figures["names"].values():
-        assert [own[key] for key in ("ap", "ap_50", "ap_75")] == pytest.approx([1, 1, 1], abs=1e-12)
+    for of_name in figures["names"].values():
+        assert [of_name[key] for key in ("ap", "ap_50", "ap_75")] == pytest.approx([1, 1, 1], abs=1e-12)
     assert figures["ap_agnostic"] == pytest.approx(1, abs=1e-12)
-    assert figures["confusion"] == {name: {name: own["num_regions"]} for name, own in figures["names"].items()}
+    assert figures["confusion"] == {name: {name: of_name["num_regions"]} for name, of_name in figures["names"].items()}
     assert (figures["num_images"], figures["model"]) == (9, None)
 
 

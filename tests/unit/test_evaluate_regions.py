@@ -62,15 +62,15 @@ def test_images_that_cannot_be_used_stand_in_their_place_with_a_reason(tmp_path:
 def test_an_output_gives_its_images_from_where_they_lie(tmp_path: Path, kind: str, part: str) -> None:
     plan = labelled.make_output(str(tmp_path), kind)
     data = RegionData(f"{plan.output}/{part}")
-    found = list(data)
-    assert (len(found), data.layout) == (10, "sa1b")
-    (failed,) = [image for image in found if isinstance(image, ImageError)]
+    images = list(data)
+    assert (len(images), data.layout) == (10, "sa1b")
+    (failed,) = [image for image in images if isinstance(image, ImageError)]
     assert failed.reason == "not_an_image"
-    for image in found:
+    for image in images:
         if isinstance(image, RegionImage):
             wanted = [mask["segmentation"] for mask in standin.masks_of(image.pixels)]
             assert image.annotators == [wanted], "the regions are the stand-in's of just these pixels"
-    sizes = sorted(image.pixels.shape[1] for image in found if isinstance(image, RegionImage))
+    sizes = sorted(image.pixels.shape[1] for image in images if isinstance(image, RegionImage))
     assert sizes == [24 + number for number in range(10) if number != labelled.BROKEN]
 
 
@@ -146,9 +146,9 @@ def test_a_shard_that_no_longer_fits_its_plan_is_read_by_its_uris(tmp_path: Path
     shard = Path(plan.output) / "annotations" / "shard-000001.parquet"
     pq.write_table(pq.read_table(shard).slice(1), shard)
     shard.with_name("shard-000007.parquet").write_bytes(shard.read_bytes())
-    found = list(RegionData(plan.output))
-    assert len(found) == 9 + 3
-    assert sum(isinstance(image, RegionImage) for image in found) == 11
+    images = list(RegionData(plan.output))
+    assert len(images) == 9 + 3
+    assert sum(isinstance(image, RegionImage) for image in images) == 11
 
 
 def test_large_enough_also_leaves_out_what_is_empty() -> None:

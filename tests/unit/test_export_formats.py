@@ -25,7 +25,7 @@ from samray.output.append import join_images
 from samray.output.file_names import stem_of
 from samray.output.plan import Plan
 from tests.support.exported import NAMES, export, fill, ten_images
-from tests.support.handmade import HEIGHT, WIDTH, annotation, decoded, masks_of_place, read_rows, write_output
+from tests.support.handmade import HEIGHT, WIDTH, annotation, decoded, masks_of_image, read_rows, write_output
 from tests.support.standin import make_image
 
 
@@ -54,16 +54,16 @@ def test_sa1b_has_the_fields_types_and_order_of_the_published_files(plan: Plan, 
     assert report.num_masks == sum(len(row["annotations"]) for row in rows)
     for row in rows:
         text = (tmp_path / "sa1b" / row["image"]["file_name"].replace(".png", ".json")).read_text()
-        found = json.loads(text)
-        assert found == {"image": row["image"], "annotations": row["annotations"]}
-        assert list(found) == ["image", "annotations"]
-        assert [(key, type(value)) for key, value in found["image"].items()] == [
+        content = json.loads(text)
+        assert content == {"image": row["image"], "annotations": row["annotations"]}
+        assert list(content) == ["image", "annotations"]
+        assert [(key, type(value)) for key, value in content["image"].items()] == [
             ("image_id", int),
             ("width", int),
             ("height", int),
             ("file_name", str),
         ]
-        for mask in found["annotations"]:
+        for mask in content["annotations"]:
             # In the order of https://ai.meta.com/datasets/segment-anything-downloads
             assert [(key, type(value)) for key, value in mask.items()] == [
                 ("bbox", list),
@@ -102,7 +102,7 @@ def test_coco_loads_and_holds_the_very_masks(plan: Plan, tmp_path: Path, options
     files = sorted((tmp_path / "coco").glob("instances*.json"))
     assert report.files == [file.name for file in files]
     assert len(files) == (3 if "images_per_file" in options else 1)
-    found: dict[int, list[np.ndarray]] = {}
+    masks_of: dict[int, list[np.ndarray]] = {}
     ids: list[int] = []
     for file in files:
         with silent():
@@ -110,22 +110,22 @@ def test_coco_loads_and_holds_the_very_masks(plan: Plan, tmp_path: Path, options
         assert [category["name"] for category in coco.loadCats(coco.getCatIds())] == ["object"]
         for image in coco.loadImgs(coco.getImgIds()):
             annotations = coco.loadAnns(coco.getAnnIds(image["id"]))
-            found[image["id"]] = [coco.annToMask(mask).astype(bool) for mask in annotations]
+            masks_of[image["id"]] = [coco.annToMask(mask).astype(bool) for mask in annotations]
             ids += [mask["id"] for mask in annotations]
             assert all(mask["iscrowd"] == 0 and mask["category_id"] == 1 for mask in annotations)
             assert all(isinstance(mask["segmentation"], list) == ("polygons" in options) for mask in annotations)
     assert len(set(ids)) == len(ids)
     assert min(ids) > 0  # 0 means "no match" to COCOeval
     rows = rows_of(plan)
-    assert found.keys() == {row["image"]["image_id"] for row in rows}
+    assert masks_of.keys() == {row["image"]["image_id"] for row in rows}
     for row in rows:
         wanted = [decoded(mask) for mask in row["annotations"]]
-        assert all(np.array_equal(a, b) for a, b in zip(found[row["image"]["image_id"]], wanted, strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(masks_of[row["image"]["image_id"]], wanted, strict=True))
 
 
 @pytest.mark.parametrize("polygons", [False, True])
 def test_coco_evaluated_against_itself_has_an_ap_of_one(tmp_path: Path, polygons: bool) -> None:
-    plan = write_output(str(tmp_path), NAMES, masks=lambda place: masks_of_place(place + 4 * (place % 4 == 0) + 1))
+    plan = write_output(str(tmp_path), NAMES, masks=lambda index: masks_of_image(index + 4 * (index % 4 == 0) + 1))
     export(plan, tmp_path / "coco", "coco", polygons=polygons)
     file = tmp_path / "coco" / "instances.json"
     results = [{**mask, "score": mask["predicted_iou"]} for mask in json.loads(file.read_text())["annotations"]]
@@ -178,10 +178,10 @@ def test_flat_rows_are_the_masks(plan: Plan, tmp_path: Path, partitions: int | N
     table = duckdb.sql(query).to_arrow_table().to_pylist()
     wanted = [(row, mask) for row in rows_of(plan) for mask in row["annotations"]]
     assert len(table) == len(wanted)
-    for found, (row, mask) in zip(table, sorted(wanted, key=lambda pair: pair[1]["id"]), strict=True):
+    for row_of_mask, (row, mask) in zip(table, sorted(wanted, key=lambda pair: pair[1]["id"]), strict=True):
         if partitions:
-            assert int(found.pop("image_bucket")) == row["image"]["image_id"] % partitions
-        assert found == {
+            assert int(row_of_mask.pop("image_bucket")) == row["image"]["image_id"] % partitions
+        assert row_of_mask == {
             **row["image"],
             "uri": row["uri"],
             "mask_id": mask["id"],
@@ -195,7 +195,7 @@ def test_flat_rows_are_the_masks(plan: Plan, tmp_path: Path, partitions: int | N
 
 def test_flat_rows_of_masks_without_a_point_have_null_there(tmp_path: Path) -> None:
     plan = write_output(
-        str(tmp_path), NAMES[:4], masks=lambda i: [{**m, "point_coords": []} for m in masks_of_place(i)]
+        str(tmp_path), NAMES[:4], masks=lambda i: [{**m, "point_coords": []} for m in masks_of_image(i)]
     )
     export(plan, tmp_path / "flat", "flat")
     query = f"select count(*), count(point_x), count(bbox_x) from '{tmp_path}/flat/*.parquet'"
@@ -204,7 +204,7 @@ def test_flat_rows_of_masks_without_a_point_have_null_there(tmp_path: Path) -> N
 
 def test_label_maps_of_disjoint_masks_are_exact(tmp_path: Path) -> None:
     owner = np.random.default_rng(0).integers(0, 5, (HEIGHT, WIDTH))  # 0: nobody's
-    plan = write_output(str(tmp_path), NAMES[:1], masks=lambda place: [annotation(owner == i) for i in range(1, 5)])
+    plan = write_output(str(tmp_path), NAMES[:1], masks=lambda index: [annotation(owner == i) for i in range(1, 5)])
     export(plan, tmp_path / "maps", "label-map")
     with Image.open(tmp_path / "maps" / "photo 00.png") as image:
         assert image.mode == "I;16"
@@ -220,7 +220,7 @@ def test_label_maps_of_overlapping_masks(tmp_path: Path, on_top: str | None, lab
     large[2:20, 2:20] = True
     small[5:10, 5:10] = True
     masks = [annotation(large, predicted_iou=0.99), annotation(small, predicted_iou=0.9)]
-    plan = write_output(str(tmp_path), NAMES[:1], masks=lambda place: masks)
+    plan = write_output(str(tmp_path), NAMES[:1], masks=lambda index: masks)
     export(plan, tmp_path / "maps", "label-map", on_top=on_top)
     with Image.open(tmp_path / "maps" / "photo 00.png") as image:
         pixels = np.asarray(image)
@@ -246,8 +246,8 @@ def test_equal_names_in_folders_and_of_other_endings_stay_apart(tmp_path: Path) 
     files = sorted(str(f.relative_to(tmp_path / "sa1b")) for f in (tmp_path / "sa1b").rglob("*.json"))
     files = [name for name in files if not name.startswith("_export/")]
     assert files == ["a/x-0.json", "a/x-1.json", "b/x.json", "b/y.json", "c/Y-4.json", "c/y-5.json"]
-    found = sorted(json.loads((tmp_path / "sa1b" / name).read_text())["image"]["file_name"] for name in files)
-    assert found == sorted(names)
+    exported_names = sorted(json.loads((tmp_path / "sa1b" / name).read_text())["image"]["file_name"] for name in files)
+    assert exported_names == sorted(names)
     with pytest.raises(ConfigError, match=r"4 images have names that differ only in extension or case.*with-images"):
         export(plan, tmp_path / "yolo", "yolo")
     assert not (tmp_path / "yolo").exists()

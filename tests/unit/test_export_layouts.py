@@ -1,7 +1,7 @@
 """Exports with images, opened by other tools as they are: by supervision itself, by datumaro's rules written down here.
 
-datumaro needs older versions of PyArrow, pandas and Pillow than the rest of the tests. docs/guides/exports.md says what
-its version 1.13.12 reads, which was tried by hand in an environment of its own.
+These rules are also those of CVAT's fork of datumaro, which is not on PyPI. tests/other_tools starts datumaro itself,
+and FiftyOne, in an environment of their own.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from PIL import Image
 from samray.errors import ConfigError
 from samray.output.plan import Plan
 from tests.support.exported import export, fill
-from tests.support.handmade import HEIGHT, WIDTH, decoded, masks_of_place, read_rows, write_output
+from tests.support.handmade import HEIGHT, WIDTH, decoded, masks_of_image, read_rows, write_output
 
 CATEGORIES = ("yes", "crème: brûlée")
 CLASSES = [*CATEGORIES, "object"]
 NAMES = [f"photo {i:02d}.png" for i in range(7)]
 
 
-def named(place: int) -> list[dict[str, Any]]:
-    masks = masks_of_place(place)
+def named(index: int) -> list[dict[str, Any]]:
+    masks = masks_of_image(index)
     labels = (*CATEGORIES, None)
-    return [{**m, "label": labels[(place + i) % 3], "label_score": 0.5} for i, m in enumerate(masks)]
+    return [{**m, "label": labels[(index + i) % 3], "label_score": 0.5} for i, m in enumerate(masks)]
 
 
 @pytest.fixture(scope="module")
@@ -50,23 +50,23 @@ def wanted(plan: Plan) -> dict[str, list[tuple[str, np.ndarray]]]:
     }
 
 
-def same(found: dict[str, list[tuple[str, np.ndarray]]], masks: dict[str, list[tuple[str, np.ndarray]]]) -> bool:
+def same(loaded: dict[str, list[tuple[str, np.ndarray]]], masks: dict[str, list[tuple[str, np.ndarray]]]) -> bool:
     """Whether images, classes and pixels are the same, in the same order."""
-    return found.keys() == masks.keys() and all(
-        [name for name, _ in found[image]] == [name for name, _ in masks[image]]
-        and all(np.array_equal(a, b) for (_, a), (_, b) in zip(found[image], masks[image], strict=True))
+    return loaded.keys() == masks.keys() and all(
+        [name for name, _ in loaded[image]] == [name for name, _ in masks[image]]
+        and all(np.array_equal(a, b) for (_, a), (_, b) in zip(loaded[image], masks[image], strict=True))
         for image in masks
     )
 
 
 def of_supervision(data: supervision.DetectionDataset, folder: Path) -> dict[str, list[tuple[str, np.ndarray]]]:
-    found = {}
+    polygons = {}
     for path, pixels, detections in data:
         assert pixels.shape == (HEIGHT, WIDTH, 3), "the image was copied"
         masks = [] if detections.mask is None else list(detections.mask)
         names = [] if detections.class_id is None else [data.classes[index] for index in detections.class_id]
-        found[Path(path).relative_to(folder).as_posix()] = list(zip(names, masks, strict=True))
-    return found
+        polygons[Path(path).relative_to(folder).as_posix()] = list(zip(names, masks, strict=True))
+    return polygons
 
 
 LAYOUTS = [(None, "instances.json", ""), ("cvat", "annotations/instances_default.json", "/default")]
@@ -89,12 +89,12 @@ def test_supervision_reads_yolo(plan: Plan, tmp_path: Path, layout: str | None, 
         str(images), str(labels), str(tmp_path / "yolo/data.yaml"), force_masks=True
     )
     assert data.classes == CLASSES
-    found, masks = of_supervision(data, images), wanted(plan)
-    assert found.keys() == masks.keys()
+    loaded, masks = of_supervision(data, images), wanted(plan)
+    assert loaded.keys() == masks.keys()
     num_larger = 0
-    for image, own in masks.items():
-        assert [name for name, _ in found[image]] == [name for name, _ in own]
-        for (_, filled), (_, mask) in zip(found[image], own, strict=True):
+    for image, wanted_masks in masks.items():
+        assert [name for name, _ in loaded[image]] == [name for name, _ in wanted_masks]
+        for (_, filled), (_, mask) in zip(loaded[image], wanted_masks, strict=True):
             # OpenCV also fills the border of a polygon.
             assert filled[mask].all()
             num_larger += int(filled.sum() > mask.sum())
@@ -124,7 +124,7 @@ def test_cvats_datumaro_reads_yolo(tmp_path: Path) -> None:
     config = yaml.safe_load((root / "data.yaml").read_text())
     # Every key but the reserved ones is a subset, whose images it would import: each image once.
     assert [key for key in config if key not in ("path", "names")] == ["train"]
-    found = {}
+    loaded = {}
     for line in (root / config["train"]).read_text(encoding="utf-8").splitlines():
         path = posixpath.normpath(line.strip())
         assert path.split("/")[:2] == ["images", "train"], "the parts that it takes off to get the name"
@@ -137,8 +137,8 @@ def test_cvats_datumaro_reads_yolo(tmp_path: Path) -> None:
             assert len(numbers) % 2 == 0
             polygon = np.array(numbers, float).reshape(-1, 2) * (width, height)
             masks.append((config["names"][int(index)], fill(polygon.round(3), (height, width))))
-        found["/".join(path.split("/")[2:])] = masks
-    assert same(found, wanted(plan))
+        loaded["/".join(path.split("/")[2:])] = masks
+    assert same(loaded, wanted(plan))
 
 
 def test_file_name_is_that_of_the_copy(tmp_path: Path) -> None:
@@ -147,9 +147,9 @@ def test_file_name_is_that_of_the_copy(tmp_path: Path) -> None:
     for layout, file, subset in LAYOUTS:
         dest = tmp_path / f"coco{layout}"
         export(plan, dest, "coco", with_images=True, layout=layout)
-        found = [image["file_name"] for image in json.loads((dest / file).read_text())["images"]]
-        assert len({name.lower() for name in found}) == 3
-        assert sorted(found) == sorted(
+        file_names = [image["file_name"] for image in json.loads((dest / file).read_text())["images"]]
+        assert len({name.lower() for name in file_names}) == 3
+        assert sorted(file_names) == sorted(
             p.relative_to(dest / f"images{subset}").as_posix() for p in dest.rglob("images/**/*.png")
         )
 

@@ -92,11 +92,11 @@ def test_a_family_is_known_by_its_names_if_no_row_has_its_shapes(spec: ModelSpec
 
 @pytest.mark.parametrize("family", UNUSED)
 def test_what_is_left_out_is_known_only_in_its_layout(family: str, tmp_path: Path) -> None:
-    own = next(row for row in FAMILIES if row.family == family)
+    family_row = next(row for row in FAMILIES if row.family == family)
     for name in UNUSED[family]:
-        torch.save(random_state(own) | {name.removeprefix("tracker."): torch.zeros(1)}, tmp_path / "a.pt")
+        torch.save(random_state(family_row) | {name.removeprefix("tracker."): torch.zeros(1)}, tmp_path / "a.pt")
         with pytest.raises(ConfigError):
-            check_checkpoint(own.name, tmp_path / "a.pt")
+            check_checkpoint(family_row.name, tmp_path / "a.pt")
 
 
 def test_masks_prompts_edges_evaluation_and_label_maps(sam: Sam) -> None:
@@ -116,8 +116,8 @@ def test_masks_prompts_edges_evaluation_and_label_maps(sam: Sam) -> None:
         Prompt(box=(2, 3, width - 9, height - 8)),
         Prompt(points=((width / 3, height / 2),), labels=(1,), box=(2, 3, width - 9, height - 8)),
     ]
-    (found,) = PromptedGenerator(sam, MaskConfig()).generate([image], [prompts])
-    assert len(found) == 3
+    (records,) = PromptedGenerator(sam, MaskConfig()).generate([image], [prompts])
+    assert len(records) == 3
     (edges,) = EdgeGenerator(sam, EdgeConfig(points_per_side=3)).generate([image])
     assert edges.shape == HW
     assert edges.max() > 0

@@ -36,8 +36,8 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_yolo(tmp_path_factory.mktemp("yolo") / "tiny.onnx", size=SIZE)
 
 
-def settings(onnx_path: Path | str, **own: Any) -> Config:
-    return Config(labels={"by": "fastsam", "onnx": str(onnx_path), **own})
+def settings(onnx_path: Path | str, **changes: Any) -> Config:
+    return Config(labels={"by": "fastsam", "onnx": str(onnx_path), **changes})
 
 
 # --- settings and identity ------------------------------------------------------------------------------------------
@@ -48,8 +48,12 @@ def test_published_values_are_defaults_that_can_be_set() -> None:
     assert (labels.conf_thresh, labels.nms_thresh, labels.crops, labels.templates) == (0.4, 0.9, ("boxed",), ("{}",))
     assert labels.negatives == ("object", "things", "stuff", "texture")
     assert LabelsConfig(by="clip", phrases=["cat"]).negatives == ()
-    own = LabelsConfig(by="fastsam", onnx="x.onnx", nms_thresh=0.8, negatives=[], crops=["plain"])
-    assert (own.nms_thresh, own.negatives, own.crops) == (0.8, (), ("plain",))
+    settings_of_labels = LabelsConfig(by="fastsam", onnx="x.onnx", nms_thresh=0.8, negatives=[], crops=["plain"])
+    assert (settings_of_labels.nms_thresh, settings_of_labels.negatives, settings_of_labels.crops) == (
+        0.8,
+        (),
+        ("plain",),
+    )
     with pytest.raises(ConfigError, match=r"labels\.by=fastsam needs labels\.onnx"):
         LabelsConfig(by="fastsam")
     with pytest.raises(ConfigError, match=r"labels\.onnx needs labels\.by; add labels\.by=fastsam"):
@@ -101,8 +105,8 @@ def test_the_plan_says_what_makes_the_masks_and_its_licence(
     monkeypatch.setenv("COLUMNS", "400")
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"x")
-    own = ["labels.by=fastsam", f"labels.onnx={network}", "--dry-run"]
-    assert main(["label", str(tmp_path / "in"), str(tmp_path / "out"), *own]) == 0
+    options = ["labels.by=fastsam", f"labels.onnx={network}", "--dry-run"]
+    assert main(["label", str(tmp_path / "in"), str(tmp_path / "out"), *options]) == 0
     text = " ".join(capsys.readouterr().err.split())
     assert "masks fastsam, confidence > 0.4, all of them, without names" in text
     assert "AGPL-3.0" in text
@@ -200,8 +204,8 @@ def test_damaged_files_are_refused_without_a_crash(network: Path) -> None:
     data, rng = network.read_bytes(), np.random.default_rng(0)
     for _ in range(200):
         damaged = bytearray(data)
-        for place in rng.integers(0, len(data), 5):
-            damaged[place] = rng.integers(0, 256)
+        for offset in rng.integers(0, len(data), 5):
+            damaged[offset] = rng.integers(0, 256)
         problem = problem_of(bytes(damaged))  # raises nothing
         assert problem is None or "\n" not in problem
 

@@ -40,8 +40,8 @@ def copy(network: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(network, tmp_path / "copy"))
 
 
-def settings(network: Path, **own: Any) -> Config:
-    labels = {"by": "grounding_dino", "phrases": ["cat", "Dog"], "checkpoint": str(network), **own}
+def settings(network: Path, **changes: Any) -> Config:
+    labels = {"by": "grounding_dino", "phrases": ["cat", "Dog"], "checkpoint": str(network), **changes}
     return Config(labels=labels, masks={"min_mask_area": 0})
 
 
@@ -64,11 +64,11 @@ def test_a_network_is_read_from_any_storage(network: Path, tmp_path: Path, monke
     monkeypatch.setenv("SAMRAY_CACHE", str(tmp_path / "cache"))
     memory = fsspec.filesystem("memory")
     memory.put(str(network) + "/", "/weights/dino/", recursive=True)
-    found = find_network("memory://weights/dino", ("grounding-dino",), "grounding_dino")
-    assert found.sha256 == digest(network)
-    with opened(found) as folder:
+    remote = find_network("memory://weights/dino", ("grounding-dino",), "grounding_dino")
+    assert remote.sha256 == digest(network)
+    with opened(remote) as folder:
         before = (folder / WEIGHTS).resolve().stat().st_mtime_ns
-    with opened(found) as again:
+    with opened(remote) as again:
         assert again == folder
         assert (folder / WEIGHTS).resolve().stat().st_mtime_ns == before, "downloaded once"
 
@@ -79,6 +79,10 @@ def pickled(folder: Path) -> None:
 
 def without(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
+
+
+def cut_off(name: str, stop: int) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:stop])
 
 
 def of_kind(kind: str) -> Callable[[Path], None]:
@@ -104,9 +108,13 @@ def with_setting(key: str, value: Any) -> Callable[[Path], None]:
         (with_setting("auto_map", {"AutoModel": "net.Net"}), "has auto_map, which names code"),
         (with_setting("text_config", {"_attn_implementation": "some/kernel"}), "has _attn_implementation, which names"),
         (shutil.rmtree, r"copy is not a folder"),
+        (cut_off(WEIGHTS, 50), r"copy: model\.safetensors cannot be read: .* get it again"),
+        (cut_off(WEIGHTS, -4), r"copy: model\.safetensors cannot be read: .* download is incomplete"),
+        (lambda folder: (folder / WEIGHTS).write_text("version https://git-lfs\n"), r"cannot be read: .* Git LFS"),
+        (cut_off("tokenizer.json", 50), r"copy: tokenizer\.json cannot be read"),
     ],
 )
-def test_a_wrong_network_is_refused_in_the_driver(copy: Path, damage: Callable[[Path], None], message: str) -> None:
+def test_a_wrong_network_is_refused_in_the_driver(copy: Path, damage: Callable[[Path], object], message: str) -> None:
     damage(copy)
     with pytest.raises(ConfigError, match=message):
         read_inputs(settings(copy))
@@ -130,10 +138,10 @@ def test_a_name_that_cannot_be_downloaded_says_what_to_do(monkeypatch: pytest.Mo
 
 
 def test_a_replaced_network_is_refused_in_the_actor(copy: Path) -> None:
-    found = find_network(str(copy), ("grounding-dino",), "grounding_dino")
+    network = find_network(str(copy), ("grounding-dino",), "grounding_dino")
     write_grounding_dino(copy, seed=5)
     with pytest.raises(ConfigError, match="is not this run's network"):
-        Detector(found, ["cat"], CPU)
+        Detector(network, ["cat"], CPU)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +173,7 @@ def test_wrong_tensors_are_named(copy: Path, value: torch.Tensor | None, message
 def test_damaged_files_are_refused(copy: Path, name: str, message: str) -> None:
     (copy / name).write_bytes((copy / name).read_bytes()[:50])
     with pytest.raises(ConfigError, match=f"copy {message}"):
-        Detector(find_network(str(copy), ("grounding-dino",), "x"), ["cat"], CPU)
+        Detector(Network(str(copy), digest(copy)), ["cat"], CPU)
 
 
 def test_a_phrase_that_does_not_fit_the_network_is_named(tmp_path: Path) -> None:
@@ -181,15 +189,15 @@ def test_phrases_come_from_settings_or_prompts(network: Path) -> None:
     config = settings(network, phrases=None)
     with pytest.raises(ConfigError, match=r"^labels\.by=grounding_dino needs labels\.phrases"):
         read_inputs(config)
-    found = read_inputs(config, ["cat"])
-    assert (found.common, found.categories) == ([], ["cat"])
+    inputs = read_inputs(config, ["cat"])
+    assert (inputs.common, inputs.categories) == ([], ["cat"])
     both = read_inputs(settings(network, phrases=["Cat", "dog"]), ["cat.", "car"])
     assert (both.common, both.categories) == (["Cat", "dog"], ["Cat", "dog", "car"])
     assert both.phrases_in_words == "2 phrases: Cat, dog; 1 phrase of single images: car"
     identity = labels_identity(config, both)["labels"]
     assert (identity["asked_of_all"], identity["categories"]) == (2, ["Cat", "dog", "car"])
     with pytest.raises(ConfigError, match=r"10,001 phrases, expected at most 10,000"):
-        found.with_texts([f"n{i}" for i in range(10_000)])
+        inputs.with_texts([f"n{i}" for i in range(10_000)])
 
 
 def test_the_prompt_ends_each_phrase_with_a_full_stop() -> None:
@@ -209,12 +217,12 @@ def test_image_and_phrases_are_encoded_once(tmp_path: Path, number: int) -> None
     for name, part in parts.items():
         part.register_forward_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
     image = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
-    found = [detector.detect(image, score_thresh=0.0, text_thresh=0.0, nms_thresh=1.0) for _ in range(2)]
+    boxes = [detector.detect(image, score_thresh=0.0, text_thresh=0.0, nms_thresh=1.0) for _ in range(2)]
     passes = -(-number // 31)  # a phrase and its full stop are two of the 62 tokens between [CLS] and [SEP]
     assert counts == {"image": 2, "text": passes, "fusion": 2 * passes}
-    np.testing.assert_array_equal(found[0].xyxy, found[1].xyxy)
-    assert len(found[0].xyxy) == 20 * passes
-    assert max(found[0].phrases) > (passes - 1) * 31 - 1, "phrases of the last part have their own numbers"
+    np.testing.assert_array_equal(boxes[0].xyxy, boxes[1].xyxy)
+    assert len(boxes[0].xyxy) == 20 * passes
+    assert max(boxes[0].phrases) > (passes - 1) * 31 - 1, "phrases of the last part have their own numbers"
 
 
 def test_own_phrases_of_images_are_encoded_once_and_change_no_other_image(network: Path) -> None:
@@ -280,9 +288,9 @@ def test_an_image_without_boxes_has_no_masks(network: Path) -> None:
 @pytest.mark.parametrize("hw", [(1, 1), (1, 3000), (3000, 1), (3, 5)])
 def test_small_and_slender_images_are_searched(network: Path, hw: tuple[int, int]) -> None:
     detector = Detector(Network(str(network), digest(network)), ["cat", "dog"], CPU)
-    found = detector.detect(np.full((*hw, 3), 200, np.uint8), score_thresh=0.0, text_thresh=0.0, nms_thresh=1.0)
-    assert len(found.xyxy) == 20
-    assert np.isfinite(found.xyxy).all()
+    boxes = detector.detect(np.full((*hw, 3), 200, np.uint8), score_thresh=0.0, text_thresh=0.0, nms_thresh=1.0)
+    assert len(boxes.xyxy) == 20
+    assert np.isfinite(boxes.xyxy).all()
 
 
 def test_threads_share_a_network_and_not_their_images(network: Path) -> None:
@@ -314,10 +322,12 @@ def test_what_is_found_now_can_be_evaluated(network: Path, tmp_path: Path) -> No
     settings = ["labels.by=grounding_dino", f"labels.checkpoint={network}", "labels.score_thresh=0.1"]
     argv = ["evaluate", "instances", data, *settings, "labels.text_thresh=0.1", "masks.min_mask_area=1"]
     assert main([*argv, "labels.phrases=[cat,Dog]", "--json", str(file)]) == 0
-    found = json.loads(file.read_text())
-    assert sum(own["num_masks"] for own in found["names"].values()) == found["num_masks"] > 0, "each has a name"
-    assert set(found["names"]) == {"cat", "Dog"}
-    assert found["settings"]["labels"]["phrases"] == ["cat", "Dog"]
+    figures = json.loads(file.read_text())
+    assert sum(of_name["num_masks"] for of_name in figures["names"].values()) == figures["num_masks"] > 0, (
+        "each has a name"
+    )
+    assert set(figures["names"]) == {"cat", "Dog"}
+    assert figures["settings"]["labels"]["phrases"] == ["cat", "Dog"]
     assert main(argv) == 2, "without phrases"
 
 
@@ -327,8 +337,8 @@ def test_the_plan_shows_phrases_and_network(
     monkeypatch.setenv("COLUMNS", "400")
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"x")
-    own = ["labels.by=grounding_dino", "labels.phrases=[cat,dog]", f"labels.checkpoint={network}", "--dry-run"]
-    assert main(["label", str(tmp_path / "in"), str(tmp_path / "out"), *own]) == 0
+    options = ["labels.by=grounding_dino", "labels.phrases=[cat,dog]", f"labels.checkpoint={network}", "--dry-run"]
+    assert main(["label", str(tmp_path / "in"), str(tmp_path / "out"), *options]) == 0
     text = " ".join(capsys.readouterr().err.split())
     assert "masks grounding_dino, 2 phrases: cat, dog" in text
     assert f"network {network} (SHA-256 {digest(network)[:12]}...)" in text

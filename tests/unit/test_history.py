@@ -22,13 +22,13 @@ EXPECTED = {0: {"not_an_image": 1}, 1: {}, 2: {}}
 def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The shards whose own metadata were read."""
     shards: list[int] = []
-    open_shard = history.open_shard
+    look_at = history._read_failures
 
-    def watched(output: str, shard: int) -> Any:
+    def watched(output: str, shard: int, version: str | None) -> Any:
         shards.append(shard)
-        return open_shard(output, shard)
+        return look_at(output, shard, version)
 
-    monkeypatch.setattr(history, "open_shard", watched)
+    monkeypatch.setattr(history, "_read_failures", watched)
     return shards
 
 
@@ -56,6 +56,22 @@ def test_a_shard_is_read_once_until_it_is_replaced(storage_root: str, looked_at:
     replaced(plan, 0, {})
     assert failures(plan) == {0: {}, 1: {"truncated": 2}, 2: {}}
     assert looked_at[4:] == [0]
+
+
+def test_counts_come_from_the_end_of_a_shard_and_from_its_footer_alike(
+    storage_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_output(storage_root)
+    for shard, counts in ((0, EXPECTED[0]), (1, {"truncated": 2}), (2, {})):
+        replaced(plan, shard, counts)
+    versions = dict(sorted(shard_versions(plan.output).items()))
+    # Without a version there is no size, and with a wrong one no end of a file: both parse the footer.
+    parsed = [history._read_failures(plan.output, shard, None) for shard in versions]
+    assert [history._read_failures(plan.output, shard, "1000000 x") for shard in versions] == parsed
+    assert [counts for counts, _ in parsed] == [EXPECTED[0], {"truncated": 2}, {}]
+    assert all(digest for _, digest in parsed)
+    monkeypatch.setattr(history, "open_shard", lambda output, shard: pytest.fail(f"parsed the footer of {shard}"))
+    assert [history._read_failures(plan.output, shard, version) for shard, version in versions.items()] == parsed
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 but no more", None])

@@ -51,6 +51,8 @@ EXPORTS: dict[str, tuple[str, dict[str, Any]]] = {
     "yolo": ("yolo", {}),
     "flat": ("flat", {}),
     "label-map": ("label-map", {}),
+    "geojson": ("geojson", {"coordinates": "pixels"}),
+    "geoparquet": ("geoparquet", {"coordinates": "pixels"}),
 }
 
 
@@ -58,7 +60,7 @@ def output_with(
     folder: Path, mask: dict[str, Any], hw: tuple[int, int] = (HEIGHT, WIDTH), categories: tuple[str, ...] = ()
 ) -> Plan:
     """Three images; the second one is of that size and has that mask after a sound one."""
-    names, masks = ["a.png", "b.png", "c.png"], lambda place: [annotation(blob(place))]
+    names, masks = ["a.png", "b.png", "c.png"], lambda index: [annotation(blob(index))]
     plan = write_output(str(folder), names, masks=masks, categories=categories)
     rows = read_shard(plan.output, 0).to_pylist()
     rewritten = [
@@ -80,9 +82,9 @@ def peak_kib(*, reset: bool = False) -> int:
     """
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1])
+    match = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert match
+    return int(match[1])
 
 
 CASES = {name: ({"segmentation": lie}, (HEIGHT, WIDTH)) for name, lie in LIES.items()} | {

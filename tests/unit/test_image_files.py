@@ -267,9 +267,9 @@ def test_no_byte_of_a_private_file_is_in_an_error(start: bytes) -> None:
     ids=["planar 16-bit RGB", "planar 16-bit CMYK", "compressed big-endian floats"],
 )
 def test_layouts_that_pillow_decodes_to_wrong_pixels_are_refused(data: bytes | None) -> None:
-    found = error_of(_big_endian_floats() if data is None else data)
-    assert found.reason == "unsupported"
-    assert "in a layout that is not decoded" in found.message
+    error = error_of(_big_endian_floats() if data is None else data)
+    assert error.reason == "unsupported"
+    assert "in a layout that is not decoded" in error.message
 
 
 def _big_endian_floats() -> bytes:

@@ -15,6 +15,9 @@ from PIL import Image, ImageCms, ImageFile, features
 
 from samray.errors import ImageError
 from samray.inputs.decode import decode_image, image_extensions, is_of_size
+from samray.inputs.raster_files import decode_image as decode_with_bands
+from samray.pipeline.labeler import EncodedImage, ShardLabeler
+from samray.rle.runs import MAX_SIDE
 from tests.support import REPOSITORY
 
 LIMIT = 100_000_000
@@ -207,6 +210,22 @@ def test_a_decompression_bomb_is_refused_by_its_header() -> None:
     assert reason_of(bomb_png(2**31 - 1, 2**31 - 1)) == "too_large"
     assert reason_of(encoded(gradient(), "PNG"), 48 * 32 - 1) == "too_large"
     assert decode_image(encoded(gradient(), "PNG"), 48 * 32).shape == (32, 48, 3)
+
+
+def test_an_image_that_can_have_no_masks_is_refused() -> None:
+    """Such images were labelled, and `verify` then refused their masks."""
+    line = np.zeros((1, MAX_SIDE + 1, 3), np.uint8)
+    assert reason_of(encoded(Image.fromarray(line), "PNG"), 2**40) == "too_large"
+    assert reason_of(bomb_png(2**15, 2**15 + 1), 2**40) == "too_large"
+    with pytest.raises(ImageError, match="too_large"):
+        decode_with_bands(encoded(Image.fromarray(line), "TIFF"), 2**40, bands=(1, 2, 3))
+    labeler = ShardLabeler(lambda points_per_batch: None, max_pixels=2**40)
+    for data in (line, np.ascontiguousarray(line.transpose(1, 0, 2))):
+        refused = labeler.decode(EncodedImage(image_id=0, file_name="line", uri="line", data=data))
+        assert str(refused).startswith(f"too_large: {data.shape[1]}x{data.shape[0]}: masks may have")
+        assert str(refused).endswith("cut it into smaller images")
+    fits = np.ascontiguousarray(line[:, 1:])
+    assert decode_image(encoded(Image.fromarray(fits), "PNG"), 2**40).shape == fits.shape
 
 
 def test_pillows_own_pixel_limit_gives_way_but_is_never_lowered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,7 @@
-"""Imports: what SA-1B, COCO and samray's own exports hold comes back as an output that verifies."""
+"""Imports: what SA-1B, COCO and samray's own exports hold comes back as an output that verifies.
+
+The file is long because its cases share their helpers.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +39,9 @@ NAMES = ["a/0 first.png", "a/1.tif", "b/1.png", "b/2.png", "c.png", "d.png", "e.
 
 def import_(source: object, output: object, **options: Any) -> ImportReport:
     report = samray.import_(str(source), str(output), progress=False, **options)
-    found = verify(str(output), deep=True)
-    assert found.ok, found.problems
-    assert (found.num_images, found.num_failed) == (report.num_images, report.num_failed)
+    verified = verify(str(output), deep=True)
+    assert verified.ok, verified.problems
+    assert (verified.num_images, verified.num_failed) == (report.num_images, report.num_failed)
     return report
 
 
@@ -66,12 +69,12 @@ def images_and_annotations(output: object) -> pa.Table:
     ],
 )
 def test_there_and_back_is_the_identity(tmp_path: Path, format: str, options: dict[str, Any], convention: str) -> None:
-    def masks(place: int) -> list[dict[str, Any]]:
+    def masks(index: int) -> list[dict[str, Any]]:
         short = 1.0 if convention == "sam" else 0.0
-        found = [annotation(blob(10 * place + i), predicted_iou=0.1 + place / 7) for i in range(place % 4)]
-        for mask in found:
+        annotations = [annotation(blob(10 * index + i), predicted_iou=0.1 + index / 7) for i in range(index % 4)]
+        for mask in annotations:
             mask["bbox"] = [*mask["bbox"][:2], mask["bbox"][2] - short, mask["bbox"][3] - short]
-        return found
+        return annotations
 
     settings = (f"masks.bbox_convention={convention}",)
     plan = write_output(str(tmp_path), NAMES, masks=masks, failed=(4,), settings=settings)
@@ -87,7 +90,7 @@ def test_there_and_back_is_the_identity(tmp_path: Path, format: str, options: di
     assert imported.run["identity"]["masks"]["bbox_convention"] == convention
 
 
-def test_images_beside_the_json_and_in_tars_are_found(tmp_path: Path) -> None:
+def test_images_next_to_the_json_and_in_tars_are_found(tmp_path: Path) -> None:
     plan = write_output(str(tmp_path), NAMES[4:])
     wanted = [(tmp_path / "in" / name).read_bytes() for name in NAMES[4:]]
     for tar in (False, True):

@@ -1,4 +1,7 @@
-"""COCO and SA-1B as other tools write them, and as somebody would who means harm."""
+"""COCO and SA-1B as other tools write them, and as somebody would who means harm.
+
+The file is long because its cases share their helpers.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +45,8 @@ def write(folder: Path, images: Any, annotations: Any, name: str = "instances.js
 
 def imported(source: object, output: Path, **options: Any) -> list[dict[str, Any]]:
     samray.import_(str(source), str(output), progress=False, **options)
-    found = verify(str(output), deep=True)
-    assert found.ok, found.problems
+    verified = verify(str(output), deep=True)
+    assert verified.ok, verified.problems
     return read_rows(output)
 
 
@@ -127,7 +130,7 @@ def test_an_image_without_a_name_is_a_failed_row(tmp_path: Path) -> None:
     assert rows[1]["error"] == "missing: the annotations have no file_name for the image"
 
 
-def test_results_belong_to_the_images_beside_them(tmp_path: Path) -> None:
+def test_results_belong_to_the_images_next_to_them(tmp_path: Path) -> None:
     folder = tmp_path / "coco"
     write(folder, [IMAGE, {**IMAGE, "id": 2, "file_name": "b.png"}], [])
     (folder / "results.json").write_text(
@@ -361,7 +364,7 @@ def test_nothing_outside_is_read(
     assert not [uri for uri in asked if "private/secret" in uri or "link.png" in uri]
 
 
-def test_what_is_beside_the_annotations_may_be_no_link(tmp_path: Path, private: Path) -> None:
+def test_what_is_next_to_the_annotations_may_be_no_link(tmp_path: Path, private: Path) -> None:
     source = tmp_path / "in"
     for name in ("a", "b"):
         picture(source / "a.png")
@@ -400,9 +403,9 @@ def test_an_output_imported_before_the_flag_is_resumed(tmp_path: Path) -> None:
     source = write(tmp_path, [IMAGE], [SQUARE])
     imported(source, tmp_path / "out")
     run = tmp_path / "out" / "_samray" / "run.json"
-    held = json.loads(run.read_text())
-    del held["identity"]["allow_outside"]
-    run.write_text(json.dumps(held))
+    content = json.loads(run.read_text())
+    del content["identity"]["allow_outside"]
+    run.write_text(json.dumps(content))
     report = samray.import_(str(source), str(tmp_path / "out"), progress=False)
     assert report.num_shards_skipped == len(done_shards(str(tmp_path / "out"))) == 1
 

@@ -52,11 +52,11 @@ def write_coco(path: Path, categories: list[dict[str, Any]], ids: list[Any], **m
     return path
 
 
-def named_masks(place: int) -> list[dict[str, Any]]:
+def named_masks(index: int) -> list[dict[str, Any]]:
     """A dog, a mask without a name and a cat in each image but the second."""
     names = [("dog", 0.5), (None, None), ("cat", 0.25)]
-    masks = [annotation(square(8 * i, place + 2, 5 + place)) for i in range(3)]
-    return [{**m, "label": n, "label_score": s} for m, (n, s) in zip(masks, names, strict=True) if place != 1]
+    masks = [annotation(square(8 * i, index + 2, 5 + index)) for i in range(3)]
+    return [{**m, "label": n, "label_score": s} for m, (n, s) in zip(masks, names, strict=True) if index != 1]
 
 
 @pytest.fixture
@@ -108,6 +108,17 @@ def test_an_export_that_comes_back_keeps_every_name(
     assert names_in(tmp_path / "new") == list(CATEGORIES)
 
 
+def test_a_name_that_looks_like_a_secret_stays_itself(tmp_path: Path) -> None:
+    """`basic` and a long word are an HTTP header, whose value is hidden where it may be one."""
+    categories = [{"id": 1, "name": "basic screwdriver"}, {"id": 2, "name": "Bearer flagpoles"}]
+    (row,) = import_(write_coco(tmp_path / "a.json", categories, [2, 1]), tmp_path / "out")
+    assert row["status"] == "ok", row["error"]
+    assert names_of([row]) == [[("Bearer flagpoles", 1.0), ("basic screwdriver", 1.0)]]
+    assert names_in(tmp_path / "out") == ["basic screwdriver", "Bearer flagpoles"]
+    import_(tmp_path / "a.json", tmp_path / "out")  # finished, and the same
+    export(load_plan(str(tmp_path / "out")), tmp_path / "coco", "coco")
+
+
 def test_an_output_without_names_comes_back_without(tmp_path: Path) -> None:
     plan = write_output(str(tmp_path), ["a.png"], masks=lambda _: [annotation(square(1, 1))])
     for format in ("coco", "sa1b"):
@@ -139,7 +150,7 @@ def test_a_name_in_sa1b_that_its_list_lacks_fails_the_image(plan: Plan, tmp_path
     file.write_text(file.read_text().replace('"label": "dog"', '"label": "wolf"'))
     rows = import_(tmp_path / "sa1b", tmp_path / "new")
     (failed,) = [row for row in rows if row["status"] == "failed"]
-    assert "it has the name 'wolf', which is none of the categories" in failed["error"]
+    assert "it has the name 'wolf', which is not one of the categories" in failed["error"]
 
 
 # --- a person ---------------------------------------------------------------------------------------------------------
@@ -176,6 +187,19 @@ def test_a_persons_category_wins(plan: Plan, tmp_path: Path) -> None:
     assert names_in(tmp_path / "new") == ["dog", "cat", "fox"]
     again = reviewed.import_(source, tmp_path / "new", plan, confident=0.5)
     assert (again.num_shards_skipped, again.changes) == (2, {})
+
+
+def test_new_names_of_a_person_are_no_negatives_elsewhere(plan: Plan, tmp_path: Path) -> None:
+    content = reviewed.export(plan, tmp_path / "there", confident=0.5)
+    content["categories"].append({"id": 9, "name": "fox"})
+    content["annotations"][0]["category_id"] = 9
+    reviewed.import_(reviewed.write(tmp_path / "x.json", content), tmp_path / "new", plan, confident=0.5)
+    export(load_plan(str(tmp_path / "new")), tmp_path / "saco", "saco")
+    pairs = json.loads((tmp_path / "saco" / "saco.json").read_text())["images"]
+    asked = [(pair["file_name"], pair["text_input"]) for pair in pairs]
+    wanted = {(name, text) for name in reviewed.NAMES[:4] for text in CATEGORIES} | {("a/0.png", "fox")}
+    assert set(asked) == wanted
+    assert len(asked) == len(wanted)
 
 
 def test_a_person_names_an_output_without_names(tmp_path: Path) -> None:

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import grimp
 import pytest
+from PIL import Image
 
 import samray
+from samray.cluster import gpus
+from samray.cluster.gpus import num_gpus
 
 ROOT = Path(samray.__file__).resolve().parent
 
@@ -47,6 +50,32 @@ def test_help_is_light() -> None:
 
 def test_sections_and_masks_need_no_torch() -> None:
     assert not loaded_by("import samray; samray.MaskConfig(); samray.load_config('sa1b')") & {"torch", "ray", "pyarrow"}
+
+
+def test_a_driver_needs_no_torch(tmp_path: Path) -> None:
+    """Importing it takes a second of a core. The embedded weights are known by their digest."""
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "in" / "a.png")
+    code = f"""
+from samray.cli.plan_view import print_plan
+from samray.cluster.session import this_machine
+from samray.config import Config
+from samray.pipeline.plan_run import plan_run
+import samray.pipeline.edges, samray.pipeline.embed, samray.pipeline.label_from, samray.pipeline.naming
+print_plan(plan_run({str(tmp_path / "in")!r}, {str(tmp_path / "out")!r}, Config()))
+this_machine()
+"""
+    assert "torch" in loaded_by(code) if num_gpus() else "torch" not in loaded_by(code)
+
+
+def test_a_gpu_is_looked_for_if_there_is_a_driver_of_one(tmp_path: Path) -> None:
+    for name in ("null", "nvme0n1", "nvram"):
+        (tmp_path / name).touch()
+    assert gpus._may_have_gpu(tmp_path) == (sys.platform != "linux")
+    for name in ("nvidia0", "nvidiactl", "kfd", "dxg", "nvhost-gpu"):
+        (tmp_path / name).touch()
+        assert gpus._may_have_gpu(tmp_path)
+        (tmp_path / name).unlink()
 
 
 def test_a_model_is_loaded_without_torchs_compiler() -> None:

@@ -1,4 +1,7 @@
-"""Every kind of input, on disk and on S3: which images it holds, in which order, under which names, and their bytes."""
+"""Every kind of input, on disk and on S3: which images it holds, in which order, under which names, and their bytes.
+
+The file is long because its cases share their helpers.
+"""
 
 from __future__ import annotations
 
@@ -256,9 +259,9 @@ def manifest(kind: str, uris: list[str], column: str = "uri") -> bytes:
 def test_manifests(storage_root: str, kind: str) -> None:
     for uri in MANIFEST_URIS:
         storage.put(storage.resolve(f"{storage_root}/lists", uri), uri.encode())
-    place = f"{storage_root}/lists/all.{kind}"
-    storage.put(place, manifest(kind, [*MANIFEST_URIS, "imgs/gone.jpg"]))
-    table = listed(place)
+    list_uri = f"{storage_root}/lists/all.{kind}"
+    storage.put(list_uri, manifest(kind, [*MANIFEST_URIS, "imgs/gone.jpg"]))
+    table = listed(list_uri)
     assert table["file_name"].to_pylist() == [u.removeprefix("./") for u in MANIFEST_URIS] + ["imgs/gone.jpg"]
     assert table["uri"][0].as_py() == f"{storage_root}/lists/imgs/b 100%.jpg"
     assert fetched(table) == [*(uri.encode() for uri in MANIFEST_URIS), "missing"]
@@ -266,11 +269,11 @@ def test_manifests(storage_root: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
 def test_the_manifests_column_has_a_name(tmp_path: Path, kind: str) -> None:
-    place = str(tmp_path / f"x.{kind}")
-    storage.put(place, manifest(kind, ["a.jpg"], column="path"))
-    assert names_of(place, uri_column="path") == ["a.jpg"]
+    path = str(tmp_path / f"x.{kind}")
+    storage.put(path, manifest(kind, ["a.jpg"], column="path"))
+    assert names_of(path, uri_column="path") == ["a.jpg"]
     with pytest.raises(ConfigError, match="uri"):
-        listed(place)
+        listed(path)
 
 
 def test_absolute_uris_are_named_from_their_common_folder(storage_root: str, tmp_path: Path) -> None:
@@ -365,22 +368,22 @@ def test_hugging_face_images_are_fetched_by_row(storage_root: str) -> None:
     uri = f"{storage_root}/data.parquet"
     storage.put(uri, parquet_of(table, row_group_size=3))
     storage.put(f"{storage_root}/side file.jpg", b"from the file")
-    found = listed(uri)
-    assert found["file_name"][3].as_py() == "row-3/train/3.jpg"  # some have no name, so all are numbered
-    assert found["uri"][3].as_py() == f"{uri}#row=3"
+    rows = listed(uri)
+    assert rows["file_name"][3].as_py() == "row-3/train/3.jpg"  # some have no name, so all are numbered
+    assert rows["uri"][3].as_py() == f"{uri}#row=3"
     want: list[bytes | str] = [f"image {i}".encode() for i in range(7)]
     want += [b"from the file", "missing", b"image 9", "missing"]
-    assert fetched(found) == want
-    assert fetched(found.take([9, 2, 0])) == [b"image 9", b"image 2", b"image 0"]
+    assert fetched(rows) == want
+    assert fetched(rows.take([9, 2, 0])) == [b"image 9", b"image 2", b"image 0"]
 
 
 def test_binary_columns_and_names(tmp_path: Path) -> None:
     for kind in (pa.binary(), pa.large_binary()):
         table = pa.table({"jpeg": pa.array([b"a", b"b"], kind), "file_name": ["1.jpg", "2.jpg"], "uri": ["x", "y"]})
         (tmp_path / "x.parquet").write_bytes(parquet_of(table))
-        found = listed(str(tmp_path / "x.parquet"))
-        assert found["file_name"].to_pylist() == ["1.jpg", "2.jpg"]
-        assert fetched(found) == [b"a", b"b"]
+        rows = listed(str(tmp_path / "x.parquet"))
+        assert rows["file_name"].to_pylist() == ["1.jpg", "2.jpg"]
+        assert fetched(rows) == [b"a", b"b"]
     (tmp_path / "y.parquet").write_bytes(parquet_of(pa.table({"pixels": pa.array([b"a"])})))
     assert names_of(str(tmp_path / "y.parquet"), image_column="pixels") == ["row-0"]
 
@@ -389,9 +392,9 @@ def test_several_parquet_files_keep_equal_names_apart(storage_root: str) -> None
     for part in ("a", "b"):
         images = [{"bytes": part.encode(), "path": "same.jpg"}, {"bytes": b"2", "path": "same.jpg"}]
         storage.put(f"{storage_root}/{part}.parquet", parquet_of(pa.table({"image": pa.array(images, IMAGE)})))
-    found = listed(f"{storage_root}/*.parquet")
-    assert found["file_name"].to_pylist() == [f"{p}/row-{i}/same.jpg" for p in "ab" for i in range(2)]
-    assert fetched(found) == [b"a", b"2", b"b", b"2"]
+    rows = listed(f"{storage_root}/*.parquet")
+    assert rows["file_name"].to_pylist() == [f"{p}/row-{i}/same.jpg" for p in "ab" for i in range(2)]
+    assert fetched(rows) == [b"a", b"2", b"b", b"2"]
 
 
 def test_a_struct_of_other_things_is_no_image(tmp_path: Path) -> None:
@@ -467,8 +470,8 @@ def test_a_disk_that_is_not_mounted_is_no_images_fault(tmp_path: Path) -> None:
     uris = table["uri"].to_pylist()
     for i in range(4):
         (folder / f"{i}.jpg").unlink()
-    found = fetch_images(table.slice(0, 4), InputConfig(), lambda: uris)
-    assert [data.reason for data in found if isinstance(data, ImageError)] == ["missing"] * 4  # others are there
+    images = fetch_images(table.slice(0, 4), InputConfig(), lambda: uris)
+    assert [data.reason for data in images if isinstance(data, ImageError)] == ["missing"] * 4  # others are there
     folder.rename(tmp_path / "unmounted")
     with pytest.raises(StorageError, match="check that the disk is mounted"):
         fetch_images(table, InputConfig(), lambda: uris)
@@ -527,8 +530,8 @@ def test_damage_to_a_row_group_is_that_of_its_images_alone(tmp_path: Path) -> No
     at = pq.ParquetFile(pa.BufferReader(bytes(data))).metadata.row_group(1).column(0).data_page_offset
     data[at : at + 40] = b"\xff" * 40
     (tmp_path / "x.parquet").write_bytes(data)
-    found = fetched(listed(str(tmp_path / "x.parquet")))
-    assert found == [b"0" * 50, b"1" * 50, "unreadable", "unreadable", b"4" * 50, b"5" * 50]
+    contents = fetched(listed(str(tmp_path / "x.parquet")))
+    assert contents == [b"0" * 50, b"1" * 50, "unreadable", "unreadable", b"4" * 50, b"5" * 50]
 
 
 def test_signatures_are_no_part_of_a_name(tmp_path: Path) -> None:
@@ -542,9 +545,9 @@ def test_signatures_are_no_part_of_a_name(tmp_path: Path) -> None:
         "https://h/a/4.png": "4.png",
     }
     (tmp_path / "x.txt").write_text("\n".join(name_of))
-    found = listed(str(tmp_path / "x.txt"))
-    assert found["uri"].to_pylist() == list(name_of)
-    assert found["file_name"].to_pylist() == list(name_of.values())
+    rows = listed(str(tmp_path / "x.txt"))
+    assert rows["uri"].to_pylist() == list(name_of)
+    assert rows["file_name"].to_pylist() == list(name_of.values())
 
 
 def test_more_text_than_pyarrow_takes_from_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -556,4 +559,4 @@ def test_more_text_than_pyarrow_takes_from_at_once(monkeypatch: pytest.MonkeyPat
     assert rows.take(table, places).equals(expected)
     assert rows.take(table["uri"], places).num_chunks > 1
     assert rows.take(table, places[:0]).equals(table.slice(0, 0))
-    assert rows.places_of(["d", None, "x"], table["uri"]) == {0: [4]}
+    assert rows.indices_of(["d", None, "x"], table["uri"]) == {0: [4]}

@@ -57,13 +57,13 @@ def label(plan: Plan, shard: int) -> None:
     records = [
         ImageRecord(
             image_id=row["image_id"],
-            width=0 if place == 1 else 8,
-            height=0 if place == 1 else 6,
+            width=0 if index == 1 else 8,
+            height=0 if index == 1 else 6,
             file_name=row["file_name"],
             uri=row["uri"],
-            error="empty: no bytes" if place == 1 else None,
+            error="empty: no bytes" if index == 1 else None,
         )
-        for place, row in enumerate(plan.read_shard(shard).to_pylist())
+        for index, row in enumerate(plan.read_shard(shard).to_pylist())
     ]
     failures = {"empty": 1} if len(records) > 1 else {}
     stats = {"num_images": len(records), "num_masks": 0, "failures": failures, "stage_seconds": {"decode": 2.0}}
@@ -83,8 +83,8 @@ def test_new_images_get_shards_and_ids_after_the_old_ones(storage_root: str) -> 
     label_all(plan)
     put_images(storage_root, ["a.jpg", "c.jpg", "d.jpg", "e.jpg", "f.jpg"])
     before = {shard: read_shard(plan.output, shard) for shard in range(2)}
-    plan, news = join(plan, input_uri, append=True)
-    assert (news.num_new, news.num_changed) == (5, 0)
+    plan, changes = join(plan, input_uri, append=True)
+    assert (changes.num_new, changes.num_changed) == (5, 0)
     assert (plan.num_images, plan.num_shards, plan.last_generation) == (11, 4, 1)
     assert [plan.num_images_of(shard) for shard in range(4)] == [4, 2, 4, 1]
     rows = [row for shard in range(4) for row in plan.read_shard(shard).to_pylist()]
@@ -99,8 +99,8 @@ def test_new_images_get_shards_and_ids_after_the_old_ones(storage_root: str) -> 
     assert all(read_shard(plan.output, shard).equals(table, check_metadata=True) for shard, table in before.items())
     assert load_plan(plan.output).generations == plan.generations
 
-    again, news = join(load_plan(plan.output), input_uri, append=True)
-    assert (news.num_new, again.last_generation) == (0, 1)
+    again, changes = join(load_plan(plan.output), input_uri, append=True)
+    assert (changes.num_new, again.last_generation) == (0, 1)
     assert storage.exists(storage.join(plan.output, SUCCESS))  # nothing joined, so nothing is missing
 
 
@@ -110,8 +110,8 @@ def test_another_input_may_join_and_resumes_afterwards(storage_root: str) -> Non
     with pytest.raises(ConfigError, match=r"input_uri: .*/in\" there, .*/more/in\" now"):
         plan_of(storage_root, storage.join(second, "in"))
     plan = plan_of(storage_root, storage.join(second, "in"), joining=True)
-    plan, news = join(plan, storage.join(second, "in"), append=True)
-    assert news.num_new == 2  # another file of the same name is another image
+    plan, changes = join(plan, storage.join(second, "in"), append=True)
+    assert changes.num_new == 2  # another file of the same name is another image
     assert plan_of(storage_root, storage.join(second, "in")).num_images == 3
     assert plan_of(storage_root, storage.join(storage_root, "in")).num_images == 3
 
@@ -130,10 +130,10 @@ def test_changed_images_are_told_and_marked_only_on_request(storage_root: str) -
     label_all(plan)
     put_images(storage_root, ["5.jpg"], b"another")
     put_images(storage_root, ["6.jpg"])
-    same, news = join(plan, input_uri)
-    assert (news.num_new, news.num_changed, same.last_generation) == (1, 1, 0)
-    assert news.examples[0].endswith("/in/5.jpg")
-    plan, news = join(plan, input_uri, redo=True)
+    same, changes = join(plan, input_uri)
+    assert (changes.num_new, changes.num_changed, same.last_generation) == (1, 1, 0)
+    assert changes.examples[0].endswith("/in/5.jpg")
+    plan, changes = join(plan, input_uri, redo=True)
     assert (plan.num_images, plan.num_shards, plan.last_generation) == (6, 2, 1)  # the new one was left out
     assert plan.changed_shards() == {1: 1}
     assert plan.changed_images(1, after=0) == {5}
@@ -145,8 +145,8 @@ def test_changed_images_are_told_and_marked_only_on_request(storage_root: str) -
     assert join(plan, input_uri, redo=True)[1].num_changed == 0  # the plan knows by now
 
     put_images(storage_root, ["5.jpg", "0.jpg"], b"and another")
-    plan, news = join(plan, input_uri, append=True, redo=True)
-    assert (news.num_new, news.num_changed, plan.last_generation) == (1, 2, 2)
+    plan, changes = join(plan, input_uri, append=True, redo=True)
+    assert (changes.num_new, changes.num_changed, plan.last_generation) == (1, 2, 2)
     assert plan.changed_shards() == {0: 2, 1: 2}
     assert plan.changed_images(1, after=1) == {5}
     assert [plan.read_shard(shard)["size"].to_pylist() for shard in range(3)] == [[11, 1, 1, 1], [1, 11], [1]]
@@ -163,8 +163,8 @@ def test_dry_run_writes_nothing(tmp_path: Any) -> None:
     input_uri = put_images(str(tmp_path), ["a.jpg"])
     plan = plan_of(str(tmp_path), input_uri)
     put_images(str(tmp_path), ["b.jpg"])
-    _, news = join(plan, input_uri, append=True, dry_run=True)
-    assert news.num_new == 1
+    _, changes = join(plan, input_uri, append=True, dry_run=True)
+    assert changes.num_new == 1
     assert load_plan(plan.output).num_images == 1
 
 
@@ -180,9 +180,9 @@ def test_two_drivers_that_add_at_once_add_each_image_once(tmp_path: Any, monkeyp
 
 
 def test_ids_that_are_taken_are_not_given_again() -> None:
-    held = pa.chunked_array([pa.array([7, 12], pa.int64())])
-    assert image_ids(pa.chunked_array([["sa_5.jpg", "x.jpg"]]), held).to_pylist() == [5, 14]
-    assert image_ids(pa.chunked_array([["sa_12.jpg", "x.jpg"]]), held).to_pylist() == [13, 14]
+    existing = pa.chunked_array([pa.array([7, 12], pa.int64())])
+    assert image_ids(pa.chunked_array([["sa_5.jpg", "x.jpg"]]), existing).to_pylist() == [5, 14]
+    assert image_ids(pa.chunked_array([["sa_12.jpg", "x.jpg"]]), existing).to_pylist() == [13, 14]
     with pytest.raises(ConfigError, match="the maximum is"):
         image_ids(pa.chunked_array([["x.jpg"]]), pa.chunked_array([pa.array([2**47 - 1], pa.int64())]))
 
@@ -233,8 +233,8 @@ def test_compact_is_the_same_rows_in_larger_shards(storage_root: str) -> None:
     assert verify(dest).ok
     put_images(storage_root, ["z.jpg"])
     grown = make_plan(input_uri, dest, config_of(), config_of().identity(), joining=True)
-    grown, news = join(grown, input_uri, append=True)
-    assert (news.num_new, grown.num_images_of(3), grown.num_shards) == (1, 1, 4)
+    grown, changes = join(grown, input_uri, append=True)
+    assert (changes.num_new, grown.num_images_of(3), grown.num_shards) == (1, 1, 4)
     assert grown.generations[1].images_per_shard == 4
 
 

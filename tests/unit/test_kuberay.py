@@ -31,6 +31,7 @@ from tests.support.manifests import (
     check_submission,
     cluster_spec,
     container,
+    documented_commands,
     documents,
     entrypoint,
     groups,
@@ -38,7 +39,6 @@ from tests.support.manifests import (
     quantity,
     ray_document,
     split_submission,
-    told_commands,
 )
 
 CRDS = REPOSITORY.parent / "shared" / "data" / "kuberay"
@@ -98,7 +98,7 @@ def _bad_quantity(document: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plant", "told"),
+    ("plant", "problem"),
     [
         (_misspell, "'backofLimit' was unexpected"),
         (_misplace, "'tolerations' was unexpected"),
@@ -108,12 +108,12 @@ def _bad_quantity(document: dict[str, Any]) -> None:
         (_bad_quantity, "'24 GB' does not match"),
     ],
 )
-def test_planted_faults_are_found(plant: Callable[[dict[str, Any]], None], told: str, schemas: Schemas) -> None:
+def test_planted_faults_are_found(plant: Callable[[dict[str, Any]], None], problem: str, schemas: Schemas) -> None:
     document = ray_document(GPU_JOB)
     plant(document)
-    found = faults(document, schemas)
-    assert found
-    assert all(told in fault for fault in found)
+    problems = faults(document, schemas)
+    assert problems
+    assert all(problem in fault for fault in problems)
 
 
 # ---- commands, by the code that runs them
@@ -131,10 +131,15 @@ def test_entrypoints_are_samrays(path: Path, commands: Commands) -> None:
     assert not re.search(r"[\n'\"\\$`*?#;&|<>()]", entrypoint(path).strip())
 
 
-def test_told_commands_are_samrays(commands: Commands) -> None:
-    told = list(told_commands())
-    assert {where for where, _ in told} >= {"README.md", "docs/deployment/ray.md", GPU_CLUSTER.name, KIND_JOB.name}
-    for _, command in told:
+def test_documented_commands_are_samrays(commands: Commands) -> None:
+    documented = list(documented_commands())
+    assert {where for where, _ in documented} >= {
+        "README.md",
+        "docs/deployment/ray.md",
+        GPU_CLUSTER.name,
+        KIND_JOB.name,
+    }
+    for _, command in documented:
         if command.startswith("ray job submit"):
             options, command = split_submission(command)
             check_submission(options)
@@ -145,7 +150,7 @@ def test_told_commands_are_samrays(commands: Commands) -> None:
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong", "told"),
+    ("right", "wrong", "problem"),
     [
         ("--preset", "--presets", "--presets"),
         ("--preset sa1b", "--preset sa1", "unknown preset 'sa1'"),
@@ -156,16 +161,16 @@ def test_told_commands_are_samrays(commands: Commands) -> None:
         ("samray label", "jobs/autolabel.py", "is no entry point"),  # without python it ends with 126
     ],
 )
-def test_planted_faults_in_an_entrypoint_are_found(right: str, wrong: str, told: str, commands: Commands) -> None:
+def test_planted_faults_in_an_entrypoint_are_found(right: str, wrong: str, problem: str, commands: Commands) -> None:
     line = entrypoint(GPU_JOB)
     assert right in line
-    with pytest.raises(ValueError, match=re.escape(told)):
+    with pytest.raises(ValueError, match=re.escape(problem)):
         commands.run(line.replace(right, wrong))
     assert commands.begun == []
 
 
 def test_a_planted_fault_in_a_submission_is_found() -> None:
-    (line,) = (command for where, command in told_commands() if where == GPU_CLUSTER.name and "submit" in command)
+    (line,) = (command for where, command in documented_commands() if where == GPU_CLUSTER.name and "submit" in command)
     options, _ = split_submission(line)
     check_submission(options)
     with pytest.raises(Exception, match=r"No such option.*--runtime-env-jsons"):
@@ -201,7 +206,7 @@ def test_three_lines_are_to_be_changed() -> None:
     assert entrypoint(GPU_JOB).split()[2:4] == [input, output]
     assert container(groups(ray_document(GPU_JOB))[0])["image"] in image
     marks = [re.findall(r"<-- (\d) of 3", line) for line in lines]
-    assert sorted(mark for found in marks for mark in found) == ["1", "2", "3"]
+    assert sorted(mark for marks_of_page in marks for mark in marks_of_page) == ["1", "2", "3"]
     assert "<-- 1 of 3" in image
 
 
@@ -226,7 +231,7 @@ def test_the_gpu_group_grows_from_nothing_on_spot_nodes(path: Path, commands: Co
     if path == GPU_JOB:
         _, _, config = commands.run(entrypoint(path))
     else:
-        (line,) = (command for where, command in told_commands() if where == path.name and "submit" in command)
+        (line,) = (command for where, command in documented_commands() if where == path.name and "submit" in command)
         _, _, config = commands.run(split_submission(line)[1])
     sizes = choose_sizes(config.cluster, [{"CPU": 0.0}], num_shards=1000)
     limits = container(workers)["resources"]["limits"]
@@ -244,13 +249,13 @@ def test_the_cluster_that_stays_is_the_jobs_cluster() -> None:
 
 def test_a_job_may_finish_what_is_in_flight() -> None:
     needed = ClusterConfig().drain_timeout_s + GIVE_UP_S + LEAVE_S
-    found = [yaml.safe_load(ray_document(path)["spec"]["runtimeEnvYAML"]) for path in (GPU_JOB, KIND_JOB)]
-    for where, command in told_commands():
+    environments = [yaml.safe_load(ray_document(path)["spec"]["runtimeEnvYAML"]) for path in (GPU_JOB, KIND_JOB)]
+    for where, command in documented_commands():
         if where == GPU_CLUSTER.name and "submit" in command:
             options, _ = split_submission(command)
-            found.append(yaml.safe_load(options[options.index("--runtime-env-json") + 1]))
-    assert len(found) == 3
-    for environment in found:
+            environments.append(yaml.safe_load(options[options.index("--runtime-env-json") + 1]))
+    assert len(environments) == 3
+    for environment in environments:
         assert int(environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= needed
 
 

@@ -48,9 +48,9 @@ def example_files(folder: Path, size: tuple[int, int] = (48, 64)) -> tuple[Path,
     return folder / "key.png", folder / "mask.png"
 
 
-def settings(folder: Path, **own: Any) -> Config:
+def settings(folder: Path, **changes: Any) -> Config:
     image, mask = example_files(folder)
-    labels = {"by": "example", "example": str(image), "example_mask": str(mask), "name": "square", **own}
+    labels = {"by": "example", "example": str(image), "example_mask": str(mask), "name": "square", **changes}
     return Config(labels=labels, masks={"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "min_mask_area": 0})
 
 
@@ -130,10 +130,10 @@ def run_of(categories: list[str] | None, **identity: Any) -> dict[str, Any]:
     return {"identity": {**identity, **labels}}
 
 
-def record(**own: Any) -> ImageRecord:
+def record(**columns: Any) -> ImageRecord:
     mask = {
         "segmentation": {"size": [2, 2], "counts": "04"}, "bbox": [0.0, 0.0, 2.0, 2.0], "area": 4, "predicted_iou": 1.0,
-        "stability_score": 1.0, "point_coords": [[1.0, 1.0]], "crop_box": [0.0, 0.0, 2.0, 2.0], **own,
+        "stability_score": 1.0, "point_coords": [[1.0, 1.0]], "crop_box": [0.0, 0.0, 2.0, 2.0], **columns,
     }  # fmt: skip
     return ImageRecord(image_id=0, width=2, height=2, file_name="a", uri="a", annotations=[mask])
 
@@ -157,7 +157,7 @@ def test_names_come_back_from_a_shard(corrects: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "problem"),
+    ("columns", "problem"),
     [
         ({"label": "x", "label_score": 0.5}, None),
         ({"label": None, "label_score": None}, None),
@@ -166,8 +166,8 @@ def test_names_come_back_from_a_shard(corrects: dict[str, Any]) -> None:
         ({"label": "x", "label_score": float("nan")}, "not a number"),
     ],
 )
-def test_verify_checks_names(own: dict[str, Any], problem: str | None) -> None:
-    row = records_to_table([record(**own)], run_of(["x"])).to_pylist()[0]
+def test_verify_checks_names(columns: dict[str, Any], problem: str | None) -> None:
+    row = records_to_table([record(**columns)], run_of(["x"])).to_pylist()[0]
     problems = list(check_image("shard", row, "coco", deep=False))
     assert not problems if problem is None else problem in problems[0]
 
@@ -177,8 +177,8 @@ def test_verify_checks_names(own: dict[str, Any], problem: str | None) -> None:
 
 @pytest.mark.parametrize("design", DESIGNS)
 def test_every_design_gives_named_masks_again_the_same(tmp_path: Path, design: str) -> None:
-    own = {"runs": 4, "vote_thresh": 0.0, "score_thresh": -2.0, "relative_thresh": 0.0, "max_instances": 3}
-    config = settings(tmp_path, design=design, **own)
+    labels = {"runs": 4, "vote_thresh": 0.0, "score_thresh": -2.0, "relative_thresh": 0.0, "max_instances": 3}
+    config = settings(tmp_path, design=design, **labels)
     make = build_generator(micro(), config, read_example(config))
     image = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
     (masks,) = make(None).generate([image])
@@ -243,38 +243,38 @@ def test_relative_thresh_keeps_what_is_near_the_most_similar(tmp_path: Path) -> 
     target = target_of(model, encoded, read_example(config).decode().mask, contrast=True)
     similarity = similarity_map(model, encoded, target)
     for relative in (0.0, 0.5, 0.9):
-        found = find_instances(model, encoded, target, max_instances=8, threshold=-9.0, relative=relative)
+        instances = find_instances(model, encoded, target, max_instances=8, threshold=-9.0, relative=relative)
         least = float(similarity.min() + relative * (similarity.max() - similarity.min()))
-        assert all(one.similarity >= least for one in found)
+        assert all(one.similarity >= least for one in instances)
     none = find_instances(model, encoded, target, max_instances=8, threshold=float(similarity.max()) + 1, relative=0)
     assert none == [], "the absolute threshold counts, too"
 
 
-def recorded_by_the_first_version(config: Config, **own: Any) -> dict[str, Any]:
+def recorded_by_the_first_version(config: Config, **changes: Any) -> dict[str, Any]:
     """The part of a run.json about names as samray wrote it before there was `labels.features`."""
     values = {
         "block": None, "by": "example", "contrast": True, "design": "persam", "grid": 6, "keep": 0.5,
         "max_instances": 10, "pick": "evidence", "points": 3, "runs": 32, "score_thresh": None, "seed": 0,
         "vote_thresh": 0.05,
     }  # fmt: skip
-    return {**values, **read_example(config).identity, "categories": ["square"], **own}
+    return {**values, **read_example(config).identity, "categories": ["square"], **changes}
 
 
-@pytest.mark.parametrize("own", [{}, {"block": 1}, {"contrast": False, "score_thresh": 0.25}])
-def test_an_output_of_the_first_version_goes_on_as_it_began(tmp_path: Path, own: dict[str, Any]) -> None:
-    config = settings(tmp_path, **own)
-    recorded = {**config.identity(), "labels": recorded_by_the_first_version(config, **own)}
+@pytest.mark.parametrize("labels", [{}, {"block": 1}, {"contrast": False, "score_thresh": 0.25}])
+def test_an_output_of_the_first_version_goes_on_as_it_began(tmp_path: Path, labels: dict[str, Any]) -> None:
+    config = settings(tmp_path, **labels)
+    recorded = {**config.identity(), "labels": recorded_by_the_first_version(config, **labels)}
     resumed = config.as_begun(recorded)
     asked = {**resumed.identity(), **labels_identity(resumed, read_example(resumed))}
     refuse_differences("out", recorded, asked, resumed.default_identity())
     assert resumed.labels.is_first_version
     begun_now = {**config.identity(), **labels_identity(config, read_example(config))}
-    assert config.as_begun(begun_now).labels.is_first_version == ("block" in own), "only what it began"
+    assert config.as_begun(begun_now).labels.is_first_version == ("block" in labels), "only what it began"
 
 
-@pytest.mark.parametrize("own", [{"smooth": 4}, {"features": "levels"}, {"block": 1}])
-def test_an_output_of_the_first_version_refuses_other_settings(tmp_path: Path, own: dict[str, Any]) -> None:
-    config = settings(tmp_path, **own)
+@pytest.mark.parametrize("labels", [{"smooth": 4}, {"features": "levels"}, {"block": 1}])
+def test_an_output_of_the_first_version_refuses_other_settings(tmp_path: Path, labels: dict[str, Any]) -> None:
+    config = settings(tmp_path, **labels)
     recorded = {**config.identity(), "labels": recorded_by_the_first_version(config)}
     resumed = config.as_begun(recorded)
     asked = {**resumed.identity(), **labels_identity(resumed, read_example(resumed))}
@@ -316,11 +316,11 @@ def test_clicks_of_the_stitched_designs(tmp_path: Path) -> None:
         assert (picture.shape, left) == ((24, 32 + 30, 3), 32)
         runs = list(generator._clicks(picture.shape[:2], left))
         xy = np.stack([points for points, _ in runs])
-        labels = np.stack([own for _, own in runs])
+        labels = np.stack([kinds for _, kinds in runs])
         on_image = xy[..., 0] >= left
         assert not (on_image & (labels == 0)).any(), "background points are on the example"
         counts[design] = (labels == 1).sum(1)[0], (labels == 0).sum(1)[0], on_image.sum(1)[0]
-        inside = np.concatenate([points[(points[:, 0] < left) & (own == 1)] for points, own in runs])
+        inside = np.concatenate([points[(points[:, 0] < left) & (kinds == 1)] for points, kinds in runs])
         assert ((inside >= 8) & (inside <= 16)).all(), "at half the example's size"
         if design in ("stitched_single", "stitched_negative"):
             assert len(np.unique(xy[on_image], axis=0)) == 9, "every candidate has its turn"

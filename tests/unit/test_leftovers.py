@@ -121,7 +121,7 @@ def test_annotations_that_are_sorted_have_no_names(tmp_path: Path, monkeypatch: 
     from samray.imports.source import open_source
 
     opened = open_source(str(source), None)
-    found = coco.read_images(opened)
-    with coco.sorted_annotations(opened, found, [1], [0]) as (shards, _):
+    in_coco = coco.read_images(opened)
+    with coco.sorted_annotations(opened, in_coco, [1], [0]) as (shards, _):
         assert [path.name for path in tmp_path.iterdir()] == ["in"]
-        assert [(shard, first, len(own[0])) for shard, first, own in shards] == [(0, 0, 5)]
+        assert [(shard, first, len(annotations[0])) for shard, first, annotations in shards] == [(0, 0, 5)]

@@ -1,4 +1,7 @@
-"""Nothing in an INPUT is passed over silently: endings, tars, Parquet of any writer, lists, and what is refused."""
+"""Nothing in an INPUT is passed over silently: endings, tars, Parquet of any writer, lists, and what is refused.
+
+The file is long because its cases share their helpers.
+"""
 
 from __future__ import annotations
 
@@ -517,15 +520,20 @@ def test_a_list_may_spell_its_folder_through_a_link(tmp_path: Path) -> None:
 
 
 def test_a_list_from_elsewhere_names_no_private_server() -> None:
-    from samray.inputs.outside import place_problem
+    from samray.inputs.outside import location_problem
 
-    for place in ("http://127.0.0.1/a", "http://10.0.0.1/a", "http://localhost:80/a", "http://nas/a", "http://[::1]/a",
+    for location in ("http://127.0.0.1/a", "http://10.0.0.1/a", "http://localhost:80/a", "http://nas/a", "http://[::1]/a",
                   "http://0x7f.1/a", "http://printer.local/a", "sftp://192.168.0.1/a", "/etc/passwd"):  # fmt: skip
         for folder in ("s3://bucket/lists", "https://example.org"):
-            assert place_problem(place, folder, allow_outside=False), place
-            assert not place_problem(place, folder, allow_outside=True)
-    for place in ("http://127.0.0.1:8000/a.png", "s3://other/a.png", "https://example.org/a.png", "https://8.8.8.8/a"):
-        assert not place_problem(place, "http://127.0.0.1:8000/lists", allow_outside=False)
+            assert location_problem(location, folder, allow_outside=False), location
+            assert not location_problem(location, folder, allow_outside=True)
+    for location in (
+        "http://127.0.0.1:8000/a.png",
+        "s3://other/a.png",
+        "https://example.org/a.png",
+        "https://8.8.8.8/a",
+    ):
+        assert not location_problem(location, "http://127.0.0.1:8000/lists", allow_outside=False)
 
 
 def test_fifos_sockets_and_devices_are_refused_unopened(tmp_path: Path) -> None:
@@ -621,7 +629,7 @@ def test_lists_without_the_column_say_which_they_have(
 
 
 @pytest.mark.parametrize(
-    ("files", "given", "pattern"),
+    ("files", "typed", "pattern"),
     [
         (["data/train.parquet", "README.md"], "", "data/*.parquet"),
         (["data/train.parquet", "README.md"], "*.parquet", "data/*.parquet"),
@@ -633,13 +641,13 @@ def test_lists_without_the_column_say_which_they_have(
     ],
 )
 def test_the_pattern_that_is_suggested_finds_the_files(
-    tmp_path: Path, files: list[str], given: str, pattern: str
+    tmp_path: Path, files: list[str], typed: str, pattern: str
 ) -> None:
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(ConfigError) as caught:
-        listed(tmp_path / given)
+        listed(tmp_path / typed)
     assert f"name them, as in '{tmp_path / pattern}'" in str(caught.value)
     assert list(tmp_path.glob(pattern))
 
@@ -665,9 +673,9 @@ def test_plan_and_summary_keep_what_was_left_out(tmp_path: Path) -> None:
     assert plan.skipped.lines() == ["1 .txt: not images by their ending"]
     for name in ("b.jpg", "more.txt"):
         (folder / name).write_bytes(b"x")
-    plan, news = join_images(plan, str(folder), config, config.identity(), append=True, redo_changed=False)
-    assert news.skipped is not None
-    assert news.skipped.lines() == ["2 .txt: not images by their ending"]
+    plan, changes = join_images(plan, str(folder), config, config.identity(), append=True, redo_changed=False)
+    assert changes.skipped is not None
+    assert changes.skipped.lines() == ["2 .txt: not images by their ending"]
     assert load_plan(out).skipped.lines() == ["2 .txt: not images by their ending"]
     sink = io.StringIO()
     print_report(LabelReport(out, 2, 1, skipped=plan.skipped.redacted()), Console(file=sink, width=100))
@@ -688,6 +696,6 @@ def test_an_image_that_a_setting_lets_in_has_changed(tmp_path: Path) -> None:
     plan = make_plan(source, out, config, config.identity())
     assert str(fetch_images(plan.read_shard(0), config.input)[0]).startswith("not_allowed")
     trusting = Config(input=InputConfig(allow_outside=True))
-    plan, news = join_images(plan, source, trusting, trusting.identity(), append=False, redo_changed=True)
-    assert news.num_changed == 1
+    plan, changes = join_images(plan, source, trusting, trusting.identity(), append=False, redo_changed=True)
+    assert changes.num_changed == 1
     assert fetch_images(plan.read_shard(0), trusting.input)[0] == b"secret"

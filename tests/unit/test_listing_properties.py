@@ -52,16 +52,16 @@ def test_lists(uris: list[str | None]) -> None:
     """Every URI is a row or counted as a copy, URIs and names are distinct, and nothing outside may be read."""
     rows, skipped = table_of(uris)
     assert rows.num_rows + sum(sum(kinds.values()) for kinds in skipped.counts.values()) == len(uris)
-    found = [uri for uri in rows["uri"].to_pylist() if uri]
-    assert len(found) == len(set(found))
-    assert set(found) >= {
+    listed = [uri for uri in rows["uri"].to_pylist() if uri]
+    assert len(listed) == len(set(listed))
+    assert set(listed) >= {
         storage.resolve("/lists", uri) for uri in uris if uri and "::" not in uri and "#row" not in uri
     }
     names = [name for name in rows["file_name"].to_pylist() if name]
     assert len(names) == len(set(names))
     for uri, container, problem in zip(*(rows[c].to_pylist() for c in ("uri", "container", "problem")), strict=True):
-        place = container or uri
-        inside = place == "" or place.startswith(("/lists/", "s3://", "https://")) or "://" in place
+        location = container or uri
+        inside = location == "" or location.startswith(("/lists/", "s3://", "https://")) or "://" in location
         assert inside or problem is not None, (uri, problem)
     again, _ = table_of(uris)
     assert again.equals(rows)
@@ -124,10 +124,10 @@ def test_tars(members: list[tuple[str, Any]], form: int) -> None:
         data = path.read_bytes()
         for member in index.members:
             content = last[member.name]
-            place, steps = member.name, 0
+            target, steps = member.name, 0
             while isinstance(content, str) and steps < 40:
-                place, steps = posixpath.normpath(posixpath.join(posixpath.dirname(place), content)), steps + 1
-                content = last.get(place)
+                target, steps = posixpath.normpath(posixpath.join(posixpath.dirname(target), content)), steps + 1
+                content = last.get(target)
             if isinstance(content, bytes):
                 assert member.problem is None
                 assert data[member.offset : member.offset + member.size] == content
@@ -151,8 +151,8 @@ def test_damaged_tars(members: list[tuple[str, Any]], flips: list[tuple[int, int
             rows = list_images(str(path), InputConfig()).images
         except ConfigError:
             return
-        for found in fetch_images(rows, InputConfig(max_bytes=2**20)):
-            assert isinstance(found, bytes | ImageError)
+        for fetched in fetch_images(rows, InputConfig(max_bytes=2**20)):
+            assert isinstance(fetched, bytes | ImageError)
 
 
 @pytest.mark.parametrize("text", ["ü\n.png", "a\tb.png", " .png", "\u202e.png", "a" * 300 + ".png"])

@@ -1,4 +1,7 @@
-"""MaskDataset and read_image: what they return, what they leave out, and that they read no more than they must."""
+"""MaskDataset and read_image: what they return, what they leave out, and that they read no more than they must.
+
+The file is long because its cases share their helpers.
+"""
 
 from __future__ import annotations
 
@@ -55,22 +58,22 @@ def test_items_are_as_torchvision_lays_them_out(plan: Plan) -> None:
         assert image.dtype == torch.uint8
         assert image.is_contiguous()
         assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels)
-        found = row["annotations"]
-        number = len(found)
+        annotations = row["annotations"]
+        number = len(annotations)
         assert target["masks"].shape == (number, *pixels.shape[:2])
         assert target["masks"].dtype == torch.bool
-        for mask, annotation in zip(target["masks"], found, strict=True):
+        for mask, annotation in zip(target["masks"], annotations, strict=True):
             assert np.array_equal(mask.numpy(), coco_mask.decode(annotation["segmentation"]))
-        assert target["masks"].sum((1, 2)).tolist() == target["area"].tolist() == [a["area"] for a in found]
-        boxes = np.array([a["bbox"] for a in found]).reshape(-1, 4)
+        assert target["masks"].sum((1, 2)).tolist() == target["area"].tolist() == [a["area"] for a in annotations]
+        boxes = np.array([a["bbox"] for a in annotations]).reshape(-1, 4)
         assert target["boxes"].dtype == torch.float32
         assert np.array_equal(target["boxes"].numpy(), np.c_[boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
         for name, dtype in (("labels", torch.int64), ("iscrowd", torch.int64), ("area", torch.int64)):
             assert (target[name].dtype, target[name].shape) == (dtype, (number,))
         assert target["labels"].eq(1).all()
         assert not target["iscrowd"].any()
-        assert target["predicted_iou"].tolist() == pytest.approx([a["predicted_iou"] for a in found])
-        assert target["stability_score"].tolist() == pytest.approx([a["stability_score"] for a in found])
+        assert target["predicted_iou"].tolist() == pytest.approx([a["predicted_iou"] for a in annotations])
+        assert target["stability_score"].tolist() == pytest.approx([a["stability_score"] for a in annotations])
     with pytest.raises(IndexError):
         dataset[len(dataset)]
     assert dataset[-1][1]["image_id"] == IDS[-1]
@@ -185,8 +188,8 @@ def test_images_that_joined_later_from_a_tar(tmp_path: Path) -> None:
     plan = make_output(str(tmp_path))
     config = load_config(None, None, ["output.images_per_shard=4"])
     tars = make_input(str(tmp_path / "more"), "tar")
-    plan, news = join_images(plan, tars, config, config.identity(), append=True, redo_changed=False)
-    assert news.num_new == 10
+    plan, changes = join_images(plan, tars, config, config.identity(), append=True, redo_changed=False)
+    assert changes.num_new == 10
     label_missing(plan, config)
     dataset = MaskDataset(plan.output)
     ids = [target["image_id"] for _, target in dataset]
@@ -248,7 +251,7 @@ def test_a_run_that_is_not_finished(tmp_path: Path, caplog: pytest.LogCaptureFix
         MaskDataset(plan.output)
 
 
-def test_damaged_shards_are_told(tmp_path: Path) -> None:
+def test_damaged_shards_are_reported(tmp_path: Path) -> None:
     plan = make_output(str(tmp_path))
     uri = shards.shard_uri(plan.output, 1)
     data = storage.read_bytes(uri)
@@ -289,12 +292,12 @@ def large_output(root: Path, number: int = 2000) -> Plan:
     rng = np.random.default_rng(0)
     letters = rng.integers(48, 112, 300 * number, dtype=np.uint8).tobytes().decode()
 
-    def mask(image: int, place: int) -> dict[str, Any]:
+    def mask(image: int, index: int) -> dict[str, Any]:
         first = int(rng.integers(0, len(letters) - 300))
         return {
             "segmentation": {"size": [1024, 1024], "counts": letters[first : first + 300]},
             "bbox": [1.0, 2.0, 3.0, float(image)],
-            "area": image + place,
+            "area": image + index,
             "predicted_iou": 0.9,
             "stability_score": 0.95,
             "point_coords": [[1.0, 1.0]],
@@ -308,7 +311,7 @@ def large_output(root: Path, number: int = 2000) -> Plan:
             height=1024,
             file_name=f"{i}.jpg",
             uri=f"/photos/{i}.jpg",
-            annotations=[] if i % 500 == 77 else [mask(i, place) for place in range(20)],
+            annotations=[] if i % 500 == 77 else [mask(i, index) for index in range(20)],
             error="empty: no bytes" if i % 500 == 77 else None,
         )
         for i in range(number)
@@ -419,9 +422,9 @@ def test_labels_are_the_names_of_the_run(tmp_path: Path) -> None:
     names = ("dog", "cat")
     marks: list[tuple[str | None, float | None]] = [("cat", 0.5), (None, None), ("dog", 0.25)]
 
-    def masks(place: int) -> list[dict[str, Any]]:
-        found = [mask_of(blob(place + i)) for i in range(3 * (place != 1))]
-        return [{**m, "label": n, "label_score": s} for m, (n, s) in zip(found, marks, strict=False)]
+    def masks(index: int) -> list[dict[str, Any]]:
+        annotations = [mask_of(blob(index + i)) for i in range(3 * (index != 1))]
+        return [{**m, "label": n, "label_score": s} for m, (n, s) in zip(annotations, marks, strict=False)]
 
     plan = write_output(str(tmp_path), ["a.png", "b.png"], masks=masks, categories=names)
     for kind in ("bool", "rle", "boxes"):
@@ -444,5 +447,5 @@ def test_an_output_without_names_has_one_class(plan: Plan) -> None:
 def test_a_label_that_the_run_did_not_ask_for_is_damage(tmp_path: Path) -> None:
     mask = {**mask_of(blob(0)), "label": "wolf", "label_score": 0.5}
     plan = write_output(str(tmp_path), ["a.png"], masks=lambda _: [mask], categories=("dog",))
-    with pytest.raises(StorageError, match="has the name 'wolf', which is none of those asked for"):
+    with pytest.raises(StorageError, match="has the name 'wolf', which is not one of those asked for"):
         MaskDataset(plan.output).target(0)

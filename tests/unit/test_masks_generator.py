@@ -220,16 +220,16 @@ def test_stage_seconds_add_up() -> None:
 
 def test_candidates_hold_no_memory_but_their_own() -> None:
     """Or the logits of every mask of an image would stay until its last crop is done."""
-    found: list[Candidates] = []
+    batches: list[Candidates] = []
 
     class Watched(MaskGenerator):
         def _process_image(self, candidates: Candidates, image_hw: tuple[int, int]) -> list[dict[str, Any]]:
-            found.append(candidates)
+            batches.append(candidates)
             return super()._process_image(candidates, image_hw)
 
     Watched(DiscSam(), MaskConfig(points_per_side=4)).generate([grey(60, 80)])  # type: ignore[arg-type]
-    assert len(found[0]) > 1
-    for logits in found[0].logits:
+    assert len(batches[0]) > 1
+    for logits in batches[0].logits:
         assert logits.untyped_storage().nbytes() == logits.nbytes
 
 
@@ -256,10 +256,10 @@ def test_cat_then_index() -> None:
 
 
 def test_a_thread_that_runs_out_of_memory_leaves_nothing_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    held: list[weakref.ref[Tensor]] = []
+    taken: list[weakref.ref[Tensor]] = []
 
     def too_much(self: MaskGenerator, logits: Tensor, *_: Any) -> None:
-        held.append(weakref.ref(logits))
+        taken.append(weakref.ref(logits))
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(MaskGenerator, "_runs", too_much)
@@ -268,8 +268,8 @@ def test_a_thread_that_runs_out_of_memory_leaves_nothing_taken(monkeypatch: pyte
     try:
         with contextlib.suppress(torch.OutOfMemoryError):
             run([grey(60, 60)] * 3, overlaps=True)
-        assert held
-        assert [ref() for ref in held] == [None] * len(held)
+        assert taken
+        assert [ref() for ref in taken] == [None] * len(taken)
     finally:
         gc.enable()
 

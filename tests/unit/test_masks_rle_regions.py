@@ -25,28 +25,33 @@ def some_masks(seed: int, num: int, hw: tuple[int, int]) -> Bool:
     return masks
 
 
+@pytest.mark.parametrize("runs_at_once", [1, 100, 2**13])
 @pytest.mark.parametrize("window", [(9, 7, 0, 0), (9, 3, 0, 2), (4, 7, 5, 0), (4, 3, 2, 1), (1, 1, 8, 6)])
-def test_encode_masks(window: tuple[int, int, int, int]) -> None:
+def test_encode_masks(monkeypatch: pytest.MonkeyPatch, window: tuple[int, int, int, int], runs_at_once: int) -> None:
     """Windows as large as the image, as high, as wide, inside, and a single pixel in its corner."""
+    monkeypatch.setattr(rle, "_RUNS_AT_ONCE", runs_at_once)
     h, w, y0, x0 = window
     image_hw = (9, 7)
     masks = some_masks(1, 30, (h, w))
     encoded = rle.encode_masks(torch.from_numpy(masks), (x0, y0), image_hw)
     assert len(encoded) == len(masks)
-    for mask, counts in zip(masks, encoded, strict=True):
+    boxes, areas = rle.boxes_xyxy(encoded, image_hw).tolist(), rle.areas(encoded).tolist()
+    for mask, counts, xyxy, area in zip(masks, encoded, boxes, areas, strict=True):
         full = np.zeros(image_hw, dtype=bool)
         full[y0 : y0 + h, x0 : x0 + w] = mask
         expected = coco_mask.encode(np.asfortranarray(full, dtype=np.uint8))
         assert rle.compress(counts, image_hw) == {"size": [9, 7], "counts": expected["counts"].decode()}
         assert counts.sum() == 63
-        assert rle.area(counts) == full.sum()
+        assert rle.area(counts) == area == full.sum()
         y, x = np.nonzero(full)
         box = [x.min(), y.min(), x.max(), y.max()] if len(x) else [0, 0, 0, 0]
-        assert rle.box_xyxy(counts, image_hw).tolist() == box
+        assert xyxy == box
 
 
 def test_encode_no_masks() -> None:
     assert rle.encode_masks(torch.zeros(0, 4, 5, dtype=torch.bool), (0, 0), (4, 5)) == []
+    assert rle.boxes_xyxy([], (4, 5)).shape == (0, 4)
+    assert rle.areas([]).shape == (0,)
 
 
 def test_make_disjoint() -> None:
@@ -64,9 +69,9 @@ def test_make_disjoint() -> None:
 def plain_clean(mask: Bool, min_area: int) -> tuple[Bool, bool]:
     """Holes, then islands, by flooding from pixel to pixel."""
 
-    def regions(of: Bool) -> list[list[tuple[int, int]]]:
+    def regions_of(of: Bool) -> list[list[tuple[int, int]]]:
         left = {(int(y), int(x)) for y, x in zip(*np.nonzero(of), strict=True)}
-        found = []
+        components = []
         while left:
             stack = [min(left)]
             left.remove(stack[0])
@@ -77,16 +82,16 @@ def plain_clean(mask: Bool, min_area: int) -> tuple[Bool, bool]:
                 near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
                 left -= near
                 stack += near
-            found.append(region)
-        return sorted(found, key=min)
+            components.append(region)
+        return sorted(components, key=min)
 
     mask, changed = mask.copy(), False
-    for hole in regions(~mask):
+    for hole in regions_of(~mask):
         if len(hole) < min_area:
             changed = True
             for pixel in hole:
                 mask[pixel] = True
-    islands = regions(mask)
+    islands = regions_of(mask)
     largest = max(islands, key=len) if islands else []
     any_large = len(largest) >= min_area
     for island in islands:
@@ -97,19 +102,21 @@ def plain_clean(mask: Bool, min_area: int) -> tuple[Bool, bool]:
     return mask, changed
 
 
-def ours(mask: Bool, min_area: int) -> Bool | None:
-    hw = (mask.shape[0], mask.shape[1])
-    counts = remove_small_regions(rle.encode_array(mask), hw, min_area)
-    if counts is None:
-        return None
-    assert counts.tolist() == rle.encode_array(pixels(counts, hw)).tolist(), "the shortest form"
-    return pixels(counts, hw)
+def ours(masks: list[Bool], min_area: int) -> list[Bool | None]:
+    hw = (masks[0].shape[0], masks[0].shape[1])
+    cleaned: list[Bool | None] = []
+    for counts in remove_small_regions([rle.encode_array(mask) for mask in masks], hw, min_area):
+        cleaned.append(None if counts is None else pixels(counts, hw))
+        if counts is not None:
+            assert counts.tolist() == rle.encode_array(pixels(counts, hw)).tolist(), "the shortest form"
+    return cleaned
 
 
-def region_cases() -> list[tuple[Bool, int]]:
-    """Masks that lie inside, touch one border, or reach from border to border (background in several pieces)."""
+def region_cases() -> list[tuple[list[Bool], int]]:
+    """Masks that lie inside, touch one border, or reach from border to border (background in several pieces), with the
+    area below which their regions are small."""
     rng = np.random.default_rng(4)
-    cases = []
+    cases: dict[int, list[Bool]] = {}
     for number in range(150):
         mask = np.zeros((14, 11), dtype=bool)
         y0, y1 = sorted(rng.choice(15, 2, replace=False))
@@ -118,26 +125,51 @@ def region_cases() -> list[tuple[Bool, int]]:
             y0, y1 = 0, 14
         mask[y0:y1, x0:x1] = rng.random((y1 - y0, x1 - x0)) < rng.choice([0.2, 0.5, 0.8, 1.0])
         if mask.any():
-            cases.append((mask, int(rng.choice([1, 3, 8, 30, 200]))))
-    return cases
+            mask[:, 3:6] |= number % 7 == 0  # whole columns
+            cases.setdefault(int(rng.choice([1, 3, 8, 30, 200])), []).append(mask)
+    return [(masks, min_area) for min_area, masks in cases.items()]
 
 
-def test_remove_small_regions() -> None:
+@pytest.mark.parametrize("runs_at_once", [1, 50, 2**13])
+def test_remove_small_regions(monkeypatch: pytest.MonkeyPatch, runs_at_once: int) -> None:
+    """One mask at a time, some, and all together."""
+    monkeypatch.setattr(rle, "_RUNS_AT_ONCE", runs_at_once)
     num_changed = 0
-    for mask, min_area in region_cases():
-        expected, changed = plain_clean(mask, min_area)
-        cleaned = ours(mask, min_area)
-        assert (cleaned is not None) == changed
-        if cleaned is not None:
-            assert np.array_equal(cleaned, expected)
-            num_changed += 1
+    for masks, min_area in region_cases():
+        for mask, cleaned in zip(masks, ours(masks, min_area), strict=True):
+            expected, changed = plain_clean(mask, min_area)
+            assert (cleaned is not None) == changed
+            if cleaned is not None:
+                assert np.array_equal(cleaned, expected)
+                num_changed += 1
     assert 30 < num_changed < 140
+
+
+def test_remove_small_regions_of_no_masks() -> None:
+    assert remove_small_regions([], (3, 4), 5) == []
+
+
+def test_regions_that_join_far_to_the_right_are_one() -> None:
+    """Combs, whose teeth only the spine at the right end joins, and a spiral."""
+    comb = np.zeros((41, 30), dtype=bool)
+    comb[::2], comb[:, -1] = True, True
+    spiral = np.zeros((41, 30), dtype=bool)
+    top, bottom, left, right = 0, 40, 0, 29
+    while bottom > top and right > left:
+        spiral[top, left : right + 1] = spiral[top:bottom, right] = spiral[bottom, left + 2 : right + 1] = True
+        spiral[top + 2 : bottom + 1, left + 2] = True
+        top, bottom, left, right = top + 2, bottom - 2, left + 2, right - 2
+    for mask in (comb, comb[:, ::-1].copy(), spiral, ~spiral):
+        expected, changed = plain_clean(mask, 25)
+        (cleaned,) = ours([mask], 25)
+        assert (cleaned is not None) == changed
+        assert np.array_equal(mask if cleaned is None else cleaned, expected)
 
 
 def test_remove_small_regions_as_the_reference_does() -> None:
     """With OpenCV, as the published code calls it; of equally large islands that are all small it may keep another."""
     cv2 = pytest.importorskip("cv2", reason="the comparison with OpenCV needs opencv-python-headless")
-    for mask, min_area in region_cases():
+    for mask, min_area in [(mask, min_area) for masks, min_area in region_cases() for mask in masks]:
         num, labels, stats, _ = cv2.connectedComponentsWithStats((~mask).astype(np.uint8), connectivity=8)
         small = [i for i in range(1, num) if stats[i, -1] < min_area]
         filled = mask | np.isin(labels, small)
@@ -147,5 +179,5 @@ def test_remove_small_regions_as_the_reference_does() -> None:
         if not large and np.count_nonzero(sizes == sizes.max()) > 1:
             continue
         expected = np.isin(labels, large or [1 + int(np.argmax(sizes))])
-        cleaned = ours(mask, min_area)
+        (cleaned,) = ours([mask], min_area)
         assert np.array_equal(mask if cleaned is None else cleaned, expected)

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from samray.masks import pixels, prompted
+from samray.masks import nms, pixels, prompted
 from samray.masks.nms import box_nms, mask_nms
 from samray.masks.scores import MASK_THRESHOLD, areas, mask_boxes, stability_scores
 
@@ -67,8 +67,9 @@ def plain_nms(boxes: NDArray[np.float32], scores: NDArray[np.float32], thresh: f
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_box_nms(seed: int) -> None:
+def test_box_nms(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Small integer boxes: many duplicates, many equal scores, boxes without area, IoUs exactly at the threshold."""
+    monkeypatch.setattr(nms, "_BOXES_AT_ONCE", 1 + 13 * seed)
     rng = np.random.default_rng(seed)
     corners = rng.integers(0, 8, (80, 2, 2))
     boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1).astype(np.float32)

@@ -179,8 +179,8 @@ def test_the_generator_gives_the_same_without_tiles(settings: dict[str, Any], mo
         return grids[-1]
 
     monkeypatch.setattr(pixels, "tile_grid_of", recorded)
-    found = masks.generate([blobs(20, (300, 400))])[0]
+    records = masks.generate([blobs(20, (300, 400))])[0]
     assert any(grids), "no tiles: the test proves nothing"
     monkeypatch.setattr(pixels, "tile_grid_of", lambda *_: None)
-    assert len(found) > 10
-    assert masks.generate([blobs(20, (300, 400))])[0] == found
+    assert len(records) > 10
+    assert masks.generate([blobs(20, (300, 400))])[0] == records

@@ -197,8 +197,8 @@ def test_credentials_of_images_come_from_the_list_again(tmp_path: Path) -> None:
     for shard in range(2):
         commit_shard(source.output, shard, records_to_table(records[2 * shard : 2 * shard + 2], source.run))
     planned, _, _ = plan_names(source.output, str(tmp_path / "named"), colour_config("clip"))
-    found = naming._credentials(planned.plan, source, planned.config, [0, 1])
-    assert sorted(uri.rpartition("=")[2] for own in found.values() for uri in own.values()) == [
+    credentials = naming._credentials(planned.plan, source, planned.config, [0, 1])
+    assert sorted(uri.rpartition("=")[2] for of_shard in credentials.values() for uri in of_shard.values()) == [
         "secret0", "secret1", "secret2",
     ]  # fmt: skip
     stored = b"".join(path.read_bytes() for path in (tmp_path / "named").rglob("*") if path.is_file())

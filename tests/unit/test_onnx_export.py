@@ -83,16 +83,16 @@ def test_prompts_give_what_the_model_gives(kind: str, single_mask: bool, tmp_pat
         labels = rng.integers(0, 2, (num_prompts, num_points))
         mask = rng.standard_normal((1, 1, 4 * spec.grid, 4 * spec.grid)).astype(np.float32) * 4
         points = torch.from_numpy(sam.frame.points_in(xy, original_hw)).float()
-        given = clicks_input(sam, decoder, xy[:, 0], original_hw) | {
+        inputs = clicks_input(sam, decoder, xy[:, 0], original_hw) | {
             "point_coords": points.numpy(),
             "point_labels": labels.astype(np.float32),
             "mask_input": mask,
             "has_mask_input": np.float32([has_mask]),
         }
         if spec.frame == "pad":  # as segment-anything's callers do without a box
-            given["point_coords"] = np.pad(given["point_coords"], ((0, 0), (0, 1), (0, 0)))
-            given["point_labels"] = np.pad(given["point_labels"], ((0, 0), (0, 1)), constant_values=-1)
-        found = run(decode, decoder, features | given)
+            inputs["point_coords"] = np.pad(inputs["point_coords"], ((0, 0), (0, 1), (0, 0)))
+            inputs["point_labels"] = np.pad(inputs["point_labels"], ((0, 0), (0, 1)), constant_values=-1)
+        outputs = run(decode, decoder, features | inputs)
         # One by one: `predict` takes a mask for each prompt.
         multimask = not single_mask or (spec.frame == "pad" and num_points == 1)
         for i in range(num_prompts):
@@ -115,15 +115,17 @@ def test_prompts_give_what_the_model_gives(kind: str, single_mask: bool, tmp_pat
             elif spec.frame == "pad" and multimask:  # the best of the three
                 best = int(iou[0].argmax())
                 logits, iou = logits[:, best : best + 1], iou[:, best : best + 1]
-            np.testing.assert_allclose(found["iou_predictions"][i], iou[0].numpy(), atol=1e-5)
+            np.testing.assert_allclose(outputs["iou_predictions"][i], iou[0].numpy(), atol=1e-5)
             if spec.frame == "pad":
-                np.testing.assert_allclose(found["low_res_masks"][i], logits[0].numpy(), atol=1e-3 * logits.abs().max())
+                np.testing.assert_allclose(
+                    outputs["low_res_masks"][i], logits[0].numpy(), atol=1e-3 * logits.abs().max()
+                )
                 logits = sam.frame.masks_out(logits[0], original_hw)[None]
-                assert found["masks"].shape[-2:] == original_hw
+                assert outputs["masks"].shape[-2:] == original_hw
             expected = logits[0].numpy()
-            np.testing.assert_allclose(found["masks"][i], expected, atol=1e-3 * np.abs(expected).max())
-            inside = (found["masks"][i] > 0) & (expected > 0)
-            assert inside.sum() >= 0.999 * ((found["masks"][i] > 0) | (expected > 0)).sum()
+            np.testing.assert_allclose(outputs["masks"][i], expected, atol=1e-3 * np.abs(expected).max())
+            inside = (outputs["masks"][i] > 0) & (expected > 0)
+            assert inside.sum() >= 0.999 * ((outputs["masks"][i] > 0) | (expected > 0)).sum()
 
 
 def test_the_decoder_is_segment_anythings(tmp_path: Path) -> None:
@@ -151,10 +153,10 @@ def test_the_decoder_is_segment_anythings(tmp_path: Path) -> None:
             "has_mask_input": np.zeros(1, np.float32),
             "orig_im_size": np.float32([150, 192]),
         }
-        found = run(decode, decoder, inputs)
+        outputs = run(decode, decoder, inputs)
         with torch.no_grad():
             expected = published(*(torch.from_numpy(inputs[name]) for name in names))
-        for ours, theirs in zip(found.values(), expected, strict=True):
+        for ours, theirs in zip(outputs.values(), expected, strict=True):
             scale = float(theirs.abs().max())
             np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4 * scale)
 
@@ -215,10 +217,10 @@ def test_weights_beyond_the_limit_of_a_file_go_next_to_it(tmp_path: Path) -> Non
     path = tmp_path / "encoder.onnx"
     assert write_graph(encoder, path, max_bytes=0) == [path, tmp_path / "encoder.onnx.data"]
     assert sorted(tmp_path.iterdir()) == [path, tmp_path / "encoder.onnx.data"]
-    given = encoder_input(sam, encoder, blobs(1, (40, 60)))
-    found = run(open_session(path), encoder, given)["image_embeddings"]
-    expected = onnx_export.run_torch(encoder, given)["image_embeddings"]
-    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    inputs = encoder_input(sam, encoder, blobs(1, (40, 60)))
+    embedding = run(open_session(path), encoder, inputs)["image_embeddings"]
+    expected = onnx_export.run_torch(encoder, inputs)["image_embeddings"]
+    np.testing.assert_allclose(embedding, expected, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(

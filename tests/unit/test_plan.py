@@ -15,6 +15,7 @@ from samray.config import Config
 from samray.errors import ConfigError
 from samray.inputs.rows import input_rows
 from samray.output import plan as manifest
+from samray.output.identity import refuse_differences
 from samray.output.manifests import MANIFEST_SCHEMA, Generation, build_manifest, create_generation, image_ids
 from samray.output.plan import Plan, load_plan, make_plan
 from samray.output.schema import MAX_IMAGE_ID
@@ -53,6 +54,22 @@ def test_resuming_does_not_list_again(storage_root: str, monkeypatch: pytest.Mon
         source, output, other := config_of("cluster.max_actors=9", "masks.points_per_batch=3"), other.identity()
     )
     assert again == plan
+
+
+def test_of_long_lists_only_the_differences_are_shown() -> None:
+    names = [f"thing {i}" for i in range(1000)]
+
+    def problem(there: list[str], now: list[str]) -> str:
+        with pytest.raises(ConfigError) as caught:
+            refuse_differences("out", {"labels": {"categories": there}}, {"labels": {"categories": now}}, {})
+        return str(caught.value).splitlines()[1].strip()
+
+    now = ["\u732b", *names[2:]]
+    assert problem(names, now) == (
+        'labels.categories: 1,000 there, 999 now; only there: "thing 0", "thing 1"; only now: "\u732b"'
+    )
+    assert problem(names, names[::-1]).endswith("1,000 there, 1,000 now; the same in another order")
+    assert problem(["caf\u00e9"], ["\udcff"]) == 'labels.categories: ["caf\u00e9"] there, ["\\udcff"] now'
 
 
 def test_another_run_is_refused_with_the_differences(storage_root: str) -> None:

@@ -7,11 +7,15 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from samray.cli.main import main
-from samray.cli.plan_view import cost_rows, work_per_image
+from samray.cli.plan_view import cost_rows, embedding_rows, work_per_image
 from samray.config import Config, MaskConfig, load_config
+from samray.config.model_specs import ModelSpec
 from samray.progress import ProgressView
+from samray.sam.sam import Sam
+from tests.support.micro import FAMILIES, MICRO
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +37,26 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_work_per_image(settings: dict[str, object], passes: int, prompts: int) -> None:
     assert work_per_image(MaskConfig(**settings)) == (passes, prompts)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spec", [MICRO, *FAMILIES], ids=lambda spec: spec.name)
+def test_the_size_of_an_embedding_is_that_of_the_encoders_output(spec: ModelSpec) -> None:
+    with torch.inference_mode():
+        embedding = Sam(spec).eval().encode_images(torch.zeros(1, 3, spec.image_size, spec.image_size))
+    assert spec.embedding_values == embedding.numel()
+
+
+def test_the_plan_says_what_embeddings_take(tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    config = load_config(overrides=["model.name=vit_h", "output.embeddings=float16"])
+    assert embedding_rows(config, output, 1000) == [
+        ("embeddings", "stored as float16, 2.1 MB per image, 2.1 GB in all")
+    ]
+    (_, stored), (title, warning) = embedding_rows(config, output, 10**12)
+    assert stored.endswith("2,097 PB in all")
+    assert title == "WARNING"
+    assert warning.startswith(f"the disk of {tmp_path} has ")
+    assert embedding_rows(config, "s3://bucket/out", 10**12) == [("embeddings", stored)]
 
 
 def test_settings_that_take_days_are_warned_of() -> None:

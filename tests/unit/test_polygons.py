@@ -83,9 +83,9 @@ def test_outlines_of_many_masks_are_those_of_each() -> None:
     runs = [runs_of(blob(seed)) for seed in range(5)]
     together = list(outlines([*runs, np.array([HEIGHT * WIDTH])], (HEIGHT, WIDTH)))  # the last one empty
     assert together[-1] == []
-    for one, found in zip(runs, together, strict=False):
+    for one, outline in zip(runs, together, strict=False):
         (alone,) = outlines([one], (HEIGHT, WIDTH))
-        flat = [[ring.tolist() for ring in rings] for rings in found]
+        flat = [[ring.tolist() for ring in rings] for rings in outline]
         assert flat == [[ring.tolist() for ring in rings] for rings in alone]
 
 

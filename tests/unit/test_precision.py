@@ -12,7 +12,7 @@ import torch
 
 from samray.sam import precision
 from samray.sam.precision import auto_dtype, exact_convolutions
-from samray.sam.sam import Sam
+from samray.sam.sam import Sam, to_device
 from samray.sam.spec import MODELS
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -36,7 +36,7 @@ def convolutions() -> str:
 def test_auto_is_bfloat16_where_a_gpu_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert auto_dtype(CPU) == torch.float32
     for capability, dtype in (((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, version=capability: version)
         assert auto_dtype(CUDA) == dtype
 
 
@@ -105,3 +105,16 @@ assert torch.backends.cudnn.conv.fp32_precision == before
 """
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_copies_to_mps_are_waited_for() -> None:
+    """torch reads the host's memory later, when it may be another tensor's."""
+    copies: list[tuple[str, bool]] = []
+
+    class Recorder:
+        def to(self, device: torch.device, non_blocking: bool) -> None:
+            copies.append((device.type, non_blocking))
+
+    for name in ("cuda", "mps"):
+        to_device(Recorder(), torch.device(name))  # type: ignore[arg-type]
+    assert copies == [("cuda", True), ("mps", False)]

@@ -86,9 +86,9 @@ def test_what_is_wrong_with_a_prompt_is_said_with_image_and_place(tmp_path: Path
         Prompt.parse(value)
     assert problem in str(caught.value)
     uri = write(tmp_path, [{"file_name": "a.png", "prompts": []}, {"file_name": "b.png", "prompts": [CLICK, value]}])
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as raised:
         PromptFile.read(uri)
-    assert str(told.value) == f"input.prompts {uri}, line 2: image 'b.png', prompts[1]: {caught.value}"
+    assert str(raised.value) == f"input.prompts {uri}, line 2: image 'b.png', prompts[1]: {caught.value}"
 
 
 @pytest.mark.parametrize(
@@ -105,10 +105,10 @@ def test_what_is_wrong_with_a_prompt_is_said_with_image_and_place(tmp_path: Path
 )
 def test_what_lies_outside_is_a_fault_of_that_image_alone(tmp_path: Path, value: Any, problem: str | None) -> None:
     uri = write(tmp_path, [{"file_name": "a.png", "prompts": [CLICK, value]}, {"file_name": "b.png", "prompts": [BOX]}])
-    found = PromptFile.read(uri).match(images_of("/in/a.png", "/in/b.png"))
-    said = found.by_place[0][1].problem_in(width=30, height=20)
+    matched = PromptFile.read(uri).match(images_of("/in/a.png", "/in/b.png"))
+    said = matched.by_index[0][1].problem_in(width=30, height=20)
     assert said is None if problem is None else said is not None and said.startswith(problem)
-    assert found.by_place[1] == [Prompt.parse(BOX)]
+    assert matched.by_index[1] == [Prompt.parse(BOX)]
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -142,9 +142,9 @@ def test_parquet_and_json_lines_hold_the_same(storage_root: str) -> None:
     assert table.rows == lines.rows
     assert table.sha256 != lines.sha256
     images = images_of(storage.join(storage_root, "in", "b.png"), storage.join(storage_root, "in", "a.png"))
-    found = table.match(images)
-    assert {place: len(prompts) for place, prompts in found.by_place.items()} == {1: 3, 0: 1}
-    assert (found.num_prompts, found.num_unknown) == (4, 0)
+    matched = table.match(images)
+    assert {index: len(prompts) for index, prompts in matched.by_index.items()} == {1: 3, 0: 1}
+    assert (matched.num_prompts, matched.num_unknown) == (4, 0)
 
 
 def test_the_hash_is_of_the_content(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_texts_are_spelled_as_the_categories(tmp_path: Path) -> None:
     assert spelled == ["RED CAR", None, "dog", "RED CAR"]
     assert file.spelled(texts.values()).identity == file.identity
     common = Asked(["Dog", "cat"])
-    assert common.own(file.prompts) == ["Red  car."], "each once, without those asked of every image"
+    assert common.only_of(file.prompts) == ["Red  car."], "each once, without those asked of every image"
 
 
 # --- which image ----------------------------------------------------------------------------------------------------
@@ -202,9 +202,9 @@ def test_the_uri_wins_and_relative_ones_start_at_the_file(tmp_path: Path) -> Non
         {"file_name": "gone.png", "prompts": [BOX]},
     ]
     images = images_of(f"{tmp_path}/in/a.png", "s3://bucket/b.png")
-    found = PromptFile.read(write(tmp_path, rows)).match(images)
-    assert found.by_place == {0: [Prompt.parse(CLICK)], 1: [Prompt.parse(BOX)]}
-    assert (found.num_unknown, found.unknown) == (1, ["gone.png"])
+    matched = PromptFile.read(write(tmp_path, rows)).match(images)
+    assert matched.by_index == {0: [Prompt.parse(CLICK)], 1: [Prompt.parse(BOX)]}
+    assert (matched.num_unknown, matched.unknown) == (1, ["gone.png"])
 
 
 def test_names_of_several_images_and_rows_for_the_same_one_are_refused(tmp_path: Path) -> None:
@@ -246,9 +246,11 @@ def test_no_message_holds_the_credentials_of_a_uri(tmp_path: Path) -> None:
 def test_prompts_come_to_the_places_of_their_shards(tmp_path: Path) -> None:
     plan = write_output(str(tmp_path), [f"{i}.png" for i in range(8)], images_per_shard=3)
     rows = [{"file_name": f"{i}.png", "prompts": [CLICK] * (i + 1)} for i in (7, 2, 3)]
-    found = PromptFile.read(write(tmp_path, rows)).match(plan.read_images(["uri", "file_name"]))
-    by_shard = found.by_shard(plan, [0, 2])
-    assert {shard: {place: len(own) for place, own in places.items()} for shard, places in by_shard.items()} == {
+    matched = PromptFile.read(write(tmp_path, rows)).match(plan.read_images(["uri", "file_name"]))
+    by_shard = matched.by_shard(plan, [0, 2])
+    assert {
+        shard: {index: len(prompts) for index, prompts in of_shard.items()} for shard, of_shard in by_shard.items()
+    } == {
         0: {2: 3},
         2: {1: 8},
     }
@@ -300,7 +302,7 @@ def test_a_data_set_takes_no_prompts() -> None:
         label_dataset(None, load_config(), phrases_column="tags")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("by", [name for name, way in WAYS.items() if not way.own_phrases])
+@pytest.mark.parametrize("by", [name for name, way in WAYS.items() if not way.takes_image_phrases])
 def test_other_ways_refuse_texts(by: str) -> None:
     labels = {"by": by, **dict.fromkeys(WAYS[by].needs, "x")}
     which = r"labels\.by=grounding_dino, sam3, fastsam, clip or sam_text"

@@ -76,7 +76,7 @@ def test_both_generators_check_their_images() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("point", "words"),
     [
         ({"points": (120, 80)}, "(120, 80), not a list of points; write one point as points=((x, y),)"),
         ({"points": 5}, "not a list of points"),
@@ -84,9 +84,9 @@ def test_both_generators_check_their_images() -> None:
         ({"points": ((1, 2),)}, "points and labels differ in number: 1 and 0"),
     ],
 )
-def test_prompts_of_one_point(given: Any, words: str) -> None:
+def test_prompts_of_one_point(point: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)):
-        Prompt(**given)
+        Prompt(**point)
 
 
 def test_slices_of_a_data_set() -> None:

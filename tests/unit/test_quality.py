@@ -23,9 +23,9 @@ from samray.audit import job as audit_job
 from samray.audit import regions as audit_regions
 from samray.audit import run as audit_run
 from samray.audit.drift import find_drift, holm, windows
-from samray.audit.duplicates import MAX_DISTANCE, first_equal, first_near, found_in
+from samray.audit.duplicates import MAX_DISTANCE, first_equal, first_match, first_near
 from samray.audit.measure import Masks, prefixes
-from samray.audit.outliers import distances, few_and_many
+from samray.audit.outliers import distances, unusual_counts
 from samray.audit.regions import Repeats, find_regions, repeats_in
 from samray.cli.main import main
 from samray.config import InputConfig, load_config
@@ -204,9 +204,9 @@ def test_the_default_place_is_in_the_output(tmp_path: Path) -> None:
     samray.quality(plan.output, progress=False, ray=False)
     assert Path(plan.output, "_samray", "quality", "quality.html").exists()
     rows_of(plan.output)  # still a sound output
-    found = export(plan, tmp_path / "coco", "coco", where="quality.rank <= 4")
-    assert found.num_images + found.num_failed <= 5
-    assert found.num_images >= 3
+    report = export(plan, tmp_path / "coco", "coco", where="quality.rank <= 4")
+    assert report.num_images + report.num_failed <= 5
+    assert report.num_images >= 3
     assert export(plan, tmp_path / "flat", "flat", where="quality.image_id is not null and area > 0").num_images == 9
     # Another check in the same place: what was begun with the first one does not go on with it.
     shutil.rmtree(Path(plan.output, "_samray", "quality"))
@@ -216,13 +216,13 @@ def test_the_default_place_is_in_the_output(tmp_path: Path) -> None:
 
 
 def test_another_check_in_the_same_place_is_read_anew(tmp_path: Path) -> None:
-    place = str(tmp_path)
+    folder = str(tmp_path)
     for rank in (1, 2):
         table = pa.table({"image_id": [7, 3], "rank": [9, rank]})
-        storage.put(storage.join(place, "images", "part-000000.parquet"), audit_job.parquet_bytes(table))
-        storage.put(storage.join(place, "quality.json"), b'{"images": %d}' % rank)
-        found = values_of(place, quality_digest(place), "rank", pa.array([3, 4, None, 7]))
-        assert found.to_pylist() == [rank, None, None, 9]
+        storage.put(storage.join(folder, "images", "part-000000.parquet"), audit_job.parquet_bytes(table))
+        storage.put(storage.join(folder, "quality.json"), b'{"images": %d}' % rank)
+        ranks = values_of(folder, quality_digest(folder), "rank", pa.array([3, 4, None, 7]))
+        assert ranks.to_pylist() == [rank, None, None, 9]
 
 
 # --- with the images -------------------------------------------------------------------------------------------------
@@ -301,14 +301,14 @@ def test_regions_are_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(6)
     pieces = []
     for before in (0, 100):
-        found = Repeats()
+        repeats = Repeats()
         # Ten places that each image has a mask at, a little off, as of a camera that does not move.
         places = np.tile(np.stack([np.arange(10) * 60 + 7, np.arange(10) * 30 + 5], 1), (100, 1))
         places = places + rng.random((1000, 2))
         boxes = np.concatenate([places, np.tile([[30.0, 20.0]], (1000, 1))], axis=1)
         masks = Masks(np.repeat(np.arange(100), 10), boxes, np.full(1000, 450.0), np.tile([[640.0, 480.0]], (1000, 1)))
-        found.add(masks, 0)
-        pieces.append((repeats_in(found, pa.table({"prefix": ["a/"] * 100})), before))
+        repeats.add(masks, 0)
+        pieces.append((repeats_in(repeats, pa.table({"prefix": ["a/"] * 100})), before))
     whole = find_regions(lambda: pieces, {"a/": 200})
     assert whole.table.num_rows >= 10
     monkeypatch.setattr(audit_regions, "MASKS_AT_ONCE", 300)
@@ -323,7 +323,7 @@ def test_near_duplicates_are_those_of_every_pair() -> None:
     # Up to 5 bits away from a seed: some within MAX_DISTANCE of each other, some not.
     hashes = np.concatenate([seeds, *([seeds ^ flips(rng, n) for n in range(1, 6)])])
     has = rng.random(len(hashes)) > 0.1
-    found = first_near(hashes, has)
+    nearest = first_near(hashes, has)
     # Plain: connect all pairs, and take the first of each component.
     parent = list(range(len(hashes)))
 
@@ -338,8 +338,8 @@ def test_near_duplicates_are_those_of_every_pair() -> None:
                 low, high = sorted((root(i), root(j)))
                 parent[high] = low
     wanted = [root(i) if has[i] and root(i) != i else -1 for i in range(len(hashes))]
-    assert found.tolist() == wanted
-    assert 60 < (found >= 0).sum() < 300
+    assert nearest.tolist() == wanted
+    assert 60 < (nearest >= 0).sum() < 300
 
 
 def flips(rng: np.random.Generator, number: int) -> np.ndarray:
@@ -354,16 +354,16 @@ def test_numbers_of_masks_that_vary_much_are_no_alarm() -> None:
         planted = counts.astype(float)
         planted[[7, 8]] = 0, 1000
         z, median = distances("num_masks", planted, np.zeros(200_000, np.int64), 1)
-        few, many = few_and_many(planted, z, median)
-        assert (np.flatnonzero(few).tolist(), np.flatnonzero(many).tolist()) == ([7], [8])
+        has_few, has_many = unusual_counts(planted, z, median)
+        assert (np.flatnonzero(has_few).tolist(), np.flatnonzero(has_many).tolist()) == ([7], [8])
 
 
 def test_equal_hashes_are_found() -> None:
     hashes = np.array([5, 7, 5, 7, 9, 5], np.uint64)
     has = np.array([True, True, True, False, True, True])
     assert first_equal(hashes, has).tolist() == [-1, -1, 0, -1, -1, 0]
-    assert found_in(hashes, has, np.array([1, 9, 5, 5], np.uint64)).tolist() == [2, -1, 2, -1, 1, 2]
-    assert found_in(hashes, has, np.zeros(0, np.uint64)).tolist() == [-1] * 6
+    assert first_match(hashes, has, np.array([1, 9, 5, 5], np.uint64)).tolist() == [2, -1, 2, -1, 1, 2]
+    assert first_match(hashes, has, np.zeros(0, np.uint64)).tolist() == [-1] * 6
     assert first_equal(hashes, np.zeros(6, bool)).tolist() == first_near(hashes, np.zeros(6, bool)).tolist() == [-1] * 6
 
 

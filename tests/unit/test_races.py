@@ -47,8 +47,8 @@ def append(plan: Plan, number: int) -> Plan:
     folder = storage.parent(plan.output)
     source = make_input(storage.join(folder, "in"), number=number)
     config = load_config(None, None, ["output.images_per_shard=4"])
-    plan, news = join_images(plan, source, config, config.identity(), append=True, redo_changed=False)
-    assert news.num_new
+    plan, changes = join_images(plan, source, config, config.identity(), append=True, redo_changed=False)
+    assert changes.num_new
     return plan
 
 

@@ -11,10 +11,10 @@ from samray.train.regions import RegionTree, region_tree
 
 def blocks(height: int = 96, width: int = 128) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """Four noisy rectangles, of which the two on the left have almost the same colour; and the rectangle of a pixel."""
-    place = (np.arange(height)[:, None] >= height // 2) * 2 + (np.arange(width) >= width // 2)
+    quadrant = (np.arange(height)[:, None] >= height // 2) * 2 + (np.arange(width) >= width // 2)
     colours = np.array([[200, 60, 60], [40, 80, 200], [185, 60, 60], [40, 190, 70]])
     noise = np.random.default_rng(0).normal(0, 4, (height, width, 3))
-    return (colours[place] + noise).clip(0, 255).astype(np.uint8), place
+    return (colours[quadrant] + noise).clip(0, 255).astype(np.uint8), quadrant
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def test_a_cut_covers_every_pixel_once(tree: RegionTree, cost: float) -> None:
 
 
 def test_the_regions_to_be_seen_are_found_and_alike_ones_merge_first(tree: RegionTree) -> None:
-    place = blocks()[1]
-    wanted = [place == i for i in range(4)] + [place % 2 == 0]
+    quadrant = blocks()[1]
+    wanted = [quadrant == i for i in range(4)] + [quadrant % 2 == 0]
     large = [tree.mask(int(node)) for node in np.flatnonzero(tree.area > 1000)]
     for region in wanted:
         assert max((mask & region).sum() / (mask | region).sum() for mask in large) > 0.95

@@ -103,35 +103,35 @@ def errors(plan: Plan) -> dict[str, str | None]:
 
 def test_a_run_labels_one_and_records_the_others(tmp_path: Path, config: Config) -> None:
     plan = labelled(tmp_path, config)
-    found = errors(plan)
-    assert found["b.png"] is None
-    assert found["c.png"] is None
-    assert found["d.png"] == f"duplicate: the same bytes as {tmp_path}/in/b.png (input.skip_duplicates)"
+    problems = errors(plan)
+    assert problems["b.png"] is None
+    assert problems["c.png"] is None
+    assert problems["d.png"] == f"duplicate: the same bytes as {tmp_path}/in/b.png (input.skip_duplicates)"
 
 
 def test_appended_images_are_compared_with_those_of_the_output(tmp_path: Path, config: Config) -> None:
     labelled(tmp_path, config)
     folder = put(tmp_path / "in", a=ONE, e=TWO, f=make_image(3, (40, 40)))
-    plan, news = join_images(
+    plan, changes = join_images(
         load_plan(str(tmp_path / "out")), folder, config, config.identity(), append=True, redo_changed=True
     )
     # The name of a.png comes before b.png, but the output has b.png already.
-    assert (news.num_new, news.num_changed) == (3, 0)
+    assert (changes.num_new, changes.num_changed) == (3, 0)
     label_missing(plan, config)
-    found = errors(plan)
-    assert {name for name, error in found.items() if error} == {"a.png", "d.png", "e.png"}
-    assert "/in/b.png" in (found["a.png"] or "")
-    _, news = join_images(plan, folder, config, config.identity(), append=True, redo_changed=True)
-    assert (news.num_new, news.num_changed) == (0, 0)
+    problems = errors(plan)
+    assert {name for name, error in problems.items() if error} == {"a.png", "d.png", "e.png"}
+    assert "/in/b.png" in (problems["a.png"] or "")
+    _, changes = join_images(plan, folder, config, config.identity(), append=True, redo_changed=True)
+    assert (changes.num_new, changes.num_changed) == (0, 0)
 
 
 def test_what_repeats_an_image_that_has_changed_is_labelled(tmp_path: Path, config: Config) -> None:
     labelled(tmp_path, config)
     folder = put(tmp_path / "in", b=make_image(4, (50, 40)))
-    plan, news = join_images(
+    plan, changes = join_images(
         load_plan(str(tmp_path / "out")), folder, config, config.identity(), append=False, redo_changed=True
     )
-    assert (news.num_new, news.num_changed) == (0, 2)
+    assert (changes.num_new, changes.num_changed) == (0, 2)
     assert plan.read_images(["problem"])["problem"].null_count == plan.num_images
 
 

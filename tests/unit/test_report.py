@@ -52,8 +52,8 @@ def images_of(page: str) -> list[dict[str, Any]]:
     )
 
 
-def varied_masks(place: int) -> list[dict[str, Any]]:
-    return nested_masks(place)[: place % 4]
+def varied_masks(index: int) -> list[dict[str, Any]]:
+    return nested_masks(index)[: index % 4]
 
 
 # --- the page as a whole ---
@@ -96,12 +96,12 @@ def test_masks_are_handed_over_largest_first_as_they_lie_in_the_output(tmp_path:
     (image, _) = images_of(page_of(plan))
     assert image["size"] == image["original"] == [WIDTH, HEIGHT]
     whole, apart, part = nested_masks(0)[1], nested_masks(0)[2], nested_masks(0)[0]
-    for index, (given, mask) in enumerate(zip(image["masks"], (whole, apart, part), strict=True)):
-        assert given["area"] == mask["area"]
-        assert given["iou"] == mask["predicted_iou"]
-        assert given["point"] == mask["point_coords"][0]
-        assert given["counts"] == mask["segmentation"]["counts"]  # the image is small: nothing is brought down
-        assert given["id"] == str([1, 2, 0][index])
+    for index, (page_mask, mask) in enumerate(zip(image["masks"], (whole, apart, part), strict=True)):
+        assert page_mask["area"] == mask["area"]
+        assert page_mask["iou"] == mask["predicted_iou"]
+        assert page_mask["point"] == mask["point_coords"][0]
+        assert page_mask["counts"] == mask["segmentation"]["counts"]  # the image is small: nothing is brought down
+        assert page_mask["id"] == str([1, 2, 0][index])
 
 
 def test_figures_say_what_they_rest_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,14 +147,14 @@ def test_rare_reasons_have_an_example_too(tmp_path: Path, monkeypatch: pytest.Mo
     assert "No images to show: none could be labelled." in text
 
 
-def test_missing_shards_are_told(tmp_path: Path) -> None:
+def test_missing_shards_are_reported(tmp_path: Path) -> None:
     text = text_of(page_of(write_output(str(tmp_path), missing_shards=(1,))))
     assert "incomplete: 1 of 3 shards missing" in text
     assert "4 images of 6 planned" in text
 
 
 def test_output_without_any_mask(tmp_path: Path) -> None:
-    page = page_of(write_output(str(tmp_path), num_images=2, masks=lambda place: []))
+    page = page_of(write_output(str(tmp_path), num_images=2, masks=lambda index: []))
     assert "0 masks" in text_of(page)
     assert "Predicted IoU no values" in text_of(page)
     assert len(images_of(page)) == 2
@@ -253,7 +253,7 @@ def test_bars_of_many_names_share_the_last_one() -> None:
 
 def test_damaged_mask_costs_its_image_only(tmp_path: Path) -> None:
     damaged = annotation(block(0, 0, 9, 9), segmentation={"size": [HEIGHT, WIDTH], "counts": "no mask"})
-    plan = write_output(str(tmp_path), num_images=2, masks=lambda place: [damaged] if place else nested_masks(0))
+    plan = write_output(str(tmp_path), num_images=2, masks=lambda index: [damaged] if index else nested_masks(0))
     page = page_of(plan)
     assert [len(image["masks"]) for image in images_of(page)] == [3, 0]
     assert "annotation 0 does not fit its image" in text_of(page)
@@ -262,7 +262,7 @@ def test_damaged_mask_costs_its_image_only(tmp_path: Path) -> None:
 def test_masks_without_scores_or_points(tmp_path: Path) -> None:
     """As imported ones may be; NaN would be no JSON."""
     bare = [annotation(block(0, 0, 9, 9), predicted_iou=None, stability_score=float("nan"), point_coords=[])]
-    page = page_of(write_output(str(tmp_path), num_images=2, masks=lambda place: bare))
+    page = page_of(write_output(str(tmp_path), num_images=2, masks=lambda index: bare))
     mask = images_of(page)[0]["masks"][0]
     assert (mask["iou"], mask["stability"], mask["point"]) == (None, None, None)
     assert "Click points" not in text_of(page)
@@ -317,20 +317,20 @@ def test_masks_are_brought_down_to_the_nearest_pixels(target: tuple[int, int]) -
     rows = ((np.arange(target[0]) + 0.5) * HEIGHT / target[0]).astype(int)
     columns = ((np.arange(target[1]) + 0.5) * WIDTH / target[1]).astype(int)
     for mask, counts in zip(masks, scaled_counts(runs, (HEIGHT, WIDTH), target), strict=True):
-        found = coco_mask.decode({"size": list(target), "counts": counts.encode()})
-        assert (found == mask[rows][:, columns]).all()
+        decoded = coco_mask.decode({"size": list(target), "counts": counts.encode()})
+        assert (decoded == mask[rows][:, columns]).all()
 
 
 def test_mask_between_the_pixels_keeps_one() -> None:
     specks = [block(y, x, y + 1, x + 1) for y, x in ((0, 0), (59, 79), (31, 40))] + [block(0, 0, 0, 0)]
     runs = [run for m in specks if (run := run_lengths(annotation(m)["segmentation"]["counts"])) is not None]
-    found = [
+    shares = [
         coco_mask.decode({"size": [6, 8], "counts": counts.encode()})
         for counts in scaled_counts(runs, (HEIGHT, WIDTH), (6, 8))
     ]
-    assert [mask.sum() for mask in found] == [1, 1, 1, 0]
-    assert found[0][0, 0]
-    assert found[1][5, 7]
+    assert [mask.sum() for mask in shares] == [1, 1, 1, 0]
+    assert shares[0][0, 0]
+    assert shares[1][5, 7]
 
 
 def test_histogram_counts_every_value_once() -> None:

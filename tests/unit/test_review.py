@@ -35,16 +35,18 @@ def test_only_sure_masks_are_exported_and_the_rest_is_listed_by_need(plan: Plan,
     assert len(coco.getImgIds()) == 4
     rows = rows_of(plan.output)
     for image in coco.loadImgs(coco.getImgIds()):
-        found = coco.loadAnns(coco.getAnnIds(image["id"]))
-        assert [mask["attributes"]["samray_id"] % 65536 for mask in found] == ([] if image["id"] == 3 else [0, 3, 4])
+        annotations = coco.loadAnns(coco.getAnnIds(image["id"]))
+        assert [mask["attributes"]["samray_id"] % 65536 for mask in annotations] == (
+            [] if image["id"] == 3 else [0, 3, 4]
+        )
         wanted = {mask["id"]: mask for mask in rows[image["file_name"]]["annotations"]}
-        for mask in found:
+        for mask in annotations:
             assert mask["id"] == mask["attributes"]["samray_id"] + 1
             assert np.array_equal(decoded(mask), decoded(wanted[mask["attributes"]["samray_id"]]))
     listed = list(csv.reader((tmp_path / "coco" / "review.csv").read_text().splitlines()))
     sides = {0: 5, 1: 6, 2: 7}
-    covered = {place: int(sum(square(x, y, side) for x, y in ((0, 0), (0, 10), (10, 10))).astype(bool).sum())
-               for place, side in sides.items()}  # fmt: skip
+    covered = {index: int(sum(square(x, y, side) for x, y in ((0, 0), (0, 10), (10, 10))).astype(bool).sum())
+               for index, side in sides.items()}  # fmt: skip
     assert listed == [
         ["image_id", "file_name", "kept", "left_out", "uncovered"],
         ["3", "c.png", "0", "0", "1.0000"],
@@ -58,9 +60,9 @@ def test_bounds_are_inclusive_and_of_equal_need_more_left_out_comes_first(
 ) -> None:
     monkeypatch.setattr(export_job, "sizes_of", lambda fmt, options: (per_piece, None))
 
-    def masks(place: int) -> list[dict[str, Any]]:
+    def masks(index: int) -> list[dict[str, Any]]:
         sure = annotation(square(2, 2), predicted_iou=0.9, stability_score=0.95)
-        return [sure] + [annotation(square(4, 4), predicted_iou=0.89)] * place
+        return [sure] + [annotation(square(4, 4), predicted_iou=0.89)] * index
 
     plan = write_output(str(tmp_path), ['"x", y.png', "y.png", "z.png"], masks=masks)
     content = export(plan, tmp_path / "coco", confident=0.9, stable=0.95)
@@ -83,7 +85,7 @@ def test_no_bounds_no_review_and_a_bound_of_0_reviews_all(plan: Plan, tmp_path: 
         export(plan, tmp_path / "plain", confident=0)
 
 
-def test_each_file_has_a_list_beside_it(plan: Plan, tmp_path: Path) -> None:
+def test_each_file_has_a_list_next_to_it(plan: Plan, tmp_path: Path) -> None:
     report = samray.export(
         plan.output, tmp_path / "x", format="coco", stable=0.95, images_per_file=3, polygons=True, progress=False
     )
@@ -91,7 +93,7 @@ def test_each_file_has_a_list_beside_it(plan: Plan, tmp_path: Path) -> None:
         "instances-000000.json", "review-000000.csv", "instances-000001.json", "review-000001.csv"
     ]  # fmt: skip
     lines = [(tmp_path / "x" / f"review-00000{i}.csv").read_text().splitlines() for i in (0, 1)]
-    assert [len(own) for own in lines] == [4, 2]  # with the header; the second file's last image failed
+    assert [len(rows) for rows in lines] == [4, 2]  # with the header; the second file's last image failed
 
 
 def test_areas_of_unions() -> None:

@@ -83,12 +83,12 @@ def test_a_state_actor_that_does_not_answer_is_no_sign_that_nothing_is_in_flight
     began = time.monotonic()
     asked: list[float] = []
 
-    def snapshot(ref: object, timeout: float) -> dict[int, int]:
+    def snapshot(ref: object, timeout: float) -> tuple[dict[int, int], int]:
         at = time.monotonic() - began
         asked.append(at)
         if at < 1.0 and len(asked) % 3 == 0:  # later each answer counts, or the drain would begin again
             raise ray.exceptions.GetTimeoutError("slow")
-        return {7: 3} if at < 1.0 else {}
+        return ({7: 3} if at < 1.0 else {}), 0
 
     def does(answer: object = None) -> SimpleNamespace:
         return SimpleNamespace(remote=lambda *args, **options: answer)
@@ -98,7 +98,7 @@ def test_a_state_actor_that_does_not_answer_is_no_sign_that_nothing_is_in_flight
     cluster = SimpleNamespace(cluster=SimpleNamespace(drain_timeout_s=60.0))
     history = SimpleNamespace(save=lambda every_s=0.0: None)
     one: Any = SimpleNamespace(
-        view=view, todo={7: False}, config=cluster, history=history, plan=SimpleNamespace(num_images=3)
+        view=view, todo={7: False}, config=cluster, history=history, plan=SimpleNamespace(num_images=3), tiles={}
     )
     stream: Any = _Stream()
     drive.drive(stream, one, SimpleNamespace(end=does(), stop=does(), snapshot=does()), StopRequest(signal.SIGTERM))

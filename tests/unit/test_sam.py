@@ -283,8 +283,8 @@ def test_a_narrow_model_stays_near_float32(model: Sam) -> None:
 def test_narrow_leaves_the_prompts_side_exact(model: Sam) -> None:
     half = narrowed(model)
     assert half.dtype == torch.bfloat16
-    narrow = {name for name, p in half.named_parameters() if p.dtype == torch.bfloat16}
-    assert narrow == {
+    in_bfloat16 = {name for name, p in half.named_parameters() if p.dtype == torch.bfloat16}
+    assert in_bfloat16 == {
         name
         for name, _ in half.named_parameters()
         if name.startswith(("image_encoder.", "mask_decoder.output_upscaling.")) or ".norm4." in name

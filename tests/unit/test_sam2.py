@@ -119,8 +119,8 @@ def test_mask_settings_follow_the_family() -> None:
         assert (masks.pred_iou_thresh, masks.stability_score_thresh) == (0.8, 0.95)
     assert load_config("sam2").model.name == "sam2.1_l"
     assert load_config(None, None, ["model.name=vit_b"]).masks.pred_iou_thresh == 0.88
-    given = load_config(None, None, ["model.name=sam2.1_t", "masks.pred_iou_thresh=0.7"]).masks
-    assert given.pred_iou_thresh == 0.7
+    config = load_config(None, None, ["model.name=sam2.1_t", "masks.pred_iou_thresh=0.7"]).masks
+    assert config.pred_iou_thresh == 0.7
 
 
 # --- networks ------------------------------------------------------------------------------------------------------
@@ -156,8 +156,8 @@ def test_both_generators_work_in_the_square_frame(sam: Sam, image_hw: tuple[int,
         Prompt(box=(2, 3, width - 9, height - 8)),
         Prompt(points=((width / 3, height / 2),), labels=(1,), box=(2, 3, width - 9, height - 8)),
     ]
-    (found,) = PromptedGenerator(sam, MaskConfig()).generate([image], [prompts])
-    assert len(found) == 3
+    (records,) = PromptedGenerator(sam, MaskConfig()).generate([image], [prompts])
+    assert len(records) == 3
 
 
 def test_the_image_side_in_bfloat16(sam: Sam) -> None:

@@ -46,8 +46,8 @@ def copy(network: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(network, tmp_path / "copy"))
 
 
-def settings(network: Path, **own: Any) -> Config:
-    return Config(labels={"by": "sam3", "phrases": ["cat", "Dog"], "checkpoint": str(network), **own})
+def settings(network: Path, **changes: Any) -> Config:
+    return Config(labels={"by": "sam3", "phrases": ["cat", "Dog"], "checkpoint": str(network), **changes})
 
 
 def segmenter_of(folder: Path, phrases: list[str]) -> Segmenter:
@@ -80,8 +80,8 @@ def test_the_plan_shows_the_network_that_makes_the_masks(
     monkeypatch.setenv("COLUMNS", "400")
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"x")
-    own = ["labels.by=sam3", "labels.phrases=[cat,dog]", f"labels.checkpoint={network}", "--dry-run"]
-    assert main(["label", str(tmp_path / "in"), str(tmp_path / "out"), *own]) == 0
+    options = ["labels.by=sam3", "labels.phrases=[cat,dog]", f"labels.checkpoint={network}", "--dry-run"]
+    assert main(["label", str(tmp_path / "in"), str(tmp_path / "out"), *options]) == 0
     text = " ".join(capsys.readouterr().err.split())
     assert "masks by SAM 3 (no other model is loaded), 2 phrases: cat, dog" in text
     assert f"network {network} (SHA-256 {digest(network)[:12]}...)" in text
@@ -139,8 +139,8 @@ def test_a_network_that_the_hub_does_not_give_says_how_to_get_it(monkeypatch: py
 
 
 def detector(settings: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = settings["detector_config"]
-    return found
+    detector_config: dict[str, Any] = settings["detector_config"]
+    return detector_config
 
 
 def of_detector(part: str, **change: Any) -> Callable[[dict[str, Any]], None]:
@@ -198,8 +198,8 @@ def test_a_detector_alone_is_the_same_network(network: Path, copy: Path) -> None
     processor = json.loads((copy / "processor_config.json").read_text())
     (copy / "processor_config.json").unlink()
     (copy / "preprocessor_config.json").write_text(json.dumps(processor["image_processor"]))
-    found = find_network(str(copy), ("sam3",), "sam3")
-    one, two = segmenter_of(network, ["cat"]), Segmenter(found, ["cat"], CPU)
+    remote = find_network(str(copy), ("sam3",), "sam3")
+    one, two = segmenter_of(network, ["cat"]), Segmenter(remote, ["cat"], CPU)
     scores = [next(each.find(each.encode(IMAGE), score_thresh=0, phrases_at_once=1)).scores for each in (one, two)]
     torch.testing.assert_close(*scores)
 
@@ -208,6 +208,9 @@ def test_a_phrase_that_does_not_fit_the_network_is_named(tmp_path: Path) -> None
     folder = write_sam3(tmp_path / "short", texts=6)
     with pytest.raises(ConfigError, match=r"'cat dog cat dog cat' has 5 tokens, and this network takes 4"):
         segmenter_of(folder, ["cat", "cat dog cat dog cat"])
+    with pytest.raises(ConfigError, match=r"^labels\.phrases: 'cat dog cat dog cat' has 5 tokens"):
+        read_inputs(settings(folder, phrases=["cat", "cat dog cat dog cat"]))
+    assert read_inputs(settings(folder, phrases=["cat dog", "cat dog cat dog"])).categories
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
@@ -220,7 +223,9 @@ def test_image_and_phrases_are_encoded_once(network: Path, number: int, monkeypa
     texts: list[int] = []
     of_texts = Sam3Model.get_text_features
     monkeypatch.setattr(
-        Sam3Model, "get_text_features", lambda self, **own: texts.append(len(own["input_ids"])) or of_texts(self, **own)
+        Sam3Model,
+        "get_text_features",
+        lambda self, **arguments: texts.append(len(arguments["input_ids"])) or of_texts(self, **arguments),
     )
     config = settings(network, phrases=[f"n{i}" for i in range(number)], score_thresh=0.45)
     make = build_generator(CPU, config, read_inputs(config))
@@ -233,10 +238,10 @@ def test_image_and_phrases_are_encoded_once(network: Path, number: int, monkeypa
     masks = generator.generate([IMAGE, IMAGE])
     assert sum(texts) == number
     assert masks[0] == masks[1]
-    found = {mask["label"] for mask in masks[0]}
-    assert counts == {"image": 2, "fusion": 2 * number, "masks": 2 * len(found)}
+    labels = {mask["label"] for mask in masks[0]}
+    assert counts == {"image": 2, "fusion": 2 * number, "masks": 2 * len(labels)}
     if number > 1:
-        assert 0 < len(found) < number
+        assert 0 < len(labels) < number
 
 
 def test_an_image_in_which_nothing_is_found_has_no_masks(network: Path) -> None:
@@ -250,9 +255,9 @@ def test_little_memory_gives_the_same_masks(network: Path) -> None:
     usual = make(None)
     usual.phrases_at_once = 8
     assert make(1).phrases_at_once == 1
-    (many,), (few,) = usual.generate([IMAGE]), make(1).generate([IMAGE])
+    (many,), (one_by_one,) = usual.generate([IMAGE]), make(1).generate([IMAGE])
     assert many
-    assert [(one["label"], one["bbox"]) for one in many] == [(one["label"], one["bbox"]) for one in few]
+    assert [(one["label"], one["bbox"]) for one in many] == [(one["label"], one["bbox"]) for one in one_by_one]
 
 
 @pytest.mark.parametrize("hw", [(1, 1), (1, 3000), (3000, 1), (3, 5)])
@@ -289,19 +294,21 @@ def test_own_phrases_are_as_if_asked_of_all_and_are_encoded_once(
     texts: list[int] = []
     of_texts = Sam3Model.get_text_features
     monkeypatch.setattr(
-        Sam3Model, "get_text_features", lambda self, **own: texts.append(len(own["input_ids"])) or of_texts(self, **own)
+        Sam3Model,
+        "get_text_features",
+        lambda self, **arguments: texts.append(len(arguments["input_ids"])) or of_texts(self, **arguments),
     )
     prompts = [Prompt(text="red car"), Prompt(text="Dog"), Prompt(text="CAT")]
-    found = generator.generate([IMAGE, IMAGE, IMAGE], [prompts, [], prompts[1:]])
+    results = generator.generate([IMAGE, IMAGE, IMAGE], [prompts, [], prompts[1:]])
     assert texts == [1, 1], "each own phrase once, although two images have it"
     every = settings(network, phrases=["cat", "red car", "Dog"], score_thresh=0.3)
     (wanted,) = build_generator(CPU, every, read_inputs(every))(None).generate([IMAGE])
     asked = [["cat", "red car", "Dog"], ["cat"], ["cat", "Dog"]]
-    for own, phrases in zip(found, asked, strict=True):
-        assert [one["phrase"] for one in own.presence] == phrases
+    for arguments, phrases in zip(results, asked, strict=True):
+        assert [one["phrase"] for one in arguments.presence] == phrases
         scores = {one["phrase"]: one["score"] for one in wanted.presence}
-        assert [one["score"] for one in own.presence] == pytest.approx([scores[p] for p in phrases], abs=1e-5)
-        assert [(m["label"], m["bbox"]) for m in own] == [
+        assert [one["score"] for one in arguments.presence] == pytest.approx([scores[p] for p in phrases], abs=1e-5)
+        assert [(m["label"], m["bbox"]) for m in arguments] == [
             (m["label"], m["bbox"]) for m in wanted if m["label"] in phrases
         ]
     assert {mask["label"] for mask in wanted} & {"red car", "Dog"}

@@ -22,14 +22,14 @@ def run(*arguments: object) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_resume_finds_what_was_left_and_every_failure(tmp_path: Path) -> None:
-    found = run("plan", "--images", 1000, "--left", 3, "--failed", 0.1, "--folder", tmp_path)
-    assert (found["plan"]["images"], found["plan"]["shards"]) == (1000, 16)
-    resumes = [found["resume_with_all_footers_read"], found["resume"]]
+    figures = run("plan", "--images", 1000, "--left", 3, "--failed", 0.1, "--folder", tmp_path)
+    assert (figures["plan"]["images"], figures["plan"]["shards"]) == (1000, 16)
+    resumes = [figures["resume_with_all_footers_read"], figures["resume"]]
     assert [resume["shards_to_do"] for resume in resumes] == [3, 3]
     assert resumes[0]["failed_images"] == resumes[1]["failed_images"] > 0
 
 
 def test_paper_multiplies() -> None:
-    found = run("paper", "--images", 3600, "--gpus", 2, "--efficiency", 0.5, "--seconds", 1, "--shares", 0.5)
-    assert found["1 s an image"] == {"s_per_image": 1.0, "gpu_hours": 2.0, "hours": 1.0}
-    assert found["sa1b"]["tflop_per_image"] == pytest.approx(21 * 5.9 + 3072 * 1.65e-3)
+    figures = run("paper", "--images", 3600, "--gpus", 2, "--efficiency", 0.5, "--seconds", 1, "--shares", 0.5)
+    assert figures["1 s an image"] == {"s_per_image": 1.0, "gpu_hours": 2.0, "hours": 1.0}
+    assert figures["sa1b"]["tflop_per_image"] == pytest.approx(21 * 5.9 + 3072 * 1.65e-3)

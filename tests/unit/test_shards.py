@@ -121,8 +121,8 @@ def test_footer_and_row_groups_grow_together() -> None:
     thousand = pa.concat_tables([one] * 1000).combine_chunks()
     small, large = pa.concat_tables([thousand] * 3), pa.concat_tables([thousand] * 300)
     assert shards.rows_per_group(large) == pytest.approx(10 * shards.rows_per_group(small), rel=0.1)
-    few = pa.concat_tables([one] * 10)
-    assert shards.rows_per_group(few) >= 10
+    table = pa.concat_tables([one] * 10)
+    assert shards.rows_per_group(table) >= 10
     assert shards.rows_per_group(one.slice(0, 0)) == 1
 
 
@@ -156,7 +156,7 @@ def test_only_shards_count_as_done(output_root: str) -> None:
     assert shards.done_shards(output_root) == {0, 12, 1_234_567}
 
 
-def test_a_damaged_shard_is_told(output_root: str) -> None:
+def test_a_damaged_shard_is_reported(output_root: str) -> None:
     storage.put(shards.shard_uri(output_root, 0), b"PAR1 torn")
     with pytest.raises(StorageError, match=r"shard-000000\.parquet is damaged"):
         shards.read_shard(output_root, 0)

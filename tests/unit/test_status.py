@@ -17,13 +17,14 @@ from rich.console import Console
 from samray import storage
 from samray.cli import status_view
 from samray.cli.main import main
-from samray.cli.status_view import line, sentence, table
+from samray.cli.status_view import line, rows, sentence, table
 from samray.config import load_config
 from samray.output import sample, shards, status
 from samray.output.manifests import Generation, create_generation
 from samray.output.plan import Plan, make_plan
 from samray.output.schema import ImageRecord, records_to_table
 from samray.output.status import Footers, Status, run_status
+from samray.output.tile_files import TileFiles
 from tests.support.handmade import annotation, blob, write_output
 
 PER_SHARD = 2
@@ -211,6 +212,26 @@ def test_stalled_is_relative_to_the_usual_pace(disk_plan: Plan) -> None:
     assert run_status(disk_plan.output).state == "running"  # somebody has just begun a shard
 
 
+def test_tiles_of_a_large_image_are_shown_and_are_a_sign_of_life(storage_root: str) -> None:
+    """A run that labelled one large image for more than half an hour counted as stalled."""
+    plan = planned(storage_root, 4)
+    commit(plan, 0)
+    assert run_status(plan.output).num_tiles_done == 0
+    row = {"image_id": 3, "uri": "a.png", "size": 10, "etag": None}
+    for number in (0, 2):
+        TileFiles(plan.output, 1, row, 0).put(number, [], {})
+    TileFiles(plan.output, 0, row, 0).put(0, [], {})  # left by a kill: its shard is done
+    status = run_status(plan.output)
+    assert status.num_tiles_done == 2
+    assert ("tiles", "2 of large images in shards that are not done") in rows(status)
+    if storage.is_local(plan.output):
+        for entry in storage.list_files(plan.output):
+            os.utime(entry.uri, (1e9, 1e9))
+        assert run_status(plan.output).state == "stalled"
+        TileFiles(plan.output, 1, row, 0).put(3, [], {})
+        assert run_status(plan.output).state == "running"
+
+
 def test_a_clock_that_is_behind_sees_no_future(disk_plan: Plan) -> None:
     commit(disk_plan, 0)
     commit(disk_plan, 1)
@@ -250,9 +271,9 @@ def test_of_many_shards_a_sample_is_read_once_and_said_to_be_one(
     plan = planned(str(tmp_path), 60)
     for shard in range(20):
         commit(plan, shard, "empty" if shard % 4 == 0 else None)
-    held: Footers = {}
+    footers: Footers = {}
 
-    seen = run_status(plan.output, held)
+    seen = run_status(plan.output, footers)
 
     assert len(read) == len(set(read)) <= 8
     assert (seen.num_shards_read, seen.num_shards_done, seen.estimated) == (len(read), 20, True)
@@ -260,11 +281,11 @@ def test_of_many_shards_a_sample_is_read_once_and_said_to_be_one(
     assert seen.gpu_seconds == pytest.approx(20 * 36)
     assert "about" in status_view.plain(seen)
     assert f"{len(read)} shards of 20" in status_view.plain(seen)
-    run_status(plan.output, held)
+    run_status(plan.output, footers)
     before = len(read)
     for shard in range(20, 30):
         commit(plan, shard)
-    run_status(plan.output, held)
+    run_status(plan.output, footers)
     assert len(read) <= before + 3  # most of the sample is that of the look before
     assert not set(read[:before]) & set(read[before:])
 
@@ -290,11 +311,11 @@ def test_the_command_on_disk_and_s3(storage_root: str, capsys: pytest.CaptureFix
 
 
 def test_no_labelled_image_has_no_price() -> None:
-    found = Status(
+    status = Status(
         output="x", state="running", num_shards=2, num_shards_done=1, num_shards_begun=0, num_images=4,
         num_images_done=2, num_shards_read=1, failures={"empty": 2}, gpu_seconds=36.0, gpu_price_per_hour=2.0,
     )  # fmt: skip
-    assert "cost" not in dict(status_view.rows(found))
+    assert "cost" not in dict(status_view.rows(status))
 
 
 def test_watch_ends_with_the_run(
@@ -349,10 +370,12 @@ def test_never_100_percent_before_the_end(disk_plan: Plan) -> None:
 def test_masks_are_counted_by_name(tmp_path: Path) -> None:
     labels: list[str | None] = ["cat", "cat", "dog", None]
 
-    def masks(place: int) -> list[dict[str, Any]]:
-        found = [annotation(blob(place)) for _ in labels[place:]]
-        scores = [None if label is None else 0.5 for label in labels[place:]]
-        return [{**m, "label": n, "label_score": s} for m, n, s in zip(found, labels[place:], scores, strict=True)]
+    def masks(index: int) -> list[dict[str, Any]]:
+        annotations = [annotation(blob(index)) for _ in labels[index:]]
+        scores = [None if label is None else 0.5 for label in labels[index:]]
+        return [
+            {**m, "label": n, "label_score": s} for m, n, s in zip(annotations, labels[index:], scores, strict=True)
+        ]
 
     names = ("dog", "cat", "fox\x1b[2J")
     plan = write_output(str(tmp_path), [f"{i}.png" for i in range(4)], masks=masks, categories=names)

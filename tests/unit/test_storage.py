@@ -1,4 +1,7 @@
-"""Storage: the same promises on disk and on S3, and what becomes of each kind of error."""
+"""Storage: the same promises on disk and on S3, and what becomes of each kind of error.
+
+The file is long because its cases share their helpers.
+"""
 
 from __future__ import annotations
 
@@ -130,7 +133,7 @@ def test_hostile_names_are_literal(storage_root: str) -> None:
         assert storage.read_bytes(entry.uri) == entry.uri.encode()
         assert entry.size == len(entry.uri.encode())
         assert storage.exists(entry.uri)
-        assert [found.uri for found in storage.list_files(entry.uri)] == [entry.uri]
+        assert [listed.uri for listed in storage.list_files(entry.uri)] == [entry.uri]
     assert set(storage.list_names(storage.join(storage_root, "sub dir [x]"))) == set(HOSTILE_NAMES)
     storage.delete(storage.join(storage_root, "sub dir [x]", "[0-9]*.jpg"))
     assert len(list(storage.list_files(storage_root))) == len(uris) - 1
@@ -148,17 +151,17 @@ def test_globs(storage_root: str) -> None:
     for name in ("a/1.jpg", "a/2.png", "a/deep/3.jpg", "b/4.jpg", "b/[5].jpg"):
         storage.put(storage.join(storage_root, *name.split("/")), b"x")
 
-    def found(pattern: str) -> list[str]:
+    def names_matching(pattern: str) -> list[str]:
         uris = (entry.uri for entry in storage.list_files(f"{storage_root}/{pattern}"))
         return sorted(uri.removeprefix(f"{storage_root}/") for uri in uris)
 
-    assert found("*/*.jpg") == ["a/1.jpg", "b/4.jpg", "b/[5].jpg"]
-    assert found("**/*.jpg") == ["a/1.jpg", "a/deep/3.jpg", "b/4.jpg", "b/[5].jpg"]
-    assert found("a/?.*") == ["a/1.jpg", "a/2.png"]
-    assert found("[a]") == ["a/1.jpg", "a/2.png", "a/deep/3.jpg"]  # what is below a matched folder
-    assert found("b/[5].jpg") == ["b/[5].jpg"]  # the literal name
-    assert found("c*") == []
-    assert found("nowhere/*.jpg") == []
+    assert names_matching("*/*.jpg") == ["a/1.jpg", "b/4.jpg", "b/[5].jpg"]
+    assert names_matching("**/*.jpg") == ["a/1.jpg", "a/deep/3.jpg", "b/4.jpg", "b/[5].jpg"]
+    assert names_matching("a/?.*") == ["a/1.jpg", "a/2.png"]
+    assert names_matching("[a]") == ["a/1.jpg", "a/2.png", "a/deep/3.jpg"]  # what is below a matched folder
+    assert names_matching("b/[5].jpg") == ["b/[5].jpg"]  # the literal name
+    assert names_matching("c*") == []
+    assert names_matching("nowhere/*.jpg") == []
 
 
 def test_folders_are_no_files(storage_root: str) -> None:
@@ -195,7 +198,7 @@ class DiesWith:
     """Ends any process but its maker's that collects it: only the garbage collector can, as it holds itself."""
 
     def __init__(self) -> None:
-        self.maker, self.own = os.getpid(), self
+        self.maker, self.cycle = os.getpid(), self
 
     def __del__(self) -> None:
         if os.getpid() != self.maker:
@@ -227,7 +230,7 @@ def test_a_forked_child_makes_its_own_connections(storage_root: str, caplog: pyt
     try:
         assert results.get(timeout=60) == b"hello"
     finally:
-        child.join(10)
+        child.join(60)
         if child.is_alive():
             child.kill()
     assert storage.read_bytes(uri) == b"hello"
@@ -322,8 +325,8 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     (tmp_path / "in" / "sub" / "up").symlink_to(tmp_path / "in")
     (tmp_path / "in" / "linked").symlink_to(tmp_path / "other")
     (tmp_path / "in" / "dangling.jpg").symlink_to(tmp_path / "gone")
-    found = {entry.uri.removeprefix(f"{tmp_path}/in/") for entry in storage.list_files(str(tmp_path / "in"))}
-    assert found == {"sub/a.jpg", "linked/b.jpg", "dangling.jpg"}
+    names = {entry.uri.removeprefix(f"{tmp_path}/in/") for entry in storage.list_files(str(tmp_path / "in"))}
+    assert names == {"sub/a.jpg", "linked/b.jpg", "dangling.jpg"}
 
 
 def test_names_that_are_no_utf8_are_listed_as_text(tmp_path: Path) -> None:
@@ -598,7 +601,7 @@ def test_messages_hold_no_credentials(flaky: Any) -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_unknown_schemes_are_told() -> None:
+def test_unknown_schemes_are_reported() -> None:
     with pytest.raises(ConfigError, match="nosuch:// is not an fsspec filesystem"):
         storage.read_bytes("nosuch://x/y")
 

@@ -58,8 +58,8 @@ def test_repeating_one_batch_drives_its_loss_down():
     batch = next(batches_of(settings_of()))
     history = []
     for _ in range(60):
-        found = learner.step(batch)
-        history.append((found["mask_loss"], found["iou_scored"]))
+        metrics = learner.step(batch)
+        history.append((metrics["mask_loss"], metrics["iou_scored"]))
     assert np.mean(history[-5:], axis=0)[0] < 0.5 * history[0][0]
     assert np.mean(history[-5:], axis=0)[1] > history[0][1] + 0.15
 
@@ -82,7 +82,7 @@ def test_the_head_of_ious_learns_to_rank_masks_that_stay_as_they_are():
     history = [learner.step(batch) for _ in range(40)]
     assert history[-1]["score_loss"] < 0.5 * history[0]["score_loss"]
     assert history[-1]["iou_scored"] >= history[0]["iou_scored"]
-    assert len({found["iou_oracle"] for found in history}) == 1
+    assert len({metrics["iou_oracle"] for metrics in history}) == 1
     assert learner.step_loss is not None
     assert learner.step_loss.memory["ious"].shape == (40 * 3 * 2 * 4, 4)  # steps, rounds, images, prompts
 
@@ -141,11 +141,11 @@ def test_a_stopped_run_goes_on_where_it_was_and_ends_as_an_undisturbed_one(tmp_p
     parts = run_to_end(tmp_path / "parts", *extra, stop_at=1)
     assert parts.read_position().step == 1
     run_to_end(tmp_path / "parts", *extra)
-    expected, found = whole.read_state(), parts.read_state()
+    expected, restored = whole.read_state(), parts.read_state()
     assert expected is not None
-    assert found is not None
+    assert restored is not None
     for name, value in expected["model"].items():
-        torch.testing.assert_close(found["model"][name], value, rtol=0, atol=0, msg=name)
+        torch.testing.assert_close(restored["model"][name], value, rtol=0, atol=0, msg=name)
     timing = ("minutes", "examples_per_s")
     without = [
         [{k: v for k, v in line.items() if k not in timing} for line in s.read_metrics()] for s in (whole, parts)
@@ -319,9 +319,9 @@ def test_another_config_is_refused_with_the_difference(tmp_path: Path):
     store.claim(settings_of().identity(), {})
     store.claim(settings_of("cluster.num_workers=2", "train.save_every_minutes=1").identity(), {})
     store.claim(settings_of("data.image_root=[s3://old,/new]", "data.cache=/elsewhere").identity(), {})
-    held = json.loads((tmp_path / "train.json").read_text())
-    held["identity"]["data"]["image_root"] = None  # as the first trainers wrote it
-    (tmp_path / "train.json").write_text(json.dumps(held))
+    run = json.loads((tmp_path / "train.json").read_text())
+    run["identity"]["data"]["image_root"] = None  # as the first trainers wrote it
+    (tmp_path / "train.json").write_text(json.dumps(run))
     store.claim(settings_of().identity(), {})
     with pytest.raises(ConfigError, match=r"train.seed: 0 there, 1 now[^$]*choose another OUTPUT"):
         store.claim(settings_of("train.seed=1").identity(), {})

@@ -69,10 +69,10 @@ def test_rounds_click_where_the_last_answer_was_wrong_and_give_it_back(monkeypat
     batch["targets"] = torch.zeros_like(batch["targets"])
     batch["targets"][..., 4:8, 4:12] = 255
     sam = Sam(MICRO)
-    given: list[Any] = []
+    calls: list[Any] = []
 
     def answer(embeddings: Any, sparse: Any, mask_input: Any = None) -> Any:
-        given.append((sparse.shape[2], mask_input))
+        calls.append((sparse.shape[2], mask_input))
         half = torch.full((2, 4, 4, 16, 16), -5.0)
         half[..., 4:8, 4:8] = 5.0
         return half.requires_grad_(), torch.zeros(2, 4, 4, requires_grad=True)
@@ -81,10 +81,10 @@ def test_rounds_click_where_the_last_answer_was_wrong_and_give_it_back(monkeypat
     course = draw_course(config, 0)
     rounds = Rounds(sam, config, course, batch, torch.Generator().manual_seed(0))
     losses = list(rounds.run(torch.zeros(1)))
-    assert len(losses) == len(given) == 5
-    assert given[0][1] is None
+    assert len(losses) == len(calls) == 5
+    assert calls[0][1] is None
     clicks_before = 1
-    for adds_click, (tokens, mask) in zip(course.adds_click, given[1:], strict=True):
+    for adds_click, (tokens, mask) in zip(course.adds_click, calls[1:], strict=True):
         clicks_before += adds_click
         assert tokens == clicks_before + 1, "the clicks and the padding"
         assert mask.shape == (8, 1, 16, 16)
@@ -103,7 +103,7 @@ def test_gradients_taken_round_by_round_are_those_of_the_sum():
     batch = next(batches_of(settings))
     total, _ = learner.loss(batch, 0, 0)
     total.backward()
-    found = {name: p.grad.clone() for name, p in learner.sam.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.clone() for name, p in learner.sam.named_parameters() if p.grad is not None}
     learner.sam.zero_grad()
     embeddings = learner.sam.encode_images(normalise(learner.sam, batch["image"], batch["input_hw"]))
     generator = torch.Generator().manual_seed(seed_of("clicks", 0, 0, 0))
@@ -112,15 +112,15 @@ def test_gradients_taken_round_by_round_are_those_of_the_sum():
     plain.backward()  # type: ignore[union-attr]
     torch.testing.assert_close(total, plain)
     wanted = {name: p.grad for name, p in learner.sam.named_parameters() if p.grad is not None}
-    assert found.keys() == wanted.keys()
-    for name in found:
-        torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-5, msg=name)
+    assert gradients.keys() == wanted.keys()
+    for name in gradients:
+        torch.testing.assert_close(gradients[name], wanted[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_each_seed_has_streams_of_its_own():
     """torch's generator on a CPU takes 32 bits of a seed: the bits above them have no effect."""
-    told = ("train.interaction_steps=6", "train.box_fraction=0.5")
-    configs = [settings_of(f"train.seed={seed}", *told).train for seed in (0, 1, 2)]
+    overrides = ("train.interaction_steps=6", "train.box_fraction=0.5")
+    configs = [settings_of(f"train.seed={seed}", *overrides).train for seed in (0, 1, 2)]
     first, second, third = ([draw_course(config, step) for step in range(64)] for config in configs)
     assert first != second != third != first
     steps = (0, 3, 3 + 2**20, 10**8)

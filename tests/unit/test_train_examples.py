@@ -121,9 +121,9 @@ def test_masks_are_asked_for_by_their_area_and_scores(labels: str):
         examples.dataset = _OneImage(masks, weights)  # type: ignore[assignment]
         masks_of = examples._masks(0)
         assert masks_of is not None
-        rles, found = masks_of
+        rles, names = masks_of
         drawn = [
-            examples._draw_masks(rles, found, whole_view(64, 64, 64), np.random.default_rng(i))[0] for i in range(600)
+            examples._draw_masks(rles, names, whole_view(64, 64, 64), np.random.default_rng(i))[0] for i in range(600)
         ]
         return [sum(np.array_equal(mask, one) for one in drawn) for mask in masks]
 
@@ -155,10 +155,10 @@ def named_output(root: Path) -> str:
     masks[0, :10, :10] = masks[1, :10, 18:28] = masks[2, 14:24] = True
     marks = [("dog", 0.5), ("cat", 0.5), (None, None)]
 
-    def masks_of(place: int) -> list[dict[str, Any]]:
+    def masks_of(index: int) -> list[dict[str, Any]]:
         named = zip(masks, marks, strict=True)
-        found = [{**annotation(mask), "label": name, "label_score": score} for mask, (name, score) in named]
-        return found[place == 4 :]
+        annotations = [{**annotation(mask), "label": name, "label_score": score} for mask, (name, score) in named]
+        return annotations[index == 4 :]
 
     return write_output(str(root), [f"{i}.png" for i in range(5)], masks=masks_of, categories=("cat", "dog")).output
 
@@ -171,10 +171,10 @@ def test_only_masks_with_the_chosen_names_are_used(tmp_path: Path, names: list[s
     examples = MaskExamples(named_output(tmp_path), settings.data, seed=0)
     for index in range(5):
         wanted = areas[index == 4 :]  # the last image has no dog
-        found = examples._masks(index)
-        assert (found is None) == (wanted == [])
-        if found is not None:
-            rles, weights = found
+        masks = examples._masks(index)
+        assert (masks is None) == (wanted == [])
+        if masks is not None:
+            rles, weights = masks
             assert [int(coco_mask.area(rle)) for rle in rles] == wanted
             assert len(weights) == len(wanted)
     assert all(examples.example(draw, FRAME)["targets"].any() for draw in range(5))
@@ -216,12 +216,12 @@ def test_what_was_drawn_is_not_pickled_and_is_drawn_again_the_same(labels: str):
 
 def test_the_split_is_by_uri_alone():
     uris = [f"s3://bucket/{i}.jpg" for i in range(2000)]
-    held = held_out(uris, 0.1)
-    assert 150 < held.sum() < 250
-    assert np.array_equal(held_out(uris[::-1], 0.1)[::-1], held)
+    is_held_out = held_out(uris, 0.1)
+    assert 150 < is_held_out.sum() < 250
+    assert np.array_equal(held_out(uris[::-1], 0.1)[::-1], is_held_out)
     assert not held_out(uris, 0.0).any()
     assert held_out(uris[:3], 1e-6).sum() == 1, "of few images one"
-    assert (held_out(uris, 0.2) | ~held).all(), "a larger fraction holds out the same and more"
+    assert (held_out(uris, 0.2) | ~is_held_out).all(), "a larger fraction holds out the same and more"
 
 
 def test_validation_images_are_never_trained_on_and_always_the_same(labels: str):

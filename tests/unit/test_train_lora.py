@@ -15,11 +15,14 @@ from samray.config import load_config
 from samray.errors import ConfigError
 from samray.pipeline.labeler import build_labeler
 from samray.pipeline.plan_run import run_identity
+from samray.sam import onnx_export
 from samray.sam.adapter import metadata
-from samray.sam.checkpoints import WeightsFile, load_model
+from samray.sam.checkpoints import check_weights, load_model
 from samray.sam.fetch import file_sha256
+from samray.sam.onnx_export import export_onnx
 from samray.sam.sam import Sam
 from samray.sam.spec import MODELS
+from samray.sam.weights_file import WeightsFile
 from samray.train import lora
 from samray.train.data import open_data
 from samray.train.examples import Frame
@@ -109,10 +112,10 @@ def test_only_the_adapter_learns_and_merged_it_gives_the_same_masks(
         return sam.predict(sam.encode_images(pixels), points, labels)[0]
 
     with torch.no_grad():
-        trained, found, unadapted = logits(learner.average), logits(merged), logits(plain)
+        trained, of_merged, unadapted = logits(learner.average), logits(merged), logits(plain)
     scale = trained.abs().max()
     # The file is in half precision.
-    assert (found - trained).abs().max() < 2e-3 * scale
+    assert (of_merged - trained).abs().max() < 2e-3 * scale
     assert (unadapted - trained).abs().max() > 0.05 * scale
 
 
@@ -163,6 +166,23 @@ def test_the_adapter_is_a_part_of_a_runs_identity_and_actors_check_it(
         build_labeler(config, 1, identity["checkpoint_sha256"], adapter_sha256="0" * 64)
 
 
+def test_an_export_to_onnx_is_of_the_adapter_that_it_names(
+    base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter is written again after it was hashed, as a training does."""
+    checkpoint, out = base(), tmp_path / "onnx"
+    adapter = saved(learner_for(MICRO, checkpoint), tmp_path / "out")
+
+    def load(*arguments: Any, **options: Any) -> Sam:
+        saved(learner_for(MICRO, checkpoint, "train.lora_rank=2"), tmp_path / "out")
+        return load_model(*arguments, **options)
+
+    monkeypatch.setattr(onnx_export, "load_model", load)
+    with pytest.raises(ConfigError, match=r"adapter.safetensors on .* does not have this run's weights"):
+        export_onnx("micro", out, checkpoint=str(checkpoint), adapter=str(adapter))
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -207,7 +227,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(
         adapter.unlink()
     for refused in (
         lambda: load_model("micro", checkpoint, "cpu", adapter=adapter),
-        lambda: WeightsFile("micro", checkpoint, adapter).check(),
+        lambda: check_weights(WeightsFile("micro", checkpoint, adapter)),
     ):
         with pytest.raises(ConfigError, match=message):
             refused()

@@ -6,8 +6,7 @@ import torch
 
 from samray.sam.sam import Sam
 from samray.train.interaction import Rounds, draw_course
-from samray.train.losses import actual_iou, mask_losses, sam_loss, trust
-from samray.train.scores import ranking_loss
+from samray.train.losses import actual_iou, mask_losses, ranking_loss, sam_loss, trust
 from tests.support.micro import MICRO, settings_of
 
 
@@ -85,24 +84,26 @@ def test_doubt_weighs_the_loss_of_labelled_images_alone():
     settings = settings_of("train.doubt=1").train
     targets = torch.zeros(2, 2, 16, 16, dtype=torch.uint8)
     targets[:, :, :4] = 255
-    given = {
+    inputs = {
         "points": torch.zeros(2, 2, 2),
         "boxes_xyxy": torch.zeros(2, 2, 4),
         "targets": targets,
         "from_labels": torch.tensor([True, False]),
     }
-    rounds = Rounds(Sam(MICRO), settings, draw_course(settings, 0), given, torch.Generator())
+    rounds = Rounds(Sam(MICRO), settings, draw_course(settings, 0), inputs, torch.Generator())
     assert rounds.doubt is not None
     assert rounds.doubt.tolist() == [1, 1, 0, 0]
     plain = settings_of().train
-    assert Rounds(Sam(MICRO), plain, draw_course(plain, 0), given, torch.Generator()).doubt is None
+    assert Rounds(Sam(MICRO), plain, draw_course(plain, 0), inputs, torch.Generator()).doubt is None
 
 
 def test_ranking_loss_is_what_the_chosen_mask_misses():
     iou = torch.tensor([[0.9, 0.1, 0.2], [0.3, 0.8, 0.5]])
-    assert float(ranking_loss(torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.9, 0.1]]), iou)) == pytest.approx(0.15, abs=1e-4)
-    assert float(ranking_loss(torch.zeros(2, 3), iou)) == pytest.approx(1 - float(iou.mean()), abs=1e-6)
+    assert float(ranking_loss(torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.9, 0.1]]), iou).mean()) == pytest.approx(
+        0.15, abs=1e-4
+    )
+    assert float(ranking_loss(torch.zeros(2, 3), iou).mean()) == pytest.approx(1 - float(iou.mean()), abs=1e-6)
     scores = torch.zeros(2, 3, requires_grad=True)
-    ranking_loss(scores, iou).backward()
+    ranking_loss(scores, iou).mean().backward()
     assert scores.grad is not None
     assert scores.grad.argmin(dim=1).tolist() == [0, 1]  # the best mask's score has to rise

@@ -9,7 +9,7 @@ from samray.errors import ConfigError
 from samray.sam.sam import Sam
 from samray.train.optimizer import add_drop_path, layer_of, learning_rate, make_optimizer, set_trainable
 from samray.train.settings import TrainConfig
-from tests.support.micro import MICRO, MICRO_VIT, batches_of, learner_of, settings_of
+from tests.support.micro import FAMILIES, MICRO, MICRO_VIT, batches_of, learner_of, settings_of
 
 pytestmark = pytest.mark.usefixtures("micro_model")
 
@@ -83,11 +83,11 @@ def test_the_schedules():
     assert learning_rate(TrainConfig(learning_rate=1.0, schedule="constant"), 500, 0.9) == 1.0
 
 
-@pytest.mark.parametrize("spec", [MICRO, MICRO_VIT], ids=["tiny_vit", "vit"])
+@pytest.mark.parametrize("spec", [MICRO, MICRO_VIT, *FAMILIES], ids=lambda spec: spec.name)
 def test_drop_path_leaves_whole_branches_out_in_training_only(spec: Any):
     torch.manual_seed(0)
     sam = Sam(spec)
-    pixels = torch.randn(2, 3, 64, 64)
+    pixels = torch.randn(2, 3, spec.image_size, spec.image_size)
     sam.eval()
     plain = sam.encode_images(pixels)
     add_drop_path(sam, 0.9)
@@ -95,7 +95,8 @@ def test_drop_path_leaves_whole_branches_out_in_training_only(spec: Any):
     sam.train()
     seen = []
     for module in sam.modules():
-        if type(module).__name__ == "Attention" and hasattr(module, "qkv"):
+        is_attention = type(module).__name__.endswith("Attention") and hasattr(module, "qkv")
+        if is_attention or type(module).__name__ == "ChannelMixer":
             module.register_forward_hook(lambda m, i, out: seen.append(out))
     for _ in range(6):
         sam.encode_images(pixels)

@@ -20,13 +20,20 @@ def training(tmp_path: Path) -> Path:
     store, settings = Store(str(tmp_path / "weights")), settings_of("train.steps=1200", "data.shares=[3,1]")
     data = [("s3://KEY:SECRET@bucket/<b>labels", 1234), ("scenes", None)]
     store.claim(full_identity(settings, "micro", data), settings.model_dump(mode="json"))
-    place = {"minutes": 1.5, "progress": 0.5}
+    position = {"minutes": 1.5, "progress": 0.5}
     lines = [
-        {**place, "kind": "train", "step": 10 * i, "lr": 1e-3, "examples_per_s": 7.25, "mask_loss": 1 / (i + 1)}
+        {**position, "kind": "train", "step": 10 * i, "lr": 1e-3, "examples_per_s": 7.25, "mask_loss": 1 / (i + 1)}
         for i in range(10)
     ]
     lines += [
-        {**place, "kind": "validation", "step": 10 * i, "miou": 0.25 + i / 200, "miou_oracle": 0.5, "num_regions": 77}
+        {
+            **position,
+            "kind": "validation",
+            "step": 10 * i,
+            "miou": 0.25 + i / 200,
+            "miou_oracle": 0.5,
+            "num_regions": 77,
+        }
         for i in range(60)
     ]
     store.write_metrics(lines)
@@ -38,9 +45,9 @@ def training(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_the_page_says_how_it_went(training: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["report", str(training)]) == 0
-    place = training / "report.html"
-    assert capsys.readouterr().out.strip() == str(place)
-    page = place.read_text()
+    page_path = training / "report.html"
+    assert capsys.readouterr().out.strip() == str(page_path)
+    page = page_path.read_text()
     for words in ("50% done", "0.545", "0.250 at step 0", "2 min 5 s", ">7.25<", "1,234", "endless", "75%"):
         assert words in page, words
     assert '<td>train.steps</td><td class="mono"><b>1200</b>' in re.sub(r">\s+<", "><", page)

@@ -136,13 +136,13 @@ def test_workers_without_a_place_are_refused_not_waited_for():
         choose_sizes(settings_of("cluster.num_cpus_per_worker=12"), [{"CPU": 4.0}] * 3)
     with pytest.raises(ConfigError, match="no room for 1 training worker"):
         choose_sizes(settings_of(), [{"CPU": 0.0, "GPU": 1.0}])
-    told = ("cluster.num_workers=4", "cluster.num_gpus_per_worker=1", "cluster.num_cpus_per_worker=6")
-    grows = choose_sizes(settings_of("train.batch_size=4", *told), [{"CPU": 0.0}])
+    overrides = ("cluster.num_workers=4", "cluster.num_gpus_per_worker=1", "cluster.num_cpus_per_worker=6")
+    grows = choose_sizes(settings_of("train.batch_size=4", *overrides), [{"CPU": 0.0}])
     assert (grows.num_workers, grows.worker_gpus, grows.num_threads) == (4, 1.0, 6), "nodes that are yet to come"
     with pytest.raises(
         ConfigError, match=r"or set cluster.num_workers and cluster.num_gpus_per_worker for nodes that will be added"
     ):
-        choose_sizes(settings_of("train.batch_size=4", told[0]), [{"CPU": 0.0}])
+        choose_sizes(settings_of("train.batch_size=4", overrides[0]), [{"CPU": 0.0}])
     ask = settings_of("cluster.num_workers=4", "train.batch_size=4")
     assert choose_sizes(ask, two).num_workers == 4, "the cluster may grow"
     with pytest.raises(ConfigError, match="no room for 4 training workers"):

@@ -132,9 +132,9 @@ def test_clip_sees_the_masks_cut_out_as_for_names(clip: Path) -> None:
     pixels = read_pixels(clip)
     for blank, crop in ((0.0, "plain"), (1.0, "blanked")):
         shown = Shown(TextConfig(expand=(1.0, 1.0), blank_fraction=blank), pixels, 0)
-        found = shown.squares(example, np.random.default_rng(0))
+        squares = shown.squares(example, np.random.default_rng(0))
         wanted = [pixels.resized(cut_out(scene.image, mask, box_of(mask), crop)) for mask in masks]
-        np.testing.assert_array_equal(found, np.stack(wanted))
+        np.testing.assert_array_equal(squares, np.stack(wanted))
     wide = Shown(TextConfig(expand=(1.0, 2.0), blank_fraction=0.0), pixels, 0)
     draws = [wide.squares(example, np.random.default_rng(i)) for i in (0, 0, 1)]
     np.testing.assert_array_equal(draws[0], draws[1])
@@ -280,13 +280,10 @@ def test_each_phrase_gets_its_best_mask(clip: Path, tmp_path: Path, points_per_b
     weights_with_projection(tmp_path / "w.safetensors", file_sha256(clip / WEIGHTS))
     config = config_of(clip, f"model.checkpoint={tmp_path}/w.safetensors", "masks.mask_nms_thresh=1")
     model = load_model("micro", tmp_path / "w.safetensors")
-    passes = []
-    model.image_encoder.register_forward_hook(lambda module, inputs, output: passes.append(len(inputs[0])))
     images = [make_scene(seed, (48, 64)).image for seed in range(2)]
-    found = build_generator(model, config, read_inputs(config))(points_per_batch).generate(images)
-    assert passes == [2], "the image encoder runs once per image"
+    masks_of_images = build_generator(model, config, read_inputs(config))(points_per_batch).generate(images)
     network = load_clip(find_network(str(clip), ("clip",), "x"), "x", "cpu")
-    for image, records in zip(images, found, strict=True):
+    for image, records in zip(images, masks_of_images, strict=True):
         wanted = {}
         for phrase in config.labels.phrases:
             text = network.embed_texts([f"a photo of a {phrase}."])
@@ -308,18 +305,40 @@ def test_each_phrase_gets_its_best_mask(clip: Path, tmp_path: Path, points_per_b
 def test_texts_and_clicks_of_an_image_are_asked_of_it_alone(clip: Path, tmp_path: Path) -> None:
     weights_with_projection(tmp_path / "w.safetensors", file_sha256(clip / WEIGHTS))
     weights = (f"model.checkpoint={tmp_path}/w.safetensors", "masks.mask_nms_thresh=1")
-    every, few = config_of(clip, *weights), config_of(clip, *weights, "labels.phrases=[cat]")
+    every, one_phrase = config_of(clip, *weights), config_of(clip, *weights, "labels.phrases=[cat]")
     model, image = load_model("micro", tmp_path / "w.safetensors"), make_scene(0, (48, 64)).image
     (wanted,) = build_generator(model, every, read_inputs(every))(None).generate([image])
-    generator = build_generator(model, few, read_inputs(few, ["red square", "green thing"]))(None)
+    generator = build_generator(model, one_phrase, read_inputs(one_phrase, ["red square", "green thing"]))(None)
     texts = [Prompt(text="red square"), Prompt(text="Cat."), Prompt(text="green thing")]
     click = Prompt(points=((20, 20),), labels=(1,))
-    found, without, clicked = generator.generate([image] * 3, [texts, [], [click, *texts]])
-    assert {mask["label"]: mask["segmentation"] for mask in found} == {m["label"]: m["segmentation"] for m in wanted}
+    with_texts, without, clicked = generator.generate([image] * 3, [texts, [], [click, *texts]])
+    assert {mask["label"]: mask["segmentation"] for mask in with_texts} == {
+        m["label"]: m["segmentation"] for m in wanted
+    }
     assert len(wanted) > 1
     assert [mask["label"] for mask in without] == ["cat"]
-    (alone,) = PromptedGenerator(model, few.masks).generate([image], [[click]])
-    assert clicked == alone + found, "clicks first, without a name"
+    (alone,) = PromptedGenerator(model, one_phrase.masks).generate([image], [[click]])
+    # Scores follow from batches of other sizes, so their last digits may differ.
+    scores = ("predicted_iou", "label_score")
+    for mask, wanted_mask in zip(clicked, alone + with_texts, strict=True):
+        assert {key: mask[key] for key in mask if key not in scores} == {
+            key: wanted_mask[key] for key in wanted_mask if key not in scores
+        }, "clicks first, without a name"
+        assert [mask.get(key) for key in scores] == [pytest.approx(wanted_mask.get(key), abs=1e-6) for key in scores]
+
+
+@pytest.mark.parametrize("num_phrases", [1, 10, 100])
+def test_the_image_encoder_runs_once_per_image(clip: Path, tmp_path: Path, num_phrases: int) -> None:
+    weights_with_projection(tmp_path / "w.safetensors", file_sha256(clip / WEIGHTS))
+    phrases = ",".join(f"thing {i}" for i in range(num_phrases))
+    config = config_of(clip, f"labels.phrases=[{phrases}]", f"model.checkpoint={tmp_path}/w.safetensors")
+    model = load_model("micro", tmp_path / "w.safetensors")
+    encoded = []
+    model.image_encoder.register_forward_hook(lambda module, inputs, output: encoded.append(len(inputs[0])))
+    generator = build_generator(model, config, read_inputs(config))(None)
+    generator.generate([make_scene(seed, (48, 64)).image for seed in range(3)])
+    assert sum(encoded) == 3
+    assert generator.asked.common == tuple(phrases.split(","))
 
 
 def test_weights_that_know_no_text_are_refused_with_what_to_do(clip: Path, tmp_path: Path) -> None:

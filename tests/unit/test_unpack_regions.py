@@ -36,7 +36,10 @@ def row(number: int, masks: list[list[np.ndarray]]) -> dict[str, Any]:
     height, width = masks[0][0].shape
     jpeg = io.BytesIO()
     Image.fromarray(np.full((height, width, 3), number % 256, np.uint8)).save(jpeg, "JPEG")
-    counts = [[coco_mask.encode(np.asfortranarray(m))["counts"].decode() for m in own] for own in masks]
+    counts = [
+        [coco_mask.encode(np.asfortranarray(m))["counts"].decode() for m in masks_of_annotator]
+        for masks_of_annotator in masks
+    ]
     annotators = [{"annotator": i, "regions": regions} for i, regions in enumerate(counts)]
     return {"image_id": number, "width": width, "height": height, "jpeg": jpeg.getvalue(), "annotators": annotators}
 
@@ -62,10 +65,10 @@ def test_regions_of_all_annotators_become_an_output(job: ModuleType, tmp_path: P
     labelled = {r["image"]["image_id"]: r for r in read_rows(tmp_path / "labels")}
     assert set(labelled) == {7, 70_000_123}
     annotations = labelled[7]["annotations"]
-    found = [coco_mask.decode(dict(a["segmentation"])).astype(bool) for a in annotations]
-    for mask, wanted in zip(found, [m for own in masks for m in own], strict=True):
+    unpacked = [coco_mask.decode(dict(a["segmentation"])).astype(bool) for a in annotations]
+    for mask, wanted in zip(unpacked, [mask for masks_of_image in masks for mask in masks_of_image], strict=True):
         np.testing.assert_array_equal(mask, wanted)
     assert {(a["predicted_iou"], a["stability_score"]) for a in annotations} == {(1.0, 1.0)}
-    for a, mask in zip(annotations, found, strict=True):
+    for a, mask in zip(annotations, unpacked, strict=True):
         (x, y) = a["point_coords"][0]
         assert mask[int(y), int(x)]

@@ -215,8 +215,8 @@ def test_names_that_cannot_be(tmp_path: Path) -> None:
     problems = verify(plan.output).problems
     which = "shard-000000.parquet: image 0, annotation"
     assert sorted(problems) == [
-        "shard-000000.parquet has the name '', which is none of those asked for: dog, cat",
-        "shard-000000.parquet has the name 'wolf', which is none of those asked for: dog, cat",
+        "shard-000000.parquet has the name '', which is not one of those asked for: dog, cat",
+        "shard-000000.parquet has the name 'wolf', which is not one of those asked for: dog, cat",
         f"{which} 3 has a score that is not a number: label_score nan",
         f"{which} 4 has the name 'dog' with the score None; expected both or none",
         f"{which} 5 has the name None with the score 0.5; expected both or none",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import pytest
 
 from samray import storage
 from samray.cli import output as cli_output
-from samray.errors import SamrayError
+from samray.errors import SamrayError, StorageError
 from samray.output import manifests as generations
 from samray.output import seals, shards
+from samray.output.lookup import read_image
 from samray.output.plan import Plan, load_plan
+from samray.output.sample import read_footers
 from samray.output.schema import SCHEMA, records_to_table, with_stats
 from samray.output.verify import verify
 from samray.storage.tables import open_parquet
@@ -50,6 +53,54 @@ def problems_of(output: str, deep: bool = True) -> list[str]:
         return verify(output, deep=deep).problems
     except SamrayError as error:
         return [str(error)]
+
+
+def with_short_bounds(data: bytes, value: int, num_bytes: int) -> bytes:
+    """A Parquet file in whose statistics this number has two bytes instead of num_bytes, without samray's checksum."""
+    footer = data[-8 - int.from_bytes(data[-8:-4], "little") : -8]
+    whole, short = value.to_bytes(num_bytes, "little"), value.to_bytes(2, "little")
+    changed = footer.replace(bytes([num_bytes]) + whole, b"\x02" + short)
+    changed = changed.replace(b"samray.sha256", b"samray.nothing"[:13]).replace(b"samray.sealed", b"samray.nothin")
+    assert len(changed) < len(footer)
+    return data[: -8 - len(footer)] + changed + len(changed).to_bytes(4, "little") + b"PAR1"
+
+
+def test_a_number_of_the_wrong_length_in_a_footer_does_not_end_the_process(plan: Plan) -> None:
+    """pyarrow calls abort() when such statistics are read."""
+    shard, manifest = shards.shard_uri(plan.output, 1), storage.join(plan.output, "_samray", "manifest.parquet")
+    images = [row["image"]["image_id"] for row in shards.read_shard(plan.output, 1).to_pylist()]
+    whole = storage.read_bytes(shard)
+    storage.put(shard, with_short_bounds(whole, max(images), 8))
+    with pytest.raises(StorageError, match="the statistics in the footer are damaged"):
+        read_image(plan.output, images[0])
+    assert any("shard-000001" in problem for problem in problems_of(plan.output)), problems_of(plan.output)
+    storage.put(shard, whole)
+    assert read_image(plan.output, images[0])["image"]["image_id"] == images[0]
+    whole = storage.read_bytes(manifest)
+    storage.put(manifest, with_short_bounds(whole, plan.num_shards - 1, 4))
+    with pytest.raises(StorageError, match="the statistics in the footer are damaged"):
+        read_image(plan.output, images[0])
+
+
+def with_short_histogram(data: bytes) -> bytes:
+    """A Parquet file in which the statistics of sizes of the texts in `status` count one level instead of two."""
+    footer = data[-8 - int.from_bytes(data[-8:-4], "little") : -8]
+    # The path [status], then up to the histogram of its levels: a list (0x19, 0x29 or 0x39) of two numbers of 64 bits.
+    start = footer.index(b"\x19\x18\x06status")
+    at = start + re.search(rb"[\x19\x29\x39]\x26", footer[start:]).start()
+    short = footer[: at + 1] + b"\x16" + footer[at + 3 :]
+    short = short.replace(b"samray.sha256", b"samray.nothin").replace(b"samray.sealed", b"samray.nothin")
+    return data[: -8 - len(footer)] + short + len(short).to_bytes(4, "little") + b"PAR1"
+
+
+def test_a_histogram_of_the_wrong_length_in_a_footer_does_not_end_the_process(plan: Plan) -> None:
+    """pyarrow calls abort() when Python asks for such a column's statistics."""
+    shard = shards.shard_uri(plan.output, 1)
+    storage.put(shard, with_short_histogram(storage.read_bytes(shard)))
+    read_footers(plan.output, [1])
+    with pytest.raises(StorageError, match="histogram"):
+        shards.read_shard(plan.output, 1)
+    assert any("shard-000001" in problem for problem in problems_of(plan.output)), problems_of(plan.output)
 
 
 # --- bits ----------------------------------------------------------------------------------------------------------
@@ -161,12 +212,12 @@ def test_an_image_in_two_shards(column: str, tmp_path: Path) -> None:
     """Plan and shards agree: only a look at all shards finds it."""
     plan = finished_output(str(tmp_path))
     uri = generations.manifest_uri(plan.output, 0)
-    own = open_parquet(storage.read_bytes(uri)).schema_arrow.metadata
+    metadata = open_parquet(storage.read_bytes(uri)).schema_arrow.metadata
     rows = plan.read_images(generations.MANIFEST_SCHEMA.names).to_pylist()
     rows[9][column] = rows[1][column]
     storage.delete(uri)
     table = pa.Table.from_pylist(rows, generations.MANIFEST_SCHEMA)
-    first = generations.Generation(0, json.loads(own[b"samray"])["identity"], 10, 4)
+    first = generations.Generation(0, json.loads(metadata[b"samray"])["identity"], 10, 4)
     assert generations.create_generation(plan.output, first, table)
     plan = load_plan(plan.output)
     shards.replace_shard(plan.output, 2, records_to_table(records_for(plan, 2), plan.run))
@@ -205,7 +256,7 @@ def test_edited_manifests(plan: Plan, change: Any, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "own",
+    "metadata",
     [
         {"num_images": 10},
         {"identity": {}, "num_images": "10", "images_per_shard": 4},
@@ -214,9 +265,11 @@ def test_edited_manifests(plan: Plan, change: Any, said: str) -> None:
         {"identity": {}, "num_images": -1, "images_per_shard": 4},
     ],
 )
-def test_manifests_that_say_what_cannot_be(plan: Plan, own: dict[str, Any]) -> None:
+def test_manifests_that_say_what_cannot_be(plan: Plan, metadata: dict[str, Any]) -> None:
     uri = generations.manifest_uri(plan.output, 0)
-    table = open_parquet(storage.read_bytes(uri)).read().replace_schema_metadata({b"samray": json.dumps(own).encode()})
+    table = (
+        open_parquet(storage.read_bytes(uri)).read().replace_schema_metadata({b"samray": json.dumps(metadata).encode()})
+    )
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     storage.put(uri, bytes(sink.getvalue()))

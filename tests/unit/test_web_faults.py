@@ -279,6 +279,17 @@ def test_what_cannot_be_right_is_said(proxy: FaultProxy, web: str, name: str, sa
     assert said in data.message
 
 
+@pytest.mark.parametrize("fault", ["reset", "no answer", "stall", "503", "429"])
+def test_a_head_that_fails_once_does_not_make_a_cut_body_whole(proxy: FaultProxy, fault: str) -> None:
+    """A failed HEAD counted as one that the server does not support: half of the body was the image."""
+    short_patience()
+    proxy.spoil(fault, "HEAD", times=1)
+    (data,) = fetch_images(rows_of(f"{proxy.url}/cut-until-close"), InputConfig(), lambda: [f"{proxy.url}/0.png"])
+    assert proxy.num_spoilt == 1
+    assert isinstance(data, ImageError)
+    assert "350 of 700 bytes" in data.message
+
+
 def test_another_range_than_asked_for_is_not_taken(proxy: FaultProxy, web: str) -> None:
     short_patience()
     with pytest.raises(UnavailableError, match="asked for bytes from 50"):

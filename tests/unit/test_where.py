@@ -261,11 +261,11 @@ def test_credentials_in_an_expression_are_not_recorded() -> None:
 def test_a_backslash_is_a_character(engine: duckdb.DuckDBPyConnection, pattern: str) -> None:
     names = ["a\\b", "xa\\by", "ab", "x\\%y", "a\\- c#", "a\\b\nc"]
     rows = [{**row, "uri": name} for row, name in zip(ROWS.to_pylist(), names, strict=False)]
-    found = Where(f"uri like '{pattern}'").apply(pa.Table.from_pylist(rows, SCHEMA_WITH_NAMES))
+    selected = Where(f"uri like '{pattern}'").apply(pa.Table.from_pylist(rows, SCHEMA_WITH_NAMES))
     wanted = engine.execute(
         f"select name from (select unnest($1) name) where name like '{pattern}'", [names]
     ).fetchall()
-    assert found["uri"].to_pylist() == [name for (name,) in wanted]
+    assert selected["uri"].to_pylist() == [name for (name,) in wanted]
 
 
 def test_only_the_columns_named_are_read() -> None:

@@ -48,11 +48,11 @@ def test_the_selection_is_no_trivial_one(plan: Plan) -> None:
 
 def test_an_export_has_only_what_is_selected(plan: Plan, tmp_path: Path) -> None:
     report = export(plan, tmp_path / "coco", "coco", where=WHERE)
-    found = json.loads((tmp_path / "coco" / "instances.json").read_text())
+    coco = json.loads((tmp_path / "coco" / "instances.json").read_text())
     wanted = selected(plan)
-    assert [image["id"] for image in found["images"]] == [row["image"]["image_id"] for row in wanted]
+    assert [image["id"] for image in coco["images"]] == [row["image"]["image_id"] for row in wanted]
     masks = [mask["id"] + 1 for row in wanted for mask in row["annotations"]]
-    assert [annotation["id"] for annotation in found["annotations"]] == masks
+    assert [annotation["id"] for annotation in coco["annotations"]] == masks
     ok = [row for row in rows_of(plan.output) if row["status"] == "ok"]
     of_others = sum(len(row["annotations"]) for row in ok if row["image"]["image_id"] % 3 != 1)
     assert (report.num_images, report.num_masks, report.num_failed) == (len(wanted), len(masks), 1)
@@ -123,9 +123,11 @@ def test_a_dataset_has_only_what_is_selected(plan: Plan, masks: Any) -> None:
     where = f"{WHERE} and point_coords[1][1] >= 0 and uri like '%photo%'"
     dataset = samray.MaskDataset(plan.output, images=False, masks=masks, where=where)
     wanted = selected(plan)
-    found = [target for _, target in DataLoader(dataset, batch_size=None)]
-    assert [target["image_id"] for target in found] == [row["image"]["image_id"] for row in wanted]
-    assert [target["area"].tolist() for target in found] == [[m["area"] for m in row["annotations"]] for row in wanted]
+    targets = [target for _, target in DataLoader(dataset, batch_size=None)]
+    assert [target["image_id"] for target in targets] == [row["image"]["image_id"] for row in wanted]
+    assert [target["area"].tolist() for target in targets] == [
+        [m["area"] for m in row["annotations"]] for row in wanted
+    ]
     best = samray.MaskDataset(plan.output, images=False, masks=masks, where="area > 355", max_masks=1, min_area=360)
     assert all(len(target["area"]) <= 1 and (target["area"] >= 360).all() for _, target in DataLoader(best, None))
     with pytest.raises(ConfigError, match="selects none of the labelled images"):

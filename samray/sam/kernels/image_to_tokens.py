@@ -129,7 +129,7 @@ def kernel(
     inner = tl.arange(0, GROUP * PADDED_D)
     inner_head, dim = inner // PADDED_D, inner % PADDED_D
     # The blocks of the block-diagonal matrix: rows and columns of the same head.
-    own_head = inner_head[:, None] == row_head[None, :]
+    is_same_head = inner_head[:, None] == row_head[None, :]
     real = token < T
     for first in range(0, H, GROUP):
         # Put the group's queries next to each other against a block-diagonal matrix: one product for all heads.
@@ -142,7 +142,7 @@ def kernel(
         )
         head = tl.load(
             heads + row_at[None, :] * D + dim[:, None],
-            mask=own_head & (dim < D)[:, None] & real[None, :],
+            mask=is_same_head & (dim < D)[:, None] & real[None, :],
             other=0.0,
         )
         scores = tl.dot(query, head, input_precision=PRECISION)

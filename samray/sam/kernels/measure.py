@@ -28,13 +28,13 @@ def measure(
     (low_h, low_w), (height, width) = logits.shape[1:], hw
     # Pixels above the lower cut, the threshold and the upper cut; x0, y0, x1, y1: neutral for sum, min and max.
     neutral = torch.tensor([0, 0, 0, width, height, -1, -1], dtype=torch.int32, device=logits.device)
-    found = neutral.repeat(len(logits), 1)
+    figures = neutral.repeat(len(logits), 1)
     tiles_x = triton.cdiv(width, BLOCK_HW[1])
     tiles = triton.cdiv(height, BLOCK_HW[0]) * tiles_x
     with torch.cuda.device_of(logits):  # Triton uses the current GPU, which may not be the tensors'
         kernel[(tiles, len(logits))](
             logits.contiguous(),
-            found,
+            figures,
             tiles_x,
             low_h,
             low_w,
@@ -54,7 +54,7 @@ def measure(
             **LAUNCH,
         )
     # An empty mask has its neutral values still: zeros, as `mask_boxes` gives them.
-    lower, area, upper, *box = found.unbind(dim=1)
+    lower, area, upper, *box = figures.unbind(dim=1)
     stability = upper / lower.clamp(min=1)  # like `stability_scores`
     return torch.stack(
         [x.double() for x in (stability, area, *(torch.where(area > 0, side, 0) for side in box))], dim=1
@@ -64,7 +64,7 @@ def measure(
 @triton.jit
 def kernel(
     logits,
-    found,
+    figures,
     tiles_x,
     low_h,
     low_w,
@@ -107,15 +107,15 @@ def kernel(
     )
     inside = (y < height) & (x < width)
     masked = inside & (pixel > threshold)
-    found += mask * FIELDS
+    figures += mask * FIELDS
     # One atomic per figure and tile, after sums within the tile.
-    tl.atomic_add(found, tl.sum((inside & (pixel > lower)).to(tl.int32)))
-    tl.atomic_add(found + 1, tl.sum(masked.to(tl.int32)))
-    tl.atomic_add(found + 2, tl.sum((inside & (pixel > upper)).to(tl.int32)))
-    tl.atomic_min(found + 3, tl.min(tl.where(masked, x, width)))
-    tl.atomic_min(found + 4, tl.min(tl.where(masked, y, height)))
-    tl.atomic_max(found + 5, tl.max(tl.where(masked, x, -1)))
-    tl.atomic_max(found + 6, tl.max(tl.where(masked, y, -1)))
+    tl.atomic_add(figures, tl.sum((inside & (pixel > lower)).to(tl.int32)))
+    tl.atomic_add(figures + 1, tl.sum(masked.to(tl.int32)))
+    tl.atomic_add(figures + 2, tl.sum((inside & (pixel > upper)).to(tl.int32)))
+    tl.atomic_min(figures + 3, tl.min(tl.where(masked, x, width)))
+    tl.atomic_min(figures + 4, tl.min(tl.where(masked, y, height)))
+    tl.atomic_max(figures + 5, tl.max(tl.where(masked, x, -1)))
+    tl.atomic_max(figures + 6, tl.max(tl.where(masked, y, -1)))
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import numpy as np
 
 from samray.errors import ImageError
 from samray.inputs.child import Answer, Child, ChildDied, ChildNotStarted, how_it_ended, is_to_blame
-from samray.pipeline.attempts import ShardAttempts
+from samray.pipeline.attempts import ShardAttempts, TileMarks
 from samray.pipeline.labeler import EncodedImage, ShardLabeler, make_record
 from samray.pipeline.metrics import reserved_gpus
 from samray.pipeline.report import Labelled
@@ -35,7 +35,7 @@ START_TIMEOUT_S: Final = 1800.0
 """Seconds to load the model, possibly download it, and label the first image."""
 
 
-class LonelyLabeler:
+class IsolatedLabeler:
     """Labels images in a child, which is started for the first image and again after each death."""
 
     def __init__(
@@ -57,7 +57,7 @@ class LonelyLabeler:
     def label(
         self,
         images: Sequence[EncodedImage],
-        attempts: ShardAttempts,
+        attempts: ShardAttempts | TileMarks,
         on_progress: Callable[[Labelled], None] = lambda batch: None,
     ) -> Labelled:
         """Like `ShardLabeler.label`, but marks each image while it is in progress.
@@ -110,7 +110,7 @@ class LonelyLabeler:
     def _start(self) -> Child:
         for attempt in range(1, STARTS + 1):
             try:
-                return Child("samray.pipeline.alone:answer_with", self._setup, START_TIMEOUT_S)
+                return Child("samray.pipeline.isolated:answer_with", self._setup, START_TIMEOUT_S)
             except ChildNotStarted as error:
                 if attempt == STARTS:
                     raise

@@ -18,8 +18,8 @@ from samray.config import Config, load_config
 from samray.errors import SamrayError
 from samray.inputs.child import ChildNotStarted
 from samray.output.shards import done_shards
-from samray.pipeline.alone import LonelyLabeler
 from samray.pipeline.attempts import STRIKES_TO_BLAME, ShardAttempts
+from samray.pipeline.isolated import IsolatedLabeler
 from samray.pipeline.labeler import EncodedImage, ShardLabeler
 from samray.pipeline.report import Labelled, LabelReport
 from tests.support import standin
@@ -55,8 +55,8 @@ def _image(seed: int, data: bytes | None = None) -> EncodedImage:
     return EncodedImage(seed, f"{seed}.png", f"/in/{seed}.png", data or standin.make_image(seed))
 
 
-def _alone(make_labeler: Callable[[Config, int], ShardLabeler]) -> LonelyLabeler:
-    return LonelyLabeler(load_config(), make_labeler, standin.make_labeler(load_config(), 1).decode)
+def _alone(make_labeler: Callable[[Config, int], ShardLabeler]) -> IsolatedLabeler:
+    return IsolatedLabeler(load_config(), make_labeler, standin.make_labeler(load_config(), 1).decode)
 
 
 def _attempts(tmp_path: Path) -> ShardAttempts:
