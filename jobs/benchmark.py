@@ -4,6 +4,7 @@
     python jobs/benchmark.py generator           all masks of an image, by samray (also in bfloat16) and its peers
     python jobs/benchmark.py sam2                the same for SAM 2, against the package sam2 and transformers' networks
     python jobs/benchmark.py core                CPU seconds of an encoder's pass and of a prompt, as plans estimate
+    python jobs/benchmark.py onnx                ONNX files of every model in its real size, against torch
     python jobs/benchmark.py tiles PHOTOS        scoring and run lengths in open tiles only, and of whole masks
     python jobs/benchmark.py large               a 20,000 x 20,000 image in tiles, killed half-way: peak memory
     python jobs/benchmark.py seams               masks of scenes in tiles and of the same scenes as wholes
@@ -54,6 +55,7 @@ from jobs.benchmarks import (  # noqa: E402
     embeddings,
     host,
     large,
+    onnx_files,
     outputs,
     peers,
     phrases,
@@ -190,6 +192,8 @@ def main() -> int:
     sub = commands.add_parser("core")
     sub.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     sub.add_argument("--prompts", type=int, default=32)
+    sub = commands.add_parser("onnx")
+    sub.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     sub = commands.add_parser("tiles")
     sub.add_argument("photos", type=Path)
     sub.add_argument("--model", dest="model_name", default="tiny", choices=list(MODELS))
@@ -312,6 +316,7 @@ def main() -> int:
         "generator": compare.generator,
         "sam2": compare.against_sam2,
         "core": core_cost.core,
+        "onnx": onnx_files.onnx,
         "memory": memory,
         "rasters": rasters.measure_rasters,
         "tiles": tiling.tiling,

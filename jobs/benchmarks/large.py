@@ -183,11 +183,14 @@ def seams(side: int, tile: int, num_scenes: int, jitter: int, with_model: bool) 
 
     First with a perfect model, which finds in each tile the true masks that are connected, with borders moved by up to
     `jitter` pixels, by another random number in every tile: what is lost is lost at the seams. Then, with_model, with
-    the embedded model.
+    the embedded model; overview_with_whole is how well it agrees with itself, without any seam: the overview is the
+    same scene, scaled to a tile first.
     """
     tiling = make_tiling((side, side), tile, MaskConfig().tile_overlap)
     perfect: list[float] = []
-    against: dict[str, list[float]] = {"tiled_with_whole": [], "whole_with_truth": [], "tiled_with_truth": []}
+    against: dict[str, list[float]] = {
+        "tiled_with_whole": [], "overview_with_whole": [], "whole_with_truth": [], "tiled_with_truth": [],
+    }  # fmt: skip
     generator = whole_generator = None
     if with_model:
         model, config = samray.load_model("tiny", None, "cpu", "float32"), load_config(None, None, []).masks
@@ -210,6 +213,8 @@ def seams(side: int, tile: int, num_scenes: int, jitter: int, with_model: bool) 
             counts["whole"] += len(whole)
             counts["tiled"] += len(tiled)
             against["tiled_with_whole"] += _best_ious(whole, tiled)
+            overview = _joined({OVERVIEW: tiles[OVERVIEW]}, tiling, generator.config)
+            against["overview_with_whole"] += _best_ious(whole, overview)
             against["whole_with_truth"] += _best_ious(truth, whole)
             against["tiled_with_truth"] += _best_ious(truth, tiled)
     return {

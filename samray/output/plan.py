@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 RUN: Final = "run.json"
 
-_SECTIONS: Final = ("input", "model", "masks", "output")
+_SECTIONS: Final = ("input", "model", "masks", "labels", "output", "cluster")
 _PACKAGES: Final = ("numpy", "pillow", "pyarrow", "pycocotools", "ray", "torch")
 
 

@@ -142,8 +142,9 @@ def write_graph(graph: Graph, path: Path, max_bytes: int = _MAX_FILE_BYTES) -> l
         # Of tracing: sizes become constants, as they should; `compare` shows whether the results are right.
         warnings.simplefilter("ignore")
         traced = Path(temporary) / path.name
+        # Beyond 2 GiB torch writes weights next to a path, and takes only a string for one.
         torch.onnx.export(
-            graph, graph.example(), traced, dynamo=False, opset_version=OPSET,
+            graph, graph.example(), str(traced), dynamo=False, opset_version=OPSET,
             input_names=[port.name for port in graph.inputs], output_names=[port.name for port in graph.outputs],
             dynamic_axes={port.name: port.dynamic_axes for port in ports if port.dynamic_axes},
         )  # fmt: skip

@@ -223,6 +223,17 @@ def test_weights_beyond_the_limit_of_a_file_go_next_to_it(tmp_path: Path) -> Non
     np.testing.assert_allclose(embedding, expected, atol=1e-4 * np.abs(expected).max())
 
 
+def test_torch_gets_a_path_next_to_which_it_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a string for one only: graphs beyond 2 GiB, as that of vit_h, could not be written."""
+    taken: list[object] = []
+    export = torch.onnx.export
+    monkeypatch.setattr(
+        torch.onnx, "export", lambda *args, **options: (taken.append(args[2]), export(*args, **options))
+    )
+    write_graph(graphs_of(random_sam(MICRO_VIT))[1], tmp_path / "decoder.onnx")
+    assert [type(path) for path in taken] == [str]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -14,6 +14,7 @@ import pytest
 
 from samray import storage
 from samray.cli import output as cli_output
+from samray.cli.main import main
 from samray.errors import SamrayError, StorageError
 from samray.output import manifests as generations
 from samray.output import seals, shards
@@ -291,6 +292,15 @@ def test_manifests_that_say_what_cannot_be(plan: Plan, metadata: dict[str, Any])
 def test_run_json_that_is_none(plan: Plan, text: bytes) -> None:
     storage.put(storage.join(plan.output, "_samray", "run.json"), text)
     assert any("run.json" in problem for problem in problems_of(plan.output))
+
+
+@pytest.mark.parametrize("section", ["cluster", "masks", "output"])
+def test_a_section_of_run_json_that_is_no_object(plan: Plan, section: str, capsys: pytest.CaptureFixture[str]) -> None:
+    uri = storage.join(plan.output, "_samray", "run.json")
+    run = json.loads(storage.read_bytes(uri))
+    storage.put(uri, json.dumps({**run, "config": {**run["config"], section: None}}).encode())
+    assert main(["status", plan.output]) == 2
+    assert "run.json is not valid: its settings are not an object" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
