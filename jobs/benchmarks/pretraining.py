@@ -41,7 +41,7 @@ FIRST_SCENE = 2**50
 def pretrain(
     seeds: int, images: int, pretrain_steps: int, steps: int, validation_images: int, folder: Path | None
 ) -> dict[str, Any]:
-    """Loss and IoU of both starts after the same steps: same model, examples and settings, box prompts.
+    """Loss and IoU of both starts after the same steps: same model, examples and settings, one click.
 
     One autoencoder (seed 0) is trained on painted scenes written as PNG files, without their masks; each seed trains on
     masks from it and from scratch. `mask_loss` and `iou_scored` are means of the last 50 steps: scenes never repeat, so
@@ -93,7 +93,7 @@ def _pretrained(root: Path, unlabelled: str, steps: int, validation_images: int)
 def _one_seed(root: Path, seed: int, steps: int, validation_images: int) -> dict[str, Any]:
     common = [
         *_common(seed, validation_images), f"train.steps={steps}", "train.batch_size=4", "train.learning_rate=5e-4",
-        "train.warmup_steps=30", "train.schedule=constant", "train.box_fraction=1", "train.interaction_steps=1",
+        "train.warmup_steps=30", "train.schedule=constant", "train.box_fraction=0", "train.interaction_steps=1",
         "train.log_every=50", "data.prompts_per_image=8",
     ]  # fmt: skip
     row: dict[str, Any] = {"seed": seed}

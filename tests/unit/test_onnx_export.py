@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from jobs.benchmarks.reference import build_reference, segment_anything
 from jobs.benchmarks.weights import SMALL, blobs, random_sam
 from samray.cli.main import main
+from samray.config.model_specs import VitSpec
 from samray.sam import onnx_export
 from samray.sam.fetch import file_sha256
 from samray.sam.onnx_export import clicks_input, encoder_input, open_session, run, write_graph
@@ -212,11 +214,14 @@ def test_files_that_differ_from_torch_are_not_written(
 
 
 def test_weights_beyond_the_limit_of_a_file_go_next_to_it(tmp_path: Path) -> None:
-    sam = random_sam(MICRO_VIT)
-    encoder, _ = graphs_of(sam)
+    encoder_spec = VitSpec(dim=128, depth=4, num_heads=2, global_blocks=(1,), patch=8)
+    sam = random_sam(replace(MICRO_VIT, encoder=encoder_spec))
+    encoder, decoder = graphs_of(sam)
     path = tmp_path / "encoder.onnx"
     assert write_graph(encoder, path, max_bytes=0) == [path, tmp_path / "encoder.onnx.data"]
     assert sorted(tmp_path.iterdir()) == [path, tmp_path / "encoder.onnx.data"]
+    # The decoder's module has the encoder's weights, 3 MB, but its graph has not.
+    assert write_graph(decoder, tmp_path / "decoder.onnx", max_bytes=2**20) == [tmp_path / "decoder.onnx"]
     inputs = encoder_input(sam, encoder, blobs(1, (40, 60)))
     embedding = run(open_session(path), encoder, inputs)["image_embeddings"]
     expected = onnx_export.run_torch(encoder, inputs)["image_embeddings"]
