@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from samray.cli.help import Command, HelpfulGroup
+from samray.cli.running import ended_by_sigterm
 from samray.errors import ConfigError
 
 models_app = typer.Typer(
@@ -80,7 +81,10 @@ def export(
         raise ConfigError("choose a format: samray models export NAME DIR --onnx")
     from samray.sam.onnx_export import export_onnx
 
-    report = export_onnx(name, directory, checkpoint=checkpoint, adapter=adapter, int8=int8, single_mask=single_mask)
+    with ended_by_sigterm():
+        report = export_onnx(
+            name, directory, checkpoint=checkpoint, adapter=adapter, int8=int8, single_mask=single_mask
+        )
     lines = [f"{path}  {path.stat().st_size / 1e6:,.1f} MB" for path in report.files]
     lines.append(
         f"difference from torch: {report.difference:.1e} of the numbers' scale; a click's masks have IoU"

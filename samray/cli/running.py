@@ -46,6 +46,29 @@ def fail(message: str, exit_code: int) -> int:
 
 
 @contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as an error does, so that its temporary files are removed, and then the process, with 143.
+
+    Further ones are ignored meanwhile. Outside the main thread Python allows no handlers: there, nothing is caught.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(signum: int, frame: object) -> None:
+        signal.signal(signum, signal.SIG_IGN)
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except SystemExit:
+        raise SystemExit(fail("stopped by SIGTERM", 143)) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
 def _no_interrupts() -> Iterator[None]:
     """Ignore Ctrl-C while the reason for the exit is printed; otherwise a second one shows a traceback instead."""
     if threading.current_thread() is not threading.main_thread():

@@ -78,16 +78,14 @@ def export_onnx(
     """Write NAME.encoder.onnx, NAME.decoder.onnx and NAME.json to a local folder.
 
     checkpoint, adapter: as for `load_model`. int8: also write NAME.encoder.int8.onnx. single_mask: see `graphs_of`.
-    Existing files of these names are replaced, each as a whole. Raises: ConfigError, StorageError; SamrayError if
-    onnxruntime's results differ from torch's.
+    Existing files of these names are replaced, each as a whole, and those of an earlier export that this one does not
+    write are removed. Raises: ConfigError, StorageError; SamrayError if onnxruntime's results differ from torch's.
     """
     require_onnx()
-    if not storage.is_local(str(directory)):
-        raise ConfigError(f"DIR takes a local folder, got {storage.redact(str(directory))}; copy the files from there")
+    folder = _local_folder(str(directory), name)
     weights = WeightsFile(name, checkpoint, adapter)
     digests = {"sha256": weights.sha256, "adapter_sha256": weights.adapter_sha256}
     sam = load_model(name, checkpoint, "cpu", "float32", adapter=adapter, **digests)
-    folder = Path(storage.normalize(str(directory)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # On the same disk, so that finished files only need a rename.
@@ -96,6 +94,9 @@ def export_onnx(
             # The description last: it names the others.
             for path in report.files:
                 path.replace(folder / path.name)
+            # Of other weights or options: tools would take them for parts of this export.
+            for path in _possible_files(folder, name) - {folder / path.name for path in report.files}:
+                path.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error.strerror or error}") from error
     return OnnxReport(
@@ -107,8 +108,37 @@ def export_onnx(
     )
 
 
+def _local_folder(directory: str, name: str) -> Path:
+    """Raises: ConfigError if it cannot be a folder for the files of this name."""
+    if not directory.strip():
+        raise ConfigError(f"DIR is empty; name a folder: samray models export {name} onnx/ --onnx")
+    if not storage.is_local(directory):
+        raise ConfigError(f"DIR takes a local folder, got {storage.redact(directory)}; copy the files from there")
+    folder = Path(storage.normalize(directory))
+    try:
+        is_file = folder.exists() and not folder.is_dir()
+        taken = sorted(path for path in _possible_files(folder, name) if path.is_dir())
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written: {error.strerror or error}") from error
+    if is_file:
+        raise ConfigError(f"DIR takes a folder, and {folder} is a file; choose another DIR")
+    # Now, before anything is replaced.
+    if taken:
+        raise ConfigError(
+            f"{taken[0]} is a folder, and a file of the export has this name; move it or choose another DIR"
+        )
+    return folder
+
+
+def _possible_files(folder: Path, name: str) -> set[Path]:
+    """Every file that an export of this name may write."""
+    graphs = [f"{name}.{part}.onnx" for part in ("encoder", "decoder", "encoder.int8")]
+    return {folder / file for file in (f"{name}.json", *graphs, *(f"{graph}.data" for graph in graphs))}
+
+
 def _write_all(sam: Sam, folder: Path, name: str, weights: WeightsFile, *, int8: bool, single_mask: bool) -> OnnxReport:
-    photographs = [np.asarray(Image.open(path).convert("RGB")) for _, path in photograph_files()]
+    # Copies: torch warns about arrays that are not writable.
+    photographs = [np.array(Image.open(path).convert("RGB")) for _, path in photograph_files()]
     if not photographs:
         raise SamrayError("scikit-image is installed without its photographs, on which the files are checked")
     encoder, decoder = graphs_of(sam, single_mask=single_mask)
@@ -126,7 +156,9 @@ def _write_all(sam: Sam, folder: Path, name: str, weights: WeightsFile, *, int8:
             "clicks": num_clicks, "photographs": len(photographs),
         }  # fmt: skip
     text = folder / f"{name}.json"
-    text.write_text(json.dumps(description(sam, weights.identity) | described, indent=2) + "\n")
+    text.write_text(
+        json.dumps(description(sam, weights.identity, single_mask=single_mask) | described, indent=2) + "\n"
+    )
     return OnnxReport(
         files=[*files, text], difference=difference, click_iou=click_iou, int8_iou=int8_iou, num_clicks=num_clicks
     )
@@ -170,20 +202,47 @@ def _save(traced: Path, path: Path) -> None:
 def quantize(path: Path, small: Path) -> list[Path]:
     """Write a graph with the weights of its matrix products as int8, one scale per column. Returns the files.
 
-    Convolutions stay in float32. Activations are quantized as they come, so no calibration is needed.
+    Convolutions stay in float32. Activations are quantized as they come, so no calibration is needed. Raises:
+    SamrayError if onnxruntime cannot.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     external = path.with_name(f"{path.name}.data").exists()
-    with _quiet():
+    with _quiet(), _explained(f"quantize {path.name}", "export without --int8, or "):
         # Seven bits: without VNNI, products of eight-bit numbers overflow on x86.
         quantize_dynamic(
             path, small, op_types_to_quantize=["MatMul"], per_channel=True, reduce_range=True,
             weight_type=QuantType.QInt8, use_external_data_format=external,
-            extra_options={"MatMulConstBOnly": True},
+            nodes_to_exclude=_not_by_matrices(path), extra_options={"MatMulConstBOnly": True},
         )  # fmt: skip
     data = small.with_name(f"{small.name}.data")
     return [small, data] if data.exists() else [small]
+
+
+def _not_by_matrices(path: Path) -> list[str]:
+    """Names of the products by a constant that is no matrix, such as a vector: it has no columns to scale."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    num_dims = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
+    return [node.name for node in graph.node if node.op_type == "MatMul" and num_dims.get(node.input[1], 2) != 2]
+
+
+@contextlib.contextmanager
+def _explained(what: str, advice: str = "") -> Iterator[None]:
+    """An error of onnxruntime, which has no class of its own, in a sentence."""
+    import onnxruntime
+
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise SamrayError(
+            f"onnxruntime {onnxruntime.__version__} cannot {what} ({reason}): nothing was written; {advice}use another"
+            " version of onnxruntime"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -201,14 +260,15 @@ def _quiet() -> Iterator[None]:
 
 
 def open_session(path: Path) -> Any:
-    """onnxruntime's session of a file, on the CPU."""
+    """onnxruntime's session of a file, on the CPU. Raises: SamrayError if it cannot be opened."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     # Its threads wait by spinning, at the cost of torch's.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    with _explained(f"open {path.name}"):
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def encoder_input(sam: Sam, graph: Graph, image: npt.NDArray[np.uint8]) -> Arrays:
@@ -288,7 +348,7 @@ def agreement(
 ) -> tuple[float, int]:
     """Mean IoU of the masks of a grid of clicks with two encoders, and the number of clicks.
 
-    Of a click's masks the one of the highest IoU as predicted with the first encoder.
+    Of a click's masks the one that samray takes (`_best_of_click`) with the first encoder.
     """
     encoder, decoder = graphs
     sessions, decode = [open_session(path) for path in encoders], open_session(decoder_path)
@@ -299,10 +359,17 @@ def agreement(
         xy = np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2) * original_hw[::-1]
         pixels, clicks = encoder_input(sam, encoder, image), clicks_input(sam, decoder, xy, original_hw)
         exact, small = (run(decode, decoder, run(session, encoder, pixels) | clicks) for session in sessions)
-        best = exact["iou_predictions"].argmax(axis=1)
+        best = _best_of_click(exact["iou_predictions"])
         click = np.arange(len(best))
         ious.append(_ious(exact["masks"][click, best] > 0, small["masks"][click, best] > 0))
     return float(np.concatenate(ious).mean()), sum(map(len, ious))
+
+
+def _best_of_click(iou: Array) -> npt.NDArray[np.int64]:
+    """iou: (N, M) as predicted. Returns (N,) which mask is the click's: of four, the first is for clearer prompts."""
+    first = 1 if iou.shape[1] == 4 else 0
+    best: npt.NDArray[np.int64] = first + iou[:, first:].argmax(axis=1)
+    return best
 
 
 def _ious(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
@@ -315,21 +382,36 @@ def _ious(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> npt.NDArray[np.
 # --- description -----------------------------------------------------------------------------------------------------
 
 _PADDED_STEPS: Final = (
-    "Resize the RGB image so that its longest side is image_size (bilinear); give the encoder its values as float32.",
-    "Scale clicks and boxes by the same factors. A box is two points, with labels 2 and 3.",
+    "Scale the RGB image so that its longer side is image_size: scale = image_size / max(width, height), new_width ="
+    " floor(width * scale + 0.5), new_height = floor(height * scale + 0.5), each at least 1. Use the bilinear filter of"
+    " Pillow on bytes, which has antialiasing. Give the encoder these values as float32, without padding.",
+    "Multiply x of clicks and boxes by new_width / width, and y by new_height / height. Pixels are numbered from"
+    " 0; do not add half a pixel, the decoder does. A box is two points, with labels 2 and 3.",
     "Without a box, append the point (0, 0) with label -1 to each prompt.",
-    "Run the decoder for each prompt; a mask is where masks > 0.",
+    "Run the decoder for each prompt. Its masks are in the original frame; a mask is where masks > 0.",
 )
 _SQUARE_STEPS: Final = (
-    "Resize the RGB image to image_size x image_size (bilinear), subtract mean, divide by std, and put channels first.",
-    "Scale x by image_size / width and y by image_size / height. A box is two points, with labels 2 and 3.",
-    "Run the decoder for each prompt, resize masks to the image (bilinear); a mask is where they are > 0.",
+    "Scale the RGB image, as float32, to image_size x image_size: bilinear with antialiasing, corners not aligned"
+    " (torch: interpolate with mode='bilinear', antialias=True), without rounding. Subtract mean, divide by std, put"
+    " channels first.",
+    "Multiply x of clicks and boxes by image_size / width, and y by image_size / height. Pixels are numbered from"
+    " 0; do not add half a pixel, the decoder does. A box is two points, with labels 2 and 3.",
+    "Run the decoder for each prompt, and resize masks to height x width: bilinear without antialiasing, corners not"
+    " aligned (torch: interpolate with mode='bilinear', align_corners=False). A mask is where they are > 0.",
 )
+_CHOICES: Final = {
+    4: "Of the four masks of a prompt take mask 0 for a box or several points; for one click, the one of masks 1 to 3"
+    " with the highest iou_predictions.",
+    3: "Of the three masks of a prompt take the one with the highest iou_predictions.",
+    1: "There is one mask for each prompt.",
+}
+"""Which mask to take, by the number of masks of a prompt."""
 
 
-def description(sam: Sam, digests: Mapping[str, str]) -> dict[str, Any]:
-    """The content of NAME.json about the model. digests: `WeightsFile.identity`."""
+def description(sam: Sam, digests: Mapping[str, str], *, single_mask: bool = False) -> dict[str, Any]:
+    """The content of NAME.json about the model. digests: `WeightsFile.identity`. single_mask: see `graphs_of`."""
     spec = sam.spec
+    steps, num_masks = (_PADDED_STEPS, 4) if sam.frame.is_padded else (_SQUARE_STEPS, 3)
     return {
         "model": spec.name,
         "family": spec.family,
@@ -344,12 +426,12 @@ def description(sam: Sam, digests: Mapping[str, str]) -> dict[str, Any]:
         "mean": list(spec.pixel_mean),
         "std": list(spec.pixel_std),
         "normalised_by": "the encoder" if sam.frame.is_padded else "the caller",
-        "steps": list(_PADDED_STEPS if sam.frame.is_padded else _SQUARE_STEPS),
+        "steps": [*steps, _CHOICES[1 if single_mask else num_masks]],
     }
 
 
 def describe(graph: Graph, path: Path) -> dict[str, Any]:
-    """A file and its ports."""
+    """A file, the file of its weights if there is one, and its ports."""
 
     def ports(all_ports: tuple[Port, ...]) -> list[dict[str, Any]]:
         return [
@@ -357,9 +439,12 @@ def describe(graph: Graph, path: Path) -> dict[str, Any]:
             for port in all_ports
         ]
 
+    data = path.with_name(f"{path.name}.data")
+    weights = {"data": {"file": data.name, "sha256": fetch.file_sha256(data)}} if data.exists() else {}
     return {
         "file": path.name,
         "sha256": fetch.file_sha256(path),
+        **weights,
         "inputs": ports(graph.inputs),
         "outputs": ports(graph.outputs),
     }

@@ -85,16 +85,16 @@ class PaddedEncoder(Graph):
 
     def __init__(self, sam: Sam, shapes: Shapes) -> None:
         super().__init__(sam)
-        meaning = f"RGB, 0 to 255; resized so that the longest side is {shapes.side}"
+        meaning = f"RGB, 0 to 255; resized so that the longer side is {shapes.side}; a longer one is an error"
         self.inputs = (Port("input_image", ("height", "width", 3), meaning),)
         self.outputs = (Port("image_embeddings", shapes.packed, "for the decoder"),)
 
     def forward(self, image: Tensor) -> Tensor:
         pixels = ((image.permute(2, 0, 1) - self.sam.pixel_mean) / self.sam.pixel_std)[None]
         side = self.sam.image_size
-        # Zeros after the normalisation, as in `Sam.normalize`.
-        padded = F.pad(pixels, (0, side - image.shape[1], 0, side - image.shape[0]))
-        # The sizes are known from here on.
+        # Zeros after the normalisation, as in `Sam.normalize`. A side that is too long becomes longer still, not cut.
+        padded = F.pad(pixels, (0, abs(side - image.shape[1]), 0, abs(side - image.shape[0])))
+        # The sizes are known from here on; fails if a side was too long.
         return self.sam.image_encoder(padded.reshape(1, 3, side, side))
 
 
@@ -205,7 +205,10 @@ def _prompts(shapes: Shapes) -> tuple[Port, ...]:
             "point_labels", ("num_prompts", "num_points"),
             "1 object, 0 not, 2 and 3 the top-left and bottom-right corner of a box, -1 no point",
         ),
-        Port("mask_input", (1, 1, low_res, low_res), "low-resolution logits of an earlier mask, or zeros"),
+        Port(
+            "mask_input", (1, 1, low_res, low_res),
+            "low-resolution logits of an earlier mask, or zeros; one mask for all prompts of a call",
+        ),
         Port("has_mask_input", (1,), "1 to use mask_input, else 0"),
     )  # fmt: skip
 
