@@ -8,6 +8,7 @@ caller. `tests/unit/test_onnx_export.py` compares each with torch in onnxruntime
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 
 from samray.sam.encoder import Features, packed
 from samray.sam.sam import Sam
+
+OPSET: Final = 20
+"""The newest that torch's tracing exporter writes, and torch's default. Its other exporter needs onnxscript."""
 
 
 @dataclass(frozen=True, slots=True)

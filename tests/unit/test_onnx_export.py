@@ -29,6 +29,7 @@ from samray.config.model_specs import VitSpec
 from samray.errors import SamrayError
 from samray.sam import onnx_export
 from samray.sam.fetch import file_sha256
+from samray.sam.onnx_description import description
 from samray.sam.onnx_export import clicks_input, encoder_input, open_session, run, write_graph
 from samray.sam.onnx_graphs import Graph, graphs_of
 from samray.sam.sam import Sam
@@ -179,7 +180,7 @@ def test_the_steps_give_samrays_masks(kind: str, size: tuple[int, int], tmp_path
     """The description's steps with Pillow and torch alone, for a click on an image of odd size."""
     sam = random_model(kind)
     *_, encode, decode = written(sam, tmp_path)
-    described = onnx_export.description(sam, {})
+    described = description(sam, {})
     width, height = size
     picture = blobs(3, (height, width))
     click = np.float32([[[0.3 * width, 0.6 * height]]])
@@ -223,7 +224,7 @@ def test_the_steps_give_samrays_masks(kind: str, size: tuple[int, int], tmp_path
 
 
 def test_the_steps_name_the_only_mask_of_a_prompt() -> None:
-    described = onnx_export.description(random_model("vit"), {}, single_mask=True)
+    described = description(random_model("vit"), {}, single_mask=True)
     assert described["steps"][-1] == "There is one mask for each prompt."
 
 
