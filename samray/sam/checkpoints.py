@@ -15,11 +15,11 @@ from torch.overrides import TorchFunctionMode
 from samray.errors import ConfigError
 from samray.sam import adapter as adapters
 from samray.sam import fetch
-from samray.sam.formats import StateDict, read_state_dict
+from samray.sam.formats import FLOATS, StateDict, is_within, read_state_dict
 from samray.sam.precision import auto_dtype
 from samray.sam.sam import Sam
 from samray.sam.spec import MODELS, ModelSpec
-from samray.sam.text_projection import PREFIX, TextProjection, projection_shapes
+from samray.sam.text_projection import CLIP_SHA256, PREFIX, TextProjection, projection_shapes
 from samray.sam.weights_file import (
     ADAPTER_SETTING,
     WeightsFile,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NOT_NEEDED = ".num_batches_tracked"  # a training counter; files without it are complete
+_INTEGERS = (_NOT_NEEDED, CLIP_SHA256)  # ends of the names of tensors that are not floats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,8 +135,11 @@ def check_weights(weights: WeightsFile) -> None:
 def _refuse_misfit(spec: ModelSpec, state: Mapping[str, Tensor], origin: str) -> None:
     """Raises: ConfigError if the weights are not this model's."""
     family = state.family if isinstance(state, StateDict) else None
-    problems = key_problems(_expected(spec, state), state)
+    expected = _expected(spec, state)
+    problems = key_problems(expected, state)
     if not problems and family in (None, spec.family):
+        if problems := value_problems(expected, state):
+            raise ConfigError(f"{origin} is damaged, or of a training that diverged: {'; '.join(problems)}")
         return
     if adapters.is_adapter(state):
         raise ConfigError(f"{origin} is a LoRA adapter, not weights: set {ADAPTER_SETTING} to it")
@@ -168,7 +172,7 @@ def read_clip_sha256(name: str = "tiny", checkpoint: str | Path | None = None) -
     if not projection_shapes(state, find_spec(name).embed_dim):
         return None
     _refuse_misfit(find_spec(name), state, str(path))
-    return bytes(state[f"{PREFIX}clip_sha256"].to(torch.uint8).tolist()).hex()
+    return bytes(state[CLIP_SHA256].to(torch.uint8).tolist()).hex()
 
 
 def _expected(spec: ModelSpec, state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -275,7 +279,7 @@ def _num_parameters(spec: ModelSpec) -> int:
 
 
 def key_problems(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> list[str]:
-    """Clauses about missing, unexpected and misshapen keys; [] if there are none."""
+    """Clauses about missing, unexpected, misshapen and mistyped keys; [] if there are none."""
     missing = [key for key in expected if key not in state and not key.endswith(_NOT_NEEDED)]
     unexpected = [key for key in state if key not in expected]
     misshapen = [
@@ -283,17 +287,30 @@ def key_problems(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Te
         for key, shape in expected.items()
         if key in state and tuple(state[key].shape) != shape
     ]
+    mistyped = [
+        f"{key} is {str(state[key].dtype).removeprefix('torch.')}, expected float32, float16, bfloat16 or float64"
+        for key in expected
+        if key in state and state[key].dtype not in FLOATS and not key.endswith(_INTEGERS)
+    ]
     return [
         *_clause("missing key", missing),
         *_clause("unexpected key", unexpected),
         *_clause("misshapen key", misshapen),
+        *_clause("mistyped key", mistyped),
     ]
 
 
-def _clause(what: str, keys: Iterable[str], shown: int = 3) -> list[str]:
+def value_problems(expected: Iterable[str], state: Mapping[str, Tensor]) -> list[str]:
+    """A clause about tensors with NaN or infinity; [] if there are none. state: without `key_problems`."""
+    # Only what is loaded: other tensors of a file, masks of an attention for example, may well be infinite.
+    broken = [key for key in expected if key in state and not key.endswith(_INTEGERS) and not is_within(state[key])]
+    return _clause("key", broken, end=" with values that are not finite")
+
+
+def _clause(what: str, keys: Iterable[str], shown: int = 3, end: str = "") -> list[str]:
     """`2 missing keys: a, b`, with at most the first few names; [] if there are none."""
     keys = list(keys)
     if not keys:
         return []
     more = ", ..." if len(keys) > shown else ""
-    return [f"{len(keys)} {what}{'s' if len(keys) > 1 else ''}: {', '.join(keys[:shown])}{more}"]
+    return [f"{len(keys)} {what}{'s' if len(keys) > 1 else ''}{end}: {', '.join(keys[:shown])}{more}"]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from samray.errors import ConfigError
 from samray.sam import fetch
-from samray.sam.checkpoints import key_problems
+from samray.sam.checkpoints import key_problems, value_problems
 from samray.sam.formats import read_tensors
 from samray.sam.layouts import renamed
 from samray.sam.sam import Sam
@@ -100,7 +100,7 @@ def fit_encoder(tensors: Mapping[str, Tensor], sam: Sam, path: Path) -> dict[str
         for key, value in sam.image_encoder.state_dict().items()
         if not key.startswith("neck.") and ".rel_pos_" not in key
     }
-    problems = key_problems(shapes, state)
+    problems = key_problems(shapes, state) or value_problems(shapes, state)
     if problems:
         raise ConfigError(
             f"{SETTING}: {path} is not a masked autoencoder that fits {sam.spec.name}: {'; '.join(problems)}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +23,11 @@ from samray.sam.layouts import HF_SAM, HF_SHARED_POSITIONS, HF_TIED_POSITIONS, l
 _ZIP_MAGIC = b"PK\x03\x04"  # torch.save since PyTorch 1.6
 _PICKLE_MAGIC = b"\x80"  # older torch.save
 _LFS_MAGIC = b"version https://git-lfs"
+
+FLOATS: Final = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""The types of weights in a file. Those of 8 bits are meant with scales, which a model here does not have."""
+LARGEST: Final = torch.finfo(torch.float32).max
+"""The largest weight of a model, which is in float32."""
 
 
 class StateDict(dict[str, Tensor]):
@@ -65,8 +70,15 @@ def meta_name(key: str) -> str:
     return renamed(key, HF_SAM.renames)
 
 
+def is_within(tensor: Tensor, largest: float = LARGEST) -> bool:
+    """Whether all values are numbers of at most this size. tensor: one of `FLOATS`, not empty."""
+    # One pass without a copy; NaN is passed on, and is not within.
+    low, high = torch.aminmax(tensor)
+    return -largest <= float(low) and float(high) <= largest
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file as they are named in it. Raises: as `read_state_dict`."""
+    """The tensors of a file as they are named in it, all with values in memory. Raises: as `read_state_dict`."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -108,6 +120,10 @@ def _torch_load(path: Path, *, is_zip: bool) -> dict[str, Tensor]:
             "save only its state_dict() and use that file"
         ) from error
     except Exception as error:  # flipped bytes can make an unpickler raise anything
+        if "PytorchStreamReader" in str(error):
+            raise ConfigError(
+                f"{path} is truncated or damaged, or a zip that is not PyTorch's; download or copy it again"
+            ) from error
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{path} is a damaged PyTorch file: {reason}") from error
     if not isinstance(loaded, dict):
@@ -118,6 +134,18 @@ def _torch_load(path: Path, *, is_zip: bool) -> dict[str, Tensor]:
     if others := [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]:
         raise ConfigError(
             f"{path} is not a state dict: expected only tensors, but {', '.join(others[:3])} "
-            f"({len(others)} of {len(loaded)} entries) are something else"
+            f"({len(others)} of {len(loaded)} entries) are something else{_advice(loaded)}"
         )
+    for key, value in loaded.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            kind = "quantized" if value.is_quantized else "without values (meta)" if value.is_meta else "sparse"
+            raise ConfigError(f"{path}: {key} is {kind}; save the weights as ordinary tensors of floats")
     return {str(key): value for key, value in loaded.items()}
+
+
+def _advice(loaded: dict[Any, Any]) -> str:
+    """What to do with a training checkpoint, if an entry of it is a state dict; else ""."""
+    for key, value in loaded.items():
+        if isinstance(value, dict) and value and all(isinstance(part, Tensor) for part in value.values()):
+            return f"; {key} has tensors: save only that entry, torch.save(torch.load(FILE)[{key!r}], NEW_FILE)"
+    return ""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 PREFIX: Final = "prompt_encoder.text_projection."
-_SHA256: Final = f"{PREFIX}clip_sha256"
+CLIP_SHA256: Final = f"{PREFIX}clip_sha256"
 
 
 class TextProjection(nn.Linear):
@@ -45,7 +45,7 @@ def projection_shapes(state: Mapping[str, Tensor], embed_dim: int) -> dict[str, 
     return {
         f"{PREFIX}weight": (embed_dim, clip_dim),
         f"{PREFIX}bias": (embed_dim,),
-        _SHA256: (hashlib.sha256().digest_size,),
+        CLIP_SHA256: (hashlib.sha256().digest_size,),
     }
 
 
@@ -54,6 +54,6 @@ def initial_state(begun: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
 
     Without a text projection if the model has none, or one for another CLIP: it keeps its own initial values then.
     """
-    fits = _SHA256 in begun and _SHA256 in wanted and torch.equal(begun[_SHA256], wanted[_SHA256])
+    fits = CLIP_SHA256 in begun and CLIP_SHA256 in wanted and torch.equal(begun[CLIP_SHA256], wanted[CLIP_SHA256])
     kept = {key: value for key, value in wanted.items() if key.startswith(PREFIX)}
     return {key: value for key, value in begun.items() if fits or not key.startswith(PREFIX)} | ({} if fits else kept)

@@ -139,6 +139,11 @@ def local_weights_file(checkpoint: str, setting: str = "model.checkpoint") -> Pa
         for file_name in names:
             if (path / file_name).is_file():
                 return path / file_name
+        if any((path / f"{file_name}.index.json").is_file() for file_name in names):
+            raise ConfigError(
+                f"{setting}: the weights in the folder {path} are cut into several files, and samray reads one; save"
+                ' them as one, with save_pretrained(FOLDER, max_shard_size="100GB") of transformers'
+            )
         raise ConfigError(f"{setting}: the folder {path} has no {' and no '.join(names)}")
     if not path.is_file():
         raise ConfigError(f"{setting}: the file {path} does not exist")

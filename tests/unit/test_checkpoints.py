@@ -127,6 +127,14 @@ def test_a_hugging_face_folder_is_found_by_its_file(tmp_path: Path) -> None:
         resolve_checkpoint("small_vit", tmp_path)
 
 
+def test_a_folder_with_its_weights_in_several_files_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"cut into several files, .* max_shard_size"):
+        resolve_checkpoint("small_vit", tmp_path)
+    torch.save(random_state(VIT), tmp_path / "pytorch_model.bin")
+    load_model("small_vit", tmp_path)
+
+
 def test_two_different_tables_of_positions_are_refused(tmp_path: Path) -> None:
     state = {
         "shared_image_embedding.positional_embedding": torch.zeros(2, 16),
@@ -210,9 +218,58 @@ def test_what_is_no_checkpoint_is_called_so(data: bytes, words: str, tmp_path: P
         load_model("small_vit", path)
 
 
+def test_a_damaged_zip_says_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "sam.pt"
+    torch.save(random_state(VIT), path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"sam\.pt is truncated or damaged, .* download or copy it again"):
+        load_model("small_vit", path)
+
+
+KEY = "mask_decoder.iou_token.weight"
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil", "words"),
+    [
+        ("int8", lambda value: value.to(torch.int8), f"1 mistyped key: {KEY} is int8, expected float32"),
+        ("bool", lambda value: value > 0, "is bool, expected"),
+        ("complex", lambda value: value.to(torch.complex64), "is complex64, expected"),
+        ("float8", lambda value: value.to(torch.float8_e4m3fn), "is float8_e4m3fn, expected"),
+        ("sparse", lambda value: value.to_sparse(), f"{KEY} is sparse"),
+        ("meta", lambda value: value.to("meta"), f"{KEY} is without values"),
+        ("quantized", lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8), f"{KEY} is quantized"),
+        ("nan", lambda value: value * torch.nan, f"1 key with values that are not finite: {KEY}"),
+        ("inf", lambda value: value.half() * -torch.inf, "not finite"),
+        ("large", lambda value: value.double().fill_(1e300), "not finite"),  # infinite once it is float32
+    ],
+)
+def test_tensors_that_are_no_weights_are_named(
+    kind: str, spoil: Callable[[Tensor], Tensor], words: str, tmp_path: Path
+) -> None:
+    state, path = random_state(VIT), tmp_path / "sam.pth"
+    torch.save(state | {KEY: spoil(state[KEY])}, path)
+    for refused in (lambda: load_model("small_vit", path), lambda: check_checkpoint("small_vit", path)):
+        with pytest.raises(ConfigError) as caught:
+            refused()
+        assert words in str(caught.value)
+        assert str(path) in str(caught.value)
+
+
+def test_floats_of_every_width_and_what_is_not_loaded_are_taken(tmp_path: Path) -> None:
+    state, path = random_state(TINY), tmp_path / "sam.pth"
+    extras = {"image_encoder.head.bias": torch.full((3,), -torch.inf), "image_encoder.head.weight": torch.ones(3).int()}
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        torch.save({k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()} | extras, path)
+        load_model("small_tiny", path)
+
+
 def test_a_state_dict_holds_tensors_alone(tmp_path: Path) -> None:
     message = load_error("small_vit", {"model": random_state(VIT), "epoch": 3}, tmp_path / "sam.pth")
-    assert "model, epoch (2 of 2 entries) are something else" in message
+    assert "model, epoch (2 of 2 entries) are something else; model has tensors: save only that entry" in message
+    training = {"epoch": 3, "optimizer": {"state": {}}, "state_dict": random_state(VIT)}
+    assert "torch.load(FILE)['state_dict']" in load_error("small_vit", training, tmp_path / "sam.pth")
+    assert load_error("small_vit", {"epoch": 3}, tmp_path / "sam.pth").endswith("are something else")
     assert "found a list" in load_error("small_vit", [torch.zeros(1)], tmp_path / "sam.pth")
 
 
