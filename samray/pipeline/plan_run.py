@@ -90,7 +90,7 @@ def plan_run(
     """Plan a run and write the plan to OUTPUT, or use the plan that is there.
 
     append, redo_changed: as for `samray.label`. with_model: whether the actors load the networks of config.
-    dry_run: write nothing, and check neither weights nor Ray.
+    dry_run: write nothing, and check neither weights nor Ray; of an adapter only the header.
     Raises: ConfigError, before anything is written, if the run cannot start or differs from OUTPUT's; StorageError.
     """
     from samray.sam.weights_file import WeightsFile
@@ -114,7 +114,7 @@ def plan_run(
         storage.check_output(output_uri)  # before listing INPUT, which may take long
     # Read once, here: it may change during the run, and its content is a part of the run's identity.
     prompt_file, labels = _prompts_and_labels(config)
-    identity = _identity_of_dry_run(config, begun) if dry_run else run_identity(config, weights)
+    identity = _identity_of_dry_run(config, begun, weights) if dry_run else run_identity(config, weights)
     identity |= labels_identity(config, labels, begun) | (prompt_file.identity if prompt_file else {})
     if is_new and dry_run:  # the only case without a plan in OUTPUT
         return _preview(input_uri, output_uri, config, identity, prompt_file, labels)
@@ -186,15 +186,20 @@ def _check_images(images: pa.Table, input_uri: str, prompt_file: PromptFile | No
         prompt_file.match(images)
 
 
-def _identity_of_dry_run(config: Config, begun: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Like `run_identity`, but with the weights of the existing run, because they may not be on this machine yet."""
+def _identity_of_dry_run(config: Config, begun: Mapping[str, Any] | None, weights: WeightsFile) -> dict[str, Any]:
+    """Like `run_identity`, but with the weights of the existing run, because they may not be on this machine yet.
+
+    The adapter, a small file, is read. Raises: ConfigError if it is none, or one of another model; StorageError.
+    """
+    from samray.sam.weights_file import read_adapter_header
+
     identity = config.identity()
     if begun is not None and config.labels.needs_sam:
         # Taken from the run, so that comparing with it finds no difference.
-        recorded = begun.get("model", {})
-        identity["model"]["checkpoint_sha256"] = recorded.get("checkpoint_sha256")
-        if "adapter_sha256" in recorded and config.model.adapter is not None:
-            identity["model"]["adapter_sha256"] = recorded["adapter_sha256"]
+        identity["model"]["checkpoint_sha256"] = begun.get("model", {}).get("checkpoint_sha256")
+    if config.labels.needs_sam and config.model.adapter is not None:
+        read_adapter_header(weights.adapter_path, config.model.name, weights.known_sha256)
+        identity["model"]["adapter_sha256"] = weights.adapter_sha256
     return identity
 
 

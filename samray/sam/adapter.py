@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from samray.errors import ConfigError
-from samray.sam.weights_file import ADAPTER_FILE
+from samray.sam.formats import FLOATS, LARGEST, is_within
+from samray.sam.weights_file import ADAPTER_FORMAT, read_adapter_header
 from samray.sam.weights_file import ADAPTER_SETTING as SETTING
 
-FORMAT: Final = "samray-lora"
-"""Value of `format` in the metadata."""
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+_LARGEST_CHANGE: Final = torch.finfo(torch.float16).max
+"""Of a weight. Weights of a model that works are far smaller, and with model.dtype=float16 a larger one is infinite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,46 +33,36 @@ class Adapter:
     """The content of a file."""
 
     path: Path
-    model: str
-    """Name of the base model."""
-    base_sha256: str
     scale: float
     pairs: dict[str, tuple[Tensor, Tensor]]
     """Name of the adapted module -> A (r, in) and B (out, r)."""
 
-    def check(self, model: str, shapes: Mapping[str, tuple[int, ...]], base_sha256: str) -> None:
-        """Raises: ConfigError if this is not an adapter of that model with those weights.
-
-        shapes: of the model's tensors. base_sha256: of the weights file.
-        """
-        if self.model != model:
-            raise ConfigError(
-                f"{SETTING}: {self.path} adapts {self.model}, not {model}: set model.name={self.model}, or {SETTING} to"
-                f" one of {model}"
-            )
-        if self.base_sha256 != base_sha256:
-            raise ConfigError(
-                f"{SETTING}: {self.path} was trained on other weights of {model}: their SHA-256 is {self.base_sha256},"
-                f" that of these is {base_sha256}; set model.checkpoint to the weights that it was trained on"
-            )
+    def check(self, model: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises: ConfigError if a pair does not fit the model's tensors, which have these shapes."""
         for name, (a, b) in self.pairs.items():
             shape, product = shapes.get(f"{name}.weight"), (b.shape[0], a.shape[1])
-            if shape != product or a.shape[0] != b.shape[1]:
+            if shape != product:
                 raise ConfigError(
                     f"{SETTING}: {self.path} does not fit {model}: {name}.weight is {shape or 'not there'}, the"
                     f" adapter's is {product}"
                 )
+            if not is_within(self._change(name), _LARGEST_CHANGE):
+                raise _damaged(self.path, f"with its scale {self.scale:g}, {name} is not finite in half precision")
 
     @torch.no_grad()
     def merge(self, sam: nn.Module) -> None:
         """Add the products to the weights of a float32 model, in place. It must have been checked."""
-        for name, (a, b) in self.pairs.items():
-            sam.get_parameter(f"{name}.weight").add_(b.float() @ a.float(), alpha=self.scale)
+        for name in self.pairs:
+            sam.get_parameter(f"{name}.weight").add_(self._change(name))
+
+    def _change(self, name: str) -> Tensor:
+        a, b = self.pairs[name]
+        return (b.float() @ a.float()).mul_(self.scale)
 
 
 def metadata(model: str, base_sha256: str, scale: float) -> dict[str, str]:
     """Metadata of a file."""
-    return {"format": FORMAT, "model": model, "base_sha256": base_sha256, "scale": repr(scale)}
+    return {"format": ADAPTER_FORMAT, "model": model, "base_sha256": base_sha256, "scale": repr(scale)}
 
 
 def is_adapter(names: Iterable[str]) -> bool:
@@ -78,28 +70,53 @@ def is_adapter(names: Iterable[str]) -> bool:
     return any(name.endswith(_A) for name in names)
 
 
-def read_adapter(path: Path) -> Adapter:
-    """Raises: ConfigError if the file is not an adapter."""
-    advice = f"`samray train train.trainable=lora` writes one, {ADAPTER_FILE}"
+def read_adapter(path: Path, model: str, base_sha256: str) -> Adapter:
+    """The content of a file. base_sha256: of the weights file.
+
+    Raises: ConfigError if it is not an adapter of that model with those weights.
+    """
+    info = read_adapter_header(path, model, base_sha256)
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            info = file.metadata() or {}
-            if info.get("format") != FORMAT:
-                raise ConfigError(f"{SETTING}: {path} is not an adapter; {advice}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        tensors = load_file(path, device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
-        raise ConfigError(f"{SETTING}: {path} is not an adapter: {error}; {advice}") from error
-    names = {key.removesuffix(_A).removesuffix(_B) for key in tensors}
-    expected = {f"{name}{end}" for name in names for end in (_A, _B)}
-    is_sound = expected == tensors.keys() and all(
-        tensor.ndim == 2 and tensor.is_floating_point() for tensor in tensors.values()
-    )
+        raise ConfigError(f"{SETTING}: {path} is not an adapter: {error}") from error
     try:
-        scale, model, base_sha256 = float(info["scale"]), info["model"], info["base_sha256"]
-    except (KeyError, ValueError):
-        is_sound = False
-    if not is_sound or not tensors or not math.isfinite(scale):
-        content = f"{len(tensors)} tensors and the metadata {info}"
-        raise ConfigError(f"{SETTING}: {path} is damaged, or of another version of samray: it has {content}")
-    pairs = {name: (tensors[f"{name}{_A}"], tensors[f"{name}{_B}"]) for name in sorted(names)}
-    return Adapter(path, model, base_sha256, scale, pairs)
+        scale = float(info["scale"])
+    except ValueError:
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise _damaged(path, "its scale is not a number")
+    if problem := _problem(tensors):
+        raise _damaged(path, problem)
+    names = sorted(key.removesuffix(_A) for key in tensors if key.endswith(_A))
+    return Adapter(path, scale, {name: (tensors[f"{name}{_A}"], tensors[f"{name}{_B}"]) for name in names})
+
+
+def _damaged(path: Path, problem: str) -> ConfigError:
+    # Names in a file that is no adapter can be of any length.
+    what = f"{SETTING}: {path} is damaged, or of another version of samray: {problem[:300]}"
+    return ConfigError(f"{what}; copy it again, or train it again")
+
+
+def _problem(tensors: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with the first of the tensors that is wrong; None if they are pairs of matrices of numbers."""
+    if not tensors:
+        return "it has no tensors"
+    for key, tensor in sorted(tensors.items()):
+        end = next((end for end in (_A, _B) if key.endswith(end)), None)
+        if end is None:
+            return f"{key} is no part of an adapter"
+        name = key.removesuffix(end)
+        if (other := f"{name}{_B if end == _A else _A}") not in tensors:
+            return f"{other} is missing"
+        if tensor.ndim != 2 or not tensor.numel():
+            return f"{key} is {tuple(tensor.shape)}, expected a matrix"
+        if tensor.dtype not in FLOATS:
+            return f"{key} is {str(tensor.dtype).removeprefix('torch.')}, expected floats"
+        if not is_within(tensor, LARGEST):
+            return f"{key} has values that are not finite"
+    for key, tensor in sorted(tensors.items()):
+        name = key.removesuffix(_A)
+        if key.endswith(_A) and (rank := tensors[f"{name}{_B}"].shape[1]) != tensor.shape[0]:
+            return f"of {name}, lora_A has rank {tensor.shape[0]}, lora_B rank {rank}"
+    return None

@@ -80,7 +80,7 @@ def load_model(
     spec = find_spec(name)
     chosen_device = choose_device(device)
     chosen_dtype = _dtype(dtype, chosen_device)
-    path = resolve_checkpoint(name, checkpoint)
+    path = WeightsFile(name, checkpoint, adapter).path
     # The file is read twice, to hash and to load. If it is replaced in between, neither is valid.
     with fetch.unchanged(path, sha256):
         # On the CPU first: keys and shapes are checked before any GPU memory is used.
@@ -89,8 +89,8 @@ def load_model(
     if adapter is not None:
         adapter_path = local_weights_file(str(adapter), ADAPTER_SETTING)
         with fetch.unchanged(adapter_path, adapter_sha256):
-            lora = adapters.read_adapter(adapter_path)
-        lora.check(name, _shapes(spec), base_sha256)
+            lora = adapters.read_adapter(adapter_path, name, base_sha256)
+        lora.check(name, _shapes(spec))
         lora.merge(model)
     return model.to(chosen_device).cast_image_side(chosen_dtype)
 
@@ -129,7 +129,8 @@ def check_weights(weights: WeightsFile) -> None:
     spec, path = find_spec(weights.name), weights.path
     _refuse_misfit(spec, read_state_dict(path), str(path))
     if weights.adapter is not None:
-        adapters.read_adapter(weights.adapter_path).check(weights.name, _shapes(spec), fetch.file_sha256(path))
+        lora = adapters.read_adapter(weights.adapter_path, weights.name, fetch.file_sha256(path))
+        lora.check(weights.name, _shapes(spec))
 
 
 def _refuse_misfit(spec: ModelSpec, state: Mapping[str, Tensor], origin: str) -> None:

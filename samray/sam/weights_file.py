@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
+from safetensors import SafetensorError, safe_open
+
 from samray import storage
 from samray.config.base import did_you_mean
 from samray.errors import ConfigError, NotFoundError, StorageError
@@ -18,6 +20,8 @@ from samray.sam.spec import MODELS, ModelSpec
 ADAPTER_SETTING: Final = "model.adapter"
 ADAPTER_FILE: Final = "adapter.safetensors"
 """In the OUTPUT of a training."""
+ADAPTER_FORMAT: Final = "samray-lora"
+"""Value of `format` in an adapter's metadata."""
 
 # In order of preference: safetensors cannot hold code.
 _HF_FILES: Final = ("model.safetensors", "pytorch_model.bin")
@@ -37,7 +41,10 @@ class WeightsFile:
 
     @cached_property
     def path(self) -> Path:
-        """The local file, downloaded and verified if needed."""
+        """The local file, downloaded and verified if needed. The adapter's header is looked at before."""
+        find_spec(self.name)
+        if self.adapter is not None:
+            read_adapter_header(self.adapter_path, self.name, self.known_sha256)
         return resolve_checkpoint(self.name, self.checkpoint)
 
     @cached_property
@@ -47,6 +54,15 @@ class WeightsFile:
         if self.checkpoint is None and spec.url is not None and spec.sha256 is not None:
             return spec.sha256  # resolving published weights has checked their hash
         return fetch.file_sha256(path)
+
+    @property
+    def known_sha256(self) -> str | None:
+        """As `sha256`, without a download; None for weights of the user."""
+        spec = find_spec(self.name)
+        if self.checkpoint is not None or spec.gated is not None:
+            return None
+        path = local_weights(spec)
+        return spec.sha256 if spec.url is not None or path is None else fetch.file_sha256(path)
 
     @cached_property
     def adapter_sha256(self) -> str | None:
@@ -148,3 +164,36 @@ def local_weights_file(checkpoint: str, setting: str = "model.checkpoint") -> Pa
     if not path.is_file():
         raise ConfigError(f"{setting}: the file {path} does not exist")
     return path
+
+
+def read_adapter_header(path: Path, model: str, base_sha256: str | None = None) -> dict[str, str]:
+    """The metadata of an adapter's file. base_sha256: of the weights that it is for; None: not known yet.
+
+    Raises: ConfigError if it is not an adapter, or one of another model, or one of other weights.
+    """
+    advice = f"`samray train train.trainable=lora` writes one, {ADAPTER_FILE}"
+    try:
+        with safe_open(path, framework="np") as file:
+            info: dict[str, str] = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ConfigError(f"{ADAPTER_SETTING}: {path} is not an adapter: {error}; {advice}") from error
+    if info.get("format") != ADAPTER_FORMAT:
+        raise ConfigError(f"{ADAPTER_SETTING}: {path} is not an adapter; {advice}")
+    if missing := [key for key in ("model", "base_sha256", "scale") if key not in info]:
+        raise ConfigError(
+            f"{ADAPTER_SETTING}: {path} is damaged, or of another version of samray: its metadata have no {missing[0]};"
+            " copy it again, or train it again"
+        )
+    if info["model"] != model:
+        name = info["model"][:64]
+        raise ConfigError(
+            f"{ADAPTER_SETTING}: {path} adapts {name}, not {model}: set model.name={name}, or {ADAPTER_SETTING} to one"
+            f" of {model}"
+        )
+    if base_sha256 is not None and info["base_sha256"] != base_sha256:
+        raise ConfigError(
+            f"{ADAPTER_SETTING}: {path} was trained on other weights of {model}: their SHA-256 is"
+            f" {info['base_sha256'][:64]}, that of these is {base_sha256}; set model.checkpoint to the weights that it"
+            " was trained on"
+        )
+    return info

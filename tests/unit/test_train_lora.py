@@ -11,8 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from samray.cli.main import main
 from samray.config import load_config
 from samray.errors import ConfigError
+from samray.output.plan import make_plan
 from samray.pipeline.labeler import build_labeler
 from samray.pipeline.plan_run import run_identity
 from samray.sam import onnx_export
@@ -193,7 +195,17 @@ def test_an_export_to_onnx_is_of_the_adapter_that_it_names(
         ("other model", "adapts vit_b, not micro: set model.name=vit_b"),
         ("weights", "is not an adapter; `samray train train.trainable=lora` writes one"),
         ("text", "is not an adapter: "),
-        ("half", "is damaged"),
+        ("half", "is damaged, .*q_proj.lora_B.weight is missing; copy it again, or train it again"),
+        ("other key", r"of another version of samray: a.weight is no part of an adapter"),
+        ("empty", "it has no tensors"),
+        ("rank 0", r"q_proj.lora_B.weight is \(32, 0\), expected a matrix"),
+        ("vector", r"q_proj.lora_B.weight is \(32,\), expected a matrix"),
+        ("ranks", "of mask_decoder.*q_proj, lora_A has rank 8, lora_B rank 4"),
+        ("integers", "q_proj.lora_B.weight is int8, expected floats"),
+        ("nan", "q_proj.lora_B.weight has values that are not finite"),
+        ("product", r"with its scale 1e\+30, mask_decoder.*q_proj is not finite in half precision"),
+        ("no scale", "its metadata have no scale"),
+        ("scale", "its scale is not a number"),
         ("shape", r"does not fit micro: .*q_proj.weight is \(32, 32\), the adapter's is \(33, 32\)"),
         ("missing", "does not exist"),
     ],
@@ -220,8 +232,23 @@ def test_what_does_not_fit_is_refused_in_a_sentence(
     elif spoil == "half":
         del tensors[name]
         save_file(tensors, adapter, info)
-    elif spoil == "shape":
-        tensors[name] = torch.zeros(33, 8)
+    elif spoil == "other key":
+        save_file(tensors | {"a.weight": torch.zeros(2, 2)}, adapter, info)
+    elif spoil == "empty":
+        save_file({}, adapter, info)
+    elif spoil == "product":
+        tensors |= {key: torch.ones_like(value) for key, value in tensors.items() if key.startswith(name[:-15])}
+        save_file(tensors, adapter, info | {"scale": "1e30"})
+    elif spoil == "no scale":
+        save_file(tensors, adapter, {key: value for key, value in info.items() if key != "scale"})
+    elif spoil == "scale":
+        save_file(tensors, adapter, info | {"scale": "inf"})
+    elif spoil != "missing":
+        tensors[name] = {
+            "shape": torch.zeros(33, 8), "rank 0": torch.zeros(32, 0), "vector": torch.zeros(32),
+            "ranks": torch.zeros(32, 4), "integers": torch.zeros(32, 8).to(torch.int8),
+            "nan": torch.full((32, 8), torch.nan),
+        }[spoil]  # fmt: skip
         save_file(tensors, adapter, info)
     else:
         adapter.unlink()
@@ -231,6 +258,58 @@ def test_what_does_not_fit_is_refused_in_a_sentence(
     ):
         with pytest.raises(ConfigError, match=message):
             refused()
+
+
+def test_an_adapter_of_another_model_or_of_other_weights_is_refused_before_a_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch_published(*arguments: Any) -> Path:
+        raise AssertionError("downloaded")
+
+    monkeypatch.setattr("samray.sam.fetch.fetch_published", fetch_published)
+    adapter = tmp_path / ADAPTER_FILE
+    for model, message in (("tiny", "adapts tiny, not vit_h"), ("vit_h", "was trained on other weights of vit_h")):
+        save_file({"a": torch.zeros(1)}, adapter, metadata(model, "0" * 64, lora.SCALE))
+        for refused in (
+            lambda: WeightsFile("vit_h", None, adapter).sha256,
+            lambda: load_model("vit_h", adapter=adapter),
+            lambda: export_onnx("vit_h", tmp_path / "onnx", adapter=str(adapter)),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                refused()
+
+
+def test_a_dry_run_refuses_the_adapters_that_a_run_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(b"x")
+    good, other = tmp_path / "good.safetensors", tmp_path / "other.safetensors"
+    weights = WeightsFile("tiny")
+    for path, value in ((good, 0.0), (other, 1.0)):
+        save_file({"a": torch.full((1,), value)}, path, metadata("tiny", weights.sha256, lora.SCALE))
+    save_file({"a": torch.zeros(1)}, tmp_path / "vit_b.safetensors", metadata("vit_b", "0" * 64, lora.SCALE))
+    save_file({"a": torch.zeros(1)}, tmp_path / "base.safetensors", metadata("tiny", "0" * 64, lora.SCALE))
+
+    def dry_run(adapter: Path | None) -> tuple[int, str]:
+        words = [] if adapter is None else [f"model.adapter={adapter}"]
+        code = main(["label", str(tmp_path / "in"), str(tmp_path / "out"), "--dry-run", *words])
+        return code, " ".join(capsys.readouterr().err.split())
+
+    assert dry_run(good)[0] == 0
+    for name, words in (
+        ("vit_b", "adapts vit_b, not tiny"),
+        ("base", "was trained on other weights of tiny"),
+        ("nowhere", "does not exist"),
+    ):
+        code, text = dry_run(tmp_path / f"{name}.safetensors")
+        assert code == 2
+        assert words in text
+    config = load_config(None, None, [f"model.adapter={good}"])
+    make_plan(str(tmp_path / "in"), str(tmp_path / "out"), config, run_identity(config))
+    assert dry_run(good)[0] == 0
+    for adapter in (other, None):
+        code, text = dry_run(adapter)
+        assert code == 2
+        assert "model.adapter_sha256" in text
 
 
 @pytest.mark.parametrize(
