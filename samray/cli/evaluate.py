@@ -302,7 +302,7 @@ class _Run:
             table.add_row("images", f"{figures['num_images']:,}")
             if reasons:
                 table.add_row("failed images", f"{figures['num_failed']:,}: {escape(reasons)}")
-            table.add_row("model", f"{self.config.model.name}, {escape(_checkpoint(self.config) or 'its own weights')}")
+            table.add_row("model", escape(_model_in_words(self.config)))
             table.add_row("time", f"{self.seconds:.1f} s on {self.model.device}")
             Console(highlight=False).print(table)
         if self.json not in (None, "-"):
@@ -315,9 +315,16 @@ class _Run:
         return as_json({**figures, **seconds}, self.config, self.images, self.model)
 
 
-def _checkpoint(config: Config) -> str | None:
-    checkpoint = config.model.checkpoint
-    return None if checkpoint is None else storage.redact(checkpoint)
+def _model_in_words(config: Config) -> str:
+    files = _weights(config)
+    adapter = "" if files["adapter"] is None else f" with the adapter {files['adapter']}"
+    return f"{config.model.name}, {files['checkpoint'] or 'its own weights'}{adapter}"
+
+
+def _weights(config: Config) -> dict[str, str | None]:
+    """The settings that name files of weights, as they may be shown."""
+    files = {"checkpoint": config.model.checkpoint, "adapter": config.model.adapter}
+    return {key: None if file is None else storage.redact(file) for key, file in files.items()}
 
 
 def write_json(
@@ -339,7 +346,7 @@ def as_json(figures: dict[str, Any], config: Config, images: RegionData | NamedS
     content = {
         **{key: _plain(value) for key, value in figures.items() if key != "seconds"},
         "model": settings.name if model else None,
-        "checkpoint": _checkpoint(config) if model else None,
+        **(_weights(config) if model else {"checkpoint": None, "adapter": None}),
         **(
             WeightsFile(settings.name, settings.checkpoint, settings.adapter).identity
             if model

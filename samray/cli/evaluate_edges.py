@@ -166,6 +166,7 @@ def _print(figures: dict[str, Any]) -> None:
     if figures["num_failed"]:
         reasons = ", ".join(f"{number} {reason}" for reason, number in figures["failures"].items())
         table.add_row("failed images", f"{figures['num_failed']:,}: {reasons}")
-    table.add_row("maps", escape(figures["maps"] or f"model {figures['model']}"))
+    adapter = f" with the adapter {figures['adapter']}" if figures.get("adapter") else ""
+    table.add_row("maps", escape(figures["maps"] or f"model {figures['model']}{adapter}"))
     table.add_row("time", f"{figures['seconds']:.1f} s")
     Console(highlight=False).print(table)

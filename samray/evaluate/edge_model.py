@@ -38,6 +38,7 @@ class ModelMaps:
         return {
             "model": model.name,
             "checkpoint": None if model.checkpoint is None else storage.redact(model.checkpoint),
+            "adapter": None if model.adapter is None else storage.redact(model.adapter),
             **WeightsFile(model.name, model.checkpoint, model.adapter).identity,
             "edges": self.config.edges.model_dump(mode="json"),
         }

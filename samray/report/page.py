@@ -103,6 +103,7 @@ def render(
         run=run,
         model=model,
         checkpoint=checkpoint,
+        adapter=run["identity"].get("model", {}).get("adapter_sha256"),
         num_shards=plan.num_shards,
         num_done=num_done,
         counts=counts,

@@ -16,13 +16,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from samray.cli import evaluate as cli_evaluate
+from samray.cli import evaluate_edges
 from samray.cli.main import main
+from samray.config.edges import load_edges_config
 from samray.errors import ConfigError
+from samray.evaluate.edge_model import ModelMaps
 from samray.evaluate.pictures import Sheet, click_sheet, offer_clicks, offer_masks, picture_format, proposal_sheet
 from samray.evaluate.points import evaluate_points
 from samray.evaluate.proposals import evaluate_proposals
+from samray.sam.adapter import metadata
+from samray.sam.checkpoints import load_model
+from samray.sam.weights_file import WeightsFile
 from tests.support import REPOSITORY
 from tests.support.handmade import annotation
 from tests.support.marked import (
@@ -123,7 +130,7 @@ def bsds(tmp_path: Path) -> str:
 
 
 SHARED_KEYS = {"num_regions", "num_images", "num_failed", "failures", "min_area", "model", "checkpoint",
-               "checkpoint_sha256", "data", "layout", "device", "dtype", "seconds", "versions"}  # fmt: skip
+               "adapter", "checkpoint_sha256", "data", "layout", "device", "dtype", "seconds", "versions"}  # fmt: skip
 
 
 def test_points_from_the_command_line(bsds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,6 +150,27 @@ def test_points_from_the_command_line(bsds: str, tmp_path: Path, capsys: pytest.
     assert "regions 3 of at least 500 pixels, one click each" in said
     assert "failed images 1: 1 not_an_image (this is text" in said
     assert Image.open(sheet).format == "PNG"
+
+
+def test_the_adapter_is_named(bsds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "mask_decoder.transformer.final_attn_token_to_image.k_proj"
+    rows, columns = load_model("tiny", device="cpu").get_parameter(f"{name}.weight").shape
+    adapter, weights = tmp_path / "adapter.safetensors", WeightsFile("tiny")
+    pair = {f"{name}.lora_A.weight": torch.ones(1, columns), f"{name}.lora_B.weight": torch.zeros(rows, 1)}
+    save_file(pair, adapter, metadata("tiny", weights.sha256, 2))
+    file = tmp_path / "points.json"
+    settings = ["model.device=cpu", f"model.adapter={adapter}"]
+    assert main(["evaluate", "points", bsds, *settings, "--json", str(file)]) == 0
+    figures = json.loads(file.read_text())
+    assert figures["adapter"] == str(adapter)
+    assert figures["adapter_sha256"] == WeightsFile("tiny", None, adapter).adapter_sha256
+    # Without spaces, because a long path is wrapped.
+    assert f"modeltiny,itsownweightswiththeadapter{adapter}" in "".join(capsys.readouterr().out.split())
+    described = ModelMaps(load_edges_config(None, settings)).figures()
+    assert described["adapter"] == str(adapter)
+    scores = dict.fromkeys(("ods", "ods_threshold", "ods_recall", "ods_precision", "ois", "ap", "r50", "seconds"), 0.0)
+    evaluate_edges._print({**scores, "num_images": 1, "thresholds": 1, "num_failed": 0, "maps": None, **described})
+    assert f"modeltinywiththeadapter{adapter}" in "".join(capsys.readouterr().out.split())
 
 
 def test_the_default_of_points_is_the_functions() -> None:

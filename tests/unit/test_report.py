@@ -84,6 +84,16 @@ def test_page_tells_what_was_found(storage_root: str) -> None:
     assert storage.exists(storage.join(plan.output, "_samray", "report.html"))
 
 
+def test_page_names_the_adapter(tmp_path: Path) -> None:
+    plan = write_output(str(tmp_path))
+    assert "adapter" not in text_of(page_of(plan)).partition("Model and run")[2].partition("All settings")[0]
+    run = Path(plan.output) / "_samray" / "run.json"
+    content = json.loads(run.read_text())
+    content["identity"]["model"]["adapter_sha256"] = "ab" * 32
+    run.write_text(json.dumps(content))
+    assert f"adapter SHA-256 {'ab' * 32}" in text_of(page_of(plan))
+
+
 def test_page_is_self_contained(tmp_path: Path) -> None:
     page = page_of(write_output(str(tmp_path)))
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
