@@ -110,7 +110,7 @@ def _problem(tensors: Mapping[str, Tensor]) -> str | None:
         if (other := f"{name}{_B if end == _A else _A}") not in tensors:
             return f"{other} is missing"
         if tensor.ndim != 2 or not tensor.numel():
-            return f"{key} is {tuple(tensor.shape)}, expected a matrix"
+            return f"{key} is {tuple(tensor.shape)}, expected a matrix of rank 1 or more"
         if tensor.dtype not in FLOATS:
             return f"{key} is {str(tensor.dtype).removeprefix('torch.')}, expected floats"
         if not is_within(tensor, LARGEST):

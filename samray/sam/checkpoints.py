@@ -289,7 +289,7 @@ def key_problems(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Te
         if key in state and tuple(state[key].shape) != shape
     ]
     mistyped = [
-        f"{key} is {str(state[key].dtype).removeprefix('torch.')}, expected float32, float16, bfloat16 or float64"
+        f"{key} is {str(state[key].dtype).removeprefix('torch.')}"
         for key in expected
         if key in state and state[key].dtype not in FLOATS and not key.endswith(_INTEGERS)
     ]
@@ -297,7 +297,7 @@ def key_problems(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Te
         *_clause("missing key", missing),
         *_clause("unexpected key", unexpected),
         *_clause("misshapen key", misshapen),
-        *_clause("mistyped key", mistyped),
+        *_clause("mistyped key", mistyped, end=" (not float32, float16, bfloat16 or float64)"),
     ]
 
 

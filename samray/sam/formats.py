@@ -73,7 +73,7 @@ def meta_name(key: str) -> str:
 def is_within(tensor: Tensor, largest: float = LARGEST) -> bool:
     """Whether all values are numbers of at most this size. tensor: one of `FLOATS`, not empty."""
     # One pass without a copy; NaN is passed on, and is not within.
-    low, high = torch.aminmax(tensor)
+    low, high = torch.aminmax(tensor.detach())
     return -largest <= float(low) and float(high) <= largest
 
 
