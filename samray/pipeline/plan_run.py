@@ -90,7 +90,7 @@ def plan_run(
     """Plan a run and write the plan to OUTPUT, or use the plan that is there.
 
     append, redo_changed: as for `samray.label`. with_model: whether the actors load the networks of config.
-    dry_run: write nothing, and check neither weights nor Ray; of an adapter only the header.
+    dry_run: write nothing, and check neither weights nor Ray, but an adapter.
     Raises: ConfigError, before anything is written, if the run cannot start or differs from OUTPUT's; StorageError.
     """
     from samray.sam.weights_file import WeightsFile
@@ -189,16 +189,16 @@ def _check_images(images: pa.Table, input_uri: str, prompt_file: PromptFile | No
 def _identity_of_dry_run(config: Config, begun: Mapping[str, Any] | None, weights: WeightsFile) -> dict[str, Any]:
     """Like `run_identity`, but with the weights of the existing run, because they may not be on this machine yet.
 
-    The adapter, a small file, is read. Raises: ConfigError if it is none, or one of another model; StorageError.
+    The adapter, a small file, is checked. Raises: ConfigError, StorageError.
     """
-    from samray.sam.weights_file import read_adapter_header
-
     identity = config.identity()
     if begun is not None and config.labels.needs_sam:
         # Taken from the run, so that comparing with it finds no difference.
         identity["model"]["checkpoint_sha256"] = begun.get("model", {}).get("checkpoint_sha256")
     if config.labels.needs_sam and config.model.adapter is not None:
-        read_adapter_header(weights.adapter_path, config.model.name, weights.known_sha256)
+        from samray.sam.checkpoints import check_adapter
+
+        check_adapter(weights, weights.known_sha256)
         identity["model"]["adapter_sha256"] = weights.adapter_sha256
     return identity
 

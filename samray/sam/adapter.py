@@ -70,8 +70,8 @@ def is_adapter(names: Iterable[str]) -> bool:
     return any(name.endswith(_A) for name in names)
 
 
-def read_adapter(path: Path, model: str, base_sha256: str) -> Adapter:
-    """The content of a file. base_sha256: of the weights file.
+def read_adapter(path: Path, model: str, base_sha256: str | None) -> Adapter:
+    """The content of a file. base_sha256: of the weights file; None: not known yet.
 
     Raises: ConfigError if it is not an adapter of that model with those weights.
     """

@@ -129,8 +129,13 @@ def check_weights(weights: WeightsFile) -> None:
     spec, path = find_spec(weights.name), weights.path
     _refuse_misfit(spec, read_state_dict(path), str(path))
     if weights.adapter is not None:
-        lora = adapters.read_adapter(weights.adapter_path, weights.name, fetch.file_sha256(path))
-        lora.check(weights.name, _shapes(spec))
+        check_adapter(weights, fetch.file_sha256(path))
+
+
+def check_adapter(weights: WeightsFile, base_sha256: str | None) -> None:
+    """Check an adapter, but not its base weights. base_sha256: theirs, if known. Raises: ConfigError, StorageError."""
+    lora = adapters.read_adapter(weights.adapter_path, weights.name, base_sha256)
+    lora.check(weights.name, _shapes(find_spec(weights.name)))
 
 
 def _refuse_misfit(spec: ModelSpec, state: Mapping[str, Tensor], origin: str) -> None:

@@ -284,8 +284,11 @@ def test_a_dry_run_refuses_the_adapters_that_a_run_would(tmp_path: Path, capsys:
     (tmp_path / "in" / "a.jpg").write_bytes(b"x")
     good, other = tmp_path / "good.safetensors", tmp_path / "other.safetensors"
     weights = WeightsFile("tiny")
-    for path, value in ((good, 0.0), (other, 1.0)):
-        save_file({"a": torch.full((1,), value)}, path, metadata("tiny", weights.sha256, lora.SCALE))
+    name = "mask_decoder.transformer.final_attn_token_to_image.k_proj"
+    rows, columns = load_model("tiny", device="cpu").get_parameter(f"{name}.weight").shape
+    for path, value in ((good, 0.0), (other, 1.0), (tmp_path / "nan.safetensors", torch.nan)):
+        pair = {f"{name}.lora_A.weight": torch.full((1, columns), value), f"{name}.lora_B.weight": torch.ones(rows, 1)}
+        save_file(pair, path, metadata("tiny", weights.sha256, lora.SCALE))
     save_file({"a": torch.zeros(1)}, tmp_path / "vit_b.safetensors", metadata("vit_b", "0" * 64, lora.SCALE))
     save_file({"a": torch.zeros(1)}, tmp_path / "base.safetensors", metadata("tiny", "0" * 64, lora.SCALE))
 
@@ -299,6 +302,7 @@ def test_a_dry_run_refuses_the_adapters_that_a_run_would(tmp_path: Path, capsys:
         ("vit_b", "adapts vit_b, not tiny"),
         ("base", "was trained on other weights of tiny"),
         ("nowhere", "does not exist"),
+        ("nan", "values that are not finite"),
     ):
         code, text = dry_run(tmp_path / f"{name}.safetensors")
         assert code == 2
