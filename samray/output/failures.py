@@ -7,6 +7,7 @@ missing, and several runs may write it: a count is used only if the version matc
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -125,9 +126,11 @@ def failures_of_shards(
     kept = kept or FailureCounts.load(output)
     failures = {shard: kept.get(shard, version) for shard, version in done.items()}
     unknown = [shard for shard, counts in failures.items() if counts is None]
-    # Local files take no time to wait for, and more threads would only compete for the interpreter.
-    with ThreadPoolExecutor(2 if storage.is_local(output) else NUM_THREADS) as pool:
-        results = pool.map(lambda shard: _read_failures(output, shard, done[shard]), unknown)
+    # Local files take no time to wait for, and a pool takes longer than reading one.
+    pool = contextlib.nullcontext() if storage.is_local(output) else ThreadPoolExecutor(NUM_THREADS)
+    with pool as threads:
+        in_order = map if threads is None else threads.map
+        results = in_order(lambda shard: _read_failures(output, shard, done[shard]), unknown)
         for shard, (counts, digest) in zip(unknown, results, strict=True):
             # If a shard was replaced after the listing, this records its counts under the old version, which is
             # not looked up again.
