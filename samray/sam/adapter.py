@@ -25,7 +25,7 @@ from samray.sam.weights_file import ADAPTER_SETTING as SETTING
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _LARGEST_CHANGE: Final = torch.finfo(torch.float16).max
-"""Of a weight. Weights of a model that works are far smaller, and with model.dtype=float16 a larger one is infinite."""
+"""Largest change of a weight: with model.dtype=float16 a larger one is infinite. Real ones are far smaller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def _problem(tensors: Mapping[str, Tensor]) -> str | None:
     for key, tensor in sorted(tensors.items()):
         end = next((end for end in (_A, _B) if key.endswith(end)), None)
         if end is None:
-            return f"{key} is no part of an adapter"
+            return f"{key} does not belong in an adapter"
         name = key.removesuffix(end)
         if (other := f"{name}{_B if end == _A else _A}") not in tensors:
             return f"{other} is missing"
@@ -118,5 +118,5 @@ def _problem(tensors: Mapping[str, Tensor]) -> str | None:
     for key, tensor in sorted(tensors.items()):
         name = key.removesuffix(_A)
         if key.endswith(_A) and (rank := tensors[f"{name}{_B}"].shape[1]) != tensor.shape[0]:
-            return f"of {name}, lora_A has rank {tensor.shape[0]}, lora_B rank {rank}"
+            return f"lora_A of {name} has rank {tensor.shape[0]}, lora_B has rank {rank}"
     return None
