@@ -1,12 +1,14 @@
 """Remove small holes and islands from run lengths: no pixels, and no OpenCV.
 
-The runs of many masks are the nodes of one graph: a call for each mask would cost more than its work.
+A *piece* is the part of a run, of a mask or of its background, within one column. All pieces of a small region are
+short, and most other short pieces are soon seen to belong to something large: few are left to be looked at closely. The
+pieces of many masks are handled together, because a call for each mask would cost more than its work.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,9 @@ from samray.rle.encode import Counts
 
 Int = npt.NDArray[np.signedinteger[Any]]
 Bool = npt.NDArray[np.bool_]
+
+_SIDES: Final = (1, -1)
+"""Steps to the column on the right and on the left."""
 
 
 def remove_small_regions(masks: list[Counts], image_hw: tuple[int, int], min_area: int) -> list[Counts | None]:
@@ -38,119 +43,224 @@ def remove_small_regions(masks: list[Counts], image_hw: tuple[int, int], min_are
 
 def _with_holes_filled(masks: list[Counts], image_hw: tuple[int, int], min_area: int) -> list[Counts | None]:
     """The masks without small holes; None for those without small holes and islands."""
-    pieces = _Pieces.of(masks, image_hw)
-    is_small = pieces.sizes()[pieces.region] < min_area
-    changed = np.unique(pieces.mask[is_small])
+    pieces, _ = _small_regions(_Runs.of(masks, image_hw), min_area)
+    holes = pieces[~pieces.is_mask]
     filled: list[Counts | None] = [None] * len(masks)
-    for index, counts in zip(changed.tolist(), pieces.encode(pieces.is_mask | is_small, changed), strict=True):
-        filled[index] = counts
+    for index in np.unique(pieces.mask).tolist():
+        filled[index] = holes.flipped_in(masks[index], index)
     return filled
 
 
 def _without_islands(masks: list[Counts], image_hw: tuple[int, int], min_area: int) -> list[Counts]:
     """The masks without small islands, unless an island is its mask's largest."""
-    pieces = _Pieces.of(masks, image_hw)
-    kept = pieces.kept_islands(min_area)[pieces.region] & pieces.is_mask
-    return pieces.encode(kept, np.arange(len(masks)))
+    pieces, region = _small_regions(_Runs.of(masks, image_hw), min_area)
+    islands, region = pieces[pieces.is_mask], region[pieces.is_mask]
+    # Where the small islands are the whole mask, one stays.
+    areas = np.bincount(islands.mask, weights=islands.sizes, minlength=len(masks))
+    is_all = areas == rle.areas(masks)
+    dropped = islands[~(is_all[islands.mask] & _are_largest(islands, region))]
+    return [dropped.flipped_in(counts, index) for index, counts in enumerate(masks)]
+
+
+def _are_largest(islands: _Pieces, region: Int) -> Bool:
+    """(P,) whether a piece is of the largest island of its mask, the first in reading order of equally large ones."""
+    height, width = islands.runs.image_hw
+    column, row = np.divmod(islands.start % (height * width), height)
+    # Islands by mask, then the largest, then the first: the first of each mask is the one.
+    num = int(region.max(initial=-1)) + 1
+    first_pixel = np.full(num, height * width)
+    np.minimum.at(first_pixel, region, row * width + column)
+    size = np.bincount(region, weights=islands.sizes, minlength=num)
+    order = np.lexsort((first_pixel[region], -size[region], islands.mask))
+    largest = order[np.unique(islands.mask[order], return_index=True)[1]]
+    return np.isin(region, region[largest])
+
+
+def _small_regions(runs: _Runs, min_area: int) -> tuple[_Pieces, Int]:
+    """The pieces of all regions smaller than min_area pixels, in order, and the number of each piece's region (P,)."""
+    pieces = runs.short_pieces(min_area)
+    # What stays are all pieces of small regions, and few others.
+    pieces = pieces[~_are_of_large(pieces, min_area)]
+    num = len(pieces)
+    touches_large = np.zeros(num, bool)
+    ends: list[Int] = []
+    for side in _SIDES:
+        touched = pieces.touched(side, np.arange(num))
+        # Every second run, from the first to the last that a piece touches.
+        last = np.searchsorted(runs.start, touched.last, "right") - 1
+        num_touched = (last - touched.run) // 2 + 1
+        at = np.repeat(np.arange(len(last)), num_touched)
+        step = np.arange(len(at)) - (num_touched.cumsum() - num_touched)[at]
+        piece = touched.piece[at]
+        other = pieces.find(np.maximum(runs.start[touched.run[at] + 2 * step], touched.column[at]))
+        touches_large[piece[other < 0]] = True  # any piece that is not here is of a large region
+        ends = [piece[other >= 0], other[other >= 0]]  # both sides give the same pairs
+    region = _joined(num, *ends) if ends else np.arange(num)
+    size = np.bincount(region, weights=pieces.sizes, minlength=num)
+    size[region[touches_large]] = min_area
+    is_small = size[region] < min_area
+    return pieces[is_small], region[is_small]
+
+
+def _are_of_large(pieces: _Pieces, min_area: int) -> Bool:
+    """(P,) whether a piece, with some that are joined to it, has min_area pixels.
+
+    From each piece goes a chain to the right, in each column to the first piece that touches it, and if these are not
+    enough, another one to the left. pieces: all shorter than min_area.
+    """
+    num = len(pieces)
+    known = pieces.sizes  # pixels of the region of each piece, at least
+    open_ = np.arange(num)
+    for side in _SIDES:
+        touched = pieces.touched(side, open_)
+        other = pieces.find(np.maximum(pieces.runs.start[touched.run], touched.column))
+        known[touched.piece[other < 0]] = min_area  # a piece that is not here is long
+        # With one more node, at which all chains end.
+        total, link = np.append(known, 0), np.full(num + 1, num)
+        link[touched.piece] = np.where(other < 0, num, other)
+        # Each round doubles the length of the chains that are summed.
+        while len(open_ := open_[(link[open_] < num) & (total[open_] < min_area)]):
+            total[open_], link[open_] = total[open_] + total[link[open_]], link[link[open_]]
+        # Not the sums: the other chain may come back to the pieces of this one.
+        known = np.where(total[:-1] < min_area, known, min_area)
+        open_ = np.flatnonzero(known < min_area)
+    return known >= min_area
+
+
+class _Touched(NamedTuple):
+    """What pieces touch in the next column. Shapes: T pieces that touch any of their own kind."""
+
+    piece: Int
+    """(T,) index of the piece."""
+    run: Int
+    """(T,) the first run that it touches."""
+    last: Int
+    """(T,) the last position that it can touch."""
+    column: Int
+    """(T,) where the column starts."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    """The runs of M masks and of their background. The images of the masks follow each other. Shapes: N runs."""
+
+    image_hw: tuple[int, int]
+    start: Int
+    """(N,) column-major position."""
+    end: Int
+    """(N,) exclusive."""
+    first: Int
+    """(M,) the first run of each mask, which is of its background; every second one is."""
+
+    @classmethod
+    def of(cls, masks: list[Counts], image_hw: tuple[int, int]) -> _Runs:
+        """masks: run lengths."""
+        lengths = np.concatenate(masks)
+        end = lengths.cumsum()  # those of a mask sum to the pixels of its image
+        num_runs = np.array([len(counts) for counts in masks])
+        return cls(image_hw, end - lengths, end, num_runs.cumsum() - num_runs)
+
+    def short_pieces(self, min_area: int) -> _Pieces:
+        """All pieces of fewer than min_area pixels, but for whole columns of a run that have more together."""
+        height = self.image_hw[0]
+        first_end = (self.start // height + 1) * height  # of a run's first column
+        last_start = (self.end - 1) // height * height  # of its last one
+        is_in_one = self.end <= first_end
+        one = np.flatnonzero(is_in_one & (self.end - self.start < min_area) & (self.end > self.start))
+        head = np.flatnonzero(~is_in_one & (first_end - self.start < min_area))
+        tail = np.flatnonzero(~is_in_one & (self.end - last_start < min_area))
+        run = [one, head, tail]
+        start = [self.start[one], self.start[head], last_start[tail]]
+        end = [self.end[one], first_end[head], self.end[tail]]
+        if height < min_area:  # so may be whole columns between the first and the last, which are joined
+            few = np.flatnonzero((first_end < last_start) & (last_start - first_end < min_area))
+            num_columns = (last_start - first_end)[few] // height
+            around = np.repeat(few, num_columns)
+            step = np.arange(len(around)) - np.repeat(num_columns.cumsum() - num_columns, num_columns)
+            column = first_end[around] + step * height
+            run.append(around)
+            start.append(column)
+            end.append(column + height)
+        starts = np.concatenate(start)
+        order = np.argsort(starts)
+        return _Pieces(self, np.concatenate(run)[order], starts[order], np.concatenate(end)[order])
 
 
 @dataclass(frozen=True, slots=True)
 class _Pieces:
-    """The runs of masks and of their background, cut where columns end, with the region that each belongs to.
+    """Parts of runs within one column, in order. Shapes: P pieces."""
 
-    Several whole columns of one run are one piece. Shapes: P pieces, those of masks first, then those of background;
-    within both by mask and position.
-    """
-
-    image_hw: tuple[int, int]
-    mask: Int
-    """(P,) index of the mask."""
-    is_mask: Bool
-    """(P,) a piece of the mask, not of its background."""
+    runs: _Runs
+    run: Int
+    """(P,) index of the run."""
     start: Int
-    """(P,) column-major position."""
+    """(P,) position as in `_Runs`."""
     end: Int
     """(P,) exclusive."""
-    region: Int
-    """(P,) number of the 8-connected region of one mask or of its background; not all numbers are used."""
 
-    @classmethod
-    def of(cls, masks: list[Counts], image_hw: tuple[int, int]) -> _Pieces:
-        """masks: run lengths."""
-        height, width = image_hw
-        mask, is_mask, start, end = rle.all_runs(masks)
-        # The part before the first border between columns, whole columns, and the part behind the last border.
-        first, last = -(-start // height) * height, end // height * height
-        first, last = np.minimum(first, end), np.maximum(last, np.minimum(first, end))
-        order = np.concatenate([np.flatnonzero(is_mask), np.flatnonzero(~is_mask)])
-        start, first, last, end = start[order], first[order], last[order], end[order]
-        start, end = np.stack([start, first, last], axis=1).ravel(), np.stack([first, last, end], axis=1).ravel()
-        piece = np.flatnonzero(end > start)
-        run = order[piece // 3]
-        start, end, mask, is_mask = start[piece], end[piece], mask[run], is_mask[run]
-        # A column to spare after each mask, and a mask between masks and background.
-        spare = mask + np.where(is_mask, 0, (len(masks) + 1) * (width + 1))
-        region = _regions(start, end, spare, height)
-        offset = mask * (height * width)
-        return cls(image_hw, mask, is_mask, start - offset, end - offset, region)
+    def __getitem__(self, chosen: Bool) -> _Pieces:
+        return _Pieces(self.runs, self.run[chosen], self.start[chosen], self.end[chosen])
 
+    def __len__(self) -> int:
+        return len(self.run)
+
+    @property
     def sizes(self) -> Int:
-        """Pixels of each region; 0 for a number that is not used."""
-        return np.bincount(self.region, weights=self.end - self.start).astype(np.int64)
+        """(P,) pixels."""
+        return self.end - self.start
 
-    def kept_islands(self, min_area: int) -> Bool:
-        """Which regions have min_area pixels or are the largest island of their mask."""
-        height, width = self.image_hw
-        sizes = self.sizes()
-        column, row = np.divmod(self.start, height)
-        first_pixel = np.full(len(sizes), height * width)  # in reading order
-        np.minimum.at(first_pixel, self.region, row * width + column)
-        mask = np.zeros(len(sizes), dtype=np.int64)
-        mask[self.region] = self.mask
-        island = np.unique(self.region[self.is_mask])
-        largest_first = island[np.lexsort((first_pixel[island], -sizes[island], mask[island]))]
-        kept = sizes >= min_area
-        kept[largest_first[np.unique(mask[largest_first], return_index=True)[1]]] = True
-        return kept
+    @property
+    def mask(self) -> Int:
+        """(P,) index of the mask."""
+        height, width = self.runs.image_hw
+        index: Int = self.start // (height * width)
+        return index
 
-    def encode(self, chosen: Bool, masks: Int) -> list[Counts]:
-        """Run lengths of the chosen (P,) pieces of the masks of these indices, which ascend."""
-        num_pixels = self.image_hw[0] * self.image_hw[1]
-        number = np.full(self.mask.max() + 1, -1)
-        number[masks] = np.arange(len(masks))
-        number = number[self.mask]
-        piece = np.flatnonzero(chosen & (number >= 0))
-        offset = number[piece] * (num_pixels + 1)
-        changes = np.concatenate([self.start[piece] + offset, self.end[piece] + offset])
-        return rle.encode_positions(changes, len(masks), num_pixels)
+    @property
+    def is_mask(self) -> Bool:
+        """(P,) a piece of the mask, not of its background."""
+        is_odd: Bool = (self.run - self.runs.first[self.mask]) % 2 == 1
+        return is_odd
 
+    def find(self, start: Int) -> Int:
+        """The index of the piece that starts at each of these positions; -1 if there is none."""
+        if len(self) == 0:
+            return np.full(len(start), -1)
+        index = np.minimum(np.searchsorted(self.start, start), len(self) - 1)
+        return np.where(self.start[index] == start, index, -1)
 
-def _regions(start: Int, end: Int, spare: Int, height: int) -> Int:
-    """(P,) numbers of the 8-connected regions of pieces of columns.
+    def touched(self, side: int, piece: Int) -> _Touched:
+        """What the pieces of these indices touch of their own kind in the column to that side, also by a corner."""
+        height, width = self.runs.image_hw
+        column = self.start[piece] // height
+        x = column % width
+        is_inside = x > 0 if side < 0 else x < width - 1
+        piece, column = piece[is_inside], (column[is_inside] + side) * height
+        # From one row above to one row below.
+        low = np.maximum(self.start[piece] - 1 + side * height, column)
+        last = np.minimum(self.end[piece] + side * height, column + height - 1)
+        run = np.searchsorted(self.runs.end, low, "right")
+        # Runs of a mask and of its background alternate. Behind the last run of all there is nothing to touch.
+        run += (run - self.run[piece]) % 2
+        is_run = run < len(self.runs.start)
+        run[~is_run] = 0
+        touches = is_run & (self.runs.start[run] <= last)
+        return _Touched(piece[touches], run[touches], last[touches], column[touches])
 
-    start, end: column-major positions. spare: columns to insert before each piece. With them, pieces are in order.
-    """
-    # One number orders columns and rows, with a row to spare at both ends of a column.
-    stride = height + 2
-    first, last = start // height, (end - 1) // height  # columns
-    top, bottom = start - first * height + 1, end - last * height
-    first, last = (first + spare) * stride, (last + spare) * stride
-    # The highest piece of the column before and of the next one, from one row above to one row below. Of two columns'
-    # pieces that touch, one is the highest that touches the other: no more need to be known.
-    itself = np.arange(len(start))
-    before = np.searchsorted(last + bottom, first + top - stride - 1)
-    touches = (last + top)[before] <= first + bottom - stride + 1  # `before` is never behind the piece itself
-    before = np.where(touches, before, itself)
-    after = np.searchsorted(first + bottom, last + top + stride - 1)
-    is_last = after == len(start)
-    after[is_last] = 0
-    touches = ~is_last & ((first + top)[after] <= last + bottom + stride + 1)
-    joins = np.flatnonzero(touches & (before[after] != itself))  # few: those with a second piece before them
-    leftmost = _followed(before)
-    is_leftmost = leftmost == itself
-    number = (is_leftmost.cumsum() - 1)[leftmost]
-    region: Int = _joined(int(is_leftmost.sum()), number[joins], number[after[joins]])[number]
-    return region
+    def flipped_in(self, counts: Counts, index: int) -> Counts:
+        """Run lengths of mask number `index`, with those of these pieces that are in its image inverted.
+
+        counts: its run lengths.
+        """
+        height, width = self.runs.image_hw
+        num_pixels = height * width
+        here = slice(*np.searchsorted(self.start, [index * num_pixels, (index + 1) * num_pixels]))
+        if here.start == here.stop:
+            return counts
+        changes = counts.cumsum()[: len(counts) // 2 * 2]
+        offset = index * num_pixels
+        changes = np.concatenate([changes, self.start[here] - offset, self.end[here] - offset])
+        return rle.encode_positions(changes, 1, num_pixels)[0]
 
 
 def _joined(num: int, one: Int, other: Int) -> Int:

@@ -23,7 +23,7 @@ Counts = npt.NDArray[np.int64]
 _PIXELS_AT_ONCE = 2**24
 """Pixels of an image whose owners are in memory: 64 MB."""
 
-_RUNS_AT_ONCE: Final = 2**13
+_RUNS_AT_ONCE: Final = 2**15
 """Runs of the masks in a batch: they fit a CPU cache."""
 
 
@@ -112,12 +112,7 @@ def area(counts: Counts) -> int:
 
 def areas(masks: list[Counts]) -> Counts:
     """(M,) pixels of each mask."""
-    parts = [np.zeros(0, dtype=np.int64)]
-    for batch in batches(masks):
-        runs = all_runs(batch)
-        of_masks = np.where(runs.is_mask, runs.end - runs.start, 0)
-        parts.append(np.bincount(runs.mask, weights=of_masks).astype(np.int64))  # exact below 2^53
-    return np.concatenate(parts)
+    return np.concatenate([np.zeros(0, np.int64), *(_areas(_runs_of_masks(batch)) for batch in batches(masks))])
 
 
 def runs(counts: Counts) -> tuple[Counts, Counts]:
@@ -129,50 +124,54 @@ def runs(counts: Counts) -> tuple[Counts, Counts]:
 
 def boxes_xyxy(masks: list[Counts], image_hw: tuple[int, int]) -> Counts:
     """(M, 4) first and last pixel of each mask (inclusive); zeros for an empty one."""
-    height, width = image_hw
-    parts = [np.zeros((0, 4), dtype=np.int64)]
-    for batch in batches(masks):
-        boxes = np.zeros((len(batch), 4), dtype=np.int64)
-        parts.append(boxes)
-        runs = all_runs(batch)
-        run = np.flatnonzero(runs.is_mask & (runs.end > runs.start))
-        if len(run) == 0:
-            continue
-        start, last = runs.start[run], runs.end[run] - 1
-        x0, x1 = start // height, last // height
-        # A run that continues in the next column touches the image's bottom and top.
-        one_column = x0 == x1
-        y0 = np.where(one_column, start - x0 * height, 0)
-        y1 = np.where(one_column, last - x1 * height, height - 1)
-        mask, first_run = np.unique(runs.mask[run], return_index=True)
-        last_run = np.append(first_run[1:], len(run)) - 1
-        offset = mask * width  # columns of the masks before
-        boxes[mask, 0], boxes[mask, 2] = x0[first_run] - offset, x1[last_run] - offset
-        boxes[mask, 1], boxes[mask, 3] = np.minimum.reduceat(y0, first_run), np.maximum.reduceat(y1, first_run)
-    return np.concatenate(parts)
+    boxes = [_boxes_xyxy(_runs_of_masks(batch), image_hw) for batch in batches(masks)]
+    return np.concatenate([np.zeros((0, 4), np.int64), *boxes])
 
 
-class AllRuns(NamedTuple):
-    """The runs of several masks and of their background, (N,) each."""
+class _MaskRuns(NamedTuple):
+    """The runs of 1 of M masks. Shapes: N runs."""
 
-    mask: Counts
-    """Index of the mask."""
-    is_mask: npt.NDArray[np.bool_]
-    """A run of 1."""
     start: Counts
-    """Column-major position; the images of the masks follow each other."""
+    """(N,) column-major position; the images of the masks follow each other."""
     end: Counts
-    """Exclusive."""
+    """(N,) exclusive. A mask whose last run is of 0 has an empty run behind it."""
+    first: Counts
+    """(M,) the first run of each mask, which has at least one."""
 
 
-def all_runs(masks: list[Counts]) -> AllRuns:
-    """The runs of at least one mask, in order, empty ones included."""
-    num_runs = np.array([len(counts) for counts in masks])
-    runs = np.concatenate(masks)
-    end = runs.cumsum()  # those of a mask sum to the pixels of its image
-    mask = np.repeat(np.arange(len(masks)), num_runs)
-    is_mask = (np.arange(len(runs)) - np.repeat(num_runs.cumsum() - num_runs, num_runs)) % 2 == 1
-    return AllRuns(mask, is_mask, end - runs, end)
+def _runs_of_masks(masks: list[Counts]) -> _MaskRuns:
+    """masks: at least one."""
+    # With an even number of runs in each mask, every second one of all is a run of 1.
+    none = np.zeros(1, np.int64)
+    ends = np.concatenate([part for counts in masks for part in (counts, none[: len(counts) % 2])]).cumsum()
+    num_runs = np.array([(len(counts) + 1) // 2 for counts in masks])
+    return _MaskRuns(ends[0::2], ends[1::2], num_runs.cumsum() - num_runs)
+
+
+def _areas(runs: _MaskRuns) -> Counts:
+    """(M,) pixels of each mask."""
+    return np.add.reduceat(runs.end - runs.start, runs.first)
+
+
+def _boxes_xyxy(runs: _MaskRuns, image_hw: tuple[int, int]) -> Counts:
+    """`boxes_xyxy`, all at once."""
+    height, width = image_hw
+    last = runs.end - 1
+    x0, x1 = runs.start // height, last // height
+    # A run that continues in the next column touches the image's bottom and top.
+    is_in_one = x0 == x1
+    y0 = np.where(is_in_one, runs.start - x0 * height, 0)
+    y1 = np.where(is_in_one, last - x1 * height, height - 1)
+    is_empty = last < runs.start
+    y0[is_empty], y1[is_empty] = height, -1
+    # The last run that is not empty has the last column.
+    last_run = np.append(runs.first[1:], len(last)) - 1
+    last_run -= is_empty[last_run] & (last_run > runs.first)
+    offset = np.arange(len(runs.first)) * width  # columns of the masks before
+    low, high = np.minimum.reduceat(y0, runs.first), np.maximum.reduceat(y1, runs.first)
+    boxes = np.stack([x0[runs.first] - offset, low, x1[last_run] - offset, high], axis=1)
+    boxes[is_empty[runs.first]] = 0
+    return boxes
 
 
 def batches(masks: list[Counts]) -> Iterator[list[Counts]]:

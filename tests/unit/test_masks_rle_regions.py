@@ -145,6 +145,45 @@ def test_remove_small_regions(monkeypatch: pytest.MonkeyPatch, runs_at_once: int
     assert 30 < num_changed < 140
 
 
+@pytest.mark.parametrize("min_area", [6, 30, 100, 400])
+def test_remove_small_regions_of_blobs(min_area: int) -> None:
+    """Smooth shapes with thin ends, in taller images: columns shorter and longer than the limit, chains of short ones,
+    and limits above the height of the image."""
+    rng = np.random.default_rng(min_area)
+    masks = []
+    for smoothness in (1, 2, 4):
+        noise = rng.normal(size=(12, 74, 52))
+        for axis in (1, 2):
+            for _ in range(smoothness):
+                noise += np.roll(noise, 1, axis)
+        masks += [
+            field > np.quantile(field, share) for field, share in zip(noise, np.linspace(0.1, 0.97, 12), strict=True)
+        ]
+    expected = [plain_clean(mask, min_area) for mask in masks]
+    for cleaned, (of_plain, changed) in zip(ours(masks, min_area), expected, strict=True):
+        assert (cleaned is not None) == changed
+        assert cleaned is None or np.array_equal(cleaned, of_plain)
+    # One mask alone gives the same as many together.
+    for mask, (of_plain, changed) in list(zip(masks, expected, strict=True))[::7]:
+        (cleaned,) = ours([mask], min_area)
+        assert np.array_equal(mask if cleaned is None else cleaned, of_plain if changed else mask)
+    assert any(changed for _, changed in expected)
+
+
+def test_boxes_and_areas_of_runs_that_end_in_every_way() -> None:
+    """Empty and full masks, masks that begin or end with a run of 1, and columns that runs cross."""
+    rng = np.random.default_rng(3)
+    masks = [rng.random((5, 4)) < share for share in (0.0, 0.1, 0.5, 0.9, 1.0) for _ in range(20)]
+    masks += [np.zeros((5, 4), bool), np.ones((5, 4), bool)]
+    counts = [rle.encode_array(mask) for mask in masks]
+    assert rle.areas(counts).tolist() == [int(mask.sum()) for mask in masks]
+    for box, mask in zip(rle.boxes_xyxy(counts, (5, 4)).tolist(), masks, strict=True):
+        y, x = np.nonzero(mask)
+        assert box == ([x.min(), y.min(), x.max(), y.max()] if len(x) else [0, 0, 0, 0])
+    assert rle.areas([]).tolist() == []
+    assert rle.boxes_xyxy([], (5, 4)).shape == (0, 4)
+
+
 def test_remove_small_regions_of_no_masks() -> None:
     assert remove_small_regions([], (3, 4), 5) == []
 
