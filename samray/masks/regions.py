@@ -7,6 +7,7 @@ pieces of many masks are handled together, because a call for each mask would co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -31,35 +32,40 @@ def remove_small_regions(masks: list[Counts], image_hw: tuple[int, int], min_are
     change). Source: `segment_anything.utils.amg.remove_small_regions`, with the same result. If all islands are small
     and equally large, keeps the first in reading order (the reference's choice depends on OpenCV's labelling).
     """
-    # Holes first, as in the reference: an island inside of a filled hole is then a part of the mask.
-    cleaned = [counts for batch in rle.batches(masks) for counts in _with_holes_filled(batch, image_hw, min_area)]
-    changed = [i for i, counts in enumerate(cleaned) if counts is not None]
-    filled = [counts for counts in cleaned if counts is not None]
-    kept = [counts for batch in rle.batches(filled) for counts in _without_islands(batch, image_hw, min_area)]
-    for index, counts in zip(changed, kept, strict=True):
-        cleaned[index] = counts
+    return [counts for batch in rle.batches(masks) for counts in _cleaned(batch, image_hw, min_area)]
+
+
+def _cleaned(masks: list[Counts], image_hw: tuple[int, int], min_area: int) -> list[Counts | None]:
+    """`remove_small_regions`, all at once."""
+    small, region = _small_regions(_Runs.of(masks, image_hw), min_area)
+    is_hole = ~small.is_mask
+    holes, islands = (set(small.mask[of_kind].tolist()) for of_kind in (is_hole, ~is_hole))
+    cleaned: list[Counts | None] = [None] * len(masks)
+    # Holes first, as in the reference: an island next to a filled hole may be large then.
+    steps = [(holes, small[is_hole]), (islands - holes, _dropped(masks, small, region))]
+    for indices, pieces in steps:
+        for index, counts in zip(sorted(indices), pieces.inverted_in(masks, sorted(indices)), strict=True):
+            cleaned[index] = counts
+    both = sorted(holes & islands)
+    filled = [counts for counts in (cleaned[index] for index in both) if counts is not None]
+    if filled:
+        dropped = _dropped(filled, *_small_regions(_Runs.of(filled, image_hw), min_area))
+        for index, counts in zip(both, dropped.inverted_in(filled, range(len(filled))), strict=True):
+            cleaned[index] = counts
     return cleaned
 
 
-def _with_holes_filled(masks: list[Counts], image_hw: tuple[int, int], min_area: int) -> list[Counts | None]:
-    """The masks without small holes; None for those without small holes and islands."""
-    pieces, _ = _small_regions(_Runs.of(masks, image_hw), min_area)
-    holes = pieces[~pieces.is_mask]
-    filled: list[Counts | None] = [None] * len(masks)
-    for index in np.unique(pieces.mask).tolist():
-        filled[index] = holes.flipped_in(masks[index], index)
-    return filled
-
-
-def _without_islands(masks: list[Counts], image_hw: tuple[int, int], min_area: int) -> list[Counts]:
-    """The masks without small islands, unless an island is its mask's largest."""
-    pieces, region = _small_regions(_Runs.of(masks, image_hw), min_area)
-    islands, region = pieces[pieces.is_mask], region[pieces.is_mask]
-    # Where the small islands are the whole mask, one stays.
-    areas = np.bincount(islands.mask, weights=islands.sizes, minlength=len(masks))
-    is_all = areas == rle.areas(masks)
-    dropped = islands[~(is_all[islands.mask] & _are_largest(islands, region))]
-    return [dropped.flipped_in(counts, index) for index, counts in enumerate(masks)]
+def _dropped(masks: list[Counts], small: _Pieces, region: Int) -> _Pieces:
+    """The pieces of all small islands, but for the largest one of a mask that has no other islands."""
+    islands, region = small[small.is_mask], region[small.is_mask]
+    # Masks of nothing else.
+    pixels = np.bincount(islands.mask, weights=islands.sizes, minlength=len(masks))
+    is_all = np.zeros(len(masks), bool)
+    for index in np.flatnonzero(pixels).tolist():
+        is_all[index] = pixels[index] == rle.area(masks[index])
+    if not is_all.any():
+        return islands
+    return islands[~(is_all[islands.mask] & _are_largest(islands, region))]
 
 
 def _are_largest(islands: _Pieces, region: Int) -> Bool:
@@ -163,19 +169,22 @@ class _Runs:
     def short_pieces(self, min_area: int) -> _Pieces:
         """All pieces of fewer than min_area pixels, but for whole columns of a run that have more together."""
         height = self.image_hw[0]
+        size = self.end - self.start
         first_end = (self.start // height + 1) * height  # of a run's first column
-        last_start = (self.end - 1) // height * height  # of its last one
-        is_in_one = self.end <= first_end
-        one = np.flatnonzero(is_in_one & (self.end - self.start < min_area) & (self.end > self.start))
-        head = np.flatnonzero(~is_in_one & (first_end - self.start < min_area))
-        tail = np.flatnonzero(~is_in_one & (self.end - last_start < min_area))
+        short = np.flatnonzero(size < min_area)
+        one = short[(self.end[short] <= first_end[short]) & (size[short] > 0)]
+        longer = np.flatnonzero(self.end > first_end)  # than one column
+        head = longer[(first_end - self.start)[longer] < min_area]
+        last_start = (self.end[longer] - 1) // height * height  # of a run's last column
+        is_tail = self.end[longer] - last_start < min_area
+        tail = longer[is_tail]
         run = [one, head, tail]
-        start = [self.start[one], self.start[head], last_start[tail]]
+        start = [self.start[one], self.start[head], last_start[is_tail]]
         end = [self.end[one], first_end[head], self.end[tail]]
         if height < min_area:  # so may be whole columns between the first and the last, which are joined
-            few = np.flatnonzero((first_end < last_start) & (last_start - first_end < min_area))
-            num_columns = (last_start - first_end)[few] // height
-            around = np.repeat(few, num_columns)
+            between = last_start - first_end[longer]
+            few = (between > 0) & (between < min_area)
+            around, num_columns = np.repeat(longer[few], between[few] // height), between[few] // height
             step = np.arange(len(around)) - np.repeat(num_columns.cumsum() - num_columns, num_columns)
             column = first_end[around] + step * height
             run.append(around)
@@ -247,20 +256,22 @@ class _Pieces:
         touches = is_run & (self.runs.start[run] <= last)
         return _Touched(piece[touches], run[touches], last[touches], column[touches])
 
-    def flipped_in(self, counts: Counts, index: int) -> Counts:
-        """Run lengths of mask number `index`, with those of these pieces that are in its image inverted.
+    def inverted_in(self, masks: list[Counts], indices: Sequence[int]) -> list[Counts]:
+        """Run lengths of the masks of these indices, with those of the pieces that are in their images inverted.
 
-        counts: its run lengths.
+        masks: run lengths of all masks. indices: ascending.
         """
-        height, width = self.runs.image_hw
-        num_pixels = height * width
-        here = slice(*np.searchsorted(self.start, [index * num_pixels, (index + 1) * num_pixels]))
-        if here.start == here.stop:
-            return counts
-        changes = counts.cumsum()[: len(counts) // 2 * 2]
-        offset = index * num_pixels
-        changes = np.concatenate([changes, self.start[here] - offset, self.end[here] - offset])
-        return rle.encode_positions(changes, 1, num_pixels)[0]
+        num_pixels = self.runs.image_hw[0] * self.runs.image_hw[1]
+        number = np.full(len(masks), -1)
+        number[indices] = np.arange(len(indices))
+        index = self.mask
+        here = number[index] >= 0
+        # From one image after the other to one position more per image, as `encode_positions` takes them.
+        offset = (number[index] * (num_pixels + 1) - index * num_pixels)[here]
+        changes = [masks[i].cumsum()[: len(masks[i]) // 2 * 2] + at * (num_pixels + 1) for at, i in enumerate(indices)]
+        # Two changes at one position cancel.
+        position = np.concatenate([*changes, self.start[here] + offset, self.end[here] + offset])
+        return rle.encode_positions(position, len(indices), num_pixels)
 
 
 def _joined(num: int, one: Int, other: Int) -> Int:
