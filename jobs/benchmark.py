@@ -73,10 +73,18 @@ from samray.rle.records import MaskRecord  # noqa: E402
 from samray.sam.sam import Sam  # noqa: E402
 from samray.sam.spec import MODELS  # noqa: E402
 
+PRODUCT_SIDE = 2048
+"""Side of the square matrices of a plain product."""
+
 
 @torch.inference_mode()
 def decoder(rounds: int, prompts: int) -> dict[str, Any]:
-    """Seconds for one batch of click prompts on one image embedding of the full-size decoder, to low-res logits."""
+    """Seconds for one batch of click prompts on one image embedding of the full-size decoder, to low-res logits.
+
+    share_of_product: the rate of its products and convolutions, all other work included, to that of a plain product.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
     from jobs.benchmarks.reference import build_reference
     from jobs.benchmarks.weights import random_sam
 
@@ -108,12 +116,19 @@ def decoder(rounds: int, prompts: int) -> dict[str, Any]:
     def run_filtered() -> Any:
         return model.decode_points(model.prepare_decoder(embedding), points, labels, min_iou=min_iou)
 
+    square = torch.rand(PRODUCT_SIDE, PRODUCT_SIDE, generator=generator)
+    product_flops = 2 * PRODUCT_SIDE**3
+    with FlopCounterMode(display=False) as counter:
+        run_all()
+    flops = counter.get_total_flops()
+
     difference = float((run_all().logits.view_as(logits) - logits).abs().max() / logits.abs().max())
-    seconds: dict[str, list[float]] = {"reference": [], "samray": [], "samray_iou_filter": []}
+    seconds: dict[str, list[float]] = {"reference": [], "samray": [], "samray_iou_filter": [], "product": []}
     for _ in range(rounds):
         seconds["reference"].append(timed(run_reference))
         seconds["samray"].append(timed(run_all))
         seconds["samray_iou_filter"].append(timed(run_filtered))
+        seconds["product"].append(timed(lambda: torch.mm(square, square)))
     median = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "prompts": prompts,
@@ -121,6 +136,8 @@ def decoder(rounds: int, prompts: int) -> dict[str, Any]:
         "median_s": median,
         "speedup": median["reference"] / median["samray"],
         "speedup_iou_filter": median["reference"] / median["samray_iou_filter"],
+        "gflops": flops / 1e9,
+        "share_of_product": flops / median["samray"] / (product_flops / median["product"]),
         "max_difference_relative_to_logits": difference,
     }
 
