@@ -168,6 +168,15 @@ def test_click_isolates_a_mask_until_a_click_elsewhere_or_escape(page: Page) -> 
     assert "isolating" in (page.locator(".frame").nth(1).get_attribute("class") or "")
 
 
+def test_a_click_before_the_masks_are_painted_counts(page: Page) -> None:
+    """On a slow machine somebody may click first."""
+    frame = page.locator(".frame").first
+    page.locator(".gallery[aria-busy=false]").wait_for()
+    page.evaluate("Object.assign(pictures[0], { map: null, stale: true, near: false })")
+    page.mouse.click(*at(frame, WHOLE))
+    assert "isolating" in (frame.get_attribute("class") or "")
+
+
 def test_keys_step_through_masks_isolate_and_enlarge(page: Page) -> None:
     frame = page.locator(".frame").first
     frame.focus()

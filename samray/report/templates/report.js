@@ -138,10 +138,12 @@ class Picture {
 
   /** The mask that is seen there, in the coordinates of the window; -1 for none. */
   maskAt(clientX, clientY) {
+    this.near = true;  // somebody sees it: paint now what is still due
+    this.paint();
     const box = this.base.getBoundingClientRect();
     const x = Math.floor(((clientX - box.left) / box.width) * this.width);
     const y = Math.floor(((clientY - box.top) / box.height) * this.height);
-    const inside = x >= 0 && y >= 0 && x < this.width && y < this.height && this.map;
+    const inside = x >= 0 && y >= 0 && x < this.width && y < this.height;
     return inside ? this.map[x * this.height + y] - 1 : -1;
   }
 
