@@ -119,14 +119,17 @@ def _are_of_large(pieces: _Pieces, min_area: int) -> Bool:
     open_ = np.arange(num)
     for side in _SIDES:
         touched = pieces.touched(side, open_)
-        other = pieces.find(np.maximum(pieces.runs.start[touched.run], touched.column))
-        known[touched.piece[other < 0]] = min_area  # a piece that is not here is long
+        other = pieces.find(np.maximum(pieces.runs.start.take(touched.run), touched.column))
+        known[touched.piece.compress(other < 0)] = min_area  # a piece that is not here is long
         # With one more node, at which all chains end.
         total, link = np.append(known, 0), np.full(num + 1, num)
         link[touched.piece] = np.where(other < 0, num, other)
         # Each round doubles the length of the chains that are summed.
-        while len(open_ := open_[(link[open_] < num) & (total[open_] < min_area)]):
-            total[open_], link[open_] = total[open_] + total[link[open_]], link[link[open_]]
+        while len(open_):
+            following, size = link.take(open_), total.take(open_)
+            goes_on = np.flatnonzero((following < num) & (size < min_area))
+            open_, following = open_.take(goes_on), following.take(goes_on)
+            total[open_], link[open_] = size.take(goes_on) + total.take(following), link.take(following)
         # Not the sums: the other chain may come back to the pieces of this one.
         known = np.where(total[:-1] < min_area, known, min_area)
         open_ = np.flatnonzero(known < min_area)
@@ -208,7 +211,9 @@ class _Pieces:
     """(P,) exclusive."""
 
     def __getitem__(self, chosen: Bool) -> _Pieces:
-        return _Pieces(self.runs, self.run[chosen], self.start[chosen], self.end[chosen])
+        # `take` is several times as fast as an index by booleans.
+        at = np.flatnonzero(chosen)
+        return _Pieces(self.runs, self.run.take(at), self.start.take(at), self.end.take(at))
 
     def __len__(self) -> int:
         return len(self.run)
@@ -228,7 +233,7 @@ class _Pieces:
     @property
     def is_mask(self) -> Bool:
         """(P,) a piece of the mask, not of its background."""
-        is_odd: Bool = (self.run - self.runs.first[self.mask]) % 2 == 1
+        is_odd: Bool = ((self.run - self.runs.first.take(self.mask)) & 1).astype(bool)
         return is_odd
 
     def find(self, start: Int) -> Int:
@@ -236,25 +241,24 @@ class _Pieces:
         if len(self) == 0:
             return np.full(len(start), -1)
         index = np.minimum(np.searchsorted(self.start, start), len(self) - 1)
-        return np.where(self.start[index] == start, index, -1)
+        return np.where(self.start.take(index) == start, index, -1)
 
     def touched(self, side: int, piece: Int) -> _Touched:
         """What the pieces of these indices touch of their own kind in the column to that side, also by a corner."""
         height, width = self.runs.image_hw
-        column = self.start[piece] // height
+        column = self.start.take(piece) // height
         x = column % width
-        is_inside = x > 0 if side < 0 else x < width - 1
-        piece, column = piece[is_inside], (column[is_inside] + side) * height
+        inside = np.flatnonzero(x > 0 if side < 0 else x < width - 1)
+        piece, column = piece.take(inside), (column.take(inside) + side) * height
         # From one row above to one row below.
-        low = np.maximum(self.start[piece] - 1 + side * height, column)
-        last = np.minimum(self.end[piece] + side * height, column + height - 1)
+        low = np.maximum(self.start.take(piece) - 1 + side * height, column)
+        last = np.minimum(self.end.take(piece) + side * height, column + height - 1)
         run = np.searchsorted(self.runs.end, low, "right")
         # Runs of a mask and of its background alternate. Behind the last run of all there is nothing to touch.
-        run += (run - self.run[piece]) % 2
-        is_run = run < len(self.runs.start)
-        run[~is_run] = 0
-        touches = is_run & (self.runs.start[run] <= last)
-        return _Touched(piece[touches], run[touches], last[touches], column[touches])
+        run += (run - self.run.take(piece)) & 1
+        start = self.runs.start.take(run, mode="clip")
+        touches = np.flatnonzero((run < len(self.runs.start)) & (start <= last))
+        return _Touched(piece.take(touches), run.take(touches), last.take(touches), column.take(touches))
 
     def inverted_in(self, masks: list[Counts], indices: Sequence[int]) -> list[Counts]:
         """Run lengths of the masks of these indices, with those of the pieces that are in their images inverted.

@@ -82,7 +82,7 @@ def encode_positions(position: Counts, num: int, num_pixels: int) -> list[Counts
     # A run at the end of a column and one at the start of the next are the same run: both changes cancel.
     cancel = np.zeros(len(position) + 1, dtype=bool)
     cancel[1:-1] = position[1:] == position[:-1]
-    return _split(position[~(cancel[1:] | cancel[:-1])], num, num_pixels)
+    return _split(position.compress(~(cancel[1:] | cancel[:-1])), num, num_pixels)
 
 
 def encode_runs(starts: Counts, ends: Counts, num_pixels: int) -> Counts:
