@@ -211,7 +211,7 @@ class _Pieces:
     """(P,) exclusive."""
 
     def __getitem__(self, chosen: Bool) -> _Pieces:
-        # `take` is several times as fast as an index by booleans.
+        # Faster than three indices by booleans.
         at = np.flatnonzero(chosen)
         return _Pieces(self.runs, self.run.take(at), self.start.take(at), self.end.take(at))
 
